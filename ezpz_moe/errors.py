@@ -1,0 +1,45 @@
+"""A user's mistake, said in one message: what is wrong, where, and what to do.
+
+Everything that a user can get wrong raises :class:`EzpzError`. Library callers catch it as any
+exception; the places where the command line or the host enters this package turn it into one
+printed message and exit code 2 with :func:`exit_on_user_error`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+EXIT_CODE = 2
+DEBUG_VARIABLE = "EZPZ_MOE_DEBUG"
+
+
+class EzpzError(Exception):
+    """A mistake that the user can mend. ``str(error)`` is the whole message."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest of ``known``, or the empty string."""
+    candidates = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.6)
+    return f" Did you mean {candidates[near[0]]!r}?" if near else ""
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print an :class:`EzpzError` once per node and exit with code 2.
+
+    Every rank meets the same mistake, so only local rank 0 prints. With ``EZPZ_MOE_DEBUG=1``
+    (what ``--debug`` sets) the exception goes on with its traceback.
+    """
+    try:
+        yield
+    except EzpzError as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"ezpz-moe: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE) from None
