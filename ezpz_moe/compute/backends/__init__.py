@@ -1,0 +1,1 @@
+"""One file per backend: its kernels, its limits, nothing else."""

@@ -1,0 +1,89 @@
+"""``grouped_mm``: ``torch._grouped_mm``, the product that torchtitan itself uses.
+
+Inside the trainer ``compute_backend = "grouped_mm"`` is the host's own path, untouched and bit
+for bit. This file is the same product under the contract: ``torch._grouped_mm`` leaves tail rows
+unwritten, so that they are masked here, at both ends, without a device sync.
+
+Fast on NVIDIA SM90 and newer; on older ones torch loops over the experts with host syncs; Intel
+XPU has none.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ezpz_moe.compute.contract import Backend, counts_of_offsets, counts_on_host
+
+_ALIGNMENT_BYTES = 16  # torch._grouped_mm wants every stride to be a multiple of it
+
+
+@cache
+def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What ``torch._grouped_mm`` says to a tiny product, or None when it computes it."""
+    A_RK = torch.ones(16, 16, device=device, dtype=dtype)
+    B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
+    offs_E = torch.tensor([8, 16], device=device, dtype=torch.int32)
+    try:
+        torch._grouped_mm(A_RK, B_EKN, offs=offs_E).sum().item()
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+class GroupedMM(Backend):
+    """``torch._grouped_mm`` under the contract. See the module's text."""
+
+    name = "grouped_mm"
+    summary = "torch._grouped_mm; in the trainer the host's own path, bit for bit"
+    host_syncs = False
+    static_shapes = True
+
+    def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
+        reasons = []
+        if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
+            reasons.append(
+                f"torch._grouped_mm of torch {torch.__version__} refuses {dtype} on {device.type} "
+                f"({refusal}): use for_loop or batched_mm_padded"
+            )
+        reasons += [
+            f"torch._grouped_mm wants dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
+            f"and {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
+            for dim in dict.fromkeys(dims)
+            if dim * dtype.itemsize % _ALIGNMENT_BYTES
+        ]
+        return reasons
+
+    def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
+        _check_where_free(counts_of_offsets, offs_E, A_RK)
+        owned_R1 = (torch.arange(A_RK.shape[0], device=A_RK.device) < offs_E[-1]).unsqueeze(1)
+        C_RN = torch._grouped_mm(_only(owned_R1, A_RK), B_EKN, offs=offs_E.int())
+        return _only(owned_R1, C_RN)
+
+    def _swiglu(
+        self,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        w3_EFD: Tensor,
+        x_RD: Tensor,
+        num_tokens_per_expert_E: Tensor,
+    ) -> Tensor:
+        _check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
+        return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+
+
+def _only(owned_R1: Tensor, rows_RX: Tensor) -> Tensor:
+    """The rows that an expert owns; tail rows zero, and zero gradient to them."""
+    return torch.where(owned_R1, rows_RX, 0)
+
+
+def _check_where_free(check, counts_E: Tensor, rows_RX: Tensor) -> None:
+    """Look at the counts' values where that needs no device sync."""
+    if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(counts_E, rows_RX.shape[0])
+
+
+BACKEND = GroupedMM()

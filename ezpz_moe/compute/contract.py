@@ -1,0 +1,233 @@
+"""The contract that every expert backend keeps, and the checks of its arguments.
+
+Shape suffixes, as torchtitan writes them:
+    R = routed tokens, sorted by expert; E = local experts; D = model dimension;
+    F = hidden dimension of an expert; K, N = inner and outer dimension of a product.
+
+What a backend promises, whatever the routing:
+
+- output and all four gradients (x, w1, w2, w3) equal the float64 reference within twice the
+  error of the plain loop in the same dtype, plus 1e-6 of the tensor's scale;
+- rows beyond the sum of the counts (*tail rows*) get exactly zero, as outputs and as input
+  gradients, even when the tail of x holds NaN;
+- an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it);
+- the result has x's dtype; inputs are not changed; a rerun gives the same bits;
+- a second differentiation is right or refused, never silently wrong.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Backend(ABC):
+    """One way to compute routed experts. Stateless; a subclass is one file in ``backends/``.
+
+    Attributes:
+        name: what ``compute_backend`` says.
+        summary: one line for tables and logs.
+        host_syncs: forward copies the token counts to the host, so that a CUDA graph cannot
+            capture it.
+        static_shapes: no intermediate has a shape that depends on the routing.
+        drops_tokens: tokens beyond a capacity are left out.
+    """
+
+    name: str
+    summary: str
+    host_syncs: bool
+    static_shapes: bool
+    drops_tokens: bool = False
+
+    def why_not(
+        self, device: torch.device, dtype: torch.dtype, *, dims: Sequence[int] = ()
+    ) -> list[str]:
+        """Every reason why this backend cannot run, each with its remedy; empty means usable.
+
+        Args:
+            device: where the experts are computed; it has to exist on this machine.
+            dtype: what the kernels compute in.
+            dims: sizes of the products' dimensions (D and F, as far as known).
+        """
+        if not dtype.is_floating_point:
+            return [f"{dtype} is no floating-point type: use torch.bfloat16 or torch.float32"]
+        missing = missing_device(device)
+        return [missing] if missing else self._why_not(device, dtype, dims)
+
+    def grouped_mm(
+        self, A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor
+    ) -> torch.Tensor:
+        """Product of every row with its expert's matrix: ``C[r] = A[r] @ B[expert of r]``.
+
+        Args:
+            A_RK: rows sorted by expert.
+            B_EKN: one matrix per expert, any strides (commonly a transposed view).
+            offs_E: int32 or int64, inclusive cumulative row counts: expert e owns the rows
+                ``offs[e - 1] : offs[e]``. As torch._grouped_mm takes it.
+
+        Returns:
+            C_RN in A's dtype.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+        """
+        check_grouped_mm(A_RK, B_EKN, offs_E)
+        return self._grouped_mm(A_RK, B_EKN, offs_E)
+
+    def swiglu(
+        self,
+        w1_EFD: torch.Tensor,
+        w2_EDF: torch.Tensor,
+        w3_EFD: torch.Tensor,
+        x_RD: torch.Tensor,
+        num_tokens_per_expert_E: torch.Tensor,
+    ) -> torch.Tensor:
+        """The whole expert FFN: ``(silu(x @ w1.T) * (x @ w3.T)) @ w2.T``, row by row.
+
+        Args:
+            w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
+            x_RD: routed tokens sorted by expert, and possibly tail rows after them.
+            num_tokens_per_expert_E: int32 or int64 counts, on x's device or on the host.
+
+        Returns:
+            y_RD in x's dtype; tail rows are zero.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+        """
+        check_swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        return self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+
+    def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
+        """Reasons beyond a missing device or a dtype that is not floating-point."""
+        return []
+
+    @abstractmethod
+    def _grouped_mm(
+        self, A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def _swiglu(
+        self,
+        w1_EFD: torch.Tensor,
+        w2_EDF: torch.Tensor,
+        w3_EFD: torch.Tensor,
+        x_RD: torch.Tensor,
+        num_tokens_per_expert_E: torch.Tensor,
+    ) -> torch.Tensor:
+        offs_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
+        gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
+        up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
+        return self._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs_E)
+
+
+def missing_device(device: torch.device) -> str | None:
+    """Why ``device`` does not exist here, or None. Meta tensors and the CPU always do."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = getattr(torch, device.type, None)
+    if module is None or not module.is_available():
+        return (
+            f"this machine has no usable {device.type} device (torch.{device.type}.is_available() "
+            f"is false): install a torch built for it, or choose another device"
+        )
+    if device.index is not None and device.index >= module.device_count():
+        return f"there is no {device}: torch counts {module.device_count()} {device.type} devices"
+    return None
+
+
+def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> None:
+    """Ranks, sizes, dtypes and devices of :meth:`Backend.grouped_mm`. No device sync."""
+    _check_rank("A_RK", A_RK, 2)
+    _check_rank("B_EKN", B_EKN, 3)
+    _check_same("B_EKN", B_EKN, "A_RK", A_RK)
+    if B_EKN.shape[1] != A_RK.shape[1]:
+        raise ValueError(
+            f"B_EKN has K = {B_EKN.shape[1]}, but A_RK has K = {A_RK.shape[1]} "
+            f"(shapes {tuple(B_EKN.shape)} and {tuple(A_RK.shape)})"
+        )
+    _check_counts("offs_E", offs_E, B_EKN.shape[0])
+
+
+def check_swiglu(
+    w1_EFD: torch.Tensor,
+    w2_EDF: torch.Tensor,
+    w3_EFD: torch.Tensor,
+    x_RD: torch.Tensor,
+    num_tokens_per_expert_E: torch.Tensor,
+) -> None:
+    """Ranks, sizes, dtypes and devices of :meth:`Backend.swiglu`. No device sync."""
+    _check_rank("x", x_RD, 2)
+    _check_rank("w1", w1_EFD, 3)
+    E, F_, D = w1_EFD.shape
+    for name, tensor, shape in (
+        ("w2", w2_EDF, (E, D, F_)),
+        ("w3", w3_EFD, (E, F_, D)),
+        ("x", x_RD, (x_RD.shape[0], D)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; "
+                f"with w1 of shape (E, F, D) = {(E, F_, D)} it has to be {shape}"
+            )
+        _check_same(name, tensor, "w1", w1_EFD)
+    _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
+
+
+def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
+    """The counts as Python integers. ONE device-to-host copy when they are on a device.
+
+    Raises:
+        ValueError: a negative count, or more tokens than rows.
+    """
+    counts = num_tokens_per_expert_E.tolist()
+    if any(count < 0 for count in counts):
+        raise ValueError(f"num_tokens_per_expert has a negative count: {counts}")
+    if sum(counts) > num_rows:
+        raise ValueError(
+            f"num_tokens_per_expert sums to {sum(counts)}, but x has only {num_rows} rows"
+        )
+    return counts
+
+
+def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
+    """Inclusive cumulative offsets as counts. ONE device-to-host copy.
+
+    Raises:
+        ValueError: offsets that fall, or that go beyond the rows.
+    """
+    offsets = offs_E.tolist()
+    counts = [end - start for start, end in zip([0, *offsets], offsets, strict=False)]
+    if any(count < 0 for count in counts):
+        raise ValueError(f"offs_E has to start at or above 0 and never fall: {offsets}")
+    if offsets and offsets[-1] > num_rows:
+        raise ValueError(f"offs_E ends at {offsets[-1]}, but A_RK has only {num_rows} rows")
+    return counts
+
+
+def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(f"{name} has to have {rank} dimensions, not shape {tuple(tensor.shape)}")
+
+
+def _check_same(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype}, but {model} is {other.dtype}: cast them to one dtype "
+            f"(torchtitan computes experts in torch.bfloat16)"
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {model} is on {other.device}")
+
+
+def _check_counts(name: str, counts_E: torch.Tensor, num_experts: int) -> None:
+    _check_rank(name, counts_E, 1)
+    if counts_E.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has to be int32 or int64, not {counts_E.dtype}")
+    if counts_E.shape[0] != num_experts:
+        raise ValueError(
+            f"{name} has {counts_E.shape[0]} entries, but the weights have {num_experts} experts"
+        )

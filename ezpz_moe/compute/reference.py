@@ -1,0 +1,111 @@
+"""The truth that backends are measured against: a plain loop in float64, and its error bound.
+
+Written for reading, not for speed: slices, ``@`` and autograd, nothing shared with a backend.
+Legend of the suffixes: :mod:`.contract`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("y", "grad_w1", "grad_w2", "grad_w3", "grad_x")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One expert layer's inputs and the gradient that arrives at its output."""
+
+    w1_EFD: Tensor
+    w2_EDF: Tensor
+    w3_EFD: Tensor
+    x_RD: Tensor
+    num_tokens_per_expert_E: Tensor
+    grad_y_RD: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same case with another floating-point dtype; counts stay integers."""
+        return Case(
+            self.w1_EFD.to(dtype),
+            self.w2_EDF.to(dtype),
+            self.w3_EFD.to(dtype),
+            self.x_RD.to(dtype),
+            self.num_tokens_per_expert_E,
+            self.grad_y_RD.to(dtype),
+        )
+
+
+def random_case(
+    counts: list[int],
+    *,
+    dim: int,
+    hidden_dim: int,
+    tail: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Case:
+    """Random inputs of an expert layer; the ``tail`` rows of x hold NaN.
+
+    Weights are scaled by the square root of their inner dimension, so that every product keeps
+    the scale of its input, whatever the sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+    E, R = len(counts), sum(counts) + tail
+    x_RD = normal(R, dim)
+    x_RD[sum(counts) :] = torch.nan
+    return Case(
+        w1_EFD=normal(E, hidden_dim, dim, scale=dim**-0.5),
+        w2_EDF=normal(E, dim, hidden_dim, scale=hidden_dim**-0.5),
+        w3_EFD=normal(E, hidden_dim, dim, scale=dim**-0.5),
+        x_RD=x_RD,
+        num_tokens_per_expert_E=torch.tensor(counts, device=device),
+        grad_y_RD=normal(R, dim),
+    )
+
+
+def plain_loop(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+    """The expert FFN as one would write it on a blackboard; tail rows are zero."""
+    counts = counts_E.tolist()
+    *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
+    outputs_RD = [
+        (F.silu(x_nD @ w1_FD.T) * (x_nD @ w3_FD.T)) @ w2_DF.T
+        for x_nD, w1_FD, w2_DF, w3_FD in zip(
+            chunks_RD, w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True
+        )
+    ]
+    return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)])
+
+
+def run(swiglu, case: Case) -> dict[str, Tensor]:
+    """Output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
+    inputs = [
+        tensor.detach().requires_grad_()
+        for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
+    ]
+    y_RD = swiglu(*inputs, case.num_tokens_per_expert_E)
+    gradients = torch.autograd.grad(y_RD, inputs, case.grad_y_RD, allow_unused=True)
+    return dict(zip(NAMES, (y_RD.detach(), *gradients), strict=True))
+
+
+def truth(case: Case) -> dict[str, Tensor]:
+    """Output and gradients in float64."""
+    return run(plain_loop, case.to(torch.float64))
+
+
+def relative_error(value: Tensor, true: Tensor) -> float:
+    """``|value - true| / |true|`` in the Frobenius norm; the plain norm where true is zero."""
+    difference = torch.linalg.vector_norm(value.double() - true).item()
+    scale = torch.linalg.vector_norm(true).item()
+    return difference / scale if scale else difference
+
+
+def error_bounds(case: Case, true: dict[str, Tensor]) -> dict[str, float]:
+    """Largest relative error allowed: twice that of the plain loop in the case's dtype, + 1e-6."""
+    plain = run(plain_loop, case)
+    return {name: 2 * relative_error(plain[name], true[name]) + 1e-6 for name in NAMES}
