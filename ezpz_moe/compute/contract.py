@@ -42,6 +42,9 @@ class Backend(ABC):
     static_shapes: bool
     drops_tokens: bool = False
 
+    def __deepcopy__(self, memo: dict) -> "Backend":
+        return self  # stateless: a copied model (pipeline stages) computes with the same backend
+
     def why_not(
         self, device: torch.device, dtype: torch.dtype, *, dims: Sequence[int] = ()
     ) -> list[str]:
@@ -177,13 +180,23 @@ def check_swiglu(
     _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
 
 
+def _to_host(counts_E: torch.Tensor) -> list[int]:
+    if counts_E.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "this expert backend copies the token counts to the host, and a CUDA graph cannot "
+            "capture that: turn CUDA graphs off (torchtitan: --training.disable_cuda_graphs), or "
+            "choose a backend without host syncs (grouped_mm)"
+        )
+    return counts_E.tolist()
+
+
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
     """The counts as Python integers. ONE device-to-host copy when they are on a device.
 
     Raises:
         ValueError: a negative count, or more tokens than rows.
     """
-    counts = num_tokens_per_expert_E.tolist()
+    counts = _to_host(num_tokens_per_expert_E)
     if any(count < 0 for count in counts):
         raise ValueError(f"num_tokens_per_expert has a negative count: {counts}")
     if sum(counts) > num_rows:
@@ -199,7 +212,7 @@ def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
     Raises:
         ValueError: offsets that fall, or that go beyond the rows.
     """
-    offsets = offs_E.tolist()
+    offsets = _to_host(offs_E)
     counts = [end - start for start, end in zip([0, *offsets], offsets, strict=False)]
     if any(count < 0 for count in counts):
         raise ValueError(f"offs_E has to start at or above 0 and never fall: {offsets}")
