@@ -9,6 +9,7 @@ differentiation is refused by torch with the operator's name.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -64,7 +65,13 @@ class KernelBackend(Backend):
 
 
 def _operator(name: str, kernel: Callable) -> torch.library.CustomOpDef:
-    return torch.library.custom_op(f"ezpz_moe::{name}", kernel, mutates_args=())
+    @wraps(kernel)
+    def in_the_given_dtype(*tensors: Tensor):
+        # Autocast reaches into an operator and would cast some of its products, but not others.
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return kernel(*tensors)
+
+    return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
@@ -111,6 +118,8 @@ def _differentiable_swiglu(name: str, kernels: Kernels) -> Callable[..., tuple[T
         ctx.save_for_backward(*inputs, gate_RF, up_RF)
 
     def differentiate(ctx, grad_y_RD, grad_gate_RF, grad_up_RF):
+        if grad_y_RD is None:  # nothing arrived from above
+            return (None,) * 5
         return *backward(grad_y_RD, *ctx.saved_tensors), None
 
     forward.register_autograd(differentiate, setup_context=setup_context)

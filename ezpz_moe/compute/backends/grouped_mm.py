@@ -59,9 +59,10 @@ class GroupedMM(Backend):
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         _check_where_free(counts_of_offsets, offs_E, A_RK)
+        offs_E = offs_E.to(A_RK.device, torch.int32)
         owned_R1 = (torch.arange(A_RK.shape[0], device=A_RK.device) < offs_E[-1]).unsqueeze(1)
-        C_RN = torch._grouped_mm(_only(owned_R1, A_RK), B_EKN, offs=offs_E.int())
-        return _only(owned_R1, C_RN)
+        C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), _aligned(B_EKN), offs=offs_E)
+        return _OwnedRows.apply(C_RN, owned_R1)
 
     def _swiglu(
         self,
@@ -75,9 +76,30 @@ class GroupedMM(Backend):
         return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
 
-def _only(owned_R1: Tensor, rows_RX: Tensor) -> Tensor:
-    """The rows that an expert owns; tail rows zero, and zero gradient to them."""
-    return torch.where(owned_R1, rows_RX, 0)
+class _OwnedRows(torch.autograd.Function):
+    """The rows that an expert owns; tail rows zero. Contiguous, in forward and in backward.
+
+    ``torch._grouped_mm`` takes rows of few layouts only, and the incoming gradient may have any.
+    A mask is its own adjoint: backward is forward, so that second derivatives are right too.
+    """
+
+    @staticmethod
+    def forward(ctx, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
+        ctx.save_for_backward(owned_R1)
+        return torch.where(owned_R1, rows_RX, 0).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_RX: Tensor) -> tuple[Tensor, None]:
+        (owned_R1,) = ctx.saved_tensors
+        return _OwnedRows.apply(grad_RX, owned_R1), None
+
+
+def _aligned(B_EKN: Tensor) -> Tensor:
+    """B, copied only when its strides are not what ``torch._grouped_mm`` can read."""
+    strides = B_EKN.stride()[1:]
+    if min(strides) == 1 and max(strides) * B_EKN.itemsize % _ALIGNMENT_BYTES == 0:
+        return B_EKN
+    return B_EKN.contiguous()
 
 
 def _check_where_free(check, counts_E: Tensor, rows_RX: Tensor) -> None:

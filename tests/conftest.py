@@ -1,0 +1,15 @@
+"""Settings of every test run: reproducible examples, no variables from the shell."""
+
+import pytest
+from hypothesis import settings
+
+pytest.register_assert_rewrite("contract_cases")
+
+settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)
+settings.load_profile("ezpz_moe")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("EZPZ_MOE_DEBUG", "EZPZ_MOE_FLAVORS"):
+        monkeypatch.delenv(variable, raising=False)

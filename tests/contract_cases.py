@@ -1,0 +1,156 @@
+"""What the contract tests run over: backends x dtypes x routing patterns x devices.
+
+A combination that a backend's ``why_not`` refuses is skipped, and the skip says the reasons. A
+device named in ``EZPZ_MOE_TEST_DEVICES`` (say ``cuda,xpu``) that is absent *fails* a test.
+
+Legend of the shape suffixes: ``ezpz_moe.compute.contract``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ezpz_moe.compute import Backend, backend_names, get_backend
+from ezpz_moe.compute.contract import missing_device
+from ezpz_moe.compute.reference import Case, random_case, relative_error
+
+DIM, HIDDEN_DIM = 32, 48  # unequal, so that a swapped matrix shows; multiples of 16 bytes
+BACKENDS = backend_names()
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REQUESTED_DEVICES = [
+    name for name in os.environ.get("EZPZ_MOE_TEST_DEVICES", "").split(",") if name
+]
+DEVICES = [
+    "cpu",
+    *(name for name in ("cuda", "xpu") if missing_device(torch.device(name)) is None),
+]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A routing: tokens of every expert, and rows after them that no expert owns."""
+
+    counts: tuple[int, ...]
+    tail: int = 0
+
+
+PATTERNS = {
+    "balanced": Pattern((8, 8, 8, 8)),
+    "uneven": Pattern((13, 3, 22, 7)),
+    "one_token_each": Pattern((1, 1, 1, 1)),
+    "empty_first": Pattern((0, 9, 5, 11)),
+    "empty_middle": Pattern((7, 0, 0, 12)),
+    "empty_last": Pattern((6, 14, 8, 0)),
+    "more_experts_than_tokens": Pattern((0, 1, 0, 0, 2, 0, 0, 0, 1, 0)),
+    "one_hot": Pattern((0, 0, 40, 0)),
+    "one_expert": Pattern((17,)),
+    "one_expert_and_tail": Pattern((5,), tail=3),
+    "tail": Pattern((5, 9, 3, 6), tail=7),
+    "tail_and_empty_last": Pattern((5, 0, 9, 0), tail=2),
+    "all_zero": Pattern((0, 0, 0, 0), tail=6),
+    "no_rows": Pattern((0, 0, 0, 0)),
+    "one_expert_no_rows": Pattern((0,)),
+}
+
+over_backends = pytest.mark.parametrize("name", BACKENDS)
+over_devices = pytest.mark.parametrize("device", DEVICES)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+over_patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+over_count_dtypes = pytest.mark.parametrize(
+    "count_dtype", [torch.int32, torch.int64], ids=("int32", "int64")
+)
+
+
+def usable(name: str, device: str, dtype: torch.dtype) -> Backend:
+    """The backend, or a skip that says every reason why it cannot run there."""
+    backend = get_backend(name)
+    reasons = backend.why_not(torch.device(device), dtype, dims=(DIM, HIDDEN_DIM))
+    if reasons:
+        pytest.skip(f"{name}: {'; '.join(reasons)}")
+    return backend
+
+
+def make_case(pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    """A random expert layer with that routing; the tail of x holds NaN."""
+    return random_case(
+        list(pattern.counts),
+        dim=DIM,
+        hidden_dim=HIDDEN_DIM,
+        tail=pattern.tail,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def leaves(case: Case) -> list[torch.Tensor]:
+    """w1, w2, w3, x of the case as fresh leaves that want gradients."""
+    return [
+        tensor.detach().clone().requires_grad_()
+        for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
+    ]
+
+
+@dataclass(frozen=True)
+class ProductCase:
+    """Inputs of the grouped product and the gradient that arrives at its output."""
+
+    A_RK: torch.Tensor
+    B_EKN: torch.Tensor
+    offs_E: torch.Tensor
+    grad_C_RN: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> ProductCase:
+        """The same product in another dtype; offsets stay integers."""
+        return ProductCase(
+            self.A_RK.to(dtype), self.B_EKN.to(dtype), self.offs_E, self.grad_C_RN.to(dtype)
+        )
+
+
+def make_product_case(
+    pattern: Pattern, *, transposed: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> ProductCase:
+    """A grouped product: ``B`` a transposed view, as experts hold their weights, or contiguous."""
+    layer = make_case(pattern, device, dtype)
+    rows = layer.x_RD.shape[0]
+    B_EKN = layer.w1_EFD.transpose(1, 2) if transposed else layer.w2_EDF
+    A_RK = layer.x_RD
+    generator = torch.Generator().manual_seed(1)
+    grad_C_RN = torch.randn(rows, HIDDEN_DIM, generator=generator).to(device, dtype)
+    return ProductCase(A_RK, B_EKN, layer.num_tokens_per_expert_E.cumsum(0), grad_C_RN)
+
+
+def plain_product(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> torch.Tensor:
+    """The grouped product as one would write it on a blackboard; tail rows are zero."""
+    ends = offs_E.tolist()
+    starts = [0, *ends[:-1]]
+    products = [A_RK[i:j] @ B_KN for i, j, B_KN in zip(starts, ends, B_EKN.unbind(), strict=True)]
+    return torch.cat([*products, A_RK.new_zeros(len(A_RK) - ends[-1], B_EKN.shape[2])])
+
+
+def run_product(grouped_mm: Callable, case: ProductCase) -> dict[str, torch.Tensor]:
+    """Output and the two gradients of a grouped product."""
+    A_RK, B_EKN = (tensor.detach().requires_grad_() for tensor in (case.A_RK, case.B_EKN))
+    C_RN = grouped_mm(A_RK, B_EKN, case.offs_E)
+    grad_A_RK, grad_B_EKN = torch.autograd.grad(C_RN, (A_RK, B_EKN), case.grad_C_RN)
+    return {"C": C_RN.detach(), "grad_A": grad_A_RK, "grad_B": grad_B_EKN}
+
+
+def assert_within(
+    values: dict[str, torch.Tensor], true: dict[str, torch.Tensor], bounds: dict[str, float]
+) -> None:
+    """Every tensor is within its bound of the truth; NaN is not."""
+    for name, value in values.items():
+        error = relative_error(value, true[name])
+        assert error <= bounds[name], f"{name}: relative error {error:.3g} > {bounds[name]:.3g}"
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """The same values everywhere; NaN equals NaN."""
+    for name, value in first.items():
+        same = torch.equal(value.nan_to_num(nan=-7e3), second[name].nan_to_num(nan=-7e3))
+        assert same, f"{name}: not the same bits"

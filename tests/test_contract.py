@@ -1,0 +1,244 @@
+"""The compute contract, in numbers: every backend against float64, whatever the routing.
+
+Both entry points (``swiglu`` and the ``grouped_mm`` seam), output and all gradients. The bound is
+the contract's own: twice the error of the plain loop in the same dtype. Runs with torch alone;
+what autograd, compilers and memory are promised is in ``test_contract_autograd.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from contract_cases import (
+    BACKENDS,
+    DEVICES,
+    PATTERNS,
+    REQUESTED_DEVICES,
+    Pattern,
+    assert_same_bits,
+    assert_within,
+    leaves,
+    make_case,
+    make_product_case,
+    over_backends,
+    over_count_dtypes,
+    over_devices,
+    over_dtypes,
+    over_patterns,
+    plain_product,
+    run_product,
+    usable,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.compute.contract import missing_device
+from ezpz_moe.compute.reference import (
+    error_bounds,
+    random_case,
+    relative_error,
+    run,
+    truth,
+)
+
+UNEVEN = PATTERNS["uneven"]
+TAIL = PATTERNS["tail_and_empty_last"]
+
+over_layouts = pytest.mark.parametrize("transposed", [True, False], ids=("view", "contiguous"))
+
+
+def test_requested_devices_are_there() -> None:
+    reasons = [missing_device(torch.device(name)) for name in REQUESTED_DEVICES]
+    assert not any(reasons), reasons
+
+
+@over_devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["for_loop", "batched_mm_padded"])
+def test_the_portable_backends_run_everywhere(name: str, dtype: torch.dtype, device: str) -> None:
+    """So that a wrong ``why_not`` cannot turn the tests below into skips."""
+    assert get_backend(name).why_not(torch.device(device), dtype) == []
+
+
+@over_devices
+@over_patterns
+@over_count_dtypes
+@over_dtypes
+@over_backends
+def test_swiglu_equals_float64(
+    name: str, dtype: torch.dtype, count_dtype: torch.dtype, pattern: Pattern, device: str
+) -> None:
+    backend = usable(name, device, dtype)
+    case = make_case(pattern, device, dtype)
+    case = dataclasses.replace(
+        case, num_tokens_per_expert_E=case.num_tokens_per_expert_E.to(count_dtype)
+    )
+    result = run(backend.swiglu, case)
+    true = truth(case)
+    assert_within(result, true, error_bounds(case, true))
+    assert {value.dtype for value in result.values()} == {dtype}
+    owned = sum(pattern.counts)
+    assert not result["y"][owned:].any()
+    assert not result["grad_x"][owned:].any()
+    empty = [expert for expert, count in enumerate(pattern.counts) if count == 0]
+    for weight in ("grad_w1", "grad_w2", "grad_w3"):
+        assert not result[weight][empty].any()
+
+
+@over_devices
+@over_patterns
+@over_layouts
+@over_count_dtypes
+@over_dtypes
+@over_backends
+def test_grouped_mm_equals_float64(
+    name: str,
+    dtype: torch.dtype,
+    count_dtype: torch.dtype,
+    transposed: bool,
+    pattern: Pattern,
+    device: str,
+) -> None:
+    backend = usable(name, device, dtype)
+    case = make_product_case(pattern, transposed=transposed, device=device, dtype=dtype)
+    case = dataclasses.replace(case, offs_E=case.offs_E.to(count_dtype))
+    result = run_product(backend.grouped_mm, case)
+    true = run_product(plain_product, case.to(torch.float64))
+    plain = run_product(plain_product, case)
+    bounds = {key: 2 * relative_error(plain[key], true[key]) + 1e-6 for key in plain}
+    assert_within(result, true, bounds)
+    assert {value.dtype for value in result.values()} == {dtype}
+    owned = sum(pattern.counts)
+    assert not result["C"][owned:].any()
+    assert not result["grad_A"][owned:].any()
+    empty = [expert for expert, count in enumerate(pattern.counts) if count == 0]
+    assert not result["grad_B"][empty].any()
+
+
+@over_devices
+@over_dtypes
+@over_backends
+def test_a_rerun_gives_the_same_bits(name: str, dtype: torch.dtype, device: str) -> None:
+    """Fresh memory holds other garbage the second time: an unwritten element shows."""
+    backend = usable(name, device, dtype)
+    layer = make_case(TAIL, device, dtype)
+    product = make_product_case(TAIL, transposed=True, device=device, dtype=dtype)
+    first = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    garbage = [torch.full_like(value, torch.nan) for value in first.values()]
+    del garbage
+    second = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    assert_same_bits(first, second)
+
+
+@over_devices
+@over_backends
+def test_inputs_are_not_changed(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(TAIL, device)
+    product = make_product_case(TAIL, transposed=True, device=device)
+    inputs = vars(layer) | vars(product)
+    before = {key: tensor.clone() for key, tensor in inputs.items()}
+    versions = {key: tensor._version for key, tensor in inputs.items()}
+    run(backend.swiglu, layer)
+    run_product(backend.grouped_mm, product)
+    assert_same_bits(before, inputs)
+    assert {key: tensor._version for key, tensor in inputs.items()} == versions
+
+
+@over_devices
+@over_backends
+def test_counts_may_stay_on_the_host(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(UNEVEN, device)
+    on_host = dataclasses.replace(
+        layer, num_tokens_per_expert_E=layer.num_tokens_per_expert_E.cpu()
+    )
+    assert_same_bits(run(backend.swiglu, layer), run(backend.swiglu, on_host))
+
+
+def _every_second_column(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _transposed_storage(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(-2, -1).contiguous().transpose(-2, -1)
+
+
+def _window(tensor: torch.Tensor) -> torch.Tensor:
+    """A slice of a wider buffer, whose row stride is no multiple of 16 bytes."""
+    buffer = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan)
+    buffer[..., 2:-3] = tensor
+    return buffer[..., 2:-3]
+
+
+over_strides = pytest.mark.parametrize(
+    "strided", [_every_second_column, _transposed_storage, _window]
+)
+
+
+@over_devices
+@over_strides
+@pytest.mark.parametrize("argument", ["w1_EFD", "w2_EDF", "w3_EFD", "x_RD", "grad_y_RD"])
+@over_backends
+def test_swiglu_takes_any_strides(name: str, argument: str, strided, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(UNEVEN, device)
+    other = dataclasses.replace(layer, **{argument: strided(getattr(layer, argument))})
+    true = truth(layer)
+    assert_within(run(backend.swiglu, other), true, error_bounds(layer, true))
+
+
+@over_devices
+@over_strides
+@pytest.mark.parametrize("argument", ["A_RK", "B_EKN", "grad_C_RN"])
+@over_backends
+def test_grouped_mm_takes_any_strides(name: str, argument: str, strided, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    product = make_product_case(UNEVEN, transposed=False, device=device)
+    other = dataclasses.replace(product, **{argument: strided(getattr(product, argument))})
+    true = run_product(plain_product, product.to(torch.float64))
+    result = run_product(backend.grouped_mm, other)
+    assert_within(result, true, dict.fromkeys(result, 1e-6))
+
+
+@over_devices
+@over_backends
+def test_an_expanded_gradient_is_taken(name: str, device: str) -> None:
+    """``y.sum().backward()`` hands every kernel a gradient whose strides are all zero."""
+    backend = usable(name, device, torch.float32)
+    layer = make_case(UNEVEN, device)
+    layer = dataclasses.replace(layer, grad_y_RD=torch.ones_like(layer.grad_y_RD))
+    inputs = leaves(layer)
+    backend.swiglu(*inputs, layer.num_tokens_per_expert_E).sum().backward()
+    gradients = dict(zip(("grad_w1", "grad_w2", "grad_w3", "grad_x"), inputs, strict=True))
+    true = truth(layer)
+    assert_within(
+        {key: leaf.grad for key, leaf in gradients.items()}, true, error_bounds(layer, true)
+    )
+
+    product = make_product_case(UNEVEN, transposed=True, device=device)
+    product = dataclasses.replace(product, grad_C_RN=torch.ones(1, 1, device=device).expand(45, 48))
+    true = run_product(plain_product, product.to(torch.float64))
+    assert_within(run_product(backend.grouped_mm, product), true, dict.fromkeys(true, 1e-6))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", BACKENDS)
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    tail=st.integers(0, 5),
+    dim=st.integers(1, 4).map(lambda n: 8 * n),
+    hidden_dim=st.integers(1, 4).map(lambda n: 8 * n),
+    seed=st.integers(0, 2**31),
+)
+def test_any_layer_equals_float64(
+    name: str, device: str, counts: list[int], tail: int, dim: int, hidden_dim: int, seed: int
+) -> None:
+    """float32: there the bound's fixed part outweighs the luck of the plain loop's rounding."""
+    backend = usable(name, device, torch.float32)
+    case = random_case(counts, dim=dim, hidden_dim=hidden_dim, tail=tail, device=device, seed=seed)
+    true = truth(case)
+    assert_within(run(backend.swiglu, case), true, error_bounds(case, true))

@@ -1,0 +1,285 @@
+"""The compute contract, beside the numbers: autograd, compilers, checkpointing, syncs, memory.
+
+Runs with torch alone, on the CPU and on every accelerator that is present.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from contract_cases import (
+    HIDDEN_DIM,
+    PATTERNS,
+    assert_same_bits,
+    assert_within,
+    leaves,
+    make_case,
+    make_product_case,
+    over_backends,
+    over_devices,
+    run_product,
+    usable,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from ezpz_moe.compute import Backend
+from ezpz_moe.compute.autograd import KernelBackend
+from ezpz_moe.compute.reference import Case, error_bounds, plain_loop, random_case, run, truth
+
+UNEVEN = PATTERNS["uneven"]
+TAIL = PATTERNS["tail_and_empty_last"]
+GRADIENTS = ("grad_w1", "grad_w2", "grad_w3", "grad_x")
+
+
+@over_devices
+@over_backends
+def test_gradcheck(name: str, device: str) -> None:
+    """All gradients against finite differences: right without trusting our own reference."""
+    backend = usable(name, device, torch.float64)
+    layer = random_case([3, 0, 2], dim=4, hidden_dim=6, tail=1, dtype=torch.float64, device=device)
+    layer.x_RD[-1] = 0  # finite differences cannot step from NaN
+    counts_E = layer.num_tokens_per_expert_E
+    *weights, x_RD = leaves(layer)
+    assert torch.autograd.gradcheck(lambda *t: backend.swiglu(*t, counts_E), (*weights, x_RD))
+    B_EKN = weights[0].detach().transpose(1, 2).requires_grad_()
+    offs_E = counts_E.cumsum(0)
+    assert torch.autograd.gradcheck(lambda *t: backend.grouped_mm(*t, offs_E), (x_RD, B_EKN))
+
+
+def _second_order(swiglu: Callable, case: Case) -> list[torch.Tensor]:
+    """Gradients of the squared norm of the gradients."""
+    inputs = leaves(case)
+    y_RD = swiglu(*inputs, case.num_tokens_per_expert_E)
+    first = torch.autograd.grad(y_RD, inputs, case.grad_y_RD, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+
+
+@over_devices
+@over_backends
+def test_a_second_derivative_is_refused_or_right(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(PATTERNS["empty_middle"], device)
+    if isinstance(backend, KernelBackend):
+        with pytest.raises(RuntimeError, match=f"{name}_swiglu_backward"):
+            _second_order(backend.swiglu, layer)
+        return
+    true = _second_order(plain_loop, layer.to(torch.float64))
+    for value, expected in zip(_second_order(backend.swiglu, layer), true, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@over_devices
+@pytest.mark.parametrize("wanted", range(4), ids=GRADIENTS)
+@over_backends
+def test_inputs_may_be_frozen(name: str, wanted: int, device: str) -> None:
+    """One input alone wants its gradient: the same bits as among all four."""
+    backend = usable(name, device, torch.float32)
+    layer = make_case(TAIL, device)
+    inputs = leaves(layer)
+    for index, leaf in enumerate(inputs):
+        leaf.requires_grad_(index == wanted)
+    backend.swiglu(*inputs, layer.num_tokens_per_expert_E).backward(layer.grad_y_RD)
+    gradients = [leaf.grad for leaf in inputs]
+    assert [gradient is None for gradient in gradients] == [i != wanted for i in range(4)]
+    expected = run(backend.swiglu, layer)[GRADIENTS[wanted]]
+    assert torch.equal(gradients[wanted], expected)
+
+
+@over_devices
+@over_backends
+def test_without_autograd_the_same_output(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(TAIL, device)
+    with torch.no_grad():
+        y_RD = backend.swiglu(*leaves(layer), layer.num_tokens_per_expert_E)
+    assert not y_RD.requires_grad
+    assert torch.equal(y_RD, run(backend.swiglu, layer)["y"])
+
+
+@over_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@over_backends
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype, device: str) -> None:
+    """Kernels compute in the dtype that they are given; a caller who wants another one casts."""
+    backend = usable(name, device, dtype)
+    layer = make_case(TAIL, device, dtype)
+    product = make_product_case(TAIL, transposed=True, device=device, dtype=dtype)
+    plain = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    with torch.autocast(device, torch.bfloat16):
+        under_autocast = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    assert_same_bits(plain, under_autocast)
+
+
+@over_devices
+@over_backends
+def test_a_compiled_graph_serves_every_number_of_rows(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(backend.swiglu, backend="aot_eager", fullgraph=True, dynamic=True)
+    run(compiled, make_case(UNEVEN, device))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for pattern in (UNEVEN, TAIL, PATTERNS["balanced"]):
+            layer = make_case(pattern, device)
+            true = truth(layer)
+            assert_within(run(compiled, layer), true, error_bounds(layer, true))
+
+
+@over_devices
+@over_backends
+def test_the_seam_compiles(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(backend.grouped_mm, backend="aot_eager", fullgraph=True, dynamic=True)
+    for pattern in (UNEVEN, TAIL):
+        product = make_product_case(pattern, transposed=True, device=device)
+        expected = run_product(backend.grouped_mm, product)
+        assert_same_bits(expected, run_product(compiled, product))
+
+
+@over_devices
+@pytest.mark.parametrize("operator", ["swiglu", "mm"])
+@over_backends
+def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> None:
+    """Schema (nothing mutated or aliased), autograd registration, fake kernels, AOT dispatch."""
+    backend = usable(name, device, torch.float32)
+    if not isinstance(backend, KernelBackend):
+        pytest.skip(f"{name} composes torch's own operators and registers none")
+    layer = make_case(PATTERNS["empty_middle"], device)
+    *weights, x_RD = leaves(layer)
+    counts_E = layer.num_tokens_per_expert_E
+    arguments = {
+        "swiglu": (*weights, x_RD, counts_E),
+        "mm": (x_RD, weights[0].detach().transpose(1, 2).requires_grad_(), counts_E.cumsum(0)),
+    }
+    op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
+    torch.library.opcheck(op, arguments[operator])
+
+
+def _save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """The rule of a trainer's selective checkpointing: keep products, recompute the rest."""
+    expensive = "mm" in str(op) or "swiglu" in str(op)
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@over_devices
+@pytest.mark.parametrize("selective", [False, True], ids=("full", "selective"))
+@over_backends
+def test_activation_checkpointing_gives_the_same_bits(
+    name: str, selective: bool, device: str
+) -> None:
+    backend = usable(name, device, torch.float32)
+    context = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+        if selective
+        else {}
+    )
+
+    def checkpointed(*args: torch.Tensor) -> torch.Tensor:
+        return checkpoint(backend.swiglu, *args, use_reentrant=False, **context)
+
+    layer = make_case(TAIL, device)
+    assert_same_bits(run(backend.swiglu, layer), run(checkpointed, layer))
+
+
+def test_meta_tensors_have_no_values_to_read() -> None:
+    """``host_syncs = False`` is a promise that the counts stay where they are."""
+    backend = usable("grouped_mm", "meta", torch.bfloat16)
+    assert not backend.host_syncs
+    layer = make_case(UNEVEN, "cpu", torch.bfloat16)
+    inputs = [leaf.detach().to("meta").requires_grad_() for leaf in leaves(layer)]
+    y_RD = backend.swiglu(*inputs, layer.num_tokens_per_expert_E.to("meta"))
+    y_RD.backward(torch.empty_like(y_RD))
+    assert [leaf.grad.shape for leaf in inputs] == [leaf.shape for leaf in inputs]
+
+
+class _HostReads:
+    """How often values went from tensors to the host.
+
+    On CUDA torch itself reports every synchronising call. Elsewhere it is counted how often
+    Python asks a tensor for its values.
+    """
+
+    _DOORS = ("tolist", "item", "numpy", "__bool__", "__int__", "__index__", "__iter__")
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def watch(self, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        if device == "cuda":
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    yield
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            self.count += sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+            return
+        with monkeypatch.context() as patch:
+            for door in self._DOORS:
+                patch.setattr(torch.Tensor, door, self._counted(getattr(torch.Tensor, door)))
+            yield
+
+    def _counted(self, read: Callable) -> Callable:
+        def counted(tensor: torch.Tensor, *args, **kwargs):
+            self.count += 1
+            return read(tensor, *args, **kwargs)
+
+        return counted
+
+
+@over_devices
+@over_backends
+def test_counts_are_copied_to_the_host_once_per_pass(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = usable(name, device, torch.float32)
+    if device == "cpu" and not backend.host_syncs:
+        pytest.skip(f"{name} never copies counts; on the CPU it looks at them, which is free there")
+    expected = 1 if backend.host_syncs else 0
+    layer = make_case(UNEVEN, device)
+    inputs, counts_E = leaves(layer), layer.num_tokens_per_expert_E
+    backend.swiglu(*inputs, counts_E).backward(layer.grad_y_RD)  # first-call set-up may sync
+    forward, backward = _HostReads(), _HostReads()
+    with forward.watch(device, monkeypatch):
+        y_RD = backend.swiglu(*inputs, counts_E)
+    with backward.watch(device, monkeypatch):
+        y_RD.backward(layer.grad_y_RD)
+    assert (forward.count, backward.count) == (expected, expected)
+
+
+def _bytes_saved(backend: Backend, case: Case) -> int:
+    """Bytes that autograd keeps between forward and backward, every storage once."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        backend.swiglu(*leaves(case), case.num_tokens_per_expert_E)
+    return sum(saved.values())
+
+
+@over_devices
+@pytest.mark.parametrize("pattern", ["balanced", "one_hot"])
+@pytest.mark.parametrize("name", ["for_loop", "batched_mm_padded"])
+def test_memory_held_for_backward(name: str, pattern: str, device: str) -> None:
+    """The inputs and two [R, F], whatever the skew: padding must not be kept."""
+    backend = usable(name, device, torch.float32)
+    case = make_case(PATTERNS[pattern], device)
+    inputs = (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E)
+    rows = len(case.x_RD)
+    expected = sum(tensor.nbytes for tensor in inputs) + 2 * rows * HIDDEN_DIM * 4
+    assert _bytes_saved(backend, case) == expected
