@@ -1,0 +1,217 @@
+"""What does not go together, found before the run starts.
+
+The host finds some of these conflicts itself, but in the middle of a run or in words that do not
+name the flavor. Each check below yields the messages of its conflicts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed.pipelining.schedules import get_schedule_class
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
+
+_OVERRIDES = {
+    "ezpz_moe.overrides.experts": (
+        "the flavor has chosen its compute_backend already. Remove the override, or choose another "
+        "flavor."
+    ),
+    "torchtitan.overrides.fused_swiglu.fused_grouped_experts": (
+        "it fuses only torchtitan's own experts and would do nothing to a flavor's. Remove the "
+        "override, or train the upstream config (`--module deepseek_v3 ...`) with it."
+    ),
+}
+
+
+def refuse_conflicts(config: Trainer.Config, source: str) -> None:
+    """Raise if settings of ``config`` exclude each other, or exclude this machine.
+
+    What depends on the machine is checked only in a process that is about to train (one that
+    torchrun started), so that a job for a cluster can be looked at anywhere.
+
+    Raises:
+        EzpzError: all conflicts, after ``source``, which says where the settings come from.
+    """
+    checks = (*_ALWAYS, *(_WHEN_TRAINING if is_about_to_train() else ()))
+    problems = [problem for check in checks for problem in check(config)]
+    if problems:
+        raise EzpzError(
+            "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
+        )
+
+
+def is_about_to_train() -> bool:
+    """Whether this process has a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def captures_cuda_graphs(config: Trainer.Config) -> bool:
+    """Whether the host captures the training step: asked for, and possible on this machine."""
+    return (
+        not config.training.disable_cuda_graphs
+        and utils.device_type == "cuda"
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+    )
+
+
+def _experts(config: Trainer.Config) -> list[GroupedExperts.Config]:
+    if config.model_spec is None:
+        return []
+    return [node for _, node, _, _ in config.model_spec.traverse(GroupedExperts.Config)]
+
+
+def _backends(config: Trainer.Config) -> list[str]:
+    """The backends that the model's experts name (in practice one)."""
+    return list(dict.fromkeys(node.compute_backend for node in _experts(config)))
+
+
+def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
+    if config.training.disable_cuda_graphs:
+        return
+    remedy = "Leave training.disable_cuda_graphs out, or set it to true."
+    for name in _backends(config):
+        if get_backend(name).host_syncs:
+            yield (
+                f"training.disable_cuda_graphs = false, but compute_backend {name!r} copies token "
+                f"counts to the host, which a CUDA graph cannot capture. {remedy}"
+            )
+    degree = config.parallelism.pipeline_parallel_degree
+    if degree > 1:
+        yield (
+            f"training.disable_cuda_graphs = false does not go with "
+            f"parallelism.pipeline_parallel_degree = {degree}. {remedy}"
+        )
+    try:
+        config._validate_cuda_graphs()
+    except ValueError as error:
+        if degree == 1:  # otherwise it repeats what has just been said
+            yield (
+                f"training.disable_cuda_graphs = false does not go with "
+                f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
+                f"and this expert_parallel_comm_backend. {remedy} (torchtitan: {error})"
+            )
+
+
+def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
+    degree = config.parallelism.expert_parallel_degree
+    for experts in {node.num_experts for node in _experts(config)}:
+        if experts % degree:
+            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
+            below = max(d for d in divisors if d < degree)
+            nearest = [below, *[d for d in divisors if d > degree][:1]]
+            yield (
+                f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} "
+                f"experts of flavor {_flavor(config)!r}. The nearest that do: "
+                f"{' and '.join(map(str, nearest))}."
+            )
+
+
+def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
+    for entry in config.override.imports:
+        target = entry if isinstance(entry, str) else entry[0]
+        if target in _OVERRIDES:
+            yield f"--override.imports {target}: {_OVERRIDES[target]}"
+
+
+def _sequence_length(config: Trainer.Config) -> Iterator[str]:
+    seq_len = config.training.seq_len
+    if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
+        longest = config.model_spec.model.max_seq_len
+        if seq_len > longest:
+            yield (
+                f"training.seq_len = {seq_len} is more than flavor {_flavor(config)!r} is made "
+                f"for: its RoPE ends at max_seq_len = {longest}."
+            )
+    chunks = getattr(config.loss, "num_chunks", 1)
+    ranks = config.parallelism.context_parallel_degree
+    if seq_len % (chunks * ranks):
+        product = f"{chunks} x {ranks}" if ranks > 1 else f"{chunks}"
+        yield (
+            f"training.seq_len = {seq_len} cannot be cut into the {product} equal chunks of the "
+            f"loss (loss.num_chunks{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
+            f" Choose a multiple of {chunks * ranks}."
+        )
+
+
+def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
+    try:
+        get_schedule_class(config.parallelism.pipeline_parallel_schedule)
+    except ValueError as error:
+        yield f"parallelism.pipeline_parallel_schedule: {error}"
+
+
+def _files(config: Trainer.Config) -> Iterator[str]:
+    assets = Path(config.hf_assets_path)
+    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        yield (
+            f"hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, or vocab.json "
+            f"or vocab.txt). Download the model's, or leave the key out for the embedded one."
+        )
+    checkpoint = config.checkpoint.initial_load_path
+    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
+        yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
+
+
+def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
+    device = torch.device(utils.device_type)
+    dims = {dim for node in _experts(config) for dim in (node.dim, node.hidden_dim)}
+    for name in _backends(config):
+        reasons = get_backend(name).why_not(device, torch.bfloat16, dims=sorted(dims))
+        for reason in reasons:
+            yield f"compute_backend {name!r} cannot run on {device.type}: {reason}."
+
+
+def _cpu(config: Trainer.Config) -> Iterator[str]:
+    if utils.device_type != "cpu":
+        return
+    degree, spmd = config.parallelism.expert_parallel_degree, config.parallelism.spmd_backend
+    if degree > 1 and spmd == "spmd_types":
+        yield (
+            f"parallelism.expert_parallel_degree = {degree} on the CPU does not go with "
+            f"parallelism.spmd_backend = {spmd!r}: gloo has no all-to-all of unequal sizes in its "
+            f'list form. Set parallelism.spmd_backend to "partial_dtensor".'
+        )
+    if config.model_spec and any(any(config.model_spec.traverse(a)) for a in MASKED_ATTENTION):
+        yield (
+            f"the attention of flavor {_flavor(config)!r} (FlexAttention or varlen) has no "
+            f"backward on the CPU. Use {_flavor_with_sdpa(config)}."
+        )
+    if config.profiler.enable_memory_snapshot:
+        yield (
+            "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
+            "has no accelerator. Set it to false."
+        )
+
+
+def _flavor(config: Trainer.Config) -> str:
+    return config.model_spec.flavor if config.model_spec else ""
+
+
+def _flavor_with_sdpa(config: Trainer.Config) -> str:
+    name = _flavor(config)
+    for backend in _backends(config):
+        if name.endswith(f"_{backend}"):
+            return f"flavor {name.removesuffix(f'_{backend}')}_sdpa_{backend}"
+    return f"flavor {name}_sdpa"
+
+
+_Check = Callable[[Trainer.Config], Iterator[str]]
+_ALWAYS: tuple[_Check, ...] = (
+    _cuda_graphs,
+    _expert_parallel_degree,
+    _overridden_experts,
+    _sequence_length,
+    _pipeline_schedule,
+)
+_WHEN_TRAINING: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

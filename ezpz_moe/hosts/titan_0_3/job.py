@@ -1,0 +1,216 @@
+"""A job as torchtitan 0.3's ``Trainer.Config``.
+
+What the job does not say is the host's own default of that field, with these exceptions:
+
+- ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
+- the tokenizer and the training text are the embedded ones, which need no download;
+- on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``.
+
+The optimizer and the loss, for which the host's bare config has no usable default, are those of
+its own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
+"""
+
+# No `from __future__ import annotations`: the host's command line reads the fields of JobConfig.
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.optimizer import default_adamw
+from torchtitan.components.validate import Validator
+from torchtitan.config.configs import TrainingConfig
+from torchtitan.config.override import derive
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    MemoryBudgetAC,
+    SelectiveAC,
+)
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.titan_0_3.conflicts import refuse_conflicts
+from ezpz_moe.hosts.titan_0_3.data import dataloader_config
+from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
+from ezpz_moe.hosts.titan_0_3.models import model_spec
+from ezpz_moe.job import Job
+
+_ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
+    "none": None,
+    "selective": SelectiveAC.Config,
+    "full": FullAC.Config,
+    "memory_budget": MemoryBudgetAC.Config,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig(Trainer.Config):
+    """The config of a job: the stock trainer's, plus checks. ``build()`` builds the stock trainer.
+
+    The host constructs it again with what its command line changes, so that the checks are made
+    for the settings that are trained with.
+    """
+
+    origin: Annotated[str, tyro.conf.Suppress] = ""
+    """Where the settings come from, for messages."""
+
+    checked: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether this is a copy of a checked config, made by the host: then a user's mistake ends the
+    process as on any command line, because the host would show a traceback."""
+
+    def __post_init__(self) -> None:
+        with exit_on_user_error() if self.checked else contextlib.nullcontext():
+            refuse_conflicts(self, self.origin)
+            with _refusals(self.origin):
+                Trainer.Config.__post_init__(self)
+
+
+def trainer_config(job: Job) -> JobConfig:
+    """The trainer's config of a job.
+
+    Raises:
+        EzpzError: the flavor, the data or a combination of settings is wrong; the message names
+            the job.
+    """
+    flavor = load_flavor(job.flavor, near=job.folder)
+    spec = model_spec(
+        flavor,
+        why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
+        **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
+    )
+    spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    base = _base(job, spec)
+    _refuse_options_of_another_mode(job, base)
+    changes = _nested(_cpu_values(job) | _field_values(job))
+    with _refusals(job.source):
+        sections = {name: _changed(getattr(base, name), change) for name, change in changes.items()}
+        config = derive(base, JobConfig, origin=job.source, **sections)
+    config.checked = True
+    return config
+
+
+def _base(job: Job, spec: ModelSpec) -> Trainer.Config:
+    """The config before the settings that change one field each."""
+    chosen = {}
+    if (mode := job.values.get("activation_checkpoint.mode")) is not None:
+        policy = _ACTIVATION_CHECKPOINTING[mode]
+        chosen["activation_checkpoint"] = policy() if policy else None
+    if data := _arguments(
+        job, dataset="validation.dataset", dataset_path="validation.dataset_path"
+    ):
+        chosen["validator"] = Validator.Config(dataloader=_dataloader(job, data, infinite=False))
+    data = _arguments(job, dataset="training.dataset", dataset_path="training.dataset_path")
+    return Trainer.Config(
+        model_spec=spec,
+        hf_assets_path=str(EMBEDDED_TOKENIZER),
+        loss=ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+        ),
+        optimizer=default_adamw(),
+        training=TrainingConfig(disable_cuda_graphs=True),
+        dataloader=_dataloader(job, data, infinite=True),
+        **chosen,
+    )
+
+
+def _dataloader(job: Job, data: Mapping[str, str], *, infinite: bool) -> BaseDataLoader.Config:
+    return dataloader_config(
+        data.get("dataset"), data.get("dataset_path"), job_folder=job.folder, infinite=infinite
+    )
+
+
+def _arguments(job: Job, **keys: str) -> dict[str, Any]:
+    """Keyword arguments from those of the job's keys that are set."""
+    return {name: job.values[key] for name, key in keys.items() if key in job.values}
+
+
+def _field_values(job: Job) -> dict[str, Any]:
+    """Path in ``Trainer.Config`` -> value, for the keys that set one field."""
+    values = {}
+    for key, value in job.values.items():
+        section, _, name = key.rpartition(".")
+        row = KEYS[section][name]
+        if row.path is not None:
+            values[row.path] = job.resolve(value) if row.is_file else value
+    return values
+
+
+def _cpu_values(job: Job) -> dict[str, Any]:
+    """What works on the CPU where the host's default does not, unless the job says otherwise."""
+    key = "parallelism.spmd_backend"
+    degree = job.values.get("parallelism.expert_parallel_degree", 1)
+    if utils.device_type != "cpu" or degree == 1 or key in job.values:
+        return {}
+    logger.info(
+        f'ezpz_moe: {key} = "partial_dtensor" for expert parallelism on the CPU: '
+        "the all-to-all of the host's default does not run over gloo"
+    )
+    return {key: "partial_dtensor"}
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _changed(node: Any, changes: Any) -> Any:
+    """A copy of a config with some fields changed; every dataclass on the way checks itself."""
+    if not isinstance(changes, dict):
+        return changes
+    if isinstance(node, dict):
+        return node | {name: _changed(node.get(name), change) for name, change in changes.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(
+            _changed(item, changes[str(i)]) if str(i) in changes else item
+            for i, item in enumerate(node)
+        )
+    return dataclasses.replace(
+        node, **{name: _changed(getattr(node, name), change) for name, change in changes.items()}
+    )
+
+
+def _refuse_options_of_another_mode(job: Job, base: Trainer.Config) -> None:
+    """An option that the chosen activation checkpointing does not have would be ignored."""
+    policy = base.activation_checkpoint
+    for name, row in KEYS["activation_checkpoint"].items():
+        if row.path is None or f"activation_checkpoint.{name}" not in job.values:
+            continue
+        option = row.path.rpartition(".")[2]
+        if not hasattr(policy, option):
+            modes = [
+                f'"{mode}"'
+                for mode, known in _ACTIVATION_CHECKPOINTING.items()
+                if known is not None and hasattr(known(), option)
+            ]
+            raise EzpzError(
+                f"{job.source}: [activation_checkpoint] {name} has no effect in the chosen mode. "
+                f"Remove it, or set mode to {' or '.join(modes)}."
+            )
+
+
+@contextlib.contextmanager
+def _refusals(source: str) -> Iterator[None]:
+    """What a config of the host refuses when it is constructed, as a user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise EzpzError(f"{source}: torchtitan refuses a setting: {error}") from error

@@ -1,0 +1,220 @@
+"""The trainer's TOML: read, and checked key by key, before anything heavy is imported.
+
+``load_job`` reports all problems of a file at once. What a key means, and which keys there are, is
+the table in :mod:`ezpz_moe.hosts.titan_0_3.job_keys`; nothing here imports torch or the host.
+
+Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Files and
+folders that are read (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to
+the working directory if they exist there, else to the job file's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts.titan_0_3.job_keys import KEYS, Key
+from ezpz_moe.toml import read_toml
+
+MODEL_NAME = "ezpz_moe"
+
+# "quantize.linear.mx" is a section, and so are "quantize.linear" and "quantize" that hold it.
+_SECTIONS = {
+    ".".join(parts[: depth + 1])
+    for parts in (name.split(".") for name in KEYS)
+    for depth in range(len(parts))
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job asks of the trainer.
+
+    Attributes:
+        flavor: name of the model flavor.
+        path: the TOML file; None for a flavor that is run as it is.
+        values: ``"section.key"`` -> value, for the keys that the file sets.
+    """
+
+    flavor: str
+    path: Path | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the file is; flavors and data are looked up there too."""
+        return self.path.parent if self.path else None
+
+    @property
+    def source(self) -> str:
+        """Where the settings come from, for messages."""
+        return str(self.path) if self.path else f"flavor {self.flavor}"
+
+    def resolve(self, location: str) -> str:
+        """The absolute path of something that is read; an address (``gs://...``) as it is."""
+        if "://" in location:
+            return location
+        path = Path(location).expanduser()
+        if not path.exists() and self.folder is not None and (self.folder / path).exists():
+            path = self.folder / path
+        return str(path.absolute())
+
+
+def load_job(path: str | Path) -> Job:
+    """Read and check a job file, and that its flavor exists.
+
+    Raises:
+        EzpzError: the file is missing, unreadable or not TOML, or holds unknown, outdated or wrong
+            keys; then all of them are named.
+    """
+    path = Path(path)
+    document = read_toml(path)
+    values, problems = _checked(document)
+    problems += _model_problems(document, values, path.parent)
+    if problems:
+        raise EzpzError(_report(path, problems))
+    return Job(flavor=values["model.flavor"], path=path, values=values)
+
+
+def job_for_flavor(name: str) -> Job:
+    """The job that trains a flavor with the defaults of the host.
+
+    Raises:
+        EzpzError: no such flavor, or its file is wrong.
+    """
+    load_flavor(name)
+    return Job(flavor=name)
+
+
+def allowed(key: Key) -> str:
+    """What a key may hold, in words."""
+    return _in_words(_adapter(key.type).json_schema())
+
+
+def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The valid ``"section.key"`` values of a file, and a line for each problem."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    outdated: dict[tuple[str, str], list[str]] = {}
+    for section, name, value in _settings(document):
+        key = KEYS.get(section, {}).get(name)
+        if key is None:
+            problems.append(_unknown(section, name, value))
+        elif key.message:
+            if not _accepts(key.unless, value):
+                outdated.setdefault((section, key.message), []).append(name)
+        else:
+            try:
+                values[f"{section}.{name}"] = _adapter(key.type).validate_python(value)
+            except ValidationError:
+                problems.append(f"[{section}] {name} = {_shown(value)}: must be {allowed(key)}.")
+    problems += [
+        f"[{section}] {', '.join(names)}: {message}"
+        for (section, message), names in outdated.items()
+    ]
+    return values, problems
+
+
+def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str, Any]]:
+    """``(section, key, value)`` of everything in a file that is not a known section."""
+    for name, value in table.items():
+        path = f"{section}.{name}" if section else name
+        if path in _SECTIONS and isinstance(value, dict):
+            yield from _settings(value, path)
+        else:
+            yield section, name, value
+
+
+def _unknown(section: str, name: str, value: Any) -> str:
+    """Why ``name`` is no key of ``section``, and what may have been meant."""
+    path = f"{section}.{name}" if section else name
+    if path in _SECTIONS:
+        return f"{name} = {_shown(value)}: has to be a section, [{path}]."
+    if not section and isinstance(value, dict | list):
+        return f"[{name}]: unknown section.{did_you_mean(name, _SECTIONS)}"
+    homes = [f"[{home}]" for home, keys in KEYS.items() if name in keys]
+    near = did_you_mean(name, KEYS.get(section, {}))
+    if homes and not near:
+        near = f" It belongs into {' or '.join(homes)}."
+    where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
+    return f"{where}: unknown key.{near}"
+
+
+def _model_problems(
+    document: Mapping[str, Any], values: Mapping[str, Any], folder: Path
+) -> Iterator[str]:
+    """What is wrong with ``[model]`` apart from unknown keys and wrong types."""
+    model = document.get("model", {})
+    if not isinstance(model, dict):
+        return  # reported already
+    if "name" not in model:
+        yield f'[model] name is missing: write name = "{MODEL_NAME}".'
+    elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
+        yield (
+            f'[model] name = {_shown(name)}: has to be "{MODEL_NAME}" for this trainer module. '
+            "Another model of torchtitan's is chosen by the flavor: a TOML file with "
+            f'base = "{name}/<its flavor>"; see docs/flavors.md.'
+        )
+    if "flavor" not in model:
+        yield "[model] flavor is missing: name the model to train; `ezpz-moe flavors` lists them."
+    elif (flavor := values.get("model.flavor")) is not None:
+        try:
+            load_flavor(flavor, near=folder)
+        except EzpzError as error:
+            yield f"[model] flavor = {_shown(flavor)}: {error}"
+
+
+def _report(path: Path, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"{path}: {problems[0]}"
+    return "\n  ".join([f"{path}: {len(problems)} problems", *problems])
+
+
+def _accepts(values: tuple[Any, ...], value: Any) -> bool:
+    # Types count: in Python False == 0.
+    return any(type(value) is type(other) and value == other for other in values)
+
+
+@cache
+def _adapter(type_: Any) -> TypeAdapter:
+    return TypeAdapter(type_, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a phrase: "an integer >= 1", "-1 or ...", "one of ...", "a list ..."."""
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "const" in schema:
+        return _shown(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(_shown, schema['enum']))}"
+    if schema["type"] == "array":
+        empty = "non-empty " if schema.get("minItems") else ""
+        return f"a {empty}list, each entry {_in_words(schema['items'])}"
+    if schema.get("minLength"):
+        return "a non-empty string"
+    limits = " and ".join(f"{sign} {schema[k]}" for k, sign in _LIMITS.items() if k in schema)
+    return f"{_NOUNS[schema['type']]} {limits}".rstrip()
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML writes it, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
