@@ -104,11 +104,12 @@ class ProductCase:
     offs_E: torch.Tensor
     grad_C_RN: torch.Tensor
 
-    def to(self, dtype: torch.dtype) -> ProductCase:
-        """The same product in another dtype; offsets stay integers."""
-        return ProductCase(
-            self.A_RK.to(dtype), self.B_EKN.to(dtype), self.offs_E, self.grad_C_RN.to(dtype)
+    def true(self) -> ProductCase:
+        """The same product in float64 on the CPU."""
+        A_RK, B_EKN, grad_C_RN = (
+            tensor.cpu().double() for tensor in (self.A_RK, self.B_EKN, self.grad_C_RN)
         )
+        return ProductCase(A_RK, B_EKN, self.offs_E.cpu(), grad_C_RN)
 
 
 def make_product_case(

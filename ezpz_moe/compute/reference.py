@@ -24,15 +24,15 @@ class Case:
     num_tokens_per_expert_E: Tensor
     grad_y_RD: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same case with another floating-point dtype; counts stay integers."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Case":
+        """The same case elsewhere and with another floating-point dtype; counts stay integers."""
         return Case(
-            self.w1_EFD.to(dtype),
-            self.w2_EDF.to(dtype),
-            self.w3_EFD.to(dtype),
-            self.x_RD.to(dtype),
-            self.num_tokens_per_expert_E,
-            self.grad_y_RD.to(dtype),
+            self.w1_EFD.to(device, dtype),
+            self.w2_EDF.to(device, dtype),
+            self.w3_EFD.to(device, dtype),
+            self.x_RD.to(device, dtype),
+            self.num_tokens_per_expert_E.to(device),
+            self.grad_y_RD.to(device, dtype),
         )
 
 
@@ -94,13 +94,16 @@ def run(swiglu, case: Case) -> dict[str, Tensor]:
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """Output and gradients in float64."""
-    return run(plain_loop, case.to(torch.float64))
+    """Output and gradients in float64, on the CPU: some accelerators have no float64."""
+    return run(plain_loop, case.to("cpu", torch.float64))
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm; the plain norm where true is zero."""
-    difference = torch.linalg.vector_norm(value.double() - true).item()
+    """``|value - true| / |true|`` in the Frobenius norm; the plain norm where true is zero.
+
+    ``value`` may be on any device, ``true`` is on the CPU in float64.
+    """
+    difference = torch.linalg.vector_norm(value.cpu().double() - true).item()
     scale = torch.linalg.vector_norm(true).item()
     return difference / scale if scale else difference
 
