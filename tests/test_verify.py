@@ -1,0 +1,126 @@
+"""``ezpz_moe.verify``: usable backends pass, and every way to be wrong has its verdict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ezpz_moe import verify
+from ezpz_moe.compute import backend_names, for_loop, get_backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.verify import Check, compare, cosine, plan, reasons_against
+
+TAIL = Check("for_loop", "cpu", "float32", "tail")
+
+
+@pytest.mark.parametrize("check", plan("cpu", ["float32", "bfloat16"]), ids=str)
+def test_our_backends_pass(check: Check) -> None:
+    rows = compare(check)
+    assert [row.verdict for row in rows] == ["ok"] * 5
+    assert [row.tensor for row in rows] == ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"]
+    assert all(row.cosine > 0.9999 for row in rows)
+
+
+def test_the_plan_covers_every_usable_backend_and_routing() -> None:
+    checks = plan("cpu", ["bfloat16", "float64"])
+    assert {check.backend for check in checks} == set(backend_names())
+    for dtype in ("bfloat16", "float64"):
+        usable = [name for name, against in reasons_against("cpu", dtype).items() if not against]
+        assert sum(check.dtype == dtype for check in checks) == 5 * len(usable)
+
+
+def _drops_the_last_token(w1, w2, w3, x, counts):
+    y = for_loop(w1, w2, w3, x, counts)
+    kept = torch.ones_like(y)
+    kept[counts.sum() - 1] = 0
+    return y * kept
+
+
+def _swaps_gate_and_up(w1, w2, w3, x, counts):
+    return for_loop(w3, w2, w1, x, counts)
+
+
+def _forgets_the_tail(w1, w2, w3, x, counts):
+    y = for_loop(w1, w2, w3, x, counts).clone()
+    y[counts.sum() :] = 1
+    return y
+
+
+def _gives_nan(w1, w2, w3, x, counts):
+    return for_loop(w1, w2, w3, x, counts) * torch.nan
+
+
+def _widens(w1, w2, w3, x, counts):
+    return for_loop(w1, w2, w3, x, counts).double()
+
+
+def _ignores_a_weight(w1, w2, w3, x, counts):
+    return for_loop(w1, w2.detach(), w3, x, counts)
+
+
+def _feeds_empty_experts(w1, w2, w3, x, counts):
+    return for_loop(w1, w2, w3, x, counts) + (w2 - w2.detach()).sum()
+
+
+def _raises(w1, w2, w3, x, counts):
+    raise RuntimeError("no such kernel\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "tensor", "verdict"),
+    [
+        (_drops_the_last_token, "y", "beyond the bound"),
+        (_swaps_gate_and_up, "grad_w1", "beyond the bound"),
+        (_forgets_the_tail, "y", "tail rows are not zero"),
+        (_gives_nan, "grad_x", "beyond the bound"),
+        (_widens, "y", "is torch.float64"),
+        (_ignores_a_weight, "grad_w2", "is None"),
+        (_feeds_empty_experts, "grad_w2", "experts without tokens have a gradient"),
+        (_raises, "y", "RuntimeError: no such kernel"),
+    ],
+)
+def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch) -> None:
+    monkeypatch.setattr(get_backend("for_loop"), "swiglu", swiglu)
+    rows = {row.tensor: row for row in compare(TAIL)}
+    assert verdict in rows[tensor].verdict
+    assert not rows[tensor].ok
+    assert len(rows) == 5
+
+
+def test_a_figure_that_is_no_number_is_none(monkeypatch) -> None:
+    monkeypatch.setattr(get_backend("for_loop"), "swiglu", _gives_nan)
+    row = compare(TAIL)[0]
+    assert (row.max_abs_error, row.relative_error, row.cosine) == (None, None, None)
+
+
+def test_cosine_of_zeros() -> None:
+    zero, one = torch.zeros(3), torch.tensor([0.0, 2.0, 0.0])
+    assert cosine(zero, zero) == 1
+    assert cosine(one, zero) == 0
+    assert cosine(one, -one) == -1
+
+
+@pytest.mark.parametrize(
+    ("device", "parts"),
+    [
+        ("abacus", ["'abacus'", "cpu"]),
+        ("meta", ["meta", "use cpu"]),
+        ("hpu", ["no backend can run on hpu", "for_loop", "batched_mm_padded", "hpu device"]),
+    ],
+)
+def test_a_device_that_cannot_be_verified(device: str, parts: list[str]) -> None:
+    with pytest.raises(EzpzError) as caught:
+        plan(device, ["float32"])
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_package_that_does_not_load_concerns_its_own_backend(monkeypatch) -> None:
+    def load(name: str):
+        if name == "for_loop":
+            raise EzpzError("cannot be loaded")
+        return get_backend(name)
+
+    monkeypatch.setattr(verify, "get_backend", load)
+    reasons = reasons_against("cpu", "float32")
+    assert reasons["for_loop"] == ["cannot be loaded"]
+    assert reasons["batched_mm_padded"] == []
