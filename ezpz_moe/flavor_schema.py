@@ -1,0 +1,152 @@
+"""What a flavor may say: the keys of its TOML, their types, ranges and how they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.errors import did_you_mean
+
+Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
+
+# The upper bounds are far above any model, and low enough that no tensor's size overflows.
+_Width = Annotated[int, Field(ge=1, le=2**20)]
+_Experts = Annotated[int, Field(ge=1, le=2**14)]
+_Tokens = Annotated[int, Field(ge=1, le=2**24)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Rope(_Data):
+    """Rotary positions: the arguments of the host's ``ComplexRoPE``, without ``dim``."""
+
+    theta: Annotated[float, Field(gt=1)]
+    max_seq_len: _Tokens
+    scaling: Literal["none", "yarn"]
+    rope_factor: Annotated[float, Field(ge=1)]
+    beta_fast: _Positive
+    beta_slow: _Positive
+    original_seq_len: _Tokens
+
+
+class Dimensions(_Data):
+    """A size: the arguments of the host's ``build_mla_moe_layers``, the vocabulary and RoPE.
+
+    Without ``router_num_expert_groups`` a token may go to any expert.
+    """
+
+    vocab_size: _Tokens
+    dim: _Width
+    n_layers: Annotated[int, Field(ge=1, le=2**10)]
+    n_dense_layers: Annotated[int, Field(ge=0)]
+    n_heads: _Width
+    q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
+    kv_lora_rank: _Width
+    qk_nope_head_dim: _Width
+    qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
+    v_head_dim: _Width
+    mscale: Annotated[float, Field(ge=0)]
+    dense_hidden_dim: _Width
+    moe_hidden_dim: _Width
+    num_experts: _Experts
+    num_shared_experts: _Experts
+    router_top_k: _Experts
+    router_score_func: Literal["softmax", "sigmoid"]
+    router_route_scale: _Positive
+    router_route_norm: bool
+    router_num_expert_groups: _Experts | None = None
+    router_num_limited_groups: _Experts | None = None
+    rope: Rope
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if conflicts := [*_size_conflicts(self), *_group_conflicts(self)]:
+            raise _mistake("; ".join(conflicts))
+        return self
+
+
+class Flavor(_Data):
+    """A model, and how its routed experts and its attention are computed.
+
+    The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
+    host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
+    """
+
+    name: str
+    source: Path
+    base: str | None = None
+    attention: Attention | None = None
+    compute_backend: str = "grouped_mm"
+    dimensions: Dimensions | None = None
+
+    @field_validator("base")
+    @classmethod
+    def _names_module_and_flavor(cls, base: str | None) -> str | None:
+        if base is not None:
+            module, _, upstream = base.partition("/")
+            if not module.isidentifier() or not upstream:
+                raise _mistake('should be "module/flavor", for example "qwen3/30B-A3B"')
+        return base
+
+    @field_validator("compute_backend")
+    @classmethod
+    def _is_installed(cls, name: str) -> str:
+        known = known_backend_names()
+        if name not in known:
+            raise _mistake(f"should be one of {', '.join(known)}.{did_you_mean(name, known)}")
+        return name
+
+
+def _size_conflicts(size: Dimensions) -> Iterator[str]:
+    if size.n_dense_layers >= size.n_layers:
+        yield (
+            f"n_dense_layers ({size.n_dense_layers}) must be less than n_layers "
+            f"({size.n_layers}), or no layer has experts"
+        )
+    if size.router_top_k > size.num_experts:
+        yield (
+            f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"
+        )
+    if size.rope.beta_slow >= size.rope.beta_fast:
+        yield (
+            f"rope.beta_slow ({size.rope.beta_slow}) must be less than "
+            f"rope.beta_fast ({size.rope.beta_fast})"
+        )
+
+
+def _group_conflicts(size: Dimensions) -> Iterator[str]:
+    groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
+    if groups is None and limited is None:
+        return
+    if groups is None or limited is None:
+        yield "router_num_expert_groups and router_num_limited_groups must be set together"
+        return
+    if limited > groups:
+        yield (
+            f"router_num_limited_groups ({limited}) must not exceed "
+            f"router_num_expert_groups ({groups})"
+        )
+    # The host ranks groups by their two best experts.
+    if size.num_experts % groups or size.num_experts // groups < 2:
+        yield (
+            f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "
+            f"({groups}) with at least two experts in a group"
+        )
+    elif size.router_top_k > limited * (size.num_experts // groups):
+        yield (
+            f"router_top_k ({size.router_top_k}) must not exceed the "
+            f"{limited * (size.num_experts // groups)} experts of {limited} groups"
+        )
+
+
+def _mistake(message: str) -> PydanticCustomError:
+    """An error whose text is ours alone."""
+    return PydanticCustomError("mistake", "{message}", {"message": message})

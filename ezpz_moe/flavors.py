@@ -1,0 +1,252 @@
+"""Flavors: model sizes as data, read from TOML.
+
+A flavor is one TOML file, and its name is the file's name. :func:`load_flavor` resolves a name in
+four steps: find the file, follow ``inherits``, apply a variant's suffix, validate. Every mistake
+raises :class:`~ezpz_moe.errors.EzpzError` naming the file and the key. Nothing here imports torch
+or the host.
+
+Files are searched in the job's own folder, then in the folder that ``EZPZ_MOE_FLAVORS`` names, then
+among the shipped flavors; the first file of a name wins. A name with a leading underscore is a
+parent for ``inherits`` only.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.toml import read_toml
+
+FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
+LISTED_VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
+
+_DIMENSION_KEYS = frozenset(Dimensions.model_fields)
+_KEYS = _DIMENSION_KEYS | {"inherits", "base", "attention", "compute_backend"}
+
+
+def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
+    """The flavor ``name``: a file's name, which ``[_<attention>][_<backend>]`` may follow.
+
+    Args:
+        name: for example ``"10B_2B"`` or ``"10B_2B_sdpa_batched_mm_padded"``.
+        near: the folder that is searched first, the job file's.
+
+    Raises:
+        EzpzError: there is no such flavor, or ``EZPZ_MOE_FLAVORS``, the flavor's file or a parent's
+            is wrong.
+    """
+    folders = _folders(near)
+    files = _public(_flavor_files(folders))
+    suffixes = _variant_suffixes()
+    # The longest file name first: a file `16B_sdpa.toml` is more exact than a variant of `16B`.
+    for stem in sorted(files, key=len, reverse=True):
+        suffix = name.removeprefix(stem)
+        if name == stem + suffix and suffix in suffixes:
+            return _resolve(name, files[stem], folders, suffixes[suffix])
+    known = [stem + suffix for stem, suffix in product(files, suffixes)]
+    raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
+
+
+def flavor_names(*, near: Path | None = None) -> list[str]:
+    """Every flavor's name, each followed by the names of its three ``_sdpa`` variants."""
+    stems = sorted(_public(_flavor_files(_folders(near))))
+    return [stem + suffix for stem in stems for suffix in LISTED_VARIANTS]
+
+
+def _variant_suffixes() -> dict[str, dict[str, str]]:
+    """Each suffix ``[_<attention>][_<backend>]`` with the keys that it sets."""
+    attentions = [("", {}), *((f"_{a}", {"attention": a}) for a in get_args(Attention))]
+    backends = [("", {}), *((f"_{b}", {"compute_backend": b}) for b in known_backend_names())]
+    return {
+        a + b: set_by_a | set_by_b for (a, set_by_a), (b, set_by_b) in product(attentions, backends)
+    }
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _folders(near: Path | None) -> list[Path]:
+    """Where flavors are searched, the first one first."""
+    folders = [near] if near is not None else []
+    if named := os.environ.get(FOLDER_VARIABLE):
+        folder = Path(os.path.expanduser(named))
+        if not folder.is_dir():
+            raise EzpzError(
+                f"{FOLDER_VARIABLE} = {named!r}: there is no such folder. "
+                "Set it to a folder of flavor TOML files, or unset it."
+            )
+        folders.append(folder)
+    folders.append(_shipped_folder())
+    return list(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def _shipped_folder() -> Path:
+    """The folder in the wheel, or the checkout's."""
+    package = Path(__file__).parent
+    in_wheel = package / "_flavors"
+    return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
+
+
+def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
+    """File name without ``.toml`` -> the first flavor file of that name."""
+    return ChainMap(
+        *(
+            {path.stem: path for path in sorted(folder.glob("*.toml")) if _is_flavor_file(path)}
+            for folder in folders
+        )
+    )
+
+
+def _is_flavor_file(path: Path) -> bool:
+    """False for a TOML of another kind: jobs and flavors may share a folder.
+
+    A file that cannot be read counts as a flavor, so that whoever names it learns what is wrong.
+    """
+    try:
+        return not _KEYS.isdisjoint(read_toml(path))
+    except EzpzError:
+        return True
+
+
+def _public(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {stem: path for stem, path in files.items() if not stem.startswith("_")}
+
+
+# Inheritance --------------------------------------------------------------------------------------
+
+
+def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and its ancestors, the file first, each with its keys except ``inherits``."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    parent: Path | None = path
+    while parent is not None:
+        if parent in (seen := [ancestor for ancestor, _ in chain]):
+            loop = " -> ".join(p.stem for p in [*seen[seen.index(parent) :], parent])
+            raise EzpzError(f"{chain[-1][0]}: inherits: the flavors inherit in a circle: {loop}.")
+        data = read_toml(parent)
+        if unknown := [key for key in data if key not in _KEYS]:
+            raise EzpzError(
+                f"{parent}: unknown key {unknown[0]!r}.{did_you_mean(unknown[0], _KEYS)}"
+            )
+        name = data.pop("inherits", None)
+        chain.append((parent, data))
+        parent = None if name is None else _parent(parent, name, folders)
+    return chain
+
+
+def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
+    """The file that ``child`` inherits.
+
+    It is searched from the child's own folder on, so that a user's file never changes a shipped
+    flavor under its own name; and a file may inherit its namesake from a later folder.
+    """
+    if not isinstance(name, str):
+        raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
+    own = folders.index(child.parent)
+    files = _flavor_files(folders[own + 1 if name == child.stem else own :])
+    if name not in files:
+        other = " besides this one" if name == child.stem else ""
+        hint = did_you_mean(name, files)
+        raise EzpzError(f"{child}: inherits = {name!r}: there is no such flavor file{other}.{hint}")
+    return files[name]
+
+
+def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The chain's values, a child's over its parent's, and the file that each key came from."""
+    values: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for path, data in reversed(chain):
+        for key, value in data.items():
+            inherited = values.get(key)
+            if isinstance(value, dict):
+                origin |= {f"{key}.{inner}": path for inner in value}
+                value = inherited | value if isinstance(inherited, dict) else value
+            values[key] = value
+            origin[key] = path
+    return values, origin
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
+    values, origin = _merge(_chain(path, folders))
+    dimensions = {key: values.pop(key) for key in _DIMENSION_KEYS & values.keys()}
+    if "base" in values and dimensions:
+        set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
+        raise EzpzError(
+            f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
+            f"model, so these keys would be ignored: {set_here}. Remove either them or base."
+        )
+    if "base" not in values:
+        values["dimensions"] = dimensions
+    try:
+        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
+    except ValidationError as error:
+        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+
+
+def _messages(
+    errors: Sequence[ErrorDetails], path: Path, origin: Mapping[str, Path]
+) -> Iterator[str]:
+    """One line for each wrong key, naming the file that sets it, and one for all missing keys."""
+    missing = []
+    for error in errors:
+        key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
+        file = origin.get(key, path)
+        if error["type"] == "missing":
+            missing.append(key)
+        elif error["type"] == "extra_forbidden":
+            hint = did_you_mean(key.removeprefix("rope."), Rope.model_fields)
+            yield f"{file}: unknown key {key!r}.{hint}"
+        elif not key:
+            yield f"{file}: the dimensions do not fit together: {error['msg']}."
+        else:
+            yield f"{file}: {key} = {_shown(error['input'])}: {_expectation(error)}"
+    if missing:
+        yield (
+            f"{path}: missing keys: {', '.join(missing)}. Set them, inherit them "
+            '(inherits = "16B") or name an upstream model (base = "qwen3/30B-A3B").'
+        )
+
+
+def _expectation(error: ErrorDetails) -> str:
+    if error["type"] == "model_type":
+        return "should be a table."
+    text = error["msg"].replace("Input should", "should").rstrip(".")
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{text}.{did_you_mean(error['input'], allowed)}"
+    return f"{text}."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a huge number"
+
+
+def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
+    for folder in folders:
+        path = folder / f"{name}.toml"
+        if path.parent == folder and path.is_file():
+            keys = ", ".join(sorted(_KEYS))
+            is_parent = name.startswith("_")
+            reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
+            return f"{path} is not a flavor: {reason}."
+    return (
+        f"unknown flavor {name!r}. Known are {', '.join(known)}, "
+        "each also with [_<attention>][_<backend>]."
+    )

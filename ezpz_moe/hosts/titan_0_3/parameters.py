@@ -1,0 +1,88 @@
+"""Parameters of a flavor, counted on the model itself, built on the meta device.
+
+The counts follow the host's ``get_nparams_and_flops``: *active* are the parameters that one token
+meets, namely k/E of each layer's routed experts and all of everything else, both embedding
+matrices included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torchtitan.models.common.moe import GroupedExperts, MoE
+
+from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.titan_0_3.models import host_spec
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a flavor's model is made of. Parameters are counted, not computed."""
+
+    dim: int
+    n_layers: int
+    num_experts: int
+    top_k: int
+    expert_hidden_dim: int
+    total: int
+    active: int
+    embedding: int  # the input matrix; the output matrix has the same size, unless they are tied
+
+
+def parameter_counts(flavor: Flavor) -> tuple[int, int]:
+    """Total parameters, and those active for one token. No memory is allocated for them."""
+    summary = summarize(flavor)
+    return summary.total, summary.active
+
+
+def summarize(flavor: Flavor) -> ModelSummary:
+    """Dimensions and parameter counts of the flavor's model.
+
+    Variants of one size are built once: neither attention nor backend has parameters of its own.
+
+    Raises:
+        EzpzError: the host cannot build the model.
+    """
+    return _summarize(
+        flavor.model_copy(
+            update={
+                "name": flavor.source.stem,
+                "attention": None,
+                "compute_backend": "grouped_mm",
+            }
+        )
+    )
+
+
+@cache
+def _summarize(flavor: Flavor) -> ModelSummary:
+    config = host_spec(flavor).model
+    with torch.device("meta"):
+        model = config.build()
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
+    idle = sum(
+        _numel(moe.routed_experts)
+        // moe.router.num_experts
+        * (moe.router.num_experts - moe.router.top_k)
+        for moe in moes
+    )
+    total = _numel(model)
+    _, experts, _, _ = next(config.traverse(GroupedExperts.Config))
+    return ModelSummary(
+        dim=config.dim,
+        n_layers=len(config.layers),
+        num_experts=experts.num_experts,
+        top_k=moes[0].router.top_k,
+        expert_hidden_dim=experts.hidden_dim,
+        total=total,
+        active=total - idle,
+        embedding=_numel(model.tok_embeddings),
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,242 @@
+"""A flavor becomes the host's model: dimensions, attention, experts, and its parameter counts."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import flavor_names, load_flavor
+from ezpz_moe.hosts import check_host
+
+check_host()  # before torchtitan is imported: it chooses the device
+
+from torchtitan.models import deepseek_v3  # noqa: E402
+from torchtitan.models.common.attention import BaseAttention, FlexAttention  # noqa: E402
+from torchtitan.models.common.moe import GroupedExperts, MoE  # noqa: E402
+from torchtitan.models.common.token_dispatcher import (  # noqa: E402
+    AllToAllTokenDispatcher,
+    LocalTokenDispatcher,
+    MinimalAsyncEPTokenDispatcher,
+)
+
+from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.attention import CausalAttention  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.models import host_spec, model_spec  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.parameters import parameter_counts, summarize  # noqa: E402
+
+UPSTREAM_SIZES = ("debugmodel", "16B", "236B", "671B")
+BASES = ("qwen3_debugmodel", "qwen3_30B_A3B", "gpt_oss_debugmodel", "gpt_oss_20b")
+
+
+def build(config: Any) -> torch.nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return config.build()
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of configs with its path; initializers as what they compute."""
+    if isinstance(node, partial):
+        yield path, (node.func, node.args, sorted(node.keywords.items()))
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from leaves(value, f"{path}.{index}")
+    elif dataclasses.is_dataclass(node):
+        yield path, type(node)
+        for field in dataclasses.fields(node):
+            yield from leaves(getattr(node, field.name), f"{path}.{field.name}")
+    elif "<locals>" in getattr(node, "__qualname__", ""):
+        yield path, node.__qualname__  # a function made anew for each config
+    else:
+        yield path, node
+
+
+def flavor_from(folder: Path, text: str) -> Flavor:
+    (folder / "mine.toml").write_text(text)
+    return load_flavor("mine", near=folder)
+
+
+@pytest.mark.parametrize("name", flavor_names())
+def test_every_flavor_builds_with_its_experts_and_attention(name: str) -> None:
+    flavor = load_flavor(name)
+    config = model_spec(flavor).model
+    moes = [module for module in build(config).modules() if isinstance(module, MoE)]
+    size = flavor.dimensions
+    expected = len(config.layers) if size is None else size.n_layers - size.n_dense_layers
+    assert len(moes) == expected
+    experts = [node for _, node, _, _ in config.traverse(GroupedExperts.Config)]
+    assert [node.compute_backend for node in experts] == [flavor.compute_backend] * expected
+    assert {name in node.chosen_by for node in experts} == {True}
+    attentions = [node.inner_attention for _, node, _, _ in config.traverse(BaseAttention.Config)]
+    assert len(attentions) == len(config.layers)
+    if flavor.attention == "sdpa":
+        assert {type(attention) for attention in attentions} == {CausalAttention.Config}
+    elif flavor.attention == "flex":
+        assert {type(attention) for attention in attentions} == {FlexAttention.Config}
+
+
+@pytest.mark.parametrize("size", UPSTREAM_SIZES)
+def test_upstreams_sizes_are_upstreams_in_everything_but_the_vocabulary(size: str) -> None:
+    flavor = load_flavor(size)
+    assert flavor.dimensions is not None
+    vocabulary = {
+        ".vocab_size": flavor.dimensions.vocab_size,
+        ".tok_embeddings.num_embeddings": flavor.dimensions.vocab_size,
+        ".lm_head.out_features": flavor.dimensions.vocab_size,
+    }
+    upstream = dict(leaves(deepseek_v3.model_registry(size, attn_backend="flex").model))
+    assert dict(leaves(host_spec(flavor).model)) == upstream | vocabulary
+
+
+@pytest.mark.parametrize("size", UPSTREAM_SIZES)
+def test_checkpoints_have_upstreams_keys_and_shapes(size: str) -> None:
+    flavor = load_flavor(f"{size}_sdpa_for_loop")
+    ours = build(model_spec(flavor).model).state_dict()
+    upstream = build(deepseek_v3.model_registry(size).model).state_dict()
+    assert list(ours) == list(upstream)
+    differing = {key for key in ours if ours[key].shape != upstream[key].shape}
+    same_vocabulary = size == "debugmodel"
+    assert differing == (set() if same_vocabulary else {"tok_embeddings.weight", "lm_head.weight"})
+
+
+GROUPS = {"router_num_expert_groups": 4, "router_num_limited_groups": 2}
+OTHER_VALUES: dict[str, Any] = {
+    "q_lora_rank": 8,
+    "router_top_k": 2,
+    "router_score_func": "sigmoid",
+    "router_route_norm": True,
+    "router_num_expert_groups": 2,
+    "router_num_limited_groups": 3,
+    "rope.scaling": "none",
+}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [key for key in Dimensions.model_fields if key != "rope"]
+    + [f"rope.{key}" for key in Rope.model_fields],
+)
+def test_every_dimension_reaches_the_model(key: str) -> None:
+    values = load_flavor("debugmodel").model_dump()
+    values["dimensions"] |= GROUPS
+    before = Flavor.model_validate(values)
+    table = values["dimensions"]["rope"] if key.startswith("rope.") else values["dimensions"]
+    name = key.removeprefix("rope.")
+    table[name] = OTHER_VALUES[key] if key in OTHER_VALUES else table[name] * 2
+    after = Flavor.model_validate(values)
+    assert dict(leaves(host_spec(before).model)) != dict(leaves(host_spec(after).model))
+
+
+def test_the_spec_is_the_hosts_under_our_name() -> None:
+    spec, upstream = model_spec(load_flavor("2B_sdpa")), deepseek_v3.model_registry("debugmodel")
+    assert (spec.name, spec.flavor) == ("ezpz_moe", "2B_sdpa")
+    for field in dataclasses.fields(spec):
+        if field.name not in {"name", "flavor", "model"}:
+            assert getattr(spec, field.name) is getattr(upstream, field.name)
+
+
+@pytest.mark.parametrize("name", ["debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel"])
+def test_the_dispatcher_of_the_job_is_used(name: str) -> None:
+    flavor = load_flavor(name)
+
+    def dispatchers(**options: str) -> set[type]:
+        config = host_spec(flavor, **options).model
+        return {type(node) for _, node, _, _ in config.traverse(LocalTokenDispatcher.Config)}
+
+    assert dispatchers() == {AllToAllTokenDispatcher.Config}
+    other = dispatchers(moe_comm_backend="minimal_async_ep")
+    assert other == {MinimalAsyncEPTokenDispatcher.Config}
+
+
+# Upstream's models --------------------------------------------------------------------------------
+
+
+def test_a_base_is_upstreams_model_unchanged() -> None:
+    from torchtitan.models import qwen3
+
+    spec = host_spec(load_flavor("qwen3_30B_A3B"))
+    upstream = qwen3.model_registry("30B-A3B")
+    ours, theirs = dict(leaves(spec.model)), dict(leaves(upstream.model))
+    assert {path: value for path, value in ours.items() if value != theirs.get(path)} == {}
+    assert ours.keys() == theirs.keys()
+    assert (spec.name, spec.flavor) == ("qwen3", "qwen3_30B_A3B")
+    assert spec.state_dict_adapter is upstream.state_dict_adapter
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("qwen4/30B-A3B", "no model module 'qwen4'. Did you mean 'qwen3'?"),
+        ("qwen3/30B-A3", "qwen3 has no flavor '30B-A3'. Did you mean '30B-A3B'? It has debugmodel"),
+        ("gpt_oss/20B", "Did you mean '20b'?"),
+        ("qwen3/8B", "this model is dense"),
+        ("llama3/8B", "this model is dense"),
+        ("common/8B", "common is no model"),
+    ],
+)
+def test_a_base_that_upstream_does_not_have(tmp_path: Path, base: str, message: str) -> None:
+    flavor = flavor_from(tmp_path, f'base = "{base}"')
+    with pytest.raises(EzpzError) as error:
+        model_spec(flavor, moe_comm_backend="minimal_async_ep")
+    assert message in str(error.value)
+    assert f"{tmp_path / 'mine.toml'}: base = '{base}'" in str(error.value)
+
+
+def test_a_base_whose_requirements_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_fla(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'fla'")
+
+    monkeypatch.setattr(importlib, "import_module", without_fla)
+    with pytest.raises(EzpzError, match=r"mine\.toml: .* cannot be imported here: .*'fla'"):
+        host_spec(flavor_from(tmp_path, 'base = "qwen3_5/35B-A3B"'))
+
+
+def test_what_the_host_refuses_is_said_with_the_flavor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.tools.utils.has_cuda_capability", lambda *_: False)
+    for name in ("16B_flex_flash", "qwen3_debugmodel_flex_flash"):
+        with pytest.raises(EzpzError, match=rf"{name}.*flex_flash.*only supported on Hopper"):
+            host_spec(load_flavor(name))
+    with pytest.raises(EzpzError, match=r"16B\.toml.*dispatcher 'carrier_pigeon'"):
+        host_spec(load_flavor("16B"), moe_comm_backend="carrier_pigeon")
+
+
+# Counts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*UPSTREAM_SIZES, *BASES, "small"])
+def test_counts_are_the_hosts(name: str) -> None:
+    flavor = load_flavor(name)
+    config = host_spec(flavor).model
+    # Without attention's own term, which seq_len 0 makes zero, the host's FLOPs are 6 per active
+    # parameter that is multiplied with; the input embedding is looked up, not multiplied.
+    total, flops = config.get_nparams_and_flops(build(config), seq_len=0)
+    embedding = summarize(flavor).embedding
+    assert parameter_counts(flavor) == (total, flops // 6 + embedding)
+    assert embedding == config.vocab_size * config.dim
+
+
+def test_a_summary_says_what_the_table_shows() -> None:
+    summary = summarize(load_flavor("236B_sdpa_for_loop"))
+    sizes = (summary.dim, summary.n_layers, summary.num_experts, summary.top_k)
+    assert (*sizes, summary.expert_hidden_dim) == (5120, 60, 160, 6, 1536)
+    assert summary is summarize(load_flavor("236B"))
+
+
+def test_the_table_in_the_docs_is_true() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "make_flavor_table.py"
+    command = [sys.executable, str(script), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
