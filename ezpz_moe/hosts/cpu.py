@@ -90,7 +90,8 @@ class CpuDeviceModule(ModuleType):
         return 0
 
     def get_device_name(self, device: Any = None) -> str:
-        return f"{_processor_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         return SimpleNamespace(name=self.get_device_name(), total_memory=_total_memory())

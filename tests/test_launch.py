@@ -1,0 +1,336 @@
+"""Starting the trainer: what reaches it, what is shown, and what a failure looks like.
+
+The first half replaces what would train; the second half starts real processes.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import ezpz_moe.hosts
+import ezpz_moe.train
+from ezpz_moe import launch
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.job import Job
+
+TINY = Path(__file__).parent / "data" / "tiny"
+
+# What the command line does with its arguments: CONFIG NPROC [FLAG...].
+START = """
+import sys
+from ezpz_moe.errors import exit_on_user_error
+from ezpz_moe.launch import train
+with exit_on_user_error():
+    sys.exit(train(sys.argv[1], sys.argv[3:], nproc=int(sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    """A tiny job in a folder of its own, which is the processes' working directory too."""
+    return Path(shutil.copytree(TINY, tmp_path / "job")) / "job.toml"
+
+
+def start(job: Path | str, nproc: int, *flags: str, **popen) -> subprocess.Popen:
+    scratch = Path(job).parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOG_RANK", "OMP_NUM_THREADS")
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(job), str(nproc), *flags],
+        cwd=Path(job).parent,
+        env={**environment, "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(job: Path | str, nproc: int, *flags: str) -> tuple[int, str, str]:
+    return finish(start(job, nproc, *flags))
+
+
+# --- the host's check -------------------------------------------------------------------------
+
+
+def test_the_tested_pair_passes_without_a_warning(caplog):
+    ezpz_moe.hosts.check_host()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("torch.distributed", "set_timeout"),
+        ("torchtitan.config.override", "derive"),
+        ("torchtitan.models.common.moe", "RoutedExperts"),
+        ("torchtitan.models.common.moe:GroupedExperts", "_grouped_mm"),
+    ],
+)
+def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypatch):
+    ezpz_moe.hosts.check_host()  # imports the host, with its device
+    monkeypatch.delattr(ezpz_moe.hosts.pkgutil.resolve_name(owner), name)
+    with pytest.raises(EzpzError) as error:
+        ezpz_moe.hosts.check_host()
+    message = str(error.value)
+    assert name in message
+    for distribution in ("torch", "torchtitan"):
+        assert f"{distribution} {metadata.version(distribution).partition('+')[0]}" in message
+    assert "Tested: torch 2.15.0 with torchtitan 0.3.0" in message
+    assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
+
+
+def test_a_host_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setattr(ezpz_moe.hosts, "_NEEDED", ("no_such_host.train:main",))
+    with pytest.raises(EzpzError, match="No module named 'no_such_host'"):
+        ezpz_moe.hosts.check_host()
+
+
+def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch):
+    def no_version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", no_version)
+    monkeypatch.setattr(ezpz_moe.hosts, "_NEEDED", ("no_such_host.train:main",))
+    with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
+        ezpz_moe.hosts.check_host()
+
+
+def test_an_untested_pair_that_can_do_it_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "9.1.0+x"}.get(name, "0.9"))
+    ezpz_moe.hosts.check_host()
+    assert "untested with torch 9.1.0 and torchtitan 0.9" in caplog.text
+    assert "torch 2.15.0 with torchtitan 0.3.0" in caplog.text
+
+
+# --- one worker -------------------------------------------------------------------------------
+
+
+def run_worker(monkeypatch, end: BaseException | None, local_rank: str) -> list:
+    """What a worker does besides the host's module, which ends with ``end``."""
+    events = []
+
+    def run_module(module: str, **how) -> None:
+        events.append((module, how))
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(runpy, "run_module", run_module)
+    monkeypatch.setattr(time, "sleep", lambda seconds: events.append("waited"))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    try:
+        ezpz_moe.train.main()
+    except SystemExit as stop:
+        events.append(stop.code)
+    return events
+
+
+HOST = ("torchtitan.train", {"run_name": "__main__", "alter_sys": True})
+
+
+@pytest.mark.parametrize(
+    ("end", "local_rank", "expected"),
+    [
+        (None, "1", [HOST]),
+        (EzpzError("wrong"), "0", [HOST, 2]),
+        (EzpzError("wrong"), "1", [HOST, "waited", 2]),
+        (SystemExit(2), "1", [HOST, "waited", 2]),  # the host's own command line
+        (SystemExit(1), "1", [HOST, 1]),
+        (KeyboardInterrupt(), "1", [HOST, 130]),
+    ],
+)
+def test_a_worker_runs_the_hosts_module_and_lets_rank_0_report(
+    end, local_rank, expected, monkeypatch
+):
+    assert run_worker(monkeypatch, end, local_rank) == expected
+
+
+# --- the launcher's choices -------------------------------------------------------------------
+
+
+def test_a_wrong_number_of_processes_is_refused(monkeypatch, job):
+    with pytest.raises(EzpzError, match="--nproc 0: at least one"):
+        launch.train(str(job), [], nproc=0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    with pytest.raises(EzpzError, match=r"--nproc 5: this machine has 4 xpu .* --nproc 4"):
+        launch.train(str(job), [], nproc=5)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "chosen", "accelerator", "expected"),
+    [
+        (1, None, False, None),
+        (2, None, False, "4"),
+        (16, None, False, "1"),
+        (2, "3", False, "3"),
+        (2, None, True, None),
+    ],
+)
+def test_threads_are_shared_out_on_the_cpu(nproc, chosen, accelerator, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setenv("OMP_NUM_THREADS", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    launch._share_threads(nproc)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+@pytest.mark.parametrize(
+    ("log_rank", "degree", "nproc", "expected"),
+    [
+        (None, 1, 1, "0"),
+        (None, 1, 8, "0"),
+        (None, 2, 8, "0,4"),
+        (None, 4, 4, "0,3"),
+        ("2", 4, 4, "0,2"),
+        ("3,1", 1, 4, "0,1,3"),
+        ("", 2, 2, "0,1"),
+    ],
+)
+def test_rank_0_and_the_loss_are_shown(log_rank, degree, nproc, expected, monkeypatch):
+    monkeypatch.delenv("LOG_RANK", raising=False)
+    if log_rank is not None:
+        monkeypatch.setenv("LOG_RANK", log_rank)
+    assert launch._shown_ranks(degree, nproc) == expected
+
+
+def test_a_wrong_log_rank_is_refused(monkeypatch):
+    monkeypatch.setenv("LOG_RANK", "first")
+    with pytest.raises(EzpzError, match="LOG_RANK='first'"):
+        launch._shown_ranks(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected"),
+    [
+        ({}, [], 1),
+        ({"parallelism.pipeline_parallel_degree": 2}, ["--training.steps", "3"], 2),
+        (
+            {"parallelism.pipeline_parallel_degree": 2},
+            ["--parallelism.pipeline_parallel_degree", "4"],
+            4,
+        ),
+        ({}, ["--parallelism.pipeline-parallel-degree=4"], 4),
+    ],
+)
+def test_the_pipeline_degree_is_the_flags_else_the_jobs(values, flags, expected):
+    assert launch._pipeline_degree(Job(flavor="x", values=values), flags) == expected
+
+
+# --- real processes ---------------------------------------------------------------------------
+
+
+def test_a_mistake_in_the_job_costs_no_import_of_torch(job):
+    job.write_text(job.read_text().replace("seq_len", "seq_length"))
+    code = START.replace(
+        "with exit_on_user_error():",
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules))\n"
+        "with exit_on_user_error():",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(job), "1"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, "False\n")
+    assert re.fullmatch(r"ezpz-moe: error: .*job\.toml.*seq_length.*seq_len.*\n", result.stderr)
+
+
+@pytest.mark.train
+def test_two_ranks_train_and_rank_0_is_shown(job):
+    """The flags after the job win; the workers leave nothing behind."""
+    code, out, err = run(job, 2, "--training.steps", "2")
+    assert code == 0, err
+    assert re.findall(r"step:\s+(\d+)", out) == ["1", "2"]
+    threads = max(1, torch.get_num_threads() // 2)
+    assert f", {threads} thread" in out
+    assert "[rank" not in out
+    memory = [float(gib) for gib in re.findall(r"memory:\s+([\d.]+)GiB", out)]
+    assert len(memory) == 2
+    assert all(0.3 < gib < 4 for gib in memory)
+    assert list((job.parent / "scratch").glob("*ezpz*")) == []
+    assert list((job.parent / "scratch").glob("torchelastic*")) == []
+
+
+@pytest.mark.train
+def test_a_pipelines_loss_is_shown_with_its_rank(job):
+    pipeline = ("--parallelism.pipeline_parallel_degree", "2")
+    code, out, err = run(job, 2, *pipeline, "--training.steps", "1")
+    assert code == 0, err
+    losses = {
+        rank: float(loss) for rank, loss in re.findall(r"\[rank(\d)\].*loss:\s*(-?[\d.]+)", out)
+    }
+    assert losses["0"] == -1  # the host's mark for "not here"
+    assert 6 < losses["1"] < 10
+    assert "loss is not visible" not in out
+
+
+@pytest.mark.train
+def test_a_mistake_that_the_workers_find_is_one_message(job):
+    (job.parent / "empty.txt").write_text(" \n")
+    job.write_text(job.read_text().replace("[training]", '[training]\ndataset_path = "empty.txt"'))
+    code, out, err = run(job, 1)
+    assert code == 2
+    assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' holds no text\.\n", err)
+    assert "Traceback" not in out
+    assert not (job.parent / "outputs").exists()
+
+
+@pytest.mark.train
+def test_a_mistake_that_the_dataloader_finds_is_one_message(job):
+    """One document for two ranks: found inside the trainer, which would search for ever."""
+    (job.parent / "one.txt").write_text("one document")
+    job.write_text(job.read_text().replace("[training]", '[training]\ndataset_path = "one.txt"'))
+    code, out, err = run(job, 2)
+    assert code == 2
+    assert err.count("ezpz-moe: error:") == 1
+    assert "1 document for 2 data-parallel ranks" in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.train
+def test_a_crash_of_the_trainer_is_reported_by_torchrun(job):
+    code, _, err = run(job, 1, "--training.seq_len", "0")
+    assert code == 1
+    assert err.count("Root Cause (first observed failure)") == 1
+    assert "IndexError" in err
+
+
+@pytest.mark.train
+def test_interrupting_ends_the_workers_without_tracebacks(job):
+    process = start(job, 2, "--training.steps", "1000")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step:  1" in line:
+            break
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2, lines
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    assert "Traceback" not in out + err
+    assert "stopped by SIGINT" in err
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
