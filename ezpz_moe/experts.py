@@ -3,6 +3,6 @@
 >>> from ezpz_moe.experts import EzpzGroupedExperts, ExpertComputeBackend
 """
 
-from ezpz_moe.hosts.titan_0_3.experts import EzpzGroupedExperts, ExpertComputeBackend
+from ezpz_moe.hosts.titan_0_3.experts import ExpertComputeBackend, EzpzGroupedExperts
 
-__all__ = ["EzpzGroupedExperts", "ExpertComputeBackend"]
+__all__ = ["ExpertComputeBackend", "EzpzGroupedExperts"]

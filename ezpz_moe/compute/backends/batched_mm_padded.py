@@ -31,13 +31,12 @@ class _Padding:
 
     @classmethod
     def of(cls, counts: list[int], device: torch.device) -> "_Padding":
-        capacity = max(counts, default=0)
-        counts_E = torch.tensor(counts, dtype=torch.int64)
-        first_slot_E = torch.arange(len(counts)) * capacity
+        E, n, capacity = len(counts), sum(counts), max(counts, default=0)
+        counts_E = torch.tensor(counts, dtype=torch.int64, device=device)
+        first_slot_E = torch.arange(E, device=device) * capacity
         first_row_E = torch.cumsum(counts_E, 0) - counts_E
-        shift_n = torch.repeat_interleave(first_slot_E - first_row_E, counts_E)
-        slots_n = torch.arange(len(shift_n)) + shift_n
-        return cls(len(counts), capacity, slots_n.to(device, non_blocking=True))
+        shift_n = torch.repeat_interleave(first_slot_E - first_row_E, counts_E, output_size=n)
+        return cls(E, capacity, torch.arange(n, device=device) + shift_n)
 
     @property
     def rows(self) -> int:
@@ -47,7 +46,7 @@ class _Padding:
         """[R, X] -> [E, C, X]; the padding is zero, so that it adds nothing to a gradient."""
         padded_SX = rows_RX.new_zeros(self.experts * self.capacity, rows_RX.shape[1])
         padded_SX.index_copy_(0, self.slots_n, rows_RX[: self.rows])
-        return padded_SX.view(self.experts, self.capacity, -1)
+        return padded_SX.view(self.experts, self.capacity, rows_RX.shape[1])
 
     def unpad(self, padded_ECX: Tensor, num_rows: int) -> Tensor:
         """[E, C, X] -> [R, X]; tail rows are zero."""

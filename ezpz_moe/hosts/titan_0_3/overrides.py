@@ -1,0 +1,45 @@
+"""What door 2 needs of torchtitan 0.3: targets, and the job that an override belongs to."""
+
+import inspect
+
+from torchtitan.config.override import override
+from torchtitan.models.common.attention import BaseAttention
+from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs
+
+for_experts = override(
+    target=GroupedExperts.Config,
+    description="Compute the routed experts with a backend of ezpz_moe.",
+)
+for_attention = override(
+    target=BaseAttention.Config,
+    description="Causal SDPA in place of FlexAttention or varlen attention.",
+)
+
+
+def turn_off_cuda_graphs_for(backend: str) -> None:
+    """CUDA graphs are on by default and cannot capture a backend with host syncs.
+
+    The host hands an override one node and not the job, and asks nothing of it later. So the
+    job is taken from the host function that calls the override; where that is not found, the
+    backend itself refuses to be captured, with the same remedy.
+    """
+    job = _job_being_overridden()
+    if job is not None and get_backend(backend).host_syncs and captures_cuda_graphs(job):
+        job.training.disable_cuda_graphs = True
+        logger.warning(
+            f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "
+            f"compute_backend {backend} copies token counts to the host"
+        )
+
+
+def _job_being_overridden() -> Trainer.Config | None:
+    for caller in inspect.stack(context=0):
+        root = caller.frame.f_locals.get("config_root")
+        if isinstance(root, Trainer.Config):
+            return root
+    return None

@@ -1,0 +1,46 @@
+"""Door 2: what ``--override.imports`` names, for any config of the host.
+
+    torchrun ... -m torchtitan.train --module qwen3 --config qwen3_moe_debug \\
+        --override.imports 'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'
+
+``ezpz_moe.overrides.sdpa`` beside it lets a model train where FlexAttention does not (CPU, XPU).
+The host logs every replaced node, and warns when it found none.
+"""
+
+import dataclasses
+
+from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
+from ezpz_moe.hosts.titan_0_3.attention import causal_attention
+from ezpz_moe.hosts.titan_0_3.experts import selected
+from ezpz_moe.hosts.titan_0_3.overrides import (
+    for_attention,
+    for_experts,
+    turn_off_cuda_graphs_for,
+)
+
+_EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
+
+
+@for_experts
+def experts(config, *, compute_backend: str | None = None, **unknown):
+    """The same experts, computed by ``compute_backend``."""
+    with exit_on_user_error():
+        for key in unknown:
+            raise EzpzError(
+                f"--override.imports ezpz_moe.overrides.experts: unknown key {key!r}."
+                f"{did_you_mean(key, ['compute_backend'])} It takes compute_backend alone."
+            )
+        if compute_backend is None:
+            raise EzpzError(
+                f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
+                f"Write {_EXAMPLE}."
+            )
+        replacement = selected(config, compute_backend, "asked for by ezpz_moe.overrides.experts")
+        turn_off_cuda_graphs_for(compute_backend)
+        return replacement
+
+
+@for_attention
+def sdpa(config):
+    """The same attention with causal SDPA as its kernel: no per-document mask."""
+    return dataclasses.replace(config, inner_attention=causal_attention(config))

@@ -1,0 +1,112 @@
+"""Runs the host's trainer in this process, once per scenario, and records what it computed.
+
+    torchrun --nproc-per-node N tests/run_trainer.py SCENARIOS.json OUT
+
+SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank writes
+OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step and
+the parameters after the last one (whole, whatever their sharding), and which backend every
+experts module has chosen. The host is imported once, because that takes longer than training a
+tiny model, and each scenario trains in a fork of its own, because the host keeps global state.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ezpz_moe.hosts.cpu import import_host_on_cpu
+
+ONE_ROUNDING = 2.0**-9
+"""Largest relative error of rounding to bfloat16, whose significand has 8 bits."""
+
+
+def main(scenarios: str, out: str) -> None:
+    import_host_on_cpu()
+    import torchtitan.trainer
+    from torchtitan.tools.logging import init_logger
+
+    init_logger()
+    fork = multiprocessing.get_context("fork")
+    for name, (port, arguments) in json.loads(Path(scenarios).read_text()).items():
+        child = fork.Process(target=_train_and_save, args=(port, f"{out}.{name}", arguments))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(f"scenario {name!r} failed with exit code {child.exitcode}")
+
+
+def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
+    # torchrun's own store still holds the addresses of the scenario before.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    record = run(arguments)
+    torch.save(record, f"{out}.{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()
+
+
+def run(arguments: list[str]) -> dict:
+    """Train as ``torchtitan.train`` would. ``--rounding-noise`` perturbs the experts' outputs."""
+    from torchtitan.config import ConfigManager
+    from torchtitan.models.common.moe import GroupedExperts
+
+    noise = "--rounding-noise" in arguments
+    config = ConfigManager().parse_args([a for a in arguments if a != "--rounding-noise"])
+    trainer = config.build()
+    modules = [module for part in trainer.model_parts for module in part.modules()]
+    experts = [module for module in modules if isinstance(module, GroupedExperts)]
+    if noise:
+        for module in experts:
+            module.register_forward_hook(_round_once_more)
+    record = {"losses": [], "gradient_norms": [], "gradients": {}}
+    _record_gradients(trainer, record)
+    _record_metrics(trainer.metrics_processor, record)
+    trainer.train()
+    record["parameters"] = {name: _whole(p) for name, p in _parameters(trainer)}
+    record["experts"] = [type(module).__name__ for module in experts]
+    record["backends"] = [getattr(module, "_choice", ("none", ""))[0] for module in experts]
+    trainer.close()
+    return record
+
+
+def _round_once_more(module, inputs, output):
+    sign = torch.randint(0, 2, output.shape, dtype=output.dtype) * 2 - 1
+    return output * (1 + ONE_ROUNDING * sign)
+
+
+def _record_gradients(trainer, record: dict) -> None:
+    def keep_the_first(*_) -> None:
+        if not record["gradients"]:
+            record["gradients"] = {name: _whole(p.grad) for name, p in _parameters(trainer)}
+
+    next(iter(trainer.optimizers)).register_step_pre_hook(keep_the_first)
+
+
+def _record_metrics(metrics_processor, record: dict) -> None:
+    log = metrics_processor.log
+
+    def keep(step, global_avg_loss, global_max_loss, grad_norm, **more) -> None:
+        record["losses"].append(global_avg_loss)
+        record["gradient_norms"].append(grad_norm)
+        log(step, global_avg_loss, global_max_loss, grad_norm, **more)
+
+    metrics_processor.log = keep
+
+
+def _parameters(trainer):
+    for part in trainer.model_parts:
+        for name, parameter in part.named_parameters():
+            yield (
+                name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""),
+                parameter,
+            )
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

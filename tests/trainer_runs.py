@@ -1,0 +1,89 @@
+"""Runs scenarios of the real trainer in real processes, and compares their records."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+TINY = HERE / "data" / "tiny"
+
+Record = dict
+Scenarios = Mapping[str, list[str]]
+
+
+def job_folder(folder: Path) -> Path:
+    """``folder`` with the tests' job and its flavor in it."""
+    return Path(shutil.copytree(TINY, folder, dirs_exist_ok=True))
+
+
+def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") -> list[str]:
+    """Arguments that train the tests' job in ``folder`` with another flavor of its model."""
+    job = folder / f"{flavor}.{checkpointing}.toml"
+    text = (folder / "job.toml").read_text()
+    text = text.replace('flavor = "tiny_sdpa"', f'flavor = "{flavor}"')
+    job.write_text(text.replace('mode = "none"', f'mode = "{checkpointing}"'))
+    return ["--module", "ezpz_moe", "--config", str(job), *flags]
+
+
+def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[Record]]:
+    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank."""
+    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
+        *(str(folder / "scenarios.json"), str(folder / "records")),
+    ]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    result = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    return {
+        name: [torch.load(folder / f"records.{name}.{rank}") for rank in range(ranks)]
+        for name in scenarios
+    }
+
+
+def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, tuple[int, list[str]]]:
+    """Each scenario with a port where its ranks meet, and a dump folder unless it names one."""
+    ports = _free_ports(len(scenarios))
+    return {
+        name: (port, ["--dump-folder", str(folder / name), *arguments])
+        for port, (name, arguments) in zip(ports, scenarios.items(), strict=True)
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def relative(
+    tensors: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """``|a - b| / |b|`` in the Frobenius norm, for every tensor."""
+    assert tensors.keys() == truth.keys()
+    return {
+        name: (
+            torch.linalg.vector_norm(tensors[name].double() - truth[name].double())
+            / torch.linalg.vector_norm(truth[name].double()).clamp_min(1e-30)
+        ).item()
+        for name in truth
+    }
