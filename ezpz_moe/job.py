@@ -140,10 +140,10 @@ def _unknown(section: str, name: str, value: Any) -> str:
         return f"{name} = {_shown(value)}: has to be a section, [{path}]."
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{did_you_mean(name, _SECTIONS)}"
-    homes = [f"[{home}]" for home, keys in KEYS.items() if name in keys]
+    homes = [f"[{home}]" for home, keys in KEYS.items() if name in keys and not keys[name].message]
     near = did_you_mean(name, KEYS.get(section, {}))
     if homes and not near:
-        near = f" It belongs into {' or '.join(homes)}."
+        near = f" It belongs in {' or '.join(homes)}."
     where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
     return f"{where}: unknown key.{near}"
 
@@ -208,7 +208,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         empty = "non-empty " if schema.get("minItems") else ""
         return f"a {empty}list, each entry {_in_words(schema['items'])}"
-    if schema.get("minLength"):
+    if "pattern" in schema:  # of the table's Text
         return "a non-empty string"
     limits = " and ".join(f"{sign} {schema[k]}" for k, sign in _LIMITS.items() if k in schema)
     return f"{_NOUNS[schema['type']]} {limits}".rstrip()

@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
 
 _OVERRIDES = {
@@ -121,7 +122,7 @@ def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
     for entry in config.override.imports:
         target = entry if isinstance(entry, str) else entry[0]
         if target in _OVERRIDES:
-            yield f"--override.imports {target}: {_OVERRIDES[target]}"
+            yield f"override.imports {target}: {_OVERRIDES[target]}"
 
 
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
@@ -151,6 +152,40 @@ def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
         yield f"parallelism.pipeline_parallel_schedule: {error}"
 
 
+def _ranks(config: Trainer.Config) -> Iterator[str]:
+    if config.comm.mode in ("fake_backend", "local_tensor"):
+        return  # one process stands for many ranks
+    par, ranks = config.parallelism, int(os.environ["WORLD_SIZE"])
+    outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
+    inner = par.context_parallel_degree * par.tensor_parallel_degree
+    shard = par.data_parallel_shard_degree
+    if shard == -1:
+        shard = ranks // (outer * inner)
+    if shard == 0 or outer * shard * inner != ranks:
+        yield (
+            f"{ranks} ranks do not fit the degrees: pipeline_parallel "
+            f"{par.pipeline_parallel_degree} x data_parallel_replicate "
+            f"{par.data_parallel_replicate_degree} x data_parallel_shard "
+            f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
+            f"tensor_parallel {par.tensor_parallel_degree} has to be {ranks} (-1: what is left)."
+        )
+        return
+    if shard * inner % par.expert_parallel_degree:
+        yield (
+            f"parallelism.expert_parallel_degree = {par.expert_parallel_degree} does not divide "
+            f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
+            f"context_parallel x tensor_parallel)."
+        )
+    whole = config.training.global_batch_size
+    step = config.training.local_batch_size * shard * par.data_parallel_replicate_degree
+    if whole > 0 and whole % step:
+        yield (
+            f"training.global_batch_size = {whole} is no multiple of {step}, which is "
+            f"training.local_batch_size = {config.training.local_batch_size} x the data-parallel "
+            f"ranks."
+        )
+
+
 def _files(config: Trainer.Config) -> Iterator[str]:
     assets = Path(config.hf_assets_path)
     if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
@@ -164,6 +199,13 @@ def _files(config: Trainer.Config) -> Iterator[str]:
 
 
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
+    if no_accelerator() and utils.device_type != "cpu":
+        yield (
+            f"this machine has no accelerator, and torchtitan by itself would train on "
+            f"{utils.device_type}. Start the run with `ezpz-moe train` or `python -m "
+            f"ezpz_moe.train`: they train on the CPU then."
+        )
+        return
     device = torch.device(utils.device_type)
     dims = {dim for node in _experts(config) for dim in (node.dim, node.hidden_dim)}
     for name in _backends(config):
@@ -214,4 +256,4 @@ _ALWAYS: tuple[_Check, ...] = (
     _sequence_length,
     _pipeline_schedule,
 )
-_WHEN_TRAINING: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
+_WHEN_TRAINING: tuple[_Check, ...] = (_ranks, _files, _backend_on_device, _cpu)

@@ -24,7 +24,6 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator
 from torchtitan.config.configs import TrainingConfig
-from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
     FullAC,
@@ -41,7 +40,7 @@ from ezpz_moe.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
-from ezpz_moe.hosts.titan_0_3.conflicts import refuse_conflicts
+from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan_0_3.data import dataloader_config
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_3.models import model_spec
@@ -66,14 +65,17 @@ class JobConfig(Trainer.Config):
     origin: Annotated[str, tyro.conf.Suppress] = ""
     """Where the settings come from, for messages."""
 
-    checked: Annotated[bool, tyro.conf.Suppress] = False
-    """Whether this is a copy of a checked config, made by the host: then a user's mistake ends the
-    process as on any command line, because the host would show a traceback."""
+    handed_over: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether ``trainer_config`` has returned it. A copy of it is the host's, with the flags of its
+    command line; a mistake then ends the process, because the host would show a traceback."""
 
     def __post_init__(self) -> None:
-        with exit_on_user_error() if self.checked else contextlib.nullcontext():
-            refuse_conflicts(self, self.origin)
-            with _refusals(self.origin):
+        if is_about_to_train() and not self.handed_over:
+            return  # a flag may still mend it
+        where = f"{self.origin} with the command line's flags" if self.handed_over else self.origin
+        with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
+            refuse_conflicts(self, where)
+            with _refusals(where):
                 Trainer.Config.__post_init__(self)
 
 
@@ -91,38 +93,37 @@ def trainer_config(job: Job) -> JobConfig:
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
-    base = _base(job, spec)
-    _refuse_options_of_another_mode(job, base)
-    changes = _nested(_cpu_values(job) | _field_values(job))
-    with _refusals(job.source):
-        sections = {name: _changed(getattr(base, name), change) for name, change in changes.items()}
-        config = derive(base, JobConfig, origin=job.source, **sections)
-    config.checked = True
+    sections = _fields(Trainer.Config()) | _sections(job, spec)
+    _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
+    for name, change in _nested(_cpu_values(job) | _field_values(job)).items():
+        with _refusals(f"{job.source}: {name}"):
+            sections[name] = _changed(sections[name], change)
+    config = JobConfig(**sections, origin=job.source)
+    config.handed_over = True
     return config
 
 
-def _base(job: Job, spec: ModelSpec) -> Trainer.Config:
-    """The config before the settings that change one field each."""
-    chosen = {}
-    if (mode := job.values.get("activation_checkpoint.mode")) is not None:
-        policy = _ACTIVATION_CHECKPOINTING[mode]
-        chosen["activation_checkpoint"] = policy() if policy else None
+def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
+    """The parts of the config that are not the host's default before single fields are set."""
+    data = _arguments(job, dataset="training.dataset", dataset_path="training.dataset_path")
+    sections = {
+        "model_spec": spec,
+        "hf_assets_path": str(EMBEDDED_TOKENIZER),
+        "loss": ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+        ),
+        "optimizer": default_adamw(),
+        "training": TrainingConfig(disable_cuda_graphs=True),
+        "dataloader": _dataloader(job, data, infinite=True),
+    }
     if data := _arguments(
         job, dataset="validation.dataset", dataset_path="validation.dataset_path"
     ):
-        chosen["validator"] = Validator.Config(dataloader=_dataloader(job, data, infinite=False))
-    data = _arguments(job, dataset="training.dataset", dataset_path="training.dataset_path")
-    return Trainer.Config(
-        model_spec=spec,
-        hf_assets_path=str(EMBEDDED_TOKENIZER),
-        loss=ChunkedLossWrapper.Config(
-            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
-        ),
-        optimizer=default_adamw(),
-        training=TrainingConfig(disable_cuda_graphs=True),
-        dataloader=_dataloader(job, data, infinite=True),
-        **chosen,
-    )
+        sections["validator"] = Validator.Config(dataloader=_dataloader(job, data, infinite=False))
+    if (mode := job.values.get("activation_checkpoint.mode")) is not None:
+        policy = _ACTIVATION_CHECKPOINTING[mode]
+        sections["activation_checkpoint"] = policy() if policy else None
+    return sections
 
 
 def _dataloader(job: Job, data: Mapping[str, str], *, infinite: bool) -> BaseDataLoader.Config:
@@ -160,6 +161,10 @@ def _cpu_values(job: Job) -> dict[str, Any]:
     return {key: "partial_dtensor"}
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
     tree: dict[str, Any] = {}
@@ -188,9 +193,10 @@ def _changed(node: Any, changes: Any) -> Any:
     )
 
 
-def _refuse_options_of_another_mode(job: Job, base: Trainer.Config) -> None:
+def _refuse_options_of_another_mode(
+    job: Job, policy: ActivationCheckpointing.Config | None
+) -> None:
     """An option that the chosen activation checkpointing does not have would be ignored."""
-    policy = base.activation_checkpoint
     for name, row in KEYS["activation_checkpoint"].items():
         if row.path is None or f"activation_checkpoint.{name}" not in job.values:
             continue

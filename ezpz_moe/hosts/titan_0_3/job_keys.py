@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import StringConstraints
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
 Rate = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Beta = Annotated[float, Ge(0), Lt(1)]
-Text = Annotated[str, MinLen(1)]
+Text = Annotated[str, StringConstraints(pattern=r"\A[^\x00]+\z")]  # no file name has a null
 Dtype = Literal["bfloat16", "float32"]
 CommBackend = Literal["standard", "deepep", "hybridep", "minimal_async_ep"]
 
@@ -261,7 +262,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "async_mode": to(
             "checkpoint.async_mode", Literal["disabled", "async", "async_with_pinned_mem"]
         ),
-        "keep_latest_k": to("checkpoint.keep_latest_k", Literal[0] | Annotated[int, Ge(2)]),
+        "keep_latest_k": to("checkpoint.keep_latest_k", NonNegative),
         "load_step": to("checkpoint.load_step", Annotated[int, Ge(-1)]),
         "exclude_from_loading": to("checkpoint.exclude_from_loading", list[Text]),
         "enable_first_step_checkpoint": to("checkpoint.enable_first_step_checkpoint", bool),
