@@ -1,0 +1,37 @@
+# make train    install on first use, then train a small model on this machine
+# make test     the whole test suite, with coverage
+# make lint     formatting, style and types
+# make clean    remove caches and build products (the environment and outputs/ stay)
+#
+#   make train JOB=flavors/jobs/debug_cpu.toml ARGS="--training.steps 5"
+#   make test ARGS="-k data"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+JOB ?= flavors/jobs/debug_cpu.toml
+ARGS ?=
+
+INSTALLED := $(VENV)/.ezpz_moe_installed
+
+.PHONY: train test lint clean
+
+train: $(INSTALLED)
+	$(VENV)/bin/ezpz-moe train $(JOB) $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest --cov $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+# Again whenever the dependencies change.
+$(INSTALLED): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
