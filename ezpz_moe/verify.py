@@ -30,7 +30,7 @@ from ezpz_moe.compute.reference import (
 )
 from ezpz_moe.errors import EzpzError
 
-DIM, HIDDEN_DIM = 256, 384
+DIM, HIDDEN_DIM = 128, 192  # unequal, so that a swapped matrix shows
 
 # Tokens of each of eight experts, and rows after them that no expert owns.
 ROUTINGS: dict[str, tuple[list[int], int]] = {
@@ -94,12 +94,24 @@ def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
     return {name: _reasons(name, place, getattr(torch, dtype)) for name in backend_names()}
 
 
+def properties(name: str) -> dict[str, Any]:
+    """What a backend says of itself; None for one whose package does not load."""
+    keys = ("host_syncs", "static_shapes", "drops_tokens", "summary")
+    try:
+        backend = get_backend(name)
+    except EzpzError:
+        return dict.fromkeys(keys)
+    return {key: getattr(backend, key) for key in keys}
+
+
 def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     """Every check of the usable backends on ``device``.
 
     Raises:
-        EzpzError: no backend is usable there in any of the dtypes; the message has the reasons.
+        EzpzError: nothing can be compared there; when no backend is usable, with all reasons.
     """
+    if not dtypes:
+        raise EzpzError("--dtype: name at least one, for example bfloat16")
     reasons = {dtype: reasons_against(device, dtype) for dtype in dtypes}
     if torch.device(device).type == "meta":
         raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
@@ -136,6 +148,11 @@ def compare(check: Check) -> list[Row]:
         Row(**vars(check), **_judged(name, values[name], true[name], bounds[name], case))
         for name in NAMES
     ]
+
+
+def worst(rows: Sequence[Row]) -> Row:
+    """The row that failed, or the one nearest to its bound."""
+    return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
 def cosine(value: Tensor, true: Tensor) -> float:

@@ -1,0 +1,259 @@
+"""``ezpz-moe``: arguments in, calls out. Commands gather plain rows; ``display`` formats them.
+
+Nothing heavy is imported before a command runs, so that help and argument mistakes are quick.
+Results go to stdout, progress and errors to stderr. Exit codes: 0; 1 when a check fails or a
+training run breaks; 2 for a mistake of the user's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import (
+    CascadeSubcommandArgs,
+    FlagCreatePairsOff,
+    OmitArgPrefixes,
+    Positional,
+    Suppress,
+    arg,
+    subcommand,
+)
+
+from ezpz_moe import __version__, display
+from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
+
+if TYPE_CHECKING:
+    from ezpz_moe.job import Job
+    from ezpz_moe.verify import Row
+
+DType = Literal["bfloat16", "float32", "float16", "float64"]
+Device = Annotated[str | None, arg(metavar="DEVICE")]
+Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
+
+
+@dataclass(frozen=True)
+class Flavors:
+    """List the model flavors: parameters, experts, backend."""
+
+    def run(self) -> int:
+        from ezpz_moe.flavors import flavor_names, load_flavor
+
+        flavors = [load_flavor(name) for name in flavor_names()]
+        with display.progress().status("Building the models on the meta device to count ..."):
+            _import_host()
+            from ezpz_moe.hosts.titan_0_3.parameters import summarize
+
+            rows = [
+                {
+                    "flavor": flavor.name,
+                    "total": display.count(model.total),
+                    "active": display.count(model.active),
+                    "experts": model.num_experts,
+                    "top-k": model.top_k,
+                    "expert dim": model.expert_hidden_dim,
+                    "layers": model.n_layers,
+                    "dim": model.dim,
+                    "attention": flavor.attention or "the host's",
+                    "backend": flavor.compute_backend,
+                }
+                for flavor in flavors
+                for model in [summarize(flavor)]
+            ]
+        display.print_table(rows)
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show the resolved config of a flavor or job: the model, and what the trainer is told.
+
+    Names of the trainer's settings are also its flags: --training.steps 100.
+    """
+
+    config: Config
+    """A flavor's name, or the path of a job's TOML."""
+    all: bool = False
+    """Also show the settings that are torchtitan's own defaults."""
+
+    def run(self) -> int:
+        from ezpz_moe.flavors import load_flavor
+
+        job = _job(self.config)
+        flavor = load_flavor(job.flavor, near=job.folder)
+        with display.progress().status("Building the config ..."):
+            _import_host()
+            from ezpz_moe.hosts.titan_0_3.job import trainer_config
+            from ezpz_moe.hosts.titan_0_3.parameters import parameter_counts
+            from ezpz_moe.hosts.titan_0_3.settings import flat, settings
+
+            model = flat(flavor.model_dump(exclude_none=True))
+            counts = zip(("total", "active"), parameter_counts(flavor), strict=True)
+            told = [s for s in settings(trainer_config(job)) if self.all or s.changed]
+        rows: list[dict[str, Any]] = [{"flavor": key, "value": value} for key, value in model]
+        rows += [{"flavor": f"{kind} parameters", "value": number} for kind, number in counts]
+        display.print_table(rows, title=job.source)
+        display.print_table(map(asdict, told), title="torchtitan's config")
+        return 0
+
+
+@dataclass(frozen=True)
+class Backends:
+    """List the expert backends: usable here, or every reason why not."""
+
+    device: Device = None
+    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    dtype: DType = "bfloat16"
+    """What the kernels compute in."""
+
+    def run(self) -> int:
+        with display.progress().status("Asking torch ..."):
+            from ezpz_moe.verify import default_device, properties, reasons_against
+
+            device = self.device or default_device()
+            reasons = reasons_against(device, self.dtype)
+            rows = [
+                {"backend": name, "usable": not against, **properties(name)}
+                for name, against in reasons.items()
+            ]
+        title = f"Expert backends on {device} in {self.dtype}"
+        display.print_table(rows, title=title)
+        display.print_reasons(reasons)
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare every usable backend with float64: output and all four gradients."""
+
+    device: Device = None
+    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    dtype: tuple[DType, ...] = ("bfloat16", "float32")
+    """What the kernels compute in; one or more."""
+    json: bool = False
+    """Print every compared tensor, as JSON."""
+
+    def run(self) -> int:
+        with display.progress().status("Asking torch ..."):
+            from ezpz_moe.verify import compare, default_device, plan, reasons_against, worst
+
+            device = self.device or default_device()
+            checks = plan(device, self.dtype)
+        compared = [compare(check) for check in display.tracked(checks, "Verifying")]
+        rows = [row for rows in compared for row in rows]
+        passed = all(row.ok for row in rows)
+        reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
+        if self.json:
+            report = {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+            display.output().print_json(data=report, allow_nan=False)
+        else:
+            display.print_table(
+                (_figures(worst(rows)) for rows in compared),
+                title=f"Errors against float64 on {device}: the worst tensor of each case",
+            )
+            for against in reasons.values():
+                display.print_reasons(against)
+            display.print_failures([row for row in rows if not row.ok])
+        return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a flavor or job with torchtitan. All other flags go to the trainer as they are."""
+
+    config: Config
+    """A flavor's name, or the path of a job's TOML. It comes first."""
+    nproc: int = 1
+    """Processes on this machine, one per accelerator."""
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from ezpz_moe.launch import train
+
+        return train(self.config, list(self.host_flags), nproc=self.nproc)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Selectable expert backends for Mixture-of-Experts training with torchtitan.
+
+    ezpz-moe --version prints the version.
+    """
+
+    command: (
+        Annotated[Flavors, subcommand("flavors")]
+        | Annotated[Show, subcommand("show")]
+        | Annotated[Backends, subcommand("backends")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Train, subcommand("train")]
+    )
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; argument mistakes exit with 2 at once."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"ezpz-moe {__version__}")
+        return 0
+    parsed = _parse(arguments)
+    if parsed.debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    with exit_on_user_error():
+        return parsed.command.run()
+
+
+def _parse(arguments: Sequence[str]) -> Arguments:
+    """``train`` hands what it does not know to the trainer; elsewhere that is a mistake."""
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    trains = words[:1] == ["train"]
+    parse = partial(
+        tyro.cli,
+        Arguments,
+        prog="ezpz-moe",
+        args=arguments,
+        config=(CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes),
+    )
+    if not trains:
+        return parse()
+    parsed, host_flags = parse(return_unknown_args=True)
+    return replace(parsed, command=replace(parsed.command, host_flags=tuple(host_flags)))
+
+
+def _figures(row: Row) -> dict[str, str]:
+    """A row of the table of ``verify``."""
+    figures = {"max abs": row.max_abs_error, "relative": row.relative_error, "bound": row.bound}
+    return {
+        "dtype": row.dtype,
+        "backend": row.backend,
+        "routing": row.routing,
+        "tensor": row.tensor,
+        **{name: display.number(value, ".3g") for name, value in figures.items()},
+        "cosine": display.number(row.cosine, ".6f"),
+        "verdict": row.verdict,
+    }
+
+
+def _import_host() -> None:
+    """The host, to look at configs. What it remarks on them is for training runs."""
+    from ezpz_moe.hosts import check_host
+
+    check_host()
+    logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
+
+
+def _job(config: str) -> Job:
+    from ezpz_moe.job import job_for_flavor, load_job
+
+    return load_job(config) if config.endswith(".toml") else job_for_flavor(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

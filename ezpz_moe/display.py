@@ -1,0 +1,100 @@
+"""Tables and lines for the terminal, from plain values. Everything here only formats.
+
+Where stdout is no terminal the tables are plain text without a limit of width, so that nothing is
+wrapped or cut before it reaches a file or another program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+T = TypeVar("T")
+
+_UNLIMITED = 10_000
+
+
+def output() -> Console:
+    """Where results go."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_UNLIMITED)
+
+
+def progress() -> Console:
+    """Where progress goes: stderr, and nothing at all when that is no terminal."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    return console
+
+
+def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
+    """Rows with the same keys, which are the headings. Columns of figures stand on the right."""
+    rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
+    console = output()
+    table = Table(
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+    )
+    for column, heading in enumerate(rows[0]):
+        figures = column > 0 and all(row[heading][:1].isdigit() for row in rows)
+        table.add_column(
+            heading.replace("_", " "),
+            justify="right" if figures else "left",
+            no_wrap=column == 0,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    console.print(table)
+
+
+def tracked(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, with a progress bar while they are worked through."""
+    return track(items, description=what, console=progress(), transient=True)
+
+
+def print_reasons(reasons: Mapping[str, Iterable[str]]) -> None:
+    """One line per reason why a backend cannot run."""
+    for name, against in reasons.items():
+        for reason in against:
+            output().print(f"{name}: {reason}", markup=False, soft_wrap=True)
+
+
+def print_failures(rows: Iterable[Any]) -> None:
+    """One line per tensor that failed."""
+    for row in rows:
+        where = f"{row.backend} {row.dtype} {row.routing!r} {row.tensor}"
+        output().print(f"FAILED {where}: {row.verdict}", markup=False, soft_wrap=True)
+
+
+def text(value: Any) -> str:
+    """A value for people: yes and no, a dash for nothing."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case "":
+            return '""'
+        case _:
+            return str(value)
+
+
+def count(parameters: int) -> str:
+    """33014016 -> "33.0 M"."""
+    if parameters < 10**9:
+        return f"{parameters / 10**6:.1f} M"
+    return f"{parameters / 10**9:.2f} B"
+
+
+def number(value: float | None, form: str) -> str:
+    """A rounded figure, a dash where there is none."""
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,216 @@
+"""``ezpz-moe``: what every command prints, its exit codes, and that mistakes get one message."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from ezpz_moe import __version__, cli, launch
+from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.compute import for_loop, get_backend
+from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
+from ezpz_moe.flavors import flavor_names
+
+JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command changes for its process is for its process only."""
+    monkeypatch.setenv(DEBUG_VARIABLE, "0")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """The lines of a table without its frame: first cell -> the other words."""
+    lines = (line.split() for line in output.splitlines())
+    return {words[0]: words[1:] for words in lines if words}
+
+
+def exit_code(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    return stopped.value.code
+
+
+def test_the_installed_command_is_this_one() -> None:
+    (script,) = entry_points(group="console_scripts", name="ezpz-moe")
+    assert script.load() is cli.main
+
+
+def test_version(capsys) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ezpz-moe {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["verify"]])
+def test_help_needs_no_torch(command: list[str]) -> None:
+    program = (
+        "import sys\nfrom ezpz_moe.cli import main\n"
+        f"try: main([*{command!r}, '--help'])\n"
+        "except SystemExit as stop: print(stop.code, {'torch', 'torchtitan'} & set(sys.modules))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert output.startswith("usage: ezpz-moe")
+    assert output.splitlines()[-1] == "0 set()"
+
+
+def test_flavors_lists_all_with_their_figures(capsys) -> None:
+    assert cli.main(["flavors"]) == 0
+    captured = capsys.readouterr()
+    rows = table(captured.out)
+    assert set(flavor_names()) <= set(rows)
+    assert " ".join(rows["16B_sdpa_for_loop"]) == "16.34 B 3.29 B 64 6 1408 27 2048 sdpa for_loop"
+    assert captured.err == ""
+
+
+def test_show_a_job(capsys) -> None:
+    assert cli.main(["show", str(JOB)]) == 0
+    captured = capsys.readouterr()
+    rows = table(captured.out)
+    assert rows["compute_backend"] == ["for_loop"]
+    assert rows["dimensions.num_experts"] == ["8"]
+    assert rows["training.steps"] == ["60", "10000"]
+    assert rows["optimizer.param_groups.0.optimizer_kwargs.lr"] == ["0.002", "-"]
+    assert "training.gc_freq" not in rows, "the host's default is not shown"
+    assert not {"origin", "checked", "model_spec"} & set(rows), "our own fields are no settings"
+    assert captured.err == ""
+
+
+def test_show_all_of_a_flavor(capsys) -> None:
+    assert cli.main(["show", "16B_sdpa", "--all"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["name"] == ["16B_sdpa"]
+    assert rows["dimensions.dim"] == ["2048"]
+    assert rows["training.gc_freq"] == ["50", "50"]
+
+
+def test_backends_that_run_here(capsys) -> None:
+    assert cli.main(["backends", "--device", "cpu", "--dtype", "float64"]) == 0
+    output = capsys.readouterr().out
+    rows = table(output)
+    assert rows["for_loop"][:4] == ["yes", "yes", "yes", "no"]
+    assert rows["grouped_mm"][:4] == ["no", "no", "yes", "no"]
+    assert "grouped_mm: torch._grouped_mm of torch" in output
+    assert "use for_loop or batched_mm_padded" in output
+    assert "\x1b" not in output
+    assert get_backend("batched_mm_padded").summary in output, "nothing is cut when piped"
+
+
+def test_backends_tells_every_reason(capsys) -> None:
+    assert cli.main(["backends", "--device", "hpu"]) == 0
+    output = capsys.readouterr().out
+    for name in known_backend_names():
+        assert f"\n{name}: this machine has no usable hpu device" in output
+
+
+def test_verify_passes(capsys) -> None:
+    assert cli.main(["verify", "--device", "cpu", "--dtype", "float32", "float64"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count(" ok ") == 5 * 5  # three backends in float32, two in float64
+    assert "grouped_mm: torch._grouped_mm" in captured.out
+    assert captured.err == ""
+
+
+def test_verify_as_json(capsys) -> None:
+    assert cli.main(["verify", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert report["not_usable"] == {"float32": {name: [] for name in known_backend_names()}}
+    assert len(report["rows"]) == 5 * 5 * len(known_backend_names())
+    assert {row["verdict"] for row in report["rows"]} == {"ok"}
+
+
+def _drops_the_last_token(w1, w2, w3, x, counts):
+    y = for_loop(w1, w2, w3, x, counts).clone()
+    y[counts.sum() - 1 : counts.sum()] = float("nan")
+    return y
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(get_backend("for_loop"), "swiglu", _drops_the_last_token)
+    arguments = ["verify", "--device", "cpu", "--dtype", "float32"]
+    assert cli.main([*arguments, "--json"] if as_json else arguments) == 1
+    output = capsys.readouterr().out
+    if as_json:
+        report = json.loads(output)
+        assert report["passed"] is False
+        wrong = [row for row in report["rows"] if row["verdict"] != "ok"]
+        assert {row["backend"] for row in wrong} == {"for_loop"}
+        assert wrong[0]["relative_error"] is None
+    else:
+        assert "FAILED for_loop float32 'tail' y: beyond the bound" in output
+
+
+def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(launch, "train", lambda *args, **kw: calls.append((args, kw)) or 7)
+    flags = ["--training.steps", "5", "--debug.seed", "3", "--override.imports", 'a={"b": 1}']
+    assert cli.main(["train", "job.toml", *flags[:4], "--nproc", "2", *flags[4:]]) == 7
+    ((arguments, keywords),) = calls
+    assert arguments == ("job.toml", flags)
+    assert keywords == {"nproc": 2}
+    assert os.environ[DEBUG_VARIABLE] == "0", "--debug.seed is the host's, not our --debug"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["bogus"],
+        ["train"],
+        ["train", "job.toml", "--nproc", "two"],
+        ["show"],
+        ["flavors", "--training.steps", "5"],
+        ["backends", "--devcie", "cpu"],
+        ["backends", "--dtype", "int8"],
+        ["verify", "--dtype", "bfloat16", "int8"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_exit_2(arguments: list[str], capsys) -> None:
+    assert exit_code(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["show", "16b_sdap"], ["'16b_sdap'", "16B_sdpa"]),
+        (["show", "no/such.toml"], ["no/such.toml"]),
+        (["train", "no/such.toml"], ["no/such.toml"]),
+        (["train", "16B_spda"], ["'16B_spda'", "16B_sdpa"]),
+        (["train", "debugmodel", "--nproc", "0"], ["--nproc 0"]),
+        (["verify", "--device", "abacus"], ["'abacus'"]),
+        (["verify", "--device", "meta"], ["'meta'"]),
+        (["verify", "--device", "hpu"], ["no backend can run on hpu", "for_loop"]),
+        (["verify", "--dtype"], ["--dtype", "bfloat16"]),
+        (["backends", "--device", "cpu:x"], ["'cpu:x'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str], capsys) -> None:
+    assert exit_code(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ezpz-moe: error: ")
+    assert all(part in captured.err for part in parts)
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "show", "nope"], ["show", "nope", "--debug"]])
+def test_debug_shows_where_a_mistake_was_found(arguments: list[str]) -> None:
+    with pytest.raises(EzpzError, match="nope"):
+        cli.main(arguments)
+    assert os.environ[DEBUG_VARIABLE] == "1"
