@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torchtitan.trainer import Trainer
@@ -43,6 +43,7 @@ def settings(config: Trainer.Config) -> list[Setting]:
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """``("a.b", value)`` of everything in nested dicts and lists of dicts."""
+    children: Iterable[tuple[Any, Any]]
     if isinstance(node, Mapping):
         children = node.items()
     elif isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
