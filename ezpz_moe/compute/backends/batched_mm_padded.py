@@ -32,7 +32,8 @@ class _Padding:
     @classmethod
     def of(cls, counts: list[int], device: torch.device) -> "_Padding":
         E, n, capacity = len(counts), sum(counts), max(counts, default=0)
-        counts_E = torch.tensor(counts, dtype=torch.int64, device=device)
+        # non_blocking: torch.tensor(..., device=device) would wait for the device once more
+        counts_E = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
         first_slot_E = torch.arange(E, device=device) * capacity
         first_row_E = torch.cumsum(counts_E, 0) - counts_E
         shift_n = torch.repeat_interleave(first_slot_E - first_row_E, counts_E, output_size=n)
