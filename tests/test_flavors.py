@@ -233,6 +233,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
         ("dim = true", "dim = True: should be a valid integer."),
         ('dim = "256"', "dim = '256': should be a valid integer."),
         ("mscale = nan", "mscale = nan: should be"),
+        ("mscale = inf", "mscale = inf: should be a finite number."),
         ("qk_rope_head_dim = 63", "qk_rope_head_dim = 63: should be a multiple of 2."),
         ("router_route_norm = 1", "router_route_norm = 1: should be a valid boolean."),
         ("rope = 3", "rope = 3: should be a table."),
@@ -274,6 +275,22 @@ def test_a_mistake_is_named_with_its_file_and_key(tmp_path: Path, text: str, mes
         load_flavor("mine", near=tmp_path)
     assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "router_top_k = 64",
+        "n_dense_layers = 26",
+        "n_dense_layers = 0",
+        "router_num_expert_groups = 32\nrouter_num_limited_groups = 3",
+        "router_num_expert_groups = 8\nrouter_num_limited_groups = 8",
+    ],
+)
+def test_the_largest_and_smallest_that_fit_are_accepted(tmp_path: Path, text: str) -> None:
+    write(tmp_path, mine=f'inherits = "16B"\n{text}')
+    key, _, value = text.splitlines()[0].partition(" = ")
+    assert getattr(size_of(load_flavor("mine", near=tmp_path)), key) == int(value)
 
 
 def test_all_wrong_keys_are_named_at_once_each_with_the_file_that_sets_it(tmp_path: Path) -> None:
