@@ -173,6 +173,7 @@ def test_a_section_that_is_none(job_file, text):
         ("seq_len = 0", "an integer >= 1"),
         ("global_batch_size = 0", "-1 or an integer >= 1"),
         ("max_norm = nan", "a number > 0"),
+        ("max_norm = inf", "a number > 0"),
         ("max_norm = 0", "a number > 0"),
         ("gc_debug = 1", "true or false"),
         ('dtype = "float16"', 'one of "bfloat16", "float32"'),
@@ -491,15 +492,19 @@ def test_attention_without_a_backward_on_the_cpu(monkeypatch, in_training):
     assert config("debugmodel_sdpa")
 
 
-def test_expert_parallelism_on_the_cpu(monkeypatch, in_training):
+def test_expert_parallelism_on_the_cpu(monkeypatch, in_training, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(utils, "device_type", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     chosen = config(parallelism__expert_parallel_degree=2)
     assert chosen.parallelism.spmd_backend == "partial_dtensor"
+    assert 'parallelism.spmd_backend = "partial_dtensor"' in caplog.text
+    caplog.clear()
     assert config().parallelism.spmd_backend == Trainer.Config().parallelism.spmd_backend
     values = {"parallelism__expert_parallel_degree": 2}
     full = config(parallelism__spmd_backend="full_dtensor", **values)
     assert full.parallelism.spmd_backend == "full_dtensor"
+    assert "partial_dtensor" not in caplog.text
     message = conflict(parallelism__spmd_backend="spmd_types", **values)
     assert 'Set parallelism.spmd_backend to "partial_dtensor".' in message
 
@@ -612,7 +617,7 @@ def test_a_conflict_made_by_a_flag_is_one_message_and_exit_code_2(job_file, caps
         command_line(path, "--parallelism.expert_parallel_degree", "3")
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"ezpz-moe: error: {path} with the command line's flags: ")
+    assert message.startswith(f"ezpz-moe: error: {path} and the command line: ")
     assert "does not divide" in message
     assert message.count("ezpz-moe: error") == 1
 

@@ -161,7 +161,7 @@ def _ranks(config: Trainer.Config) -> Iterator[str]:
     shard = par.data_parallel_shard_degree
     if shard == -1:
         shard = ranks // (outer * inner)
-    if shard == 0 or outer * shard * inner != ranks:
+    if outer * shard * inner != ranks:
         yield (
             f"{ranks} ranks do not fit the degrees: pipeline_parallel "
             f"{par.pipeline_parallel_degree} x data_parallel_replicate "

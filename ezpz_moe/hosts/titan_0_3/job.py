@@ -72,7 +72,7 @@ class JobConfig(Trainer.Config):
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
             return  # a flag may still mend it
-        where = f"{self.origin} with the command line's flags" if self.handed_over else self.origin
+        where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
             with _refusals(where):
