@@ -63,6 +63,15 @@ def test_the_portable_backends_run_everywhere(name: str, dtype: torch.dtype, dev
     assert get_backend(name).why_not(torch.device(device), dtype) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 3e-6), (torch.bfloat16, 1e-2)]
+)
+def test_the_bound_is_tight(dtype: torch.dtype, limit: float) -> None:
+    """The judge is judged: near the dtype's own rounding, so that no wrong row fits below it."""
+    case = make_case(UNEVEN, dtype=dtype)
+    assert max(error_bounds(case, truth(case)).values()) <= limit
+
+
 @over_devices
 @over_patterns
 @over_count_dtypes

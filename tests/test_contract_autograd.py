@@ -145,21 +145,33 @@ def test_the_seam_compiles(name: str, device: str) -> None:
         assert_same_bits(expected, run_product(compiled, product))
 
 
+def _operator_arguments(case: Case) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Arguments of every operator of a backend, without tail. w1's storage is transposed."""
+    w1_EFD, w2_EDF, w3_EFD, x_RD = leaves(case)
+    w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    B_EKN = w2_EDF.detach().requires_grad_()
+    counts_E = case.num_tokens_per_expert_E
+    offs_E = counts_E.cumsum(0)
+    hidden_RF = torch.randn_like(x_RD[:, :1].expand(-1, HIDDEN_DIM), requires_grad=False)
+    weights = [tensor.detach() for tensor in (w1_EFD, w2_EDF, w3_EFD)]
+    rows = (x_RD.detach(), counts_E, hidden_RF, hidden_RF.clone())
+    return {
+        "swiglu": (w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E),
+        "swiglu_backward": (case.grad_y_RD, *weights, *rows),
+        "mm": (x_RD, B_EKN, offs_E),
+        "mm_backward": (hidden_RF, x_RD.detach(), w1_EFD.detach().transpose(1, 2), offs_E),
+    }
+
+
 @over_devices
-@pytest.mark.parametrize("operator", ["swiglu", "mm"])
+@pytest.mark.parametrize("operator", ["swiglu", "swiglu_backward", "mm", "mm_backward"])
 @over_backends
 def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> None:
-    """Schema (nothing mutated or aliased), autograd registration, fake kernels, AOT dispatch."""
+    """Schema (nothing mutated or aliased), autograd, fake kernels with strides, AOT dispatch."""
     backend = usable(name, device, torch.float32)
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} composes torch's own operators and registers none")
-    layer = make_case(PATTERNS["empty_middle"], device)
-    *weights, x_RD = leaves(layer)
-    counts_E = layer.num_tokens_per_expert_E
-    arguments = {
-        "swiglu": (*weights, x_RD, counts_E),
-        "mm": (x_RD, weights[0].detach().transpose(1, 2).requires_grad_(), counts_E.cumsum(0)),
-    }
+    arguments = _operator_arguments(make_case(PATTERNS["empty_middle"], device))
     op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
     torch.library.opcheck(op, arguments[operator])
 
