@@ -34,8 +34,11 @@ def _trainer_config(name: str):
     """The trainer's config of a flavor or job file. A user's mistake exits with code 2."""
     with exit_on_user_error():
         try:
-            from ezpz_moe.hosts.titan_0_3.job import trainer_config
+            from ezpz_moe.hosts import check_host
             from ezpz_moe.job import job_for_flavor, load_job
+
+            check_host()
+            from ezpz_moe.hosts.titan_0_3.job import trainer_config
 
             job = load_job(name) if name.endswith(".toml") else job_for_flavor(name)
             return trainer_config(job)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N tests/run_trainer.py SCENARIOS.json OUT
 
-SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank writes
-OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step and
+SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank
+writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step and
 the parameters after the last one (whole, whatever their sharding), and which backend every
 experts module has chosen. The host is imported once, because that takes longer than training a
 tiny model, and each scenario trains in a fork of its own, because the host keeps global state.
@@ -25,7 +25,7 @@ ONE_ROUNDING = 2.0**-9
 
 def main(scenarios: str, out: str) -> None:
     import_host_on_cpu()
-    import torchtitan.trainer
+    import torchtitan.trainer  # noqa: F401
     from torchtitan.tools.logging import init_logger
 
     init_logger()
@@ -54,6 +54,10 @@ def run(arguments: list[str]) -> dict:
     noise = "--rounding-noise" in arguments
     config = ConfigManager().parse_args([a for a in arguments if a != "--rounding-noise"])
     trainer = config.build()
+    if config.checkpoint.create_seed_checkpoint:
+        trainer.checkpointer.save(curr_step=0, last_step=True)
+        trainer.close()
+        return {}
     modules = [module for part in trainer.model_parts for module in part.modules()]
     experts = [module for module in modules if isinstance(module, GroupedExperts)]
     if noise:

@@ -12,12 +12,12 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from trainer_runs import door_1, job_folder, relative, train
+from trainer_runs import compare_gradients, door_1, job_folder, train
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 
 BACKENDS = ("for_loop", "batched_mm_padded")
-SHORT = ("--training.local-batch-size", "2", "--training.seq-len", "128")
+SHORT = ("--training.local-batch-size", "1", "--training.seq-len", "64")
 MODELS = {
     "deepseek_v3": "deepseek_v3_debugmodel",
     "qwen3": "qwen3_moe_debug",

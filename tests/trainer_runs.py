@@ -75,15 +75,15 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def relative(
-    tensors: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+def compare_gradients(
+    gradients: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
-    """``|a - b| / |b|`` in the Frobenius norm, for every tensor."""
-    assert tensors.keys() == truth.keys()
-    return {
-        name: (
-            torch.linalg.vector_norm(tensors[name].double() - truth[name].double())
-            / torch.linalg.vector_norm(truth[name].double()).clamp_min(1e-30)
-        ).item()
-        for name in truth
-    }
+    """``|a - b| / |b|`` in the Frobenius norm, for every parameter."""
+    assert gradients.keys() == others.keys()
+    return {name: _relative_difference(gradients[name], others[name]) for name in others}
+
+
+def _relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    scale = torch.linalg.vector_norm(b.double())
+    return (torch.linalg.vector_norm(a.double() - b.double()) / scale.clamp_min(1e-30)).item()

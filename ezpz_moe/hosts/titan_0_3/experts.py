@@ -84,9 +84,9 @@ def with_selector(experts_class: type[GroupedExperts]) -> type[GroupedExperts]:
     if experts_class is GroupedExperts:
         return EzpzGroupedExperts
 
-    class SelectedExperts(_Selector, experts_class):  # type: ignore[misc, valid-type]
+    class SelectedExperts(_Selector, experts_class):
         @dataclass(kw_only=True, slots=True)
-        class Config(experts_class.Config):  # type: ignore[name-defined, misc]
+        class Config(experts_class.Config):  # type: ignore[name-defined]
             compute_backend: ExpertComputeBackend = HOST_PATH
             chosen_by: str = "default"
 
@@ -132,7 +132,7 @@ def selected(
         )
     return derive(
         config,
-        with_selector(experts_class).Config,  # type: ignore[attr-defined]
+        with_selector(experts_class).Config,
         compute_backend=backend,
         chosen_by=chosen_by,
     )

@@ -105,7 +105,6 @@ def trainer_config(job: Job) -> JobConfig:
 
 def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
     """The parts of the config that are not the host's default before single fields are set."""
-    data = _arguments(job, dataset="training.dataset", dataset_path="training.dataset_path")
     sections = {
         "model_spec": spec,
         "hf_assets_path": str(EMBEDDED_TOKENIZER),
@@ -114,22 +113,23 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
         ),
         "optimizer": default_adamw(),
         "training": TrainingConfig(disable_cuda_graphs=True),
-        "dataloader": _dataloader(job, data, infinite=True),
+        "dataloader": _dataloader(job, "training", infinite=True),
     }
-    if data := _arguments(
-        job, dataset="validation.dataset", dataset_path="validation.dataset_path"
-    ):
-        sections["validator"] = Validator.Config(dataloader=_dataloader(job, data, infinite=False))
+    if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
+        data = _dataloader(job, "validation", infinite=False)
+        sections["validator"] = Validator.Config(dataloader=data)
     if (mode := job.values.get("activation_checkpoint.mode")) is not None:
         policy = _ACTIVATION_CHECKPOINTING[mode]
         sections["activation_checkpoint"] = policy() if policy else None
     return sections
 
 
-def _dataloader(job: Job, data: Mapping[str, str], *, infinite: bool) -> BaseDataLoader.Config:
-    return dataloader_config(
-        data.get("dataset"), data.get("dataset_path"), job_folder=job.folder, infinite=infinite
-    )
+def _dataloader(job: Job, section: str, *, infinite: bool) -> BaseDataLoader.Config:
+    dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
+    try:
+        return dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
+    except EzpzError as error:
+        raise EzpzError(f"{job.source}: [{section}] {error}") from error
 
 
 def _arguments(job: Job, **keys: str) -> dict[str, Any]:
