@@ -19,7 +19,7 @@ train: $(INSTALLED)
 	$(VENV)/bin/ezpz-moe train $(JOB) $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --cov $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --cov $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
