@@ -47,14 +47,22 @@ def test_counts_are_balanced(bench) -> None:
 
 def test_a_run_prints_and_writes_every_contender(bench, tmp_path: Path, capsys) -> None:
     file = tmp_path / "figures.json"
-    bench.main(bench.Options(shapes=((4, 32, 48, 16),), repeats=1, json=file))
+    bench.main(bench.Options(shapes=((4, 32, 48, 16),), repeats=2, json=file))
     output = capsys.readouterr().out
     report = json.loads(file.read_text())
     assert report["environment"]["torch"] == torch.__version__
     names = {"indexed", "dense", "torch._grouped_mm", *backend_names()}
-    for dtype in ("bfloat16", "float32"):
-        timed = {row["name"] for row in report["timings"] if row["dtype"] == dtype}
-        assert timed == names
-        assert f"for_loop {dtype} (4, 32, 48, 16): " in output
+    assert [row["dtype"] for row in report["measured"]] == ["bfloat16", "float32"]
+    for row in report["measured"]:
+        assert set(row["turns"]) == names
+        assert all(len(times) == 2 and min(times) > 0 for times in row["turns"].values())
+        assert f"for_loop {row['dtype']} (4, 32, 48, 16): " in output
     assert all(name in output for name in names)
-    assert all(row["milliseconds"] > 0 for row in report["timings"])
+
+
+def test_ratios_are_taken_within_a_turn(bench) -> None:
+    """A machine that becomes three times slower in the second turn, between a and b."""
+    measured = bench.Measured("float32", (1, 2, 3, 4), {"a": [2, 2, 6, 6], "b": [1, 3, 3, 3]})
+    assert measured.ratio("a", "b") == 2
+    assert measured.ratio("a", "c") is None
+    assert measured.median("a") == 4
