@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +62,7 @@ class Options:
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
     shapes: tuple[Shape, ...] = tuple(GOALS)
     """Experts E, model dimension D, expert dimension F, rows R; then the next four."""
-    repeats: int = 7
+    repeats: int = 5
     json: Path | None = None
     """Also write the figures to this file."""
 
@@ -181,16 +181,13 @@ def measure(shape: Shape, dtype: str, options: Options) -> Measured:
     return Measured(dtype, shape, turns)
 
 
-def rows_of(measured: Measured) -> list[dict[str, str]]:
-    """The printed lines of one layer: times, and what they are of each other."""
+def print_measured(measured: Measured) -> None:
+    """One table for each layer: times, and what they are of each other."""
     experts, dim, hidden_dim, rows = measured.shape
     counts = balanced(experts, rows)
     flops = 18 * rows * dim * hidden_dim
-    return [
+    lines = [
         {
-            "dtype": measured.dtype,
-            "E, D, F, R": ", ".join(map(str, measured.shape)),
-            "tokens per expert": f"{min(counts)} to {max(counts)}",
             "contender": name,
             "ms": f"{measured.median(name):.4g}",
             "TFLOP/s": f"{flops / measured.median(name) / 1e9:.3g}",
@@ -200,6 +197,9 @@ def rows_of(measured: Measured) -> list[dict[str, str]]:
         }
         for name in measured.turns
     ]
+    tokens = f"{min(counts)} to {max(counts)} tokens per expert"
+    title = f"{measured.dtype}, (E, D, F, R) = {measured.shape}, {tokens}"
+    display.print_table(lines, title=title)
 
 
 def goals(measured: Measured) -> Iterator[str]:
@@ -232,13 +232,13 @@ def main(options: Options) -> None:
     console = display.output()
     about = environment(options.device)
     console.print(*(f"{key}: {value}" for key, value in about.items()), sep="\n", markup=False)
-    layers = product(options.dtypes, options.shapes)
-    results = [measure(shape, dtype, options) for dtype, shape in layers]
-    title = f"Forward and backward, {options.repeats} turns, balanced tokens"
-    display.print_table((row for measured in results for row in rows_of(measured)), title=title)
-    if options.device == "cpu":
-        for line in chain.from_iterable(map(goals, results)):
-            console.print(line, markup=False)
+    results = []
+    for dtype, shape in product(options.dtypes, options.shapes):
+        results.append(measure(shape, dtype, options))
+        print_measured(results[-1])
+        if options.device == "cpu":
+            for line in goals(results[-1]):
+                console.print(line, markup=False)
     if options.json:
         report = {"environment": about, "measured": list(map(asdict, results))}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
