@@ -3,12 +3,14 @@
     torchrun --nproc-per-node N tests/run_trainer.py SCENARIOS.json OUT
 
 SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank
-writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step and
-the parameters after the last one (whole, whatever their sharding), and which backend every
-experts module has chosen. The host is imported once, because that takes longer than training a
-tiny model, and each scenario trains in a fork of its own, because the host keeps global state.
+writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step
+(thinned out where they are large) and a digest of every parameter after the last one, both whole
+whatever their sharding, and which backend every experts module has chosen. The host is imported
+once, because that takes longer than training a tiny model, and each scenario trains in a fork of
+its own, because the host keeps global state.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,8 +21,10 @@ import torch
 
 from ezpz_moe.hosts.cpu import import_host_on_cpu
 
-ONE_ROUNDING = 2.0**-9
-"""Largest relative error of rounding to bfloat16, whose significand has 8 bits."""
+ONE_UNIT = 2.0**-7
+"""Distance of neighbouring bfloat16 numbers, whose significand has 8 bits, relative to 1."""
+
+KEPT_ELEMENTS = 2**18
 
 
 def main(scenarios: str, out: str) -> None:
@@ -67,7 +71,7 @@ def run(arguments: list[str]) -> dict:
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
     trainer.train()
-    record["parameters"] = {name: _whole(p) for name, p in _parameters(trainer)}
+    record["parameters"] = {name: _digest(_whole(p)) for name, p in _parameters(trainer)}
     record["experts"] = [type(module).__name__ for module in experts]
     record["backends"] = [getattr(module, "_choice", ("none", ""))[0] for module in experts]
     trainer.close()
@@ -75,14 +79,18 @@ def run(arguments: list[str]) -> dict:
 
 
 def _round_once_more(module, inputs, output):
-    sign = torch.randint(0, 2, output.shape, dtype=output.dtype) * 2 - 1
-    return output * (1 + ONE_ROUNDING * sign)
+    """Move one value in twelve by one unit: the variance of a rounding to nearest, unit^2 / 12."""
+    direction = torch.randint_like(output, 0, 2) * 2 - 1
+    moved = torch.rand_like(output, dtype=torch.float32) < 1 / 12
+    return (output * (1 + ONE_UNIT * direction.float() * moved)).type_as(output)
 
 
 def _record_gradients(trainer, record: dict) -> None:
     def keep_the_first(*_) -> None:
         if not record["gradients"]:
-            record["gradients"] = {name: _whole(p.grad) for name, p in _parameters(trainer)}
+            record["gradients"] = {
+                name: _thinned(_whole(p.grad)) for name, p in _parameters(trainer)
+            }
 
     next(iter(trainer.optimizers)).register_step_pre_hook(keep_the_first)
 
@@ -109,7 +117,16 @@ def _parameters(trainer):
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _thinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Elements at even distances, at most KEPT_ELEMENTS of them."""
+    return tensor.flatten()[:: 1 + tensor.numel() // KEPT_ELEMENTS].clone()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 if __name__ == "__main__":

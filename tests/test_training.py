@@ -11,12 +11,13 @@ import json
 from pydoc_data.topics import topics
 
 import pytest
-import torch
 from trainer_runs import compare_gradients, door_1, job_folder, train
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 
 BACKENDS = ("for_loop", "batched_mm_padded")
+ALL = ("grouped_mm", *BACKENDS)
+NOISE = "host, one more rounding"
 SHORT = ("--training.local-batch-size", "1", "--training.seq-len", "64")
 MODELS = {
     "deepseek_v3": "deepseek_v3_debugmodel",
@@ -55,17 +56,15 @@ def runs(tmp_path_factory):
         return door_1(folder, f"tiny_sdpa_{backend}", *flags, checkpointing=checkpointing)
 
     scenarios = {
-        "host": door_2("deepseek_v3", text, steps=10),
-        "host, one more rounding": [*door_2("deepseek_v3", text, steps=10), "--rounding-noise"],
+        "deepseek_v3 host": door_2("deepseek_v3", text, steps=10),
+        f"deepseek_v3 {NOISE}": [*door_2("deepseek_v3", text, steps=10), "--rounding-noise"],
         "flavor": [
             *("--module", "ezpz_moe", "--config", str(folder / "like_stock.toml"), *SHORT),
             *("--training.steps", "10", "--debug.seed", "7"),
         ],
         "saved": tiny("for_loop", *saved, "--checkpoint.enable", "--checkpoint.interval", "5"),
-        "accumulated": tiny("for_loop", "--training.global-batch-size", "4"),
-        "one batch": tiny("for_loop", "--training.local-batch-size", "4"),
     }
-    for backend in ("grouped_mm", *BACKENDS):
+    for backend in ALL:
         scenarios |= {
             f"deepseek_v3 {backend}": door_2("deepseek_v3", text, experts(backend), steps=10),
             f"resumed {backend}": tiny(
@@ -74,23 +73,98 @@ def runs(tmp_path_factory):
                 *("--checkpoint.enable", "--checkpoint.load-only"),
                 *("--checkpoint.load-step", "5"),
             ),
+            f"plain {backend}": tiny(backend),
+            f"compiled {backend}": tiny(backend, "--compile.enable"),
+            f"accumulated {backend}": tiny(backend, "--training.global-batch-size", "4"),
+            f"one batch {backend}": tiny(backend, "--training.local-batch-size", "4"),
         }
     for backend in BACKENDS:
         scenarios |= {
-            f"tiny {backend}": tiny(backend),
             f"full {backend}": tiny(backend, checkpointing="full"),
             f"selective {backend}": tiny(backend, checkpointing="selective"),
-            f"compiled {backend}": tiny(backend, "--compile.enable"),
         }
     for model in ("qwen3", "gpt_oss"):
-        scenarios[f"{model} host"] = door_2(model, text, steps=2)
-        scenarios[f"{model} host, one more rounding"] = [
-            *door_2(model, text, steps=2),
-            "--rounding-noise",
-        ]
+        scenarios[f"{model} host"] = door_2(model, text, steps=1)
+        scenarios[f"{model} {NOISE}"] = [*door_2(model, text, steps=1), "--rounding-noise"]
         scenarios |= {
-            f"{model} {backend}": door_2(model, text, experts(backend), steps=2)
+            f"{model} {backend}": door_2(model, text, experts(backend), steps=1)
             for backend in BACKENDS
         }
     records = train(scenarios, folder, ranks=1)
     return {name: ranks[0] for name, ranks in records.items()}
+
+
+def assert_same_bits(run, other) -> None:
+    assert run["losses"] == other["losses"]
+    assert run["gradient_norms"] == other["gradient_norms"]
+    assert run["parameters"] == other["parameters"]
+
+
+@pytest.mark.parametrize("run", ["deepseek_v3 grouped_mm", "flavor"])
+def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
+    """Through door 2 and through door 1: ten losses, and every parameter after them."""
+    assert set(runs["deepseek_v3 host"]["experts"]) == {"GroupedExperts"}
+    assert set(runs[run]["experts"]) == {"EzpzGroupedExperts"}
+    assert len(runs[run]["losses"]) == 10
+    assert_same_bits(runs[run], runs["deepseek_v3 host"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_moe_layer_computes_with_the_chosen_backend(runs, model, backend):
+    host, ours = runs[f"{model} host"], runs[f"{model} {backend}"]
+    assert ours["backends"] == [backend] * len(host["experts"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_first_step_agrees_with_the_host(runs, model, backend):
+    """The loss has the host's bits; gradients differ by less than one more rounding makes."""
+    host, noisy, ours = (runs[f"{model} {name}"] for name in ("host", NOISE, backend))
+    assert ours["losses"][0] == host["losses"][0]
+    assert_within_twice(ours["gradients"], noisy["gradients"], of=host["gradients"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ten_losses_agree_with_the_hosts(runs, backend):
+    host, noisy, ours = (runs[f"deepseek_v3 {name}"] for name in ("host", NOISE, backend))
+    tolerance = 0.0
+    for step, loss in enumerate(host["losses"]):
+        # Training amplifies differences: what one rounding has grown to so far, twice.
+        tolerance = max(tolerance, 2 * abs(noisy["losses"][step] - loss))
+        assert abs(ours["losses"][step] - loss) <= tolerance, step
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
+    """Five steps with for_loop, then the sixth with each backend: its forward has the same bits."""
+    resumed, whole = runs[f"resumed {backend}"], runs["saved"]
+    assert len(resumed["losses"]) == 3
+    assert resumed["losses"][0] == whole["losses"][5]
+    if backend == "for_loop":
+        assert resumed["losses"] == whole["losses"][5:]
+        assert resumed["parameters"] == whole["parameters"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit(runs, mode, backend):
+    assert_same_bits(runs[f"{mode} {backend}"], runs[f"plain {backend}"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("run", "other"), [("compiled", "plain"), ("accumulated", "one batch")])
+def test_gradients_deviate_like_the_hosts(runs, run, other, backend):
+    """Fused kernels and partial sums round elsewhere: ours at most twice as much as the host's."""
+    ours, host = (
+        compare_gradients(runs[f"{run} {b}"]["gradients"], runs[f"{other} {b}"]["gradients"])
+        for b in (backend, "grouped_mm")
+    )
+    for parameter, difference in ours.items():
+        assert difference <= 2 * host[parameter] + 1e-6, parameter
+
+
+def assert_within_twice(tensors, yardstick, *, of) -> None:
+    allowed = compare_gradients(yardstick, of)
+    for name, difference in compare_gradients(tensors, of).items():
+        assert difference <= 2 * allowed[name] + 1e-6, name

@@ -106,6 +106,9 @@ def dataloader_config(
             raise EzpzError(f"dataset = {name!r} needs dataset_path, the file's path.")
         dataset_path = str(_find(dataset_path, job_folder))
         read_documents(dataset_path)
+    elif dataset_path:  # a folder or file of the host's dataset, or a name that is not on this disk
+        found = (place for place in _places(dataset_path, job_folder) if place.exists())
+        dataset_path = next((str(place.resolve()) for place in found), dataset_path)
     return TextDataLoader.Config(dataset=name, dataset_path=dataset_path, infinite=infinite)
 
 
@@ -237,10 +240,15 @@ def _no_column(file: Path, found: list[str], where: str = "") -> EzpzError:
     )
 
 
-def _find(dataset_path: str, job_folder: Path | None) -> Path:
-    """The file's absolute path: in the working directory, else next to the job file."""
+def _places(dataset_path: str, job_folder: Path | None) -> list[Path]:
+    """Where a relative path is looked up: in the working directory, then next to the job file."""
     path = Path(dataset_path).expanduser()
-    tried = [folder / path for folder in (Path.cwd(), job_folder) if folder is not None]
+    return [folder / path for folder in (Path.cwd(), job_folder) if folder is not None]
+
+
+def _find(dataset_path: str, job_folder: Path | None) -> Path:
+    """The file's absolute path, in the first of its places."""
+    tried = _places(dataset_path, job_folder)
     for candidate in tried:
         if candidate.is_file():
             return candidate.resolve()
