@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import (
@@ -90,14 +90,13 @@ class Show:
         with display.progress().status("Building the config ..."):
             _import_host()
             from ezpz_moe.hosts.titan_0_3.job import trainer_config
-            from ezpz_moe.hosts.titan_0_3.parameters import parameter_counts
+            from ezpz_moe.hosts.titan_0_3.parameters import summarize
             from ezpz_moe.hosts.titan_0_3.settings import flat, settings
 
-            model = flat(flavor.model_dump(exclude_none=True))
-            counts = zip(("total", "active"), parameter_counts(flavor), strict=True)
+            fields = flavor.model_dump(exclude_none=True)
+            fields["counted"] = asdict(summarize(flavor))
             told = [s for s in settings(trainer_config(job)) if self.all or s.changed]
-        rows: list[dict[str, Any]] = [{"flavor": key, "value": value} for key, value in model]
-        rows += [{"flavor": f"{kind} parameters", "value": number} for kind, number in counts]
+        rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
         display.print_table(rows, title=job.source)
         display.print_table(map(asdict, told), title="torchtitan's config")
         return 0

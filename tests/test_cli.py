@@ -89,6 +89,7 @@ def test_show_all_of_a_flavor(capsys) -> None:
     rows = table(capsys.readouterr().out)
     assert rows["name"] == ["16B_sdpa"]
     assert rows["dimensions.dim"] == ["2048"]
+    assert rows["counted.total"] == ["16336154112"]
     assert rows["training.gc_freq"] == ["50", "50"]
 
 
