@@ -97,14 +97,17 @@ def _swiglu_backward(
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
     n = sum(counts)
     gate_nF, up_nF = gate_RF[:n], up_RF[:n]
+    # Two [R, F] buffers in all: fresh memory is what an allocator charges most for.
     activated_nF = F.silu(gate_nF)
+    hidden_nF = activated_nF * up_nF
+    grad_w2_EDF = _weight_gradient(grad_y_RD, hidden_nF, counts, w2_EDF)
 
-    grad_w2_EDF = _weight_gradient(grad_y_RD, activated_nF * up_nF, counts, w2_EDF)
-    grad_hidden_nF = torch.empty_like(gate_nF)
+    grad_hidden_nF = hidden_nF
     _multiply(grad_y_RD, w2_EDF, counts, grad_hidden_nF)
-
     grad_up_nF = activated_nF.mul_(grad_hidden_nF)
-    grad_gate_nF = torch.ops.aten.silu_backward(grad_hidden_nF.mul_(up_nF), gate_nF)
+    grad_gate_nF = grad_hidden_nF.mul_(up_nF)
+    torch.ops.aten.silu_backward.grad_input(grad_gate_nF, gate_nF, grad_input=grad_gate_nF)
+
     grad_x_RD = torch.empty_like(x_RD)
     _multiply(grad_gate_nF, w1_EFD, counts, grad_x_RD)
     _multiply_add(grad_up_nF, w3_EFD, counts, grad_x_RD)
