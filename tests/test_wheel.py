@@ -1,0 +1,58 @@
+"""The built wheel, in an environment of its own: it carries the flavors, the tokenizer, the doors.
+
+The environment has what reading a flavor needs, and neither torch nor torchtitan: those would take
+minutes and gigabytes, and nothing here may need them.
+"""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIGHT_DEPENDENCIES = ("annotated-types", "pydantic", "rich", "tomli", "tyro")
+PROGRAM = """
+from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.flavors import flavor_names, load_flavor
+import ezpz_moe
+
+flavor = load_flavor("10B_2B_sdpa_batched_mm_padded")
+print(flavor.compute_backend, flavor.dimensions.num_experts, len(flavor_names()))
+print(sorted(known_backend_names()))
+print(sorted(path.name for path in EMBEDDED_TOKENIZER.iterdir()))
+print(ezpz_moe.__file__)
+"""
+
+
+def run(*command: str | Path, **options) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The interpreter of a new environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT)
+    venv.create(folder / "env", with_pip=True)
+    interpreter = folder / "env" / "bin" / "python"
+    run(interpreter, "-m", "pip", "install", "--no-deps", *folder.glob("*.whl"))
+    run(interpreter, "-m", "pip", "install", *LIGHT_DEPENDENCIES)
+    return interpreter
+
+
+def test_the_wheel_has_flavors_backends_and_tokenizer(python, tmp_path):
+    flavor, backends, tokenizer, where = run(python, "-c", PROGRAM, cwd=tmp_path).splitlines()
+    checkout = {path.stem for path in (ROOT / "flavors").glob("[!_]*.toml")}
+    assert flavor == f"batched_mm_padded 36 {4 * len(checkout)}"
+    assert backends == "['batched_mm_padded', 'for_loop', 'grouped_mm']"
+    assert tokenizer == "['tokenizer.json', 'tokenizer_config.json']"
+    assert str(python.parent.parent) in where
+
+
+def test_the_command_line_starts(python, tmp_path):
+    assert "flavors" in run(python.parent / "ezpz-moe", "--help", cwd=tmp_path)
