@@ -93,6 +93,14 @@ def test_show_all_of_a_flavor(capsys) -> None:
     assert rows["training.gc_freq"] == ["50", "50"]
 
 
+def test_a_real_process_is_quiet_beside_its_result() -> None:
+    """pytest takes logging over, so that only a process of its own shows what a person sees."""
+    command = [sys.executable, "-m", "ezpz_moe.cli", "show", "debugmodel"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "counted.total" in done.stdout
+    assert done.stderr == ""
+
+
 def test_backends_that_run_here(capsys) -> None:
     assert cli.main(["backends", "--device", "cpu", "--dtype", "float64"]) == 0
     output = capsys.readouterr().out

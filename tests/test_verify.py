@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ezpz_moe import verify
 from ezpz_moe.compute import backend_names, for_loop, get_backend
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.verify import Check, compare, cosine, plan, reasons_against
+from ezpz_moe.verify import Check, compare, cosine, plan, reasons_against, worst
 
 TAIL = Check("for_loop", "cpu", "float32", "tail")
 
@@ -91,6 +93,14 @@ def test_a_figure_that_is_no_number_is_none(monkeypatch) -> None:
     monkeypatch.setattr(get_backend("for_loop"), "swiglu", _gives_nan)
     row = compare(TAIL)[0]
     assert (row.max_abs_error, row.relative_error, row.cosine) == (None, None, None)
+
+
+def test_the_worst_row_is_the_failed_one() -> None:
+    row = compare(TAIL)[0]
+    near = replace(row, relative_error=0.9 * row.bound)
+    failed = replace(row, relative_error=0.0, verdict="tail rows are not zero")
+    assert worst([row, near]) is near
+    assert worst([failed, near]) is failed
 
 
 def test_cosine_of_zeros() -> None:
