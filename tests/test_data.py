@@ -3,6 +3,7 @@ without, and that every mistake in a file is one message before the run starts."
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,8 +70,14 @@ def test_every_kind_of_file_gives_the_same_documents(make, tmp_path):
 def test_without_dataset_and_path_the_embedded_text_is_trained(tokenizer):
     config = dataloader_config(None, None, job_folder=None)
     assert (config.dataset, config.dataset_path) == ("pydoc_topics", None)
-    text = tokenizer.decode(some_tokens(build(config, tokenizer, seq_len=64), 4))
-    assert 'The "assert" statement' in text  # the first topic of Python's own reference
+    tokens = some_tokens(build(config, tokenizer, seq_len=64), 8)
+    assert tokens == some_tokens(build(config, tokenizer, seq_len=64), 8), "a fixed order"
+    paragraphs = tokenizer.decode(tokens, skip_special_tokens=False).split(tokenizer.bos_token)
+    reference = "\n\n".join(topics.values())
+    assert len(paragraphs) > 2
+    assert all(paragraph in reference for paragraph in paragraphs)
+    first, second = (reference.index(paragraph) for paragraph in paragraphs[1:3])
+    assert abs(first - second) > 1000, "neighbours in the text are not neighbours in training"
 
 
 def test_a_path_without_a_dataset_is_the_users_file(tmp_path, tokenizer):
@@ -113,8 +120,8 @@ def test_one_text_file_serves_several_ranks_without_overlap(tmp_path, tokenizer)
 @pytest.mark.parametrize("make", [FILES["txt"], lambda folder: None], ids=["file", "embedded"])
 def test_fewer_documents_than_ranks_is_an_error_not_an_endless_search(make, tmp_path, tokenizer):
     config = dataloader_config(None, make(tmp_path), job_folder=None)
-    with pytest.raises(EzpzError, match=r"has \d+ documents for 500 data-parallel ranks"):
-        build(config, tokenizer, rank=499, ranks=500)
+    with pytest.raises(EzpzError, match=r"has \d+ documents for 100000 data-parallel ranks"):
+        build(config, tokenizer, rank=99_999, ranks=100_000)
 
 
 def test_resuming_gives_the_tokens_that_would_have_come(tmp_path, tokenizer):
