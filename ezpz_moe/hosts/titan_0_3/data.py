@@ -276,8 +276,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _load_topics(path: str) -> Dataset:
-    # In a fixed random order: neighbouring paragraphs are so alike that in theirs a step's loss says
-    # more about its topic than about the training.
+    # In a fixed random order: neighbouring paragraphs are so alike that, in theirs, the loss of a
+    # step says more about its topic than about the training.
     return _paragraphs("\n\n".join(topics[name] for name in sorted(topics))).shuffle(seed=0)
 
 
