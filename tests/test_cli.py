@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import tomli
 
 from ezpz_moe import __version__, cli, launch
 from ezpz_moe.backend_names import known_backend_names
@@ -77,8 +78,12 @@ def test_show_a_job(capsys) -> None:
     rows = table(captured.out)
     assert rows["compute_backend"] == ["for_loop"]
     assert rows["dimensions.num_experts"] == ["8"]
-    assert rows["training.steps"] == ["60", "10000"]
-    assert rows["optimizer.param_groups.0.optimizer_kwargs.lr"] == ["0.002", "-"]
+    said = tomli.loads(JOB.read_text())
+    assert rows["training.steps"] == [str(said["training"]["steps"]), "10000"]
+    assert rows["optimizer.param_groups.0.optimizer_kwargs.lr"] == [
+        str(said["optimizer"]["lr"]),
+        "-",
+    ]
     assert "training.gc_freq" not in rows, "the host's default is not shown"
     assert not {"origin", "checked", "model_spec"} & set(rows), "our own fields are no settings"
     assert captured.err == ""
