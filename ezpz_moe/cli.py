@@ -30,7 +30,6 @@ from ezpz_moe import __version__, display
 from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
 
 if TYPE_CHECKING:
-    from ezpz_moe.job import Job
     from ezpz_moe.verify import Row
 
 DType = Literal["bfloat16", "float32", "float16", "float64"]
@@ -84,8 +83,9 @@ class Show:
 
     def run(self) -> int:
         from ezpz_moe.flavors import load_flavor
+        from ezpz_moe.job import find_job
 
-        job = _job(self.config)
+        job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
         with display.progress().status("Building the config ..."):
             _import_host()
@@ -246,12 +246,6 @@ def _import_host() -> None:
 
     check_host()
     logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
-
-
-def _job(config: str) -> Job:
-    from ezpz_moe.job import job_for_flavor, load_job
-
-    return load_job(config) if config.endswith(".toml") else job_for_flavor(config)
 
 
 if __name__ == "__main__":

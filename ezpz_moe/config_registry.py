@@ -35,13 +35,12 @@ def _trainer_config(name: str):
     with exit_on_user_error():
         try:
             from ezpz_moe.hosts import check_host
-            from ezpz_moe.job import job_for_flavor, load_job
+            from ezpz_moe.job import find_job
 
             check_host()
             from ezpz_moe.hosts.titan_0_3.job import trainer_config
 
-            job = load_job(name) if name.endswith(".toml") else job_for_flavor(name)
-            return trainer_config(job)
+            return trainer_config(find_job(name))
         except ImportError as error:
             raise EzpzError(
                 f"--config {name}: ezpz_moe cannot be loaded, because {error!r}. "

@@ -11,10 +11,9 @@ import logging
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
-from ezpz_moe.job import Job, job_for_flavor, load_job
+from ezpz_moe.job import Job, find_job
 
 _PIPELINE_DEGREE = "parallelism.pipeline_parallel_degree"
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
@@ -39,7 +38,7 @@ def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
         EzpzError: ``config`` or ``nproc`` is wrong. Nothing has been started then.
     """
     # Before torch is imported: most mistakes cost no waiting.
-    job = load_job(Path(config)) if config.endswith(".toml") else job_for_flavor(config)
+    job = find_job(config)
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
