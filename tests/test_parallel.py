@@ -102,7 +102,11 @@ def test_the_first_loss_has_the_hosts_bits_and_the_second_is_lower(runs, paralle
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", ["pipeline parallel", "expert parallel"])
-def test_the_first_loss_does_not_depend_on_the_parallelism(runs, parallelism, backend):
-    """Neither of the two changes the order of a sum in forward."""
-    assert losses(runs[parallelism, backend])[0] == losses(runs[EQUALS[parallelism], backend])[0]
+@pytest.mark.parametrize(
+    ("parallelism", "addends"), [("expert parallel", 0), ("pipeline parallel", 2 * 8)]
+)
+def test_the_first_loss_does_not_depend_on_the_parallelism(runs, parallelism, addends, backend):
+    """The same bits, but that a pipeline adds the loss up in another order: two microbatches of
+    eight chunks each, in float32, with a rounding of 2**-24 per addition."""
+    ours, other = (losses(runs[p, backend])[0] for p in (parallelism, EQUALS[parallelism]))
+    assert abs(ours - other) <= addends * 2.0**-24 * other
