@@ -2,13 +2,14 @@
 
 Nothing heavy is imported before a command runs, so that help and argument mistakes are quick.
 Results go to stdout, progress and errors to stderr. Exit codes: 0; 1 when a check fails or a
-training run breaks; 2 for a mistake of the user's.
+training run breaks; 2 for a mistake of the user's; 128 + n when signal n ended it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,7 @@ Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
 
 @dataclass(frozen=True)
 class Flavors:
-    """List the model flavors: parameters, experts, backend."""
+    """List the model flavors, smallest first: parameters, experts, backend."""
 
     def run(self) -> int:
         from ezpz_moe.flavors import flavor_names, load_flavor
@@ -49,6 +50,7 @@ class Flavors:
             _import_host()
             from ezpz_moe.hosts.titan_0_3.parameters import summarize
 
+            counted = [(summarize(flavor), flavor) for flavor in flavors]
             rows = [
                 {
                     "flavor": flavor.name,
@@ -62,8 +64,7 @@ class Flavors:
                     "attention": flavor.attention or "the host's",
                     "backend": flavor.compute_backend,
                 }
-                for flavor in flavors
-                for model in [summarize(flavor)]
+                for model, flavor in sorted(counted, key=lambda pair: pair[0].total)
             ]
         display.print_table(rows)
         return 0
@@ -205,8 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     if parsed.debug:
         os.environ[DEBUG_VARIABLE] = "1"
-    with exit_on_user_error():
-        return parsed.command.run()
+    try:
+        with exit_on_user_error():
+            return parsed.command.run()
+    except KeyboardInterrupt:
+        print("ezpz-moe: stopped by SIGINT", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _parse(arguments: Sequence[str]) -> Arguments:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from ezpz_moe import display
 from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
 from ezpz_moe.hosts.titan_0_3.parameters import ModelSummary, summarize
 
@@ -41,19 +42,12 @@ def summaries() -> dict[str, ModelSummary]:
     return dict(sorted(named.items(), key=lambda item: item[1].total))
 
 
-def count(parameters: int) -> str:
-    """33014016 -> "33.0 M"."""
-    if parameters < 10**9:
-        return f"{parameters / 10**6:.1f} M"
-    return f"{parameters / 10**9:.2f} B"
-
-
 def table() -> str:
     """The whole table in Markdown."""
     rows: list[tuple[object, ...]] = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
     for name, model in summaries().items():
         sizes = (model.dim, model.n_layers, model.num_experts, model.top_k, model.expert_hidden_dim)
-        counts = map(count, (model.total, model.active, model.embedding))
+        counts = map(display.count, (model.total, model.active, model.embedding))
         rows.append((f"`{name}`", *sizes, *counts))
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 

@@ -1,5 +1,7 @@
 """Settings of every test run: reproducible examples, no variables from the shell."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -13,3 +15,15 @@ settings.load_profile("ezpz_moe")
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("EZPZ_MOE_DEBUG", "EZPZ_MOE_FLAVORS"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def job_file(tmp_path: Path):
+    """Writes a file into the test's folder and returns its path."""
+
+    def write(text: str | bytes, name: str = "job.toml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -49,6 +50,15 @@ def test_the_installed_command_is_this_one() -> None:
 def test_version(capsys) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"ezpz-moe {__version__}\n"
+
+
+def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
+    def interrupted(check):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ezpz_moe.verify.compare", interrupted)
+    assert cli.main(["verify", "--device", "cpu"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "ezpz-moe: stopped by SIGINT\n"
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["verify"]])

@@ -30,7 +30,7 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.attention import CausalAttention  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.models import host_spec, model_spec  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.parameters import parameter_counts, summarize  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.parameters import summarize  # noqa: E402
 
 UPSTREAM_SIZES = ("debugmodel", "16B", "236B", "671B")
 BASES = ("qwen3_debugmodel", "qwen3_30B_A3B", "gpt_oss_debugmodel", "gpt_oss_20b")
@@ -223,9 +223,9 @@ def test_counts_are_the_hosts(name: str) -> None:
     # Without attention's own term, which seq_len 0 makes zero, the host's FLOPs are 6 per active
     # parameter that is multiplied with; the input embedding is looked up, not multiplied.
     total, flops = config.get_nparams_and_flops(build(config), seq_len=0)
-    embedding = summarize(flavor).embedding
-    assert parameter_counts(flavor) == (total, flops // 6 + embedding)
-    assert embedding == config.vocab_size * config.dim
+    model = summarize(flavor)
+    assert (model.total, model.active) == (total, flops // 6 + model.embedding)
+    assert model.embedding == config.vocab_size * config.dim
 
 
 def test_a_summary_says_what_the_table_shows() -> None:

@@ -32,12 +32,6 @@ class ModelSummary:
     embedding: int  # the input matrix; the output matrix has the same size, unless they are tied
 
 
-def parameter_counts(flavor: Flavor) -> tuple[int, int]:
-    """Total parameters, and those active for one token. No memory is allocated for them."""
-    summary = summarize(flavor)
-    return summary.total, summary.active
-
-
 def summarize(flavor: Flavor) -> ModelSummary:
     """Dimensions and parameter counts of the flavor's model.
 
