@@ -26,6 +26,9 @@ ONE_UNIT = 2.0**-7
 
 KEPT_ELEMENTS = 2**18
 
+SKEWED_EXPERTS = (0, 1, 6)
+"""Two of the first half of eight experts and one of the second, as two ranks share them out."""
+
 
 def main(scenarios: str, out: str) -> None:
     import_host_on_cpu()
@@ -51,20 +54,28 @@ def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would. ``--rounding-noise`` perturbs the experts' outputs."""
-    from torchtitan.config import ConfigManager
-    from torchtitan.models.common.moe import GroupedExperts
+    """Train as ``torchtitan.train`` would, but for two flags of our own.
 
-    noise = "--rounding-noise" in arguments
-    config = ConfigManager().parse_args([a for a in arguments if a != "--rounding-noise"])
+    ``--rounding-noise`` perturbs the experts' outputs; ``--skewed-routing``, for a seed checkpoint,
+    has every token choose the same experts.
+    """
+    from torchtitan.config import ConfigManager
+    from torchtitan.models.common.moe import GroupedExperts, MoE
+
+    own_flags = {"--rounding-noise", "--skewed-routing"} & set(arguments)
+    config = ConfigManager().parse_args([a for a in arguments if a not in own_flags])
     trainer = config.build()
+    modules = [module for part in trainer.model_parts for module in part.modules()]
+    if "--skewed-routing" in own_flags:
+        for module in modules:
+            if isinstance(module, MoE):
+                module.expert_bias_E[list(SKEWED_EXPERTS)] = 10.0  # scores are below 1
     if config.checkpoint.create_seed_checkpoint:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
-    modules = [module for part in trainer.model_parts for module in part.modules()]
     experts = [module for module in modules if isinstance(module, GroupedExperts)]
-    if noise:
+    if "--rounding-noise" in own_flags:
         for module in experts:
             module.register_forward_hook(_round_once_more)
     record = {"losses": [], "gradient_norms": [], "gradients": {}}

@@ -2,10 +2,10 @@
 
 What a parallelism changes it changes for the host's own experts too: sums in another order, in
 bfloat16. So the yardstick of every comparison is the host's own deviation in the same comparison,
-measured here, and a backend may deviate by twice that. Routing is forced to be even and the same
-everywhere (``debug.moe_force_load_balance``), because a token that flips to another expert is no
-rounding error, and all runs load one seed checkpoint, because the host draws other initial values
-under other parallelisms.
+measured here, and a backend may deviate by twice that. Routing is the same everywhere, because a
+token that flips to another expert is no rounding error: forced to be even
+(``debug.moe_force_load_balance``) or, by the experts' bias, to three experts of the eight. All runs
+load a seed checkpoint, because the host draws other initial values under other parallelisms.
 """
 
 import pytest
@@ -14,17 +14,20 @@ from trainer_runs import compare_gradients, door_1, job_folder, train
 BACKENDS = ("for_loop", "batched_mm_padded")
 HOST = "grouped_mm"
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint")
+EVEN = ("--debug.moe-force-load-balance",)
+SKEWED = ("--skewed-routing",)
 START = (
-    *("--debug.moe-force-load-balance", "--training.steps", "2"),
+    *("--training.steps", "2"),
     *("--checkpoint.enable", "--checkpoint.load-only", "--checkpoint.initial-load-path"),
 )
 
+EP_2 = [
+    *("--parallelism.expert-parallel-degree", "2"),
+    *("--parallelism.spmd-backend", "partial_dtensor"),
+]
 TWO_RANKS = {
     "tensor parallel": ["--parallelism.tensor-parallel-degree", "2"],
-    "expert parallel": [
-        *("--parallelism.expert-parallel-degree", "2"),
-        *("--parallelism.spmd-backend", "partial_dtensor"),
-    ],
+    "expert parallel": EP_2,
     "fully sharded": [],
     "pipeline parallel": ["--parallelism.pipeline-parallel-degree", "2"],
 }
@@ -34,11 +37,15 @@ FOUR_RANKS = {
         *("--parallelism.data-parallel-shard-degree", "2"),
     ],
 }
+TWO_RANKS_SKEWED = {"expert parallel, skewed": EP_2, "fully sharded, skewed": []}
+
+ALL = ["single", *TWO_RANKS, *TWO_RANKS_SKEWED, *FOUR_RANKS]
 # A parallelism, and one that computes the same step on the same data.
 EQUALS = {
     "tensor parallel": "single",
     "pipeline parallel": "single",
     "expert parallel": "fully sharded",
+    "expert parallel, skewed": "fully sharded, skewed",
 }
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
@@ -47,11 +54,19 @@ pytestmark = [pytest.mark.train, pytest.mark.ranks]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(parallelism, backend) -> one record per rank."""
-    folder = job_folder(tmp_path_factory.mktemp("seed"))
-    train({"seed": door_1(folder, "tiny_sdpa", *SEED)}, folder, ranks=1)
-    start = (*START, str(folder / "seed" / "checkpoint" / "step-0"))
+    folder = job_folder(tmp_path_factory.mktemp("seeds"))
+    seeds = {name: door_1(folder, "tiny_sdpa", *SEED) for name in ("even", "skewed")}
+    seeds["skewed"] += SKEWED
+    train(seeds, folder, ranks=1)
+    even, skewed = ([*START, str(folder / name / "checkpoint" / "step-0")] for name in seeds)
+    even += EVEN
     records = {}
-    for ranks, parallelisms in ((1, {"single": []}), (2, TWO_RANKS), (4, FOUR_RANKS)):
+    for ranks, start, parallelisms in (
+        (1, even, {"single": []}),
+        (2, even, TWO_RANKS),
+        (2, skewed, TWO_RANKS_SKEWED),
+        (4, even, FOUR_RANKS),
+    ):
         folder = job_folder(tmp_path_factory.mktemp(f"ranks{ranks}"))
         names = {f"{p} {b}": (p, b) for p in parallelisms for b in (HOST, *BACKENDS)}
         scenarios = {
@@ -74,7 +89,7 @@ def losses(ranks) -> list[float]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", [*TWO_RANKS, *FOUR_RANKS])
+@pytest.mark.parametrize("parallelism", ALL)
 def test_every_rank_computes_with_the_chosen_backend(runs, parallelism, backend):
     for record in runs[parallelism, backend]:
         assert record["backends"]
@@ -94,7 +109,7 @@ def test_gradients_equal_those_without_the_parallelism(runs, parallelism, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", ["single", *TWO_RANKS, *FOUR_RANKS])
+@pytest.mark.parametrize("parallelism", ALL)
 def test_the_first_loss_has_the_hosts_bits_and_the_second_is_lower(runs, parallelism, backend):
     ours, host = losses(runs[parallelism, backend]), losses(runs[parallelism, HOST])
     assert ours[0] == host[0]
@@ -103,7 +118,8 @@ def test_the_first_loss_has_the_hosts_bits_and_the_second_is_lower(runs, paralle
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("parallelism", "addends"), [("expert parallel", 0), ("pipeline parallel", 2 * 8)]
+    ("parallelism", "addends"),
+    [("expert parallel", 0), ("expert parallel, skewed", 0), ("pipeline parallel", 2 * 8)],
 )
 def test_the_first_loss_does_not_depend_on_the_parallelism(runs, parallelism, addends, backend):
     """The same bits, but that a pipeline adds the loss up in another order: two microbatches of
