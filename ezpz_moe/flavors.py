@@ -228,7 +228,7 @@ def _expectation(error: ErrorDetails) -> str:
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         return f"{text}.{did_you_mean(error['input'], allowed)}"
-    return f"{text}."
+    return text if text.endswith("?") else f"{text}."
 
 
 def _shown(value: Any) -> str:
