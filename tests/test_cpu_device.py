@@ -1,5 +1,6 @@
 """The CPU as the host's device: the host sees it, torch stays as it was, the memory is real."""
 
+import mmap
 import subprocess
 import sys
 import tempfile
@@ -27,9 +28,10 @@ def run(code: str, *launcher: str) -> str:
     return result.stdout
 
 
-def touched(mebibytes: int) -> bytearray:
-    block = bytearray(mebibytes * MIB)
-    block[::4096] = b"x" * len(block[::4096])
+def touched(mebibytes: int) -> mmap.mmap:
+    """New resident pages: malloc could hand out ones that an earlier test has left resident."""
+    block = mmap.mmap(-1, mebibytes * MIB)
+    block[:: mmap.PAGESIZE] = bytes(mebibytes * MIB // mmap.PAGESIZE)
     return block
 
 
@@ -113,7 +115,7 @@ def test_memory_is_resident_memory_and_its_peak_outlives_the_block():
     assert with_block["active_bytes.all.peak"] == with_block["reserved_bytes.all.peak"]
     assert (with_block["num_alloc_retries"], with_block["num_ooms"]) == (0, 0)
     if sys.platform == "linux":
-        del block
+        block.close()
         assert device.memory_stats()["reserved_bytes.all.peak"] > before + 190 * MIB
         device.reset_peak_memory_stats()
         assert device.memory_stats()["reserved_bytes.all.peak"] < before + 50 * MIB
