@@ -103,6 +103,15 @@ def job_for_flavor(name: str) -> Job:
     return Job(flavor=name)
 
 
+def accepts(key: Key, value: Any) -> bool:
+    """Whether a key may hold ``value``."""
+    try:
+        _adapter(key.type).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
 def allowed(key: Key) -> str:
     """What a key may hold, in words."""
     return _in_words(_adapter(key.type).json_schema())
@@ -118,7 +127,7 @@ def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key is None:
             problems.append(_unknown(section, name, value))
         elif key.message:
-            if not _accepts(key.unless, value):
+            if not _is_one_of(key.unless, value):
                 outdated.setdefault((section, key.message), []).append(name)
         else:
             try:
@@ -187,7 +196,7 @@ def _report(path: Path, problems: list[str]) -> str:
     return "\n  ".join([f"{path}: {len(problems)} problems", *problems])
 
 
-def _accepts(values: tuple[Any, ...], value: Any) -> bool:
+def _is_one_of(values: tuple[Any, ...], value: Any) -> bool:
     # Types count: in Python False == 0.
     return any(type(value) is type(other) and value == other for other in values)
 

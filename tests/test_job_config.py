@@ -388,6 +388,22 @@ def test_a_conflict_made_by_a_flag_is_one_message_and_exit_code_2(job_file, caps
     assert message.count("ezpz-moe: error") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--training.seq_len", "0", "training.seq_len = 0: must be an integer >= 1."),
+        ("--metrics.log_freq", "-1", "metrics.log_freq = -1: must be an integer >= 1."),
+        ("--parallelism.expert_parallel_degree", "0", "expert_parallel_degree = 0: must be"),
+        ("--lr_scheduler.decay_ratio", "1.5", "lr_scheduler.decay_ratio = 1.5: must be a number"),
+    ],
+)
+def test_a_flag_out_of_range_is_one_message_and_exit_code_2(job_file, capsys, flag, value, message):
+    with pytest.raises(SystemExit) as stop:
+        command_line(job_file(MODEL), flag, value)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_job_with_a_mistake_is_one_message_and_exit_code_2(job_file, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line(job_file(MODEL + "[training]\nstepz = 3\n"))

@@ -311,10 +311,10 @@ def test_a_mistake_that_the_dataloader_finds_is_one_message(job):
 
 @pytest.mark.train
 def test_a_crash_of_the_trainer_is_reported_by_torchrun(job):
-    code, _, err = run(job, 1, "--training.seq_len", "0")
+    code, _, err = run(job, 1, "--dump-folder", "/proc/not-a-folder")
     assert code == 1
     assert err.count("Root Cause (first observed failure)") == 1
-    assert "IndexError" in err
+    assert "FileNotFoundError" in err
 
 
 @pytest.mark.train

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
@@ -21,6 +22,8 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
+from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
+from ezpz_moe.job import accepts, allowed
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
@@ -44,7 +47,8 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
         EzpzError: all conflicts, after ``source``, which says where the settings come from.
     """
     checks = (*_ALWAYS, *(_WHEN_TRAINING if is_about_to_train() else ()))
-    problems = [problem for check in checks for problem in check(config)]
+    # A degree of zero would stop the other checks: first the values, then how they go together.
+    problems = [*_ranges(config)] or [problem for check in checks for problem in check(config)]
     if problems:
         raise EzpzError(
             "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
@@ -123,6 +127,28 @@ def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
         target = entry if isinstance(entry, str) else entry[0]
         if target in _OVERRIDES:
             yield f"override.imports {target}: {_OVERRIDES[target]}"
+
+
+def _ranges(config: Trainer.Config) -> Iterator[str]:
+    """Flags of the host take any number; the job's table knows which make sense."""
+    for row in (row for section in KEYS.values() for row in section.values()):
+        value = None if row.path is None else _at(config, row.path)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not accepts(row, value):
+            yield f"{row.path} = {value}: must be {allowed(row)}."
+
+
+def _at(node: Any, path: str) -> Any:
+    """What a config holds at a dotted path; None where there is nothing."""
+    for name in path.split("."):
+        match node:
+            case list() | tuple():
+                node = node[int(name)] if int(name) < len(node) else None
+            case dict():
+                node = node.get(name)
+            case _:
+                node = getattr(node, name, None)
+    return node
 
 
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
