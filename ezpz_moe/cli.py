@@ -11,9 +11,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -47,9 +48,8 @@ class Flavors:
 
         flavors = [load_flavor(name) for name in flavor_names()]
         with display.progress().status("Building the models on the meta device to count ..."):
-            _import_host()
-            from ezpz_moe.hosts.titan_0_3.parameters import summarize
-
+            binding = _import_host()
+            summarize = binding("parameters").summarize
             counted = [(summarize(flavor), flavor) for flavor in flavors]
             rows = [
                 {
@@ -89,15 +89,13 @@ class Show:
         job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
         with display.progress().status("Building the config ..."):
-            _import_host()
-            from ezpz_moe.hosts.titan_0_3.job import trainer_config
-            from ezpz_moe.hosts.titan_0_3.parameters import summarize
-            from ezpz_moe.hosts.titan_0_3.settings import flat, settings
-
+            binding = _import_host()
+            settings = binding("settings")
             fields = flavor.model_dump(exclude_none=True)
-            fields["counted"] = asdict(summarize(flavor))
-            told = [s for s in settings(trainer_config(job)) if self.all or s.changed]
-        rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
+            fields["counted"] = asdict(binding("parameters").summarize(flavor))
+            config = binding("job").trainer_config(job)
+            told = [s for s in settings.settings(config) if self.all or s.changed]
+        rows = [{"flavor": path, "value": value} for path, value in settings.flat(fields)]
         display.print_table(rows, title=job.source)
         display.print_table(map(asdict, told), title="torchtitan's config")
         return 0
@@ -245,12 +243,13 @@ def _figures(row: Row) -> dict[str, str]:
     }
 
 
-def _import_host() -> None:
-    """The host, to look at configs. What it remarks on them is for training runs."""
-    from ezpz_moe.hosts import check_host
+def _import_host() -> Callable[[str], ModuleType]:
+    """The host's binding, to look at configs. What the host remarks on them is for training."""
+    from ezpz_moe.hosts import binding, check_host
 
     check_host()
     logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
+    return binding
 
 
 if __name__ == "__main__":

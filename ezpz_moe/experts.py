@@ -3,6 +3,10 @@
 >>> from ezpz_moe.experts import EzpzGroupedExperts, ExpertComputeBackend
 """
 
-from ezpz_moe.hosts.titan_0_3.experts import ExpertComputeBackend, EzpzGroupedExperts
+from ezpz_moe.hosts import binding
+
+_experts = binding("experts")
+ExpertComputeBackend = _experts.ExpertComputeBackend
+EzpzGroupedExperts = _experts.EzpzGroupedExperts
 
 __all__ = ["ExpertComputeBackend", "EzpzGroupedExperts"]

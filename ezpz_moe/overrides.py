@@ -10,18 +10,13 @@ The host logs every replaced node, and warns when it found none.
 import dataclasses
 
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.hosts.titan_0_3.attention import causal_attention
-from ezpz_moe.hosts.titan_0_3.experts import selected
-from ezpz_moe.hosts.titan_0_3.overrides import (
-    for_attention,
-    for_experts,
-    turn_off_cuda_graphs_for,
-)
+from ezpz_moe.hosts import binding
 
+_attention, _experts, _host = map(binding, ("attention", "experts", "overrides"))
 _EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
 
 
-@for_experts
+@_host.for_experts
 def experts(config, *, compute_backend: str | None = None, **unknown):
     """The same experts, computed by ``compute_backend``."""
     with exit_on_user_error():
@@ -35,12 +30,14 @@ def experts(config, *, compute_backend: str | None = None, **unknown):
                 f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
                 f"Write {_EXAMPLE}."
             )
-        replacement = selected(config, compute_backend, "asked for by ezpz_moe.overrides.experts")
-        turn_off_cuda_graphs_for(compute_backend)
+        replacement = _experts.selected(
+            config, compute_backend, "asked for by ezpz_moe.overrides.experts"
+        )
+        _host.turn_off_cuda_graphs_for(compute_backend)
         return replacement
 
 
-@for_attention
+@_host.for_attention
 def sdpa(config):
     """The same attention with causal SDPA as its kernel: no per-document mask."""
-    return dataclasses.replace(config, inner_attention=causal_attention(config))
+    return dataclasses.replace(config, inner_attention=_attention.causal_attention(config))

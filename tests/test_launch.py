@@ -3,7 +3,9 @@
 The first half replaces what would train; the second half starts real processes.
 """
 
+import dataclasses
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -82,14 +84,13 @@ def test_the_tested_pair_passes_without_a_warning(caplog):
     ("owner", "name"),
     [
         ("torch.distributed", "set_timeout"),
-        ("torchtitan.config.override", "derive"),
         ("torchtitan.models.common.moe", "RoutedExperts"),
         ("torchtitan.models.common.moe:GroupedExperts", "_grouped_mm"),
     ],
 )
 def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypatch):
     ezpz_moe.hosts.check_host()  # imports the host, with its device
-    monkeypatch.delattr(ezpz_moe.hosts.pkgutil.resolve_name(owner), name)
+    monkeypatch.delattr(pkgutil.resolve_name(owner), name)
     with pytest.raises(EzpzError) as error:
         ezpz_moe.hosts.check_host()
     message = str(error.value)
@@ -100,18 +101,33 @@ def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypat
     assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
 
 
-def test_a_host_that_cannot_be_imported_says_why(monkeypatch):
-    monkeypatch.setattr(ezpz_moe.hosts, "_NEEDED", ("no_such_host.train:main",))
+NO_HOST = dataclasses.replace(
+    ezpz_moe.hosts.TITAN_0_3,
+    evidence=dataclasses.replace(
+        ezpz_moe.hosts.TITAN_0_3.evidence, thing="no_such_host.train:main"
+    ),
+)
+
+
+@pytest.fixture
+def no_host(monkeypatch):
+    """As where no generation of the host is installed."""
+    monkeypatch.setattr(ezpz_moe.hosts, "GENERATIONS", (NO_HOST,))
+    ezpz_moe.hosts.generation.cache_clear()
+    yield
+    ezpz_moe.hosts.generation.cache_clear()
+
+
+def test_a_host_that_cannot_be_imported_says_why(no_host):
     with pytest.raises(EzpzError, match="No module named 'no_such_host'"):
         ezpz_moe.hosts.check_host()
 
 
-def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch):
+def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, no_host):
     def no_version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", no_version)
-    monkeypatch.setattr(ezpz_moe.hosts, "_NEEDED", ("no_such_host.train:main",))
     with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
         ezpz_moe.hosts.check_host()
 

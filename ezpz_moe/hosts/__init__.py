@@ -1,32 +1,99 @@
-"""Bindings to the trainer, one folder per host generation.
+"""Bindings to the trainer, one folder per generation of it.
+
+The generation is told by what the installed host has, the newest first, and never by its version:
+a snapshot's version says little. A folder has one file per slot (``experts``, ``models``, ``data``,
+``job``, ...); :func:`binding` gives the slot of the host at hand.
 
 Only modules below this one import torchtitan. This one imports neither it nor torch by itself.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
-import pkgutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
-from typing import Any
+from types import ModuleType
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.reliance import Reliance, broken
 
 logger = logging.getLogger(__name__)
 
 # (torch, torchtitan) that the whole test suite has passed with; docs/hosts.md shows them.
 TESTED_PAIRS = (("2.15.0", "0.3.0"),)
 
-# What the package or the host itself cannot do without. Versions are not compared: a newer or a
-# patched host that has all of it works.
-_NEEDED = (
-    "torch.distributed:set_timeout",
-    "torchtitan.config.override:derive",
-    "torchtitan.models.common.moe:RoutedExperts",
-    "torchtitan.models.common.moe:GroupedExperts._grouped_mm",
+
+@dataclass(frozen=True)
+class Generation:
+    """A form of the host.
+
+    Attributes:
+        folder: its binding, below this package.
+        host: its name for people.
+        evidence: what this generation has and the older ones lack.
+        like: the older generation whose slots serve where this folder has no file of its own.
+    """
+
+    folder: str
+    host: str
+    evidence: Reliance
+    like: Generation | None = None
+
+    @property
+    def relied_on(self) -> tuple[Reliance, ...]:
+        """What the binding needs of the host."""
+        return self.slot("relied_on").RELIED_ON
+
+    def slot(self, name: str) -> ModuleType:
+        """The module ``name`` of this generation's binding."""
+        module = f"{__name__}.{self.folder}.{name}"
+        if self.like is not None and importlib.util.find_spec(module) is None:
+            return self.like.slot(name)
+        return importlib.import_module(module)
+
+
+TITAN_0_3 = Generation(
+    "titan_0_3",
+    "torchtitan 0.3",
+    Reliance(
+        "torchtitan.config.override:derive",
+        used_for="telling the generation of the host",
+        if_broken="this is older than torchtitan 0.3",
+        vital=True,
+    ),
 )
+GENERATIONS = (TITAN_0_3,)
+"""The newest first."""
+
+
+@cache
+def generation() -> Generation:
+    """The generation of the installed host, which is imported for it.
+
+    Raises:
+        EzpzError: the host is of no generation that has a binding, cannot be imported, or is not
+            installed.
+    """
+    _choose_device()
+    reasons = []
+    for candidate in GENERATIONS:
+        if not (reason := candidate.evidence.why_broken()):
+            return candidate
+        reasons.append(reason)
+    raise _refusal(reasons)
+
+
+def binding(slot: str) -> ModuleType:
+    """A slot of the installed host's binding: ``binding("job").trainer_config``.
+
+    Raises:
+        EzpzError: as :func:`generation`.
+    """
+    return generation().slot(slot)
 
 
 def check_host() -> None:
@@ -36,37 +103,18 @@ def check_host() -> None:
     imported here, with the CPU as its device. A pair that works but is untested is logged.
 
     Raises:
-        EzpzError: something that the binding needs is missing.
+        EzpzError: something that nothing can be trained without is missing.
     """
-    found = {name: _version(name) for name in ("torch", "torchtitan")}
-    if problems := _problems():
-        torch, titan = TESTED_PAIRS[-1]
-        versions = (f"{name} {version or 'not installed'}" for name, version in found.items())
-        raise EzpzError(
-            f"ezpz_moe cannot work with {' and '.join(versions)}: {'; '.join(problems)}. "
-            f"Tested: {_tested()}. "
-            f"Install with: pip install 'torch=={torch}' 'torchtitan=={titan}'"
-        )
-    if tuple(found.values()) not in TESTED_PAIRS:
+    vital = [reliance for reliance in generation().relied_on if reliance.vital]
+    if missing := broken(vital):
+        raise _refusal(missing.values())
+    if tuple(_versions().values()) not in TESTED_PAIRS:
         logger.warning(
             "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "
             "binding needs, so the run goes on; `ezpz-moe verify` checks the backends.",
-            *found.values(),
+            *_versions().values(),
             _tested(),
         )
-
-
-def _problems() -> list[str]:
-    """What cannot be imported or is not there, in Python's own words."""
-    problems = []
-    checks: list[Callable[[], Any]] = [_choose_device]
-    checks += [partial(pkgutil.resolve_name, need) for need in _NEEDED]
-    for check in checks:
-        try:
-            check()
-        except (ImportError, AttributeError) as error:
-            problems.append(str(error))
-    return list(dict.fromkeys(problems))
 
 
 def _choose_device() -> None:
@@ -74,6 +122,20 @@ def _choose_device() -> None:
 
     if no_accelerator():
         import_host_on_cpu()
+
+
+def _refusal(reasons: Iterable[str]) -> EzpzError:
+    torch, titan = TESTED_PAIRS[-1]
+    versions = (f"{name} {version or 'not installed'}" for name, version in _versions().items())
+    return EzpzError(
+        f"ezpz_moe cannot work with {' and '.join(versions)}: "
+        f"{'; '.join(dict.fromkeys(reasons))}. Tested: {_tested()}. "
+        f"Install with: pip install 'torch=={torch}' 'torchtitan=={titan}'"
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in ("torch", "torchtitan")}
 
 
 def _version(distribution: str) -> str | None:

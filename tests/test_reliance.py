@@ -1,0 +1,63 @@
+"""What the binding relies on in the host is data, and the installed host has it."""
+
+import dataclasses
+
+import pytest
+
+from ezpz_moe.hosts import GENERATIONS, check_host, generation
+from ezpz_moe.hosts.reliance import Reliance, broken
+
+check_host()
+
+
+def reliance(thing: str, **more) -> Reliance:
+    return Reliance(thing, used_for="a test", if_broken="it fails", **more)
+
+
+@dataclasses.dataclass
+class Fields:
+    one: int
+    two: int
+
+
+def takes_anything(first, **more):
+    return first, more
+
+
+@pytest.mark.parametrize("line", generation().relied_on, ids=lambda line: line.thing)
+def test_the_installed_host_has_what_the_binding_relies_on(line):
+    assert line.why_broken() == ""
+
+
+@pytest.mark.parametrize("each", GENERATIONS, ids=lambda each: each.folder)
+def test_every_line_says_what_it_is_for_and_what_its_absence_means(each):
+    lines = each.relied_on
+    assert len({line.thing for line in lines}) == len(lines)
+    assert all(line.used_for and line.if_broken for line in lines)
+    assert any(line.vital for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (reliance("no_such_module:thing"), "No module named 'no_such_module'"),
+        (reliance("json:no_such_function"), "has no attribute 'no_such_function'"),
+        (reliance("textwrap:dedent", takes=("text", "by")), "dedent does not take by, but text"),
+        (reliance(f"{__name__}:Fields", fields=("one", "three")), "has no field three"),
+    ],
+)
+def test_a_broken_line_says_what_is_missing(line, reason):
+    assert reason in line.why_broken()
+    assert broken([line, reliance("json:loads")]) == {line: line.why_broken()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        reliance("textwrap:dedent", takes=("text",)),
+        reliance(f"{__name__}:takes_anything", takes=("second",)),
+        reliance(f"{__name__}:Fields", fields=("two",)),
+    ],
+)
+def test_a_line_that_holds(line):
+    assert line.why_broken() == ""
