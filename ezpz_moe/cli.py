@@ -162,6 +162,31 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    """Check what is installed, what the binding relies on in it, and a job if one is given.
+
+    Exit code 1 when something is broken.
+    """
+
+    config: Annotated[Positional[str | None], arg(metavar="FLAVOR|JOB.toml")] = None
+    """A flavor's name, or the path of a job's TOML."""
+    world_size: int | None = None
+    """Ranks of the job; without it, what depends on them is left out."""
+
+    def run(self) -> int:
+        with display.progress().status("Looking at torch and the host ..."):
+            from ezpz_moe import doctor
+
+            facts = doctor.facts()
+            findings = doctor.host_findings()
+            if self.config is not None and all(finding.holds for finding in findings):
+                findings += doctor.job_findings(self.config, self.world_size)
+        display.print_table(({"installed": what, "": said} for what, said in facts.items()))
+        display.print_findings(findings)
+        return 0 if all(finding.holds for finding in findings) else 1
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a flavor or job with torchtitan. All other flags go to the trainer as they are."""
 
@@ -189,6 +214,7 @@ class Arguments:
         | Annotated[Show, subcommand("show")]
         | Annotated[Backends, subcommand("backends")]
         | Annotated[Verify, subcommand("verify")]
+        | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False

@@ -75,6 +75,19 @@ def print_failures(rows: Iterable[Any]) -> None:
         output().print(f"FAILED {where}: {row.verdict}", markup=False, soft_wrap=True)
 
 
+def print_findings(findings: Sequence[Any]) -> None:
+    """One line for each that holds, and what is wrong with each that does not, last."""
+    print_table(
+        {"": "holds" if each.holds else "BROKEN", "relied on": each.what, "for": each.used_for}
+        for each in findings
+    )
+    broken = [each for each in findings if not each.holds]
+    for each in broken:
+        message = f"BROKEN {each.what}: {each.problem}\n  This means: {each.meaning}."
+        output().print(message, markup=False, soft_wrap=True)
+    output().print(f"{len(findings) - len(broken)} hold, {len(broken)} broken")
+
+
 def text(value: Any) -> str:
     """A value for people: yes and no, a dash for nothing."""
     match value:

@@ -61,8 +61,9 @@ TITAN_0_3 = Generation(
     "torchtitan 0.3",
     Reliance(
         "torchtitan.config.override:derive",
-        used_for="telling the generation of the host",
+        used_for="telling the host's generation; a config of another class with every field copied",
         if_broken="this is older than torchtitan 0.3",
+        takes=("source", "target_cls"),
         vital=True,
     ),
 )
@@ -108,13 +109,31 @@ def check_host() -> None:
     vital = [reliance for reliance in generation().relied_on if reliance.vital]
     if missing := broken(vital):
         raise _refusal(missing.values())
-    if tuple(_versions().values()) not in TESTED_PAIRS:
+    if not is_tested():
         logger.warning(
             "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "
             "binding needs, so the run goes on; `ezpz-moe verify` checks the backends.",
             *_versions().values(),
-            _tested(),
+            tested_pairs(),
         )
+
+
+def is_tested() -> bool:
+    """Whether the installed torch and torchtitan are a tested pair."""
+    return tuple(_versions().values()) in TESTED_PAIRS
+
+
+def tested_pairs() -> str:
+    """The tested pairs in words."""
+    return ", ".join(f"torch {torch} with torchtitan {titan}" for torch, titan in TESTED_PAIRS)
+
+
+def version(distribution: str) -> str | None:
+    """The installed version without its local part ("2.15.0+cu130" is 2.15.0)."""
+    try:
+        return metadata.version(distribution).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _choose_device() -> None:
@@ -129,22 +148,10 @@ def _refusal(reasons: Iterable[str]) -> EzpzError:
     versions = (f"{name} {version or 'not installed'}" for name, version in _versions().items())
     return EzpzError(
         f"ezpz_moe cannot work with {' and '.join(versions)}: "
-        f"{'; '.join(dict.fromkeys(reasons))}. Tested: {_tested()}. "
+        f"{'; '.join(dict.fromkeys(reasons))}. Tested: {tested_pairs()}. "
         f"Install with: pip install 'torch=={torch}' 'torchtitan=={titan}'"
     )
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in ("torch", "torchtitan")}
-
-
-def _version(distribution: str) -> str | None:
-    """The installed version without its local part ("2.15.0+cu130" is 2.15.0)."""
-    try:
-        return metadata.version(distribution).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _tested() -> str:
-    return ", ".join(f"torch {torch} with torchtitan {titan}" for torch, titan in TESTED_PAIRS)
+    return {name: version(name) for name in ("torch", "torchtitan")}

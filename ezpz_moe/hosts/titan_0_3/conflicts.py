@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools import utils
@@ -53,6 +54,12 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
         raise EzpzError(
             "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
         )
+
+
+def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
+    """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
+    problems = [problem for check in _ON_THIS_MACHINE for problem in check(config)]
+    return problems if ranks is None else [*_rank_problems(config, ranks), *problems]
 
 
 def is_about_to_train() -> bool:
@@ -122,6 +129,17 @@ def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
             )
 
 
+def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
+    degree = config.parallelism.tensor_parallel_degree
+    attentions = config.model_spec.traverse(BaseAttention.Config) if config.model_spec else ()
+    for heads in dict.fromkeys(node.n_heads for _, node, _, _ in attentions):
+        if heads % degree:
+            yield (
+                f"parallelism.tensor_parallel_degree = {degree} does not divide the {heads} "
+                f"attention heads of flavor {_flavor(config)!r}."
+            )
+
+
 def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
     for entry in config.override.imports:
         target = entry if isinstance(entry, str) else entry[0]
@@ -179,9 +197,13 @@ def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
 
 
 def _ranks(config: Trainer.Config) -> Iterator[str]:
+    return _rank_problems(config, int(os.environ["WORLD_SIZE"]))
+
+
+def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
     if config.comm.mode in ("fake_backend", "local_tensor"):
         return  # one process stands for many ranks
-    par, ranks = config.parallelism, int(os.environ["WORLD_SIZE"])
+    par = config.parallelism
     outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
     inner = par.context_parallel_degree * par.tensor_parallel_degree
     shard = par.data_parallel_shard_degree
@@ -278,8 +300,10 @@ _Check = Callable[[Trainer.Config], Iterator[str]]
 _ALWAYS: tuple[_Check, ...] = (
     _cuda_graphs,
     _expert_parallel_degree,
+    _tensor_parallel_degree,
     _overridden_experts,
     _sequence_length,
     _pipeline_schedule,
 )
-_WHEN_TRAINING: tuple[_Check, ...] = (_ranks, _files, _backend_on_device, _cpu)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
+_WHEN_TRAINING: tuple[_Check, ...] = (_ranks, *_ON_THIS_MACHINE)

@@ -5,6 +5,8 @@ from ezpz_moe.hosts.reliance import Reliance
 _NOTHING_TRAINS = "nothing can be trained with this host"
 _NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
 _NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
+_NO_TEXTS = "only the host's own datasets can be used: no dataset_path, no embedded text"
+_SETTINGS_MOVED = "a job that sets what was renamed is refused; flavors without a job still train"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
@@ -43,13 +45,6 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     Reliance(
-        "torchtitan.config.override:derive",
-        used_for="a config of another class with every field copied",
-        if_broken=_NO_BACKEND,
-        takes=("source", "target_cls"),
-        vital=True,
-    ),
-    Reliance(
         "torchtitan.config.override:override",
         used_for="door 2",
         if_broken=_DOOR_2,
@@ -73,6 +68,25 @@ RELIED_ON: tuple[Reliance, ...] = (
         if_broken=_NOTHING_TRAINS,
         fields=("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
         vital=True,
+    ),
+    Reliance(
+        "torchtitan.config.configs:TrainingConfig",
+        used_for="where a job's [training] goes",
+        if_broken=_SETTINGS_MOVED,
+        fields=("local_batch_size", "global_batch_size", "seq_len", "steps", "disable_cuda_graphs"),
+    ),
+    Reliance(
+        "torchtitan.config.configs:ParallelismConfig",
+        used_for="where a job's [parallelism] goes",
+        if_broken=_SETTINGS_MOVED,
+        fields=(
+            "data_parallel_shard_degree",
+            "expert_parallel_degree",
+            "pipeline_parallel_degree",
+            "pipeline_parallel_microbatch_size",
+            "spmd_backend",
+            "tensor_parallel_degree",
+        ),
     ),
     Reliance(
         "torchtitan.protocols.model_spec:ModelSpec",
@@ -101,7 +115,13 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.hf_datasets.text_datasets:DATASETS",
         used_for="the embedded text and the user's own files",
-        if_broken="only the host's own datasets can be used: no dataset_path, no embedded text",
+        if_broken=_NO_TEXTS,
+    ),
+    Reliance(
+        "torchtitan.hf_datasets:DatasetConfig",
+        used_for="the same: an entry of it",
+        if_broken=_NO_TEXTS,
+        fields=("path", "loader", "sample_processor"),
     ),
     Reliance(
         "torchtitan.tools.utils:device_type",
@@ -109,3 +129,12 @@ RELIED_ON: tuple[Reliance, ...] = (
         if_broken="training on a machine without an accelerator does not start",
     ),
 )
+
+STATE_DICT_KEYS = (
+    "layers.1.moe.routed_experts.inner_experts.w1_EFD",
+    "layers.1.moe.routed_experts.inner_experts.w2_EDF",
+    "layers.1.moe.routed_experts.inner_experts.w3_EFD",
+    "layers.1.moe.router.gate.weight",
+    "layers.1.moe.expert_bias_E",
+)
+"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""

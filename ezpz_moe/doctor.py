@@ -1,0 +1,209 @@
+"""What is installed, what the binding relies on, and whether a job fits: ``ezpz-moe doctor``.
+
+Seconds, no accelerator needed. Everything here gathers; printing is the command line's work. The
+host may be any, also one that no binding fits: then the nearest generation's list is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+from ezpz_moe import hosts
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.job import find_job
+from ezpz_moe.verify import default_device
+
+# Nobody needs all of them; a missing one takes away what stands beside it.
+OPTIONAL_PACKAGES = {
+    "triton": "torch.compile on accelerators",
+    "torchao": "quantized experts of torchtitan's own configs",
+    "deep_ep": 'parallelism.expert_parallel_comm_backend = "deepep" and "hybridep"',
+    "wandb": "metrics.enable_wandb",
+    "tensorboard": "metrics.enable_tensorboard",
+}
+BYTES_OF_STATES = 16
+"""Per parameter: weight, gradient and AdamW's two moments, in float32."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line that holds or is broken.
+
+    Attributes:
+        what: the thing that was looked at.
+        used_for: what for.
+        problem: what is wrong with it; empty when it holds.
+        meaning: what that means for the user.
+    """
+
+    what: str
+    used_for: str
+    problem: str = ""
+    meaning: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return not self.problem
+
+
+def facts() -> dict[str, str]:
+    """What is installed and what it runs on."""
+    return {
+        "torch": torch.__version__,
+        "torchtitan": _host_version(),
+        "binding": _binding(),
+        "tested together": "yes" if hosts.is_tested() else f"no (tested: {hosts.tested_pairs()})",
+        "device": _device(),
+    } | {f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES}
+
+
+def host_findings() -> list[Finding]:
+    """Everything that the binding relies on in the host, and the keys of its checkpoints."""
+    generation = nearest_generation()
+    findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
+    if all(finding.holds for finding in findings):
+        findings += _state_dict_findings(generation)
+    return findings
+
+
+def nearest_generation() -> hosts.Generation:
+    """The generation of the installed host; of one that no binding fits, the most alike."""
+    try:
+        return hosts.generation()
+    except EzpzError:
+        return min(
+            hosts.GENERATIONS,
+            key=lambda each: sum(bool(line.why_broken()) for line in each.relied_on),
+        )
+
+
+def job_findings(config: str, world_size: int | None) -> list[Finding]:
+    """A job against the installed host: its keys, its conflicts, its files, its memory.
+
+    Args:
+        config: a flavor's name or the path of a job's TOML.
+        world_size: number of ranks; without it the checks that depend on it are left out.
+    """
+    try:
+        job = find_job(config)
+        trainer_config = hosts.binding("job").trainer_config(job)
+    except EzpzError as error:
+        return [Finding(config, "its keys and how they go together", str(error), "it is refused")]
+    problems = hosts.binding("conflicts").machine_problems(trainer_config, world_size)
+    findings = [Finding(config, "its keys and how they go together")]
+    findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
+    summary = hosts.binding("parameters").summarize(load_flavor(job.flavor, near=job.folder))
+    return [*findings, *_alignment(summary), *_memory(summary.total, world_size)]
+
+
+def _finding(line: Reliance) -> Finding:
+    return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken)
+
+
+def _state_dict_findings(generation: hosts.Generation) -> Iterator[Finding]:
+    spec = generation.slot("models").host_spec(load_flavor("debugmodel"))
+    with torch.device("meta"):
+        found = spec.model.build().state_dict()
+    for key in generation.slot("relied_on").STATE_DICT_KEYS:
+        yield Finding(
+            key,
+            "a checkpoint's key",
+            "" if key in found else "the model's state dict has no such key",
+            "checkpoints saved before this release do not load, and newer ones only here",
+        )
+
+
+def _alignment(summary) -> Iterator[Finding]:
+    """The model's dimensions against every backend that this device can run at all."""
+    device, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
+    for name, backend in _usable(device).items():
+        reasons = backend.why_not(device, torch.bfloat16, dims=dims)
+        yield Finding(
+            f"D = {dims[0]}, F = {dims[1]} with {name}",
+            "the experts' products in bfloat16",
+            "; ".join(reasons),
+            "choose another backend",
+        )
+
+
+def _usable(device: torch.device) -> dict:
+    backends = {name: get_backend(name) for name in backend_names()}
+    return {n: each for n, each in backends.items() if not each.why_not(device, torch.bfloat16)}
+
+
+def _memory(parameters: int, world_size: int | None) -> Iterator[Finding]:
+    """Weights, gradients and optimizer states, fully sharded; activations come on top."""
+    ranks = world_size or 1
+    needed, there = BYTES_OF_STATES * parameters / ranks, _device_memory()
+    yield Finding(
+        f"{needed / 2**30:.1f} GiB of model states on each of {ranks} rank(s), activations apart",
+        f"{there / 2**30:.1f} GiB of device memory",
+        "more than the device has" if needed > there else "",
+        "use more ranks (--world-size N), a smaller flavor, or CPU offload",
+    )
+
+
+def _host_version() -> str:
+    spec = util.find_spec("torchtitan")
+    if spec is None or spec.origin is None:
+        return "not installed"
+    folder = Path(spec.origin).parent
+    version = hosts.version("torchtitan") or "of no known version"
+    commit = _commit_from_pip() or _commit_of_checkout(folder)
+    return f"{version}{f', commit {commit[:12]}' if commit else ''} ({folder})"
+
+
+def _commit_from_pip() -> str:
+    """The commit of ``pip install git+...``."""
+    try:
+        record = metadata.distribution("torchtitan").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return ""
+    return json.loads(record or "{}").get("vcs_info", {}).get("commit_id", "")
+
+
+def _commit_of_checkout(folder: Path) -> str:
+    """The commit of the checkout that ``folder`` is the package of."""
+    if not (folder.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder.parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _binding() -> str:
+    try:
+        generation = hosts.generation()
+    except EzpzError as error:
+        return f"none: {error}"
+    return f"{generation.host} ({generation.evidence.thing} is there)"
+
+
+def _device() -> str:
+    kind = default_device()
+    return f"{kind}: {_device_module(kind).get_device_name()}, {_device_memory() / 2**30:.1f} GiB"
+
+
+def _device_memory() -> int:
+    kind = default_device()
+    return _device_module(kind).get_device_properties(torch.device(kind, 0)).total_memory
+
+
+def _device_module(kind: str):
+    return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)
+
+
+def _optional(name: str) -> str:
+    version = hosts.version(name)
+    return version or f"not installed: no {OPTIONAL_PACKAGES[name]}"

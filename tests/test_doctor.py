@@ -1,0 +1,140 @@
+"""``ezpz-moe doctor``: what holds, what is broken and what that means, with an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from ezpz_moe import cli, doctor, hosts
+from ezpz_moe.hosts import check_host
+
+check_host()  # before torchtitan is imported: it chooses the device
+
+from torchtitan.models.common.moe import GroupedExperts  # noqa: E402
+
+JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
+MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command changes for its process is for its process only."""
+    monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    code = cli.main(["doctor", *arguments])
+    return code, capsys.readouterr().out
+
+
+def test_the_tested_host_holds(capsys) -> None:
+    code, said = run(capsys)
+    assert code == 0
+    assert torch.__version__ in said
+    assert f"torchtitan {metadata.version('torchtitan')}" in " ".join(said.split())
+    assert "torchtitan 0.3 (torchtitan.config.override:derive is there)" in said
+    assert "layers.1.moe.routed_experts.inner_experts.w1_EFD" in said
+    assert " 0 broken" in said
+
+
+def test_a_seam_that_moved_is_said_in_plain_words(capsys, monkeypatch) -> None:
+    monkeypatch.delattr(GroupedExperts, "_grouped_mm")
+    code, said = run(capsys, str(JOB))
+    assert code == 1
+    assert "BROKEN torchtitan.models.common.moe:GroupedExperts._grouped_mm: " in said
+    assert "the seam moved: no backend but grouped_mm can be bound" in said
+    assert " 1 broken" in said, "nothing is said of a job for a host that is broken"
+
+
+def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:
+    relied_on = hosts.binding("relied_on")
+    monkeypatch.setattr(relied_on, "STATE_DICT_KEYS", ("layers.1.moe.experts.w1",))
+    code, said = run(capsys)
+    assert code == 1
+    assert "BROKEN layers.1.moe.experts.w1: the model's state dict has no such key" in said
+
+
+def test_a_host_that_no_binding_fits_is_compared_with_the_nearest(capsys, monkeypatch) -> None:
+    nowhere = dataclasses.replace(hosts.TITAN_0_3.evidence, thing="no_such_host:thing")
+    strange = dataclasses.replace(hosts.TITAN_0_3, evidence=nowhere)
+    monkeypatch.setattr(hosts, "GENERATIONS", (strange,))
+    hosts.generation.cache_clear()
+    try:
+        code, said = run(capsys)
+    finally:
+        hosts.generation.cache_clear()
+    assert code == 1
+    assert "none: ezpz_moe cannot work with torch" in said
+    assert "BROKEN no_such_host:thing: No module named 'no_such_host'" in said
+
+
+def test_a_job_that_fits(capsys) -> None:
+    code, said = run(capsys, str(JOB), "--world-size", "1")
+    assert code == 0
+    assert "D = 256, F = 256 with for_loop" in said
+    assert "0.5 GiB of model states on each of 1 rank(s)" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ("[training]\nstepz = 1", [], "[training] stepz: unknown key. Did you mean 'steps'?"),
+        ("[parallelism]\nexpert_parallel_degree = 3", [], "does not divide the 8 experts"),
+        ("[parallelism]\ntensor_parallel_degree = 3", [], "does not divide the 16 attention heads"),
+        (
+            "[parallelism]\ntensor_parallel_degree = 4",
+            ["--world-size", "6"],
+            "6 ranks do not fit the degrees",
+        ),
+        (
+            "[training]\nglobal_batch_size = 6\nlocal_batch_size = 4",
+            ["--world-size", "2"],
+            "training.global_batch_size = 6 is no multiple of 8",
+        ),
+        ("[checkpoint]\ninitial_load_path = 'gone'", [], "initial_load_path = "),
+        ("[training]\ndataset_path = 'gone.txt'", [], "dataset_path = 'gone.txt' does not exist"),
+    ],
+)
+def test_a_job_that_does_not(capsys, tmp_path, lines, arguments, message) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(f"{MODEL}{lines}\n")
+    code, said = run(capsys, str(job), *arguments)
+    assert code == 1
+    assert f"BROKEN {job}: " in said
+    assert message in said
+
+
+def test_a_model_that_the_device_cannot_hold(capsys) -> None:
+    code, said = run(capsys, "671B_sdpa", "--world-size", "8")
+    assert code == 1
+    assert "1253.3 GiB of model states on each of 8 rank(s)" in said
+    assert "more than the device has" in said
+
+
+def test_dimensions_that_a_backend_cannot_take(capsys, tmp_path) -> None:
+    (tmp_path / "odd.toml").write_text('inherits = "debugmodel"\nmoe_hidden_dim = 252\n')
+    (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "odd_sdpa_for_loop"\n')
+    _, said = run(capsys, str(tmp_path / "job.toml"))
+    assert "BROKEN D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
+
+
+def test_the_commit_of_a_checkout(tmp_path) -> None:
+    assert doctor._commit_of_checkout(tmp_path / "torchtitan") == ""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert doctor._commit_of_checkout(tmp_path / "torchtitan") == head.stdout.strip()
+
+
+def test_the_commit_of_an_installation_from_git(monkeypatch) -> None:
+    record = json.dumps({"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "abc"}})
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: record)
+    assert doctor._commit_from_pip() == "abc"
