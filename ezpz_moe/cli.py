@@ -187,6 +187,51 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Preflight:
+    """Build the ranks of a big run on this machine, without accelerators: what each would hold.
+
+    One rank for each pipeline stage: the first, whose shards are the largest. All other flags go
+    to the trainer as they are. Exit code 1 when a rank meets an error.
+    """
+
+    config: Config
+    """A flavor's name, or the path of a job's TOML. It comes first."""
+    world_size: int
+    """Ranks of the run."""
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from ezpz_moe.job import find_job
+        from ezpz_moe.launch import pipeline_degree
+        from ezpz_moe.preflight import preflight
+
+        flags = list(self.host_flags)
+        stages = pipeline_degree(find_job(self.config), flags)
+        built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
+        reports = list(display.tracked(built, "Building ranks", total=stages))
+        display.print_table(
+            (
+                {
+                    "stage": stage,
+                    "rank": report.rank,
+                    "parameters": display.count(report.parameters),
+                    "model states": display.gibibytes(report.state_bytes),
+                    "step": report.step,
+                }
+                for stage, report in enumerate(reports)
+            ),
+            title=f"{self.config} on {self.world_size} ranks",
+        )
+        errors: dict[str, list[int]] = {}
+        for report in reports:
+            if report.error:
+                errors.setdefault(report.error, []).append(report.rank)
+        for error, ranks in errors.items():
+            display.print_line(f"rank {', '.join(map(str, ranks))}: {error}")
+        return 1 if errors else 0
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a flavor or job with torchtitan. All other flags go to the trainer as they are."""
 
@@ -215,6 +260,7 @@ class Arguments:
         | Annotated[Backends, subcommand("backends")]
         | Annotated[Verify, subcommand("verify")]
         | Annotated[Doctor, subcommand("doctor")]
+        | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False
@@ -239,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Arguments:
-    """``train`` hands what it does not know to the trainer; elsewhere that is a mistake."""
+    """``train`` and ``preflight`` hand the trainer what they do not know; elsewhere it is wrong."""
     words = [argument for argument in arguments if not argument.startswith("-")]
-    trains = words[:1] == ["train"]
+    has_host_flags = words[:1] in (["train"], ["preflight"])
     parse = partial(
         tyro.cli,
         Arguments,
@@ -249,7 +295,7 @@ def _parse(arguments: Sequence[str]) -> Arguments:
         args=arguments,
         config=(CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes),
     )
-    if not trains:
+    if not has_host_flags:
         return parse()
     parsed, host_flags = parse(return_unknown_args=True)
     return replace(parsed, command=replace(parsed.command, host_flags=tuple(host_flags)))

@@ -56,23 +56,28 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
     console.print(table)
 
 
-def tracked(items: Sequence[T], what: str) -> Iterable[T]:
+def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """The items, with a progress bar while they are worked through."""
-    return track(items, description=what, console=progress(), transient=True)
+    return track(items, description=what, total=total, console=progress(), transient=True)
+
+
+def print_line(line: str) -> None:
+    """One line as it is, however long."""
+    output().print(line, markup=False, soft_wrap=True)
 
 
 def print_reasons(reasons: Mapping[str, Iterable[str]]) -> None:
     """One line per reason why a backend cannot run."""
     for name, against in reasons.items():
         for reason in against:
-            output().print(f"{name}: {reason}", markup=False, soft_wrap=True)
+            print_line(f"{name}: {reason}")
 
 
 def print_failures(rows: Iterable[Any]) -> None:
     """One line per tensor that failed."""
     for row in rows:
         where = f"{row.backend} {row.dtype} {row.routing!r} {row.tensor}"
-        output().print(f"FAILED {where}: {row.verdict}", markup=False, soft_wrap=True)
+        print_line(f"FAILED {where}: {row.verdict}")
 
 
 def print_findings(findings: Sequence[Any]) -> None:
@@ -83,9 +88,8 @@ def print_findings(findings: Sequence[Any]) -> None:
     )
     broken = [each for each in findings if not each.holds]
     for each in broken:
-        message = f"BROKEN {each.what}: {each.problem}\n  This means: {each.meaning}."
-        output().print(message, markup=False, soft_wrap=True)
-    output().print(f"{len(findings) - len(broken)} hold, {len(broken)} broken")
+        print_line(f"BROKEN {each.what}: {each.problem}\n  This means: {each.meaning}.")
+    print_line(f"{len(findings) - len(broken)} hold, {len(broken)} broken")
 
 
 def text(value: Any) -> str:
@@ -101,8 +105,15 @@ def text(value: Any) -> str:
             return str(value)
 
 
-def count(parameters: int) -> str:
+def gibibytes(number: int | None) -> str:
+    """4080218931 -> "3.80 GiB"."""
+    return "-" if number is None else f"{number / 2**30:.2f} GiB"
+
+
+def count(parameters: int | None) -> str:
     """33014016 -> "33.0 M"."""
+    if parameters is None:
+        return "-"
     if parameters < 10**9:
         return f"{parameters / 10**6:.1f} M"
     return f"{parameters / 10**9:.2f} B"

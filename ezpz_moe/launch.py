@@ -46,7 +46,7 @@ def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
 
     _check_processes(nproc)
     _share_threads(nproc)
-    shown = _shown_ranks(_pipeline_degree(job, host_flags), nproc)
+    shown = _shown_ranks(pipeline_degree(job, host_flags), nproc)
     os.environ[_SHOWN_RANKS] = shown  # the trainer warns when the loss is on a hidden rank
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         arguments = ["--standalone", "--nproc-per-node", str(nproc), "--log-dir", reports]
@@ -95,7 +95,7 @@ def _share_threads(nproc: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // nproc)))
 
 
-def _pipeline_degree(job: Job, host_flags: list[str]) -> int:
+def pipeline_degree(job: Job, host_flags: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     dashes = _PIPELINE_DEGREE.replace("_", "-")
     parser.add_argument(
@@ -108,13 +108,13 @@ def _pipeline_degree(job: Job, host_flags: list[str]) -> int:
     return max(1, parser.parse_known_args(host_flags)[0].degree)
 
 
-def _shown_ranks(pipeline_degree: int, nproc: int) -> str:
+def _shown_ranks(degree: int, nproc: int) -> str:
     """Comma-separated local ranks whose output is shown.
 
     Rank 0 always: it reports mistakes. The loss of a pipeline is on the first rank of its last
     stage.
     """
-    loss_rank = nproc // pipeline_degree * (pipeline_degree - 1)
+    loss_rank = nproc // degree * (degree - 1)
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:
         ranks = {0, *map(int, asked.split(","))}

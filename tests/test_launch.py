@@ -253,7 +253,7 @@ def test_a_wrong_log_rank_is_refused(monkeypatch):
     ],
 )
 def test_the_pipeline_degree_is_the_flags_else_the_jobs(values, flags, expected):
-    assert launch._pipeline_degree(Job(flavor="x", values=values), flags) == expected
+    assert launch.pipeline_degree(Job(flavor="x", values=values), flags) == expected
 
 
 # --- real processes ---------------------------------------------------------------------------

@@ -47,13 +47,24 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
     Raises:
         EzpzError: all conflicts, after ``source``, which says where the settings come from.
     """
-    checks = (*_ALWAYS, *(_WHEN_TRAINING if is_about_to_train() else ()))
+    checks = (*_ALWAYS, *_checks_before_training(config))
     # A degree of zero would stop the other checks: first the values, then how they go together.
     problems = [*_ranges(config)] or [problem for check in checks for problem in check(config)]
     if problems:
         raise EzpzError(
             "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
         )
+
+
+def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
+    if not is_about_to_train():
+        return ()
+    return (_ranks,) if _is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+
+
+def _is_dry_run(config: Trainer.Config) -> bool:
+    """Whether this process stands for a rank among many, of which there is no other."""
+    return config.comm.mode in ("fake_backend", "local_tensor")
 
 
 def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
@@ -197,12 +208,11 @@ def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
 
 
 def _ranks(config: Trainer.Config) -> Iterator[str]:
-    return _rank_problems(config, int(os.environ["WORLD_SIZE"]))
+    # The host's own variables.
+    return _rank_problems(config, int(os.environ["NGPU" if _is_dry_run(config) else "WORLD_SIZE"]))
 
 
 def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
-    if config.comm.mode in ("fake_backend", "local_tensor"):
-        return  # one process stands for many ranks
     par = config.parallelism
     outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
     inner = par.context_parallel_degree * par.tensor_parallel_degree
@@ -306,4 +316,3 @@ _ALWAYS: tuple[_Check, ...] = (
     _pipeline_schedule,
 )
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
-_WHEN_TRAINING: tuple[_Check, ...] = (_ranks, *_ON_THIS_MACHINE)

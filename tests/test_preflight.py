@@ -1,0 +1,78 @@
+"""``ezpz-moe preflight``: ranks of a big run, built here by the host's own trainer."""
+
+from __future__ import annotations
+
+import pytest
+
+from ezpz_moe import cli
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.preflight import RankReport, preflight
+
+FLAVOR = "debugmodel_sdpa_for_loop"
+PIPELINE = ("--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "4")
+EXPERTS = ("--parallelism.expert_parallel_degree", "4")
+
+pytestmark = pytest.mark.train
+
+
+def build(*flags: str, world_size: int, stages: int = 1) -> list[RankReport]:
+    return list(preflight(FLAVOR, list(flags), world_size=world_size, stages=stages))
+
+
+def total_parameters() -> int:
+    check_host()
+    return binding("parameters").summarize(load_flavor(FLAVOR)).total
+
+
+def test_the_shards_of_all_ranks_are_the_whole_model() -> None:
+    """Every dimension is a multiple of the ranks, so that the ranks of a stage are alike."""
+    reports = build(*PIPELINE, world_size=8, stages=2)
+    assert [report.rank for report in reports] == [0, 4]
+    assert 4 * sum(report.parameters for report in reports) == total_parameters()
+    for report in reports:
+        assert report.state_bytes == 16 * report.parameters
+        assert report.step == "not run: a pipeline stage needs its neighbours"
+
+
+def test_expert_parallelism_is_laid_out_and_its_step_is_not_run() -> None:
+    (report,) = build(*EXPERTS, world_size=8)
+    assert 8 * report.parameters == total_parameters()
+    assert report.step.startswith("not run: the dispatch of expert parallelism")
+
+
+def test_a_sharded_step_is_run_without_values() -> None:
+    (report,) = build("--parallelism.tensor_parallel_degree", "2", world_size=8)
+    assert report.error == ""
+    assert report.step == "forward and backward"
+
+
+def test_an_error_of_the_host_is_the_ranks_report() -> None:
+    """The schedule is known, and too long for six layers: only the host finds that out."""
+    schedule = ("--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")
+    layers = ("--parallelism.pipeline_parallel_layers_per_stage", "4")
+    reports = build(*PIPELINE, *schedule, *layers, world_size=2, stages=2)
+    assert [report.parameters for report in reports] == [None, None]
+    assert reports[0].error == reports[1].error
+    assert reports[0].error.startswith("ValueError: ")
+
+
+def test_what_the_command_prints(capsys) -> None:
+    assert cli.main(["preflight", "16B", "--world-size", "64", *EXPERTS]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "16B on 64 ranks" in said
+    assert "0 0 255.3 M 3.80 GiB not run" in said
+
+
+def test_a_mistake_is_said_once_and_is_exit_code_1(capsys) -> None:
+    degree = ("--parallelism.expert-parallel-degree", "3")
+    assert cli.main(["preflight", FLAVOR, "--world-size", "8", *PIPELINE, *degree]) == 1
+    said = capsys.readouterr().out
+    assert "rank 0, 4: flavor debugmodel_sdpa_for_loop and the command line:" in said
+    assert said.count("does not divide the 8 experts") == 1
+
+
+def test_ranks_that_the_stages_cannot_share() -> None:
+    with pytest.raises(EzpzError, match=r"--world-size 7: has to be a multiple of .* = 2"):
+        build(*PIPELINE, world_size=7, stages=2)
