@@ -42,7 +42,7 @@ def test_every_line_says_what_it_is_for_and_what_its_absence_means(each):
     [
         (reliance("no_such_module:thing"), "No module named 'no_such_module'"),
         (reliance("json:no_such_function"), "has no attribute 'no_such_function'"),
-        (reliance("textwrap:dedent", takes=("text", "by")), "dedent does not take by, but text"),
+        (reliance("textwrap:dedent", takes=("text", "by")), "does not take by, but text"),
         (reliance(f"{__name__}:Fields", fields=("one", "three")), "has no field three"),
     ],
 )

@@ -84,7 +84,7 @@ def generation() -> Generation:
     for candidate in GENERATIONS:
         if not (reason := candidate.evidence.why_broken()):
             return candidate
-        reasons.append(reason)
+        reasons.append(f"{candidate.evidence.thing}: {reason}")
     raise _refusal(reasons)
 
 
@@ -108,7 +108,7 @@ def check_host() -> None:
     """
     vital = [reliance for reliance in generation().relied_on if reliance.vital]
     if missing := broken(vital):
-        raise _refusal(missing.values())
+        raise _refusal([f"{line.thing}: {reason}" for line, reason in missing.items()])
     if not is_tested():
         logger.warning(
             "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "

@@ -49,14 +49,14 @@ class Reliance:
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         if missing := [name for name in self.takes if name not in parameters]:
-            yield f"{self.thing} does not take {', '.join(missing)}, but {', '.join(parameters)}"
+            yield f"does not take {', '.join(missing)}, but {', '.join(parameters)}"
 
     def _fields_missing(self, found: Any) -> Iterator[str]:
         if not self.fields:
             return
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:
-            yield f"{self.thing} has no field {', '.join(missing)}"
+            yield f"has no field {', '.join(missing)}"
 
 
 def broken(reliances: Iterable[Reliance]) -> dict[Reliance, str]:
