@@ -23,6 +23,7 @@ FAMILIES = {
     "deepseek_v3": {
         "layers.0.attention.wq.weight": "layers.0.attention.wq.weight",
         "layers.0.attention.wkv_a.weight": "layers.0.attention.wkv_a.weight",
+        "layers.0.attention.q_output.weight": "layers.0.attention.q_output.weight",
         "layers.0.feed_forward.w1.weight": "layers.0.feed_forward.w1.weight",
         "layers.1.moe.shared_experts.w1.weight": "layers.1.moe.shared_experts.w1.weight",
         "layers.1.moe.experts.w1": f"{EXPERTS}.w1_EFD",
@@ -103,7 +104,7 @@ def test_what_a_checkpoint_holds(tmp_path) -> None:
     assert contents.generation == "0.2"
     assert contents.step == 7, "what it says counts, not its folder's name"
     assert (contents.layers, contents.experts) == (2, 4)
-    assert contents.parameters == 9 * 4 * 6 * 5
+    assert contents.parameters == 10 * 4 * 6 * 5
     assert contents.dtypes == ("torch.float32",)
     assert contents.optimizer
     assert contents.files == 2
