@@ -25,8 +25,9 @@ from ezpz_moe.hosts.reliance import Reliance, broken
 
 logger = logging.getLogger(__name__)
 
-# (torch, torchtitan) that the whole test suite has passed with; docs/hosts.md shows them.
-TESTED_PAIRS = (("2.15.0", "0.3.0"),)
+# (torch, torchtitan) that the tests of that host have passed with, the newest last; docs/hosts.md
+# shows them.
+TESTED_PAIRS = (("2.15.0", "0.2.1"), ("2.15.0", "0.2.2"), ("2.15.0", "0.3.0"))
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,7 @@ def _moe_layers(model: nn.Module) -> Iterator[MoE]:
     return (module for module in model.modules() if isinstance(module, MoE))
 
 
-def _with_backend(
-    experts: GroupedExperts, backend: ExpertComputeBackend
-) -> EzpzGroupedExperts:
+def _with_backend(experts: GroupedExperts, backend: ExpertComputeBackend) -> EzpzGroupedExperts:
     E, F, D = experts.w1.shape
     with experts.w1.device:
         return EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend).to(experts.w1.dtype)

@@ -133,7 +133,7 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def _extended(base: type | None, changes: Mapping[str, Any]) -> type:
+def _extended(base: Any, changes: Mapping[str, Any]) -> type:
     """A dataclass with the fields of ``base`` and ``changes``: sections, or a type and a default."""
     known = {field.name: field.type for field in dataclasses.fields(base)} if base else {}
     fields: list[Any] = []

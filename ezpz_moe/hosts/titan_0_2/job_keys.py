@@ -10,15 +10,15 @@ Pure data: this file imports neither torch nor torchtitan.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
 from ezpz_moe.hosts.titan_0_3.job_keys import Key, Positive, Text, gone
 
-_HAS_NO = (
-    "torchtitan 0.2 has no such setting. Remove the key, or train with torchtitan 0.3, which has it."
-)
+_HAS_NO = "torchtitan 0.2 has no such setting. Remove the key{}. torchtitan 0.3 has it."
+_WHAT_IT_DOES = ", or set it to {}, which is what 0.2 does"
 
 # Values of keys that only 0.3 has which ask for what 0.2 does anyway.
 AS_0_2_DOES: Mapping[str, tuple[Any, ...]] = {
@@ -84,7 +84,9 @@ _TYPES: Mapping[str, Any] = {
 
 def _as_in_0_2(path: str, key: Key) -> Key:
     if key.since_0_3:
-        return gone(_HAS_NO, unless=AS_0_2_DOES.get(path, ()))
+        does = AS_0_2_DOES.get(path, ())
+        remedy = _WHAT_IT_DOES.format(json.dumps(does[0])) if does else ""
+        return gone(_HAS_NO.format(remedy), unless=does)
     return Key(type=_TYPES.get(path, key.type), is_file=key.is_file)
 
 

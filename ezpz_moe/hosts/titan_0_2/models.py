@@ -97,11 +97,11 @@ def build_model(args: Any) -> nn.Module:
 
 
 @cache
-def _with_choice(args_class: type[BaseModelArgs]) -> type[BaseModelArgs]:
+def _with_choice(args_class: Any) -> Any:
     """``args_class`` with the fields that :func:`build_model` needs."""
 
     @dataclasses.dataclass
-    class ChosenArgs(args_class):  # type: ignore[valid-type,misc]
+    class ChosenArgs(args_class):
         host_model: str = ""
         compute_backend: str = HOST_PATH
         chosen_by: str = ""
@@ -120,10 +120,10 @@ def _with_choice(args_class: type[BaseModelArgs]) -> type[BaseModelArgs]:
 
 
 @cache
-def _with_backends(model_class: type[nn.Module]) -> type[nn.Module]:
+def _with_backends(model_class: Any) -> Any:
     """``model_class`` whose experts are computed by the arguments' backend."""
 
-    class SelectedModel(model_class):  # type: ignore[valid-type,misc]
+    class SelectedModel(model_class):
         def __init__(self, args: Any):
             super().__init__(args)
             self.host_model = args.host_model
@@ -206,7 +206,8 @@ def _upstream_spec(name: str, where: str) -> TrainSpec:
     if name not in _supported_models:
         raise EzpzError(
             f"{where}: torchtitan has no model module {name!r}."
-            f"{did_you_mean(name, _supported_models)} It has {', '.join(sorted(_supported_models))}."
+            f"{did_you_mean(name, _supported_models)} "
+            f"It has {', '.join(sorted(_supported_models))}."
         )
     try:
         return get_train_spec(name)
@@ -225,7 +226,7 @@ _USUAL_ATTENTIONS = ("flex", "sdpa")
 
 
 def _choose_attention(args: Any, flavor: Flavor) -> None:
-    """Set the flavor's attention in the host's arguments, in place; None leaves them as they are."""
+    """Set the flavor's attention in the host's arguments, in place; None changes nothing."""
     if flavor.attention is None or flavor.attention == args.attn_type:
         return
     allowed = _ATTENTIONS.get(host_model(flavor), _USUAL_ATTENTIONS)

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
@@ -50,7 +50,7 @@ def register_flavors(job: Job, *, complete: Complete) -> None:
 def _train_spec(job: Job, complete: Complete) -> TrainSpec:
     flavors = FlavorArgs(job.folder, str(job.path or ""))
     return TrainSpec(
-        model_cls=exit_on_user_error()(build_model),  # type: ignore[arg-type]
+        model_cls=exit_on_user_error()(build_model),
         model_args=flavors,
         parallelize_fn=_parallelize,
         pipelining_fn=_pipeline,
@@ -60,7 +60,7 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
         build_tokenizer_fn=partial(_build_tokenizer, job=job, flavors=flavors, complete=complete),
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=build_validator,
-        state_dict_adapter=_state_dict_adapter,  # type: ignore[arg-type]
+        state_dict_adapter=_state_dict_adapter,
     )
 
 
