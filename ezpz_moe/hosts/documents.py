@@ -1,4 +1,4 @@
-"""The texts that this package adds to the host's own, whichever the host: their names and documents.
+"""The texts that this package adds to those of the host, whichever host it is.
 
 - ``pydoc_topics``: the reference topics that every Python brings, paragraph by paragraph;
 - ``text_file``: a file of the user's at ``dataset_path``.

@@ -134,7 +134,7 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extended(base: Any, changes: Mapping[str, Any]) -> type:
-    """A dataclass with the fields of ``base`` and ``changes``: sections, or a type and a default."""
+    """``base`` with the fields ``changes``, each a section or a type with its default."""
     known = {field.name: field.type for field in dataclasses.fields(base)} if base else {}
     fields: list[Any] = []
     for name, change in changes.items():

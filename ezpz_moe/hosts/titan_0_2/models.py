@@ -71,10 +71,11 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
-    if flavor.dimensions is None:
-        args = _upstream_args(flavor)
-    else:
-        args = _sized_args(flavor.dimensions, str(flavor.source))
+    args: Any = (
+        _upstream_args(flavor)
+        if flavor.dimensions is None
+        else _sized_args(flavor.dimensions, str(flavor.source))
+    )
     _choose_attention(args, flavor)
     if flavor.compute_backend != HOST_PATH:
         args.moe_args.use_grouped_mm = False  # or the host warns that it cannot use it
