@@ -12,7 +12,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from trainer_runs import assert_same_bits, assert_within_twice, job_folder, train, with_host
+from trainer_runs import (
+    assert_same_bits,
+    assert_within_twice,
+    compare_gradients,
+    job_folder,
+    train,
+    with_host,
+)
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.flavors import load_flavor
@@ -93,7 +100,9 @@ def test_the_debug_job_trains(host, tmp_path):
     assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet
     assert losses[-1] < losses[0] - 0.7
     said = [
-        line for line in (result.stdout + result.stderr).splitlines() if "compute_backend" in line
+        line
+        for line in (result.stdout + result.stderr).splitlines()
+        if "ezpz_moe: compute_backend" in line
     ]
     assert len(said) == 1
     assert "compute_backend for_loop" in said[0]
@@ -144,11 +153,6 @@ MISTAKES = {
         (),
         "torchtitan 0.2's deepseek_v3 has flex and sdpa attention only",
     ),
-    "experts that are no SwiGLU": (
-        MODEL.replace("debugmodel_sdpa", "gpt_oss_debugmodel"),
-        (),
-        "has no backward on the CPU",
-    ),
     "quantized experts": (
         MODEL,
         ("--model.converters", "quantize.grouped_mm.float8"),
@@ -194,7 +198,8 @@ def test_a_shipped_job_can_be_shown(host, path):
     result = ezpz_moe(host, "show", str(path))
     assert result.returncode == 0, result.stderr
     assert "training.dataset" in result.stdout
-    assert "job.custom_config_module    ezpz_moe" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["job.custom_config_module", "ezpz_moe", '""'] in lines
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -277,6 +282,42 @@ def test_no_backend_changes_a_state_dict(host):
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+EXPERTS = """
+import torch
+from ezpz_moe.hosts import binding, check_host
+check_host()
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+Experts = binding("experts").EzpzGroupedExperts
+counts, x = torch.tensor([3, 0, 5]), torch.randn(10, 16)  # two tail rows
+for name in ("for_loop", "batched_mm_padded"):
+    experts = Experts(16, 32, 3, False, name)
+    with torch.no_grad():
+        experts.init_weights(0.02)
+        y = experts(x, counts)
+        w1, w2, w3 = (w.bfloat16() for w in (experts.w1, experts.w2, experts.w3))
+    first = x[:3].bfloat16()
+    expected = (torch.nn.functional.silu(first @ w1[0].T) * (first @ w3[0].T)) @ w2[0].T
+    assert y.dtype == torch.float32 and torch.equal(y[:3], expected.float()), name
+    assert not y[8:].any(), name
+models = binding("models")
+try:
+    args = models.model_args(load_flavor("gpt_oss_debugmodel_for_loop"))
+    with torch.device("meta"):
+        models.build_model(args)
+except EzpzError as error:
+    assert "GptOssGroupedExperts is no SwiGLU" in str(error) or "no model module" in str(error)
+else:
+    raise AssertionError("gpt_oss was built with for_loop")
+"""
+
+
+@needs_host
+def test_experts_compute_in_bfloat16_and_others_than_swiglu_are_refused(host):
+    result = python(host, "-c", EXPERTS)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 COUNTS = """
 import torch
 from ezpz_moe.hosts import binding, check_host
@@ -335,6 +376,7 @@ def runs(host, tmp_path_factory):
         job = ("--job.config-file", str(folder / "job.toml"))
         return [*job, *plugin, "--model.flavor", f"tiny_sdpa_{backend}", *flags]
 
+    two_steps = ("--training.steps", "2")
     saved = ("--job.dump-folder", str(folder / "saved"), "--training.steps", "6")
     saved = (*saved, "--checkpoint.enable")
     scenarios = {
@@ -349,18 +391,13 @@ def runs(host, tmp_path_factory):
             f"resumed {backend}": tiny(
                 backend, *saved, "--checkpoint.load-only", "--checkpoint.load-step", "4"
             ),
+            f"plain {backend}": tiny(backend, *two_steps),
+            f"compiled {backend}": tiny(backend, *two_steps, "--compile.enable"),
         }
     for backend in BACKENDS:
-        scenarios |= {
-            f"plain {backend}": tiny(backend, "--training.steps", "2"),
-            f"full {backend}": tiny(
-                backend, "--training.steps", "2", "--activation-checkpoint.mode", "full"
-            ),
-        }
-    scenarios["compiled for_loop"] = tiny("for_loop", "--compile.enable", "--training.steps", "2")
-    scenarios["float32"] = tiny(
-        "for_loop", "--training.mixed-precision-param", "float32", "--training.steps", "1"
-    )
+        scenarios[f"full {backend}"] = tiny(
+            backend, *two_steps, "--activation-checkpoint.mode", "full"
+        )
     records = train(scenarios, folder, ranks=1, titan_0_2=host)
     return {name: ranks[0] for name, ranks in records.items()}
 
@@ -394,7 +431,7 @@ def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
     """Four steps with for_loop, then the fifth with each backend."""
     resumed, whole = runs[f"resumed {backend}"], runs["saved"]
     assert len(resumed["losses"]) == 2
-    assert resumed["losses"][0] == pytest.approx(whole["losses"][4], rel=1e-4)
+    assert resumed["losses"][0] == whole["losses"][4]
     if backend == "for_loop":
         assert resumed["losses"] == whole["losses"][4:]
         assert resumed["parameters"] == whole["parameters"]
@@ -409,10 +446,15 @@ def test_activation_checkpointing_changes_no_bit(runs, backend):
 
 @needs_host
 @pytest.mark.train
-def test_a_compiled_run_learns_the_same(runs):
-    compiled, plain = runs["compiled for_loop"], runs["plain for_loop"]
-    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-3)
-    assert len(compiled["losses"]) == 2
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_run_deviates_like_the_hosts(runs, backend):
+    """Fused kernels round elsewhere: ours at most twice as much as the host's."""
+    ours, host = (
+        compare_gradients(runs[f"compiled {b}"]["gradients"], runs[f"plain {b}"]["gradients"])
+        for b in (backend, "grouped_mm")
+    )
+    for parameter, difference in ours.items():
+        assert difference <= 2 * host[parameter] + 1e-6, parameter
 
 
 @needs_host

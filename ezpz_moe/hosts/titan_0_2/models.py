@@ -79,7 +79,8 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     _choose_attention(args, flavor)
     if flavor.compute_backend != HOST_PATH:
         args.moe_args.use_grouped_mm = False  # or the host warns that it cannot use it
-    return _with_choice(type(args))(
+    args_class: Any = type(args)
+    return _with_choice(args_class)(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(args)},
         host_model=host_model(flavor),
         compute_backend=flavor.compute_backend,
