@@ -1,7 +1,8 @@
 """The trainer's TOML: read, and checked key by key, before anything heavy is imported.
 
 ``load_job`` reports all problems of a file at once. What a key means, and which keys there are, is
-the table in :mod:`ezpz_moe.hosts.titan_0_3.job_keys`; nothing here imports torch or the host.
+the table ``job_keys`` of the installed host's binding, which is told by the host's files; nothing
+here imports torch or the host.
 
 Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Files and
 folders that are read (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to
@@ -21,10 +22,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS, Key
+from ezpz_moe.hosts import presumed_generation
+from ezpz_moe.hosts.titan_0_3.job_keys import Key
 from ezpz_moe.toml import read_toml
 
 MODEL_NAME = "ezpz_moe"
+
+KEYS: Mapping[str, Mapping[str, Key]] = presumed_generation().slot("job_keys").KEYS
+"""Section -> key -> what it may hold, for the installed host."""
 
 # "quantize.linear.mx" is a section, and so are "quantize.linear" and "quantize" that hold it.
 _SECTIONS = {

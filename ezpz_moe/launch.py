@@ -1,7 +1,8 @@
 """Start the trainer: torchrun on this machine, around ``python -m ezpz_moe.train``.
 
 The arguments are those of the host's own ``run_train.sh``. For several machines, start
-``torchrun ... -m ezpz_moe.train --module ezpz_moe --config CONFIG`` yourself.
+``torchrun ... -m ezpz_moe.train --module ezpz_moe --config CONFIG`` yourself (with torchtitan 0.2
+``--job.config_file CONFIG``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
+from ezpz_moe.hosts import presumed_generation
 from ezpz_moe.job import Job, find_job
 
 _PIPELINE_DEGREE = "parallelism.pipeline_parallel_degree"
@@ -39,6 +41,7 @@ def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
     """
     # Before torch is imported: most mistakes cost no waiting.
     job = find_job(config)
+    command = presumed_generation().slot("command")
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -53,7 +56,7 @@ def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
         arguments += ["--local-ranks-filter", shown]
         if "," in shown:
             arguments += ["--role", "rank", "--tee", "3"]  # "[rank0]:" before each line
-        arguments += ["--module", "ezpz_moe.train", "--module", "ezpz_moe", "--config", config]
+        arguments += ["--module", "ezpz_moe.train", *command.arguments(job)]
         # A failure comes back as an exception that holds torchrun's whole report: print it once.
         logging.disable(logging.ERROR)
         try:

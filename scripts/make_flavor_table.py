@@ -17,7 +17,8 @@ import tyro
 
 from ezpz_moe import display
 from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
-from ezpz_moe.hosts.titan_0_3.parameters import ModelSummary, summarize
+from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.titan_0_3.parameters import summarize
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "flavors.md"
 TABLE = re.compile(r"(?<=<!-- table: begin -->\n).*(?=<!-- table: end -->)", re.DOTALL)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("contract_cases")
+pytest.register_assert_rewrite("contract_cases", "trainer_runs")
 
 settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ezpz_moe")

@@ -7,10 +7,11 @@ writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients
 (thinned out where they are large) and a digest of every parameter after the last one, both whole
 whatever their sharding, and which backend every experts module has chosen. The host is imported
 once, because that takes longer than training a tiny model, and each scenario trains in a fork of
-its own, because the host keeps global state.
+its own, because the host keeps global state. The host is torchtitan 0.3 or 0.2.
 """
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ezpz_moe.hosts import TITAN_0_3, binding, generation
 from ezpz_moe.hosts.cpu import import_host_on_cpu
 
 ONE_UNIT = 2.0**-7
@@ -32,7 +34,7 @@ SKEWED_EXPERTS = (0, 1, 6)
 
 def main(scenarios: str, out: str) -> None:
     import_host_on_cpu()
-    import torchtitan.trainer  # noqa: F401
+    importlib.import_module(f"torchtitan.{'trainer' if is_titan_0_3() else 'train'}")
     from torchtitan.tools.logging import init_logger
 
     init_logger()
@@ -53,24 +55,28 @@ def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
+def is_titan_0_3() -> bool:
+    return generation() is TITAN_0_3
+
+
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for two flags of our own.
+    """Train as ``torchtitan.train`` would, but for three flags of our own.
 
     ``--rounding-noise`` perturbs the experts' outputs; ``--skewed-routing``, for a seed checkpoint,
-    has every token choose the same experts.
+    has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models route.
     """
-    from torchtitan.config import ConfigManager
-    from torchtitan.models.common.moe import GroupedExperts, MoE
-
-    own_flags = {"--rounding-noise", "--skewed-routing"} & set(arguments)
-    config = ConfigManager().parse_args([a for a in arguments if a not in own_flags])
-    trainer = config.build()
+    own_flags = {"--rounding-noise", "--skewed-routing", "--count-on-cpu"} & set(arguments)
+    sys.argv[1:] = [a for a in arguments if a not in own_flags]  # 0.2's door looks at it
+    trainer, GroupedExperts, MoE = _built_trainer(sys.argv[1:])
+    if "--count-on-cpu" in own_flags:
+        for part in trainer.model_parts:
+            binding("router").count_on_cpu(part)
     modules = [module for part in trainer.model_parts for module in part.modules()]
     if "--skewed-routing" in own_flags:
         for module in modules:
             if isinstance(module, MoE):
                 module.expert_bias_E[list(SKEWED_EXPERTS)] = 10.0  # scores are below 1
-    if config.checkpoint.create_seed_checkpoint:
+    if "--checkpoint.create-seed-checkpoint" in arguments:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
@@ -84,9 +90,29 @@ def run(arguments: list[str]) -> dict:
     trainer.train()
     record["parameters"] = {name: _digest(_whole(p)) for name, p in _parameters(trainer)}
     record["experts"] = [type(module).__name__ for module in experts]
-    record["backends"] = [getattr(module, "_choice", ("none", ""))[0] for module in experts]
+    record["backends"] = [_backend(module) for module in experts]
     trainer.close()
     return record
+
+
+def _built_trainer(arguments: list[str]) -> tuple:
+    """The host's trainer, and its classes of routed experts and MoE layers."""
+    from torchtitan.config import ConfigManager
+
+    config = ConfigManager().parse_args(arguments)
+    if is_titan_0_3():
+        from torchtitan.models.common.moe import GroupedExperts, MoE
+
+        return config.build(), GroupedExperts, MoE
+    from torchtitan.models.moe.moe import GroupedExperts, MoE
+    from torchtitan.train import Trainer
+
+    return Trainer(config), GroupedExperts, MoE
+
+
+def _backend(experts) -> str:
+    chosen = getattr(experts, "_choice", ("none", ""))[0]
+    return getattr(experts, "compute_backend", chosen)
 
 
 def _round_once_more(module, inputs, output):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ezpz_moe.hosts import GENERATIONS, check_host, generation
+from ezpz_moe.hosts import GENERATIONS, check_host, generation, presumed_generation
 from ezpz_moe.hosts.reliance import Reliance, broken
 
 check_host()
@@ -27,6 +27,10 @@ def takes_anything(first, **more):
 @pytest.mark.parametrize("line", generation().relied_on, ids=lambda line: line.thing)
 def test_the_installed_host_has_what_the_binding_relies_on(line):
     assert line.why_broken() == ""
+
+
+def test_the_hosts_files_tell_its_generation_without_importing_it():
+    assert presumed_generation() is generation()
 
 
 @pytest.mark.parametrize("each", GENERATIONS, ids=lambda each: each.folder)

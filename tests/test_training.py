@@ -11,7 +11,14 @@ import json
 from pydoc_data.topics import topics
 
 import pytest
-from trainer_runs import compare_gradients, door_1, job_folder, train
+from trainer_runs import (
+    assert_same_bits,
+    assert_within_twice,
+    compare_gradients,
+    door_1,
+    job_folder,
+    train,
+)
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 
@@ -94,12 +101,6 @@ def runs(tmp_path_factory):
     return {name: ranks[0] for name, ranks in records.items()}
 
 
-def assert_same_bits(run, other) -> None:
-    assert run["losses"] == other["losses"]
-    assert run["gradient_norms"] == other["gradient_norms"]
-    assert run["parameters"] == other["parameters"]
-
-
 @pytest.mark.parametrize("run", ["deepseek_v3 grouped_mm", "flavor"])
 def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
     """Through door 2 and through door 1: ten losses, and every parameter after them."""
@@ -162,9 +163,3 @@ def test_gradients_deviate_like_the_hosts(runs, run, other, backend):
     )
     for parameter, difference in ours.items():
         assert difference <= 2 * host[parameter] + 1e-6, parameter
-
-
-def assert_within_twice(tensors, yardstick, *, of) -> None:
-    allowed = compare_gradients(yardstick, of)
-    for name, difference in compare_gradients(tensors, of).items():
-        assert difference <= 2 * allowed[name] + 1e-6, name

@@ -33,9 +33,15 @@ def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") 
     return ["--module", "ezpz_moe", "--config", str(job), *flags]
 
 
-def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[Record]]:
-    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank."""
-    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
+def train(
+    scenarios: Scenarios, folder: Path, *, ranks: int, titan_0_2: Path | None = None
+) -> dict[str, list[Record]]:
+    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank.
+
+    The host is the installed one, or the torchtitan 0.2 in the folder ``titan_0_2``.
+    """
+    dump_folder = "--job.dump-folder" if titan_0_2 else "--dump-folder"
+    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder, dump_folder)))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
@@ -43,7 +49,8 @@ def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[R
     ]
     result = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the same sums on every machine
+        # One thread: the same sums on every machine.
+        env={**(with_host(titan_0_2) if titan_0_2 else os.environ), "OMP_NUM_THREADS": "1"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -57,11 +64,19 @@ def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[R
     }
 
 
-def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, tuple[int, list[str]]]:
+def with_host(folder: Path) -> dict[str, str]:
+    """The environment in which the torchtitan in ``folder`` is the installed one."""
+    paths = [str(folder), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def _prepared(
+    scenarios: Scenarios, folder: Path, dump_folder: str
+) -> dict[str, tuple[int, list[str]]]:
     """Each scenario with a port where its ranks meet, and a dump folder unless it names one."""
     ports = _free_ports(len(scenarios))
     return {
-        name: (port, ["--dump-folder", str(folder / name), *arguments])
+        name: (port, [dump_folder, str(folder / name), *arguments])
         for port, (name, arguments) in zip(ports, scenarios.items(), strict=True)
     }
 
@@ -72,6 +87,20 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def assert_same_bits(run: Record, other: Record) -> None:
+    """Losses, gradient norms and every parameter at the end are the same."""
+    assert run["losses"] == other["losses"]
+    assert run["gradient_norms"] == other["gradient_norms"]
+    assert run["parameters"] == other["parameters"]
+
+
+def assert_within_twice(tensors, yardstick, *, of) -> None:
+    """``tensors`` differ from ``of`` by at most twice what ``yardstick`` does."""
+    allowed = compare_gradients(yardstick, of)
+    for name, difference in compare_gradients(tensors, of).items():
+        assert difference <= 2 * allowed[name] + 1e-6, name
 
 
 def compare_gradients(

@@ -9,6 +9,7 @@ Only modules below this one import torchtitan. This one imports neither it nor t
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import logging
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from ezpz_moe.errors import EzpzError
@@ -23,8 +25,9 @@ from ezpz_moe.hosts.reliance import Reliance, broken
 
 logger = logging.getLogger(__name__)
 
-# (torch, torchtitan) that the whole test suite has passed with; docs/hosts.md shows them.
-TESTED_PAIRS = (("2.15.0", "0.3.0"),)
+# (torch, torchtitan) that the tests of that host have passed with, the newest last; docs/hosts.md
+# shows them.
+TESTED_PAIRS = (("2.15.0", "0.2.1"), ("2.15.0", "0.2.2"), ("2.15.0", "0.3.0"))
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,29 @@ TITAN_0_3 = Generation(
         vital=True,
     ),
 )
-GENERATIONS = (TITAN_0_3,)
+TITAN_0_2 = Generation(
+    "titan_0_2",
+    "torchtitan 0.2",
+    Reliance(
+        "torchtitan.protocols.train_spec:register_train_spec",
+        used_for="telling the generation of the host",
+        if_broken="this is neither torchtitan 0.2 nor 0.3",
+        vital=True,
+    ),
+)
+GENERATIONS = (TITAN_0_3, TITAN_0_2)
 """The newest first."""
+
+
+def presumed_generation() -> Generation:
+    """The generation of the installed host by its files: nothing is imported, and nothing refused.
+
+    For what is done before torch is imported, such as reading a job. Without a host, the newest.
+    """
+    return next(
+        (candidate for candidate in GENERATIONS if _is_written(candidate.evidence.thing)),
+        GENERATIONS[0],
+    )
 
 
 @cache
@@ -134,6 +158,19 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution).partition("+")[0]
     except metadata.PackageNotFoundError:
         return None
+
+
+def _is_written(thing: str) -> bool:
+    """Whether the source of ``"package.module:name"`` defines the function or class."""
+    module, _, name = thing.partition(":")
+    package, _, path = module.partition(".")
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        file = Path(folder, *path.split(".")).with_suffix(".py")
+        if file.is_file():
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            return name in {getattr(node, "name", None) for node in tree.body}
+    return False
 
 
 def _choose_device() -> None:

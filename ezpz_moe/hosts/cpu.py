@@ -143,18 +143,18 @@ def _processor_name() -> str:
 
 
 def sum_reduction_on_gloo(parallelize_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a ``ModelSpec.parallelize_fn`` so that FSDP trains over gloo.
+    """Wrap a model's ``parallelize_fn`` so that FSDP trains over gloo.
 
     FSDP scales gradients inside the collective (PREMUL_SUM), which gloo does not have; on the CPU
     it is told to reduce with a plain sum and to scale apart. On an accelerator nothing changes.
     """
 
     @functools.wraps(parallelize_fn)
-    def parallelize(model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+    def parallelize(model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         # Not at the top: importing it there would fix the host's device type.
         from torchtitan.tools.utils import device_type
 
-        model = parallelize_fn(model, **kwargs)
+        model = parallelize_fn(model, *args, **kwargs)
         if device_type == "cpu":
             for module in model.modules():
                 if isinstance(module, FSDPModule):

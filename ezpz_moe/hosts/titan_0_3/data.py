@@ -1,75 +1,42 @@
 """Text for the host's dataloader: an embedded text, and the user's own file.
 
-Two entries join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the
-place that its documentation names for this):
-
-- ``pydoc_topics``: the reference topics that every Python brings, paragraph by paragraph;
-- ``text_file``: a file of the user's at ``dataset_path``.
-
-Every other name is the host's and is handed on as it is. The documents of a file are
-
-====================  =============================================================
-``.txt``              its paragraphs, that is, what blank lines separate
-``.jsonl``            one JSON object per line, its ``"text"``
-``.json``             a list of JSON objects, their ``"text"``
-``.parquet``          the rows' column ``text``
-====================  =============================================================
-
-The host marks the beginning and the end of each document, and shares documents, never parts of
-one, out among the data-parallel ranks. Paragraphs let one ``.txt`` file serve several ranks.
-
-A file is read whole into each rank's memory (so a mistake anywhere in it is found before the first
-step) and nothing is written to a cache. For a corpus beyond that, use one that the host streams.
+Both join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the place that
+its documentation names for this); :mod:`ezpz_moe.hosts.documents` reads them.
 """
 
 # No `from __future__ import annotations`: the host reads the fields of Config at run time.
 
-import functools
-import json
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.errors import EzpzError, did_you_mean
-
-DEFAULT_DATASET = "pydoc_topics"
-TEXT_FILE = "text_file"
-COLUMN = "text"
+from ezpz_moe.hosts.documents import (
+    DEFAULT_DATASET,
+    TEXT_FILE,
+    TOPICS_PATH,
+    check_shares,
+    find_text,
+    load_topics,
+    read_documents,
+    text_of,
+)
 
 __all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_documents"]
 
 
 class TextDataLoader(HuggingFaceTextDataLoader):
-    """The host's dataloader, which makes sure that our own texts have a document for every rank.
-
-    The host would search an empty share for ever.
-    """
+    """The host's dataloader, which makes sure that our own texts have a document for every rank."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTextDataLoader.Config):
         pass
 
     def __init__(self, config: Config, *, dp_world_size: int, **kwargs: Any) -> None:
-        if config.dataset in (DEFAULT_DATASET, TEXT_FILE):
-            source = DATASETS[config.dataset]
-            path = config.dataset_path or source.path
-            documents = len(source.loader(path))
-            if documents < dp_world_size:
-                raise EzpzError(
-                    f"dataset = {config.dataset!r} ('{path}') has {_count(documents, 'document')} "
-                    f"for {dp_world_size} data-parallel ranks, and each needs at least one. Use "
-                    "fewer ranks or more documents (in a .txt file, blank lines separate them)."
-                )
+        check_shares(config.dataset, config.dataset_path, dp_world_size)
         super().__init__(config, dp_world_size=dp_world_size, **kwargs)
 
 
@@ -82,210 +49,14 @@ def dataloader_config(
 ) -> TextDataLoader.Config:
     """The dataloader for ``dataset`` and ``dataset_path``.
 
-    Without a dataset the path is a file of the user's, and without either it is the embedded text.
-    A relative path is looked up in the working directory, then next to the job file. A file is read
-    here, so that a mistake in it stops the run before it starts.
-
     Raises:
-        EzpzError: unknown dataset, or a file that is missing, empty, of an unknown kind or broken.
+        EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
     """
-    name = (dataset or (TEXT_FILE if dataset_path else DEFAULT_DATASET)).lower()
-    if name not in DATASETS:
-        raise EzpzError(
-            f"dataset = {dataset!r} is unknown.{did_you_mean(name, DATASETS)} Known: "
-            f"{', '.join(sorted(DATASETS))}. For a file of your own, leave dataset out and set "
-            "dataset_path."
-        )
-    if name == DEFAULT_DATASET and dataset_path:
-        raise EzpzError(
-            f"dataset = {name!r} is the embedded text and takes no dataset_path, "
-            f"but dataset_path = {dataset_path!r}. Remove one of the two."
-        )
-    if name == TEXT_FILE:
-        if not dataset_path:
-            raise EzpzError(f"dataset = {name!r} needs dataset_path, the file's path.")
-        dataset_path = str(_find(dataset_path, job_folder))
-        read_documents(dataset_path)
-    elif dataset_path:  # a folder or file of the host's dataset, or a name that is not on this disk
-        found = (place for place in _places(dataset_path, job_folder) if place.exists())
-        dataset_path = next((str(place.resolve()) for place in found), dataset_path)
-    return TextDataLoader.Config(dataset=name, dataset_path=dataset_path, infinite=infinite)
-
-
-def read_documents(path: str) -> Dataset:
-    """The documents of a text file as an in-memory dataset with the column ``text``.
-
-    Raises:
-        EzpzError: the file is missing, a folder, of an unknown kind, not readable, broken (naming
-            the line), without text, or without a column ``text`` of strings.
-    """
-    file = Path(path)
-    if not path or not file.is_file():
-        raise EzpzError(f"dataset_path = {path!r} is not a file.")
-    stamp = file.stat()
-    return _read_documents(file, stamp.st_mtime_ns, stamp.st_size)
-
-
-@functools.lru_cache(maxsize=2)  # the training file and the validation file
-def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise EzpzError(
-            f"dataset_path = '{file}': unknown kind of file {file.suffix!r}; "
-            f"known: {', '.join(_READERS)}."
-        )
-    try:
-        dataset = reader(file)
-    except OSError as error:
-        raise EzpzError(f"dataset_path = '{file}' cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise EzpzError(
-            f"dataset_path = '{file}' is not UTF-8 text: byte {error.start} "
-            f"({error.reason}). Convert it, for example with iconv."
-        ) from error
-    if not any(text.strip() for text in dataset[COLUMN]):
-        raise EzpzError(f"dataset_path = '{file}' holds no text.")
-    return dataset
-
-
-def _read_txt(file: Path) -> Dataset:
-    return _paragraphs(file.read_text(encoding="utf-8-sig"))
-
-
-def _paragraphs(text: str) -> Dataset:
-    """One document per paragraph; blank lines separate them."""
-    paragraphs = re.split(r"\n(?:[^\S\n]*\n)+", text)
-    return Dataset.from_dict({COLUMN: [p for p in paragraphs if p.strip()]})
-
-
-def _read_jsonl(file: Path) -> Dataset:
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
-    rows = (
-        (f"line {number}", _parse_json(line, file, number))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
-    return _from_rows(rows, file)
-
-
-def _read_json(file: Path) -> Dataset:
-    text = file.read_text(encoding="utf-8-sig")
-    rows = _parse_json(text, file) if text.strip() else []
-    if not isinstance(rows, list):
-        raise EzpzError(
-            f"dataset_path = '{file}' holds {_kind(rows)}, not a list of objects. "
-            "For one JSON object per line name the file .jsonl."
-        )
-    return _from_rows(((f"item {number}", row) for number, row in enumerate(rows, 1)), file)
-
-
-def _read_parquet(file: Path) -> Dataset:
-    try:
-        schema = pq.read_schema(file)
-        if COLUMN not in schema.names:
-            raise _no_column(file, schema.names)
-        texts = pq.read_table(file, columns=[COLUMN])[COLUMN]
-    except pa.ArrowException as error:
-        raise EzpzError(f"dataset_path = '{file}' is broken: {error}") from error
-    is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
-    if not is_text or texts.null_count:
-        raise EzpzError(
-            f"dataset_path = '{file}': column {COLUMN!r} must hold a string in every "
-            f"row, but it is {texts.type} with {_count(texts.null_count, 'null')}."
-        )
-    return Dataset(pa.table({COLUMN: texts}))
-
-
-_READERS: dict[str, Callable[[Path], Dataset]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _parse_json(text: str, file: Path, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise EzpzError(
-            f"dataset_path = '{file}' is broken: line {first_line + error.lineno - 1}, "
-            f"column {error.colno}: {error.msg}."
-        ) from error
-
-
-def _from_rows(rows: Iterator[tuple[str, Any]], file: Path) -> Dataset:
-    """``rows``: where a row stands in the file, and the row."""
-    texts = []
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise EzpzError(
-                f"dataset_path = '{file}', {where}: {_kind(row)}, not an object "
-                f'such as {{"{COLUMN}": "..."}}.'
-            )
-        if COLUMN not in row:
-            raise _no_column(file, list(row), where)
-        if not isinstance(row[COLUMN], str):
-            raise EzpzError(
-                f"dataset_path = '{file}', {where}: {COLUMN!r} is "
-                f"{_kind(row[COLUMN])}, not a string."
-            )
-        try:
-            row[COLUMN].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise EzpzError(f"dataset_path = '{file}', {where}: {error.reason}.") from error
-        texts.append(row[COLUMN])
-    return Dataset.from_dict({COLUMN: texts})
-
-
-def _no_column(file: Path, found: list[str], where: str = "") -> EzpzError:
-    return EzpzError(
-        f"dataset_path = '{file}'{where and f', {where}'} has no column {COLUMN!r}; "
-        f"found: {', '.join(map(repr, found)) or 'none'}."
-    )
-
-
-def _places(dataset_path: str, job_folder: Path | None) -> list[Path]:
-    """Where a relative path is looked up: in the working directory, then next to the job file."""
-    path = Path(dataset_path).expanduser()
-    return [folder / path for folder in (Path.cwd(), job_folder) if folder is not None]
-
-
-def _find(dataset_path: str, job_folder: Path | None) -> Path:
-    """The file's absolute path, in the first of its places."""
-    tried = _places(dataset_path, job_folder)
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate.resolve()
-    folder = next((candidate for candidate in tried if candidate.is_dir()), None)
-    places = " or ".join(dict.fromkeys(f"'{candidate}'" for candidate in tried))
-    raise EzpzError(
-        f"dataset_path = {dataset_path!r} "
-        + (f"is a folder ('{folder}'); name one file." if folder else f"does not exist: {places}.")
-    )
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's kind, in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _load_topics(path: str) -> Dataset:
-    # In a fixed random order: neighbouring paragraphs are so alike that, in theirs, the loss of a
-    # step says more about its topic than about the training.
-    return _paragraphs("\n\n".join(topics[name] for name in sorted(topics))).shuffle(seed=0)
-
-
-def _text(sample: dict[str, Any]) -> str:
-    return sample[COLUMN]
+    name, path = find_text(dataset, dataset_path, known=DATASETS, job_folder=job_folder)
+    return TextDataLoader.Config(dataset=name, dataset_path=path, infinite=infinite)
 
 
 DATASETS[DEFAULT_DATASET] = DatasetConfig(
-    path="pydoc_data.topics", loader=_load_topics, sample_processor=_text
+    path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
 )
-DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=_text)
+DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

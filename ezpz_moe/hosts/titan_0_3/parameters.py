@@ -7,7 +7,6 @@ matrices included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -15,21 +14,8 @@ from torch import nn
 from torchtitan.models.common.moe import GroupedExperts, MoE
 
 from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan_0_3.models import host_spec
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """What a flavor's model is made of. Parameters are counted, not computed."""
-
-    dim: int
-    n_layers: int
-    num_experts: int
-    top_k: int
-    expert_hidden_dim: int
-    total: int
-    active: int
-    embedding: int  # the input matrix; the output matrix has the same size, unless they are tied
 
 
 def summarize(flavor: Flavor) -> ModelSummary:

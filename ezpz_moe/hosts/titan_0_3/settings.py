@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from torchtitan.trainer import Trainer
 
+from ezpz_moe.hosts.setting import Setting, flat
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One field of the trainer's config.
-
-    Attributes:
-        path: ``section.name``, which is also the trainer's flag ``--section.name``.
-        default: the host's own value; None also where the host has no such field by default.
-    """
-
-    path: str
-    value: Any
-    default: Any
-
-    @property
-    def changed(self) -> bool:
-        return self.value != self.default
+__all__ = ["Setting", "flat", "settings"]
 
 
 def settings(config: Trainer.Config) -> list[Setting]:
@@ -39,17 +23,3 @@ def settings(config: Trainer.Config) -> list[Setting]:
         if name != "model_spec" and name not in ours
     }
     return [Setting(path, value, defaults.get(path)) for path, value in flat(values)]
-
-
-def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``("a.b", value)`` of everything in nested dicts and lists of dicts."""
-    children: Iterable[tuple[Any, Any]]
-    if isinstance(node, Mapping):
-        children = node.items()
-    elif isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
-        children = enumerate(node)
-    else:
-        yield path, node
-        return
-    for name, child in children:
-        yield from flat(child, f"{path}.{name}" if path else str(name))

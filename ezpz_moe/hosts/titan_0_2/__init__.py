@@ -1,0 +1,1 @@
+"""Binding to torchtitan 0.2."""

@@ -1,0 +1,137 @@
+"""What does not go together, found before the model is built.
+
+The host finds some of these conflicts itself, but in the middle of a run or in words that do not
+name the setting. Each check below yields the messages of its conflicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.tools import utils
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
+from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
+from ezpz_moe.job import accepts, allowed
+
+
+def refuse_conflicts(config: Any, args: Any, source: str) -> None:
+    """Raise if settings of ``config`` exclude each other, or exclude this machine.
+
+    Args:
+        config: the host's config, as it is trained with.
+        args: the model's arguments.
+        source: where the settings come from, for the message.
+
+    Raises:
+        EzpzError: all conflicts.
+    """
+    # A degree of zero would stop the other checks: first the values, then how they go together.
+    problems = [*_ranges(config)] or [
+        problem for check in _CHECKS for problem in check(config, args)
+    ]
+    if problems:
+        raise EzpzError(
+            "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
+        )
+
+
+def _ranges(config: Any) -> Iterator[str]:
+    """Flags of the host take any number; the job's table knows which make sense."""
+    for section, keys in KEYS.items():
+        node = config
+        for name in section.split("."):
+            node = getattr(node, name, None)
+        for name, key in keys.items():
+            value = getattr(node, name, None)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and key.type is not None and not accepts(key, value):
+                yield f"{section}.{name} = {value}: must be {allowed(key)}."
+
+
+def _expert_parallel_degree(config: Any, args: Any) -> Iterator[str]:
+    degree, experts = config.parallelism.expert_parallel_degree, args.moe_args.num_experts
+    if experts % degree:
+        yield (
+            f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} experts "
+            f"of flavor {config.model.flavor!r}."
+        )
+
+
+def _sequence_length(config: Any, args: Any) -> Iterator[str]:
+    if args.max_positions is not None and config.training.seq_len > args.max_positions:
+        yield (
+            f"training.seq_len = {config.training.seq_len} is more than flavor "
+            f"{config.model.flavor!r} is made for: its RoPE ends at max_seq_len = "
+            f"{args.max_positions}."
+        )
+
+
+def _quantized_experts(config: Any, args: Any) -> Iterator[str]:
+    if args.compute_backend == HOST_PATH:
+        return
+    for converter in config.model.converters:
+        if "grouped_mm" in converter:
+            yield (
+                f"model.converters: {converter} quantizes torch._grouped_mm, but "
+                f"compute_backend {args.compute_backend!r} computes the experts without it. "
+                f"Remove the converter, or use compute_backend = {HOST_PATH!r}."
+            )
+
+
+def _files(config: Any, args: Any) -> Iterator[str]:
+    assets = Path(config.model.hf_assets_path)
+    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        yield (
+            f"hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, or vocab.json "
+            f"or vocab.txt). Download the model's, or leave the key out for the embedded one."
+        )
+    checkpoint = config.checkpoint.initial_load_path
+    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
+        yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
+
+
+def _backend_on_device(config: Any, args: Any) -> Iterator[str]:
+    if args.compute_backend == HOST_PATH:
+        return  # the host chooses between its two paths by the device
+    device = torch.device(utils.device_type)
+    dims = sorted({args.dim, args.moe_inter_dim} if hasattr(args, "moe_inter_dim") else {args.dim})
+    for reason in get_backend(args.compute_backend).why_not(device, torch.bfloat16, dims=dims):
+        yield f"compute_backend {args.compute_backend!r} cannot run on {device.type}: {reason}."
+
+
+def _cpu(config: Any, args: Any) -> Iterator[str]:
+    if utils.device_type != "cpu":
+        return
+    if args.attn_type != "sdpa":
+        yield (
+            f"the attention of flavor {config.model.flavor!r} ({args.attn_type}) has no backward "
+            'on the CPU. Use a flavor with attention = "sdpa".'
+        )
+    if config.parallelism.expert_parallel_degree > 1:
+        yield (
+            "parallelism.expert_parallel_degree: torchtitan 0.2 sorts tokens for expert "
+            "parallelism with a Triton kernel, which does not run on the CPU. Set it to 1, or use "
+            "torchtitan 0.3."
+        )
+    if config.profiling.enable_memory_snapshot:
+        yield (
+            "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
+            "has no accelerator. Set it to false."
+        )
+
+
+_Check = Callable[[Any, Any], Iterator[str]]
+_CHECKS: tuple[_Check, ...] = (
+    _expert_parallel_degree,
+    _sequence_length,
+    _quantized_experts,
+    _files,
+    _backend_on_device,
+    _cpu,
+)

@@ -1,0 +1,52 @@
+"""Text for torchtitan 0.2's dataloader: an embedded text, and the user's own file.
+
+Both join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the place that
+its documentation names for this); :mod:`ezpz_moe.hosts.documents` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.documents import (
+    DEFAULT_DATASET,
+    TEXT_FILE,
+    TOPICS_PATH,
+    find_text,
+    load_topics,
+    read_documents,
+    text_of,
+)
+from ezpz_moe.job import Job
+
+_VALIDATION_DATASET = "c4_validation"  # the host's own default
+
+
+def choose_text(config: Any, job: Job) -> None:
+    """Put the datasets and the absolute paths that are meant into the host's config.
+
+    Raises:
+        EzpzError: unknown dataset, or a file that cannot be read.
+    """
+    sections = {"training": config.training}
+    if config.validation.enable:
+        sections["validation"] = config.validation
+        if not config.validation.dataset_path:
+            config.validation.dataset = config.validation.dataset or _VALIDATION_DATASET
+    for name, section in sections.items():
+        try:
+            section.dataset, section.dataset_path = find_text(
+                section.dataset, section.dataset_path, known=DATASETS, job_folder=job.folder
+            )
+        except EzpzError as error:
+            raise EzpzError(f"{job.source}: [{name}] {error}") from error
+
+
+DATASETS[DEFAULT_DATASET] = DatasetConfig(
+    path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
+)
+DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

@@ -1,0 +1,127 @@
+"""Routed experts of torchtitan 0.2 with a selectable backend.
+
+The host names ``GroupedExperts`` inside its ``MoE`` and offers no door there, so that the finished
+model's experts are replaced, on the meta device, by a subclass with the same parameters under the
+same names: a checkpoint of one backend is a checkpoint of all.
+
+Backends compute in bfloat16, as the host's grouped path does and as the binding to 0.3 does, so
+that one flavor trains with the same precision on every device and host. With the host's default
+mixed precision its own for-loop computes in bfloat16 too; only under
+``mixed_precision_param = "float32"`` it would not.
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtitan.models.moe import MoE
+from torchtitan.models.moe.moe import GroupedExperts
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.errors import EzpzError
+
+ExpertComputeBackend: TypeAlias = str
+"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
+
+HOST_PATH: ExpertComputeBackend = "grouped_mm"
+"""The backend that is the host's own code, untouched."""
+
+
+class EzpzGroupedExperts(GroupedExperts):
+    """``GroupedExperts`` whose expert FFN is computed by ``compute_backend``.
+
+    Raises:
+        EzpzError: unknown backend.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        use_grouped_mm: bool,
+        compute_backend: ExpertComputeBackend = HOST_PATH,
+    ):
+        super().__init__(dim, hidden_dim, num_experts, use_grouped_mm)
+        self.compute_backend = compute_backend
+        backend = get_backend(compute_backend)
+        self._backend = None if compute_backend == HOST_PATH else backend
+
+    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """Expert FFN of the rows routed to the local experts.
+
+        Args:
+            x: [R, D], rows sorted by expert, possibly with tail rows.
+            num_tokens_per_expert: [E], counts of the local experts in any integer dtype.
+
+        Returns:
+            [R, D] in x's dtype. Device syncs: those of the backend.
+        """
+        if self._backend is None:
+            return super().forward(x, num_tokens_per_expert)
+        w1_EFD, w2_EDF, w3_EFD = map(_local_bf16, (self.w1, self.w2, self.w3))
+        y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x.bfloat16(), num_tokens_per_expert)
+        return y_RD.type_as(x)
+
+
+def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: str) -> int:
+    """Replace the experts of every MoE layer of ``model``, in place, and log it.
+
+    With the host's own path, experts other than SwiGLU (gpt_oss) are left as they are.
+
+    Returns:
+        How many experts modules the model has: one per MoE layer.
+
+    Raises:
+        EzpzError: unknown backend, the model has no routed experts, or none that another backend
+            can compute.
+    """
+    path = get_backend(backend).summary
+    layers = list(_moe_layers(model))
+    if not layers:
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
+            f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
+        )
+    for moe in layers:
+        if type(moe.experts) is GroupedExperts:
+            moe.experts = _with_backend(moe.experts, backend)
+        elif backend != HOST_PATH:
+            raise EzpzError(
+                f"compute_backend {backend!r} ({chosen_by}): torchtitan 0.2's "
+                f"{type(moe.experts).__name__} is no SwiGLU and names torch._grouped_mm inside a "
+                f"function, where no other backend can take its place. Use "
+                f"compute_backend = {HOST_PATH!r}, or torchtitan 0.3."
+            )
+    if backend == HOST_PATH:
+        grouped = layers[0].experts.use_grouped_mm
+        path = "the host's own path: " + ("torch._grouped_mm" if grouped else "its for-loop")
+    dtype = "" if path.endswith("its for-loop") else " in bfloat16"
+    logger.info(
+        f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
+        f"for {len(layers)} MoE layers; {chosen_by}"
+    )
+    return len(layers)
+
+
+def _moe_layers(model: nn.Module) -> Iterator[MoE]:
+    return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def _with_backend(experts: GroupedExperts, backend: ExpertComputeBackend) -> EzpzGroupedExperts:
+    E, F, D = experts.w1.shape
+    with experts.w1.device:
+        return EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend).to(experts.w1.dtype)
+
+
+def _local_bf16(weight: torch.Tensor) -> torch.Tensor:
+    # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local.bfloat16()

@@ -1,0 +1,171 @@
+"""A job as torchtitan 0.2's ``JobConfig``.
+
+The host reads the TOML itself and merges the ``JobConfig`` of the module that
+``job.custom_config_module`` names into its own. What the job does not say is the host's own
+default, with these exceptions:
+
+- the tokenizer and the training text are the embedded ones, which need no download;
+- validation has the batch size and the sequence length of training, as in 0.3.
+"""
+
+# No `from __future__ import annotations`: the host reads the types of fields.
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torchtitan.config import JobConfig
+from torchtitan.config.manager import ConfigManager
+
+from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan_0_2.data import choose_text
+from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
+from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
+from ezpz_moe.job import MODEL_NAME, Job, load_job
+
+_FILE_FLAGS = ("--job.config_file", "--job.config-file")
+
+# Path -> type and default, where they differ from the host's.
+_OUR_DEFAULTS: Mapping[str, tuple[Any, Any]] = {
+    "model.name": (str, MODEL_NAME),
+    "model.hf_assets_path": (str, str(EMBEDDED_TOKENIZER)),
+    "training.dataset": (str | None, None),
+    "validation.dataset": (str | None, None),
+    "validation.local_batch_size": (int | None, None),
+    "validation.seq_len": (int | None, None),
+}
+
+
+def job_config() -> type[JobConfig]:
+    """What the host merges into its ``JobConfig``, for the job on its command line.
+
+    The job's file is checked here, before the host reads it, and its flavors are registered.
+
+    Raises:
+        EzpzError: the file is wrong, or asks for what this host does not have.
+    """
+    path = _job_file(sys.argv[1:])
+    job = Job(flavor="") if path is None else load_job(path)
+    extended = _extended(JobConfig, _nested(_fields()))
+    refuse_missing(job)
+    register_flavors(job, complete=complete)
+    return extended
+
+
+def trainer_config(job: Job) -> JobConfig:
+    """The host's config of a job, completed, to look at.
+
+    Raises:
+        EzpzError: the data are wrong, or the job asks for what this host does not have.
+    """
+    refuse_missing(job)
+    config = ConfigManager._merge_configs(JobConfig, _extended(JobConfig, _nested(_fields())))()
+    config.model.flavor = job.flavor
+    for key, value in job.values.items():
+        section, _, name = key.rpartition(".")
+        setattr(_at(config, section), name, value)
+    complete(config, job)
+    return config
+
+
+def complete(config: Any, job: Job) -> None:
+    """Put into the host's config what it leaves open, and absolute paths, in place.
+
+    Raises:
+        EzpzError: the data are wrong.
+    """
+    choose_text(config, job)
+    for name in ("local_batch_size", "seq_len"):
+        if getattr(config.validation, name) is None:
+            setattr(config.validation, name, getattr(config.training, name))
+    for path, key in _rows():
+        section, name = _at(config, path.rpartition(".")[0]), path.rpartition(".")[2]
+        if key.is_file and getattr(section, name, None):
+            setattr(section, name, job.resolve(getattr(section, name)))
+
+
+def refuse_missing(job: Job) -> None:
+    """0.2.1 lacks a few of 0.2.2's keys, and would show a traceback.
+
+    Raises:
+        EzpzError: the job sets a key that this host does not have.
+    """
+    host = JobConfig()
+    missing = [path for path in job.values if _at(host, path, None) is _NOTHING]
+    if missing:
+        raise EzpzError(
+            f"{job.source}: {', '.join(missing)}: the installed torchtitan 0.2 has no such "
+            "setting; a later 0.2 or 0.3 has. Remove the key."
+        )
+
+
+def _job_file(arguments: Sequence[str]) -> Path | None:
+    """The job's file on the host's command line, as the host finds it."""
+    for position, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in _FILE_FLAGS and (equals or position + 1 < len(arguments)):
+            return Path(value if equals else arguments[position + 1])
+    return None
+
+
+def _fields() -> dict[str, tuple[Any, Any]]:
+    """Path -> type and default of every field of ours, hidden from the help where it does nothing.
+
+    The host refuses a key that it has no field for, also where the key asks for what it does.
+    """
+    without_effect = {
+        path: (Annotated[type(values[0]), tyro.conf.Suppress], values[0])
+        for path, values in AS_0_2_DOES.items()
+    }
+    return {**_OUR_DEFAULTS, **without_effect}
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    sections: dict[str, Any] = {}
+    for path, value in fields.items():
+        section, _, name = path.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def _extended(base: Any, changes: Mapping[str, Any]) -> type:
+    """``base`` with the fields ``changes``, each a section or a type with its default."""
+    known = {field.name: field.type for field in dataclasses.fields(base)} if base else {}
+    fields: list[Any] = []
+    for name, change in changes.items():
+        if isinstance(change, dict):
+            kind = _extended(known.get(name), change)
+            fields.append((name, kind, dataclasses.field(default_factory=kind)))
+        else:
+            kind, default = change
+            fields.append((name, kind, _default(default)))
+    return dataclasses.make_dataclass(
+        base.__name__ if base else "Section", fields, bases=(base,) if base else ()
+    )
+
+
+def _default(value: Any) -> Any:
+    if isinstance(value, list):
+        return dataclasses.field(default_factory=lambda: list(value))
+    return dataclasses.field(default=value)
+
+
+def _rows() -> Iterator[tuple[str, Any]]:
+    for section, keys in KEYS.items():
+        for name, key in keys.items():
+            yield f"{section}.{name}", key
+
+
+_NOTHING = object()
+
+
+def _at(config: Any, path: str, *default: Any) -> Any:
+    """What a config holds at a dotted path; ``_NOTHING`` where it ends early and may."""
+    for name in path.split("."):
+        config = getattr(config, name, _NOTHING) if default else getattr(config, name)
+    return config

@@ -1,0 +1,242 @@
+"""A flavor as torchtitan 0.2's model arguments, and the model that they build.
+
+A size is the host's deepseek_v3 with other arguments, and ``base`` one of the host's own models.
+The arguments carry the flavor's backend along; the model is a subclass of the host's that is built
+by the host, and then has its experts replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchtitan.config import JobConfig
+from torchtitan.models import _supported_models
+from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs
+from torchtitan.models.moe import MoEArgs
+from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools import utils
+
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
+from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
+from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
+
+SIZED_LIKE = "deepseek_v3"
+"""The host's model that flavors with dimensions are sizes of."""
+
+
+class FlavorArgs(Mapping[str, BaseModelArgs]):
+    """Flavor name -> model arguments, made when the host asks: any name may be on its command line.
+
+    Args:
+        near: the job's folder, where flavors are looked up first.
+        source: who asks for the flavor, for the log.
+    """
+
+    def __init__(self, near: Path | None, source: str):
+        self._near = near
+        self._source = source
+
+    def __getitem__(self, name: str) -> BaseModelArgs:
+        flavor = load_flavor(name, near=self._near)
+        source = self._source or str(flavor.source)
+        return model_args(flavor, why=f"asked for by flavor {name} in {source}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(flavor_names(near=self._near))
+
+    def __len__(self) -> int:
+        return len(flavor_names(near=self._near))
+
+
+def host_model(flavor: Flavor) -> str:
+    """The name of the host's model that the flavor is built from."""
+    return SIZED_LIKE if flavor.base is None else flavor.base.partition("/")[0]
+
+
+def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
+    """The host's arguments for the flavor's model, with its backend.
+
+    Args:
+        flavor: what to build.
+        why: who chose the backend, for the log; by default the flavor.
+
+    Raises:
+        EzpzError: the host has no such model or attention, or cannot express the flavor.
+    """
+    args: Any = (
+        _upstream_args(flavor)
+        if flavor.dimensions is None
+        else _sized_args(flavor.dimensions, str(flavor.source))
+    )
+    _choose_attention(args, flavor)
+    if flavor.compute_backend != HOST_PATH:
+        args.moe_args.use_grouped_mm = False  # or the host warns that it cannot use it
+    args_class: Any = type(args)
+    return _with_choice(args_class)(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(args)},
+        host_model=host_model(flavor),
+        compute_backend=flavor.compute_backend,
+        chosen_by=why or f"flavor {flavor.name}",
+        max_positions=flavor.dimensions.rope.max_seq_len if flavor.dimensions else None,
+    )
+
+
+def build_model(args: Any) -> nn.Module:
+    """The model of arguments from :func:`model_args`, for the host's ``model_cls``.
+
+    Raises:
+        EzpzError: its experts cannot be computed by the backend.
+    """
+    return _with_backends(get_train_spec(args.host_model).model_cls)(args)
+
+
+@cache
+def _with_choice(args_class: Any) -> Any:
+    """``args_class`` with the fields that :func:`build_model` needs."""
+
+    @dataclasses.dataclass
+    class ChosenArgs(args_class):
+        host_model: str = ""
+        compute_backend: str = HOST_PATH
+        chosen_by: str = ""
+        max_positions: int | None = None
+        """Positions of a size's RoPE; None leaves them to the host."""
+
+        def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+            super().update_from_config(job_config, **kwargs)
+            if self.max_positions is not None:
+                # The host sets it to the sequence length, and turns YaRN off where that is short.
+                # A flavor is the same model at every length, as in torchtitan 0.3.
+                self.max_seq_len = self.max_positions
+
+    ChosenArgs.__name__ = ChosenArgs.__qualname__ = f"Ezpz{args_class.__name__}"
+    return ChosenArgs
+
+
+@cache
+def _with_backends(model_class: Any) -> Any:
+    """``model_class`` whose experts are computed by the arguments' backend."""
+
+    class SelectedModel(model_class):
+        def __init__(self, args: Any):
+            super().__init__(args)
+            self.host_model = args.host_model
+            select_backend(self, args.compute_backend, args.chosen_by)
+            if utils.device_type == "cpu":
+                count_on_cpu(self)
+
+    SelectedModel.__name__ = SelectedModel.__qualname__ = f"Ezpz{model_class.__name__}"
+    return SelectedModel
+
+
+def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
+    """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
+    rope = size.rope
+    scaled = rope.scaling == "yarn" and rope.rope_factor > 1
+    if scaled and rope.max_seq_len <= rope.original_seq_len:
+        raise EzpzError(
+            f"{where}: rope: torchtitan 0.2 applies YaRN only where max_seq_len "
+            f"({rope.max_seq_len}) is more than original_seq_len ({rope.original_seq_len}). Raise "
+            'max_seq_len, or set scaling = "none".'
+        )
+    return DeepSeekV3ModelArgs(
+        vocab_size=size.vocab_size,
+        dim=size.dim,
+        inter_dim=size.dense_hidden_dim,
+        moe_inter_dim=size.moe_hidden_dim,
+        n_layers=size.n_layers,
+        n_dense_layers=size.n_dense_layers,
+        n_heads=size.n_heads,
+        q_lora_rank=size.q_lora_rank,
+        kv_lora_rank=size.kv_lora_rank,
+        qk_nope_head_dim=size.qk_nope_head_dim,
+        qk_rope_head_dim=size.qk_rope_head_dim,
+        v_head_dim=size.v_head_dim,
+        mscale=size.mscale,
+        max_seq_len=rope.max_seq_len,
+        # The host scales, and applies mscale, where max_seq_len is more than this.
+        original_seq_len=rope.original_seq_len if scaled else rope.max_seq_len,
+        rope_theta=rope.theta,
+        rope_factor=rope.rope_factor,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        moe_args=MoEArgs(
+            num_experts=size.num_experts,
+            num_shared_experts=size.num_shared_experts,
+            top_k=size.router_top_k,
+            score_func=size.router_score_func,
+            route_norm=size.router_route_norm,
+            route_scale=size.router_route_scale,
+            num_expert_groups=size.router_num_expert_groups,
+            num_limited_groups=size.router_num_limited_groups,
+            score_before_experts=False,
+        ),
+        attn_type="flex",
+        attn_mask_type="block_causal",
+    )
+
+
+def _upstream_args(flavor: Flavor) -> BaseModelArgs:
+    """A copy of the arguments of one of the host's own models, ``flavor.base``."""
+    assert flavor.base is not None  # a Flavor has dimensions or a base
+    name, _, upstream = flavor.base.partition("/")
+    where = f"{flavor.source}: base = {flavor.base!r}"
+    known = _upstream_spec(name, where).model_args
+    if upstream not in known:
+        raise EzpzError(
+            f"{where}: torchtitan's {name} has no flavor {upstream!r}."
+            f"{did_you_mean(upstream, known)} It has {', '.join(known)}."
+        )
+    args = known[upstream]
+    if not hasattr(args, "moe_args") or not getattr(args, "moe_enabled", True):
+        raise EzpzError(
+            f"{where}: this model is dense: it has no routed experts to compute. "
+            'Name a mixture-of-experts model, for example "qwen3/30B-A3B".'
+        )
+    return deepcopy(args)  # the host changes arguments in place
+
+
+def _upstream_spec(name: str, where: str) -> TrainSpec:
+    if name not in _supported_models:
+        raise EzpzError(
+            f"{where}: torchtitan has no model module {name!r}."
+            f"{did_you_mean(name, _supported_models)} "
+            f"It has {', '.join(sorted(_supported_models))}."
+        )
+    try:
+        return get_train_spec(name)
+    except ImportError as error:
+        raise EzpzError(
+            f"{where}: torchtitan's {name} cannot be imported here: {error}. Install what it needs."
+        ) from error
+
+
+# By the words of the host's models ("Varlen attention is not supported with Deepseek V3").
+_ATTENTIONS: Mapping[str, tuple[str, ...]] = {
+    "gpt_oss": ("flex",),
+    "qwen3": ("flex", "sdpa", "varlen"),
+}
+_USUAL_ATTENTIONS = ("flex", "sdpa")
+
+
+def _choose_attention(args: Any, flavor: Flavor) -> None:
+    """Set the flavor's attention in the host's arguments, in place; None changes nothing."""
+    if flavor.attention is None or flavor.attention == args.attn_type:
+        return
+    allowed = _ATTENTIONS.get(host_model(flavor), _USUAL_ATTENTIONS)
+    if flavor.attention not in allowed:
+        raise EzpzError(
+            f"{flavor.source}: attention = {flavor.attention!r}: torchtitan 0.2's "
+            f"{host_model(flavor)} has {' and '.join(allowed)} attention only."
+        )
+    args.attn_type = flavor.attention
+    # SDPA takes no mask: causal over the whole packed sequence.
+    args.attn_mask_type = "causal" if flavor.attention == "sdpa" else "block_causal"

@@ -1,0 +1,65 @@
+"""Parameters of a flavor, counted on the model itself, built on the meta device.
+
+*Active* are the parameters that one token meets, namely k/E of each layer's routed experts and all
+of everything else, both embedding matrices included.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.models.moe import MoE
+from torchtitan.protocols.train_spec import get_train_spec
+
+from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.titan_0_2.models import model_args
+
+
+def summarize(flavor: Flavor) -> ModelSummary:
+    """Dimensions and parameter counts of the flavor's model.
+
+    Variants of one size are built once: neither attention nor backend has parameters of its own.
+
+    Raises:
+        EzpzError: the host cannot build the model.
+    """
+    size = {"name": flavor.source.stem, "attention": None, "compute_backend": "grouped_mm"}
+    return _summarize(flavor.model_copy(update=size))
+
+
+@cache
+def _summarize(flavor: Flavor) -> ModelSummary:
+    args: Any = model_args(flavor)
+    args.moe_impl = "standard"  # what the host sets from the job
+    with torch.device("meta"):
+        model = get_train_spec(args.host_model).model_cls(args)
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
+    idle = sum(
+        _numel(moe.experts) // moe.router.num_experts * (moe.router.num_experts - moe.router.top_k)
+        for moe in moes
+    )
+    total = _numel(model)
+    return ModelSummary(
+        dim=args.dim,
+        n_layers=args.n_layers,
+        num_experts=args.moe_args.num_experts,
+        top_k=args.moe_args.top_k,
+        expert_hidden_dim=_expert_hidden_dim(moes[0].experts),
+        total=total,
+        active=total - idle,
+        embedding=_numel(model.tok_embeddings),
+    )
+
+
+def _expert_hidden_dim(experts: Any) -> int:
+    down = experts.w2 if hasattr(experts, "w2") else experts.mlp2_weight  # [E, D, F]
+    return down.shape[-1]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,108 @@
+"""The ``TrainSpec`` named ``ezpz_moe``: every flavor is one of its models.
+
+The host looks its functions up in one spec, but flavors are built from several of the host's
+models. Each function below therefore asks the host's own spec of the flavor at hand. The tokenizer
+is built first, with the settings that are trained with: there they are completed and checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.components.validate import build_validator
+from torchtitan.hf_datasets.text_datasets import build_text_dataloader
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
+
+from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.documents import check_shares
+from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
+from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
+from ezpz_moe.job import MODEL_NAME, Job
+
+Complete = Callable[[Any, Job], None]
+
+
+def register_flavors(job: Job, *, complete: Complete) -> None:
+    """Make the flavors that the job can name the models of ``[model] name = "ezpz_moe"``.
+
+    Args:
+        job: where flavors and files are looked up.
+        complete: puts into the host's config what the job leaves open.
+    """
+    spec = _train_spec(job, complete)
+    try:
+        registered = get_train_spec(MODEL_NAME)
+    except ValueError:
+        register_train_spec(MODEL_NAME, spec)
+    else:  # of an earlier job in this process
+        for field in dataclasses.fields(spec):
+            setattr(registered, field.name, getattr(spec, field.name))
+
+
+def _train_spec(job: Job, complete: Complete) -> TrainSpec:
+    flavors = FlavorArgs(job.folder, str(job.path or ""))
+    return TrainSpec(
+        model_cls=exit_on_user_error()(build_model),
+        model_args=flavors,
+        parallelize_fn=_parallelize,
+        pipelining_fn=_pipeline,
+        build_optimizers_fn=_build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=_build_dataloader,
+        build_tokenizer_fn=partial(_build_tokenizer, job=job, flavors=flavors, complete=complete),
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        state_dict_adapter=_state_dict_adapter,
+    )
+
+
+@exit_on_user_error()
+def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Complete) -> Any:
+    complete(config, job)
+    refuse_conflicts(config, flavors[config.model.flavor], f"{job.source} and the command line")
+    return build_hf_tokenizer(config)
+
+
+@exit_on_user_error()
+def _build_dataloader(*, dp_world_size: int, job_config: Any, **more: Any) -> Any:
+    training = job_config.training
+    check_shares(training.dataset, training.dataset_path, dp_world_size)
+    return build_text_dataloader(dp_world_size=dp_world_size, job_config=job_config, **more)
+
+
+@exit_on_user_error()
+def _pipeline(model: Any, *args: Any) -> Any:
+    pipelining_fn = _of(model).pipelining_fn
+    if pipelining_fn is None:
+        raise EzpzError(
+            f"parallelism.pipeline_parallel_degree: torchtitan 0.2 has no pipeline for "
+            f"{model.host_model}. Set it to 1."
+        )
+    return pipelining_fn(model, *args)
+
+
+@sum_reduction_on_gloo
+def _parallelize(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    return _of(model).parallelize_fn(model, *args, **kwargs)
+
+
+def _build_optimizers(model_parts: list[Any], *args: Any, **kwargs: Any) -> Any:
+    return _of(model_parts[0]).build_optimizers_fn(model_parts, *args, **kwargs)
+
+
+def _state_dict_adapter(model_args: Any, hf_assets_path: str | None) -> Any:
+    adapter = _of(model_args).state_dict_adapter
+    return adapter and adapter(model_args, hf_assets_path)
+
+
+def _of(model: Any) -> TrainSpec:
+    """The host's spec of a model or its arguments."""
+    return get_train_spec(model.host_model)

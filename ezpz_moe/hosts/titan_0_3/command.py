@@ -1,0 +1,13 @@
+"""How torchtitan 0.3's command line names a job.
+
+Pure data: this file imports neither torch nor torchtitan.
+"""
+
+from __future__ import annotations
+
+from ezpz_moe.job import MODEL_NAME, Job
+
+
+def arguments(job: Job) -> list[str]:
+    """Arguments of ``torchtitan.train`` that train the job."""
+    return ["--module", MODEL_NAME, "--config", str(job.path or job.flavor)]
