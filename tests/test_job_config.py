@@ -299,7 +299,15 @@ def test_ranks_that_do_not_fit_the_degrees(monkeypatch, in_training, ranks, valu
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     message = conflict(**{f"parallelism__{key}": value for key, value in values.items()})
     assert f"{ranks} ranks do not fit the degrees" in message
-    assert config(comm__mode="fake_backend", parallelism__tensor_parallel_degree=2)
+
+
+def test_a_dry_run_stands_for_as_many_ranks_as_the_host_is_told(monkeypatch, in_training):
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    dry_run = {"comm__mode": "fake_backend", "parallelism__tensor_parallel_degree": 2}
+    monkeypatch.setenv("NGPU", "4")
+    assert config("debugmodel", **dry_run), "what this machine cannot run is no conflict"
+    monkeypatch.setenv("NGPU", "3")
+    assert "3 ranks do not fit the degrees" in conflict("debugmodel", **dry_run)
 
 
 def test_ranks_that_expert_parallelism_cannot_divide(monkeypatch, in_training):

@@ -208,8 +208,9 @@ def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
 
 
 def _ranks(config: Trainer.Config) -> Iterator[str]:
-    # The host's own variables.
-    return _rank_problems(config, int(os.environ["NGPU" if _is_dry_run(config) else "WORLD_SIZE"]))
+    # Both variables are the host's; it says itself that a dry run needs NGPU.
+    ranks = os.environ.get("NGPU" if _is_dry_run(config) else "WORLD_SIZE")
+    return _rank_problems(config, int(ranks)) if ranks else iter(())
 
 
 def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
