@@ -122,6 +122,36 @@ def test_the_hosts_own_command_line_without_a_file(host, tmp_path):
     assert "compute_backend batched_mm_padded" in result.stdout + result.stderr
 
 
+@needs_host
+def test_a_file_without_a_job_section_trains_and_validates_on_the_users_text(
+    host, job_file, tmp_path
+):
+    """Also keys of 0.3 that ask for what 0.2 does anyway."""
+    job_file("\n\n".join(topics[name] for name in sorted(topics)[:20]), "my.txt")
+    path = job_file(
+        MODEL + '[training]\ndataset_path = "my.txt"\nsteps = 1\nseq_len = 64\n'
+        "local_batch_size = 1\ndisable_cuda_graphs = true\n[loss]\nnum_chunks = 1\n"
+        '[validation]\nenable = true\ndataset_path = "my.txt"\nsteps = 1\nfreq = 1\n'
+    )
+    result = ezpz_moe(host, "train", str(path), "--metrics.disable_color_printing", cwd=tmp_path)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    assert output.count(f"Preparing text_file dataset from {path.with_name('my.txt')}") == 2
+    assert "validate step:  1  loss:" in output
+
+
+@needs_host
+def test_the_hosts_own_path_trains_where_the_model_does_not_ask_for_the_device(host, tmp_path):
+    result = ezpz_moe(
+        host,
+        *("train", "qwen3_debugmodel_sdpa", "--training.steps", "1", "--training.seq_len", "32"),
+        *("--training.local_batch_size", "1"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert "grouped_mm (the host's own path: its for-loop)" in result.stdout + result.stderr
+
+
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
 MISTAKES = {
     "an unknown key": (MODEL + "[training]\nstepz = 3\n", (), "Did you mean 'steps'?"),
