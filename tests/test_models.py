@@ -14,7 +14,7 @@ import torch
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import flavor_names, load_flavor
-from ezpz_moe.hosts import TITAN_MAIN, binding, check_host, generation
+from ezpz_moe.hosts import binding, check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
 

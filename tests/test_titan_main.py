@@ -239,7 +239,9 @@ def test_the_users_text_is_what_is_trained_on(tmp_path):
         return {n for n in range(8) if f"number {n} " in text}
 
     first, second = numbers(0, 2), numbers(1, 2)
-    assert first and second and not first & second
+    assert first
+    assert second
+    assert not first & second
     with pytest.raises(EzpzError, match="has 8 documents for 9 data-parallel ranks"):
         numbers(0, 9)
 

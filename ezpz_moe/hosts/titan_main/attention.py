@@ -30,7 +30,7 @@ class CausalAttention(unfolded.CausalAttention):
         super().__init__(config)
         self.context_length = config.context_length
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         q_TNH: torch.Tensor,
         k_TNH: torch.Tensor,
