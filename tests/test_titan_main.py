@@ -136,7 +136,7 @@ def test_a_key_beside_the_one_that_replaced_it(old, new):
 @on_main
 def test_a_batch_that_the_pipeline_cannot_cut():
     values = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 3}
-    with pytest.raises(EzpzError, match="local_batch_size = 3 is no multiple of .* = 2"):
+    with pytest.raises(EzpzError, match=r"local_batch_size = 3 is no multiple of .* = 2"):
         config(parallelism__pipeline_parallel_microbatch_size=2, **values)
 
 

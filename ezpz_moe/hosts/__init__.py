@@ -98,7 +98,8 @@ GENERATIONS = (TITAN_MAIN, TITAN_0_3, TITAN_0_2)
 def presumed_generation() -> Generation:
     """The generation of the installed host by its files: nothing is imported, and nothing refused.
 
-    For what is done before torch is imported, such as reading a job. Without a host, torchtitan 0.3.
+    For what is done before torch is imported, such as reading a job. Without a host,
+    torchtitan 0.3.
     """
     return next(
         (candidate for candidate in GENERATIONS if _is_written(candidate.evidence)),

@@ -168,8 +168,9 @@ def _sequence_length(config: Trainer.Config) -> Iterator[str]:
     if tokens % (chunks * ranks):
         product = f"{chunks} x {ranks}" if ranks > 1 else f"{chunks}"
         yield (
-            f"{_dialect.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks of the "
-            f"loss (loss.num_chunks{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
+            f"{_dialect.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks "
+            f"of the loss (loss.num_chunks"
+            f"{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
             f" Choose a multiple of {chunks * ranks}."
         )
 
