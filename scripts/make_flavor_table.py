@@ -17,8 +17,8 @@ import tyro
 
 from ezpz_moe import display
 from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.titan_0_3.parameters import summarize
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "flavors.md"
 TABLE = re.compile(r"(?<=<!-- table: begin -->\n).*(?=<!-- table: end -->)", re.DOTALL)
@@ -38,6 +38,7 @@ HEADER = (
 def summaries() -> dict[str, ModelSummary]:
     """The shipped flavors without their variants, the smallest first."""
     os.environ.pop(FOLDER_VARIABLE, None)
+    summarize = binding("parameters").summarize
     flavors = [load_flavor(name) for name in flavor_names()]
     named = {f.name: summarize(f) for f in flavors if f.name == f.source.stem}
     return dict(sorted(named.items(), key=lambda item: item[1].total))

@@ -7,7 +7,7 @@ writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients
 (thinned out where they are large) and a digest of every parameter after the last one, both whole
 whatever their sharding, and which backend every experts module has chosen. The host is imported
 once, because that takes longer than training a tiny model, and each scenario trains in a fork of
-its own, because the host keeps global state. The host is torchtitan 0.3 or 0.2.
+its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or 0.2.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ezpz_moe.hosts import TITAN_0_3, binding, generation
+from ezpz_moe.hosts import TITAN_0_2, binding, generation
 from ezpz_moe.hosts.cpu import import_host_on_cpu
 
 ONE_UNIT = 2.0**-7
@@ -34,7 +34,7 @@ SKEWED_EXPERTS = (0, 1, 6)
 
 def main(scenarios: str, out: str) -> None:
     import_host_on_cpu()
-    importlib.import_module(f"torchtitan.{'trainer' if is_titan_0_3() else 'train'}")
+    importlib.import_module(f"torchtitan.{'train' if is_titan_0_2() else 'trainer'}")
     from torchtitan.tools.logging import init_logger
 
     init_logger()
@@ -55,8 +55,8 @@ def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def is_titan_0_3() -> bool:
-    return generation() is TITAN_0_3
+def is_titan_0_2() -> bool:
+    return generation() is TITAN_0_2
 
 
 def run(arguments: list[str]) -> dict:
@@ -100,14 +100,14 @@ def _built_trainer(arguments: list[str]) -> tuple:
     from torchtitan.config import ConfigManager
 
     config = ConfigManager().parse_args(arguments)
-    if is_titan_0_3():
-        from torchtitan.models.common.moe import GroupedExperts, MoE
+    if is_titan_0_2():
+        from torchtitan.models.moe.moe import GroupedExperts, MoE
+        from torchtitan.train import Trainer
 
-        return config.build(), GroupedExperts, MoE
-    from torchtitan.models.moe.moe import GroupedExperts, MoE
-    from torchtitan.train import Trainer
+        return Trainer(config), GroupedExperts, MoE
+    from torchtitan.models.common.moe import GroupedExperts, MoE
 
-    return Trainer(config), GroupedExperts, MoE
+    return config.build(), GroupedExperts, MoE
 
 
 def _backend(experts) -> str:

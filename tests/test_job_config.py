@@ -1,6 +1,7 @@
 """A job becomes the trainer's config, unless its settings or the machine exclude it."""
 
 import dataclasses
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts import TITAN_MAIN, binding, check_host, generation
 from ezpz_moe.job import Job, load_job
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -24,6 +25,8 @@ from ezpz_moe.assets import EMBEDDED_TOKENIZER  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.job import JobConfig, trainer_config  # noqa: E402
 
+dialect = binding("dialect")
+IS_MAIN = generation() is TITAN_MAIN
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
 
@@ -51,6 +54,18 @@ def config(flavor: str = "debugmodel_sdpa", **values: Any) -> JobConfig:
     """The host's copy of a job's config; ``training__steps=3`` is ``[training] steps = 3``."""
     keys = {name.replace("__", "."): value for name, value in values.items()}
     return dataclasses.replace(trainer_config(Job(flavor=flavor, values=keys)))
+
+
+def text(dataloader: Any) -> tuple[str, str | None]:
+    """The name and the path of what is trained on."""
+    source = dataloader.dataset.dataset.source if IS_MAIN else dataloader
+    if not hasattr(source, "dataset"):  # one of the host's own sources
+        return source.path, None
+    return source.dataset, source.path if IS_MAIN else source.dataset_path
+
+
+def is_endless(dataloader: Any) -> bool:
+    return dataloader.repeat if IS_MAIN else dataloader.infinite
 
 
 # The config ---------------------------------------------------------------------------------------
@@ -117,14 +132,17 @@ def test_the_validation_text_is_its_own(job_file):
         MODEL + '[validation]\nenable = true\ndataset_path = "valid.txt"\nsteps = 2\nfreq = 5\n'
     )
     config = trainer_config(load_job(path))
-    assert config.validator.dataloader.dataset_path == str(path.with_name("valid.txt"))
-    assert config.validator.dataloader.infinite is False
+    assert text(config.validator.dataloader) == ("text_file", str(path.with_name("valid.txt")))
+    assert is_endless(config.validator.dataloader) is False
     assert (config.validator.enable, config.validator.steps, config.validator.freq) == (True, 2, 5)
-    assert config.dataloader.dataset_path is None
+    assert text(config.dataloader) == ("pydoc_topics", None)
+    assert is_endless(config.dataloader)
 
 
 def test_validation_has_the_hosts_default_text():
-    assert config(validation__enable=True).validator.dataloader.dataset == "c4_validation"
+    validator = config(validation__enable=True).validator
+    assert type(validator.dataloader) is type(Trainer.Config().validator.dataloader)
+    assert "c4" in str(text(validator.dataloader))
 
 
 def test_the_token_dispatcher_is_chosen_by_the_job():
@@ -216,7 +234,7 @@ def test_other_overrides_are_the_hosts_affair():
 
 
 def test_a_sequence_beyond_the_models_positions():
-    assert "its RoPE ends at max_seq_len = 16384" in conflict(training__seq_len=16384 + 8)
+    assert f"its RoPE ends at {dialect.LONGEST} = 16384" in conflict(training__seq_len=16384 + 8)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +246,8 @@ def test_a_sequence_beyond_the_models_positions():
     ],
 )
 def test_a_sequence_that_the_loss_cannot_cut(values, multiple):
-    assert f"Choose a multiple of {multiple}." in conflict(**values)
+    message = conflict(training__local_batch_size=1, **values)
+    assert f"Choose a multiple of {multiple}." in message
 
 
 def test_an_unknown_pipeline_schedule():
@@ -268,8 +287,8 @@ def test_expert_parallelism_on_the_cpu(monkeypatch, in_training, caplog):
     caplog.clear()
     assert config().parallelism.spmd_backend == Trainer.Config().parallelism.spmd_backend
     values = {"parallelism__expert_parallel_degree": 2}
-    full = config(parallelism__spmd_backend="full_dtensor", **values)
-    assert full.parallelism.spmd_backend == "full_dtensor"
+    chosen = config(parallelism__spmd_backend="partial_dtensor", **values)
+    assert chosen.parallelism.spmd_backend == "partial_dtensor"
     assert "partial_dtensor" not in caplog.text
     message = conflict(parallelism__spmd_backend="spmd_types", **values)
     assert 'Set parallelism.spmd_backend to "partial_dtensor".' in message
@@ -321,9 +340,11 @@ def test_ranks_that_expert_parallelism_cannot_divide(monkeypatch, in_training):
 def test_a_global_batch_that_the_ranks_cannot_share(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = conflict(training__global_batch_size=12, training__local_batch_size=4)
-    assert "training.global_batch_size = 12 is no multiple of 8" in message
-    assert config(training__global_batch_size=16, training__local_batch_size=4)
+    sizes = {"training__local_batch_size": 4, "training__seq_len": 8}
+    unit = 8 if IS_MAIN else 1
+    message = conflict(training__global_batch_size=12, **sizes)
+    assert f"{dialect.STEP} = {12 * unit} is no multiple of {8 * unit}" in message
+    assert config(training__global_batch_size=16, **sizes)
 
 
 def test_a_tokenizer_that_is_not_there(monkeypatch, in_training, tmp_path):
@@ -360,6 +381,10 @@ def test_the_stock_trainer_without_an_accelerator(monkeypatch, in_training):
     assert "this machine has no accelerator" in conflict("debugmodel_sdpa")
 
 
+def value_at(config: Any, path: str) -> Any:
+    return operator.attrgetter(path)(config)
+
+
 # The host's command line ----------------------------------------------------------------------
 
 
@@ -370,7 +395,7 @@ def command_line(path: Path, *flags: str) -> Trainer.Config:
 def test_flags_override_the_job(job_file):
     path = job_file(MODEL + "[training]\nsteps = 7\nseq_len = 64\n")
     config = command_line(path, "--training.steps", "3", "--optimizer.implementation", "for-loop")
-    assert (config.training.steps, config.training.seq_len) == (3, 64)
+    assert (config.training.steps, value_at(config, dialect.LENGTH)) == (3, 64)
     assert config.optimizer.implementation == "for-loop"
     assert isinstance(config, JobConfig)
     assert config.model_spec.flavor == "debugmodel_sdpa_for_loop"
@@ -399,8 +424,8 @@ def test_a_conflict_made_by_a_flag_is_one_message_and_exit_code_2(job_file, caps
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--training.seq_len", "0", "training.seq_len = 0: must be an integer >= 1."),
-        ("--metrics.log_freq", "-1", "metrics.log_freq = -1: must be an integer >= 1."),
+        ("--training.steps", "0", "training.steps = 0: must be an integer >= 1."),
+        ("--checkpoint.load_step", "-2", "checkpoint.load_step = -2: must be an integer >= -1."),
         ("--parallelism.expert_parallel_degree", "0", "expert_parallel_degree = 0: must be"),
         ("--lr_scheduler.decay_ratio", "1.5", "lr_scheduler.decay_ratio = 1.5: must be a number"),
     ],
@@ -420,8 +445,7 @@ def test_a_job_with_a_mistake_is_one_message_and_exit_code_2(job_file, capsys):
 
 
 def test_the_host_refuses_after_its_command_line_too(job_file, capsys):
-    flags = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "3"]
-    flags += ["--parallelism.pipeline_parallel_microbatch_size", "2"]
+    flags = ["--parallelism.pipeline_parallel_degree", "2", "--debug.spmd_typechecking"]
     with pytest.raises(SystemExit) as stop:
         command_line(job_file(MODEL), *flags)
     assert stop.value.code == 2

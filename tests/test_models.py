@@ -14,7 +14,7 @@ import torch
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import flavor_names, load_flavor
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts import binding, check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -28,9 +28,10 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 )
 
 from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.attention import CausalAttention  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.models import host_spec, model_spec  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.parameters import summarize  # noqa: E402
+
+CausalAttention = binding("attention").CausalAttention
 
 UPSTREAM_SIZES = ("debugmodel", "16B", "236B", "671B")
 BASES = ("qwen3_debugmodel", "qwen3_30B_A3B", "gpt_oss_debugmodel", "gpt_oss_20b")
@@ -222,7 +223,7 @@ def test_counts_are_the_hosts(name: str) -> None:
     config = host_spec(flavor).model
     # Without attention's own term, which seq_len 0 makes zero, the host's FLOPs are 6 per active
     # parameter that is multiplied with; the input embedding is looked up, not multiplied.
-    total, flops = config.get_nparams_and_flops(build(config), seq_len=0)
+    total, flops = config.get_nparams_and_flops(build(config), 0)
     model = summarize(flavor)
     assert (model.total, model.active) == (total, flops // 6 + model.embedding)
     assert model.embedding == config.vocab_size * config.dim

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ezpz_moe.hosts import TITAN_MAIN, generation
+
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
 
@@ -31,6 +33,24 @@ def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") 
     text = text.replace('flavor = "tiny_sdpa"', f'flavor = "{flavor}"')
     job.write_text(text.replace('mode = "none"', f'mode = "{checkpointing}"'))
     return ["--module", "ezpz_moe", "--config", str(job), *flags]
+
+
+def batch(*, size: int | None = None, seq_len: int | None = None, whole: int | None = None):
+    """Flags of the installed host for these sizes of the job: what the keys become there.
+
+    ``size`` without ``seq_len`` is of the tests' job, whose sequences have 128 tokens.
+    """
+    if generation() is not TITAN_MAIN:
+        sizes = {"local-batch-size": size, "seq-len": seq_len, "global-batch-size": whole}
+    else:
+        length = seq_len or 128
+        sizes = {
+            "num-tokens-per-microbatch-per-dp-rank": size and size * length,
+            "max-context-length": seq_len,
+            "num-tokens-per-train-step": whole and whole * length,
+        }
+    flags = [(f"--training.{name}", str(value)) for name, value in sizes.items() if value]
+    return [part for flag in flags for part in flag]
 
 
 def train(

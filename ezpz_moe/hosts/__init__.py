@@ -70,6 +70,18 @@ TITAN_0_3 = Generation(
         vital=True,
     ),
 )
+TITAN_MAIN = Generation(
+    "titan_main",
+    "torchtitan after 0.3",
+    Reliance(
+        "torchtitan.config.configs:TrainingConfig",
+        used_for="telling the generation of the host",
+        if_broken="this is torchtitan 0.3 or older",
+        fields=("max_context_length",),
+        vital=True,
+    ),
+    like=TITAN_0_3,
+)
 TITAN_0_2 = Generation(
     "titan_0_2",
     "torchtitan 0.2",
@@ -80,18 +92,19 @@ TITAN_0_2 = Generation(
         vital=True,
     ),
 )
-GENERATIONS = (TITAN_0_3, TITAN_0_2)
+GENERATIONS = (TITAN_MAIN, TITAN_0_3, TITAN_0_2)
 """The newest first."""
 
 
 def presumed_generation() -> Generation:
     """The generation of the installed host by its files: nothing is imported, and nothing refused.
 
-    For what is done before torch is imported, such as reading a job. Without a host, the newest.
+    For what is done before torch is imported, such as reading a job. Without a host,
+    torchtitan 0.3.
     """
     return next(
-        (candidate for candidate in GENERATIONS if _is_written(candidate.evidence.thing)),
-        GENERATIONS[0],
+        (candidate for candidate in GENERATIONS if _is_written(candidate.evidence)),
+        TITAN_0_3,
     )
 
 
@@ -132,7 +145,9 @@ def check_host() -> None:
     """
     vital = [reliance for reliance in generation().relied_on if reliance.vital]
     if missing := broken(vital):
-        raise _refusal([f"{line.thing}: {reason}" for line, reason in missing.items()])
+        raise _refusal(
+            f"{line.thing}: {reason} ({line.if_broken})" for line, reason in missing.items()
+        )
     if not is_tested():
         logger.warning(
             "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "
@@ -160,16 +175,23 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _is_written(thing: str) -> bool:
-    """Whether the source of ``"package.module:name"`` defines the function or class."""
-    module, _, name = thing.partition(":")
+def _is_written(evidence: Reliance) -> bool:
+    """Whether the source of ``"package.module:name"`` defines it, a class with its fields."""
+    module, _, name = evidence.thing.partition(":")
     package, _, path = module.partition(".")
     found = importlib.util.find_spec(package)
     for folder in (found and found.submodule_search_locations) or ():
         file = Path(folder, *path.split(".")).with_suffix(".py")
         if file.is_file():
             tree = ast.parse(file.read_text(encoding="utf-8"))
-            return name in {getattr(node, "name", None) for node in tree.body}
+            found_here = [node for node in tree.body if getattr(node, "name", None) == name]
+            fields = {
+                part.target.id
+                for node in found_here
+                for part in getattr(node, "body", ())
+                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            }
+            return bool(found_here) and fields.issuperset(evidence.fields)
     return False
 
 

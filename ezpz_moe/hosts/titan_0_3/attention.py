@@ -18,6 +18,8 @@ from torchtitan.models.common.attention import (
     VarlenAttention,
 )
 
+from ezpz_moe.hosts import binding
+
 MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 """The host's attention kernels for language models. Neither has a backward on the CPU."""
 
@@ -73,18 +75,23 @@ def use_sdpa(model_config) -> int:
         if isinstance(config.inner_attention, MASKED_ATTENTION)
     ]
     for config in attentions:
-        config.inner_attention = causal_attention(config)
+        config.inner_attention = binding("attention").causal_attention(config)
     return len(attentions)
 
 
 def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:
-    """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``.
+    """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``."""
+    return CausalAttention.Config(left_window=left_window(config))
+
+
+def left_window(config: BaseAttention.Config) -> int:
+    """How many earlier tokens the model lets a token attend to; -1: all of them.
 
     The window is a field of the attention, not of its kernel: with FlexAttention it is in the
     mask, which is not built for SDPA.
     """
     window = getattr(config, "sliding_window_size", None)
-    return CausalAttention.Config(left_window=-1 if window is None else window - 1)
+    return -1 if window is None else window - 1
 
 
 def _attention_with_lse(

@@ -21,10 +21,12 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
-from ezpz_moe.job import accepts, allowed
+from ezpz_moe.job import KEYS, accepts, allowed
+
+_dialect = binding("dialect")
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
@@ -181,21 +183,23 @@ def _at(node: Any, path: str) -> Any:
 
 
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
-    seq_len = config.training.seq_len
+    seq_len = _at(config, _dialect.LENGTH)
     if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
-        longest = config.model_spec.model.max_seq_len
+        longest = getattr(config.model_spec.model, _dialect.LONGEST)
         if seq_len > longest:
             yield (
-                f"training.seq_len = {seq_len} is more than flavor {_flavor(config)!r} is made "
-                f"for: its RoPE ends at max_seq_len = {longest}."
+                f"{_dialect.LENGTH} = {seq_len} is more than flavor {_flavor(config)!r} is made "
+                f"for: its RoPE ends at {_dialect.LONGEST} = {longest}."
             )
     chunks = getattr(config.loss, "num_chunks", 1)
     ranks = config.parallelism.context_parallel_degree
-    if seq_len % (chunks * ranks):
+    tokens = _at(config, _dialect.CUT_BY_LOSS)
+    if tokens % (chunks * ranks):
         product = f"{chunks} x {ranks}" if ranks > 1 else f"{chunks}"
         yield (
-            f"training.seq_len = {seq_len} cannot be cut into the {product} equal chunks of the "
-            f"loss (loss.num_chunks{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
+            f"{_dialect.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks "
+            f"of the loss (loss.num_chunks"
+            f"{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
             f" Choose a multiple of {chunks * ranks}."
         )
 
@@ -235,13 +239,13 @@ def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
             f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
             f"context_parallel x tensor_parallel)."
         )
-    whole = config.training.global_batch_size
-    step = config.training.local_batch_size * shard * par.data_parallel_replicate_degree
+    whole, share = (_at(config, path) for path in (_dialect.STEP, _dialect.MICROBATCH))
+    step = share * _dialect.microbatches(par) * shard * par.data_parallel_replicate_degree
     if whole > 0 and whole % step:
         yield (
-            f"training.global_batch_size = {whole} is no multiple of {step}, which is "
-            f"training.local_batch_size = {config.training.local_batch_size} x the data-parallel "
-            f"ranks."
+            f"{_dialect.STEP} = {whole} is no multiple of {step}, which is "
+            f"{_dialect.MICROBATCH} = {share} x the data-parallel ranks"
+            f"{' x the microbatches of the pipeline' if step // share > ranks else ''}."
         )
 
 
@@ -315,5 +319,6 @@ _ALWAYS: tuple[_Check, ...] = (
     _overridden_experts,
     _sequence_length,
     _pipeline_schedule,
+    *_dialect.CHECKS,
 )
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

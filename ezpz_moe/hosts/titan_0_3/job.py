@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
-from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.components.validate import Validator
+from torchtitan.config import Configurable
 from torchtitan.config.configs import TrainingConfig
 from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
@@ -39,12 +39,13 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
-from ezpz_moe.hosts.titan_0_3.data import dataloader_config
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_3.models import model_spec
-from ezpz_moe.job import Job
+from ezpz_moe.job import KEYS, Job
+
+_dialect = binding("dialect")
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,
@@ -72,6 +73,7 @@ class JobConfig(Trainer.Config):
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
             return  # a flag may still mend it
+        _dialect.fit_model(self)
         where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
@@ -124,10 +126,12 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
     return sections
 
 
-def _dataloader(job: Job, section: str, *, infinite: bool) -> BaseDataLoader.Config:
+def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:
     dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
     try:
-        return dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
+        return binding("data").dataloader_config(
+            dataset, path, job_folder=job.folder, infinite=infinite
+        )
     except EzpzError as error:
         raise EzpzError(f"{job.source}: [{section}] {error}") from error
 
@@ -138,8 +142,11 @@ def _arguments(job: Job, **keys: str) -> dict[str, Any]:
 
 
 def _field_values(job: Job) -> dict[str, Any]:
-    """Path in ``Trainer.Config`` -> value, for the keys that set one field."""
-    values = {}
+    """Path in ``Trainer.Config`` -> value, for the keys that set fields."""
+    try:
+        values = _dialect.work(job.values)
+    except EzpzError as error:
+        raise EzpzError(f"{job.source}: {error}") from error
     for key, value in job.values.items():
         section, _, name = key.rpartition(".")
         row = KEYS[section][name]

@@ -20,7 +20,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import Dimensions, Flavor
-from ezpz_moe.hosts.titan_0_3.attention import use_sdpa
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.experts import select_backend
 
 _DEFAULT_COMM_BACKEND = "standard"
@@ -42,7 +42,7 @@ def model_spec(
     """
     spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
     if flavor.attention == "sdpa":
-        use_sdpa(spec.model)
+        binding("attention").use_sdpa(spec.model)
     select_backend(spec.model, flavor.compute_backend, why or f"flavor {flavor.name}")
     return spec
 
@@ -72,9 +72,11 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
 def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
     """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
     spec = deepseek_v3.model_registry("debugmodel")
+    rope = size.rope.model_dump()
+    rope[binding("dialect").LONGEST] = rope.pop("max_seq_len")
     layers = _build_dsv3_layers(
         **size.model_dump(exclude={"vocab_size", "rope"}),
-        rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **size.rope.model_dump()),
+        rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
         attn_backend=attention,
         moe_comm_backend=moe_comm_backend,
         non_blocking_capacity_factor=None,

@@ -1,0 +1,69 @@
+"""What the binding relies on in torchtitan's main branch: 0.3's lines, and what differs."""
+
+import dataclasses
+
+from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.hosts.titan_0_3.relied_on import RELIED_ON as RELIED_ON_0_3
+from ezpz_moe.hosts.titan_0_3.relied_on import STATE_DICT_KEYS
+
+__all__ = ["RELIED_ON", "STATE_DICT_KEYS"]
+
+_EXPERTS = "torchtitan.models.common.moe:GroupedExperts"
+_NO_EXPERTS = (
+    "since September 2026 torchtitan has no GroupedExperts: RoutedExperts holds the weights itself "
+    "(w13 [E, 2, F, D] and w2), as grouped linears with the _grouped_mm seam on them. ezpz_moe has "
+    "no binding to that form yet, so that no backend can be selected with this host"
+)
+
+
+def _as_in_main(line: Reliance) -> Reliance:
+    if line.thing.startswith(_EXPERTS):
+        return dataclasses.replace(line, if_broken=_NO_EXPERTS)
+    return line
+
+
+_CHANGED: tuple[Reliance, ...] = (
+    Reliance(
+        "torchtitan.config.configs:TrainingConfig",
+        used_for="a job's batches and lengths, in tokens",
+        if_broken="a job cannot say how much is computed at once",
+        fields=(
+            "num_tokens_per_microbatch_per_dp_rank",
+            "num_tokens_per_train_step",
+            "max_context_length",
+        ),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config.configs:ParallelismConfig",
+        used_for="the microbatches of a pipeline",
+        if_broken="a job with a pipeline cannot be trained",
+        fields=("num_pp_microbatches",),
+    ),
+    Reliance(
+        "torchtitan.models.common:ComplexRoPE.Config",
+        used_for="positions of model sizes that upstream does not have; the length of a sequence",
+        if_broken="flavors with sizes of their own, and _sdpa flavors, cannot be built",
+        fields=("max_context_length",),
+    ),
+    Reliance(
+        "torchtitan.components.data:SingleDatasetConfig",
+        used_for="our own texts in the host's data pipeline",
+        if_broken="only the host's own datasets can be used: no dataset_path, no embedded text",
+        fields=("source", "processor", "post_filters"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.data:GrainDataLoader.Config",
+        used_for="the dataloader of a job",
+        if_broken="a job has no data to train on",
+        fields=("dataset", "repeat", "seed", "num_prefetch_batches"),
+        vital=True,
+    ),
+)
+_GONE = {"torchtitan.hf_datasets:DatasetConfig", *(line.thing for line in _CHANGED)}
+
+RELIED_ON: tuple[Reliance, ...] = (
+    *(_as_in_main(line) for line in RELIED_ON_0_3 if line.thing not in _GONE),
+    *_CHANGED,
+)
