@@ -13,7 +13,7 @@ import ast
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -145,9 +145,7 @@ def check_host() -> None:
     """
     vital = [reliance for reliance in generation().relied_on if reliance.vital]
     if missing := broken(vital):
-        raise _refusal(
-            f"{line.thing}: {reason} ({line.if_broken})" for line, reason in missing.items()
-        )
+        raise _refusal(_with_meanings(missing))
     if not is_tested():
         logger.warning(
             "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "
@@ -155,6 +153,14 @@ def check_host() -> None:
             *_versions().values(),
             tested_pairs(),
         )
+
+
+def _with_meanings(missing: Mapping[Reliance, str]) -> list[str]:
+    """What is missing, and after all that means the same, what it means."""
+    by_meaning: dict[str, list[str]] = {}
+    for line, reason in missing.items():
+        by_meaning.setdefault(line.if_broken, []).append(f"{line.thing}: {reason}")
+    return [f"{'; '.join(lines)} ({meaning})" for meaning, lines in by_meaning.items()]
 
 
 def is_tested() -> bool:
