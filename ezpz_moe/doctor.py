@@ -100,10 +100,11 @@ def job_findings(config: str, world_size: int | None) -> list[Finding]:
         trainer_config = hosts.binding("job").trainer_config(job)
     except EzpzError as error:
         return [Finding(config, "its keys and how they go together", str(error), "it is refused")]
-    problems = hosts.binding("conflicts").machine_problems(trainer_config, world_size)
+    flavor = load_flavor(job.flavor, near=job.folder)
+    problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
     findings = [Finding(config, "its keys and how they go together")]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
-    summary = hosts.binding("parameters").summarize(load_flavor(job.flavor, near=job.folder))
+    summary = hosts.binding("parameters").summarize(flavor)
     return [*findings, *_alignment(summary), *_memory(summary.total, world_size)]
 
 
@@ -112,9 +113,8 @@ def _finding(line: Reliance) -> Finding:
 
 
 def _state_dict_findings(generation: hosts.Generation) -> Iterator[Finding]:
-    spec = generation.slot("models").host_spec(load_flavor("debugmodel"))
-    with torch.device("meta"):
-        found = spec.model.build().state_dict()
+    model = generation.slot("parameters").build_on_meta(load_flavor("debugmodel"))
+    found = model.state_dict()
     for key in generation.slot("relied_on").STATE_DICT_KEYS:
         yield Finding(
             key,
@@ -187,7 +187,9 @@ def _binding() -> str:
         generation = hosts.generation()
     except EzpzError as error:
         return f"none: {error}"
-    return f"{generation.host} ({generation.evidence.thing} is there)"
+    evidence = generation.evidence
+    fields = f" with {', '.join(evidence.fields)}" if evidence.fields else ""
+    return f"{generation.host} ({evidence.thing}{fields} is there)"
 
 
 def _device() -> str:

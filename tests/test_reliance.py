@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from ezpz_moe.hosts import GENERATIONS, check_host, generation, presumed_generation
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import GENERATIONS, TITAN_0_2, check_host, generation, presumed_generation
 from ezpz_moe.hosts.reliance import Reliance, broken
 
 check_host()
@@ -65,3 +66,8 @@ def test_a_broken_line_says_what_is_missing(line, reason):
 )
 def test_a_line_that_holds(line):
     assert line.why_broken() == ""
+
+
+def test_a_slot_that_a_binding_does_not_have_is_said_with_its_host():
+    with pytest.raises(EzpzError, match=r"cannot do this with torchtitan 0.2: .* no teleporter"):
+        TITAN_0_2.slot("teleporter")

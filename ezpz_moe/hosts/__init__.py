@@ -52,11 +52,17 @@ class Generation:
         return self.slot("relied_on").RELIED_ON
 
     def slot(self, name: str) -> ModuleType:
-        """The module ``name`` of this generation's binding."""
+        """The module ``name`` of this generation's binding.
+
+        Raises:
+            EzpzError: it has none.
+        """
         module = f"{__name__}.{self.folder}.{name}"
-        if self.like is not None and importlib.util.find_spec(module) is None:
-            return self.like.slot(name)
-        return importlib.import_module(module)
+        if importlib.util.find_spec(module) is not None:
+            return importlib.import_module(module)
+        if self.like is None:
+            raise EzpzError(f"ezpz_moe cannot do this with {self.host}: its binding has no {name}.")
+        return self.like.slot(name)
 
 
 TITAN_0_3 = Generation(

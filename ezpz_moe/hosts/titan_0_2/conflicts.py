@@ -15,8 +15,10 @@ from torchtitan.tools import utils
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
+from ezpz_moe.hosts.titan_0_2.models import model_args
 from ezpz_moe.job import accepts, allowed
 
 
@@ -39,6 +41,12 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
         raise EzpzError(
             "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
         )
+
+
+def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
+    """What excludes this machine, asked before there is a run. Of the ranks the host says it."""
+    args = model_args(flavor)
+    return [problem for check in _CHECKS for problem in check(config, args)]
 
 
 def _ranges(config: Any) -> Iterator[str]:

@@ -31,12 +31,18 @@ def summarize(flavor: Flavor) -> ModelSummary:
     return _summarize(flavor.model_copy(update=size))
 
 
-@cache
-def _summarize(flavor: Flavor) -> ModelSummary:
+def build_on_meta(flavor: Flavor) -> nn.Module:
+    """The flavor's model with the host's own experts. No memory is allocated for it."""
     args: Any = model_args(flavor)
     args.moe_impl = "standard"  # what the host sets from the job
     with torch.device("meta"):
-        model = get_train_spec(args.host_model).model_cls(args)
+        return get_train_spec(args.host_model).model_cls(args)
+
+
+@cache
+def _summarize(flavor: Flavor) -> ModelSummary:
+    args: Any = model_args(flavor)
+    model: Any = build_on_meta(flavor)
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
     idle = sum(

@@ -87,3 +87,12 @@ RELIED_ON: tuple[Reliance, ...] = (
         if_broken="training on a machine without an accelerator does not start",
     ),
 )
+
+STATE_DICT_KEYS = (
+    "layers.1.moe.experts.w1",
+    "layers.1.moe.experts.w2",
+    "layers.1.moe.experts.w3",
+    "layers.1.moe.router.gate.weight",
+    "layers.1.moe.expert_bias",
+)
+"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""

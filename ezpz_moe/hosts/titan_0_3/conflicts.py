@@ -21,6 +21,7 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
@@ -69,7 +70,7 @@ def _is_dry_run(config: Trainer.Config) -> bool:
     return config.comm.mode in ("fake_backend", "local_tensor")
 
 
-def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
+def machine_problems(config: Trainer.Config, flavor: Flavor, ranks: int | None) -> list[str]:
     """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
     problems = [problem for check in _ON_THIS_MACHINE for problem in check(config)]
     return problems if ranks is None else [*_rank_problems(config, ranks), *problems]

@@ -8,6 +8,7 @@ matrices included.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,11 +38,16 @@ def summarize(flavor: Flavor) -> ModelSummary:
     )
 
 
+def build_on_meta(flavor: Flavor) -> nn.Module:
+    """The flavor's model with the host's own experts. No memory is allocated for it."""
+    with torch.device("meta"):
+        return host_spec(flavor).model.build()
+
+
 @cache
 def _summarize(flavor: Flavor) -> ModelSummary:
     config = host_spec(flavor).model
-    with torch.device("meta"):
-        model = config.build()
+    model: Any = build_on_meta(flavor)
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
     idle = sum(
