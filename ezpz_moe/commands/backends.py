@@ -1,0 +1,33 @@
+"""``ezpz-moe backends``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import Device, DType
+
+
+@dataclass(frozen=True)
+class Backends:
+    """List the expert backends: usable here, or every reason why not."""
+
+    device: Device = None
+    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    dtype: DType = "bfloat16"
+    """What the kernels compute in."""
+
+    def run(self) -> int:
+        with display.progress().status("Asking torch ..."):
+            from ezpz_moe.verify import default_device, properties, reasons_against
+
+            device = self.device or default_device()
+            reasons = reasons_against(device, self.dtype)
+            rows = [
+                {"backend": name, "usable": not against, **properties(name)}
+                for name, against in reasons.items()
+            ]
+        title = f"Expert backends on {device} in {self.dtype}"
+        display.print_table(rows, title=title)
+        display.print_reasons(reasons)
+        return 0

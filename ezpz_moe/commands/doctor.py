@@ -1,0 +1,35 @@
+"""``ezpz-moe doctor``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe import display
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check what is installed, what the binding relies on in it, and a job if one is given.
+
+    Exit code 1 when something is broken.
+    """
+
+    config: Annotated[Positional[str | None], arg(metavar="FLAVOR|JOB.toml")] = None
+    """A flavor's name, or the path of a job's TOML."""
+    world_size: int | None = None
+    """Ranks of the job; without it, what depends on them is left out."""
+
+    def run(self) -> int:
+        with display.progress().status("Looking at torch and the host ..."):
+            from ezpz_moe import doctor
+
+            facts = doctor.facts()
+            findings = doctor.host_findings()
+            if self.config is not None and all(finding.holds for finding in findings):
+                findings += doctor.job_findings(self.config, self.world_size)
+        display.print_table(({"installed": what, "": said} for what, said in facts.items()))
+        display.print_findings(findings)
+        return 0 if all(finding.holds for finding in findings) else 1

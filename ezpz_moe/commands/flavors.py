@@ -1,0 +1,39 @@
+"""``ezpz-moe flavors``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import import_host
+
+
+@dataclass(frozen=True)
+class Flavors:
+    """List the model flavors, smallest first: parameters, experts, backend."""
+
+    def run(self) -> int:
+        from ezpz_moe.flavors import flavor_names, load_flavor
+
+        flavors = [load_flavor(name) for name in flavor_names()]
+        with display.progress().status("Building the models on the meta device to count ..."):
+            binding = import_host()
+            summarize = binding("parameters").summarize
+            counted = [(summarize(flavor), flavor) for flavor in flavors]
+            rows = [
+                {
+                    "flavor": flavor.name,
+                    "total": display.count(model.total),
+                    "active": display.count(model.active),
+                    "experts": model.num_experts,
+                    "top-k": model.top_k,
+                    "expert dim": model.expert_hidden_dim,
+                    "layers": model.n_layers,
+                    "dim": model.dim,
+                    "attention": flavor.attention or "the host's",
+                    "backend": flavor.compute_backend,
+                }
+                for model, flavor in sorted(counted, key=lambda pair: pair[0].total)
+            ]
+        display.print_table(rows)
+        return 0

@@ -1,0 +1,55 @@
+"""``ezpz-moe preflight``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Suppress
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import Config
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Build the ranks of a big run on this machine, without accelerators: what each would hold.
+
+    One rank for each pipeline stage: the first, whose shards are the largest. All other flags go
+    to the trainer as they are. Exit code 1 when a rank meets an error.
+    """
+
+    config: Config
+    """A flavor's name, or the path of a job's TOML. It comes first."""
+    world_size: int
+    """Ranks of the run."""
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from ezpz_moe.job import find_job
+        from ezpz_moe.launch import pipeline_degree
+        from ezpz_moe.preflight import preflight
+
+        flags = list(self.host_flags)
+        stages = pipeline_degree(find_job(self.config), flags)
+        built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
+        reports = list(display.tracked(built, "Building ranks", total=stages))
+        display.print_table(
+            (
+                {
+                    "stage": stage,
+                    "rank": report.rank,
+                    "parameters": display.count(report.parameters),
+                    "model states": display.gibibytes(report.state_bytes),
+                    "step": report.step,
+                }
+                for stage, report in enumerate(reports)
+            ),
+            title=f"{self.config} on {self.world_size} ranks",
+        )
+        errors: dict[str, list[int]] = {}
+        for report in reports:
+            if report.error:
+                errors.setdefault(report.error, []).append(report.rank)
+        for error, ranks in errors.items():
+            display.print_line(f"rank {', '.join(map(str, ranks))}: {error}")
+        return 1 if errors else 0

@@ -1,0 +1,39 @@
+"""``ezpz-moe show``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import Config, import_host
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show the resolved config of a flavor or job: the model, and what the trainer is told.
+
+    Names of the trainer's settings are also its flags: --training.steps 100.
+    """
+
+    config: Config
+    """A flavor's name, or the path of a job's TOML."""
+    all: bool = False
+    """Also show the settings that are torchtitan's own defaults."""
+
+    def run(self) -> int:
+        from ezpz_moe.flavors import load_flavor
+        from ezpz_moe.job import find_job
+
+        job = find_job(self.config)
+        flavor = load_flavor(job.flavor, near=job.folder)
+        with display.progress().status("Building the config ..."):
+            binding = import_host()
+            settings = binding("settings")
+            fields = flavor.model_dump(exclude_none=True)
+            fields["counted"] = asdict(binding("parameters").summarize(flavor))
+            config = binding("job").trainer_config(job)
+            told = [s for s in settings.settings(config) if self.all or s.changed]
+        rows = [{"flavor": path, "value": value} for path, value in settings.flat(fields)]
+        display.print_table(rows, title=job.source)
+        display.print_table(map(asdict, told), title="torchtitan's config")
+        return 0
