@@ -6,12 +6,8 @@ host may be any, also one that no binding fits: then the nearest generation's li
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata, util
-from pathlib import Path
 
 import torch
 
@@ -20,6 +16,7 @@ from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.installed import host, version
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.job import find_job
 from ezpz_moe.verify import default_device
@@ -155,31 +152,11 @@ def _memory(parameters: int, world_size: int | None) -> Iterator[Finding]:
 
 
 def _host_version() -> str:
-    spec = util.find_spec("torchtitan")
-    if spec is None or spec.origin is None:
+    found = host()
+    if found is None:
         return "not installed"
-    folder = Path(spec.origin).parent
-    version = hosts.version("torchtitan") or "of no known version"
-    commit = _commit_from_pip() or _commit_of_checkout(folder)
-    return f"{version}{f', commit {commit[:12]}' if commit else ''} ({folder})"
-
-
-def _commit_from_pip() -> str:
-    """The commit of ``pip install git+...``."""
-    try:
-        record = metadata.distribution("torchtitan").read_text("direct_url.json")
-    except metadata.PackageNotFoundError:
-        return ""
-    return json.loads(record or "{}").get("vcs_info", {}).get("commit_id", "")
-
-
-def _commit_of_checkout(folder: Path) -> str:
-    """The commit of the checkout that ``folder`` is the package of."""
-    if not (folder.parent / ".git").exists():
-        return ""
-    command = ["git", "-C", str(folder.parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    commit = f", commit {found.commit[:12]}" if found.commit else ""
+    return f"{found.version or 'of no known version'}{commit} ({found.folder})"
 
 
 def _binding() -> str:
@@ -207,5 +184,4 @@ def _device_module(kind: str):
 
 
 def _optional(name: str) -> str:
-    version = hosts.version(name)
-    return version or f"not installed: no {OPTIONAL_PACKAGES[name]}"
+    return version(name) or f"not installed: no {OPTIONAL_PACKAGES[name]}"

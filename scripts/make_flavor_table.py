@@ -9,30 +9,15 @@ Each model is built on the meta device, so no memory is needed and it takes seco
 from __future__ import annotations
 
 import os
-import re
 import sys
-from pathlib import Path
 
+import tables
 import tyro
 
 from ezpz_moe import display
 from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.model_summary import ModelSummary
-
-DOCUMENT = Path(__file__).parent.parent / "docs" / "flavors.md"
-TABLE = re.compile(r"(?<=<!-- table: begin -->\n).*(?=<!-- table: end -->)", re.DOTALL)
-HEADER = (
-    "flavor",
-    "dim D",
-    "layers",
-    "experts E",
-    "top-k",
-    "expert F",
-    "total",
-    "active",
-    "embedding",
-)
 
 
 def summaries() -> dict[str, ModelSummary]:
@@ -46,12 +31,21 @@ def summaries() -> dict[str, ModelSummary]:
 
 def table() -> str:
     """The whole table in Markdown."""
-    rows: list[tuple[object, ...]] = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
-    for name, model in summaries().items():
-        sizes = (model.dim, model.n_layers, model.num_experts, model.top_k, model.expert_hidden_dim)
-        counts = map(display.count, (model.total, model.active, model.embedding))
-        rows.append((f"`{name}`", *sizes, *counts))
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    rows = [
+        {
+            "flavor": f"`{name}`",
+            "dim D": model.dim,
+            "layers": model.n_layers,
+            "experts E": model.num_experts,
+            "top-k": model.top_k,
+            "expert F": model.expert_hidden_dim,
+            "total": display.count(model.total),
+            "active": display.count(model.active),
+            "embedding": display.count(model.embedding),
+        }
+        for name, model in summaries().items()
+    ]
+    return tables.markdown(rows, right=rows[0].keys() - {"flavor"})
 
 
 def main(check: bool = False) -> int:
@@ -60,14 +54,7 @@ def main(check: bool = False) -> int:
     Args:
         check: write nothing; exit with 1 if the table is not up to date.
     """
-    written = DOCUMENT.read_text()
-    fresh = TABLE.sub(lambda _: table(), written)
-    if not check:
-        DOCUMENT.write_text(fresh)
-    elif fresh != written:
-        print(f"{DOCUMENT} is stale. Run: python scripts/make_flavor_table.py", file=sys.stderr)
-        return 1
-    return 0
+    return tables.update("docs/flavors.md", {"table": table()}, check=check)
 
 
 if __name__ == "__main__":

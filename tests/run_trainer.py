@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,11 +63,11 @@ def is_titan_0_2() -> bool:
 def run(arguments: list[str]) -> dict:
     """Train as ``torchtitan.train`` would, but for three flags of our own.
 
-    ``--rounding-noise`` perturbs the experts' outputs; ``--skewed-routing``, for a seed checkpoint,
-    has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models route.
+    ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
+    checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
+    route.
     """
-    own_flags = {"--rounding-noise", "--skewed-routing", "--count-on-cpu"} & set(arguments)
-    sys.argv[1:] = [a for a in arguments if a not in own_flags]  # 0.2's door looks at it
+    own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     trainer, GroupedExperts, MoE = _built_trainer(sys.argv[1:])
     if "--count-on-cpu" in own_flags:
         for part in trainer.model_parts:
@@ -75,24 +76,34 @@ def run(arguments: list[str]) -> dict:
     if "--skewed-routing" in own_flags:
         for module in modules:
             if isinstance(module, MoE):
-                module.expert_bias_E[list(SKEWED_EXPERTS)] = 10.0  # scores are below 1
+                bias_E = module.expert_bias if is_titan_0_2() else module.expert_bias_E
+                bias_E[list(SKEWED_EXPERTS)] = 10.0  # scores are below 1
     if "--checkpoint.create-seed-checkpoint" in arguments:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
     experts = [module for module in modules if isinstance(module, GroupedExperts)]
     if "--rounding-noise" in own_flags:
+        noise = torch.Generator().manual_seed(int(own_flags["--rounding-noise"]))
         for module in experts:
-            module.register_forward_hook(_round_once_more)
+            module.register_forward_hook(partial(_round_once_more, noise))
     record = {"losses": [], "gradient_norms": [], "gradients": {}}
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
     trainer.train()
     record["parameters"] = {name: _digest(_whole(p)) for name, p in _parameters(trainer)}
     record["experts"] = [type(module).__name__ for module in experts]
-    record["backends"] = [_backend(module) for module in experts]
+    record["backends"] = [getattr(module, "compute_backend", "none") for module in experts]
     trainer.close()
     return record
+
+
+def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Our flags with their values, and the other arguments."""
+    own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
+    ours = [argument for argument in arguments if argument.startswith(own)]
+    flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
+    return flags, [argument for argument in arguments if argument not in ours]
 
 
 def _built_trainer(arguments: list[str]) -> tuple:
@@ -110,16 +121,11 @@ def _built_trainer(arguments: list[str]) -> tuple:
     return config.build(), GroupedExperts, MoE
 
 
-def _backend(experts) -> str:
-    chosen = getattr(experts, "_choice", ("none", ""))[0]
-    return getattr(experts, "compute_backend", chosen)
-
-
-def _round_once_more(module, inputs, output):
+def _round_once_more(noise: torch.Generator, module, inputs, output):
     """Move one value in twelve by one unit: the variance of a rounding to nearest, unit^2 / 12."""
-    direction = torch.randint_like(output, 0, 2) * 2 - 1
-    moved = torch.rand_like(output, dtype=torch.float32) < 1 / 12
-    return (output * (1 + ONE_UNIT * direction.float() * moved)).type_as(output)
+    draw = torch.rand(output.shape, generator=noise)
+    direction = (draw < 1 / 24).float() - (draw > 23 / 24).float()
+    return (output * (1 + ONE_UNIT * direction)).type_as(output)
 
 
 def _record_gradients(trainer, record: dict) -> None:

@@ -81,7 +81,7 @@ def test_one_node_is_replaced_for_each_moe_layer(model):
     assert select_backend(config, "for_loop", "a test") == len(layers) > 0
     with torch.device("meta"):
         modules = [m for m in config.build().modules() if isinstance(m, GroupedExperts)]
-    assert [m._choice for m in modules] == [("for_loop", "a test")] * len(layers)
+    assert [module.compute_backend for module in modules] == ["for_loop"] * len(layers)
 
 
 @pytest.mark.parametrize("backend", backend_names())

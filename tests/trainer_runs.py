@@ -10,9 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import dialect
 import torch
-
-from ezpz_moe.hosts import TITAN_MAIN, generation
 
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
@@ -28,40 +27,16 @@ def job_folder(folder: Path) -> Path:
 
 def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") -> list[str]:
     """Arguments that train the tests' job in ``folder`` with another flavor of its model."""
-    job = folder / f"{flavor}.{checkpointing}.toml"
+    path = folder / f"{flavor}.{checkpointing}.toml"
     text = (folder / "job.toml").read_text()
     text = text.replace('flavor = "tiny_sdpa"', f'flavor = "{flavor}"')
-    job.write_text(text.replace('mode = "none"', f'mode = "{checkpointing}"'))
-    return ["--module", "ezpz_moe", "--config", str(job), *flags]
+    path.write_text(text.replace('mode = "none"', f'mode = "{checkpointing}"'))
+    return dialect.job(path, *flags)
 
 
-def batch(*, size: int | None = None, seq_len: int | None = None, whole: int | None = None):
-    """Flags of the installed host for these sizes of the job: what the keys become there.
-
-    ``size`` without ``seq_len`` is of the tests' job, whose sequences have 128 tokens.
-    """
-    if generation() is not TITAN_MAIN:
-        sizes = {"local-batch-size": size, "seq-len": seq_len, "global-batch-size": whole}
-    else:
-        length = seq_len or 128
-        sizes = {
-            "num-tokens-per-microbatch-per-dp-rank": size and size * length,
-            "max-context-length": seq_len,
-            "num-tokens-per-train-step": whole and whole * length,
-        }
-    flags = [(f"--training.{name}", str(value)) for name, value in sizes.items() if value]
-    return [part for flag in flags for part in flag]
-
-
-def train(
-    scenarios: Scenarios, folder: Path, *, ranks: int, titan_0_2: Path | None = None
-) -> dict[str, list[Record]]:
-    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank.
-
-    The host is the installed one, or the torchtitan 0.2 in the folder ``titan_0_2``.
-    """
-    dump_folder = "--job.dump-folder" if titan_0_2 else "--dump-folder"
-    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder, dump_folder)))
+def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[Record]]:
+    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank."""
+    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
@@ -69,8 +44,7 @@ def train(
     ]
     result = subprocess.run(
         command,
-        # One thread: the same sums on every machine.
-        env={**(with_host(titan_0_2) if titan_0_2 else os.environ), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # one thread: the same sums on every machine
         cwd=folder,
         capture_output=True,
         text=True,
@@ -84,19 +58,11 @@ def train(
     }
 
 
-def with_host(folder: Path) -> dict[str, str]:
-    """The environment in which the torchtitan in ``folder`` is the installed one."""
-    paths = [str(folder), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def _prepared(
-    scenarios: Scenarios, folder: Path, dump_folder: str
-) -> dict[str, tuple[int, list[str]]]:
+def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, tuple[int, list[str]]]:
     """Each scenario with a port where its ranks meet, and a dump folder unless it names one."""
     ports = _free_ports(len(scenarios))
     return {
-        name: (port, [dump_folder, str(folder / name), *arguments])
+        name: (port, [dialect.DUMP_FOLDER, str(folder / name), *arguments])
         for port, (name, arguments) in zip(ports, scenarios.items(), strict=True)
     }
 

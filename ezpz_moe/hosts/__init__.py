@@ -16,18 +16,17 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
 from ezpz_moe.hosts.reliance import Reliance, broken
 
 logger = logging.getLogger(__name__)
 
-# (torch, torchtitan) that the tests of that host have passed with, the newest last; docs/hosts.md
-# shows them.
-TESTED_PAIRS = (("2.15.0", "0.2.1"), ("2.15.0", "0.2.2"), ("2.15.0", "0.3.0"))
+# What a refusal says to install: the newest release that the plugin is developed with.
+RECOMMENDED = {"torch": "2.15.0", "torchtitan": "0.3.0"}
 
 
 @dataclass(frozen=True)
@@ -179,14 +178,6 @@ def tested_pairs() -> str:
     return ", ".join(f"torch {torch} with torchtitan {titan}" for torch, titan in TESTED_PAIRS)
 
 
-def version(distribution: str) -> str | None:
-    """The installed version without its local part ("2.15.0+cu130" is 2.15.0)."""
-    try:
-        return metadata.version(distribution).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _is_written(evidence: Reliance) -> bool:
     """Whether the source of ``"package.module:name"`` defines it, a class with its fields."""
     module, _, name = evidence.thing.partition(":")
@@ -215,14 +206,14 @@ def _choose_device() -> None:
 
 
 def _refusal(reasons: Iterable[str]) -> EzpzError:
-    torch, titan = TESTED_PAIRS[-1]
+    install = " ".join(f"'{name}=={number}'" for name, number in RECOMMENDED.items())
     versions = (f"{name} {version or 'not installed'}" for name, version in _versions().items())
     return EzpzError(
         f"ezpz_moe cannot work with {' and '.join(versions)}: "
         f"{'; '.join(dict.fromkeys(reasons))}. Tested: {tested_pairs()}. "
-        f"Install with: pip install 'torch=={torch}' 'torchtitan=={titan}'"
+        f"Install with: pip install {install}"
     )
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: version(name) for name in ("torch", "torchtitan")}
+    return {"torch": version("torch"), "torchtitan": host_name()}

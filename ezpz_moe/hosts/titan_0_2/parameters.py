@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.models.moe import MoE
-from torchtitan.protocols.train_spec import get_train_spec
 
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.titan_0_2.models import model_args
+from ezpz_moe.hosts.titan_0_2.models import build_model, model_args
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
@@ -32,11 +31,11 @@ def summarize(flavor: Flavor) -> ModelSummary:
 
 
 def build_on_meta(flavor: Flavor) -> nn.Module:
-    """The flavor's model with the host's own experts. No memory is allocated for it."""
+    """The flavor's model. No memory is allocated for it."""
     args: Any = model_args(flavor)
     args.moe_impl = "standard"  # what the host sets from the job
     with torch.device("meta"):
-        return get_train_spec(args.host_model).model_cls(args)
+        return build_model(args)
 
 
 @cache

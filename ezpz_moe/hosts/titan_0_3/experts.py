@@ -35,11 +35,10 @@ class _Selector(GroupedExperts):
     """What both kinds of experts share: the chosen backend, None for the host's own path."""
 
     def _choose(self, config) -> None:
-        name = config.compute_backend
-        backend = get_backend(name)  # an unknown name is an error, whatever runs later
-        self._backend = None if name == HOST_PATH else backend
-        self._choice = (name, config.chosen_by)
-        _choices_not_logged[self._choice] += 1
+        self.compute_backend = config.compute_backend
+        backend = get_backend(self.compute_backend)  # an unknown name is an error at once
+        self._backend = None if self.compute_backend == HOST_PATH else backend
+        _choices_not_logged[self.compute_backend, config.chosen_by] += 1
 
     def _init_self_parameters(self) -> None:
         super()._init_self_parameters()

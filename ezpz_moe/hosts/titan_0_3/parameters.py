@@ -16,7 +16,7 @@ from torchtitan.models.common.moe import GroupedExperts, MoE
 
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.titan_0_3.models import host_spec
+from ezpz_moe.hosts.titan_0_3.models import model_spec
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
@@ -39,14 +39,14 @@ def summarize(flavor: Flavor) -> ModelSummary:
 
 
 def build_on_meta(flavor: Flavor) -> nn.Module:
-    """The flavor's model with the host's own experts. No memory is allocated for it."""
+    """The flavor's model. No memory is allocated for it."""
     with torch.device("meta"):
-        return host_spec(flavor).model.build()
+        return model_spec(flavor).model.build()
 
 
 @cache
 def _summarize(flavor: Flavor) -> ModelSummary:
-    config = host_spec(flavor).model
+    config = model_spec(flavor).model
     model: Any = build_on_meta(flavor)
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.

@@ -22,7 +22,8 @@ from ezpz_moe.job import Job
 check_host()  # before torchtitan is imported: it chooses the device
 
 on_main = pytest.mark.skipif(
-    generation() is not TITAN_MAIN, reason=f"the installed host is {generation().host}"
+    generation() is not TITAN_MAIN,
+    reason=f"the installed host is {generation().host}; make test-hosts HOST=... runs these",
 )
 FLAVOR = "debugmodel_sdpa_for_loop"
 T, L, N, H, KV_HEADS = 34, 17, 4, 8, 2

@@ -1,0 +1,65 @@
+"""The host tests with several torchtitans side by side: ``make test-hosts``.
+
+    nox                                        the releases below
+    nox -s "release(host='0.2.2')"             one of them
+    nox -s checkout -- /path/to/torchtitan     a checkout
+
+Every host gets an environment of a megabyte in front of the one that nox runs in, whose torch,
+plugin and test tools they share.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import nox
+import tomli
+
+RELEASES = ("0.2.1", "0.2.2", "0.3.0")
+PARENT = sysconfig.get_path("purelib")
+
+nox.options.sessions = ["release"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session
+@nox.parametrize("host", RELEASES)
+def release(session: nox.Session, host: str) -> None:
+    """Run the host tests with a release of torchtitan."""
+    # Before the parent is in sight, or pip would find its torchtitan there.
+    session.install("--no-deps", f"torchtitan=={host}")
+    _see(session)
+    _test(session)
+
+
+@nox.session
+def checkout(session: nox.Session) -> None:
+    """Run the host tests with a checkout of torchtitan, which stays as it is."""
+    if len(session.posargs) != 1:
+        session.error("which checkout? nox -s checkout -- /path/to/torchtitan")
+    folder = Path(session.posargs[0]).expanduser().absolute()
+    project = folder / "pyproject.toml"
+    if not (folder / "torchtitan").is_dir() or not project.is_file():
+        session.error(f"{folder}: is no checkout of torchtitan (no torchtitan/, pyproject.toml)")
+    _see(session, folder)
+    session.install(*tomli.loads(project.read_text())["project"]["dependencies"])
+    _test(session)
+
+
+def _test(session: nox.Session) -> None:
+    """Run the tests, and record how they went; the recording fails where a test did."""
+    report = Path(session.create_tmp(), "hosts.xml")
+    session.run(
+        *("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile", "tests/hosts"),
+        *("--junitxml", str(report)),
+        success_codes=[0, 1],
+    )
+    session.run("python", "scripts/make_host_tables.py", "--record-of", str(report))
+
+
+def _see(session: nox.Session, *folders: Path) -> None:
+    """Let the environment import from ``folders``, and after them from the one that nox runs in."""
+    command = ("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+    site = session.run_install(*command, silent=True)
+    lines = [*map(str, folders), f"import site; site.addsitedir({PARENT!r})"]
+    Path(str(site).strip(), "_hosts.pth").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,104 @@
+"""The same run, said on the command line of whichever generation of the host is installed."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.hosts import TITAN_0_2, TITAN_MAIN, check_host, generation
+
+check_host()  # asks the host for its generation: with its device, before anything else does
+
+ON_0_2 = generation() is TITAN_0_2
+ON_MAIN = generation() is TITAN_MAIN
+
+DUMP_FOLDER = "--job.dump-folder" if ON_0_2 else "--dump-folder"
+LENGTH = 128
+"""Tokens of a sequence of the tests' job."""
+
+
+def job(path: Path, *flags: str) -> list[str]:
+    """Train a job file."""
+    if ON_0_2:
+        door = ["--job.config-file", str(path), "--job.custom-config-module", "ezpz_moe"]
+    else:
+        door = ["--module", "ezpz_moe", "--config", str(path)]
+    return [*door, *flags]
+
+
+def batch(*, size: int | None = None, seq_len: int | None = None, whole: int | None = None):
+    """``size`` sequences of ``seq_len`` tokens at once, ``whole`` sequences a step.
+
+    ``size`` and ``whole`` without ``seq_len`` are of the tests' job.
+    """
+    if ON_MAIN:
+        length = seq_len or LENGTH
+        sizes = {
+            "num-tokens-per-microbatch-per-dp-rank": size and size * length,
+            "max-context-length": seq_len,
+            "num-tokens-per-train-step": whole and whole * length,
+        }
+    else:
+        sizes = {"local-batch-size": size, "seq-len": seq_len, "global-batch-size": whole}
+    flags = [(f"--training.{name}", str(value)) for name, value in sizes.items() if value]
+    return [part for flag in flags for part in flag]
+
+
+SHORT = [*batch(size=1, seq_len=64), "--debug.seed", "7"]
+
+# The host's own models with a config small enough for this machine, as far as they train on a CPU.
+MODELS: Mapping[str, str] = (
+    {"deepseek_v3": "debugmodel"}
+    if ON_0_2
+    else {
+        "deepseek_v3": "deepseek_v3_debugmodel",
+        "qwen3": "qwen3_moe_debug",
+        "gpt_oss": "gpt_oss_debugmodel",
+    }
+)
+
+
+def write_text(folder: Path) -> None:
+    """Put the text that the host's own models train on into ``folder``."""
+    lines = "\n".join(json.dumps({"text": topics[name]}) for name in sorted(topics))
+    file = folder / "text" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text(lines)
+    if ON_MAIN:  # has no flag for it: its test text is at a fixed place
+        asset = folder / "tests" / "assets" / "c4_test" / "data.json"
+        asset.parent.mkdir(parents=True)
+        shutil.copy(file, asset)
+
+
+def stock(model: str, folder: Path, *, steps: int) -> list[str]:
+    """Train one of the host's own models without the plugin's experts, on :func:`write_text`'s."""
+    more = [*SHORT, "--training.steps", str(steps)]
+    if ON_0_2:
+        # The settings of a job, which the host reads itself; its router cannot count on the CPU.
+        own = ["--model.name", model, "--model.flavor", MODELS[model], "--count-on-cpu"]
+        assets = ["--model.hf-assets-path", str(EMBEDDED_TOKENIZER)]
+        text = ["--training.dataset-path", str(folder / "text")]
+        job_file = ["--job.config-file", str(folder / "like_stock.toml")]
+        return [*job_file, *own, *assets, *text, *more]
+    config = ["--module", model, "--config", MODELS[model]]
+    assets = ["--hf-assets-path", str(EMBEDDED_TOKENIZER)]
+    text = [] if ON_MAIN else ["--dataloader.dataset-path", str(folder / "text")]
+    sdpa = ["--override.imports", "ezpz_moe.overrides.sdpa"]
+    return [*config, *assets, *text, *more, *sdpa]
+
+
+def with_backend(model: str, backend: str, folder: Path, *, steps: int) -> list[str]:
+    """:func:`stock` with our experts: by door 2, or where the host has one door, by a flavor."""
+    if ON_0_2:
+        flavor = ["--model.flavor", f"short_sdpa_{backend}", "--training.steps", str(steps)]
+        return job(folder / "like_stock.toml", *SHORT, *flavor)
+    experts = f'ezpz_moe.overrides.experts={{"compute_backend": "{backend}"}}'
+    return [*stock(model, folder, steps=steps), experts]
+
+
+def by_flavor(folder: Path, *, steps: int) -> list[str]:
+    """:func:`stock` of deepseek_v3 by the job with the same settings, and so by door 1."""
+    same = ["--model.flavor", "base"] if ON_0_2 else []
+    return job(folder / "like_stock.toml", *SHORT, *same, "--training.steps", str(steps))

@@ -1,0 +1,291 @@
+"""What is special to torchtitan 0.2: its TOML and command line, its mistakes, its router.
+
+On another host these do not run, except for those of the table of keys, which need no host.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
+from ezpz_moe.job import allowed
+
+check_host()  # before torchtitan is imported: it chooses the device
+
+JOBS = Path(__file__).parents[2] / "flavors" / "jobs"
+KEYS_0_2 = TITAN_0_2.slot("job_keys").KEYS
+LIST_0_2 = Path(__file__).parents[1] / "data" / "titan_0_2_2_keys.txt"
+
+on_0_2 = pytest.mark.skipif(
+    generation() is not TITAN_0_2,
+    reason=f"the installed host is {generation().host}; make test-hosts runs these",
+)
+
+
+def ezpz_moe(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return python("-m", "ezpz_moe.cli", *arguments, cwd=cwd)
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+# The keys, for which no host is needed --------------------------------------------------------
+
+
+def test_every_key_of_0_2_is_legal_there_and_no_other():
+    legal = {f"{section}.{name}" for section, keys in KEYS_0_2.items() for name in keys}
+    legal -= {
+        f"{section}.{name}"
+        for section, keys in KEYS_0_2.items()
+        for name, key in keys.items()
+        if key.message
+    }
+    assert legal == {line.partition(" = ")[0] for line in LIST_0_2.read_text().splitlines()}
+
+
+def test_every_legal_key_has_a_type_that_can_be_said():
+    for keys in KEYS_0_2.values():
+        for key in keys.values():
+            assert bool(key.type) != bool(key.message)
+            assert key.message or allowed(key)
+
+
+# Jobs, as a user starts them ------------------------------------------------------------------
+
+
+@on_0_2
+def test_the_debug_job_trains(tmp_path):
+    flags = ["--training.steps", "8", "--training.local_batch_size", "2"]
+    flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
+    result = ezpz_moe("train", str(JOBS / "debug_cpu.toml"), *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-4000:]
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "step:" in line]
+    losses = [float(line.partition("loss:")[2].split()[0]) for line in lines]
+    assert len(losses) == 8
+    assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet
+    assert losses[-1] < losses[0] - 0.7
+    said = [
+        line
+        for line in (result.stdout + result.stderr).splitlines()
+        if "ezpz_moe: compute_backend" in line
+    ]
+    assert len(said) == 1
+    assert "compute_backend for_loop" in said[0]
+    assert "on cpu in bfloat16 for 5 MoE layers; asked for by flavor" in said[0]
+
+
+@on_0_2
+def test_the_hosts_own_command_line_without_a_file(tmp_path):
+    result = ezpz_moe(
+        *("train", "debugmodel_sdpa_batched_mm_padded", "--training.steps", "1"),
+        *("--training.seq_len", "64", "--training.local_batch_size", "1"),
+        *("--metrics.log_freq", "1"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "compute_backend batched_mm_padded" in result.stdout + result.stderr
+
+
+@on_0_2
+def test_a_file_without_a_job_section_trains_and_validates_on_the_users_text(job_file, tmp_path):
+    """Also keys of 0.3 that ask for what 0.2 does anyway."""
+    job_file("\n\n".join(topics[name] for name in sorted(topics)[:20]), "my.txt")
+    path = job_file(
+        MODEL + '[training]\ndataset_path = "my.txt"\nsteps = 1\nseq_len = 64\n'
+        "local_batch_size = 1\ndisable_cuda_graphs = true\n[loss]\nnum_chunks = 1\n"
+        '[validation]\nenable = true\ndataset_path = "my.txt"\nsteps = 1\nfreq = 1\n'
+    )
+    result = ezpz_moe("train", str(path), "--metrics.disable_color_printing", cwd=tmp_path)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    assert output.count(f"Preparing text_file dataset from {path.with_name('my.txt')}") == 2
+    assert "validate step:  1  loss:" in output
+
+
+@on_0_2
+def test_the_hosts_own_path_trains_where_the_model_does_not_ask_for_the_device(tmp_path):
+    result = ezpz_moe(
+        *("train", "qwen3_debugmodel_sdpa", "--training.steps", "1", "--training.seq_len", "32"),
+        *("--training.local_batch_size", "1"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert "grouped_mm (the host's own path: its for-loop)" in result.stdout + result.stderr
+
+
+MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
+MISTAKES = {
+    "an unknown key": (MODEL + "[training]\nstepz = 3\n", (), "Did you mean 'steps'?"),
+    "an unknown flavor": (
+        MODEL.replace("for_loop", "for_lop"),
+        (),
+        "Did you mean 'debugmodel_sdpa_for_loop'?",
+    ),
+    "a key of 0.3 alone": (
+        MODEL + "[debug]\ndetect_anomaly = true\n",
+        (),
+        "torchtitan 0.2 has no such setting. Remove the key, or set it to false",
+    ),
+    "a flag out of range": (MODEL, ("--training.steps", "0"), "training.steps = 0: must be an int"),
+    "an unknown flavor as a flag": (MODEL, ("--model.flavor", "16C"), "unknown flavor '16C'"),
+    "no such text": (
+        MODEL + '[training]\ndataset_path = "nowhere.txt"\n',
+        (),
+        "dataset_path = 'nowhere.txt' does not exist",
+    ),
+    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "holds no tokenizer"),
+    "attention without a backward": (
+        MODEL.replace("_sdpa", ""),
+        (),
+        "(flex) has no backward on the CPU",
+    ),
+    "an attention that the model lacks": (
+        MODEL.replace("sdpa", "varlen"),
+        (),
+        "torchtitan 0.2's deepseek_v3 has flex and sdpa attention only",
+    ),
+    "quantized experts": (
+        MODEL,
+        ("--model.converters", "quantize.grouped_mm.float8"),
+        "quantizes torch._grouped_mm",
+    ),
+    "expert parallelism": (
+        MODEL + "[parallelism]\nexpert_parallel_degree = 3\n",
+        (),
+        "expert_parallel_degree = 3 does not divide the 8 experts",
+    ),
+}
+
+
+@on_0_2
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(job_file, case):
+    text, flags, message = MISTAKES[case]
+    path = job_file(text)
+    result = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+        *("-m", "ezpz_moe.train", "--job.custom_config_module", "ezpz_moe"),
+        *("--job.config_file", str(path), *flags),
+        cwd=path.parent,
+    )
+    output = result.stdout + result.stderr
+    assert output.count("ezpz-moe: error: ") == 1, output[-4000:]
+    assert message in output
+    assert "exitcode  : 2" in output
+
+
+@on_0_2
+def test_the_same_mistake_is_found_before_the_workers_start(job_file):
+    path = job_file(MODEL + "[training]\nstepz = 3\n")
+    result = ezpz_moe("train", str(path))
+    assert result.returncode == 2
+    assert result.stderr.count("error") == 1
+
+
+@on_0_2
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_job_can_be_shown(path):
+    result = ezpz_moe("show", str(path))
+    assert result.returncode == 0, result.stderr
+    assert "training.dataset" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["job.custom_config_module", "ezpz_moe", '""'] in lines
+
+
+# Models -----------------------------------------------------------------------------------------
+
+
+@on_0_2
+def test_sizes_that_the_host_has_too_have_its_arguments():
+    from torchtitan.models.deepseek_v3 import deepseekv3_args
+
+    sizes = [name for name in deepseekv3_args if "_" not in name]
+    assert sizes == ["debugmodel", "16B", "236B", "671B"]
+    # The vocabulary is our own; the host's debugmodel has another attention.
+    differ = {"vocab_size", "attn_type", "attn_mask_type"}
+    for name in sizes:
+        stock = dataclasses.asdict(deepseekv3_args[name])
+        ours = dataclasses.asdict(binding("models").model_args(load_flavor(name)))
+        added = {"host_model", "compute_backend", "chosen_by", "max_positions"}
+        assert ours.keys() - stock.keys() == added
+        changed = {key for key in stock if stock[key] != ours[key]}
+        assert changed <= (differ if name == "debugmodel" else {"vocab_size"}), name
+
+
+@on_0_2
+@pytest.mark.parametrize("name", ["236B_sdpa_for_loop", "qwen3_debugmodel_sdpa_batched_mm_padded"])
+def test_no_backend_changes_a_state_dict(name):
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    flavor = load_flavor(name)
+    args = binding("models").model_args(flavor)
+    args.moe_impl = "standard"  # what the host sets from the job
+    with torch.device("meta"):
+        stock = get_train_spec(args.host_model).model_cls(args).state_dict()
+    ours = binding("parameters").build_on_meta(flavor).state_dict()
+    assert list(ours) == list(stock)
+    for key, tensor in stock.items():
+        assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
+        assert ours[key].device == tensor.device, key
+
+
+@on_0_2
+@pytest.mark.parametrize("name", ["for_loop", "batched_mm_padded"])
+def test_experts_compute_in_bfloat16_and_leave_tail_rows_zero(name):
+    experts = binding("experts").EzpzGroupedExperts(16, 32, 3, False, name)
+    counts, x = torch.tensor([3, 0, 5]), torch.randn(10, 16)  # two tail rows
+    with torch.no_grad():
+        experts.init_weights(0.02)
+        y = experts(x, counts)
+        w1, w2, w3 = (w.bfloat16() for w in (experts.w1, experts.w2, experts.w3))
+    first = x[:3].bfloat16()
+    expected = (torch.nn.functional.silu(first @ w1[0].T) * (first @ w3[0].T)) @ w2[0].T
+    assert y.dtype == torch.float32
+    assert torch.equal(y[:3], expected.float())
+    assert not y[8:].any()
+
+
+@on_0_2
+def test_experts_that_are_no_swiglu_are_refused():
+    with pytest.raises(EzpzError, match=r"GptOssGroupedExperts is no SwiGLU|no model module"):
+        binding("parameters").build_on_meta(load_flavor("gpt_oss_debugmodel_for_loop"))
+
+
+@on_0_2
+def test_tokens_are_counted_on_the_cpu():
+    """Every expert's tokens, experts without any included, in the host's dtype; compiled too."""
+    from torchtitan.models.moe import MoE, MoEArgs
+
+    moe = MoE(MoEArgs(num_experts=8, top_k=3), 16, 32)
+    torch.nn.init.normal_(moe.router.gate.weight)
+    torch.nn.init.zeros_(moe.router.gate.weight[5:])
+    moe.router.gate.weight.data[0] = 0
+    binding("router").count_on_cpu(moe)
+    x = torch.rand(50, 16) + 1
+    scores, chosen, counts = moe.router(x)
+    _, order, again = moe.reorderer(scores, chosen)
+    expected = [int((chosen == expert).sum()) for expert in range(8)]
+    assert 0 in expected
+    for each in (counts, again):
+        assert each.dtype == torch.int64
+        assert each.tolist() == expected
+    assert torch.equal(chosen.view(-1)[order], chosen.view(-1).sort().values)
+    compiled = torch.compile(moe.router, fullgraph=True)(x)
+    assert all(map(torch.equal, compiled, (scores, chosen, counts)))

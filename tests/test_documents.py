@@ -1,0 +1,16 @@
+"""The tables in the documents are those that their data makes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.mark.parametrize("script", ["make_flavor_table.py", "make_host_tables.py"])
+def test_the_tables_are_up_to_date(script: str) -> None:
+    command = [sys.executable, str(SCRIPTS / script), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
