@@ -16,6 +16,7 @@ from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.job import find_job
@@ -29,8 +30,7 @@ OPTIONAL_PACKAGES = {
     "wandb": "metrics.enable_wandb",
     "tensorboard": "metrics.enable_tensorboard",
 }
-BYTES_OF_STATES = 16
-"""Per parameter: weight, gradient and AdamW's two moments, in float32."""
+BYTES_OF_STATES = STATES_PER_PARAMETER * torch.float32.itemsize
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from ezpz_moe import cli, doctor, hosts
+from ezpz_moe import cli, hosts
 from ezpz_moe.hosts import check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -123,18 +121,3 @@ def test_dimensions_that_a_backend_cannot_take(capsys, tmp_path) -> None:
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "odd_sdpa_for_loop"\n')
     _, said = run(capsys, str(tmp_path / "job.toml"))
     assert "BROKEN D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
-
-
-def test_the_commit_of_a_checkout(tmp_path) -> None:
-    assert doctor._commit_of_checkout(tmp_path / "torchtitan") == ""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert doctor._commit_of_checkout(tmp_path / "torchtitan") == head.stdout.strip()
-
-
-def test_the_commit_of_an_installation_from_git(monkeypatch) -> None:
-    record = json.dumps({"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "abc"}})
-    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: record)
-    assert doctor._commit_from_pip() == "abc"

@@ -124,16 +124,15 @@ def test_a_host_that_cannot_be_imported_says_why(no_host):
 
 
 def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, no_host):
-    def no_version(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", no_version)
+    for name in ("version", "host_name"):
+        monkeypatch.setattr(ezpz_moe.hosts, name, lambda *_: None)
     with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
         ezpz_moe.hosts.check_host()
 
 
 def test_an_untested_pair_that_can_do_it_is_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "9.1.0+x"}.get(name, "0.9"))
+    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "9.1.0+x"}[name])
+    monkeypatch.setattr(ezpz_moe.hosts, "host_name", lambda: "0.9")
     ezpz_moe.hosts.check_host()
     assert "untested with torch 9.1.0 and torchtitan 0.9" in caplog.text
     assert "torch 2.15.0 with torchtitan 0.3.0" in caplog.text

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from ezpz_moe.errors import EzpzError
 
 _HOST_UTILS = "torchtitan.tools.utils"
+_HOST_COMMAND = ("-m", "torchtitan.train")
 
 # Memory limits of the container this process runs in: cgroup version 2, then 1.
 _CGROUP_LIMITS = (
@@ -46,6 +49,9 @@ def no_accelerator() -> bool:
 def import_host_on_cpu() -> None:
     """Import ``torchtitan.tools.utils`` with the device type "cpu"; torch is unchanged afterwards.
 
+    ``python -m torchtitan.train`` imports the host before it asks for anything of ours: then the
+    process becomes ``python -m ezpz_moe.train`` with the same arguments, and does not return here.
+
     Raises:
         EzpzError: the host has already been imported with another device type.
     """
@@ -59,11 +65,26 @@ def import_host_on_cpu() -> None:
         ):
             importlib.import_module(_HOST_UTILS)
     elif utils.device_type != "cpu":
+        _start_again()
         raise EzpzError(
             f"this machine has no accelerator, but torchtitan was imported with the device type "
             f"{utils.device_type!r}. Start the run with `ezpz-moe train` or "
             "`python -m ezpz_moe.train`, which choose the device before torchtitan is imported."
         )
+
+
+def _start_again() -> None:
+    """Replace this process if it is the host's own command: same number, environment, arguments."""
+    command = sys.orig_argv
+    if _HOST_COMMAND not in pairwise(command):
+        return
+    module = command.index(_HOST_COMMAND[1])
+    print(
+        "ezpz_moe: no accelerator here, so starting again as ezpz_moe.train, on the CPU",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.execv(sys.executable, [*command[:module], "ezpz_moe.train", *command[module + 1 :]])
 
 
 class CpuDeviceModule(ModuleType):

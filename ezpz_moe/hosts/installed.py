@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
@@ -62,12 +63,16 @@ class HostRun:
     skipped: int
 
 
+def passed(runs: Iterable[HostRun]) -> tuple[tuple[str, str], ...]:
+    """(torch, torchtitan) of the runs in which no test failed."""
+    return tuple((run.torch, run.torchtitan) for run in runs if not run.failed)
+
+
 RECORD = Path(__file__).with_name("tested.json")
 HOST_RUNS = tuple(HostRun(**run) for run in json.loads(RECORD.read_text()))
 """The last run with each pair, the newest host last; docs/rebasing.md shows them."""
 
-TESTED_PAIRS = tuple((run.torch, run.torchtitan) for run in HOST_RUNS if not run.failed)
-"""(torch, torchtitan) of the runs in which everything passed."""
+TESTED_PAIRS = passed(HOST_RUNS)
 
 
 def version(distribution: str) -> str | None:

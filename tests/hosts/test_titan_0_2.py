@@ -71,27 +71,6 @@ def test_every_legal_key_has_a_type_that_can_be_said():
 
 
 @on_0_2
-def test_the_debug_job_trains(tmp_path):
-    flags = ["--training.steps", "8", "--training.local_batch_size", "2"]
-    flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
-    result = ezpz_moe("train", str(JOBS / "debug_cpu.toml"), *flags, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-4000:]
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if "step:" in line]
-    losses = [float(line.partition("loss:")[2].split()[0]) for line in lines]
-    assert len(losses) == 8
-    assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet
-    assert losses[-1] < losses[0] - 0.7
-    said = [
-        line
-        for line in (result.stdout + result.stderr).splitlines()
-        if "ezpz_moe: compute_backend" in line
-    ]
-    assert len(said) == 1
-    assert "compute_backend for_loop" in said[0]
-    assert "on cpu in bfloat16 for 5 MoE layers; asked for by flavor" in said[0]
-
-
-@on_0_2
 def test_the_hosts_own_command_line_without_a_file(tmp_path):
     result = ezpz_moe(
         *("train", "debugmodel_sdpa_batched_mm_padded", "--training.steps", "1"),

@@ -35,7 +35,7 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
     """
     # A degree of zero would stop the other checks: first the values, then how they go together.
     problems = [*_ranges(config)] or [
-        problem for check in _CHECKS for problem in check(config, args)
+        problem for check in _checks(config) for problem in check(config, args)
     ]
     if problems:
         raise EzpzError(
@@ -46,7 +46,16 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
 def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
     """What excludes this machine, asked before there is a run. Of the ranks the host says it."""
     args = model_args(flavor)
-    return [problem for check in _CHECKS for problem in check(config, args)]
+    return [problem for check in _checks(config) for problem in check(config, args)]
+
+
+def _checks(config: Any) -> tuple[_Check, ...]:
+    return _SETTINGS if _is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
+
+
+def _is_dry_run(config: Any) -> bool:
+    """Whether ranks are only pretended, so that neither files nor devices of theirs are here."""
+    return config.comm.mode in ("fake_backend", "local_tensor")
 
 
 def _ranges(config: Any) -> Iterator[str]:
@@ -135,11 +144,5 @@ def _cpu(config: Any, args: Any) -> Iterator[str]:
 
 
 _Check = Callable[[Any, Any], Iterator[str]]
-_CHECKS: tuple[_Check, ...] = (
-    _expert_parallel_degree,
-    _sequence_length,
-    _quantized_experts,
-    _files,
-    _backend_on_device,
-    _cpu,
-)
+_SETTINGS: tuple[_Check, ...] = (_expert_parallel_degree, _sequence_length, _quantized_experts)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

@@ -34,6 +34,11 @@ def work(values: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def one_sequence(length: int) -> tuple[int, ...]:
+    """The shape of a sequence of tokens, as a batch of one: [B, L]."""
+    return (1, length)
+
+
 def fit_model(config: Any) -> None:
     """Tell the model what only the whole config says: here nothing."""
 

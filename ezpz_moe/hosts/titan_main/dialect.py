@@ -63,6 +63,11 @@ def work(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def one_sequence(length: int) -> tuple[int, ...]:
+    """The shape of a sequence of tokens, as a tokens alone: [T]."""
+    return (length,)
+
+
 def fit_model(config: Any) -> None:
     """Tell causal attention where a sequence ends: the host's tensors no longer do."""
     for attention in _causal_attentions(config):

@@ -1,0 +1,31 @@
+"""One rank of a big run, built on this machine by the host's own trainer."""
+
+from __future__ import annotations
+
+import sys
+
+from torchtitan.config import ConfigManager
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.train import Trainer
+
+from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
+from ezpz_moe.hosts.titan_0_2.command import arguments
+from ezpz_moe.job import find_job
+from ezpz_moe.preflight import RankReport
+
+_STEP = "not run: the router counts tokens, which have no value"
+
+
+def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+    """Build ``rank`` of ``world_size`` and measure it. Once per process: the host has global state.
+
+    Raises:
+        whatever the rank would have met.
+    """
+    become_rank(rank, world_size)
+    sys.argv[1:] = [*arguments(find_job(config)), *host_flags, *FAKE_COMMUNICATION]
+    job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
+    has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
+    spec = get_train_spec(job_config.model.name)
+    parts = parallelized(lambda: Trainer(job_config), spec, has_pipeline=has_pipeline)
+    return report(rank, parts, _STEP)

@@ -1,0 +1,45 @@
+"""The job that everybody tries first: doctor holds, and the host's own command trains it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dialect import batch, job
+
+from ezpz_moe import cli
+
+JOB = Path(__file__).parents[2] / "flavors" / "jobs" / "debug_cpu.toml"
+
+
+def test_doctor_finds_nothing_broken(capsys):
+    assert cli.main(["doctor", str(JOB), "--world-size", "1"]) == 0
+    assert " 0 broken" in capsys.readouterr().out
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("module", ["torchtitan.train", "ezpz_moe.train"])
+def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, tmp_path):
+    """Without an accelerator the host's own command starts again as ours."""
+    flags = [*batch(size=2, seq_len=128), "--training.steps", "8"]
+    flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    result = subprocess.run(
+        [sys.executable, *torchrun, "-m", module, *job(JOB, *flags)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    lines = [line for line in output.splitlines() if "step:" in line]
+    losses = [float(line.partition("loss:")[2].split()[0]) for line in lines]
+    assert len(losses) == 8
+    assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet
+    assert losses[-1] < losses[0] - 0.7
+    said = [line for line in output.splitlines() if "ezpz_moe: compute_backend" in line]
+    assert len(said) == 1
+    assert "compute_backend for_loop" in said[0]
+    assert "for 5 MoE layers; asked for by flavor" in said[0]
