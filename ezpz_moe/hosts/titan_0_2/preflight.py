@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torchtitan.config import ConfigManager
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
@@ -26,6 +27,8 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
     sys.argv[1:] = [*arguments(find_job(config)), *host_flags, *FAKE_COMMUNICATION]
     job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
     has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
+    # The host's own fake group is of rank 0 always, and it takes one that is there.
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size)
     spec = get_train_spec(job_config.model.name)
     parts = parallelized(lambda: Trainer(job_config), spec, has_pipeline=has_pipeline)
     return report(rank, parts, _STEP)
