@@ -21,6 +21,7 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 from ezpz_moe import __version__
 from ezpz_moe.commands.backends import Backends
 from ezpz_moe.commands.checkpoint import Checkpoint
+from ezpz_moe.commands.convert import Convert
 from ezpz_moe.commands.doctor import Doctor
 from ezpz_moe.commands.flavors import Flavors
 from ezpz_moe.commands.preflight import Preflight
@@ -45,6 +46,7 @@ class Arguments:
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
+        | Annotated[Convert, subcommand("convert")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False
