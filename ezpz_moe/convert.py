@@ -166,7 +166,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
     row = KEYS.get(section, {}).get(name)
     if row is None:
         near = did_you_mean(name, KEYS.get(section, {}))
-        return Change(key, value, "dropped", f"neither torchtitan 0.2 nor 0.3 has it.{near}")
+        return Change(key, value, "dropped", f"torchtitan 0.2 and 0.3 have no such key.{near}")
     if model and key in ("model.name", "model.flavor"):
         return _model_change(key, value, model)
     if is_one_of(row.unless, value):
@@ -184,7 +184,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
 
 def _model_change(key: str, value: Any, model: NewModel) -> Change:
     if model.refusal:
-        return Change(key, value, "dropped", model.refusal)
+        return Change(key, value, "dropped", "no flavor is this model")
     if key == "model.name":
         return Change(key, value, "replaced", f"by {shown(MODEL_NAME)}", MODEL_NAME)
     note = "; ".join([f"by {shown(model.flavor)}", *model.remarks])

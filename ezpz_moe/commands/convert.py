@@ -38,7 +38,9 @@ class Convert:
         )
         if lost := conversion.dropped:
             display.print_line(f"{len(lost)} with an effect dropped: {', '.join(lost)}")
-        if self.new:
+        if self.new is None:
+            display.print_line(conversion.refusal)
+        else:
             for path in write(conversion, self.new):
                 display.print_line(f"{path} written")
         return 1 if lost else 0
