@@ -65,9 +65,9 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
 
 def _dense(what: str, known: Mapping[str, Any], model: Any) -> str:
     return (
-        f"{what} is none of torchtitan 0.2's mixtures of experts ({', '.join(known)}), and ezpz_moe "
-        "computes nothing else. Dense models train with torchtitan's own configs, where 0.3 has "
-        f"them: `--module {model} --config ...`."
+        f"{what} is none of torchtitan 0.2's mixtures of experts ({', '.join(known)}), and "
+        "ezpz_moe computes nothing else. Dense models train with torchtitan's own configs, where "
+        f"0.3 has them: `--module {model} --config ...`."
     )
 
 
