@@ -95,7 +95,7 @@ def convert(old: Path, new: Path) -> Conversion:
     for line in statements(old.read_text(encoding="utf-8-sig")):
         change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
         lines.append((line, change))
-    added = list(_added(values, model)) if model else []
+    added = list(_added(values, model)) if model and not model.refusal else []
     return Conversion(
         changes=(*(change for _, change in lines if change), *added),
         text=_rendered(lines, added, old.name),
@@ -216,31 +216,39 @@ def _rendered(
 ) -> str:
     """The old file's statements, with what has changed."""
     text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
-    missing = {change.key: change for change in added}
-    for section, block in groupby(lines, key=lambda pair: pair[0].section):
-        mine = [missing.pop(key) for key in list(missing) if missing[key].section == section]
-        text += "".join(_rendered_section(list(block), mine))
-    for section, rest in groupby(missing.values(), key=lambda change: change.section):
-        text += f"\n[{section}]\n" + "".join(map(_new_assignment, rest))
+    missing: dict[str, list[Change]] = {}
+    for change in added:
+        missing.setdefault(change.section, []).append(change)
+    for _, block in groupby(lines, key=lambda pair: pair[0].section):
+        text += "".join(_rendered_section(list(block), missing))
+    for section, changes in missing.items():
+        text += f"\n[{section}]\n" + "".join(_assignment(each, section) for each in changes)
     return text
 
 
 def _rendered_section(
-    block: Sequence[tuple[Statement, Change | None]], added: Sequence[Change]
+    block: Sequence[tuple[Statement, Change | None]], missing: dict[str, list[Change]]
 ) -> Iterator[str]:
-    """The lines of one section; of one that is left with nothing, only the user's comments."""
+    """The lines of one section; of one that is left with nothing, only the user's comments.
+
+    What the section misses comes behind its header, or behind its first key if it has no header,
+    and is taken out of ``missing``.
+    """
+    section = block[0][0].section
     fates = {change.fate for _, change in block if change}
-    is_known = block[0][0].section in SECTIONS
-    lives = bool(added) or bool(fates & {"kept", "replaced"}) or (is_known and not fates)
-    has_comments = any(line.is_comment for line, _ in block)
+    is_empty = not fates and section in SECTIONS | {""}
+    lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
+    is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
     for line, change in block:
         if change:
             yield _rendered_key(line, change)
         elif line.is_header:
             yield line.text if lives else commented(line.text) if "dropped" in fates else ""
-            yield from map(_new_assignment, added)
-        elif lives or has_comments or "dropped" in fates:
+        elif is_read:
             yield line.text
+        if change or line.is_header:
+            for added in missing.pop(change.section if change else section, ()):
+                yield _assignment(added, section)
 
 
 def _rendered_key(line: Statement, change: Change) -> str:
@@ -248,14 +256,14 @@ def _rendered_key(line: Statement, change: Change) -> str:
         case "kept":
             return line.text
         case "replaced":
-            return _new_assignment(change, within=line.section)
+            return _assignment(change, line.section)
         case "needless":
             return ""
         case _:
             return commented(f"dropped: {change.note}\n{line.text}")
 
 
-def _new_assignment(change: Change, within: str | None = None) -> str:
-    section = change.section if within is None else within
+def _assignment(change: Change, section: str) -> str:
+    """What is replaced or added, as it stands under the header ``section``."""
     was = change.note if change.fate == "added" else f"was {shown(change.value)}"
     return assignment(change.key.removeprefix(f"{section}."), change.new, was)

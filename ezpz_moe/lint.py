@@ -108,22 +108,17 @@ def _path(flag: str) -> str:
 def _remedy(spelled: str, taken: frozenset[str]) -> str:
     """What to do about a flag; empty when the host takes it."""
     section, _, name = spelled.rpartition(".")
-    if spelled in taken:
+    no = "no_" if name.startswith("no_") and spelled not in taken else ""  # --a.no-b turns b off
+    path = f"{section}.{name.removeprefix(no)}"
+    if path in taken:
         return ""
-    positive = f"{section}.{name.removeprefix('no_')}"
-    no = "no_" if positive != spelled else ""
-    if no and positive in taken:
-        return ""
-    key = _keys_by_spelling().get(positive)
-    if key is None:
-        near = did_you_mean(
-            name, (path.rpartition(".")[2] for path in taken if path.startswith(f"{section}."))
-        )
-        return f"torchtitan itself has no such flag.{near}"
+    if (key := _keys_by_spelling().get(path)) is None:
+        siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
+        return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
     section, _, name = key.rpartition(".")
     row = KEYS[section].get(name)
     if row is None:  # a newer host's
-        return f"{presumed_generation().host} has no such setting."
+        return f"{presumed_generation().host} has no such setting"
     for now in (row.path, row.flag, key):
         if now in taken:
             return f"now {_dashed(now, no)}"

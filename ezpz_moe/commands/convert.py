@@ -43,4 +43,4 @@ class Convert:
         else:
             for path in write(conversion, self.new):
                 display.print_line(f"{path} written")
-        return 1 if lost else 0
+        return 1 if lost or conversion.refusal else 0
