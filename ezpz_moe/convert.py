@@ -96,10 +96,11 @@ def convert(old: Path, new: Path) -> Conversion:
         change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
         lines.append((line, change))
     added = list(_added(values, model)) if model and not model.refusal else []
+    flavor = model.flavor if model else values.get("model.flavor")
     return Conversion(
         changes=(*(change for _, change in lines if change), *added),
         text=_rendered(lines, added, old.name),
-        flavor=model.flavor if model else values.get("model.flavor", ""),
+        flavor=flavor if isinstance(flavor, str) else "",
         flavor_file=model.file if model else "",
         refusal=model.refusal if model else "",
     )
@@ -155,8 +156,8 @@ def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     found = list(flat(line.parsed, line.section))
     if len(found) != 1:
         raise EzpzError(
-            f"{old}: {line.text.strip()}: holds several keys. Write them under a [section], one in "
-            "each line."
+            f"{old}: {line.text.strip()}: is not one key with one value. Write each key in a line of "
+            "its own, under its [section]."
         )
     return found[0]
 
@@ -195,7 +196,7 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
     """The setting with which ``key`` has no effect in 0.2: ``name = value``, or nothing."""
     for prefix, other, default, off in NO_EFFECT:
         value = values.get(other, default)
-        if key.startswith(prefix) and key != other and is_one_of(off, value):
+        if key.startswith(prefix) and is_one_of(off, value):
             return f"{other} = {shown(value)}"
     return ""
 

@@ -78,7 +78,7 @@ def words(line: str) -> Iterator[str]:
 
     A quote may begin or end in another line: what stands behind it is taken as words.
     """
-    lexer = shlex.shlex(line.rstrip().removesuffix("\\"), posix=True, punctuation_chars="();<>|&`")
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&`")
     lexer.whitespace_split = True
     lexer.commenters = ""  # shlex sees one in ${#array[@]} too
     try:
@@ -86,7 +86,7 @@ def words(line: str) -> Iterator[str]:
             if word.startswith("#"):
                 return
             yield from [word] if word.split() == [word] else words(word)
-    except ValueError:  # an open quote; what follows it is in the lexer's unfinished word
+    except ValueError:  # an open quote, or a last backslash: the lexer holds an unfinished word
         yield from words(lexer.token)
 
 
@@ -108,7 +108,7 @@ def _path(flag: str) -> str:
 def _remedy(spelled: str, taken: frozenset[str]) -> str:
     """What to do about a flag; empty when the host takes it."""
     section, _, name = spelled.rpartition(".")
-    no = "no_" if name.startswith("no_") and spelled not in taken else ""  # --a.no-b turns b off
+    no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
     path = f"{section}.{name.removeprefix(no)}"
     if path in taken:
         return ""
@@ -149,7 +149,7 @@ def _variables() -> frozenset[str]:
 def _keys_by_spelling() -> dict[str, str]:
     """A setting as any generation of the host spells it -> the job's key for it."""
     keys: dict[str, str] = {}
-    for generation in reversed(GENERATIONS):  # where one is also another's key, the older one
+    for generation in GENERATIONS:
         for section, rows in generation.slot("job_keys").KEYS.items():
             for name, row in rows.items():
                 for spelled in (row.path, row.flag, f"{section}.{name}"):

@@ -172,6 +172,12 @@ def test_a_setting_that_is_switched_off_is_needless(row, job_file):
     assert fates(job_file(toml(on | {key: "no value of it"})))[key] == "dropped"
 
 
+def test_a_value_of_another_type_is_not_what_0_3_does(job_file):
+    text = QWEN3 + "[activation_checkpoint]\nearly_stop = {}\n"
+    assert fates(job_file(text.format("false")))["activation_checkpoint.early_stop"] == "needless"
+    assert fates(job_file(text.format("0")))["activation_checkpoint.early_stop"] == "dropped"
+
+
 def test_a_setting_that_is_switched_on_is_not_needless(job_file):
     text = OLD.replace("enable = false\nlocal", "enable = true\nlocal")
     assert fates(job_file(text))["validation.local_batch_size"] == "dropped"
@@ -231,9 +237,18 @@ def test_a_section_that_0_3_does_not_know_is_a_comment(job_file):
         OLD.rstrip("\n"),
         'model.name = "qwen3"\nmodel.flavor = "debugmodel_moe"\n[training]\nsteps = 3',
         OLD + "[encoder]\n[[many]]\nx = 1\n",
+        OLD + "# a line\u2028separator\n[metrics]\nlog_freq = 3\n",
         OLD + '[metrics]\nsave_tb_folder = """\n[not.a.header]\n# not a comment"""\n',
     ],
-    ids=["windows", "byte order mark", "no last newline", "dotted", "unknown", "multi-line"],
+    ids=[
+        "windows",
+        "byte order mark",
+        "no last newline",
+        "dotted",
+        "unknown",
+        "u2028",
+        "multi-line",
+    ],
 )
 def test_every_way_to_write_toml(text, job_file):
     path = job_file(text)
@@ -247,7 +262,7 @@ def test_every_way_to_write_toml(text, job_file):
 
 def test_a_section_in_one_line_is_refused(job_file):
     path = job_file('model = {name = "qwen3", flavor = "debugmodel_moe"}\n')
-    with pytest.raises(EzpzError, match="several keys"):
+    with pytest.raises(EzpzError, match="is not one key with one value"):
         convert(path, path)
 
 
@@ -433,6 +448,12 @@ def test_a_job_of_ours_keeps_its_flavor(job_file):
     path = job_file('[model]\nname = "ezpz_moe"\nflavor = "10B_2B_for_loop"\n')
     assert load_job(written(path)).values["model.flavor"] == "10B_2B_for_loop"
     assert set(fates(path).values()) == {"kept"}
+
+
+@pytest.mark.parametrize("flavor", ["", "flavor = 3\n"])
+def test_a_job_of_ours_without_a_flavor_is_refused(flavor, job_file):
+    with pytest.raises(EzpzError, match="unknown flavor ''"):
+        written(job_file(f'[model]\nname = "ezpz_moe"\n{flavor}'))
 
 
 def test_a_flavor_that_the_new_job_would_not_find_is_refused(job_file, tmp_path):

@@ -16,7 +16,7 @@ from ezpz_moe.lint import words
 
 # Flags of each generation, as its `flags` gives them.
 TAKEN = {
-    TITAN_0_2: {"training.steps", "training.dataset", "job.config_file", "optimizer.beta1"},
+    TITAN_0_2: {"training.steps", "training.dataset", "training.seq_len", "optimizer.beta1"},
     TITAN_0_3: {
         "training.steps",
         "training.local_batch_size",
@@ -127,7 +127,7 @@ def test_a_new_flag_on_an_old_host(job_file, on):
     assert found["1 --optimizer.param-groups.0.optimizer-kwargs.betas.0"] == (
         "now --optimizer.beta1"
     )
-    assert found["1 --training.max-context-length"]
+    assert found["1 --training.max-context-length"] == "now --training.seq-len"
 
 
 def test_sizes_in_tokens_on_main(job_file, on):
@@ -161,7 +161,7 @@ def test_every_generation_has_its_variables():
         ("(a) | b;c&&d `e`", ["(", "a", ")", "|", "b", ";", "c", "&&", "d", "`", "e", "`"]),
         ("a # b", ["a"]),
         ("${#a[@]} b", ["${#a[@]}", "b"]),
-        ("a \\", ["a"]),
+        ("a b\\", ["a", "b"]),
         ("a 'b c", ["a", "b", "c"]),
         ("it's a \"b", ["its", "a", "b"]),
         ('a"', ["a"]),
