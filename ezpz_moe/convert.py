@@ -156,8 +156,8 @@ def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     found = list(flat(line.parsed, line.section))
     if len(found) != 1:
         raise EzpzError(
-            f"{old}: {line.text.strip()}: is not one key with one value. Write each key in a line of "
-            "its own, under its [section]."
+            f"{old}: {line.text.strip()}: is not one key with one value. Write each key in a "
+            "line of its own, under its [section]."
         )
     return found[0]
 
