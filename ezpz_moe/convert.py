@@ -92,7 +92,7 @@ def convert(old: Path, new: Path) -> Conversion:
     values = dict(flat(read_toml(old)))
     model = _new_model(values, flavor_path(new).stem)
     lines: list[tuple[Statement, Change | None]] = []
-    for line in statements(old.read_text(encoding="utf-8-sig")):
+    for line in statements(old.read_bytes().decode("utf-8-sig")):
         change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
         lines.append((line, change))
     added = list(_added(values, model)) if model and not model.refusal else []

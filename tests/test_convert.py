@@ -212,6 +212,11 @@ def test_what_stays_is_as_the_user_wrote_it(job_file):
     assert 'flavor = "qwen3_debugmodel_sdpa" # was "debugmodel_moe"\n' in text
 
 
+def test_windows_line_ends_stay(job_file):
+    new = written(job_file(OLD.replace("\n", "\r\n")))
+    assert b"enable=false\r\ncomponents = [\r\n" in new.read_bytes()
+
+
 def test_what_is_dropped_is_a_comment_with_its_reason(job_file):
     text = written(job_file(OLD)).read_text()
     reason = KEYS["activation_checkpoint"]["selective_ac_option"].message
