@@ -21,8 +21,10 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 from ezpz_moe import __version__
 from ezpz_moe.commands.backends import Backends
 from ezpz_moe.commands.checkpoint import Checkpoint
+from ezpz_moe.commands.convert import Convert
 from ezpz_moe.commands.doctor import Doctor
 from ezpz_moe.commands.flavors import Flavors
+from ezpz_moe.commands.lint import Lint
 from ezpz_moe.commands.preflight import Preflight
 from ezpz_moe.commands.show import Show
 from ezpz_moe.commands.train import Train
@@ -45,6 +47,8 @@ class Arguments:
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
+        | Annotated[Convert, subcommand("convert")]
+        | Annotated[Lint, subcommand("lint")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False

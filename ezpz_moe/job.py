@@ -31,12 +31,12 @@ MODEL_NAME = "ezpz_moe"
 KEYS: Mapping[str, Mapping[str, Key]] = presumed_generation().slot("job_keys").KEYS
 """Section -> key -> what it may hold, for the installed host."""
 
-# "quantize.linear.mx" is a section, and so are "quantize.linear" and "quantize" that hold it.
-_SECTIONS = {
+SECTIONS = {
     ".".join(parts[: depth + 1])
     for parts in (name.split(".") for name in KEYS)
     for depth in range(len(parts))
 }
+"""Names of all sections; with "quantize.linear.mx" also "quantize.linear" and "quantize"."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key is None:
             problems.append(_unknown(section, name, value))
         elif key.message:
-            if not _is_one_of(key.unless, value):
+            if not is_one_of(key.unless, value):
                 outdated.setdefault((section, key.message), []).append(name)
         else:
             try:
                 values[f"{section}.{name}"] = _adapter(key.type).validate_python(value)
             except ValidationError:
-                problems.append(f"[{section}] {name} = {_shown(value)}: must be {allowed(key)}.")
+                problems.append(f"[{section}] {name} = {shown(value)}: must be {allowed(key)}.")
     problems += [
         f"[{section}] {', '.join(names)}: {message}"
         for (section, message), names in outdated.items()
@@ -150,7 +150,7 @@ def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
     """``(section, key, value)`` of everything in a file that is not a known section."""
     for name, value in table.items():
         path = f"{section}.{name}" if section else name
-        if path in _SECTIONS and isinstance(value, dict):
+        if path in SECTIONS and isinstance(value, dict):
             yield from _settings(value, path)
         else:
             yield section, name, value
@@ -159,10 +159,10 @@ def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
 def _unknown(section: str, name: str, value: Any) -> str:
     """Why ``name`` is no key of ``section``, and what may have been meant."""
     path = f"{section}.{name}" if section else name
-    if path in _SECTIONS:
-        return f"{name} = {_shown(value)}: has to be a section, [{path}]."
+    if path in SECTIONS:
+        return f"{name} = {shown(value)}: has to be a section, [{path}]."
     if not section and isinstance(value, dict | list):
-        return f"[{name}]: unknown section.{did_you_mean(name, _SECTIONS)}"
+        return f"[{name}]: unknown section.{did_you_mean(name, SECTIONS)}"
     homes = [f"[{home}]" for home, keys in KEYS.items() if name in keys and not keys[name].message]
     near = did_you_mean(name, KEYS.get(section, {}))
     if homes and not near:
@@ -182,7 +182,7 @@ def _model_problems(
         yield f'[model] name is missing: write name = "{MODEL_NAME}".'
     elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
         yield (
-            f'[model] name = {_shown(name)}: has to be "{MODEL_NAME}" for this trainer module. '
+            f'[model] name = {shown(name)}: has to be "{MODEL_NAME}" for this trainer module. '
             "Another model of torchtitan's is chosen by the flavor: a TOML file with "
             f'base = "{name}/<its flavor>"; see docs/flavors.md.'
         )
@@ -192,7 +192,7 @@ def _model_problems(
         try:
             load_flavor(flavor, near=folder)
         except EzpzError as error:
-            yield f"[model] flavor = {_shown(flavor)}: {error}"
+            yield f"[model] flavor = {shown(flavor)}: {error}"
 
 
 def _report(path: Path, problems: list[str]) -> str:
@@ -201,8 +201,8 @@ def _report(path: Path, problems: list[str]) -> str:
     return "\n  ".join([f"{path}: {len(problems)} problems", *problems])
 
 
-def _is_one_of(values: tuple[Any, ...], value: Any) -> bool:
-    # Types count: in Python False == 0.
+def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
+    """Whether ``values`` has ``value``, of the same type: in Python False == 0."""
     return any(type(value) is type(other) and value == other for other in values)
 
 
@@ -225,9 +225,9 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "const" in schema:
-        return _shown(schema["const"])
+        return shown(schema["const"])
     if "enum" in schema:
-        return f"one of {', '.join(map(_shown, schema['enum']))}"
+        return f"one of {', '.join(map(shown, schema['enum']))}"
     if schema["type"] == "array":
         empty = "non-empty " if schema.get("minItems") else ""
         return f"a {empty}list, each entry {_in_words(schema['items'])}"
@@ -237,7 +237,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     return f"{_NOUNS[schema['type']]} {limits}".rstrip()
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as TOML writes it, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

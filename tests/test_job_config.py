@@ -274,6 +274,8 @@ def test_attention_without_a_backward_on_the_cpu(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     assert "Use flavor debugmodel_sdpa." in conflict("debugmodel")
     assert "Use flavor debugmodel_sdpa_for_loop." in conflict("debugmodel_for_loop")
+    assert "Use flavor debugmodel_sdpa." in conflict("debugmodel_flex")
+    assert "Use flavor debugmodel_sdpa_for_loop." in conflict("debugmodel_flex_for_loop")
     assert config("debugmodel_sdpa")
 
 

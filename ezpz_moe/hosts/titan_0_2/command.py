@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from ezpz_moe.job import MODEL_NAME, Job
 
+VARIABLES = ("CONFIG_FILE",)
+"""What tells the host's ``run_train.sh`` the job."""
+
 
 def arguments(job: Job) -> list[str]:
     """Arguments of ``torchtitan.train`` that train the job."""

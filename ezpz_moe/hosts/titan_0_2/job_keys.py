@@ -94,3 +94,44 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     section: {name: _as_in_0_2(f"{section}.{name}", key) for name, key in keys.items()}
     for section, keys in KEYS_0_3.items()
 }
+
+NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
+    ("quantize.", "model.converters", [], ([],)),
+    ("validation.", "validation.enable", False, (False,)),
+    ("fault_tolerance.", "fault_tolerance.enable", False, (False,)),
+    ("checkpoint.enable_ft_", "fault_tolerance.enable", False, (False,)),
+    ("memory_estimation.", "memory_estimation.enable", False, (False,)),
+    ("parallelism.disable_loss_parallel", "parallelism.tensor_parallel_degree", 1, (1,)),
+    ("parallelism.context_parallel_rotate_", "parallelism.context_parallel_degree", 1, (1,)),
+    ("parallelism.expert_tensor_", "parallelism.expert_parallel_degree", 1, (1,)),
+    ("parallelism.pipeline_parallel_expert_", "parallelism.pipeline_parallel_degree", 1, (1,)),
+    ("parallelism.pipeline_parallel_expert_", "parallelism.expert_parallel_degree", 1, (1,)),
+    *(
+        (f"activation_checkpoint.{option}", "activation_checkpoint.mode", "selective", modes)
+        for option, modes in {
+            "selective_ac_option": ("full", "memory_budget", "none"),
+            "per_op_sac_": ("full", "memory_budget", "none"),
+            "memory_budget": ("selective", "full", "none"),
+            "visualize_memory_budget_": ("selective", "full", "none"),
+            "early_stop": ("none",),
+            "preserve_rng_state": ("none",),
+            "determinism_check": ("none",),
+            "debug": ("none",),
+        }.items()
+    ),
+)
+"""Settings that count only together with another: what their keys begin with, the other key, its
+default, and the values of it with which they have no effect."""
+
+CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
+    "model.flavor": ("debugmodel", None),
+    "model.hf_assets_path": ("./tests/assets/tokenizer", None),
+    "training.dataset": ("c4_test", None),
+    "validation.dataset": ("c4_validation", "validation.enable"),
+    "profiling.save_traces_folder": ("profile_traces", "profiling.enable_profiling"),
+    "profiling.save_memory_snapshot_folder": (
+        "memory_snapshot",
+        "profiling.enable_memory_snapshot",
+    ),
+}
+"""Defaults that are others in a job for 0.3, and the switch, if any, that they wait for."""

@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig
 from ezpz_moe.hosts.setting import Setting, flat
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES
 
-__all__ = ["Setting", "flat", "settings"]
+__all__ = ["Setting", "flags", "flat", "settings"]
 
 
 def settings(config: Any) -> list[Setting]:
@@ -21,3 +21,8 @@ def settings(config: Any) -> list[Setting]:
         for path, value in flat(dataclasses.asdict(config))
         if path not in AS_0_2_DOES  # accepted without effect
     ]
+
+
+def flags(config: Any) -> frozenset[str]:
+    """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
+    return frozenset(setting.path for setting in settings(config))

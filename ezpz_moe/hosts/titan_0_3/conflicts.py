@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
@@ -21,6 +21,7 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavor_schema import Attention
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
@@ -305,11 +306,12 @@ def _flavor(config: Trainer.Config) -> str:
 
 
 def _flavor_with_sdpa(config: Trainer.Config) -> str:
-    name = _flavor(config)
-    for backend in _backends(config):
-        if name.endswith(f"_{backend}"):
-            return f"flavor {name.removesuffix(f'_{backend}')}_sdpa_{backend}"
-    return f"flavor {name}_sdpa"
+    stem = _flavor(config)
+    backend = next((f"_{each}" for each in _backends(config) if stem.endswith(f"_{each}")), "")
+    stem = stem.removesuffix(backend)
+    for attention in get_args(Attention):
+        stem = stem.removesuffix(f"_{attention}")
+    return f"flavor {stem}_sdpa{backend}"
 
 
 _Check = Callable[[Trainer.Config], Iterator[str]]

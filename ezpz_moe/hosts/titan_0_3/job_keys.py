@@ -34,6 +34,7 @@ class Key:
         unless: values of a key that is gone which are accepted without effect.
         since_0_3: torchtitan 0.2 does not have the key.
         is_file: the value names an existing file or folder (see ``Job.resolve``).
+        flag: for a key that this package reads, the host's flag that says the same, if any.
     """
 
     type: Any = None
@@ -42,6 +43,7 @@ class Key:
     unless: tuple[Any, ...] = ()
     since_0_3: bool = False
     is_file: bool = False
+    flag: str | None = None
 
 
 def to(path: str, type: Any, *, is_file: bool = False) -> Key:
@@ -52,8 +54,8 @@ def new(path: str, type: Any) -> Key:
     return Key(type=type, path=path, since_0_3=True)
 
 
-def own(type: Any) -> Key:
-    return Key(type=type)
+def own(type: Any, *, flag: str | None = None) -> Key:
+    return Key(type=type, flag=flag)
 
 
 def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
@@ -96,7 +98,8 @@ _SUBCLASS = (
 KEYS: Mapping[str, Mapping[str, Key]] = {
     "job": {
         "config_file": gone(
-            "the file is named on the command line: --config PATH. Remove the key."
+            "the file is named on the command line: --module ezpz_moe --config PATH. "
+            "Remove the key."
         ),
         "dump_folder": to("dump_folder", Text),
         "description": own(str),
@@ -127,8 +130,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "enable_wandb": to("metrics.enable_wandb", bool),
     },
     "model": {
-        "name": own(str),
-        "flavor": own(Text),
+        "name": own(str, flag="module"),
+        "flavor": own(Text, flag="config"),
         "hf_assets_path": to("hf_assets_path", Text, is_file=True),
         "tokenizer_path": gone("use hf_assets_path, the folder that holds tokenizer.json."),
         "converters": gone(_QUANTIZE, unless=([],)),
@@ -162,8 +165,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "min_lr_factor": to("lr_scheduler.min_lr_factor", Fraction),
     },
     "training": {
-        "dataset": own(Text),
-        "dataset_path": own(Text),
+        "dataset": own(Text, flag="dataloader.dataset"),
+        "dataset_path": own(Text, flag="dataloader.dataset_path"),
         "local_batch_size": to("training.local_batch_size", Positive),
         "global_batch_size": to("training.global_batch_size", MinusOneOrPositive),
         "seq_len": to("training.seq_len", Positive),
@@ -346,8 +349,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     },
     "validation": {
         "enable": to("validator.enable", bool),
-        "dataset": own(Text),
-        "dataset_path": own(Text),
+        "dataset": own(Text, flag="validator.dataloader.dataset"),
+        "dataset_path": own(Text, flag="validator.dataloader.dataset_path"),
         "local_batch_size": gone(
             "torchtitan 0.3 validates with training.local_batch_size. Remove the key."
         ),

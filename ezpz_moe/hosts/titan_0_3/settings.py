@@ -8,7 +8,7 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts.setting import Setting, flat
 
-__all__ = ["Setting", "flat", "settings"]
+__all__ = ["Setting", "flags", "flat", "settings"]
 
 
 def settings(config: Trainer.Config) -> list[Setting]:
@@ -23,3 +23,13 @@ def settings(config: Trainer.Config) -> list[Setting]:
         if name != "model_spec" and name not in ours
     }
     return [Setting(path, value, defaults.get(path)) for path, value in flat(values)]
+
+
+def flags(config: Trainer.Config) -> frozenset[str]:
+    """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``.
+
+    The options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
+    """
+    paths = {setting.path for setting in settings(config)}
+    behind = {path for path in paths if path.startswith("activation_checkpoint.")}
+    return frozenset(paths - behind | {"module", "config"})

@@ -47,9 +47,9 @@ def _dataloader(path: str) -> dict[str, Key]:
 
 _OTHERWISE: Mapping[str, Mapping[str, Key]] = {
     "training": {
-        "local_batch_size": own(Positive),
-        "seq_len": own(Positive),
-        "global_batch_size": own(MinusOneOrPositive),
+        "local_batch_size": own(Positive, flag=REPLACED["training.local_batch_size"]),
+        "seq_len": own(Positive, flag=REPLACED["training.seq_len"]),
+        "global_batch_size": own(MinusOneOrPositive, flag=REPLACED["training.global_batch_size"]),
         "num_tokens_per_microbatch_per_dp_rank": new(
             "training.num_tokens_per_microbatch_per_dp_rank", Positive
         ),
@@ -59,7 +59,9 @@ _OTHERWISE: Mapping[str, Mapping[str, Key]] = {
     "training.dataloader": _dataloader("dataloader"),
     "parallelism": {
         "spmd_backend": new("parallelism.spmd_backend", Literal["partial_dtensor", "spmd_types"]),
-        "pipeline_parallel_microbatch_size": own(Positive),
+        "pipeline_parallel_microbatch_size": own(
+            Positive, flag=REPLACED["parallelism.pipeline_parallel_microbatch_size"]
+        ),
         "num_pp_microbatches": new("parallelism.num_pp_microbatches", Positive),
     },
     "validation.dataloader": _dataloader("validator.dataloader"),

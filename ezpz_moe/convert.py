@@ -1,0 +1,270 @@
+"""A job of torchtitan 0.2 as one that torchtitan 0.3 trains with this package.
+
+:func:`convert` says of every key what becomes of it, and writes nothing. What a key is in 0.3 comes
+from the table of its binding, ``hosts/titan_0_3/job_keys.py``, and what a model is from
+``hosts/titan_0_2/moe_models.py``. No host is imported, so that any may be installed, or none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from ezpz_moe.convert_model import NewModel, new_model
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts.setting import flat
+from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, NO_EFFECT
+from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
+from ezpz_moe.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
+from ezpz_moe.toml import read_toml
+from ezpz_moe.toml_edit import Statement, assignment, commented, statements
+
+Fate = Literal["kept", "replaced", "added", "needless", "dropped"]
+
+_DEFAULT_MODEL = "llama3"  # of torchtitan 0.2, as the next one
+_DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one key.
+
+    Attributes:
+        key: ``section.name``.
+        value: in the old file; None for what is added.
+        fate: ``needless`` is what 0.3 does anyway, or what had no effect in 0.2 either; ``dropped``
+            had an effect. Neither is in the new file.
+        note: 0.3's own name of the setting, the new value, or why there is none.
+        new: the new value of what is replaced or added.
+    """
+
+    key: str
+    value: Any
+    fate: Fate
+    note: str = ""
+    new: Any = None
+
+    @property
+    def section(self) -> str:
+        return self.key.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` found.
+
+    Attributes:
+        changes: one for each key, in the order of the file; what is added comes last.
+        text: the new job.
+        flavor: what it names in ``model.flavor``.
+        flavor_file: text of the flavor file that it needs beside it; empty for none.
+        refusal: why there is no such job; empty when there is one.
+    """
+
+    changes: tuple[Change, ...]
+    text: str
+    flavor: str
+    flavor_file: str = ""
+    refusal: str = ""
+
+    @property
+    def dropped(self) -> list[str]:
+        """Keys that had an effect and have none any more."""
+        return [change.key for change in self.changes if change.fate == "dropped"]
+
+
+def convert(old: Path, new: Path) -> Conversion:
+    """What torchtitan 0.3 takes of a job of torchtitan 0.2.
+
+    Args:
+        old: the job's TOML.
+        new: where the new job would be; nothing is written.
+
+    Raises:
+        EzpzError: ``old`` cannot be read, is no TOML, or has a section in one line.
+    """
+    values = dict(flat(read_toml(old)))
+    model = _new_model(values, flavor_path(new).stem)
+    lines: list[tuple[Statement, Change | None]] = []
+    for line in statements(old.read_bytes().decode("utf-8-sig")):
+        change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
+        lines.append((line, change))
+    added = list(_added(values, model)) if model and not model.refusal else []
+    flavor = model.flavor if model else values.get("model.flavor")
+    return Conversion(
+        changes=(*(change for _, change in lines if change), *added),
+        text=_rendered(lines, added, old.name),
+        flavor=flavor if isinstance(flavor, str) else "",
+        flavor_file=model.file if model else "",
+        refusal=model.refusal if model else "",
+    )
+
+
+def flavor_path(new: Path) -> Path:
+    """Where the flavor file of a new job is. No other job's has this name."""
+    return new.with_name(f"{new.stem}_model.toml")
+
+
+def write(conversion: Conversion, new: Path) -> list[Path]:
+    """Write the new job, and beside it the flavor file that it needs; returns their paths.
+
+    Raises:
+        EzpzError: there is no such job, it names a flavor that is not found from there, or a file
+            is there already or cannot be written. Nothing is left behind then.
+    """
+    if conversion.refusal:
+        raise EzpzError(f"{new} is not written: {conversion.refusal}")
+    if not conversion.flavor_file:
+        load_flavor(conversion.flavor, near=new.parent)
+    files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
+    files = {path: text for path, text in files.items() if text}  # the job last: it needs the other
+    for path in files:
+        if path.exists():
+            raise EzpzError(f"{path} exists already. Remove it, or choose another name.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
+            for path, text in files.items():
+                Path(folder, path.name).write_text(text, encoding="utf-8", newline="")
+            for path in files:
+                os.replace(Path(folder, path.name), path)
+    except OSError as error:
+        raise EzpzError(f"{new} cannot be written: {error}.") from error
+    return list(files)
+
+
+# Keys ---------------------------------------------------------------------------------------------
+
+
+def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
+    """What the job trains; None when its model is this package's already."""
+    model = values.get("model.name", _DEFAULT_MODEL)
+    if model == MODEL_NAME:
+        return None
+    flavor = values.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
+    seq_len = values.get("training.seq_len", _DEFAULT_SEQ_LEN)
+    return new_model(model, flavor, seq_len=seq_len, name=name)
+
+
+def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
+    """``section.name`` and value of an assignment."""
+    found = list(flat(line.parsed, line.section))
+    if len(found) != 1:
+        raise EzpzError(
+            f"{old}: {line.text.strip()}: is not one key with one value. Write each key in a "
+            "line of its own, under its [section]."
+        )
+    return found[0]
+
+
+def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | None) -> Change:
+    section, _, name = key.rpartition(".")
+    row = KEYS.get(section, {}).get(name)
+    if row is None:
+        near = did_you_mean(name, KEYS.get(section, {}))
+        return Change(key, value, "dropped", f"torchtitan 0.2 and 0.3 have no such key.{near}")
+    if model and key in ("model.name", "model.flavor"):
+        return _model_change(key, value, model)
+    if is_one_of(row.unless, value):
+        return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
+    # An option of another mode of activation checkpointing is an error in 0.3.
+    may_be_idle = row.message or section == "activation_checkpoint"
+    if may_be_idle and (because := _switched_off(key, values)):
+        return Change(key, value, "needless", f"it has no effect with {because}")
+    if row.message:
+        return Change(key, value, "dropped", row.message)
+    if not accepts(row, value):
+        return Change(key, value, "dropped", f"it must be {allowed(row)}")
+    return Change(key, value, "kept", f"now {row.path}" if row.path not in (None, key) else "")
+
+
+def _model_change(key: str, value: Any, model: NewModel) -> Change:
+    if model.refusal:
+        return Change(key, value, "dropped", "no flavor is this model")
+    if key == "model.name":
+        return Change(key, value, "replaced", f"by {shown(MODEL_NAME)}", MODEL_NAME)
+    note = "; ".join([f"by {shown(model.flavor)}", *model.remarks])
+    return Change(key, value, "replaced", note, model.flavor)
+
+
+def _switched_off(key: str, values: Mapping[str, Any]) -> str:
+    """The setting with which ``key`` has no effect in 0.2: ``name = value``, or nothing."""
+    for prefix, other, default, off in NO_EFFECT:
+        value = values.get(other, default)
+        if key.startswith(prefix) and is_one_of(off, value):
+            return f"{other} = {shown(value)}"
+    return ""
+
+
+def _added(values: Mapping[str, Any], model: NewModel) -> Iterator[Change]:
+    """What the old file leaves to defaults that are others now."""
+    for key, (default, switch) in CHANGED_DEFAULTS.items():
+        if key not in values and (switch is None or values.get(switch) is True):
+            new = model.flavor if key == "model.flavor" else default
+            yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
+
+
+# The new file -------------------------------------------------------------------------------------
+
+
+def _rendered(
+    lines: Sequence[tuple[Statement, Change | None]], added: Sequence[Change], source: str
+) -> str:
+    """The old file's statements, with what has changed."""
+    text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
+    missing: dict[str, list[Change]] = {}
+    for change in added:
+        missing.setdefault(change.section, []).append(change)
+    for _, block in groupby(lines, key=lambda pair: pair[0].section):
+        text += "".join(_rendered_section(list(block), missing))
+    for section, changes in missing.items():
+        text += f"\n[{section}]\n" + "".join(_assignment(each, section) for each in changes)
+    return text
+
+
+def _rendered_section(
+    block: Sequence[tuple[Statement, Change | None]], missing: dict[str, list[Change]]
+) -> Iterator[str]:
+    """The lines of one section; of one that is left with nothing, only the user's comments.
+
+    What the section misses comes behind its header, or behind its first key if it has no header,
+    and is taken out of ``missing``.
+    """
+    section = block[0][0].section
+    fates = {change.fate for _, change in block if change}
+    is_empty = not fates and section in SECTIONS | {""}
+    lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
+    is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
+    for line, change in block:
+        if change:
+            yield _rendered_key(line, change)
+        elif line.is_header:
+            yield line.text if lives else commented(line.text) if "dropped" in fates else ""
+        elif is_read:
+            yield line.text
+        if change or line.is_header:
+            for added in missing.pop(change.section if change else section, ()):
+                yield _assignment(added, section)
+
+
+def _rendered_key(line: Statement, change: Change) -> str:
+    match change.fate:
+        case "kept":
+            return line.text
+        case "replaced":
+            return _assignment(change, line.section)
+        case "needless":
+            return ""
+        case _:
+            return commented(f"dropped: {change.note}\n{line.text}")
+
+
+def _assignment(change: Change, section: str) -> str:
+    """What is replaced or added, as it stands under the header ``section``."""
+    was = change.note if change.fate == "added" else f"was {shown(change.value)}"
+    return assignment(change.key.removeprefix(f"{section}."), change.new, was)

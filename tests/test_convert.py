@@ -1,0 +1,572 @@
+"""``ezpz-moe convert``: a job of torchtitan 0.2 becomes one for 0.3; no key is lost silently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tomli
+from hypothesis import given
+from hypothesis import strategies as st
+from test_titan_0_2 import VARIABLE, host, needs_host, python  # noqa: F401  (host is a fixture)
+from trainer_runs import train
+
+from ezpz_moe import cli
+from ezpz_moe.convert import Change, convert, flavor_path, write
+from ezpz_moe.convert_model import new_model
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, NO_EFFECT
+from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
+from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
+from ezpz_moe.job import load_job
+from ezpz_moe.toml_edit import statements
+
+LIST_0_2 = Path(__file__).parent / "data" / "titan_0_2_2_keys.txt"
+DEFAULTS_0_2 = dict(line.split(" = ", maxsplit=1) for line in LIST_0_2.read_text().splitlines())
+
+QWEN3 = '[model]\nname = "qwen3"\nflavor = "debugmodel_moe"\nhf_assets_path = "tok"\n'
+DATA = '[training]\ndataset = "c4"\n'
+OLD = """\
+# our run
+[job]
+description = "a job of torchtitan 0.2"  # keep me
+
+[model]
+name = "qwen3"
+flavor = "debugmodel_moe"
+hf_assets_path = "./assets/tokenizer"
+# converters = ["float8"]
+
+[training]
+dataset = "c4"
+seq_len = 128
+local_batch_size = 1
+
+[parallelism]
+expert_parallel_degree = 1
+expert_tensor_parallel_degree = 1
+
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = '2'  # every second layer
+
+[compile]
+enable=false
+components = [
+    "model",  # both
+    "loss",
+]
+
+[quantize.linear.float8]
+filter_fqns = ["output", "router.gate"]
+
+[validation]
+enable = false
+local_batch_size = 4
+"""
+
+
+def changes(path: Path) -> dict[str, Change]:
+    return {change.key: change for change in convert(path, path).changes}
+
+
+def fates(path: Path) -> dict[str, str]:
+    return {key: change.fate for key, change in changes(path).items()}
+
+
+def toml(values: dict) -> str:
+    """``{"a.b": 1}`` as TOML without headers."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def written(path: Path) -> Path:
+    new = path.with_name("new.toml")
+    write(convert(path, new), new)
+    return new
+
+
+# The report -----------------------------------------------------------------------------------
+
+
+def test_every_key_is_reported_once_in_the_order_of_the_file(job_file):
+    reported = [change.key for change in convert(job_file(OLD), Path("new.toml")).changes]
+    assert reported == [
+        "job.description",
+        "model.name",
+        "model.flavor",
+        "model.hf_assets_path",
+        "training.dataset",
+        "training.seq_len",
+        "training.local_batch_size",
+        "parallelism.expert_parallel_degree",
+        "parallelism.expert_tensor_parallel_degree",
+        "activation_checkpoint.mode",
+        "activation_checkpoint.selective_ac_option",
+        "compile.enable",
+        "compile.components",
+        "quantize.linear.float8.filter_fqns",
+        "validation.enable",
+        "validation.local_batch_size",
+    ]
+
+
+def test_what_becomes_of_a_key(job_file):
+    found = changes(job_file(OLD + "[optimizer]\nbeta1 = 0.8\n"))
+    assert found["training.seq_len"] == Change("training.seq_len", 128, "kept")
+    assert found["optimizer.beta1"].note == (
+        "now optimizer.param_groups.0.optimizer_kwargs.betas.0"
+    )
+    assert found["model.name"] == Change(
+        "model.name", "qwen3", "replaced", 'by "ezpz_moe"', "ezpz_moe"
+    )
+    assert found["parallelism.expert_tensor_parallel_degree"].fate == "needless"
+    lost = found["activation_checkpoint.selective_ac_option"]
+    assert (lost.fate, lost.note) == (
+        "dropped",
+        KEYS["activation_checkpoint"]["selective_ac_option"].message,
+    )
+    assert "validation.enable = false" in found["validation.local_batch_size"].note
+    assert "model.converters = []" in found["quantize.linear.float8.filter_fqns"].note
+
+
+def test_quantization_counts_once_a_converter_asks_for_it(job_file):
+    text = OLD.replace("# converters", "converters")
+    found = fates(job_file(text))
+    assert found["model.converters"] == "dropped"
+    assert found["quantize.linear.float8.filter_fqns"] == "dropped"
+
+
+def test_a_value_that_0_3_does_not_take_is_dropped_with_what_it_takes(job_file):
+    change = changes(job_file(QWEN3 + '[checkpoint]\nexport_dtype = "float8"\n'))[
+        "checkpoint.export_dtype"
+    ]
+    assert change.fate == "dropped"
+    assert change.note == 'it must be one of "float16", "bfloat16", "float32"'
+
+
+def test_a_key_of_a_config_module_of_the_users_is_dropped(job_file):
+    found = changes(job_file(QWEN3 + "[encoder]\nlayers = 2\n[training]\nstep = 3\n"))
+    assert found["encoder.layers"].fate == "dropped"
+    assert found["training.step"].note.endswith("Did you mean 'steps'?")
+
+
+@pytest.mark.parametrize("row", NO_EFFECT, ids=lambda row: f"{row[0]} {row[1]}")
+def test_a_setting_that_is_switched_off_is_needless(row, job_file):
+    prefix, switch, default, off = row
+    assert DEFAULTS_0_2[switch] in (repr(default), "field(default_factory=list)")
+    may_be_idle = (
+        f"{section}.{name}"
+        for section, names in KEYS.items()
+        for name, key in names.items()
+        if key.message or section == "activation_checkpoint"
+    )
+    key = next(key for key in may_be_idle if key.startswith(prefix) and key != switch)
+    for value in off:
+        change = changes(job_file(toml({switch: value, key: "no value of it"})))[key]
+        assert change.fate == "needless"
+        assert change.note.startswith("it has no effect with ")
+    on = {other: "no value of it" for start, other, *_ in NO_EFFECT if start == prefix}
+    assert fates(job_file(toml(on | {key: "no value of it"})))[key] == "dropped"
+
+
+def test_a_value_of_another_type_is_not_what_0_3_does(job_file):
+    text = QWEN3 + "[activation_checkpoint]\nearly_stop = {}\n"
+    assert fates(job_file(text.format("false")))["activation_checkpoint.early_stop"] == "needless"
+    assert fates(job_file(text.format("0")))["activation_checkpoint.early_stop"] == "dropped"
+
+
+def test_a_setting_that_is_switched_on_is_not_needless(job_file):
+    text = OLD.replace("enable = false\nlocal", "enable = true\nlocal")
+    assert fates(job_file(text))["validation.local_batch_size"] == "dropped"
+
+
+# The new file ---------------------------------------------------------------------------------
+
+
+def test_the_new_job_is_valid_and_says_the_same(job_file):
+    job = load_job(written(job_file(OLD)))
+    assert job.values == {
+        "job.description": "a job of torchtitan 0.2",
+        "model.name": "ezpz_moe",
+        "model.flavor": "qwen3_debugmodel_sdpa",
+        "model.hf_assets_path": "./assets/tokenizer",
+        "training.dataset": "c4",
+        "training.seq_len": 128,
+        "training.local_batch_size": 1,
+        "parallelism.expert_parallel_degree": 1,
+        "activation_checkpoint.mode": "selective",
+        "compile.enable": False,
+        "compile.components": ["model", "loss"],
+        "validation.enable": False,
+    }
+
+
+def test_what_stays_is_as_the_user_wrote_it(job_file):
+    text = written(job_file(OLD)).read_text()
+    for line in ("# our run", '# converters = ["float8"]', "enable=false", '    "model",  # both'):
+        assert f"\n{line}\n" in text
+    assert 'description = "a job of torchtitan 0.2"  # keep me\n' in text
+    assert 'flavor = "qwen3_debugmodel_sdpa" # was "debugmodel_moe"\n' in text
+
+
+def test_windows_line_ends_stay(job_file):
+    new = written(job_file(OLD.replace("\n", "\r\n")))
+    assert b"enable=false\r\ncomponents = [\r\n" in new.read_bytes()
+
+
+def test_what_is_dropped_is_a_comment_with_its_reason(job_file):
+    text = written(job_file(OLD)).read_text()
+    reason = KEYS["activation_checkpoint"]["selective_ac_option"].message
+    assert f"# dropped: {reason}\n# selective_ac_option = '2'  # every second layer\n" in text
+
+
+def test_a_section_of_needless_keys_is_left_out(job_file):
+    assert "[quantize.linear.float8]" not in written(job_file(OLD)).read_text()
+
+
+def test_a_section_that_0_3_does_not_know_is_a_comment(job_file):
+    new = written(job_file(OLD + "\n[encoder]\nlayers = [\n  1,\n]\n"))
+    assert "# [encoder]\n" in new.read_text()
+    assert "# layers = [\n#   1,\n# ]\n" in new.read_text()
+    load_job(new)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        OLD.replace("\n", "\r\n"),
+        "\ufeff" + OLD,
+        OLD.rstrip("\n"),
+        'model.name = "qwen3"\nmodel.flavor = "debugmodel_moe"\n[training]\nsteps = 3',
+        OLD + "[encoder]\n[[many]]\nx = 1\n",
+        OLD + "# a line\u2028separator\n[metrics]\nlog_freq = 3\n",
+        OLD + '[metrics]\nsave_tb_folder = """\n[not.a.header]\n# not a comment"""\n',
+    ],
+    ids=[
+        "windows",
+        "byte order mark",
+        "no last newline",
+        "dotted",
+        "unknown",
+        "u2028",
+        "multi-line",
+    ],
+)
+def test_every_way_to_write_toml(text, job_file):
+    path = job_file(text)
+    new = load_job(written(path)).values
+    old = tomli.loads(path.read_text(encoding="utf-8-sig"))
+    assert new["model.flavor"] == "qwen3_debugmodel_sdpa"
+    for section in ("training", "metrics"):
+        for name, value in old.get(section, {}).items():
+            assert new[f"{section}.{name}"] == value
+
+
+def test_a_section_in_one_line_is_refused(job_file):
+    path = job_file('model = {name = "qwen3", flavor = "debugmodel_moe"}\n')
+    with pytest.raises(EzpzError, match="is not one key with one value"):
+        convert(path, path)
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            (
+                "[a]\n",
+                "[b.c]\n",
+                "\n",
+                "# x ] = \"'\n",
+                'k{} = """\n[x]\n"""\n',
+                "k{} = [\n 1,\n]\n",
+            )
+        )
+    )
+)
+def test_the_statements_are_the_document(parts):
+    text = "".join(part.format(number) for number, part in enumerate(parts))
+    found = list(statements(text))
+    assert "".join(statement.text for statement in found) == text
+    assert len(found) == len(parts)
+
+
+# Defaults -------------------------------------------------------------------------------------
+
+
+def test_defaults_that_changed_are_written_down(job_file):
+    text = (
+        '[model]\nname = "qwen3"\nflavor = "debugmodel_moe"\n[profiling]\nenable_profiling = true\n'
+    )
+    path = job_file(text)
+    values = load_job(written(path)).values
+    assert values["training.dataset"] == "c4_test"
+    assert values["model.hf_assets_path"] == "./tests/assets/tokenizer"
+    assert values["profiling.save_traces_folder"] == "profile_traces"
+    assert "profiling.save_memory_snapshot_folder" not in values
+    assert fates(path)["training.dataset"] == "added"
+
+
+def test_a_default_is_not_added_to_what_the_file_says(job_file):
+    assert "added" not in fates(job_file(OLD)).values()
+
+
+def is_list(default: str) -> bool:
+    """Whether the list of 0.2's defaults shows only that there is one."""
+    return default.startswith("field(")
+
+
+@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+def test_the_table_of_changed_defaults_is_complete():
+    check_host()
+    from ezpz_moe.hosts.titan_0_3.job import trainer_config
+    from ezpz_moe.hosts.titan_0_3.settings import settings
+    from ezpz_moe.job import job_for_flavor
+
+    now = {each.path: each.value for each in settings(trainer_config(job_for_flavor("debugmodel")))}
+    rows = {f"{s}.{name}": row for s, names in KEYS.items() for name, row in names.items()}
+    changed = {
+        key
+        for key, row in rows.items()
+        if row.path in now and key in DEFAULTS_0_2 and not is_list(DEFAULTS_0_2[key])
+        if DEFAULTS_0_2[key] != repr(now[row.path])
+    }
+    read_here = {"model.flavor", "training.dataset", "validation.dataset"}
+    assert changed | read_here == set(CHANGED_DEFAULTS)
+    for key, (value, _) in CHANGED_DEFAULTS.items():
+        assert DEFAULTS_0_2[key] == repr(value)
+
+
+# Models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "flavor"), [(m, flavor) for m, flavors in MOE_MODELS.items() for flavor in flavors]
+)
+def test_every_mixture_of_experts_of_0_2_has_a_flavor(model, flavor, job_file):
+    text = f'[model]\nname = "{model}"\nflavor = "{flavor}"\n[training]\nseq_len = 2048\n'
+    job = load_job(written(job_file(text)))
+    found = load_flavor(job.flavor, near=job.folder)
+    assert found.attention == MOE_MODELS[model][flavor]["attention"]
+    assert found.compute_backend == "grouped_mm"
+
+
+def test_a_shipped_flavor_is_taken_where_it_is_the_same(job_file):
+    path = job_file(OLD)
+    assert load_job(written(path)).flavor == "qwen3_debugmodel_sdpa"
+    assert not flavor_path(path.with_name("new.toml")).exists()
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "scaling", "longest"),
+    [(4096, "none", 16384), (4097, "yarn", 16384), (16385, "yarn", 16385)],
+)
+def test_deepseek_v3_has_yarn_beyond_4096_tokens(seq_len, scaling, longest, tmp_path):
+    model = new_model("deepseek_v3", "16B", seq_len=seq_len, name="new")
+    (tmp_path / "new.toml").write_text(model.file)
+    flavor = load_flavor("new", near=tmp_path)
+    assert flavor.dimensions.vocab_size == 102400
+    assert (flavor.dimensions.rope.scaling, flavor.dimensions.rope.max_seq_len) == (
+        scaling,
+        longest,
+    )
+
+
+@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.parametrize("size", ["debugmodel_flex_attn", "16B", "236B", "671B"])
+def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
+    check_host()
+    from torchtitan.models import deepseek_v3
+
+    from ezpz_moe.hosts.titan_0_3.models import host_spec
+
+    model = new_model("deepseek_v3", size, seq_len=8192, name="new")
+    (tmp_path / "new.toml").write_text(model.file)
+    spec = host_spec(load_flavor(model.flavor, near=tmp_path))
+    own = deepseek_v3.model_registry(size.removesuffix("_flex_attn"))
+    assert repr(spec.model) == repr(own.model)
+
+
+SAME_ARGUMENTS = """
+import dataclasses, json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from ezpz_moe.hosts import check_host
+check_host()
+from torchtitan.protocols.train_spec import get_train_spec
+from ezpz_moe.convert_model import new_model
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts.titan_0_2.models import model_args
+from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
+
+folder, seq_len = Path(sys.argv[1]), int(sys.argv[2])
+apart = {"max_seq_len", "original_seq_len", "rope_factor"}  # compared as what they do
+for name, flavors in MOE_MODELS.items():
+    for size in flavors:
+        old = get_train_spec(name).model_args[size]
+        made = new_model(name, size, seq_len=seq_len, name="new")
+        (folder / "new.toml").write_text(made.file)
+        new = model_args(load_flavor(made.flavor, near=folder))
+        for field in dataclasses.fields(old):
+            one, other = getattr(old, field.name), getattr(new, field.name)
+            if field.name not in apart and field.name != "moe_args":
+                assert one == other, (name, size, field.name, one, other)
+        assert old.moe_args.num_experts == new.moe_args.num_experts
+        if name == "deepseek_v3":
+            old.max_seq_len = seq_len
+            scaled = [args.max_seq_len > args.original_seq_len for args in (old, new)]
+            assert scaled[0] == scaled[1], (size, scaled)
+print("same")
+"""
+
+
+@needs_host
+@pytest.mark.parametrize("seq_len", [4096, 8192])
+def test_a_flavor_is_the_model_that_0_2_trains(seq_len, host, tmp_path):  # noqa: F811
+    result = python(host, "-c", SAME_ARGUMENTS, str(tmp_path), str(seq_len))
+    assert result.stdout.endswith("same\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ('name = "llama3"\nflavor = "8B"', '"llama3" is none of'),
+        ('name = "qwen3"\nflavor = "0.6B"', "(debugmodel_moe, 30B-A3B, 235B-A22B)"),
+        ('name = "llama4"\nflavor = "17bx16e"', "torchtitan 0.3 has no llama4"),
+        ("name = 3", "3 is none of"),
+        ('hf_assets_path = "x"', '"llama3" is none of'),
+    ],
+)
+def test_a_model_that_no_flavor_is(model, said, job_file, tmp_path, capsys):
+    path, new = job_file(f"[model]\n{model}\n{DATA}"), tmp_path / "new.toml"
+    assert cli.main(["convert", str(path)]) == 1
+    assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", str(path), str(new)])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_a_job_of_ours_keeps_its_flavor(job_file):
+    path = job_file('[model]\nname = "ezpz_moe"\nflavor = "10B_2B_for_loop"\n')
+    assert load_job(written(path)).values["model.flavor"] == "10B_2B_for_loop"
+    assert set(fates(path).values()) == {"kept"}
+
+
+@pytest.mark.parametrize("flavor", ["", "flavor = 3\n"])
+def test_a_job_of_ours_without_a_flavor_is_refused(flavor, job_file):
+    with pytest.raises(EzpzError, match="unknown flavor ''"):
+        written(job_file(f'[model]\nname = "ezpz_moe"\n{flavor}'))
+
+
+def test_a_flavor_that_the_new_job_would_not_find_is_refused(job_file, tmp_path):
+    job_file('inherits = "16B"\n', "wide.toml")
+    path = job_file('[model]\nname = "ezpz_moe"\nflavor = "wide"\n')
+    (tmp_path / "new").mkdir()
+    new = tmp_path / "new" / "job.toml"
+    with pytest.raises(EzpzError, match="unknown flavor 'wide'"):
+        write(convert(path, new), new)
+    assert not list(new.parent.iterdir())
+
+
+# Files and exit codes -------------------------------------------------------------------------
+
+
+def test_exit_code_0_when_nothing_with_an_effect_is_lost(job_file, tmp_path, capsys):
+    path = job_file(OLD.replace("'2'", "'op'"))
+    assert cli.main(["convert", str(path), str(tmp_path / "new.toml")]) == 0
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'new.toml'} written" in output
+    assert "dropped" not in output
+
+
+def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys):
+    assert cli.main(["convert", str(job_file(OLD)), str(tmp_path / "new.toml")]) == 1
+    output = capsys.readouterr().out
+    assert "1 with an effect dropped: activation_checkpoint.selective_ac_option\n" in output
+    assert (tmp_path / "new.toml").exists()
+
+
+@pytest.mark.parametrize("there", ["new.toml", "new_model.toml"])
+def test_no_file_is_overwritten(there, job_file, tmp_path):
+    path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')
+    (tmp_path / there).write_text("# mine\n")
+    new = tmp_path / "new.toml"
+    with pytest.raises(EzpzError, match=f"{there} exists already"):
+        write(convert(path, new), new)
+    assert (tmp_path / there).read_text() == "# mine\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"job.toml", there}
+
+
+def test_a_folder_that_is_not_there(job_file, tmp_path):
+    new = tmp_path / "nowhere" / "new.toml"
+    with pytest.raises(EzpzError, match="cannot be written"):
+        write(convert(job_file(OLD), new), new)
+
+
+def test_a_write_that_fails_leaves_nothing(job_file, tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    path, new = job_file(OLD), tmp_path / "new.toml"
+    conversion = convert(path, new)
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(EzpzError, match="No space left"):
+        write(conversion, new)
+    assert [file.name for file in tmp_path.iterdir()] == ["job.toml"]
+
+
+# Training -------------------------------------------------------------------------------------
+
+DEBUG_JOB = """
+[model]
+name = "{model}"
+flavor = "{flavor}"
+hf_assets_path = "{tokenizer}"
+
+[training]
+dataset = "c4_test"
+dataset_path = "text"
+seq_len = 128
+local_batch_size = 1
+steps = 2
+
+[activation_checkpoint]
+mode = "none"
+selective_ac_option = "2"
+
+[metrics]
+log_freq = 1
+
+[quantize.grouped_mm.float8]
+fqns = ["experts"]
+"""
+
+
+@pytest.mark.train
+def test_the_debug_jobs_of_every_family_train(tmp_path):
+    from ezpz_moe.assets import EMBEDDED_TOKENIZER
+
+    (tmp_path / "text").mkdir()
+    text = json.dumps({"text": "Attention is all you need, and a mixture of experts. " * 40})
+    (tmp_path / "text" / "data.json").write_text(f"{text}\n" * 20)
+    scenarios = {}
+    families = [
+        ("deepseek_v3", "debugmodel"),
+        ("qwen3", "debugmodel_moe"),
+        ("gpt_oss", "debugmodel"),
+    ]
+    for model, flavor in families:
+        old, new = tmp_path / f"{model}_old.toml", tmp_path / f"{model}.toml"
+        old.write_text(DEBUG_JOB.format(model=model, flavor=flavor, tokenizer=EMBEDDED_TOKENIZER))
+        write(convert(old, new), new)
+        # FlexAttention, which gpt_oss has in 0.2, has no backward on the CPU.
+        new.write_text(
+            new.read_text().replace("gpt_oss_debugmodel_flex", "gpt_oss_debugmodel_sdpa")
+        )
+        scenarios[model] = ["--module", "ezpz_moe", "--config", str(new)]
+    for model, (record,) in train(scenarios, tmp_path, ranks=1).items():
+        assert len(record["losses"]) == 2, model
+        assert record["losses"][1] < record["losses"][0], model

@@ -1,0 +1,236 @@
+"""``ezpz-moe lint``: the trainer's flags in scripts, and what the installed host still takes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ezpz_moe import cli, lint
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import GENERATIONS, TITAN_0_2, TITAN_0_3, TITAN_MAIN, presumed_generation
+from ezpz_moe.lint import words
+
+# Flags of each generation, as its `flags` gives them.
+TAKEN = {
+    TITAN_0_2: {"training.steps", "training.dataset", "training.seq_len", "optimizer.beta1"},
+    TITAN_0_3: {
+        "training.steps",
+        "training.local_batch_size",
+        "training.enable_cpu_offload",
+        "dataloader.dataset",
+        "compile.enable_async_tensor_parallel",
+        "optimizer.param_groups.0.optimizer_kwargs.betas",
+        "dump_folder",
+        "module",
+        "config",
+    },
+    TITAN_MAIN: {"training.steps", "training.num_tokens_per_microbatch_per_dp_rank", "config"},
+}
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes a generation the installed one, and lints a script for it."""
+
+    def run(script: Path, generation=TITAN_0_3) -> dict[str, str]:
+        monkeypatch.setattr(lint, "KEYS", generation.slot("job_keys").KEYS)
+        monkeypatch.setattr(lint, "presumed_generation", lambda: generation)
+        findings = lint.lint(script, frozenset(TAKEN[generation]))
+        return {f"{each.place.rpartition(':')[2]} {each.flag}": each.remedy for each in findings}
+
+    return run
+
+
+SCRIPT = """\
+#!/bin/bash -l
+#PBS -l select=2:ncpus=64
+#SBATCH --nodes=4 --comment=training.steps
+# don't use --training.batch_size any more
+ARGS=(--training.steps 100 --optimizer.beta1=0.9)
+ARGS+=(--job.dump_folder "$PWD/out")
+EXTRA="--training.local-batch-size 1 \\
+   --training.dataset 'my data'"
+mpiexec -n 4 --ppn 12 --cpu-bind depth --envall \\
+  torchrun --nnodes ${#NODES[@]} --nproc_per_node=12 --rdzv_endpoint=$head:29500 \\
+  -m torchtitan.train --job.config_file $JOB "${ARGS[@]}" $EXTRA \\
+  ${OFFLOAD:+--training.no-enable-cpu-offload} --parallelism.no-enable_async_tensor_parallel
+srun --ntasks-per-node=1 python -m torchtitan.train --activation_checkpoint.mode=full # --x.y
+cat <<END
+it's run with --model.flavor 16B
+END
+"""
+
+
+def test_every_flag_of_a_script_with_its_line(job_file, on):
+    found = on(job_file(SCRIPT, "job.pbs"))
+    assert list(found) == [
+        "5 --training.steps",
+        "5 --optimizer.beta1",
+        "6 --job.dump_folder",
+        "7 --training.local-batch-size",
+        "8 --training.dataset",
+        "11 --job.config_file",
+        "12 --training.no-enable-cpu-offload",
+        "12 --parallelism.no-enable_async_tensor_parallel",
+        "13 --activation_checkpoint.mode",
+        "15 --model.flavor",
+    ]
+
+
+def test_what_replaced_a_flag(job_file, on):
+    found = on(job_file(SCRIPT, "job.pbs"))
+    assert {flag.partition(" ")[2]: remedy for flag, remedy in found.items()} == {
+        "--training.steps": "",
+        "--optimizer.beta1": (
+            "now one of the values of --optimizer.param-groups.0.optimizer-kwargs.betas"
+        ),
+        "--job.dump_folder": "now --dump-folder",
+        "--training.local-batch-size": "",
+        "--training.dataset": "now --dataloader.dataset",
+        "--job.config_file": (
+            "the file is named on the command line: --module ezpz_moe --config PATH. "
+            "Remove the key."
+        ),
+        "--training.no-enable-cpu-offload": "",
+        "--parallelism.no-enable_async_tensor_parallel": (
+            "now --compile.no-enable-async-tensor-parallel"
+        ),
+        "--activation_checkpoint.mode": (
+            "no flag any more: set [activation_checkpoint] mode in the job's TOML"
+        ),
+        "--model.flavor": "now --config",
+    }
+
+
+def test_a_flag_that_no_generation_has(job_file, on):
+    found = on(job_file("x --training.batch_size 8 --training.zzz --unheard.of --help\n", "a.sh"))
+    assert found == {
+        "1 --training.batch_size": (
+            "torchtitan itself has no such flag. Did you mean 'local_batch_size'?"
+        ),
+        "1 --training.zzz": "torchtitan itself has no such flag.",
+    }
+
+
+def test_a_new_flag_on_an_old_host(job_file, on):
+    script = job_file(
+        "x --dataloader.dataset=c4 --optimizer.param-groups.0.optimizer-kwargs.betas.0 1 "
+        "--training.max-context-length 4\n",
+        "a.sh",
+    )
+    found = on(script, TITAN_0_2)
+    assert found["1 --dataloader.dataset"] == "now --training.dataset"
+    assert found["1 --optimizer.param-groups.0.optimizer-kwargs.betas.0"] == (
+        "now --optimizer.beta1"
+    )
+    assert found["1 --training.max-context-length"] == "now --training.seq-len"
+
+
+def test_sizes_in_tokens_on_main(job_file, on):
+    found = on(job_file("x --training.local_batch_size 8\n", "a.sh"), TITAN_MAIN)
+    assert found == {
+        "1 --training.local_batch_size": "now --training.num-tokens-per-microbatch-per-dp-rank"
+    }
+
+
+@pytest.mark.parametrize(
+    ("generation", "remedy"),
+    [(TITAN_0_2, ""), (TITAN_0_3, "run_train.sh of torchtitan 0.3 takes MODULE and CONFIG")],
+)
+def test_the_launchers_variable(generation, remedy, job_file, on):
+    script = job_file('export CONFIG_FILE="${CONFIG_FILE:-x}"\nNGPU=8 ./run_train.sh\n', "a.sh")
+    assert on(script, generation) == {"1 CONFIG_FILE=": remedy}
+
+
+def test_a_variable_of_the_same_name_without_the_launcher(job_file, on):
+    assert on(job_file("CONFIG_FILE=x\npython mine.py $CONFIG_FILE\n", "a.sh")) == {}
+
+
+def test_every_generation_has_its_variables():
+    assert all(generation.slot("command").VARIABLES for generation in GENERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a 'b c' \"d e\"", ["a", "b", "c", "d", "e"]),
+        ("(a) | b;c&&d `e`", ["(", "a", ")", "|", "b", ";", "c", "&&", "d", "`", "e", "`"]),
+        ("a # b", ["a"]),
+        ("${#a[@]} b", ["${#a[@]}", "b"]),
+        ("a b\\", ["a", "b"]),
+        ("a 'b c", ["a", "b", "c"]),
+        ("it's a \"b", ["its", "a", "b"]),
+        ('a"', ["a"]),
+        ("", []),
+    ],
+)
+def test_the_words_of_a_line(line, expected):
+    assert list(words(line)) == expected
+
+
+@given(st.text("ab-.='\"`\\#$(){} \t"))
+def test_any_line_has_words(line):
+    list(words(line))
+
+
+@given(st.lists(st.text("abc-.=_", min_size=1), min_size=1))
+def test_plain_words_are_those_of_shlex(plain):
+    assert list(words(shlex.join(plain))) == plain
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(EzpzError, match="No such file"):
+        lint.lint(tmp_path / "missing.sh", frozenset())
+    with pytest.raises(EzpzError, match="Is a directory"):
+        lint.lint(tmp_path, frozenset())
+
+
+def test_bytes_that_are_not_utf8(job_file, on):
+    assert on(job_file(b"echo \xff --training.steps 1\n", "a.sh")) == {"1 --training.steps": ""}
+
+
+# With the installed host -------------------------------------------------------------------------
+
+ALIVE = {
+    TITAN_0_2: "--job.config_file a.toml --training.dataset=c4 --model.flavor x",
+    TITAN_0_3: "--dataloader.dataset=c4 --training.no-disable-cuda-graphs --training.seq_len 9",
+    TITAN_MAIN: "--training.max-context-length 9",
+}
+
+
+def test_the_command_with_the_hosts_own_flags(job_file, capsys):
+    script = job_file(f"python -m torchtitan.train {ALIVE[presumed_generation()]}\n", "a.sh")
+    assert cli.main(["lint", str(script)]) == 0
+    assert "flags, 0 dead on torchtitan" in capsys.readouterr().out
+    dead = job_file("x --training.steps 1 --metrics.enable_color_printing\n", "b.sh")
+    assert cli.main(["lint", str(script), str(dead)]) == 1
+    output = capsys.readouterr().out
+    assert f"{dead}:1" in output
+    assert "Did you mean 'disable_color_printing'?" in output
+    assert "1 dead" in output
+
+
+@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's command line")
+def test_the_flags_are_those_of_the_command_line():
+    taken = lint.taken_flags()
+    from torchtitan.config import ConfigManager
+
+    def takes(*arguments: str) -> bool:
+        try:
+            ConfigManager().parse_args(
+                ["--module", "ezpz_moe", "--config", "debugmodel_sdpa", *arguments]
+            )
+        except SystemExit:
+            return False
+        return True
+
+    assert "training.steps" in taken
+    assert takes("--training.steps", "3")
+    assert "activation_checkpoint.debug" not in taken
+    assert not takes("--activation-checkpoint.debug")
+    assert "job.dump_folder" not in taken
+    assert not takes("--job.dump_folder", "x")
