@@ -107,7 +107,7 @@ def test_a_rank_beyond_the_nodes_is_refused(rank):
 @pytest.mark.parametrize("missing", ["node_rank", "master_addr"])
 def test_the_place_has_to_be_given_for_several_nodes(missing):
     told = {"node_rank": 0, "master_addr": "node0", missing: None}
-    with pytest.raises(EzpzError, match="--nnodes 2 needs --node-rank.* and --master-addr"):
+    with pytest.raises(EzpzError, match=r"--nnodes 2 needs --node-rank.* and --master-addr"):
         Train("debugmodel", nnodes=2, **told).run()
 
 
