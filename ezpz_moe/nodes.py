@@ -133,7 +133,7 @@ def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | 
         last_words: what the failed worker of this node said.
     """
     others = [node for node in nodes if node.rank != own_rank]
-    with ThreadPoolExecutor(max_workers=len(others)) as pool:
+    with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
         states = dict(zip(others, pool.map(Node.state, others), strict=True))
     for state, meaning in (
         ("silent", "it does not answer, so it is down or cut off"),
@@ -212,24 +212,25 @@ def _store(placement: Placement, deadline: float) -> TCPStore:
 
 
 def _exchange(store: TCPStore, own: Node, placement: Placement, deadline: float) -> list[Node]:
-    from torch.distributed import DistNetworkError, DistStoreError
+    from torch.distributed import DistNetworkError
 
     keys = [_KEY.format(rank) for rank in range(placement.nnodes)]
-    if store.add(f"{keys[own.rank]}/taken", 1) > 1:
-        raise EzpzError(f"--node-rank {own.rank} is taken: every node needs its own.")
-    store.set(keys[own.rank], json.dumps(asdict(own)))
     try:
-        store.wait(keys, _left(deadline))
+        if store.add(f"{keys[own.rank]}/taken", 1) > 1:
+            raise EzpzError(f"--node-rank {own.rank} is taken: every node needs its own.")
+        store.set(keys[own.rank], json.dumps(asdict(own)))
+        while not store.check(keys):  # unlike `store.wait`, Ctrl-C ends it
+            if time.monotonic() > deadline:
+                missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                raise EzpzError(
+                    f"of {placement.nnodes} nodes these have not come: {', '.join(missing)}. Start "
+                    "the same line on each, with its own --node-rank."
+                )
+            time.sleep(0.2)
         return [Node(**json.loads(store.get(key))) for key in keys]
     except DistNetworkError:
         raise EzpzError(
             "node 0 has gone before all nodes had come; what it printed says why."
-        ) from None
-    except DistStoreError:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        raise EzpzError(
-            f"of {placement.nnodes} nodes these have not come: {', '.join(missing)}. Start the "
-            "same line on each, with its own --node-rank."
         ) from None
 
 

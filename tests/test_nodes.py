@@ -71,6 +71,14 @@ def test_nodes_that_do_not_come_are_named(port):
     assert "of 4 nodes these have not come: 1, 2, 3." in error
 
 
+def test_a_node_0_that_gives_up_ends_the_others(port):
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(come, Placement(3, 1, "127.0.0.1", port), seconds=600)
+        come(Placement(3, 0, "127.0.0.1", port), seconds=5)
+        (error,) = waiting.result(timeout=60)
+    assert error == "node 0 has gone before all nodes had come; what it printed says why."
+
+
 def test_a_rank_that_is_taken_is_refused(port):
     same = Placement(2, 0, "127.0.0.1", port), *[Placement(3, 1, "127.0.0.1", port)] * 2
     results = come(*same, seconds=3)

@@ -31,7 +31,7 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 TIMEOUT = 10  # seconds; the host's own is 100
 STEPS = 10
 CUT_AFTER = 4
-PATIENCE = 150  # seconds for anything, before it counts as a hang
+PATIENCE = 300  # seconds for anything, before it counts as a hang
 SECTIONS = f"""
 [checkpoint]
 enable = true
