@@ -1,70 +1,105 @@
 """Start the trainer: torchrun on this machine, around ``python -m ezpz_moe.train``.
 
-The arguments are those of the host's own ``run_train.sh``. For several machines, start
-``torchrun ... -m ezpz_moe.train --module ezpz_moe --config CONFIG`` yourself (with torchtitan 0.2
-``--job.config_file CONFIG``).
+The arguments are those of the host's own ``run_train.sh``. On several machines each starts its own
+torchrun, and when one is lost the others say which (:mod:`ezpz_moe.nodes`).
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
 from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.job import Job, find_job
+from ezpz_moe.job import find_job
+from ezpz_moe.nodes import Placement, loss_report, meet
+from ezpz_moe.trainer_settings import last_checkpoint, pipeline_degree
 
-_PIPELINE_DEGREE = "parallelism.pipeline_parallel_degree"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 
 
-def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
+def train(
+    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
-    The workers' output comes through live; of several ranks, rank 0 is shown, those in
-    ``LOG_RANK``, and the one that has a pipeline's loss.
+    The workers' output comes through live; of several ranks of this machine, its first is shown,
+    those in ``LOG_RANK``, and the one that has a pipeline's loss.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
-        nproc: processes, one per accelerator.
+        nproc: processes on this machine, one per accelerator.
+        placement: this machine's place among several; None when there is only this one.
 
     Returns:
         An exit code: 0, 2 for a mistake of the user's that a worker has already reported, 1 for
-        any other failure (after torchrun's report), 128 + n when signal n ended the run.
+        any other failure (after torchrun's report, or that of the node that was lost), 128 + n
+        when signal n ended the run.
 
     Raises:
-        EzpzError: ``config`` or ``nproc`` is wrong. Nothing has been started then.
+        EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not come.
+            Nothing has been started then.
     """
     # Before torch is imported: most mistakes cost no waiting.
     job = find_job(config)
-    command = presumed_generation().slot("command")
+    arguments = presumed_generation().slot("command").arguments(job) + host_flags
+    _check_processes(nproc)
+    _share_threads(nproc)
+    nnodes = placement.nnodes if placement else 1
+    shown = _shown_ranks(pipeline_degree(job, host_flags), nproc, nnodes)
+    # The trainer, which counts the ranks of all machines, warns when the loss is on a hidden one.
+    os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
+    if placement is None:
+        return _run(["--standalone"], arguments, nproc, shown, str)
+    with meet(placement, nproc) as nodes:
 
+        def lost(failure: ChildFailedError) -> str:
+            """Which node was lost and how to go on; torchrun's own report if none was."""
+            report = loss_report(nodes, placement.node_rank, _last_words(failure))
+            if report is None:
+                return str(failure)
+            checkpoint = last_checkpoint(job, host_flags)
+            return f"ezpz-moe: error: {report}\n{_how_to_go_on(checkpoint)}"
+
+        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost)
+
+
+def _run(
+    where: list[str],
+    trainer_arguments: list[str],
+    nproc: int,
+    shown: str,
+    report: Callable[[ChildFailedError], str],
+) -> int:
+    """torchrun, with what is printed of a failure left to ``report``."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _check_processes(nproc)
-    _share_threads(nproc)
-    shown = _shown_ranks(pipeline_degree(job, host_flags), nproc)
-    os.environ[_SHOWN_RANKS] = shown  # the trainer warns when the loss is on a hidden rank
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
-        arguments = ["--standalone", "--nproc-per-node", str(nproc), "--log-dir", reports]
+        arguments = [*where, "--nproc-per-node", str(nproc), "--log-dir", reports]
         arguments += ["--local-ranks-filter", shown]
         if "," in shown:
             arguments += ["--role", "rank", "--tee", "3"]  # "[rank0]:" before each line
-        arguments += ["--module", "ezpz_moe.train", *command.arguments(job)]
+        arguments += ["--module", "ezpz_moe.train", *trainer_arguments]
         # A failure comes back as an exception that holds torchrun's whole report: print it once.
         logging.disable(logging.ERROR)
         try:
-            torchrun.run(torchrun.parse_args(arguments + host_flags))
+            torchrun.run(torchrun.parse_args(arguments))
         except ChildFailedError as failure:
             if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
                 return EXIT_CODE
-            print(failure, file=sys.stderr, flush=True)
+            print(report(failure), file=sys.stderr, flush=True)
             return 1
         except SignalException as stop:
             print(f"ezpz-moe: stopped by {stop.sigval.name}", file=sys.stderr, flush=True)
@@ -72,6 +107,21 @@ def train(config: str, host_flags: list[str], *, nproc: int = 1) -> int:
         finally:
             logging.disable(logging.NOTSET)
     return 0
+
+
+def _last_words(failure: ChildFailedError) -> str:
+    """What the first worker to fail said: its error's last line, or the signal that ended it."""
+    words = failure.get_first_failure()[1].message
+    if isinstance(words, dict):  # an exception, as torch's ``record`` writes it
+        words = words["message"]
+    return words.strip().splitlines()[-1]
+
+
+def _how_to_go_on(checkpoint: Path | None) -> str:
+    again = "To go on, start the same line again on every node"
+    if checkpoint is None:
+        return f"{again}. There is no checkpoint to resume from: it begins at step 1."
+    return f"{again}: it resumes from {checkpoint}."
 
 
 def _check_processes(nproc: int) -> None:
@@ -98,26 +148,13 @@ def _share_threads(nproc: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // nproc)))
 
 
-def pipeline_degree(job: Job, host_flags: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    dashes = _PIPELINE_DEGREE.replace("_", "-")
-    parser.add_argument(
-        f"--{_PIPELINE_DEGREE}",
-        f"--{dashes}",
-        dest="degree",
-        type=int,
-        default=job.values.get(_PIPELINE_DEGREE, 1),
-    )
-    return max(1, parser.parse_known_args(host_flags)[0].degree)
-
-
-def _shown_ranks(degree: int, nproc: int) -> str:
+def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
     """Comma-separated local ranks whose output is shown.
 
-    Rank 0 always: it reports mistakes. The loss of a pipeline is on the first rank of its last
-    stage.
+    Local rank 0 always: it reports mistakes. The loss of a pipeline is on the first rank of its
+    last stage, on one of the machines.
     """
-    loss_rank = nproc // degree * (degree - 1)
+    loss_rank = nproc * nnodes // degree * (degree - 1) % nproc
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:
         ranks = {0, *map(int, asked.split(","))}
@@ -126,3 +163,9 @@ def _shown_ranks(degree: int, nproc: int) -> str:
             f"{_SHOWN_RANKS}={asked!r}: ranks separated by commas, such as 0,1."
         ) from None
     return ",".join(map(str, sorted(ranks)))
+
+
+def _on_all_nodes(local_ranks: str, nproc: int, nnodes: int) -> str:
+    """Local ranks, as a list with commas, counted over all machines."""
+    local = [int(rank) for rank in local_ranks.split(",")]
+    return ",".join(str(node * nproc + rank) for node in range(nnodes) for rank in local)

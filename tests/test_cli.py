@@ -19,6 +19,7 @@ from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
 from ezpz_moe.flavors import flavor_names
+from ezpz_moe.nodes import Placement
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 
@@ -181,8 +182,16 @@ def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:
     assert cli.main(["train", "job.toml", *flags[:4], "--nproc", "2", *flags[4:]]) == 7
     ((arguments, keywords),) = calls
     assert arguments == ("job.toml", flags)
-    assert keywords == {"nproc": 2}
+    assert keywords == {"nproc": 2, "placement": None}
     assert os.environ[DEBUG_VARIABLE] == "0", "--debug.seed is the host's, not our --debug"
+
+
+def test_train_hands_on_the_machines_place(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(launch, "train", lambda *args, **kw: calls.append(kw) or 0)
+    where = ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node0", "--master-port", "7"]
+    assert cli.main(["train", "job.toml", *where]) == 0
+    assert calls == [{"nproc": 1, "placement": Placement(4, 3, "node0", 7)}]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ import ezpz_moe.hosts
 import ezpz_moe.train
 from ezpz_moe import launch
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.job import Job
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -214,45 +213,35 @@ def test_threads_are_shared_out_on_the_cpu(nproc, chosen, accelerator, expected,
 
 
 @pytest.mark.parametrize(
-    ("log_rank", "degree", "nproc", "expected"),
+    ("log_rank", "degree", "nproc", "nnodes", "expected"),
     [
-        (None, 1, 1, "0"),
-        (None, 1, 8, "0"),
-        (None, 2, 8, "0,4"),
-        (None, 4, 4, "0,3"),
-        ("2", 4, 4, "0,2"),
-        ("3,1", 1, 4, "0,1,3"),
-        ("", 2, 2, "0,1"),
+        (None, 1, 1, 1, "0"),
+        (None, 1, 8, 1, "0"),
+        (None, 2, 8, 1, "0,4"),
+        (None, 4, 4, 1, "0,3"),
+        ("2", 4, 4, 1, "0,2"),
+        ("3,1", 1, 4, 1, "0,1,3"),
+        ("", 2, 2, 1, "0,1"),
+        (None, 2, 4, 2, "0"),  # of 8 ranks the 4th, which is local rank 0 of node 1
+        (None, 4, 4, 2, "0,2"),  # the 6th
     ],
 )
-def test_rank_0_and_the_loss_are_shown(log_rank, degree, nproc, expected, monkeypatch):
+def test_rank_0_and_the_loss_are_shown(log_rank, degree, nproc, nnodes, expected, monkeypatch):
     monkeypatch.delenv("LOG_RANK", raising=False)
     if log_rank is not None:
         monkeypatch.setenv("LOG_RANK", log_rank)
-    assert launch._shown_ranks(degree, nproc) == expected
+    assert launch._shown_ranks(degree, nproc, nnodes) == expected
+
+
+def test_the_trainer_is_told_which_ranks_of_all_machines_are_shown():
+    assert launch._on_all_nodes("0,2", 4, 1) == "0,2"
+    assert launch._on_all_nodes("0,2", 4, 3) == "0,2,4,6,8,10"
 
 
 def test_a_wrong_log_rank_is_refused(monkeypatch):
     monkeypatch.setenv("LOG_RANK", "first")
     with pytest.raises(EzpzError, match="LOG_RANK='first'"):
-        launch._shown_ranks(1, 2)
-
-
-@pytest.mark.parametrize(
-    ("values", "flags", "expected"),
-    [
-        ({}, [], 1),
-        ({"parallelism.pipeline_parallel_degree": 2}, ["--training.steps", "3"], 2),
-        (
-            {"parallelism.pipeline_parallel_degree": 2},
-            ["--parallelism.pipeline_parallel_degree", "4"],
-            4,
-        ),
-        ({}, ["--parallelism.pipeline-parallel-degree=4"], 4),
-    ],
-)
-def test_the_pipeline_degree_is_the_flags_else_the_jobs(values, flags, expected):
-    assert launch.pipeline_degree(Job(flavor="x", values=values), flags) == expected
+        launch._shown_ranks(1, 2, 1)
 
 
 # --- real processes ---------------------------------------------------------------------------

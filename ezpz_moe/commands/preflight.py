@@ -26,8 +26,8 @@ class Preflight:
 
     def run(self) -> int:
         from ezpz_moe.job import find_job
-        from ezpz_moe.launch import pipeline_degree
         from ezpz_moe.preflight import preflight
+        from ezpz_moe.trainer_settings import pipeline_degree
 
         flags = list(self.host_flags)
         stages = pipeline_degree(find_job(self.config), flags)

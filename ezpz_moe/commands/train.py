@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tyro.conf import Suppress
 
 from ezpz_moe.commands.arguments import Config
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.nodes import Placement
 
 
 @dataclass(frozen=True)
@@ -17,9 +22,31 @@ class Train:
     """A flavor's name, or the path of a job's TOML. It comes first."""
     nproc: int = 1
     """Processes on this machine, one per accelerator."""
+    nnodes: int = 1
+    """Machines. Start the same line on each, with its own --node-rank."""
+    node_rank: int | None = None
+    """Which machine this is, from 0."""
+    master_addr: str | None = None
+    """Host name or address of node 0."""
+    master_port: int = 29500
+    """A free port of node 0."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
         from ezpz_moe.launch import train
 
-        return train(self.config, list(self.host_flags), nproc=self.nproc)
+        return train(
+            self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
+        )
+
+    def _placement(self) -> Placement | None:
+        from ezpz_moe.nodes import Placement
+
+        if self.nnodes == 1 and self.node_rank in (None, 0):
+            return None
+        if self.node_rank is None or self.master_addr is None:
+            raise EzpzError(
+                f"--nnodes {self.nnodes} needs --node-rank, this machine's number from 0, and "
+                "--master-addr, the name of node 0."
+            )
+        return Placement(self.nnodes, self.node_rank, self.master_addr, self.master_port)

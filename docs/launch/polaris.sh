@@ -1,0 +1,27 @@
+#!/bin/bash -l
+#PBS -N ezpz_moe
+#PBS -l select=2:system=polaris
+#PBS -l place=scatter
+#PBS -l filesystems=home:eagle
+#PBS -j oe
+# qsub -A PROJECT -q QUEUE -l walltime=01:00:00 -v JOB=my/job.toml polaris.sh
+#
+# Polaris: 4 A100 on each node.
+set -euo pipefail
+cd "$PBS_O_WORKDIR"
+
+module use /soft/modulefiles
+module load conda # sets NCCL up for the network; `env | grep -E "NCCL|FI_"` shows it
+conda activate
+
+GPUS_PER_NODE=4
+NNODES=$(sort -u "$PBS_NODEFILE" | wc -l)
+MASTER_ADDR=$(head -n 1 "$PBS_NODEFILE")
+export GPUS_PER_NODE NNODES MASTER_ADDR
+
+# Single quotes: PALS_RANKID is each node's own.
+# shellcheck disable=SC2016
+mpiexec -n "$NNODES" --ppn 1 --cpu-bind none bash -c '
+    exec ezpz-moe train "$@" --nproc "$GPUS_PER_NODE" --nnodes "$NNODES" \
+        --node-rank "$PALS_RANKID" --master-addr "$MASTER_ADDR"
+' bash "$JOB"

@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=ezpz_moe
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --no-kill
+# sbatch --account=PROJECT --time=02:00:00 slurm.sh my/job.toml [the trainer's flags]
+#
+# One launcher on each node starts a process for each GPU. --no-kill leaves the other nodes the time
+# to say which one was lost.
+set -euo pipefail
+
+GPUS_PER_NODE=8
+# Modules, the environment of Python, and what docs/clusters.md lists for the device: here.
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR GPUS_PER_NODE
+
+# Single quotes: SLURM_NODEID is each node's own.
+# shellcheck disable=SC2016
+srun --label bash -c '
+    exec ezpz-moe train "$@" --nproc "$GPUS_PER_NODE" --nnodes "$SLURM_NNODES" \
+        --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR"
+' bash "$@"

@@ -1,0 +1,192 @@
+"""The nodes of a run: how they meet, and what is said of one that does not come or is lost.
+
+The nodes are threads here; ``test_two_nodes.py`` has real ones, with a network between them.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from ezpz_moe import launch, nodes
+from ezpz_moe.commands.train import Train
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.nodes import Node, Placement, loss_report, meet
+
+
+@pytest.fixture(autouse=True)
+def _network_of_gloo(monkeypatch):
+    """What a meeting sets is unset again."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def come(*placements: Placement, nproc: int = 1, seconds: float = 30) -> list:
+    """What each node gets: the nodes that it has met, or its error."""
+    met = threading.Barrier(len(placements))
+
+    def one(placement: Placement):
+        try:
+            with meet(placement, nproc + placement.node_rank, seconds=seconds) as all_nodes:
+                met.wait()  # node 0 serves the others
+                return all_nodes
+        except EzpzError as error:
+            met.abort()
+            return str(error)
+        except threading.BrokenBarrierError:
+            return "another node failed"
+
+    with ThreadPoolExecutor(len(placements)) as pool:
+        return list(pool.map(one, placements))
+
+
+def test_all_nodes_know_all_nodes(port):
+    results = come(*(Placement(3, rank, "127.0.0.1", port) for rank in range(3)))
+    assert results[0] == results[1] == results[2]
+    assert [(node.rank, node.nproc) for node in results[0]] == [(0, 1), (1, 2), (2, 3)]
+    assert {node.host for node in results[0]} == {socket.gethostname()}
+    assert len({node.port for node in results[0]}) == 3
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_the_users_network_for_gloo_stands(port, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    come(Placement(1, 0, "127.0.0.1", port))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_nodes_that_do_not_come_are_named(port):
+    (error,) = come(Placement(4, 0, "127.0.0.1", port), seconds=1)
+    assert "of 4 nodes these have not come: 1, 2, 3." in error
+
+
+def test_a_node_0_that_gives_up_ends_the_others(port):
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(come, Placement(3, 1, "127.0.0.1", port), seconds=600)
+        come(Placement(3, 0, "127.0.0.1", port), seconds=5)
+        (error,) = waiting.result(timeout=60)
+    assert error == "node 0 has gone before all nodes had come; what it printed says why."
+
+
+def test_a_rank_that_is_taken_is_refused(port):
+    same = Placement(2, 0, "127.0.0.1", port), *[Placement(3, 1, "127.0.0.1", port)] * 2
+    results = come(*same, seconds=3)
+    assert any("--node-rank 1 is taken" in str(result) for result in results)
+
+
+def test_a_node_0_that_is_not_there_is_an_error(port):
+    (error,) = come(Placement(2, 1, "127.0.0.1", port), seconds=0)
+    assert f"cannot be reached at --master-addr 127.0.0.1 --master-port {port}" in error
+    assert "Connection refused" in error
+
+
+def test_an_unknown_name_of_node_0_is_not_waited_for(port):
+    (error,) = come(Placement(2, 1, "no-such-host.invalid", port), seconds=600)
+    assert "cannot be reached at --master-addr no-such-host.invalid" in error
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign requested address")],
+)
+def test_node_0_has_to_be_where_the_others_look_for_it(port, address, reason):
+    with socket.create_server(("127.0.0.1", port)):
+        (error,) = come(Placement(2, 0, address, port))
+    assert f"node 0 cannot serve --master-addr {address} --master-port {port}: {reason}" in error
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_beyond_the_nodes_is_refused(rank):
+    with pytest.raises(EzpzError, match=f"--node-rank {rank}: --nnodes 2 has the nodes 0 to 1"):
+        Placement(2, rank, "node0", 29500)
+
+
+@pytest.mark.parametrize("missing", ["node_rank", "master_addr"])
+def test_the_place_has_to_be_given_for_several_nodes(missing):
+    told = {"node_rank": 0, "master_addr": "node0", missing: None}
+    with pytest.raises(EzpzError, match=r"--nnodes 2 needs --node-rank.* and --master-addr"):
+        Train("debugmodel", nnodes=2, **told).run()
+
+
+# --- after a failure --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def three_nodes(monkeypatch, *states: str):
+    """Nodes of two ranks each, the second and third of which are found to be so."""
+    found = dict(enumerate(states, start=1))
+    monkeypatch.setattr(Node, "state", lambda node: found[node.rank])
+    yield [Node(rank, f"host{rank}", f"10.0.0.{rank}", 1, 2) for rank in range(3)]
+
+
+SILENT = "it does not answer, so it is down or cut off."
+ENDED = "its launcher has ended; what it printed says why."
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (("answers", "answers"), None),
+        (("answers", "silent"), [f"lost node 2 (host2, 10.0.0.2, ranks 4 to 5): {SILENT}"]),
+        (("ended", "silent"), [f"lost node 2 (host2, 10.0.0.2, ranks 4 to 5): {SILENT}"]),
+        (("ended", "answers"), [f"lost node 1 (host1, 10.0.0.1, ranks 2 to 3): {ENDED}"]),
+        (
+            ("silent", "silent"),
+            [
+                f"lost node 1 (host1, 10.0.0.1, ranks 2 to 3): {SILENT}",
+                f"lost node 2 (host2, 10.0.0.2, ranks 4 to 5): {SILENT}",
+                "None of the other nodes answers: this one's own network may be down.",
+            ],
+        ),
+    ],
+)
+def test_the_report_names_who_is_silent_else_who_has_ended(monkeypatch, states, expected):
+    with three_nodes(monkeypatch, *states) as all_nodes:
+        report = loss_report(all_nodes, 0, "a timeout")
+    if expected is None:
+        assert report is None
+    else:
+        assert report.splitlines() == [*expected, "This node noticed by: a timeout"]
+
+
+def test_a_node_answers_while_its_run_lasts_and_has_ended_afterwards(port):
+    with meet(Placement(1, 0, "127.0.0.1", port), 1) as (node,):
+        # More often than anybody accepts: each survivor of a big run asks.
+        assert [node.state() for _ in range(100)] == ["answers"] * 100
+    assert node.state() == "ended"
+
+
+def test_a_machine_that_does_not_answer_is_silent(port, monkeypatch):
+    monkeypatch.setattr(nodes, "SECONDS_TO_ANSWER", 0.1)
+    with socket.create_server(("127.0.0.1", port), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(3)]
+        for client in waiting:  # a full queue drops what comes, as a dead machine does
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        assert Node(1, "host1", "127.0.0.1", port, 1).state() == "silent"
+        for client in waiting:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"message": "RuntimeError: line 1\nTimed out", "extraInfo": {}}, "Timed out"),
+        ("Signal 6 (SIGABRT) received by PID 7\n", "Signal 6 (SIGABRT) received by PID 7"),
+    ],
+)
+def test_the_last_words_are_those_of_the_first_failure(message, expected):
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file="none")
+    failure.message = message
+    assert launch._last_words(ChildFailedError("train", {0: failure})) == expected

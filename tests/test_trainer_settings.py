@@ -1,0 +1,71 @@
+"""What the trainer will be told: flags win over the job, and the job over the host's defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from ezpz_moe.job import Job
+from ezpz_moe.trainer_settings import last_checkpoint, pipeline_degree
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected"),
+    [
+        ({}, [], 1),
+        ({"parallelism.pipeline_parallel_degree": 2}, ["--training.steps", "3"], 2),
+        (
+            {"parallelism.pipeline_parallel_degree": 2},
+            ["--parallelism.pipeline_parallel_degree", "4"],
+            4,
+        ),
+        ({}, ["--parallelism.pipeline-parallel-degree=4"], 4),
+    ],
+)
+def test_the_pipeline_degree(values, flags, expected):
+    assert pipeline_degree(Job(flavor="x", values=values), flags) == expected
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints(tmp_path, monkeypatch):
+    """Three in each of two places. Whole are those of the steps 5 and 10."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("outputs/checkpoint", "other/mine"):
+        for step, whole in ((5, True), (10, True), (20, False)):
+            checkpoint = tmp_path / folder / f"step-{step}"
+            checkpoint.mkdir(parents=True)
+            if whole:
+                (checkpoint / ".metadata").touch()
+
+
+ON = {"checkpoint.enable": True}
+ELSEWHERE = {"job.dump_folder": "other", "checkpoint.folder": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected"),
+    [
+        ({}, [], None),
+        (ON, [], "outputs/checkpoint/step-10"),
+        (ON, ["--checkpoint.no-enable"], None),
+        ({}, ["--checkpoint.enable"], "outputs/checkpoint/step-10"),
+        (ON | ELSEWHERE, [], "other/mine/step-10"),
+        (ON | {"job.dump_folder": "empty"}, [], None),
+        (ON, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
+        (ON, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
+    ],
+)
+def test_the_last_whole_checkpoint(values, flags, expected):
+    found = last_checkpoint(Job(flavor="x", values=values), flags)
+    assert found == (expected and Path(expected))
+
+
+def test_the_hosts_defaults_are_where_we_look():
+    from ezpz_moe.hosts import check_host
+
+    check_host()
+    from torchtitan.components.checkpoint import CheckpointManager
+    from torchtitan.trainer import Trainer
+
+    checkpoint, trainer = CheckpointManager.Config(), Trainer.Config()
+    where = Path(trainer.dump_folder, checkpoint.folder)
+    assert (checkpoint.enable, where) == (False, Path("outputs/checkpoint"))
