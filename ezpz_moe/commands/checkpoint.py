@@ -43,15 +43,19 @@ class Remap:
     """A checkpoint's folder."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
-    to: Literal["0.2", "0.3"]
-    """The generation whose names it gets; 0.3 stands for all from 0.3 on."""
+    to: Literal["0.2", "0.3", "main"]
+    """The generation whose names it gets: 0.3 until August 2026, main from September 2026 on."""
 
     def run(self) -> int:
         from ezpz_moe.checkpoints import remap
 
-        copied = partial(display.tracked, what="Copying")
-        changed = remap(self.source, self.target, self.to, progress=copied)
-        display.print_line(f"{self.target}: {changed} names changed, every data file compared")
+        copied = partial(display.tracked, what="Writing and comparing")
+        done = remap(self.source, self.target, self.to, progress=copied)
+        display.print_line(
+            f"{self.target}: {done.changed} names changed, all {done.entries} entries compared"
+        )
+        for note in done.notes:
+            display.print_line(note)
         return 0
 
 
