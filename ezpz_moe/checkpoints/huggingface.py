@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,18 @@ class Model:
     Attributes:
         generation: whose names its parameters have.
         adapter: the host's, with ``to_hf`` and ``from_hf``.
-        parameters: its tensors on the meta device, by name.
+        tensors: its parameters and buffers on the meta device, by name.
+        buffers: which of them are buffers.
     """
 
     generation: str
     adapter: Any
-    parameters: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
+    buffers: frozenset[str]
 
     def keys(self, name: str) -> dict[str, torch.Size]:
         """The tensors that a parameter is in Hugging Face's checkpoint, none if it has none."""
-        to_hf = self.adapter.to_hf({name: self.parameters[name]})
+        to_hf = self.adapter.to_hf({name: self.tensors[name]})
         return {key: tensor.shape for key, tensor in to_hf.items()}
 
 
@@ -100,33 +103,46 @@ def export(source: Path, target: Path, model: Model) -> Converted:
             f"those of {model.generation}. First: ezpz-moe ckpt remap {source} DIR --to "
             f"{model.generation}"
         )
-    tensors = dict(contents.model_tensors(metadata))
-    _check_model(source, {name: entry.size for name, entry in tensors.items()}, model)
-    keys = {name: model.keys(name) for name in tensors}
-    left_out = tuple(name for name in tensors if not keys[name])
+    entries = dict(contents.model_tensors(metadata))
+    _check_model(source, {name: entry.size for name, entry in entries.items()}, model)
+    keys = {name: model.keys(name) for name in entries}
+    left_out = tuple(name for name in entries if not keys[name])
+    if lacking := [name for name in left_out if name not in model.buffers]:
+        raise EzpzError(
+            f"{source}: the host's adapter has nothing for {_some(lacking)}, so that the model "
+            "would not be whole."
+        )
     bytes_of = {
         name: entry.size.numel() * entry.properties.dtype.itemsize
-        for name, entry in tensors.items()
+        for name, entry in entries.items()
+        if keys[name]
     }
-    groups = _grouped({name: bytes_of[name] for name in tensors if keys[name]})
     with atomic_folder(target, needed=sum(bytes_of.values())) as partial:
-        files: dict[str, str] = {}
-        for number, names in enumerate(groups, start=1):
-            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-            written: Tensors = {}
-            for name in names:
-                written |= model.adapter.to_hf({name: _whole(source, metadata, name)})
-            # Experts are views of one tensor, which safetensors does not write.
-            save_file({k: v.clone() for k, v in written.items()}, partial / file, {"format": "pt"})
-            files |= dict.fromkeys(written, file)
-        total = sum(bytes_of[name] for names in groups for name in names)
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (partial / INDEX).write_text(json.dumps(index, indent=2))
-        for name in (name for names in groups for name in names):
+        files = _write_safetensors(partial, source, metadata, bytes_of, model)
+        for name in bytes_of:
             back = _native(partial, files, name, keys[name], model)
-            if not storage.same_bits(back, _whole(source, metadata, name)):
-                raise EzpzError(f"{partial}: {name}, read back, differs from that in {source}.")
+            _check_same(partial, source, name, back, _whole(source, metadata, name))
     return Converted(len(files), left_out)
+
+
+def _write_safetensors(
+    target: Path, source: Path, metadata: Metadata, bytes_of: Mapping[str, int], model: Model
+) -> dict[str, str]:
+    """Write files and their index; which file has which tensor."""
+    files: dict[str, str] = {}
+    groups = _grouped(bytes_of)
+    for number, names in enumerate(groups, start=1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        written: Tensors = {}
+        for name in names:
+            written |= model.adapter.to_hf({name: _whole(source, metadata, name)})
+        # Experts are views of one tensor, which safetensors does not write.
+        copies = {key: tensor.clone() for key, tensor in written.items()}
+        save_file(copies, target / file, {"format": "pt"})
+        files |= dict.fromkeys(written, file)
+    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": files}
+    (target / INDEX).write_text(json.dumps(index, indent=2))
+    return files
 
 
 def import_(source: Path, target: Path, model: Model) -> Converted:
@@ -137,12 +153,12 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             Face's format lacks; what was written differs; and as :func:`atomic_folder`.
     """
     files = _weight_map(source)
-    keys = {name: model.keys(name) for name in model.parameters}
+    keys = {name: model.keys(name) for name in model.tensors}
     if lacking := [name for name in keys if not keys[name]]:
         raise EzpzError(
-            f"{source}: Hugging Face's format has nothing for {', '.join(lacking[:3])}"
-            f"{' and others' if lacking[3:] else ''}. Let the trainer load it: "
-            "--checkpoint.initial_load_in_hf --checkpoint.initial_load_path."
+            f"{source}: the host's adapter has nothing for {_some(lacking)}. Let the trainer load "
+            "it, which leaves them at their initial values: --checkpoint.initial_load_in_hf "
+            "--checkpoint.initial_load_path."
         )
     wanted = [key for name in keys for key in keys[name]]
     if missing := [key for key in wanted if key not in files]:
@@ -150,33 +166,49 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
             "Is this the model's flavor?"
         )
+    with atomic_folder(target, needed=size_of(source.glob("*.safetensors"))) as partial:
+        written = _write_checkpoint(
+            partial, ((name, _native(source, files, name, keys[name], model)) for name in keys)
+        )
+        for name in keys:
+            back = _native(source, files, name, keys[name], model)
+            _check_same(partial, source, name, _whole(partial, written, name), back)
+    return Converted(len(keys), tuple(sorted(files.keys() - set(wanted))))
+
+
+def _write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:
+    """Write a DCP checkpoint of these tensors, each whole; its metadata as read back."""
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    with atomic_folder(target, needed=size_of(source.glob("*.safetensors"))) as partial:
-        with (partial / _DCP_FILE).open("wb") as file:
-            for name in keys:
-                tensor = _native(source, files, name, keys[name], model)
-                start = file.tell()
-                storage.save(tensor, file)
-                zeros = torch.Size([0] * tensor.dim())
-                chunk = ChunkStorageMetadata(zeros, tensor.shape)
-                properties = TensorProperties.create_from_tensor(tensor)
-                entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
-                place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
-                places[MetadataIndex(name, zeros)] = place
-        paths = {name: (name,) for name in entries}
-        storage.write_metadata(partial, Metadata(entries, paths, places))
-        written = storage.read_metadata(partial)
-        for name in keys:
-            back = _whole(partial, written, name)
-            if not storage.same_bits(back, _native(source, files, name, keys[name], model)):
-                raise EzpzError(f"{partial}: {name}, read back, differs from that in {source}.")
-    left_out = tuple(sorted(files.keys() - set(wanted)))
-    return Converted(len(entries), left_out)
+    with (folder / _DCP_FILE).open("wb") as file:
+        for name, tensor in tensors:
+            start = file.tell()
+            storage.save(tensor, file)
+            zeros = torch.Size([0] * tensor.dim())
+            properties = TensorProperties.create_from_tensor(tensor)
+            chunk = ChunkStorageMetadata(zeros, tensor.shape)
+            entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+            place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
+            places[MetadataIndex(name, zeros)] = place
+        file.flush()
+        os.fsync(file.fileno())
+    storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
+    return storage.read_metadata(folder)
+
+
+def _check_same(
+    written: Path, source: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor
+) -> None:
+    if not storage.same_bits(tensor, expected):
+        raise EzpzError(f"{written}: {name}, read back, differs from that in {source}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
 def _check_model(source: Path, sizes: Mapping[str, torch.Size], model: Model) -> None:
-    expected = {name: tensor.shape for name, tensor in model.parameters.items()}
+    expected = {name: tensor.shape for name, tensor in model.tensors.items()}
     if sizes != expected:
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
         has, wants = (
@@ -222,10 +254,10 @@ def _native(
     """A parameter as the host has it, of its tensors in the safetensors."""
     tensors = dict(_read(folder, files, keys))
     tensor = model.adapter.from_hf(tensors)[name]
-    if tensor.shape != model.parameters[name].shape:
+    if tensor.shape != model.tensors[name].shape:
         raise EzpzError(
             f"{folder}: gives {name} the shape {list(tensor.shape)}, and the flavor's model has "
-            f"{list(model.parameters[name].shape)}."
+            f"{list(model.tensors[name].shape)}."
         )
     return tensor
 

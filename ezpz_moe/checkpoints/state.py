@@ -105,7 +105,10 @@ def _everywhere(added: Convert) -> Convert:
             return {key: visit(value) for key, value in state.items()} | added(state)
         return state
 
-    return lambda pickled: pickle.dumps(visit(pickle.loads(pickled)))
+    def convert(pickled: Any) -> Any:
+        return pickle.dumps(visit(pickle.loads(pickled)))
+
+    return convert
 
 
 _CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tokens)}

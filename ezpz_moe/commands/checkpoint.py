@@ -99,7 +99,7 @@ def _model(config: str | None) -> Model:
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
     host = import_host()("huggingface")
-    return Model(host.GENERATION, host.adapter(flavor), host.parameters(flavor))
+    return Model(host.GENERATION, host.adapter(flavor), *host.tensors(flavor))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def adapter(flavor: Flavor) -> Any:
     return spec.state_dict_adapter(spec.model, None)
 
 
-def parameters(flavor: Flavor) -> dict[str, torch.Tensor]:
-    """The model's tensors on the meta device, by name, in the order of its layers."""
-    return build_on_meta(flavor).state_dict()
+def tensors(flavor: Flavor) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """The model's tensors on the meta device, in the order of its layers; and which are buffers."""
+    model = build_on_meta(flavor)
+    return model.state_dict(), frozenset(name for name, _ in model.named_buffers())
