@@ -22,8 +22,8 @@ from ezpz_moe.checkpoints.names import TITAN_0_2, TITAN_0_3
 
 SEQ_LEN = 128
 # 0.2 sums a token's experts by a batched product and 0.3 by scatter_add, in another order. A few
-# roundings of 2^-24 are left in float32: 2^-20 of a loss.
-ROUNDING = 2.0**-20
+# roundings of 2^-24 are left in float32; a norm of gradients has gone through more of them.
+ROUNDING = {"losses": 2.0**-20, "gradient_norms": 2.0**-18}
 pytestmark = [needs_host, pytest.mark.train]
 
 
@@ -86,6 +86,5 @@ def test_a_run_goes_on_under_the_other_host(folder, ranks, source, target) -> No
     )
     assert cli.main(["ckpt", "remap", str(saved), str(carried), "--to", target]) == 0
     resumed = run(target, f"on_{target}", folder, ranks, "--checkpoint.load-only")
-    for what in ("losses", "gradient_norms"):
-        print(what, resumed[what], whole[what])
-        torch.testing.assert_close(resumed[what], whole[what][4:], rtol=ROUNDING, atol=0)
+    for what, bound in ROUNDING.items():
+        torch.testing.assert_close(resumed[what], whole[what][4:], rtol=bound, atol=0)

@@ -333,16 +333,23 @@ def test_a_layout_of_main_that_is_not_known_is_refused(tmp_path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 from ezpz_moe.checkpoints import remap
+
+def kibibytes(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
 remap(Path(sys.argv[1]), Path(sys.argv[2]), "0.3")  # imports, and what torch keeps
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = kibibytes("VmRSS")
 remap(Path(sys.argv[3]), Path(sys.argv[4]), "main")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print((kibibytes("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from Linux's /proc")
 def test_memory_holds_a_few_tensors_and_not_the_checkpoint(tmp_path) -> None:
     size = 16 * 2**20
     names = [f"layers.{n}.moe.routed_experts.inner_experts.w{k}" for n in range(12) for k in (1, 3)]
@@ -353,7 +360,7 @@ def test_memory_holds_a_few_tensors_and_not_the_checkpoint(tmp_path) -> None:
     command = [sys.executable, "-c", MEMORY, *map(str, places)]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     assert inspect(tmp_path / "big.new").parameters == 24 * size // 4
-    assert int(result.stdout) < 6 * size, "of 24 tensors"
+    assert size < int(result.stdout) < 8 * size, "of 24 tensors"
 
 
 # The state of a run -------------------------------------------------------------------------------
