@@ -7,6 +7,7 @@
 ``plan``        which entry becomes which under another generation's names
 ``state``       what besides names differs: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
+``huggingface`` the model alone, to and from safetensors
 """
 
 from ezpz_moe.checkpoints.contents import Contents, inspect
