@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ezpz_moe import checkpoints, cli
-from ezpz_moe.checkpoints import inspect, remap
+from ezpz_moe import cli
+from ezpz_moe.checkpoints import inspect, remap, remapping, storage
 from ezpz_moe.errors import EzpzError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
@@ -78,12 +80,29 @@ def load(folder: Path, names) -> dict:
     return loaded
 
 
+def assert_same_checkpoint(folder: Path, other: Path) -> None:
+    """The same entries, shards of the same boxes, and in each the same bits."""
+    before, after = (storage.read_metadata(each) for each in (folder, other))
+    for metadata in (before, after):
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.properties.strides = None  # of the shard that was saved; nothing reads it
+    assert before.state_dict_metadata == after.state_dict_metadata
+    assert before.planner_data == after.planner_data
+    assert before.storage_data.keys() == after.storage_data.keys()
+    for index, entry in before.storage_data.items():
+        new = storage.load(other, after.storage_data[index])
+        assert storage.same_bits(storage.load(folder, entry), new), index
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_entry_is_found_under_its_new_name_with_its_bits(tmp_path, family) -> None:
     old, new = list(FAMILIES[family]), list(FAMILIES[family].values())
     source, target = save(tmp_path / "source", old), tmp_path / "a" / "target"
     changed = sum(a != b for a, b in FAMILIES[family].items())
-    assert remap(source, target, "0.3") == 3 * changed  # the weight, its moment and its rate
+    assert (
+        remap(source, target, "0.3").changed == 3 * changed
+    )  # the weight, its moment and its rate
     torch.testing.assert_close(load(target, new), state(new), rtol=0, atol=0)
 
 
@@ -92,11 +111,7 @@ def test_the_way_back_gives_the_same_checkpoint(tmp_path, family) -> None:
     source = save(tmp_path / "source", FAMILIES[family])
     remap(source, tmp_path / "there", "0.3")
     remap(tmp_path / "there", tmp_path / "back", "0.2")
-    before, after = (vars(checkpoints._read(folder)) for folder in (source, tmp_path / "back"))
-    del before["storage_meta"], after["storage_meta"]  # a number that each reading draws
-    assert before == after
-    for file in source.glob("*.distcp"):
-        assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes()
+    assert_same_checkpoint(source, tmp_path / "back")
 
 
 def test_what_a_checkpoint_holds(tmp_path) -> None:
@@ -125,7 +140,7 @@ def test_a_run_that_is_killed_leaves_nothing_that_looks_finished(tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "_verify", killed)
+        patched.setattr(remapping, "_verify", killed)
         with pytest.raises(KeyboardInterrupt):
             remap(source, target, "0.3")
     assert not target.exists()
@@ -135,19 +150,23 @@ def test_a_run_that_is_killed_leaves_nothing_that_looks_finished(tmp_path, monke
     assert not (target / "left.distcp").exists()
 
 
-def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch) -> None:
-    source = save(tmp_path / "source", FAMILIES["qwen3"])
+@pytest.mark.parametrize("to", ["0.2", "main"])
+def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
+    source = save(tmp_path / "source", ["layers.0.moe.router.gate.weight", f"{EXPERTS}.w1_EFD"])
 
-    def broken(file, copy):
-        shutil.copyfile(file, copy)
-        with copy.open("r+b") as handle:
-            handle.seek(-9, 2)
-            handle.write(b"?")
+    def broken(folder, metadata):
+        write_metadata(folder, metadata)
+        for index, entry in metadata.storage_data.items():
+            if ("experts.w1" in index.fqn and index.offset) or "w13" in index.fqn:
+                with (folder / entry.relative_path).open("r+b") as file:
+                    file.seek(entry.offset + entry.length // 2)  # a value, in the middle
+                    file.write(b"?")
 
-    monkeypatch.setattr(shutil, "copy2", broken)
-    with pytest.raises(EzpzError, match="differ from"):
-        remap(source, tmp_path / "target", "0.3")
-    assert not (tmp_path / "target").exists()
+    write_metadata = storage.write_metadata
+    monkeypatch.setattr(storage, "write_metadata", broken)
+    with pytest.raises(EzpzError, match="differs from"):
+        remap(source, tmp_path / "target", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing half-written"
 
 
 def test_mistakes_are_said(tmp_path, capsys) -> None:
@@ -172,8 +191,171 @@ def test_mistakes_are_said(tmp_path, capsys) -> None:
 def test_what_the_commands_print(tmp_path, capsys) -> None:
     source = save(tmp_path / "step-3", FAMILIES["deepseek_v3"])
     assert cli.main(["ckpt", "remap", str(source), str(tmp_path / "new"), "--to", "0.3"]) == 0
-    assert "15 names changed, every data file compared" in capsys.readouterr().out
+    assert "15 names changed, all 31 entries compared" in capsys.readouterr().out
     assert cli.main(["ckpt", "inspect", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
     assert re.search(r"generation +0.3\b", said)
     assert re.search(r"dtypes +torch.float32\b", said)
+
+
+# main, which stacks w1 and w3 ---------------------------------------------------------------------
+
+W13 = "layers.1.moe.routed_experts.w13.weight"
+W2 = "layers.1.moe.routed_experts.w2.weight"
+THREE = [f"{EXPERTS}.{name}" for name in ("w1_EFD", "w2_EDF", "w3_EFD")]
+OTHERS = ["layers.1.moe.router.gate.weight", "layers.1.moe.shared_experts.w1.weight"]
+
+
+def trained(seed: int = 0) -> dict:
+    """A layer as the trainer saves it, with AdamW's state: E = 5, F = 6, D = 4."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(zip(THREE, [(5, 6, 4), (5, 4, 6), (5, 6, 4)], strict=True))
+    shapes |= dict.fromkeys(OTHERS, (5, 4))
+    model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    model[THREE[0]][2, 3, 1] = torch.nan
+    optimizer: dict = {}
+    for name, tensor in model.items():
+        optimizer[f"state.{name}.step"] = torch.tensor(7.0)
+        optimizer[f"state.{name}.exp_avg"] = torch.randn(tensor.shape, generator=generator)
+        optimizer[f"state.{name}.exp_avg_sq"] = torch.rand(tensor.shape, generator=generator)
+        optimizer |= {f"param_groups.{name}.lr": 1e-3, f"param_groups.{name}.betas": (0.9, 0.95)}
+    return {**model, "optimizer": optimizer, "train_state": {"step": 7}}
+
+
+def loaded(folder: Path) -> dict:
+    """Every entry of a checkpoint, as torch's own reader loads it."""
+    state = torch.distributed.checkpoint.state_dict_loader._load_state_dict_from_keys(
+        checkpoint_id=folder
+    )
+    assert isinstance(state, dict)
+    return state
+
+
+def test_main_holds_w1_and_w3_in_one(tmp_path) -> None:
+    state = trained()
+    dcp.save(state, checkpoint_id=tmp_path / "source")
+    done = remap(tmp_path / "source", tmp_path / "main", "main")
+    assert done.changed == 3 * (1 + 3 + 2), "a weight, three states and two settings of each"
+    new, old = loaded(tmp_path / "main"), state["optimizer"]
+    w1, w2, w3 = THREE
+    equal = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(new[W13], torch.stack((state[w1], state[w3]), 1), **equal)
+    torch.testing.assert_close(new[W2], state[w2], **equal)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        both = torch.stack([old[f"state.{name}.{moment}"] for name in (w1, w3)], 1)
+        torch.testing.assert_close(new["optimizer"][f"state.{W13}.{moment}"], both, **equal)
+    assert new["optimizer"][f"state.{W13}.step"] == 7
+    assert new["optimizer"][f"param_groups.{W13}.betas"] == (0.9, 0.95)
+    assert not [name for name in (*new, *new["optimizer"]) if "inner_experts" in name]
+    for name in OTHERS:
+        torch.testing.assert_close(new[name], state[name], **equal)
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Shard, distribute_tensor
+sys.path.insert(0, {tests!r})
+from test_checkpoints import THREE, trained
+dist.init_process_group("gloo")
+mesh = dist.init_device_mesh("cpu", (2,))
+state = trained()
+for tensors in (state, state["optimizer"]):
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            tensors[name] = distribute_tensor(value, mesh, [Shard({dim})])
+dcp.save(state, checkpoint_id={folder!r})
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dim", [0, 1])
+def test_every_shard_is_carried_there_and_back(tmp_path, dim) -> None:
+    """E = 5 experts on two ranks: shards of 3 and 2; or halves of every expert."""
+    script = tmp_path / "save.py"
+    source = tmp_path / "source"
+    tests = str(Path(__file__).parent)
+    script.write_text(SHARDED.format(folder=str(source), dim=dim, tests=tests))
+    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
+    subprocess.run([*command, "--nproc-per-node", "2", str(script)], check=True, timeout=300)
+    assert inspect(source).files == 2
+    remap(source, tmp_path / "main", "main")
+    new, state = loaded(tmp_path / "main"), trained()
+    expected = torch.stack((state[THREE[0]], state[THREE[2]]), 1)
+    torch.testing.assert_close(new[W13], expected, rtol=0, atol=0, equal_nan=True)
+    sizes = storage.read_metadata(tmp_path / "main").state_dict_metadata[W13].chunks
+    assert len(sizes) == 4
+    remap(tmp_path / "main", tmp_path / "back", "0.3")
+    assert_same_checkpoint(source, tmp_path / "back")
+
+
+def test_a_shard_of_both_halves_is_taken_apart(tmp_path) -> None:
+    """As the host itself would save w13: both halves in one tensor."""
+    w13, w2 = torch.randn(5, 2, 60, 40), torch.randn(5, 40, 60)
+    step = {f"state.{W13}.step": torch.tensor(3.0), f"state.{W13}.exp_avg": -w13}
+    dcp.save({W13: w13, W2: w2, "optimizer": step}, checkpoint_id=tmp_path / "step-3")
+    contents = inspect(tmp_path / "step-3")
+    assert (contents.generation, contents.experts) == ("main", 5)
+    remap(tmp_path / "step-3", tmp_path / "old", "0.2")
+    old = loaded(tmp_path / "old")
+    for name, expected in {"w1": w13[:, 0], "w3": w13[:, 1], "w2": w2}.items():
+        assert torch.equal(old[f"layers.1.moe.experts.{name}"], expected)
+    assert torch.equal(old["optimizer"]["state.layers.1.moe.experts.w3.exp_avg"], -w13[:, 1])
+    assert old["optimizer"]["state.layers.1.moe.experts.w1.step"] == 3
+    # Saving a view would save all that it is a view of.
+    assert inspect(tmp_path / "old").bytes < 1.5 * inspect(tmp_path / "step-3").bytes
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("state.{}.step", torch.tensor(8.0)), ("param_groups.{}.lr", 2e-3)]
+)
+def test_what_is_one_in_main_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
+    state = trained()
+    name = entry.format(THREE[2])
+    assert name in state["optimizer"]
+    state["optimizer"][name] = value
+    dcp.save(state, checkpoint_id=tmp_path / "source")
+    with pytest.raises(EzpzError, match="keeps one for both") as error:
+        remap(tmp_path / "source", tmp_path / "target", "main")
+    assert f"optimizer.{name}" in str(error.value)
+    assert f"optimizer.{entry.format(THREE[0])}" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_layout_of_main_that_is_not_known_is_refused(tmp_path) -> None:
+    source = save(tmp_path / "source", FAMILIES["gpt_oss"].values())
+    with pytest.raises(EzpzError, match="mlp1_weight_EGD: what torchtitan main has for it"):
+        remap(source, tmp_path / "target", "main")
+    assert not (tmp_path / "target").exists()
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from ezpz_moe.checkpoints import remap
+
+def kibibytes(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+remap(Path(sys.argv[1]), Path(sys.argv[2]), "0.3")  # imports, and what torch keeps
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = kibibytes("VmRSS")
+remap(Path(sys.argv[3]), Path(sys.argv[4]), "main")
+print((kibibytes("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from Linux's /proc")
+def test_memory_holds_a_few_tensors_and_not_the_checkpoint(tmp_path) -> None:
+    size = 16 * 2**20
+    names = [f"layers.{n}.moe.routed_experts.inner_experts.w{k}" for n in range(12) for k in (1, 3)]
+    big = {f"{name}_EFD": torch.ones(4, 1024, 1024) for name in names}
+    dcp.save(big, checkpoint_id=tmp_path / "big")
+    small = save(tmp_path / "small", FAMILIES["deepseek_v3"])
+    places = (small, tmp_path / "small.new", tmp_path / "big", tmp_path / "big.new")
+    command = [sys.executable, "-c", MEMORY, *map(str, places)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert inspect(tmp_path / "big.new").parameters == 24 * size // 4
+    assert size < int(result.stdout) < 8 * size, "of 24 tensors"

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
 from ezpz_moe import display
+from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.checkpoints.huggingface import Model
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,64 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Remap:
-    """Write a checkpoint under the names of another generation of torchtitan, bit for bit."""
+    """Write a checkpoint under the names of another generation of torchtitan, bit for bit.
+
+    Or the model alone as Hugging Face's safetensors (--to hf), and such safetensors as a checkpoint
+    of the installed torchtitan.
+    """
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
-    """A checkpoint's folder."""
+    """A checkpoint's folder, or one with safetensors."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
-    to: Literal["0.2", "0.3"]
-    """The generation whose names it gets; 0.3 stands for all from 0.3 on."""
+    to: Literal["0.2", "0.3", "main", "hf"]
+    """Whose names it gets: 0.3 until August 2026, main from September 2026 on, hf safetensors."""
+    model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
+    """The model, which is needed to and from safetensors."""
 
     def run(self) -> int:
+        from ezpz_moe.checkpoints.huggingface import is_safetensors
+
+        if self.to == "hf" or is_safetensors(self.source):
+            return self._through_the_host()
         from ezpz_moe.checkpoints import remap
 
-        copied = partial(display.tracked, what="Copying")
-        changed = remap(self.source, self.target, self.to, progress=copied)
-        display.print_line(f"{self.target}: {changed} names changed, every data file compared")
+        copied = partial(display.tracked, what="Writing and comparing")
+        done = remap(self.source, self.target, self.to, progress=copied)
+        display.print_line(
+            f"{self.target}: {done.changed} names changed, all {done.entries} entries compared"
+        )
+        for note in done.notes:
+            display.print_line(note)
         return 0
+
+    def _through_the_host(self) -> int:
+        from ezpz_moe.checkpoints.huggingface import convert
+
+        with display.progress().status("Writing and comparing ..."):
+            done = convert(self.source, self.target, self.to, _model(self.model))
+        display.print_line(
+            f"{self.target}: {done.tensors} tensors of the model written and compared; no "
+            "optimizer, no step, no position in the data"
+        )
+        if done.left_out:
+            names = ", ".join(done.left_out)
+            display.print_line(f"Left out, for the other format has no place for it: {names}")
+        return 0
+
+
+def _model(config: str | None) -> Model:
+    """What the installed host knows of the model of a flavor or job."""
+    if config is None:
+        raise EzpzError("To and from safetensors the model is needed: --model FLAVOR|JOB.toml.")
+    from ezpz_moe.checkpoints.huggingface import Model
+    from ezpz_moe.flavors import load_flavor
+    from ezpz_moe.job import find_job
+
+    job = find_job(config)
+    flavor = load_flavor(job.flavor, near=job.folder)
+    host = import_host()("huggingface")
+    return Model(host.GENERATION, host.adapter(flavor), *host.tensors(flavor))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ _NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock p
 _NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
 _NO_TEXTS = "only the host's own datasets can be used: no dataset_path, no embedded text"
 _SETTINGS_MOVED = "a job that sets what was renamed is refused; flavors without a job still train"
+_NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from safetensors"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
@@ -122,6 +123,18 @@ RELIED_ON: tuple[Reliance, ...] = (
         used_for="the same: an entry of it",
         if_broken=_NO_TEXTS,
         fields=("path", "loader", "sample_processor"),
+    ),
+    Reliance(
+        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.to_hf",
+        used_for="ckpt remap --to hf",
+        if_broken=_NO_SAFETENSORS,
+        takes=("state_dict",),
+    ),
+    Reliance(
+        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.from_hf",
+        used_for="ckpt remap of safetensors",
+        if_broken=_NO_SAFETENSORS,
+        takes=("hf_state_dict",),
     ),
     Reliance(
         "torchtitan.tools.utils:device_type",

@@ -1,0 +1,44 @@
+"""A folder that is there when it is finished, and not before."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ezpz_moe.errors import EzpzError
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` at the end of the ``with``.
+
+    What a killed run leaves ends in ``.partial``, and the next run removes it; after an error
+    nothing is left.
+
+    Args:
+        needed: bytes that will be written.
+
+    Raises:
+        EzpzError: ``target`` exists, or the disk is too small.
+    """
+    if target.exists():
+        raise EzpzError(f"{target}: exists already. Choose another folder, or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(target.parent).free):
+        raise EzpzError(f"{target}: needs {needed} bytes, and the disk has {free} free.")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(target)
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of all files together."""
+    return sum(file.stat().st_size for file in files)

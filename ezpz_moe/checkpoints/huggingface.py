@@ -1,0 +1,289 @@
+"""A model's tensors to and from Hugging Face's safetensors, through the host's own adapter.
+
+The adapter (``to_hf``, ``from_hf``) is asked for one parameter at a time, so that one parameter and
+what it becomes are in memory, besides the file that is being filled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ezpz_moe.checkpoints import contents, storage
+from ezpz_moe.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.errors import EzpzError
+
+INDEX = "model.safetensors.index.json"
+_FILE_BYTES = 2 * 2**30
+"""A file is closed when it holds so much; also what is in memory of it."""
+_DCP_FILE = "__0_0.distcp"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the host knows of a model.
+
+    Attributes:
+        generation: whose names its parameters have.
+        adapter: the host's, with ``to_hf`` and ``from_hf``.
+        tensors: its parameters and buffers on the meta device, by name.
+        buffers: which of them are buffers.
+    """
+
+    generation: str
+    adapter: Any
+    tensors: Mapping[str, torch.Tensor]
+    buffers: frozenset[str]
+
+    def keys(self, name: str) -> dict[str, torch.Size]:
+        """The tensors that a parameter is in Hugging Face's checkpoint, none if it has none."""
+        to_hf = self.adapter.to_hf({name: self.tensors[name]})
+        return {key: tensor.shape for key, tensor in to_hf.items()}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was done: how many tensors were written, and which have no counterpart."""
+
+    tensors: int
+    left_out: tuple[str, ...]
+
+
+def is_safetensors(folder: Path) -> bool:
+    """Whether ``folder`` holds Hugging Face's safetensors."""
+    return any(folder.glob("*.safetensors"))
+
+
+def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
+    """:func:`export` to "hf", or :func:`import_` to the generation that the host has.
+
+    Raises:
+        EzpzError: as these two; safetensors are to become a checkpoint of another host.
+    """
+    if to == "hf":
+        return export(source, target, model)
+    if to != model.generation:
+        raise EzpzError(
+            f"{source}: the installed host writes the names of torchtitan {model.generation}, not "
+            f"{to}. Use --to {model.generation}, then ezpz-moe ckpt remap once more."
+        )
+    return import_(source, target, model)
+
+
+def export(source: Path, target: Path, model: Model) -> Converted:
+    """Write the model of the DCP checkpoint in ``source`` as safetensors, compared when written.
+
+    Raises:
+        EzpzError: the checkpoint has names of another generation or is of another model; what was
+            written differs; and as :func:`atomic_folder`.
+    """
+    metadata = storage.read_metadata(source)
+    if (generation := contents.generation(source, metadata)) != model.generation:
+        raise EzpzError(
+            f"{source}: has the names of torchtitan {generation}, and the host's adapter knows "
+            f"those of {model.generation}. First: ezpz-moe ckpt remap {source} DIR --to "
+            f"{model.generation}"
+        )
+    entries = dict(contents.model_tensors(metadata))
+    _check_model(source, {name: entry.size for name, entry in entries.items()}, model)
+    keys = {name: model.keys(name) for name in entries}
+    left_out = tuple(name for name in entries if not keys[name])
+    if lacking := [name for name in left_out if name not in model.buffers]:
+        raise EzpzError(
+            f"{source}: the host's adapter has nothing for {_some(lacking)}, so that the model "
+            "would not be whole."
+        )
+    bytes_of = {
+        name: entry.size.numel() * entry.properties.dtype.itemsize
+        for name, entry in entries.items()
+        if keys[name]
+    }
+    with atomic_folder(target, needed=sum(bytes_of.values())) as partial:
+        files = _write_safetensors(partial, source, metadata, bytes_of, model)
+        for name in bytes_of:
+            back = _native(partial, files, name, keys[name], model)
+            _check_same(partial, source, name, back, _whole(source, metadata, name))
+    return Converted(len(files), left_out)
+
+
+def _write_safetensors(
+    target: Path, source: Path, metadata: Metadata, bytes_of: Mapping[str, int], model: Model
+) -> dict[str, str]:
+    """Write files and their index; which file has which tensor."""
+    files: dict[str, str] = {}
+    groups = _grouped(bytes_of)
+    for number, names in enumerate(groups, start=1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        written: Tensors = {}
+        for name in names:
+            written |= model.adapter.to_hf({name: _whole(source, metadata, name)})
+        # Experts are views of one tensor, which safetensors does not write.
+        copies = {key: tensor.clone() for key, tensor in written.items()}
+        save_file(copies, target / file, {"format": "pt"})
+        files |= dict.fromkeys(written, file)
+    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": files}
+    (target / INDEX).write_text(json.dumps(index, indent=2))
+    return files
+
+
+def import_(source: Path, target: Path, model: Model) -> Converted:
+    """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
+
+    Raises:
+        EzpzError: a tensor is missing or of another shape; the model has parameters that Hugging
+            Face's format lacks; what was written differs; and as :func:`atomic_folder`.
+    """
+    files = _weight_map(source)
+    keys = {name: model.keys(name) for name in model.tensors}
+    if lacking := [name for name in keys if not keys[name]]:
+        raise EzpzError(
+            f"{source}: the host's adapter has nothing for {_some(lacking)}. Let the trainer load "
+            "it, which leaves them at their initial values: --checkpoint.initial_load_in_hf "
+            "--checkpoint.initial_load_path."
+        )
+    wanted = [key for name in keys for key in keys[name]]
+    if missing := [key for key in wanted if key not in files]:
+        raise EzpzError(
+            f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
+            "Is this the model's flavor?"
+        )
+    with atomic_folder(target, needed=size_of(source.glob("*.safetensors"))) as partial:
+        written = _write_checkpoint(
+            partial, ((name, _native(source, files, name, keys[name], model)) for name in keys)
+        )
+        for name in keys:
+            back = _native(source, files, name, keys[name], model)
+            _check_same(partial, source, name, _whole(partial, written, name), back)
+    return Converted(len(keys), tuple(sorted(files.keys() - set(wanted))))
+
+
+def _write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:
+    """Write a DCP checkpoint of these tensors, each whole; its metadata as read back."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with (folder / _DCP_FILE).open("wb") as file:
+        for name, tensor in tensors:
+            start = file.tell()
+            storage.save(tensor, file)
+            zeros = torch.Size([0] * tensor.dim())
+            properties = TensorProperties.create_from_tensor(tensor)
+            chunk = ChunkStorageMetadata(zeros, tensor.shape)
+            entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+            place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
+            places[MetadataIndex(name, zeros)] = place
+        file.flush()
+        os.fsync(file.fileno())
+    storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
+    return storage.read_metadata(folder)
+
+
+def _check_same(
+    written: Path, source: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor
+) -> None:
+    if not storage.same_bits(tensor, expected):
+        raise EzpzError(f"{written}: {name}, read back, differs from that in {source}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
+
+
+def _check_model(source: Path, sizes: Mapping[str, torch.Size], model: Model) -> None:
+    expected = {name: tensor.shape for name, tensor in model.tensors.items()}
+    if sizes != expected:
+        name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
+        has, wants = (
+            f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (sizes, expected)
+        )
+        raise EzpzError(
+            f"{source}: is of another model than the flavor: {name} is {has} in the checkpoint and "
+            f"{wants} in the flavor's model."
+        )
+
+
+def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
+    """Parameters that share a file, in their order."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in bytes_of.items():
+        if size > room or not groups:
+            groups.append([])
+            room = _FILE_BYTES
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
+    """A tensor of a DCP checkpoint, put together from its shards."""
+    entry = metadata.state_dict_metadata[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for chunk in entry.chunks:
+        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        tensor[box] = storage.load(folder, place)
+    return tensor
+
+
+def _native(
+    folder: Path,
+    files: Mapping[str, str],
+    name: str,
+    keys: Mapping[str, torch.Size],
+    model: Model,
+) -> torch.Tensor:
+    """A parameter as the host has it, of its tensors in the safetensors."""
+    tensors = dict(_read(folder, files, keys))
+    tensor = model.adapter.from_hf(tensors)[name]
+    if tensor.shape != model.tensors[name].shape:
+        raise EzpzError(
+            f"{folder}: gives {name} the shape {list(tensor.shape)}, and the flavor's model has "
+            f"{list(model.tensors[name].shape)}."
+        )
+    return tensor
+
+
+def _read(
+    folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in sorted({files[key] for key in keys}):
+        with safe_open(folder / file, framework="pt") as opened:
+            for key, shape in keys.items():
+                if files[key] == file:
+                    tensor = opened.get_tensor(key)
+                    if math.prod(tensor.shape) != math.prod(shape):
+                        raise EzpzError(
+                            f"{folder / file}: {key} has the shape {list(tensor.shape)}, and the "
+                            f"flavor's model wants {list(shape)}."
+                        )
+                    yield key, tensor
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor."""
+    files: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file.name)
+    if not files:
+        raise EzpzError(f"{folder}: holds no safetensors.")
+    return files
