@@ -9,7 +9,6 @@ import pytest
 import tomli
 from hypothesis import given
 from hypothesis import strategies as st
-from test_titan_0_2 import VARIABLE, host, needs_host, python  # noqa: F401  (host is a fixture)
 from trainer_runs import train
 
 from ezpz_moe import cli
@@ -386,46 +385,6 @@ def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
     spec = host_spec(load_flavor(model.flavor, near=tmp_path))
     own = deepseek_v3.model_registry(size.removesuffix("_flex_attn"))
     assert repr(spec.model) == repr(own.model)
-
-
-SAME_ARGUMENTS = """
-import dataclasses, json, sys
-from pathlib import Path
-from types import SimpleNamespace
-from ezpz_moe.hosts import check_host
-check_host()
-from torchtitan.protocols.train_spec import get_train_spec
-from ezpz_moe.convert_model import new_model
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts.titan_0_2.models import model_args
-from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-
-folder, seq_len = Path(sys.argv[1]), int(sys.argv[2])
-apart = {"max_seq_len", "original_seq_len", "rope_factor"}  # compared as what they do
-for name, flavors in MOE_MODELS.items():
-    for size in flavors:
-        old = get_train_spec(name).model_args[size]
-        made = new_model(name, size, seq_len=seq_len, name="new")
-        (folder / "new.toml").write_text(made.file)
-        new = model_args(load_flavor(made.flavor, near=folder))
-        for field in dataclasses.fields(old):
-            one, other = getattr(old, field.name), getattr(new, field.name)
-            if field.name not in apart and field.name != "moe_args":
-                assert one == other, (name, size, field.name, one, other)
-        assert old.moe_args.num_experts == new.moe_args.num_experts
-        if name == "deepseek_v3":
-            old.max_seq_len = seq_len
-            scaled = [args.max_seq_len > args.original_seq_len for args in (old, new)]
-            assert scaled[0] == scaled[1], (size, scaled)
-print("same")
-"""
-
-
-@needs_host
-@pytest.mark.parametrize("seq_len", [4096, 8192])
-def test_a_flavor_is_the_model_that_0_2_trains(seq_len, host, tmp_path):  # noqa: F811
-    result = python(host, "-c", SAME_ARGUMENTS, str(tmp_path), str(seq_len))
-    assert result.stdout.endswith("same\n"), result.stderr
 
 
 @pytest.mark.parametrize(

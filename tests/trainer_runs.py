@@ -34,11 +34,16 @@ def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") 
     return dialect.job(path, *flags)
 
 
-def train(scenarios: Scenarios, folder: Path, *, ranks: int) -> dict[str, list[Record]]:
-    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank."""
+def train(
+    scenarios: Scenarios, folder: Path, *, ranks: int, python: str = sys.executable
+) -> dict[str, list[Record]]:
+    """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank.
+
+    With another host's ``python`` each scenario names its dump folder itself.
+    """
     (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(python, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
         *(str(folder / "scenarios.json"), str(folder / "records")),
     ]
@@ -62,9 +67,14 @@ def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, tuple[int, list[s
     """Each scenario with a port where its ranks meet, and a dump folder unless it names one."""
     ports = _free_ports(len(scenarios))
     return {
-        name: (port, [dialect.DUMP_FOLDER, str(folder / name), *arguments])
+        name: (port, [*_dump_folder(folder / name, arguments), *arguments])
         for port, (name, arguments) in zip(ports, scenarios.items(), strict=True)
     }
+
+
+def _dump_folder(folder: Path, arguments: list[str]) -> list[str]:
+    named = {"--dump-folder", "--job.dump-folder"} & set(arguments)
+    return [] if named else [dialect.DUMP_FOLDER, str(folder)]
 
 
 def _free_ports(count: int) -> list[int]:

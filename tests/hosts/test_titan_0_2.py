@@ -13,9 +13,12 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
+from ezpz_moe.convert_model import new_model
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
+from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
 from ezpz_moe.job import allowed
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -206,6 +209,31 @@ def test_sizes_that_the_host_has_too_have_its_arguments():
         assert ours.keys() - stock.keys() == added
         changed = {key for key in stock if stock[key] != ours[key]}
         assert changed <= (differ if name == "debugmodel" else {"vocab_size"}), name
+
+
+@on_0_2
+@pytest.mark.parametrize("seq_len", [4096, 8192])
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, sizes in MOE_MODELS.items() for size in sizes]
+)
+def test_a_converted_job_has_the_model_that_it_had(name, size, seq_len, tmp_path):
+    from torchtitan.models import _supported_models
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    if name not in _supported_models:
+        pytest.skip(f"torchtitan {host_name()} has no {name}")
+    made = new_model(name, size, seq_len=seq_len, name="new")
+    (tmp_path / "new.toml").write_text(made.file)
+    new = binding("models").model_args(load_flavor(made.flavor, near=tmp_path))
+    old = get_train_spec(name).model_args[size]
+    apart = {"max_seq_len", "original_seq_len", "rope_factor"}  # compared as what they do
+    for field in dataclasses.fields(old):
+        if field.name not in apart and field.name != "moe_args":
+            assert getattr(old, field.name) == getattr(new, field.name), field.name
+    assert old.moe_args.num_experts == new.moe_args.num_experts
+    if name == "deepseek_v3":  # the host sets max_seq_len to the job's
+        scaled = new.max_seq_len > new.original_seq_len
+        assert scaled == (seq_len > old.original_seq_len)
 
 
 @on_0_2
