@@ -448,6 +448,13 @@ def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys)
     assert (tmp_path / "new.toml").exists()
 
 
+def test_a_number_of_files_that_means_nothing(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", "a.toml", "b.toml", "c.toml"])
+    assert stopped.value.code == 2
+    assert "not 3 files. For scripts add --lint." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("there", ["new.toml", "new_model.toml"])
 def test_no_file_is_overwritten(there, job_file, tmp_path):
     path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')

@@ -1,4 +1,4 @@
-"""``ezpz-moe lint``: the trainer's flags in scripts, and what the installed host still takes."""
+"""``ezpz-moe convert --lint``: flags in scripts, and what the installed host still takes."""
 
 from __future__ import annotations
 
@@ -204,10 +204,10 @@ ALIVE = {
 
 def test_the_command_with_the_hosts_own_flags(job_file, capsys):
     script = job_file(f"python -m torchtitan.train {ALIVE[presumed_generation()]}\n", "a.sh")
-    assert cli.main(["lint", str(script)]) == 0
+    assert cli.main(["convert", "--lint", str(script)]) == 0
     assert "flags, 0 dead on torchtitan" in capsys.readouterr().out
     dead = job_file("x --training.steps 1 --metrics.enable_color_printing\n", "b.sh")
-    assert cli.main(["lint", str(script), str(dead)]) == 1
+    assert cli.main(["convert", "--lint", str(script), str(dead)]) == 1
     output = capsys.readouterr().out
     assert f"{dead}:1" in output
     assert "Did you mean 'disable_color_printing'?" in output

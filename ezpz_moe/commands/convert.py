@@ -1,4 +1,4 @@
-"""``ezpz-moe convert``."""
+"""``ezpz-moe convert``: a job, or with ``--lint`` the scripts that start one."""
 
 from __future__ import annotations
 
@@ -9,38 +9,80 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ezpz_moe import display
+from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.errors import EzpzError
 
 
 @dataclass(frozen=True)
 class Convert:
     """Turn a job of torchtitan 0.2 into one that torchtitan 0.3 trains, and report every key.
 
-    Exit code 1 when something that had an effect is lost, 2 when NEW.toml cannot be written.
+    With --lint: find the trainer's flags in shell, PBS and Slurm scripts that the installed host
+    rejects.
+
+    Exit code 1 when something that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
+    be written.
     """
 
-    old: Annotated[Positional[Path], arg(metavar="OLD.toml")]
-    """The job. It is only read."""
-    new: Annotated[Positional[Path | None], arg(metavar="NEW.toml")] = None
-    """The file to write; it must not exist. Without it there is only the report."""
+    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
+    """The job, which is only read, and the file to write, which must not exist; without it there
+    is only the report. With --lint: scripts, which are only read."""
+    lint: bool = False
+    """The files are scripts: report the flags in them."""
 
     def run(self) -> int:
-        from ezpz_moe.convert import convert, write
-        from ezpz_moe.job import shown
+        if self.lint:
+            return _lint(self.files)
+        if len(self.files) not in (1, 2):
+            raise EzpzError(
+                f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
+                "files. For scripts add --lint."
+            )
+        return _convert(*self.files)
 
-        conversion = convert(self.old, self.new or self.old)
+
+def _convert(old: Path, new: Path | None = None) -> int:
+    from ezpz_moe.convert import convert, write
+    from ezpz_moe.job import shown
+
+    conversion = convert(old, new or old)
+    display.print_table(
+        {
+            "key": change.key,
+            "value": shown(change.new if change.fate == "added" else change.value),
+            "becomes": f"{change.fate}: {change.note}" if change.note else change.fate,
+        }
+        for change in conversion.changes
+    )
+    if lost := conversion.dropped:
+        display.print_line(f"{len(lost)} with an effect dropped: {', '.join(lost)}")
+    if new is None:
+        display.print_line(conversion.refusal)
+    else:
+        for path in write(conversion, new):
+            display.print_line(f"{path} written")
+    return 1 if lost or conversion.refusal else 0
+
+
+def _lint(scripts: tuple[Path, ...]) -> int:
+    with display.progress().status("Asking the host for its flags ..."):
+        from ezpz_moe.hosts import presumed_generation
+        from ezpz_moe.lint import lint, taken_flags
+
+        import_host()
+        taken = taken_flags()
+        findings = [finding for path in scripts for finding in lint(path, taken)]
+    if findings:
         display.print_table(
             {
-                "key": change.key,
-                "value": shown(change.new if change.fate == "added" else change.value),
-                "becomes": f"{change.fate}: {change.note}" if change.note else change.fate,
+                "where": finding.place,
+                "flag": finding.flag,
+                "": "dead" if finding.remedy else "alive",
+                "what to do": finding.remedy or None,
             }
-            for change in conversion.changes
+            for finding in findings
         )
-        if lost := conversion.dropped:
-            display.print_line(f"{len(lost)} with an effect dropped: {', '.join(lost)}")
-        if self.new is None:
-            display.print_line(conversion.refusal)
-        else:
-            for path in write(conversion, self.new):
-                display.print_line(f"{path} written")
-        return 1 if lost or conversion.refusal else 0
+    dead = sum(bool(finding.remedy) for finding in findings)
+    host = presumed_generation().host
+    display.print_line(f"{len(findings)} of the trainer's flags, {dead} dead on {host}")
+    return 1 if dead else 0
