@@ -9,6 +9,7 @@ from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.preflight import RankReport, preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
@@ -27,6 +28,11 @@ EXPERTS = ("--parallelism.expert_parallel_degree", "4")
 pytestmark = pytest.mark.train
 
 
+needs_all_ranks = pytest.mark.skipif(
+    host_name() == "0.2.1", reason="the fake communication of torchtitan 0.2.1 is of rank 0 alone"
+)
+
+
 @pytest.fixture
 def pipeline(job_file) -> str:
     """A job with two stages."""
@@ -42,6 +48,7 @@ def total_parameters() -> int:
     return binding("parameters").summarize(load_flavor(FLAVOR)).total
 
 
+@needs_all_ranks
 def test_the_shards_of_all_ranks_are_the_whole_model(pipeline) -> None:
     """Every dimension is a multiple of the ranks, so that the ranks of a stage are alike."""
     reports = build(pipeline, world_size=8, stages=2)
@@ -66,6 +73,7 @@ def test_a_sharded_step_is_run_without_values() -> None:
     assert report.step == (COUNTS if ON_0_2 else "forward and backward")
 
 
+@needs_all_ranks
 def test_an_error_of_the_host_is_the_ranks_report(pipeline) -> None:
     """The schedule is known, and too long for six layers: only the host finds that out."""
     schedule = ("--parallelism.pipeline_parallel_schedule", "Interleaved1F1B")
@@ -83,12 +91,20 @@ def test_what_the_command_prints(capsys) -> None:
     assert "0 0 255.3 M 3.80 GiB not run" in said
 
 
+@needs_all_ranks
 def test_a_mistake_is_said_once_and_is_exit_code_1(capsys, pipeline) -> None:
     degree = ("--parallelism.expert-parallel-degree", "3")
     assert cli.main(["preflight", pipeline, "--world-size", "12", *degree]) == 1
     said = capsys.readouterr().out
     assert f"rank 0, 6: {pipeline} and the command line:" in said
     assert said.count("does not divide the 8 experts") == 1
+
+
+@pytest.mark.skipif(host_name() != "0.2.1", reason="what torchtitan 0.2.1 cannot do")
+def test_other_ranks_than_the_first_are_refused_in_plain_words(pipeline) -> None:
+    first, second = build(pipeline, world_size=8, stages=2)
+    assert first.error == ""
+    assert second.error.endswith("Use torchtitan 0.2.2.")
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:

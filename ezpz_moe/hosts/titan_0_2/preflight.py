@@ -6,9 +6,11 @@ import sys
 
 import torch
 from torchtitan.config import ConfigManager
+from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.titan_0_2.command import arguments
 from ezpz_moe.job import find_job
@@ -27,8 +29,18 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
     sys.argv[1:] = [*arguments(find_job(config)), *host_flags, *FAKE_COMMUNICATION]
     job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
     has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
-    # The host's own fake group is of rank 0 always, and it takes one that is there.
-    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size)
+    if rank:
+        _join_as(rank, world_size)
     spec = get_train_spec(job_config.model.name)
     parts = parallelized(lambda: Trainer(job_config), spec, has_pipeline=has_pipeline)
     return report(rank, parts, _STEP)
+
+
+def _join_as(rank: int, world_size: int) -> None:
+    """The host's own fake group is of rank 0 always; 0.2.2 takes one that is there instead."""
+    if "is_initialized" not in init_distributed.__code__.co_names:
+        raise EzpzError(
+            "the fake communication of torchtitan 0.2.1 is of rank 0 alone, so that only the first "
+            "pipeline stage can be built. Use torchtitan 0.2.2."
+        )
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size)
