@@ -7,7 +7,6 @@ name the setting. Each check below yields the messages of its conflicts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torchtitan.tools import utils
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.models import model_args
@@ -102,15 +102,7 @@ def _quantized_experts(config: Any, args: Any) -> Iterator[str]:
 
 
 def _files(config: Any, args: Any) -> Iterator[str]:
-    assets = Path(config.model.hf_assets_path)
-    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        yield (
-            f"hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, or vocab.json "
-            f"or vocab.txt). Download the model's, or leave the key out for the embedded one."
-        )
-    checkpoint = config.checkpoint.initial_load_path
-    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
-        yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
+    return missing_files(config.model.hf_assets_path, config.checkpoint.initial_load_path)
 
 
 def _backend_on_device(config: Any, args: Any) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -25,6 +24,7 @@ from ezpz_moe.flavor_schema import Attention
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
 from ezpz_moe.job import KEYS, accepts, allowed
 
@@ -252,15 +252,7 @@ def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
 
 
 def _files(config: Trainer.Config) -> Iterator[str]:
-    assets = Path(config.hf_assets_path)
-    if not any((assets / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        yield (
-            f"hf_assets_path = {str(assets)!r} holds no tokenizer (tokenizer.json, or vocab.json "
-            f"or vocab.txt). Download the model's, or leave the key out for the embedded one."
-        )
-    checkpoint = config.checkpoint.initial_load_path
-    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
-        yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
+    return missing_files(config.hf_assets_path, config.checkpoint.initial_load_path)
 
 
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:

@@ -1,0 +1,21 @@
+"""Files that a job names and that have to be there, whichever the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+
+def missing_files(hf_assets_path: str, initial_load_path: str | None) -> Iterator[str]:
+    """What is not there, each in one sentence; an address (``gs://...``) is not looked up."""
+    if not any((Path(hf_assets_path) / name).is_file() for name in _TOKENIZERS):
+        yield (
+            f"hf_assets_path = {hf_assets_path!r} holds no tokenizer (tokenizer.json, or "
+            "vocab.json or vocab.txt). Download the model's, or leave the key out for the "
+            "embedded one."
+        )
+    checkpoint = initial_load_path
+    if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
+        yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
