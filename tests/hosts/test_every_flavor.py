@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from dialect import EXPERTS
 from torch import nn
 
 from ezpz_moe.errors import EzpzError
@@ -48,7 +49,7 @@ def test_every_flavor_builds_with_its_backend(name):
         assert expected in str(refusal.value)
         return
     model = build(flavor)
-    experts = modules(model, "GroupedExperts")
+    experts = modules(model, EXPERTS)
     assert len(experts) == len(modules(model, "MoE")) > 0
     backends = {getattr(module, "compute_backend", "the host's") for module in experts}
     untouched = ON_0_2 and name.startswith("gpt_oss")
