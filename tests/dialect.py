@@ -7,12 +7,22 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.hosts import TITAN_0_2, TITAN_MAIN, check_host, generation
+from ezpz_moe.hosts import (
+    TITAN_0_2,
+    TITAN_GROUPED_LINEAR,
+    TITAN_MAIN,
+    check_host,
+    generation,
+)
 
 check_host()  # asks the host for its generation: with its device, before anything else does
 
 ON_0_2 = generation() is TITAN_0_2
-ON_MAIN = generation() is TITAN_MAIN
+ON_GROUPED_LINEAR = generation() is TITAN_GROUPED_LINEAR
+ON_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
+
+EXPERTS = "RoutedExperts" if ON_GROUPED_LINEAR else "GroupedExperts"
+"""The host's class that gets the selector; ours is named after it."""
 
 DUMP_FOLDER = "--job.dump-folder" if ON_0_2 else "--dump-folder"
 LENGTH = 128

@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> dict:
     route.
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
-    trainer, GroupedExperts, MoE = _built_trainer(sys.argv[1:])
+    trainer, Experts, MoE = _built_trainer(sys.argv[1:])
     if "--count-on-cpu" in own_flags:
         for part in trainer.model_parts:
             binding("router").count_on_cpu(part)
@@ -82,11 +82,14 @@ def run(arguments: list[str]) -> dict:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
-    experts = [module for module in modules if isinstance(module, GroupedExperts)]
+    experts = [module for module in modules if isinstance(module, Experts)]
     if "--rounding-noise" in own_flags:
         noise = torch.Generator().manual_seed(int(own_flags["--rounding-noise"]))
         for module in experts:
-            module.register_forward_hook(partial(_round_once_more, noise))
+            # What dispatches too adds an expert's rows up: there it is the last product's rows.
+            rows = getattr(module, "w2", None)
+            rows = rows if isinstance(rows, torch.nn.Module) else module
+            rows.register_forward_hook(partial(_round_once_more, noise))
     record = {"losses": [], "gradient_norms": [], "gradients": {}}
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
@@ -116,9 +119,9 @@ def _built_trainer(arguments: list[str]) -> tuple:
         from torchtitan.train import Trainer
 
         return Trainer(config), GroupedExperts, MoE
-    from torchtitan.models.common.moe import GroupedExperts, MoE
+    from torchtitan.models.common.moe import MoE
 
-    return config.build(), GroupedExperts, MoE
+    return config.build(), binding("experts").HostExperts, MoE
 
 
 def _round_once_more(noise: torch.Generator, module, inputs, output):

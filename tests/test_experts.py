@@ -22,7 +22,8 @@ from torchtitan.models.common.moe import GroupedExperts, MoE  # noqa: E402
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts  # noqa: E402
 
 from ezpz_moe.compute import backend_names, get_backend  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.experts import select_backend, selected  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.experts import selected  # noqa: E402
+from ezpz_moe.hosts.titan_0_3.selector import select_backend  # noqa: E402
 
 OURS = [name for name in backend_names() if name != "grouped_mm"]
 SPECS = {

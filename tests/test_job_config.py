@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_MAIN, binding, check_host, generation
+from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, TITAN_MAIN, binding, check_host, generation
 from ezpz_moe.job import Job, load_job
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -26,7 +26,7 @@ from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs  # noqa: E40
 from ezpz_moe.hosts.titan_0_3.job import JobConfig, trainer_config  # noqa: E402
 
 dialect = binding("dialect")
-IS_MAIN = generation() is TITAN_MAIN
+IS_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
 

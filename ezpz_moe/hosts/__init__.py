@@ -87,6 +87,17 @@ TITAN_MAIN = Generation(
     ),
     like=TITAN_0_3,
 )
+TITAN_GROUPED_LINEAR = Generation(
+    "titan_grouped_linear",
+    "torchtitan since September 2026",
+    Reliance(
+        "torchtitan.models.common.linear:GroupedLinear",
+        used_for="telling the generation of the host",
+        if_broken="this is torchtitan of August 2026 or older",
+        vital=True,
+    ),
+    like=TITAN_MAIN,
+)
 TITAN_0_2 = Generation(
     "titan_0_2",
     "torchtitan 0.2",
@@ -97,7 +108,7 @@ TITAN_0_2 = Generation(
         vital=True,
     ),
 )
-GENERATIONS = (TITAN_MAIN, TITAN_0_3, TITAN_0_2)
+GENERATIONS = (TITAN_GROUPED_LINEAR, TITAN_MAIN, TITAN_0_3, TITAN_0_2)
 """The newest first."""
 
 

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from dialect import EXPERTS
 from torch import nn
 
+from ezpz_moe.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
+from ezpz_moe.checkpoints.names import generation_of
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavor_schema import Dimensions
 from ezpz_moe.flavors import flavor_names, load_flavor
@@ -48,7 +51,7 @@ def test_every_flavor_builds_with_its_backend(name):
         assert expected in str(refusal.value)
         return
     model = build(flavor)
-    experts = modules(model, "GroupedExperts")
+    experts = modules(model, EXPERTS)
     assert len(experts) == len(modules(model, "MoE")) > 0
     backends = {getattr(module, "compute_backend", "the host's") for module in experts}
     untouched = ON_0_2 and name.startswith("gpt_oss")
@@ -88,3 +91,5 @@ def test_every_size_has_the_parameters_of_its_architecture(name):
 def test_checkpoints_have_the_keys_that_are_relied_on():
     found = binding("parameters").build_on_meta(load_flavor("debugmodel")).state_dict()
     assert set(binding("relied_on").STATE_DICT_KEYS) <= found.keys()
+    names = TITAN_0_2_NAMES if ON_0_2 else binding("huggingface").GENERATION
+    assert generation_of(found) == names

@@ -5,24 +5,27 @@ the list of reliances say.
 """
 
 import dataclasses
-import sys
-from types import ModuleType
 
 import pytest
 import torch
+from dialect import ON_0_2, ON_GROUPED_LINEAR, ON_MAIN
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_2, TITAN_0_3, TITAN_MAIN, check_host, generation
-from ezpz_moe.hosts import reliance as reliances
+from ezpz_moe.hosts import (
+    TITAN_0_3,
+    TITAN_GROUPED_LINEAR,
+    TITAN_MAIN,
+    check_host,
+    generation,
+)
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
 from ezpz_moe.hosts.titan_main.job_keys import KEYS, REPLACED
-from ezpz_moe.hosts.titan_main.relied_on import RELIED_ON
 from ezpz_moe.job import Job
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 on_main = pytest.mark.skipif(
-    generation() is not TITAN_MAIN,
+    not ON_MAIN,
     reason=f"the installed host is {generation().host}; make test-hosts HOST=... runs these",
 )
 FLAVOR = "debugmodel_sdpa_for_loop"
@@ -62,26 +65,10 @@ def test_each_replaced_key_and_its_successor_are_keys():
     assert REPLACED.keys() | set(REPLACED.values()) <= rows
 
 
-@pytest.mark.skipif(generation() is TITAN_0_2, reason="torchtitan 0.2 has no models.common.moe")
-def test_experts_without_a_class_of_their_own_are_refused_in_plain_words(monkeypatch):
-    """The form of September 2026: ``RoutedExperts`` holds the weights, in grouped linears."""
-    moe = ModuleType("torchtitan.models.common.moe")
-    moe.RoutedExperts = type("RoutedExperts", (), {})
-    monkeypatch.setitem(sys.modules, moe.__name__, moe)
-    monkeypatch.setattr("torchtitan.models.common.moe", moe)
-    monkeypatch.setattr("ezpz_moe.hosts.generation", lambda: TITAN_MAIN)
-    vital = [line for line in RELIED_ON if "GroupedExperts" in line.thing]
-    assert len(vital) == 3
-    assert reliances.broken(vital).keys() == set(vital)
-    with pytest.raises(EzpzError) as error:
-        check_host()
-    assert str(error.value).count("RoutedExperts holds the weights itself") == 1
-    assert "no binding to that form yet" in str(error.value)
-
-
-def test_main_is_told_by_a_field_that_0_3_lacks():
-    assert (TITAN_MAIN.evidence.why_broken() == "") == (generation() is TITAN_MAIN)
-    assert (TITAN_0_3.evidence.why_broken() == "") == (generation() is not TITAN_0_2)
+def test_each_generation_is_told_by_what_the_older_ones_lack():
+    assert (TITAN_GROUPED_LINEAR.evidence.why_broken() == "") == ON_GROUPED_LINEAR
+    assert (TITAN_MAIN.evidence.why_broken() == "") == ON_MAIN
+    assert (TITAN_0_3.evidence.why_broken() == "") == (not ON_0_2)
 
 
 # Tokens in place of sequences -----------------------------------------------------------------

@@ -8,7 +8,7 @@
 """
 
 import pytest
-from dialect import DUMP_FOLDER, MODELS, batch, by_flavor, stock, with_backend, write_text
+from dialect import DUMP_FOLDER, EXPERTS, MODELS, batch, by_flavor, stock, with_backend, write_text
 from trainer_runs import (
     assert_same_bits,
     assert_within_twice,
@@ -76,8 +76,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("run", ["deepseek_v3 grouped_mm", "flavor"])
 def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
     """Through door 2 and through door 1: ten losses, and every parameter after them."""
-    assert set(runs["deepseek_v3 host"]["experts"]) == {"GroupedExperts"}
-    assert set(runs[run]["experts"]) == {"EzpzGroupedExperts"}
+    assert set(runs["deepseek_v3 host"]["experts"]) == {EXPERTS}
+    assert set(runs[run]["experts"]) == {f"Ezpz{EXPERTS}"}
     assert len(runs[run]["losses"]) == 10
     assert_same_bits(runs[run], runs["deepseek_v3 host"])
 

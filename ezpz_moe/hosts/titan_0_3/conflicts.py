@@ -14,7 +14,6 @@ import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
@@ -26,9 +25,10 @@ from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
+from ezpz_moe.hosts.titan_0_3.selector import Sizes
 from ezpz_moe.job import KEYS, accepts, allowed
 
-_dialect = binding("dialect")
+_dialect, _host_experts = binding("dialect"), binding("experts")
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
@@ -92,10 +92,16 @@ def captures_cuda_graphs(config: Trainer.Config) -> bool:
     )
 
 
-def _experts(config: Trainer.Config) -> list[GroupedExperts.Config]:
+def _experts(config: Trainer.Config) -> list[Any]:
+    """The configs of the routed experts, one for each MoE layer."""
     if config.model_spec is None:
         return []
-    return [node for _, node, _, _ in config.model_spec.traverse(GroupedExperts.Config)]
+    experts_config = _host_experts.HostExperts.Config
+    return [node for _, node, _, _ in config.model_spec.traverse(experts_config)]
+
+
+def _sizes(config: Trainer.Config) -> list[Sizes]:
+    return [_host_experts.sizes(node) for node in _experts(config)]
 
 
 def _backends(config: Trainer.Config) -> list[str]:
@@ -132,7 +138,7 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
 
 def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     degree = config.parallelism.expert_parallel_degree
-    for experts in {node.num_experts for node in _experts(config)}:
+    for experts in {sizes.num_experts for sizes in _sizes(config)}:
         if experts % degree:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
             below = max(d for d in divisors if d < degree)
@@ -264,7 +270,7 @@ def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
         )
         return
     device = torch.device(utils.device_type)
-    dims = {dim for node in _experts(config) for dim in (node.dim, node.hidden_dim)}
+    dims = {dim for sizes in _sizes(config) for dim in (sizes.dim, sizes.hidden_dim)}
     for name in _backends(config):
         reasons = get_backend(name).why_not(device, torch.bfloat16, dims=sorted(dims))
         for reason in reasons:

@@ -11,7 +11,6 @@ from typing import Any
 import torchtitan.models
 from torchtitan.models import deepseek_v3
 from torchtitan.models.common import ComplexRoPE
-from torchtitan.models.common.moe import GroupedExperts
 
 # The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with them,
 # and `_output_linear_init` the one that is missing there: the alternative is to copy them.
@@ -21,7 +20,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import Dimensions, Flavor
 from ezpz_moe.hosts import binding
-from ezpz_moe.hosts.titan_0_3.experts import select_backend
+from ezpz_moe.hosts.titan_0_3.selector import select_backend
 
 _DEFAULT_COMM_BACKEND = "standard"
 
@@ -117,7 +116,7 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
             f"{where}: torchtitan's {module_name} has no flavor {upstream!r}."
             f"{did_you_mean(upstream, known)} It has {', '.join(known)}."
         ) from error
-    if not any(True for _ in spec.model.traverse(GroupedExperts.Config)):
+    if not any(True for _ in spec.model.traverse(binding("experts").HostExperts.Config)):
         raise EzpzError(
             f"{where}: this model is dense: it has no routed experts to compute. "
             'Name a mixture-of-experts model, for example "qwen3/30B-A3B".'

@@ -4,15 +4,15 @@ import inspect
 
 from torchtitan.config.override import override
 from torchtitan.models.common.attention import BaseAttention
-from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs
 
 for_experts = override(
-    target=GroupedExperts.Config,
+    target=binding("experts").HostExperts.Config,
     description="Compute the routed experts with a backend of ezpz_moe.",
 )
 for_attention = override(

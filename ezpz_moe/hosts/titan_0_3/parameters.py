@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtitan.models.common.moe import GroupedExperts, MoE
+from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan_0_3.models import model_spec
 
@@ -57,13 +58,15 @@ def _summarize(flavor: Flavor) -> ModelSummary:
         for moe in moes
     )
     total = _numel(model)
-    _, experts, _, _ = next(config.traverse(GroupedExperts.Config))
+    host_experts = binding("experts")
+    _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
+    sizes = host_experts.sizes(experts)
     return ModelSummary(
         dim=config.dim,
         n_layers=len(config.layers),
-        num_experts=experts.num_experts,
+        num_experts=sizes.num_experts,
         top_k=moes[0].router.top_k,
-        expert_hidden_dim=experts.hidden_dim,
+        expert_hidden_dim=sizes.hidden_dim,
         total=total,
         active=total - idle,
         embedding=_numel(model.tok_embeddings),

@@ -3,7 +3,7 @@
 from ezpz_moe.hosts.reliance import Reliance
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
-_NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
+NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
 _NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
 _NO_TEXTS = "only the host's own datasets can be used: no dataset_path, no embedded text"
 _SETTINGS_MOVED = "a job that sets what was renamed is refused; flavors without a job still train"
@@ -21,21 +21,21 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts.Config",
         used_for="the selector's own Config is a subclass of it",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         fields=("dim", "hidden_dim", "num_experts"),
         vital=True,
     ),
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts._grouped_mm",
         used_for="the seam that a backend replaces in experts other than SwiGLU (gpt_oss)",
-        if_broken="the seam moved: " + _NO_BACKEND,
+        if_broken="the seam moved: " + NO_BACKEND,
         takes=("A", "B_t", "offs"),
         vital=True,
     ),
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts.forward",
         used_for="a backend computes the whole SwiGLU FFN in its place",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         takes=("x_RD", "num_tokens_per_expert_E"),
         vital=True,
     ),
@@ -54,7 +54,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.config.configurable:Configurable.Config.traverse",
         used_for="finding every routed-experts and attention node of a model",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         vital=True,
     ),
     Reliance(

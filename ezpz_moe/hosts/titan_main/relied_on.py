@@ -1,26 +1,10 @@
 """What the binding relies on in torchtitan's main branch: 0.3's lines, and what differs."""
 
-import dataclasses
-
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.hosts.titan_0_3.relied_on import RELIED_ON as RELIED_ON_0_3
 from ezpz_moe.hosts.titan_0_3.relied_on import STATE_DICT_KEYS
 
 __all__ = ["RELIED_ON", "STATE_DICT_KEYS"]
-
-_EXPERTS = "torchtitan.models.common.moe:GroupedExperts"
-_NO_EXPERTS = (
-    "since September 2026 torchtitan has no GroupedExperts: RoutedExperts holds the weights itself "
-    "(w13 [E, 2, F, D] and w2), as grouped linears with the _grouped_mm seam on them. ezpz_moe has "
-    "no binding to that form yet, so that no backend can be selected with this host"
-)
-
-
-def _as_in_main(line: Reliance) -> Reliance:
-    if line.thing.startswith(_EXPERTS):
-        return dataclasses.replace(line, if_broken=_NO_EXPERTS)
-    return line
-
 
 _CHANGED: tuple[Reliance, ...] = (
     Reliance(
@@ -64,6 +48,6 @@ _CHANGED: tuple[Reliance, ...] = (
 _GONE = {"torchtitan.hf_datasets:DatasetConfig", *(line.thing for line in _CHANGED)}
 
 RELIED_ON: tuple[Reliance, ...] = (
-    *(_as_in_main(line) for line in RELIED_ON_0_3 if line.thing not in _GONE),
+    *(line for line in RELIED_ON_0_3 if line.thing not in _GONE),
     *_CHANGED,
 )

@@ -1,0 +1,133 @@
+"""Selecting a backend for the experts: what all hosts since torchtitan 0.3 have in common.
+
+``experts.py`` of each generation says which class of the host gets the selector and how a backend
+takes the place of its products.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torchtitan.protocols.module import Module
+from torchtitan.tools.logging import logger
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import binding
+
+ExpertComputeBackend: TypeAlias = str
+"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
+
+HOST_PATH: ExpertComputeBackend = "grouped_mm"
+"""The backend that is the host's own code, untouched."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of one layer's routed experts."""
+
+    num_experts: int
+    dim: int
+    hidden_dim: int
+
+
+class Selector(Module):
+    """Mixin before a class of the host: the chosen backend, None for the host's own path."""
+
+    def _choose(self, config) -> None:
+        self.compute_backend = config.compute_backend
+        backend = get_backend(self.compute_backend)  # an unknown name is an error at once
+        self._backend = None if self.compute_backend == HOST_PATH else backend
+        _choices_not_logged[self.compute_backend, config.chosen_by] += 1
+
+    def _init_self_parameters(self) -> None:
+        super()._init_self_parameters()
+        _log_choices(next(self.parameters()).device)
+
+
+@cache
+def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Module]:
+    """``host_class`` with ``selector`` before it, and with a ``compute_backend`` in its config."""
+
+    class Selected(selector, host_class):  # type: ignore[misc, valid-type]
+        @dataclass(kw_only=True, slots=True)
+        class Config(host_class.Config):  # type: ignore[name-defined]
+            compute_backend: ExpertComputeBackend = HOST_PATH
+            chosen_by: str = "default"
+
+        def __init__(self, config: Config):
+            super().__init__(config)
+            self._choose(config)
+
+    Selected.__name__ = Selected.__qualname__ = f"Ezpz{host_class.__name__}"
+    return Selected
+
+
+def select_backend(model_config, backend: ExpertComputeBackend, chosen_by: str) -> int:
+    """Replace every routed-experts node below ``model_config``, in place.
+
+    Returns:
+        How many nodes were replaced: one per MoE layer.
+
+    Raises:
+        EzpzError: as the ``selected`` of the host's binding, or the model has no routed experts.
+    """
+    experts = binding("experts")
+    nodes = list(model_config.traverse(experts.HostExperts.Config))
+    if not nodes:
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
+            f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
+        )
+    for _, config, parent, attribute in nodes:
+        setattr(parent, attribute, experts.selected(config, backend, chosen_by))
+    return len(nodes)
+
+
+def selectable(config: Any, backend: ExpertComputeBackend, chosen_by: str) -> Any:
+    """The class of the host that ``config`` builds.
+
+    Raises:
+        EzpzError: unknown backend; the experts have a selector already.
+    """
+    get_backend(backend)
+    host_class = type(config)._owner
+    if issubclass(host_class, Selector):
+        raise EzpzError(
+            f"compute_backend is selected twice: {config.chosen_by} asks for "
+            f"{config.compute_backend!r}, and {chosen_by} for {backend!r}. Remove one of them."
+        )
+    return host_class
+
+
+def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chosen_by: str) -> None:
+    """Refuse a class with another ``_grouped_mm`` than ``base``, which a backend would replace.
+
+    Raises:
+        EzpzError: the seam is taken (quantization), or the weights are fused.
+    """
+    if host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): {host_class.__name__} computes the "
+            f"experts' products itself (quantized grouped GEMM). Remove the quantization "
+            f"converter of the experts, or do not select a backend."
+        )
+
+
+_choices_not_logged: Counter[tuple[ExpertComputeBackend, str]] = Counter()
+
+
+def _log_choices(device: torch.device) -> None:
+    """One line per choice and run, when the first experts get their weights.
+
+    All layers are built before any is initialized, so that the count is complete, and the device
+    is the one that trains. Said nowhere in forward: the host compiles it with fullgraph=True.
+    """
+    for (backend, chosen_by), layers in _choices_not_logged.items():
+        path = "the host's own path" if backend == HOST_PATH else get_backend(backend).summary
+        logger.info(
+            f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in bfloat16 "
+            f"for {layers} MoE layers; {chosen_by}"
+        )
+    _choices_not_logged.clear()
