@@ -161,6 +161,22 @@ def test_other_backends_agree_with_the_host(backend):
         assert not weight[1].any()  # the expert without tokens
 
 
+@pytest.mark.parametrize("backend", backend_names())
+def test_four_tensors_of_the_hidden_size_are_saved_for_backward(backend):
+    """Gate and up (in one storage), silu(gate), and what goes into the projection down."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (T * K, F):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output_and_gradients(selected(experts_config(), backend, ""))
+    assert sum(saved.values()) == 4 * T * K * F * torch.bfloat16.itemsize
+
+
 def test_a_copied_model_keeps_its_backend():
     ours = built(selected(experts_config(), "for_loop", ""))
     assert copy.deepcopy(ours).w13._backend is ours.w13._backend
