@@ -54,7 +54,7 @@ else:  # 0.2 sorts tokens for it with a Triton kernel, which does not run on a C
         "expert parallel, skewed": "fully sharded, skewed",
     }
 
-if ON_MAIN:  # a flag does not cut the batch of the job: both of its sequences are a microbatch
+if ON_MAIN:  # the degree as a flag leaves the job's batch whole; each of its sequences is one here
     TWO_RANKS["pipeline parallel"] += ["--parallelism.num-pp-microbatches", "2", *batch(size=1)]
 
 ALL = ["single", *TWO_RANKS, *TWO_RANKS_SKEWED, *FOUR_RANKS]
