@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ezpz_moe import cli
 from ezpz_moe.checkpoints import inspect, remap, remapping, storage
+from ezpz_moe.checkpoints.folder import atomic_folder
 from ezpz_moe.errors import EzpzError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
@@ -359,3 +360,11 @@ def test_memory_holds_a_few_tensors_and_not_the_checkpoint(tmp_path) -> None:
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     assert inspect(tmp_path / "big.new").parameters == 24 * size // 4
     assert size < int(result.stdout) < 8 * size, "of 24 tensors"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_run_that_is_stopped_leaves_nothing(tmp_path: Path, stop: type[BaseException]) -> None:
+    with pytest.raises(stop), atomic_folder(tmp_path / "new", needed=0) as partial:
+        (partial / "half").touch()
+        raise stop
+    assert not list(tmp_path.iterdir())

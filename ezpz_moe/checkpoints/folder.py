@@ -14,8 +14,8 @@ from ezpz_moe.errors import EzpzError
 def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` at the end of the ``with``.
 
-    What a killed run leaves ends in ``.partial``, and the next run removes it; after an error
-    nothing is left.
+    What a killed run leaves ends in ``.partial``, and the next run removes it; after an error or
+    Ctrl-C nothing is left.
 
     Args:
         needed: bytes that will be written.
@@ -33,7 +33,7 @@ def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-    except Exception:
+    except BaseException:  # Ctrl-C too
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(target)
