@@ -18,7 +18,8 @@ for node in 0 1; do {rank}=$node SLURM_NNODES=2 "$@"; done
 COMMANDS = {
     "srun": SCHEDULER.format(rank="SLURM_NODEID"),
     "mpiexec": SCHEDULER.format(rank="PALS_RANKID"),
-    "scontrol": "#!/bin/bash\nprintf 'first\\nsecond\\n'",
+    # More names than a pipe holds: a reader that stops after the first would end this one.
+    "scontrol": "#!/bin/bash\necho first; seq -f node%g 20000",
     "module": "#!/bin/bash",
     "conda": "#!/bin/bash",
     "ezpz-moe": "#!/bin/bash\nprintf '%s|' \"$@\"; echo",

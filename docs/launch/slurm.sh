@@ -14,7 +14,8 @@ set -euo pipefail
 GPUS_PER_NODE=8
 # Modules, the environment of Python, and what docs/clusters.md lists for the device: here.
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${nodes%%$'\n'*}
 export MASTER_ADDR GPUS_PER_NODE
 
 # Single quotes: SLURM_NODEID is each node's own.
