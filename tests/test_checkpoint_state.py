@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_checkpoints import OTHERS, THREE, loaded, trained
+from checkpoint_cases import OTHERS, THREE, loaded, trained
 
 from ezpz_moe import cli
 from ezpz_moe.checkpoints import remap

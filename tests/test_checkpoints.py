@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoint_cases import EXPERTS, assert_same_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ezpz_moe import cli
 from ezpz_moe.checkpoints import inspect, remap, remapping, storage
@@ -19,7 +19,6 @@ from ezpz_moe.errors import EzpzError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
-EXPERTS = "layers.1.moe.routed_experts.inner_experts"
 # What a layer of each model family is called in 0.2 and from 0.3 on.
 FAMILIES = {
     "deepseek_v3": {
@@ -78,21 +77,6 @@ def load(folder: Path, names) -> dict:
                 tensors[name] = torch.full_like(value, torch.nan)
     dcp.load(loaded, checkpoint_id=folder)
     return loaded
-
-
-def assert_same_checkpoint(folder: Path, other: Path) -> None:
-    """The same entries, shards of the same boxes, and in each the same bits."""
-    before, after = (storage.read_metadata(each) for each in (folder, other))
-    for metadata in (before, after):
-        for entry in metadata.state_dict_metadata.values():
-            if isinstance(entry, TensorStorageMetadata):
-                entry.properties.strides = None  # of the shard that was saved; nothing reads it
-    assert before.state_dict_metadata == after.state_dict_metadata
-    assert before.planner_data == after.planner_data
-    assert before.storage_data.keys() == after.storage_data.keys()
-    for index, entry in before.storage_data.items():
-        new = storage.load(other, after.storage_data[index])
-        assert storage.same_bits(storage.load(folder, entry), new), index
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -200,138 +184,6 @@ def test_what_the_commands_print(tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert re.search(r"generation +0.3\b", said)
     assert re.search(r"dtypes +torch.float32\b", said)
-
-
-# main, which stacks w1 and w3 ---------------------------------------------------------------------
-
-W13 = "layers.1.moe.routed_experts.w13.weight"
-W2 = "layers.1.moe.routed_experts.w2.weight"
-THREE = [f"{EXPERTS}.{name}" for name in ("w1_EFD", "w2_EDF", "w3_EFD")]
-OTHERS = ["layers.1.moe.router.gate.weight", "layers.1.moe.shared_experts.w1.weight"]
-
-
-def trained(seed: int = 0) -> dict:
-    """A layer as the trainer saves it, with AdamW's state: E = 5, F = 6, D = 4."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = dict(zip(THREE, [(5, 6, 4), (5, 4, 6), (5, 6, 4)], strict=True))
-    shapes |= dict.fromkeys(OTHERS, (5, 4))
-    model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    model[THREE[0]][2, 3, 1] = torch.nan
-    optimizer: dict = {}
-    for name, tensor in model.items():
-        optimizer[f"state.{name}.step"] = torch.tensor(7.0)
-        optimizer[f"state.{name}.exp_avg"] = torch.randn(tensor.shape, generator=generator)
-        optimizer[f"state.{name}.exp_avg_sq"] = torch.rand(tensor.shape, generator=generator)
-        optimizer |= {f"param_groups.{name}.lr": 1e-3, f"param_groups.{name}.betas": (0.9, 0.95)}
-    return {**model, "optimizer": optimizer, "train_state": {"step": 7}}
-
-
-def loaded(folder: Path) -> dict:
-    """Every entry of a checkpoint, as torch's own reader loads it."""
-    state = torch.distributed.checkpoint.state_dict_loader._load_state_dict_from_keys(
-        checkpoint_id=folder
-    )
-    assert isinstance(state, dict)
-    return state
-
-
-def test_main_holds_w1_and_w3_in_one(tmp_path) -> None:
-    state = trained()
-    dcp.save(state, checkpoint_id=tmp_path / "source")
-    done = remap(tmp_path / "source", tmp_path / "main", "main")
-    assert done.changed == 3 * (1 + 3 + 2), "a weight, three states and two settings of each"
-    new, old = loaded(tmp_path / "main"), state["optimizer"]
-    w1, w2, w3 = THREE
-    equal = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(new[W13], torch.stack((state[w1], state[w3]), 1), **equal)
-    torch.testing.assert_close(new[W2], state[w2], **equal)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        both = torch.stack([old[f"state.{name}.{moment}"] for name in (w1, w3)], 1)
-        torch.testing.assert_close(new["optimizer"][f"state.{W13}.{moment}"], both, **equal)
-    assert new["optimizer"][f"state.{W13}.step"] == 7
-    assert new["optimizer"][f"param_groups.{W13}.betas"] == (0.9, 0.95)
-    assert not [name for name in (*new, *new["optimizer"]) if "inner_experts" in name]
-    for name in OTHERS:
-        torch.testing.assert_close(new[name], state[name], **equal)
-
-
-SHARDED = """
-import sys, torch
-import torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Shard, distribute_tensor
-sys.path.insert(0, {tests!r})
-from test_checkpoints import THREE, trained
-dist.init_process_group("gloo")
-mesh = dist.init_device_mesh("cpu", (2,))
-state = trained()
-for tensors in (state, state["optimizer"]):
-    for name, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            tensors[name] = distribute_tensor(value, mesh, [Shard({dim})])
-dcp.save(state, checkpoint_id={folder!r})
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("dim", [0, 1])
-def test_every_shard_is_carried_there_and_back(tmp_path, dim) -> None:
-    """E = 5 experts on two ranks: shards of 3 and 2; or halves of every expert."""
-    script = tmp_path / "save.py"
-    source = tmp_path / "source"
-    tests = str(Path(__file__).parent)
-    script.write_text(SHARDED.format(folder=str(source), dim=dim, tests=tests))
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    subprocess.run([*command, "--nproc-per-node", "2", str(script)], check=True, timeout=300)
-    assert inspect(source).files == 2
-    remap(source, tmp_path / "main", "main")
-    new, state = loaded(tmp_path / "main"), trained()
-    expected = torch.stack((state[THREE[0]], state[THREE[2]]), 1)
-    torch.testing.assert_close(new[W13], expected, rtol=0, atol=0, equal_nan=True)
-    sizes = storage.read_metadata(tmp_path / "main").state_dict_metadata[W13].chunks
-    assert len(sizes) == 4
-    remap(tmp_path / "main", tmp_path / "back", "0.3")
-    assert_same_checkpoint(source, tmp_path / "back")
-
-
-def test_a_shard_of_both_halves_is_taken_apart(tmp_path) -> None:
-    """As the host itself would save w13: both halves in one tensor."""
-    w13, w2 = torch.randn(5, 2, 60, 40), torch.randn(5, 40, 60)
-    step = {f"state.{W13}.step": torch.tensor(3.0), f"state.{W13}.exp_avg": -w13}
-    dcp.save({W13: w13, W2: w2, "optimizer": step}, checkpoint_id=tmp_path / "step-3")
-    contents = inspect(tmp_path / "step-3")
-    assert (contents.generation, contents.experts) == ("main", 5)
-    remap(tmp_path / "step-3", tmp_path / "old", "0.2")
-    old = loaded(tmp_path / "old")
-    for name, expected in {"w1": w13[:, 0], "w3": w13[:, 1], "w2": w2}.items():
-        assert torch.equal(old[f"layers.1.moe.experts.{name}"], expected)
-    assert torch.equal(old["optimizer"]["state.layers.1.moe.experts.w3.exp_avg"], -w13[:, 1])
-    assert old["optimizer"]["state.layers.1.moe.experts.w1.step"] == 3
-    # Saving a view would save all that it is a view of.
-    assert inspect(tmp_path / "old").bytes < 1.5 * inspect(tmp_path / "step-3").bytes
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"), [("state.{}.step", torch.tensor(8.0)), ("param_groups.{}.lr", 2e-3)]
-)
-def test_what_is_one_in_main_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
-    state = trained()
-    name = entry.format(THREE[2])
-    assert name in state["optimizer"]
-    state["optimizer"][name] = value
-    dcp.save(state, checkpoint_id=tmp_path / "source")
-    with pytest.raises(EzpzError, match="keeps one for both") as error:
-        remap(tmp_path / "source", tmp_path / "target", "main")
-    assert f"optimizer.{name}" in str(error.value)
-    assert f"optimizer.{entry.format(THREE[0])}" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_layout_of_main_that_is_not_known_is_refused(tmp_path) -> None:
-    source = save(tmp_path / "source", FAMILIES["gpt_oss"].values())
-    with pytest.raises(EzpzError, match="mlp1_weight_EGD: what torchtitan main has for it"):
-        remap(source, tmp_path / "target", "main")
-    assert not (tmp_path / "target").exists()
 
 
 MEMORY = """

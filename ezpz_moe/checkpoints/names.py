@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.checkpoints.layouts import Half, InTurn, Layout
 
 TITAN_0_2, TITAN_0_3, MAIN = "0.2", "0.3", "main"
 GENERATIONS = (MAIN, TITAN_0_3, TITAN_0_2)
@@ -25,18 +25,16 @@ class Part:
     Attributes:
         titan_0_2: in torchtitan 0.2.
         titan_0_3: from 0.3 on.
-        main: since September 2026; None where it is not known.
-        half: the place on dim 1 of main's [E, 2, F, D], where main stacks two tensors [E, F, D].
-        beside: a part of some name, in every generation, of the checkpoints that this applies to.
+        main: since September 2026.
+        layout: how main's tensor holds the older one; None where they are the same.
     """
 
     titan_0_2: str
     titan_0_3: str
-    main: str | None
-    half: int | None = None
-    beside: str = ""
+    main: str
+    layout: Layout | None = None
 
-    def of(self, generation: str) -> str | None:
+    def of(self, generation: str) -> str:
         """This part in ``generation``."""
         names = {TITAN_0_2: self.titan_0_2, TITAN_0_3: self.titan_0_3, MAIN: self.main}
         return names[generation]
@@ -49,18 +47,37 @@ _QKV = "attention.qkv_linear"
 PARTS = (
     Part("output.weight", "lm_head.weight", "lm_head.weight"),
     Part("moe.expert_bias", "moe.expert_bias_E", "moe.expert_bias_E"),
-    Part("moe.experts.w1", f"{_INNER}.w1_EFD", f"{_ROUTED}.w13.weight", half=0),
-    Part("moe.experts.w3", f"{_INNER}.w3_EFD", f"{_ROUTED}.w13.weight", half=1),
-    Part("moe.experts.w2", f"{_INNER}.w2_EDF", f"{_ROUTED}.w2.weight"),
-    Part("moe.experts.mlp1_weight", f"{_INNER}.mlp1_weight_EGD", None),
-    Part("moe.experts.mlp1_bias", f"{_INNER}.mlp1_bias_EG", None),
-    Part("moe.experts.mlp2_weight", f"{_INNER}.mlp2_weight_EDF", None),
-    Part("moe.experts.mlp2_bias", f"{_INNER}.mlp2_bias_ED", None),
-    # Latent attention (deepseek_v3) has a wq too, and it keeps its name.
-    Part("attention.wq", f"{_QKV}.wq", f"{_QKV}.wq", beside="wk"),
-    Part("attention.wk", f"{_QKV}.wk", f"{_QKV}.wk", beside="wk"),
-    Part("attention.wv", f"{_QKV}.wv", f"{_QKV}.wv", beside="wk"),
 )
+"""Of every model."""
+
+EXPERTS = (
+    Part("moe.experts.w1", f"{_INNER}.w1_EFD", f"{_ROUTED}.w13.weight", Half(0)),
+    Part("moe.experts.w3", f"{_INNER}.w3_EFD", f"{_ROUTED}.w13.weight", Half(1)),
+    Part("moe.experts.w2", f"{_INNER}.w2_EDF", f"{_ROUTED}.w2.weight"),
+)
+"""Of every model but gpt_oss."""
+
+_GPT_OSS_BIAS = Part("moe.experts.mlp2_bias", f"{_INNER}.mlp2_bias_ED", f"{_ROUTED}.w2.bias")
+GPT_OSS_EXPERTS = (
+    Part(
+        "moe.experts.mlp1_weight",
+        f"{_INNER}.mlp1_weight_EGD",
+        f"{_ROUTED}.w13.weight",
+        InTurn(dims=3),
+    ),
+    Part("moe.experts.mlp1_bias", f"{_INNER}.mlp1_bias_EG", f"{_ROUTED}.w13.bias", InTurn(dims=2)),
+    Part("moe.experts.mlp2_weight", f"{_INNER}.mlp2_weight_EDF", f"{_ROUTED}.w2.weight"),
+    _GPT_OSS_BIAS,
+)
+"""Of gpt_oss, known by its biases."""
+
+_WK = Part("attention.wk", f"{_QKV}.wk", f"{_QKV}.wk")
+ATTENTION = (
+    Part("attention.wq", f"{_QKV}.wq", f"{_QKV}.wq"),
+    _WK,
+    Part("attention.wv", f"{_QKV}.wv", f"{_QKV}.wv"),
+)
+"""Of a model with wk; latent attention (deepseek_v3) has a wq too, and it keeps its name."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,11 @@ class Renamed:
 
     Attributes:
         name: the new one.
-        half: of the two tensors that main stacks, the one that this is; None for all others.
+        layout: how main's tensor holds the older one; None where they are the same.
     """
 
     name: str
-    half: int | None = None
+    layout: Layout | None = None
 
 
 Renaming = Callable[[str], tuple[Renamed, ...]]
@@ -86,19 +103,18 @@ def generation_of(names: Iterable[str]) -> str | None:
     for generation in GENERATIONS:
         older = GENERATIONS[GENERATIONS.index(generation) + 1 :] or (TITAN_0_3,)
         own = [part for part in parts if part.of(generation) not in map(part.of, older)]
-        patterns = [_pattern(name) for part in own if (name := part.of(generation))]
+        patterns = [_pattern(part.of(generation)) for part in own]
         if any(pattern.search(name) for pattern in patterns for name in names):
             return generation
     return None
 
 
 def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
-    """What a name of generation ``source`` becomes in ``target``: one name, of w13 two.
+    """What a name of generation ``source`` becomes in ``target``: one name, of w13 often two.
 
-    Names that are the same in both, and those of no parameter, stay as they are. The function
-    raises :class:`EzpzError` for a parameter whose new name is not known.
+    Names that are the same in both, and those of no parameter, stay as they are.
     """
-    parts = [(_pattern(old), part) for part in _parts(names) if (old := part.of(source))]
+    parts = [(_pattern(part.of(source)), part) for part in _parts(names)]
 
     @cache
     def rename(name: str) -> tuple[Renamed, ...]:
@@ -108,18 +124,22 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
         return tuple(_renamed(name, pattern, part) for pattern, part in matching)
 
     def _renamed(name: str, pattern: re.Pattern, part: Part) -> Renamed:
-        if (new := part.of(target)) is None:
-            raise EzpzError(f"{name}: what torchtitan {target} has for it is not known.")
-        stacked = MAIN in (source, target) and source != target
-        return Renamed(pattern.sub(new, name), part.half if stacked else None)
+        other_layout = MAIN in (source, target) and source != target
+        return Renamed(pattern.sub(part.of(target), name), part.layout if other_layout else None)
 
     return rename
 
 
 def _parts(names: Iterable[str]) -> list[Part]:
-    """Those of the table that apply to a checkpoint with these names."""
-    words = {word for name in names for word in name.split(".")}
-    return [part for part in PARTS if not part.beside or part.beside in words]
+    """What applies to a checkpoint with these names, of any generation."""
+    names = list(names)
+
+    def there(part: Part) -> bool:
+        patterns = [_pattern(part.of(generation)) for generation in GENERATIONS]
+        return any(pattern.search(name) for pattern in patterns for name in names)
+
+    experts = GPT_OSS_EXPERTS if there(_GPT_OSS_BIAS) else EXPERTS
+    return [*PARTS, *experts, *(ATTENTION if there(_WK) else ())]
 
 
 def _pattern(part: str) -> re.Pattern:

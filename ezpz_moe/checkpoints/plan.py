@@ -1,9 +1,8 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Main stacks w1 and w3, [E, F, D] each, into w13 [E, 2, F, D]. A DCP tensor is a set of boxes, so
-that every stored shard of w1 becomes a shard of w13 by itself, and no two have to be in memory at
-once. The optimizer's moments are stacked like their weights; what else it keeps of a parameter, a
-count of steps or a rate, is one for both and has to be the same.
+Main has w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments go the way of
+their weights; what else it keeps of a parameter, a count of steps or a rate, is one for both and
+has to be the same.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ezpz_moe.checkpoints.layouts import Layout
 from ezpz_moe.checkpoints.names import MAIN, Renamed, renaming
 from ezpz_moe.errors import EzpzError
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
-
-_STACKED = 1
-"""The dimension of w13 on which w1 and w3 lie."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     """The plan from generation ``source`` to ``target``.
 
     Raises:
-        EzpzError: a parameter whose new name is not known; w1 and w3 of different shapes.
+        EzpzError: shards that are none in the target; w1 and w3 of different shapes.
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
@@ -74,7 +71,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
         new = rename(name)
         plan.changed += any(each.name != name for each in new)
         for each in new:
-            reshaped = _reshaped(entry, each, target)
+            reshaped = _reshaped(name, entry, each, target)
             plan.entries[each.name] = _joined(each.name, plan.entries.get(each.name), reshaped)
     for name, path in (metadata.planner_data or {}).items():
         for place, each in enumerate(rename(name)):
@@ -87,11 +84,14 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     }
     for index in metadata.storage_data:
         for each in rename(index.fqn):
-            if _is_stacked(entries[index.fqn], each, target):
-                plan.steps += _shard_steps(index, shards[index.fqn, index.offset], each, target)
+            layout = _layout(entries[index.fqn], each, target)
+            if layout is not None:
+                plan.steps += _shard_steps(
+                    index, shards[index.fqn, index.offset], each.name, layout, target
+                )
             else:
                 # What is one for both w1 and w3 is compared with the other's, value by value.
-                convert = None if each.half is None else _unchanged
+                convert = None if each.layout is None else _unchanged
                 plan.steps.append(Step(index, replace(index, fqn=each.name), convert))
     return plan
 
@@ -101,84 +101,43 @@ def _part(new: tuple[Renamed, ...], place: int) -> Any:
     return new[min(place, len(new) - 1)].name
 
 
-def _is_stacked(entry: Entry, new: Renamed, target: str) -> bool:
-    """Whether it has the shape of the experts' weights: the weights and the optimizer's moments."""
-    dimensions = 3 if target == MAIN else 4
-    return (
-        new.half is not None
-        and isinstance(entry, TensorStorageMetadata)
-        and len(entry.size) == dimensions
-    )
+def _layout(entry: Entry, new: Renamed, target: str) -> Layout | None:
+    """The layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
+    if new.layout is None or not isinstance(entry, TensorStorageMetadata):
+        return None
+    dims = new.layout.dims if target == MAIN else new.layout.dims + 1
+    return new.layout if len(entry.size) == dims else None
 
 
-def _reshaped(entry: Entry, new: Renamed, target: str) -> Entry:
-    if not _is_stacked(entry, new, target):
+def _reshaped(name: str, entry: Entry, new: Renamed, target: str) -> Entry:
+    if (layout := _layout(entry, new, target)) is None:
         return entry
     assert isinstance(entry, TensorStorageMetadata)
-    assert new.half is not None
-    return _stacked(entry, new.half) if target == MAIN else _taken(entry, new.half)
+    size = layout.size_in_main if target == MAIN else layout.size_before
+    try:
+        boxes = [_box(chunk, layout, target) for chunk in entry.chunks]
+    except EzpzError as error:
+        raise EzpzError(
+            f"{name}: {error}, so that no shard of torchtitan {target} can hold it. Save the "
+            "checkpoint on another number of ranks."
+        ) from error
+    return _resized(entry, size(entry.size), [box for box in boxes if box is not None])
 
 
 def _shard_steps(
-    index: MetadataIndex, shard: ChunkStorageMetadata, new: Renamed, target: str
+    index: MetadataIndex, shard: ChunkStorageMetadata, name: str, layout: Layout, target: str
 ) -> Iterator[Step]:
-    assert new.half is not None
-    if target == MAIN:
-        box = _stacked_chunk(shard, new.half)
-        yield Step(index, MetadataIndex(new.name, box.offsets), _stack)
-    elif (place := _place(shard, new.half)) is not None:
-        box = _taken_chunk(shard)
-        yield Step(index, MetadataIndex(new.name, box.offsets), _take(place))
+    if (box := _box(shard, layout, target)) is not None:
+        convert = layout.to_main if target == MAIN else layout.from_main
+        yield Step(index, MetadataIndex(name, box.offsets), convert(shard))
 
 
-# The two ways: a tensor of main out of one, [E, F, D] -> [E, 1 of 2, F, D], and back -------------
-
-
-def _stacked(entry: TensorStorageMetadata, half: int) -> TensorStorageMetadata:
-    size = _with(entry.size, 2)
-    return _resized(entry, size, [_stacked_chunk(chunk, half) for chunk in entry.chunks])
-
-
-def _taken(entry: TensorStorageMetadata, half: int) -> TensorStorageMetadata:
-    chunks = [_taken_chunk(each) for each in entry.chunks if _place(each, half) is not None]
-    return _resized(entry, _without(entry.size), chunks)
-
-
-def _stacked_chunk(chunk: ChunkStorageMetadata, half: int) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(_with(chunk.offsets, half), _with(chunk.sizes, 1))
-
-
-def _taken_chunk(chunk: ChunkStorageMetadata) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(_without(chunk.offsets), _without(chunk.sizes))
-
-
-def _place(chunk: ChunkStorageMetadata, half: int) -> int | None:
-    """Where in a shard of w13 this half is; None if the shard has only the other."""
-    place = half - chunk.offsets[_STACKED]
-    return place if 0 <= place < chunk.sizes[_STACKED] else None
-
-
-def _stack(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.unsqueeze(_STACKED)
-
-
-def _take(place: int) -> Convert:
-    # A copy: saving a view would save all that it is a view of.
-    return lambda tensor: tensor.select(_STACKED, place).clone(
-        memory_format=torch.contiguous_format
-    )
+def _box(shard: ChunkStorageMetadata, layout: Layout, target: str) -> ChunkStorageMetadata | None:
+    return layout.box_in_main(shard) if target == MAIN else layout.box_before(shard)
 
 
 def _unchanged(value: Any) -> Any:
     return value
-
-
-def _with(size: torch.Size, value: int) -> torch.Size:
-    return torch.Size((*size[:_STACKED], value, *size[_STACKED:]))
-
-
-def _without(size: torch.Size) -> torch.Size:
-    return torch.Size((*size[:_STACKED], *size[_STACKED + 1 :]))
 
 
 def _resized(
