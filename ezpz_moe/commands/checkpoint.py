@@ -98,8 +98,10 @@ def _model(config: str | None) -> Model:
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
-    host = import_host()("huggingface")
-    return Model(host.GENERATION, host.adapter(flavor), *host.tensors(flavor))
+    slot = import_host()
+    host, model = slot("huggingface"), slot("parameters").build_on_meta(flavor)
+    buffers = frozenset(name for name, _ in model.named_buffers())
+    return Model(host.GENERATION, host.adapter(flavor), model.state_dict(), buffers)
 
 
 @dataclass(frozen=True)

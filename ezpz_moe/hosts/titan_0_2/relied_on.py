@@ -1,6 +1,7 @@
 """What the binding relies on in torchtitan 0.2."""
 
 from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.hosts.titan_0_3.relied_on import SAFETENSORS
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
 _NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
@@ -81,6 +82,7 @@ RELIED_ON: tuple[Reliance, ...] = (
         used_for="the embedded text and the user's own files",
         if_broken="only the host's own datasets can be used: no dataset_path, no embedded text",
     ),
+    *SAFETENSORS,
     Reliance(
         "torchtitan.tools.utils:device_type",
         used_for="telling the host to train on the CPU where no accelerator is",

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_3.models import host_spec
-from ezpz_moe.hosts.titan_0_3.parameters import build_on_meta
 
 GENERATION = "0.3"
 """Whose names the host's parameters have."""
@@ -27,9 +24,3 @@ def adapter(flavor: Flavor) -> Any:
             f"{flavor.source}: torchtitan has no adapter to Hugging Face for this model."
         )
     return spec.state_dict_adapter(spec.model, None)
-
-
-def tensors(flavor: Flavor) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """The model's tensors on the meta device, in the order of its layers; and which are buffers."""
-    model = build_on_meta(flavor)
-    return model.state_dict(), frozenset(name for name, _ in model.named_buffers())

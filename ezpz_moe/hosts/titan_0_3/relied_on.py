@@ -11,6 +11,22 @@ _NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from 
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
+SAFETENSORS = (
+    Reliance(
+        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.to_hf",
+        used_for="ckpt remap --to hf",
+        if_broken=_NO_SAFETENSORS,
+        takes=("state_dict",),
+    ),
+    Reliance(
+        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.from_hf",
+        used_for="ckpt remap of safetensors",
+        if_broken=_NO_SAFETENSORS,
+        takes=("hf_state_dict",),
+    ),
+)
+"""Of every generation."""
+
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torch.distributed:set_timeout",
@@ -124,18 +140,7 @@ RELIED_ON: tuple[Reliance, ...] = (
         if_broken=_NO_TEXTS,
         fields=("path", "loader", "sample_processor"),
     ),
-    Reliance(
-        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.to_hf",
-        used_for="ckpt remap --to hf",
-        if_broken=_NO_SAFETENSORS,
-        takes=("state_dict",),
-    ),
-    Reliance(
-        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.from_hf",
-        used_for="ckpt remap of safetensors",
-        if_broken=_NO_SAFETENSORS,
-        takes=("hf_state_dict",),
-    ),
+    *SAFETENSORS,
     Reliance(
         "torchtitan.tools.utils:device_type",
         used_for="telling the host to train on the CPU where no accelerator is",

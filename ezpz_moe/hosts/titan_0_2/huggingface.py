@@ -1,0 +1,28 @@
+"""The host's own way between its parameters and Hugging Face's, as it is for one flavor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.protocols.train_spec import get_train_spec
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.titan_0_2.models import host_model, model_args
+
+GENERATION = "0.2"
+"""Whose names the host's parameters have."""
+
+
+def adapter(flavor: Flavor) -> Any:
+    """The flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
+
+    Raises:
+        EzpzError: the host has none for this model.
+    """
+    own = get_train_spec(host_model(flavor)).state_dict_adapter
+    if own is None:
+        raise EzpzError(
+            f"{flavor.source}: torchtitan has no adapter to Hugging Face for this model."
+        )
+    return own(model_args(flavor), None)
