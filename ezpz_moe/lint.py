@@ -124,10 +124,7 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
             return f"now {_dashed(now, no)}"
     if row.path and (whole := row.path.rpartition(".")[0]) in taken:
         return f"now one of the values of {_dashed(whole)}"
-    return (
-        row.message.replace("Remove the key", "Remove the flag")
-        or f"no flag any more: set [{section}] {name} in the job's TOML"
-    )
+    return row.message or f"no flag any more: set [{section}] {name} in the job's TOML"
 
 
 def _dashed(path: str, no: str = "") -> str:

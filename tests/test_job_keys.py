@@ -185,7 +185,7 @@ def test_a_key_that_is_gone_says_what_to_do(name: str, tmp_path: Path):
     with pytest.raises(EzpzError) as error:
         load_job(file)
     assert str(error.value) == f"{file}: [{section}] {key}: {GONE[name].message}"
-    assert any(verb in GONE[name].message for verb in ("Remove", "use ", "Set "))
+    assert any(verb in GONE[name].message for verb in ("Leave it out", "use ", "Set "))
 
 
 def test_the_config_is_the_hosts_where_the_job_says_nothing():

@@ -92,8 +92,7 @@ def test_what_replaced_a_flag(job_file, on):
         "--training.local-batch-size": "",
         "--training.dataset": "now --dataloader.dataset",
         "--job.config_file": (
-            "the file is named on the command line: --module ezpz_moe --config PATH. "
-            "Remove the flag."
+            "the file is named on the command line: --module ezpz_moe --config PATH. Leave it out."
         ),
         "--training.no-enable-cpu-offload": "",
         "--parallelism.no-enable_async_tensor_parallel": (

@@ -123,7 +123,7 @@ MISTAKES = {
     "a key of 0.3 alone": (
         MODEL + "[debug]\ndetect_anomaly = true\n",
         (),
-        "torchtitan 0.2 has no such setting. Remove the key, or set it to false",
+        "torchtitan 0.2 has no such setting. Leave it out, or set it to false",
     ),
     "a flag out of range": (MODEL, ("--training.steps", "0"), "training.steps = 0: must be an int"),
     "an unknown flavor as a flag": (MODEL, ("--model.flavor", "16C"), "unknown flavor '16C'"),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
 from ezpz_moe.hosts.titan_0_3.job_keys import Key, Positive, Text, gone
 
-_HAS_NO = "torchtitan 0.2 has no such setting. Remove the key{}. torchtitan 0.3 has it."
+_HAS_NO = "torchtitan 0.2 has no such setting. Leave it out{}. torchtitan 0.3 has it."
 _WHAT_IT_DOES = ", or set it to {}, which is what 0.2 does"
 
 # Values of keys that only 0.3 has which ask for what 0.2 does anyway.

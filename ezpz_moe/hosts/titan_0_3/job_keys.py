@@ -92,14 +92,13 @@ _MEMORY_ESTIMATION = (
 )
 _SUBCLASS = (
     "torchtitan 0.3 has no config modules: a plugin brings a config_registry, and this one is "
-    "already loaded by `--module ezpz_moe`. Remove the key."
+    "already loaded by `--module ezpz_moe`. Leave it out."
 )
 
 KEYS: Mapping[str, Mapping[str, Key]] = {
     "job": {
         "config_file": gone(
-            "the file is named on the command line: --module ezpz_moe --config PATH. "
-            "Remove the key."
+            "the file is named on the command line: --module ezpz_moe --config PATH. Leave it out."
         ),
         "dump_folder": to("dump_folder", Text),
         "description": own(str),
@@ -137,7 +136,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "converters": gone(_QUANTIZE, unless=([],)),
         "print_after_conversion": gone(
             "there are no converters to print the model after; `ezpz-moe show` prints its config. "
-            "Remove the key.",
+            "Leave it out.",
             unless=(False,),
         ),
     },
@@ -153,7 +152,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
             Literal["for-loop", "foreach", "fused", "fused_opt_states_bf16"],
         ),
         "early_step_in_backward": gone(
-            "torchtitan 0.3 steps the optimizer only after the whole backward. Remove the key.",
+            "torchtitan 0.3 steps the optimizer only after the whole backward. Leave it out.",
             unless=(False,),
         ),
     },
@@ -201,7 +200,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "enable_sequence_parallel": new("parallelism.enable_sequence_parallel", bool),
         "disable_loss_parallel": gone(
             "torchtitan 0.3 always computes the loss in parallel under tensor parallelism. "
-            "Remove the key.",
+            "Leave it out.",
             unless=(False,),
         ),
         "enable_async_tensor_parallel": to("compile.enable_async_tensor_parallel", bool),
@@ -228,7 +227,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
             "parallelism.pipeline_parallel_microbatch_size", Positive
         ),
         "pipeline_parallel_expert_parallel_overlap": gone(
-            "torchtitan 0.3 does not overlap the two communications. Remove the key, or set it to "
+            "torchtitan 0.3 does not overlap the two communications. Leave it out, or set it to "
             "false in a file that 0.2 reads too.",
             unless=(False,),
         ),
@@ -239,7 +238,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "context_parallel_ptrr_mask_key": new("parallelism.context_parallel_ptrr_mask_key", Text),
         "context_parallel_rotate_method": gone(
             "torchtitan 0.3 leaves the exchange of keys and values to torch, which gathers them. "
-            "Remove the key.",
+            "Leave it out.",
             unless=("allgather",),
         ),
         "expert_parallel_degree": to("parallelism.expert_parallel_degree", Positive),
@@ -276,14 +275,14 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "mode": own(Literal["selective", "full", "memory_budget", "none"]),
         "selective_ac_option": gone(
             "torchtitan 0.3's selective checkpointing always chooses by operator ('op' in 0.2), "
-            'not by every n-th layer. Remove the key, or set it to "op".',
+            'not by every n-th layer. Leave it out, or set it to "op".',
             unless=("op",),
         ),
         "per_op_sac_force_recompute_mm_shapes_by_fqns": to(
             "activation_checkpoint.force_recompute_mm_shapes_by_fqns", list[Text]
         ),
         "early_stop": gone(
-            "torchtitan 0.3 never stops a recomputation early. Remove the key.", unless=(False,)
+            "torchtitan 0.3 never stops a recomputation early. Leave it out.", unless=(False,)
         ),
         "memory_budget": to("activation_checkpoint.memory_budget", Fraction),
         "visualize_memory_budget_pareto": to(
@@ -352,9 +351,9 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "dataset": own(Text, flag="validator.dataloader.dataset"),
         "dataset_path": own(Text, flag="validator.dataloader.dataset_path"),
         "local_batch_size": gone(
-            "torchtitan 0.3 validates with training.local_batch_size. Remove the key."
+            "torchtitan 0.3 validates with training.local_batch_size. Leave it out."
         ),
-        "seq_len": gone("torchtitan 0.3 validates with training.seq_len. Remove the key."),
+        "seq_len": gone("torchtitan 0.3 validates with training.seq_len. Leave it out."),
         "freq": to("validator.freq", Positive),
         "steps": to("validator.steps", MinusOneOrPositive),
     },

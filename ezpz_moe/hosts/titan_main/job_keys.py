@@ -29,7 +29,7 @@ REPLACED: Mapping[str, str] = {
 """0.3's key -> the field of main that says the same, in tokens."""
 
 _NO_WORKERS = (
-    "this torchtitan reads data in threads, not in worker processes. Remove the key; "
+    "this torchtitan reads data in threads, not in worker processes. Leave it out; "
     "num_prefetch_batches says how many batches are ready ahead."
 )
 
