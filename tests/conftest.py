@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("contract_cases", "trainer_runs")
+pytest.register_assert_rewrite("checkpoint_cases", "contract_cases", "trainer_runs")
 
 settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ezpz_moe")
@@ -13,8 +13,16 @@ settings.load_profile("ezpz_moe")
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("EZPZ_MOE_DEBUG", "EZPZ_MOE_FLAVORS"):
+    for variable in ("EZPZ_MOE_DEBUG", "EZPZ_MOE_FLAVORS", "RANK"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that torchrun started; mistakes are raised, not printed."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("EZPZ_MOE_DEBUG", "1")
 
 
 @pytest.fixture

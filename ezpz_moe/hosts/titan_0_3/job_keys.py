@@ -79,15 +79,15 @@ _ADAMW_KWARGS = f"{_ADAMW}.optimizer_kwargs"
 
 _QUANTIZE = (
     "quantization replaces the same expert products that `compute_backend` selects, so the two "
-    "do not go together. Remove the section; for quantized experts use an upstream config, such "
+    "do not go together. Leave it out; for quantized experts use an upstream config, such "
     "as `--module deepseek_v3 --config deepseek_v3_debugmodel_mxfp8`."
 )
 _FAULT_TOLERANCE = (
     "torchft left the trainer in torchtitan 0.3: it is an experiment with a trainer of its own, "
-    "torchtitan.experiments.torchft. Remove the section."
+    "torchtitan.experiments.torchft. Leave it out."
 )
 _MEMORY_ESTIMATION = (
-    "torchtitan 0.3 has no memory estimation. Remove the section; the peak memory of a short run "
+    "torchtitan 0.3 has no memory estimation. Leave it out; the peak memory of a short run "
     "stands in the log lines."
 )
 _SUBCLASS = (

@@ -1,0 +1,160 @@
+"""``ezpz-moe convert``: the model of a job of torchtitan 0.2 as a flavor, and training it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from convert_cases import DATA, OLD, fates, written
+from trainer_runs import train
+
+from ezpz_moe import cli
+from ezpz_moe.convert import convert, flavor_path, write
+from ezpz_moe.convert_model import new_model
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
+from ezpz_moe.job import load_job
+
+
+@pytest.mark.parametrize(
+    ("model", "flavor"), [(m, flavor) for m, flavors in MOE_MODELS.items() for flavor in flavors]
+)
+def test_every_mixture_of_experts_of_0_2_has_a_flavor(model, flavor, job_file):
+    text = f'[model]\nname = "{model}"\nflavor = "{flavor}"\n[training]\nseq_len = 2048\n'
+    job = load_job(written(job_file(text)))
+    found = load_flavor(job.flavor, near=job.folder)
+    assert found.attention == MOE_MODELS[model][flavor]["attention"]
+    assert found.compute_backend == "grouped_mm"
+
+
+def test_a_shipped_flavor_is_taken_where_it_is_the_same(job_file):
+    path = job_file(OLD)
+    assert load_job(written(path)).flavor == "qwen3_debugmodel_sdpa"
+    assert not flavor_path(path.with_name("new.toml")).exists()
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "scaling", "longest"),
+    [(4096, "none", 16384), (4097, "yarn", 16384), (16385, "yarn", 16385)],
+)
+def test_deepseek_v3_has_yarn_beyond_4096_tokens(seq_len, scaling, longest, tmp_path):
+    model = new_model("deepseek_v3", "16B", seq_len=seq_len, name="new")
+    (tmp_path / "new.toml").write_text(model.file)
+    flavor = load_flavor("new", near=tmp_path)
+    assert flavor.dimensions.vocab_size == 102400
+    assert (flavor.dimensions.rope.scaling, flavor.dimensions.rope.max_seq_len) == (
+        scaling,
+        longest,
+    )
+
+
+@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.parametrize("size", ["debugmodel_flex_attn", "16B", "236B", "671B"])
+def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
+    check_host()
+    from torchtitan.models import deepseek_v3
+
+    from ezpz_moe.hosts.titan_0_3.models import host_spec
+
+    model = new_model("deepseek_v3", size, seq_len=8192, name="new")
+    (tmp_path / "new.toml").write_text(model.file)
+    spec = host_spec(load_flavor(model.flavor, near=tmp_path))
+    own = deepseek_v3.model_registry(size.removesuffix("_flex_attn"))
+    assert repr(spec.model) == repr(own.model)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ('name = "llama3"\nflavor = "8B"', '"llama3" is none of'),
+        ('name = "qwen3"\nflavor = "0.6B"', "(debugmodel_moe, 30B-A3B, 235B-A22B)"),
+        ('name = "llama4"\nflavor = "17bx16e"', "torchtitan 0.3 has no llama4"),
+        ("name = 3", "3 is none of"),
+        ('hf_assets_path = "x"', '"llama3" is none of'),
+    ],
+)
+def test_a_model_that_no_flavor_is(model, said, job_file, tmp_path, capsys):
+    path, new = job_file(f"[model]\n{model}\n{DATA}"), tmp_path / "new.toml"
+    assert cli.main(["convert", str(path)]) == 1
+    assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", str(path), str(new)])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_a_job_of_ours_keeps_its_flavor(job_file):
+    path = job_file('[model]\nname = "ezpz_moe"\nflavor = "10B_2B_for_loop"\n')
+    assert load_job(written(path)).values["model.flavor"] == "10B_2B_for_loop"
+    assert set(fates(path).values()) == {"kept"}
+
+
+@pytest.mark.parametrize("flavor", ["", "flavor = 3\n"])
+def test_a_job_of_ours_without_a_flavor_is_refused(flavor, job_file):
+    with pytest.raises(EzpzError, match="unknown flavor ''"):
+        written(job_file(f'[model]\nname = "ezpz_moe"\n{flavor}'))
+
+
+def test_a_flavor_that_the_new_job_would_not_find_is_refused(job_file, tmp_path):
+    job_file('inherits = "16B"\n', "wide.toml")
+    path = job_file('[model]\nname = "ezpz_moe"\nflavor = "wide"\n')
+    (tmp_path / "new").mkdir()
+    new = tmp_path / "new" / "job.toml"
+    with pytest.raises(EzpzError, match="unknown flavor 'wide'"):
+        write(convert(path, new), new)
+    assert not list(new.parent.iterdir())
+
+
+DEBUG_JOB = """
+[model]
+name = "{model}"
+flavor = "{flavor}"
+hf_assets_path = "{tokenizer}"
+
+[training]
+dataset = "c4_test"
+dataset_path = "text"
+seq_len = 128
+local_batch_size = 1
+steps = 2
+
+[activation_checkpoint]
+mode = "none"
+selective_ac_option = "2"
+
+[metrics]
+log_freq = 1
+
+[quantize.grouped_mm.float8]
+fqns = ["experts"]
+"""
+
+
+@pytest.mark.train
+def test_the_debug_jobs_of_every_family_train(tmp_path):
+    from ezpz_moe.assets import EMBEDDED_TOKENIZER
+
+    (tmp_path / "text").mkdir()
+    text = json.dumps({"text": "Attention is all you need, and a mixture of experts. " * 40})
+    (tmp_path / "text" / "data.json").write_text(f"{text}\n" * 20)
+    scenarios = {}
+    families = [
+        ("deepseek_v3", "debugmodel"),
+        ("qwen3", "debugmodel_moe"),
+        ("gpt_oss", "debugmodel"),
+    ]
+    for model, flavor in families:
+        old, new = tmp_path / f"{model}_old.toml", tmp_path / f"{model}.toml"
+        old.write_text(DEBUG_JOB.format(model=model, flavor=flavor, tokenizer=EMBEDDED_TOKENIZER))
+        write(convert(old, new), new)
+        # FlexAttention, which gpt_oss has in 0.2, has no backward on the CPU.
+        new.write_text(
+            new.read_text().replace("gpt_oss_debugmodel_flex", "gpt_oss_debugmodel_sdpa")
+        )
+        scenarios[model] = ["--module", "ezpz_moe", "--config", str(new)]
+    for model, (record,) in train(scenarios, tmp_path, ranks=1).items():
+        assert len(record["losses"]) == 2, model
+        assert record["losses"][1] < record["losses"][0], model
