@@ -129,8 +129,9 @@ def test_the_first_loss_has_the_hosts_bits(runs, parallelism, backend):
     assert ours[0] == host[0]
 
 
+@pytest.mark.skipif(not IN_FLOAT32, reason="this host has mixed precision everywhere")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", sorted(IN_FLOAT32))
+@pytest.mark.parametrize("parallelism", sorted(IN_FLOAT32) or ["none"])
 def test_rounding_the_experts_alone_costs_less_than_rounding_everything(runs, parallelism, backend):
     ours, host, rounded = (
         losses(runs[key])[0]
@@ -152,10 +153,12 @@ ADDENDS = {
     "expert parallel": 0,
     "expert parallel, skewed": 0,
 }
+COMPARABLE = sorted(SAME_ROUNDING & ADDENDS.keys() & EQUALS.keys())
 
 
+@pytest.mark.skipif(not COMPARABLE, reason="this host rounds otherwise under each of them")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", [p for p in ADDENDS if p in EQUALS and p in SAME_ROUNDING])
+@pytest.mark.parametrize("parallelism", COMPARABLE or ["none"])
 def test_the_first_loss_does_not_depend_on_the_parallelism(runs, parallelism, backend):
     """The same bits, but for a rounding of 2**-24 per addition in float32."""
     ours, other = (losses(runs[p, backend])[0] for p in (parallelism, EQUALS[parallelism]))
