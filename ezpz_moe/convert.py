@@ -19,13 +19,13 @@ from ezpz_moe.convert_model import NewModel, new_model
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.setting import flat
-from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, NO_EFFECT
+from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
 from ezpz_moe.toml import read_toml
 from ezpz_moe.toml_edit import Statement, assignment, commented, statements
 
-Fate = Literal["kept", "replaced", "added", "needless", "dropped"]
+Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
 
 _DEFAULT_MODEL = "llama3"  # of torchtitan 0.2, as the next one
 _DEFAULT_SEQ_LEN = 2048
@@ -37,9 +37,10 @@ class Change:
 
     Attributes:
         key: ``section.name``.
-        value: in the old file; None for what is added.
+        value: in the old file; None for what is added, and 0.2's default for what differs.
         fate: ``needless`` is what 0.3 does anyway, or what had no effect in 0.2 either; ``dropped``
-            had an effect. Neither is in the new file.
+            had an effect. Neither is in the new file. What ``differs`` is in neither file: 0.2 had
+            a default that 0.3 cannot be given.
         note: 0.3's own name of the setting, the new value, or why there is none.
         new: the new value of what is replaced or added.
     """
@@ -60,7 +61,7 @@ class Conversion:
     """What :func:`convert` found.
 
     Attributes:
-        changes: one for each key, in the order of the file; what is added comes last.
+        changes: one for each key, in the order of the file; then what is added, and what differs.
         text: the new job.
         flavor: what it names in ``model.flavor``.
         flavor_file: text of the flavor file that it needs beside it; empty for none.
@@ -98,7 +99,7 @@ def convert(old: Path, new: Path) -> Conversion:
     added = list(_added(values, model)) if model and not model.refusal else []
     flavor = model.flavor if model else values.get("model.flavor")
     return Conversion(
-        changes=(*(change for _, change in lines if change), *added),
+        changes=(*(change for _, change in lines if change), *added, *_differing(values)),
         text=_rendered(lines, added, old.name),
         flavor=flavor if isinstance(flavor, str) else "",
         flavor_file=model.file if model else "",
@@ -120,6 +121,8 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
     """
     if conversion.refusal:
         raise EzpzError(f"{new} is not written: {conversion.refusal}")
+    if new.suffix != ".toml":
+        raise EzpzError(f"{new}: a job's name ends in .toml, by which it is told from a flavor's.")
     if not conversion.flavor_file:
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
@@ -207,6 +210,13 @@ def _added(values: Mapping[str, Any], model: NewModel) -> Iterator[Change]:
         if key not in values and (switch is None or values.get(switch) is True):
             new = model.flavor if key == "model.flavor" else default
             yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
+
+
+def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
+    """What the old file leaves to defaults that 0.3 cannot be given."""
+    for key, (default, now) in LOST_DEFAULTS.items():
+        if key not in values and not _switched_off(key, values):
+            yield Change(key, default, "differs", f"torchtitan 0.2's default; {now}")
 
 
 # The new file -------------------------------------------------------------------------------------

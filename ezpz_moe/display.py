@@ -34,8 +34,13 @@ def progress() -> Console:
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
-    """Rows with the same keys, which are the headings. Columns of figures stand on the right."""
+    """Rows with the same keys, which are the headings. Columns of figures stand on the right.
+
+    Without rows nothing is printed.
+    """
     rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
+    if not rows:
+        return
     console = output()
     table = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None,

@@ -48,7 +48,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
         EzpzError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error
     found = [(number, word) for number, line in enumerate(lines, 1) for word in words(line)]
@@ -85,7 +85,7 @@ def words(line: str) -> Iterator[str]:
         for word in lexer:
             if word.startswith("#"):
                 return
-            yield from [word] if word.split() == [word] else words(word)
+            yield from words(word) if set(word) & set(lexer.whitespace) else [word]
     except ValueError:  # an open quote, or a last backslash: the lexer holds an unfinished word
         yield from words(lexer.token)
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 import tomli
-from convert_cases import OLD, QWEN3, changes, fates, toml, written
+from convert_cases import DATA, OLD, QWEN3, changes, fates, toml, written
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ezpz_moe import cli
-from ezpz_moe.convert import Change, convert, write
+from ezpz_moe.convert import Change, _switched_off, convert, write
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
-from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, NO_EFFECT
+from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
-from ezpz_moe.job import load_job
+from ezpz_moe.job import is_one_of, load_job
 from ezpz_moe.toml_edit import statements
 
 LIST_0_2 = Path(__file__).parent / "data" / "titan_0_2_2_keys.txt"
@@ -246,6 +247,35 @@ def test_a_default_is_not_added_to_what_the_file_says(job_file):
     assert "added" not in fates(job_file(OLD)).values()
 
 
+def test_defaults_that_0_3_cannot_be_given_are_reported(job_file):
+    path = job_file(QWEN3 + DATA + "[validation]\nenable = true\nseq_len = 512\n")
+    differing = {key: change for key, change in changes(path).items() if change.fate == "differs"}
+    assert {key: change.value for key, change in differing.items()} == {
+        "activation_checkpoint.selective_ac_option": "2",
+        "validation.local_batch_size": 8,
+    }
+    assert "every second layer" in differing["activation_checkpoint.selective_ac_option"].note
+    assert convert(path, path).dropped == ["validation.seq_len"]
+    assert "selective_ac_option" not in written(path).read_text()
+
+
+def test_the_table_of_lost_defaults_is_complete():
+    """Of the keys that are gone, those with a default that is no list, nothing, or switched off."""
+    gone = {}
+    for section, rows in KEYS.items():
+        for name, row in rows.items():
+            default = DEFAULTS_0_2.get(f"{section}.{name}", "None")
+            if row.message and default != "None" and not is_list(default):
+                gone[f"{section}.{name}"] = ast.literal_eval(default), row
+    on = {"validation.enable": True, "parallelism.pipeline_parallel_degree": 2}
+    on |= {"parallelism.expert_parallel_degree": 2, "activation_checkpoint.mode": "selective"}
+    assert {key: default for key, (default, _) in LOST_DEFAULTS.items()} == {
+        key: default
+        for key, (default, row) in gone.items()
+        if not is_one_of(row.unless, default) and not _switched_off(key, on)
+    }
+
+
 def is_list(default: str) -> bool:
     """Whether the list of 0.2's defaults shows only that there is one."""
     return default.startswith("field(")
@@ -290,11 +320,27 @@ def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys)
     assert (tmp_path / "new.toml").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[model]\n"])
+def test_a_job_without_keys_is_the_old_hosts_default(text, job_file, capsys):
+    assert cli.main(["convert", str(job_file(text))]) == 1
+    assert '"llama3" is none of' in capsys.readouterr().out
+
+
+def test_a_new_job_that_no_command_would_take_for_one(job_file, tmp_path):
+    new = tmp_path / "new.tml"
+    with pytest.raises(EzpzError, match=r"new\.tml: a job's name ends in \.toml"):
+        write(convert(job_file(OLD), new), new)
+    assert not new.exists()
+
+
 def test_a_number_of_files_that_means_nothing(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["convert", "a.toml", "b.toml", "c.toml"])
     assert stopped.value.code == 2
     assert "not 3 files. For scripts add --lint." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--lint"])  # as jobs/*.pbs where there are none
+    assert "name the scripts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", ["new.toml", "new_model.toml"])

@@ -164,6 +164,7 @@ def test_every_generation_has_its_variables():
         ("a 'b c", ["a", "b", "c"]),
         ("it's a \"b", ["its", "a", "b"]),
         ('a"', ["a"]),
+        ('a "b\u00a0c"', ["a", "b\u00a0c"]),
         ("", []),
     ],
 )
@@ -171,7 +172,7 @@ def test_the_words_of_a_line(line, expected):
     assert list(words(line)) == expected
 
 
-@given(st.text("ab-.='\"`\\#$(){} \t"))
+@given(st.text("ab-.='\"`\\#$(){} \t\u00a0\u2028"))
 def test_any_line_has_words(line):
     list(words(line))
 
@@ -186,6 +187,12 @@ def test_a_file_that_cannot_be_read(tmp_path):
         lint.lint(tmp_path / "missing.sh", frozenset())
     with pytest.raises(EzpzError, match="Is a directory"):
         lint.lint(tmp_path, frozenset())
+
+
+def test_lines_are_those_of_an_editor(job_file, on):
+    assert on(job_file("a\u2028b\x0cc\nx --training.steps 1\n", "a.sh")) == {
+        "2 --training.steps": ""
+    }
 
 
 def test_bytes_that_are_not_utf8(job_file, on):

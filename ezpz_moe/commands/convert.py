@@ -31,8 +31,10 @@ class Convert:
     """The files are scripts: report the flags in them."""
 
     def run(self) -> int:
-        if self.lint:
+        if self.lint and self.files:
             return _lint(self.files)
+        if self.lint:
+            raise EzpzError("convert --lint: name the scripts to look at.")
         if len(self.files) not in (1, 2):
             raise EzpzError(
                 f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
@@ -72,16 +74,15 @@ def _lint(scripts: tuple[Path, ...]) -> int:
         import_host()
         taken = taken_flags()
         findings = [finding for path in scripts for finding in lint(path, taken)]
-    if findings:
-        display.print_table(
-            {
-                "where": finding.place,
-                "flag": finding.flag,
-                "": "dead" if finding.remedy else "alive",
-                "what to do": finding.remedy or None,
-            }
-            for finding in findings
-        )
+    display.print_table(
+        {
+            "where": finding.place,
+            "flag": finding.flag,
+            "": "dead" if finding.remedy else "alive",
+            "what to do": finding.remedy or None,
+        }
+        for finding in findings
+    )
     dead = sum(bool(finding.remedy) for finding in findings)
     host = presumed_generation().host
     display.print_line(f"{len(findings)} of the trainer's flags, {dead} dead on {host}")

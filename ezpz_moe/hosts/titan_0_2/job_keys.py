@@ -135,3 +135,17 @@ CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
     ),
 }
 """Defaults that are others in a job for 0.3, and the switch, if any, that they wait for."""
+
+LOST_DEFAULTS: Mapping[str, tuple[Any, str]] = {
+    "activation_checkpoint.selective_ac_option": (
+        "2",
+        "0.2 checkpoints every second layer, 0.3 operators of every layer",
+    ),
+    "parallelism.pipeline_parallel_expert_parallel_overlap": (
+        True,
+        "0.3 does not overlap the two communications",
+    ),
+    "validation.local_batch_size": (8, "0.3 validates with training.local_batch_size"),
+    "validation.seq_len": (2048, "0.3 validates with training.seq_len"),
+}
+"""Defaults that had an effect, of keys that are gone; and what 0.3 does."""
