@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +140,39 @@ def test_what_a_killed_run_left_is_not_in_the_next(tmp_path) -> None:
     assert not (target / "left.distcp").exists()
 
 
+def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
+    source = save(tmp_path / "step-7.partial", FAMILIES["qwen3"])
+    with pytest.raises(EzpzError, match="would be written there first"):
+        remap(source, tmp_path / "step-7", "0.3")
+    assert inspect(source).step == 7
+
+
+@pytest.mark.parametrize("damage", ["is missing", "is cut off, at 100 of"])
+@pytest.mark.parametrize("command", [inspect, lambda folder: remap(folder, folder / "a", "0.3")])
+def test_a_checkpoint_that_is_not_whole(tmp_path, damage, command) -> None:
+    source = save(tmp_path / "source", FAMILIES["qwen3"])
+    file = storage.data_files(source)[-1]
+    if damage == "is missing":
+        file.unlink()
+    else:
+        os.truncate(file, 100)
+    with pytest.raises(EzpzError, match=f"{file}: {damage}"):
+        command(source)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch) -> None:
+    source = save(tmp_path / "source", FAMILIES["qwen3"])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EzpzError, match=r"target is not written: .*No space left on device"):
+        remap(source, tmp_path / "target", "0.3")
+    assert list(tmp_path.iterdir()) == [source]
+
+
 @pytest.mark.parametrize("to", ["0.2", "main"])
 def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
     source = save(tmp_path / "source", ["layers.0.moe.router.gate.weight", f"{EXPERTS}.w1_EFD"])
@@ -169,6 +204,7 @@ def test_mistakes_are_said(tmp_path, capsys) -> None:
         (["inspect", str(tmp_path / "broken")], ".metadata: cannot be read"),
         (["remap", str(source), str(tmp_path / "new"), "--to", "0.2"], "of torchtitan 0.2 already"),
         (["remap", str(source), str(tmp_path / "broken"), "--to", "0.3"], "exists already"),
+        (["remap", str(source), str(source / ".metadata" / "a"), "--to", "0.3"], "is not written"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["ckpt", *arguments])

@@ -46,9 +46,11 @@ def inspect(folder: Path) -> Contents:
     """What the checkpoint in ``folder`` holds, and which generation wrote it.
 
     Raises:
-        EzpzError: ``folder`` holds no DCP checkpoint, or one of no known generation.
+        EzpzError: ``folder`` holds no DCP checkpoint, one that is not whole, or one of no known
+            generation.
     """
     metadata = storage.read_metadata(folder)
+    storage.check_data(folder, metadata)
     model = dict(model_tensors(metadata))
     data = storage.data_files(folder)
     return Contents(

@@ -6,6 +6,7 @@ what it becomes are in memory, besides the file that is being filled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -97,6 +98,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
             written differs; and as :func:`atomic_folder`.
     """
     metadata = storage.read_metadata(source)
+    storage.check_data(source, metadata)
     if (generation := contents.generation(source, metadata)) != model.generation:
         raise EzpzError(
             f"{source}: has the names of torchtitan {generation}, and the host's adapter knows "
@@ -117,7 +119,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
         for name, entry in entries.items()
         if keys[name]
     }
-    with atomic_folder(target, needed=sum(bytes_of.values())) as partial:
+    with atomic_folder(target, source=source, needed=sum(bytes_of.values())) as partial:
         files = _write_safetensors(partial, source, metadata, bytes_of, model)
         for name in bytes_of:
             back = _native(partial, files, name, keys[name], model)
@@ -149,8 +151,8 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
     """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
 
     Raises:
-        EzpzError: a tensor is missing or of another shape; the model has parameters that Hugging
-            Face's format lacks; what was written differs; and as :func:`atomic_folder`.
+        EzpzError: a tensor is missing, quantized or of another shape; the model has parameters that
+            Hugging Face's format lacks; what was written differs; and as :func:`atomic_folder`.
     """
     files = _weight_map(source)
     keys = {name: model.keys(name) for name in model.tensors}
@@ -166,7 +168,8 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
             "Is this the model's flavor?"
         )
-    with atomic_folder(target, needed=size_of(source.glob("*.safetensors"))) as partial:
+    needed = size_of(source.glob("*.safetensors"))
+    with atomic_folder(target, source=source, needed=needed) as partial:
         written = _write_checkpoint(
             partial, ((name, _native(source, files, name, keys[name], model)) for name in keys)
         )
@@ -266,10 +269,17 @@ def _read(
     folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for file in sorted({files[key] for key in keys}):
-        with safe_open(folder / file, framework="pt") as opened:
+        with _opened(folder / file) as opened:
             for key, shape in keys.items():
                 if files[key] == file:
                     tensor = opened.get_tensor(key)
+                    if not tensor.is_floating_point() or tensor.itemsize < 2:
+                        raise EzpzError(
+                            f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
+                            "reads such weights with their scales: --checkpoint.initial_load_in_hf "
+                            "--checkpoint.initial_load_in_hf_quantized "
+                            f"--checkpoint.initial_load_path {folder}"
+                        )
                     if math.prod(tensor.shape) != math.prod(shape):
                         raise EzpzError(
                             f"{folder / file}: {key} has the shape {list(tensor.shape)}, and the "
@@ -278,11 +288,20 @@ def _read(
                     yield key, tensor
 
 
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise EzpzError(f"{file}: cannot be read: {error}.") from error
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """Which file holds which tensor."""
     files: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             files |= dict.fromkeys(opened.keys(), file.name)
     if not files:
         raise EzpzError(f"{folder}: holds no safetensors.")

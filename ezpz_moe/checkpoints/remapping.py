@@ -45,17 +45,19 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     ends in ``.partial``, and the next run removes it.
 
     Raises:
-        EzpzError: no checkpoint in ``source``; it has those names already; a name or a layout that
-            is not known; ``target`` exists; the disk is too small; what was written differs.
+        EzpzError: no whole checkpoint in ``source``; it has those names already; a layout that is
+            not known; what was written differs; and as :func:`atomic_folder`.
     """
     metadata = storage.read_metadata(source)
+    storage.check_data(source, metadata)
     generation = contents.generation(source, metadata)
     plan = make_plan(metadata, generation, to)
     if not plan.changed:
         raise EzpzError(f"{source}: has the names of torchtitan {to} already.")
     notes = add_state(plan, source, metadata, to)
     steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
-    with atomic_folder(target, needed=size_of(storage.data_files(source))) as partial:
+    needed = size_of(storage.data_files(source))
+    with atomic_folder(target, source=source, needed=needed) as partial:
         new = replace(
             metadata,
             state_dict_metadata=plan.entries,

@@ -39,7 +39,7 @@ def read_metadata(folder: Path) -> Metadata:
         )
     try:
         return FileSystemReader(folder).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
         raise EzpzError(f"{folder / METADATA}: cannot be read: {error}.") from error
 
 
@@ -54,6 +54,24 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
 def data_files(folder: Path) -> list[Path]:
     """The files that hold the entries."""
     return sorted(folder.glob("*.distcp"))
+
+
+def check_data(folder: Path, metadata: Metadata) -> None:
+    """Look whether every data file is there and as long as the metadata has it. Reads no data.
+
+    Raises:
+        EzpzError: one is not.
+    """
+    ends: dict[str, int] = {}
+    for entry in metadata.storage_data.values():
+        end = entry.offset + entry.length
+        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
+    for name, end in sorted(ends.items()):
+        file = folder / name
+        if not file.is_file():
+            raise EzpzError(f"{file}: is missing. Was the checkpoint copied whole?")
+        if (size := file.stat().st_size) < end:
+            raise EzpzError(f"{file}: is cut off, at {size} of {end} bytes.")
 
 
 def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:

@@ -110,19 +110,25 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     assert remap(source, hf, "--to", "hf", "--model", job) == 0
     tensors = load_file(next(hf.glob("*.safetensors")))
     (tmp_path / "less").mkdir()
-    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    key = "model.layers.1.mlp.experts.3.up_proj.weight"
+    less = {key: tensors.pop(key)}
     save_file(tensors, tmp_path / "less" / "model.safetensors")
+    (tmp_path / "quantized").mkdir()
+    quantized = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
+    save_file(quantized | less, tmp_path / "quantized" / "model.safetensors")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_text("version https://git-lfs.github.com")
     new = tmp_path / "new"
+    back = (new, "--to", GENERATION, "--model")
     for arguments, message in (
         ((source, new, "--to", "hf"), "the model is needed: --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),
         ((source, new, "--to", "hf", "--model", "debugmodel"), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
-        ((hf, new, "--to", GENERATION, "--model", "debugmodel"), "Is this the model's flavor?"),
-        (
-            (tmp_path / "less", new, "--to", GENERATION, "--model", job),
-            "1 of 85 tensors are missing",
-        ),
+        ((hf, *back, "debugmodel"), "Is this the model's flavor?"),
+        ((tmp_path / "less", *back, job), "1 of 85 tensors are missing"),
+        ((tmp_path / "quantized", *back, job), "is quantized (torch.float8_e4m3fn). The trainer"),
+        ((tmp_path / "broken", *back, job), "model.safetensors: cannot be read"),
     ):
         with pytest.raises(SystemExit) as stop:
             remap(*arguments)
