@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -56,8 +57,10 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
     findings = []
     for number, word in found:
         place = f"{path}:{number}"
-        if (flag := _flag(word)) and (spelled := _path(flag)).partition(".")[0] in _sections():
-            findings.append(Finding(place, flag, _remedy(spelled, taken)))
+        if (flag := _flag(word)) and _section(flag) in _sections():
+            findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
+        elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
+            findings.append(Finding(place, flag, f"no section of torchtitan's: is it {near[0]}?"))
         elif launched and (name := word.partition("=")[0]) != word and name in _variables():
             findings.append(Finding(place, f"{name}=", _variable_remedy(name)))
     return findings
@@ -103,6 +106,10 @@ def _flag(word: str) -> str:
 
 def _path(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
+
+
+def _section(flag: str) -> str:
+    return _path(flag).partition(".")[0]
 
 
 def _remedy(spelled: str, taken: frozenset[str]) -> str:

@@ -119,6 +119,15 @@ def test_a_checkpoint_of_the_model_alone(tmp_path) -> None:
     assert (contents.generation, contents.step, contents.optimizer) == ("0.3", 9, False)
 
 
+def test_a_model_alone_is_told_from_a_run(tmp_path, capsys) -> None:
+    dcp.save(dict.fromkeys(FAMILIES["qwen3"], torch.ones(2, 3)), checkpoint_id=tmp_path / "step-9")
+    save(tmp_path / "step-5", FAMILIES["qwen3"])
+    for step, is_told in (("step-9", True), ("step-5", False)):
+        target = str(tmp_path / "new" / step)
+        assert cli.main(["ckpt", "remap", str(tmp_path / step), target, "--to", "0.3"]) == 0
+        assert ("holds the model alone" in capsys.readouterr().out) is is_told
+
+
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch) -> None:
     source, target = save(tmp_path / "source", FAMILIES["qwen3"]), tmp_path / "target"
 
@@ -193,16 +202,24 @@ def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
 
 
 def test_mistakes_are_said(tmp_path, capsys) -> None:
-    source = save(tmp_path / "step-3", FAMILIES["qwen3"])
+    source = save(tmp_path / "checkpoint" / "step-3", FAMILIES["qwen3"])
     dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path / "strange")
-    (tmp_path / "broken").mkdir()
+    for name in ("broken", "new", "hf"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hf" / "model.safetensors").touch()
     (tmp_path / "broken" / ".metadata").write_bytes(b"no pickle")
     for arguments, message in (
         (["inspect", str(tmp_path)], f"such as {source}"),
-        (["inspect", str(tmp_path / "gone")], "holds no checkpoint"),
+        (["inspect", str(source.parent)], f"such as {source}"),
+        (["inspect", str(tmp_path / "gone")], "gone: there is no such folder"),
+        (["inspect", str(tmp_path / "new")], "holds no checkpoint"),
+        (["inspect", str(tmp_path / "hf")], "It holds safetensors"),
         (["inspect", str(tmp_path / "strange")], "no generation of torchtitan that we know"),
         (["inspect", str(tmp_path / "broken")], ".metadata: cannot be read"),
-        (["remap", str(source), str(tmp_path / "new"), "--to", "0.2"], "of torchtitan 0.2 already"),
+        (
+            ["remap", str(source), str(tmp_path / "other"), "--to", "0.2"],
+            "of torchtitan 0.2 already",
+        ),
         (["remap", str(source), str(tmp_path / "broken"), "--to", "0.3"], "exists already"),
         (["remap", str(source), str(source / ".metadata" / "a"), "--to", "0.3"], "is not written"),
     ):

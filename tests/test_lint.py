@@ -115,6 +115,11 @@ def test_a_flag_that_no_generation_has(job_file, on):
     }
 
 
+def test_a_section_that_is_misspelled(job_file, on):
+    found = on(job_file("x --trainnig.steps 3 --job-id.x 3 --other.tools=1\n", "a.sh"))
+    assert found == {"1 --trainnig.steps": "no section of torchtitan's: is it training?"}
+
+
 def test_a_new_flag_on_an_old_host(job_file, on):
     script = job_file(
         "x --dataloader.dataset=c4 --optimizer.param-groups.0.optimizer-kwargs.betas.0 1 "

@@ -60,7 +60,7 @@ def inspect(folder: Path) -> Contents:
         experts=max((each.size[0] for name, each in model.items() if _is_expert(name)), default=0),
         parameters=sum(each.size.numel() for each in model.values()),
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
-        optimizer=any(name.startswith("optimizer.") for name in metadata.state_dict_metadata),
+        optimizer=has_optimizer(metadata),
         files=len(data),
         bytes=size_of(data),
     )
@@ -75,6 +75,11 @@ def generation(folder: Path, metadata: Metadata) -> str:
     if found := names.generation_of(metadata.state_dict_metadata):
         return found
     raise EzpzError(f"{folder}: its names are those of no generation of torchtitan that we know.")
+
+
+def has_optimizer(metadata: Metadata) -> bool:
+    """Whether a run can resume from it; else it is the model alone."""
+    return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
 
 
 def model_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:

@@ -19,6 +19,12 @@ from ezpz_moe.checkpoints.plan import Entry, Step, make_plan
 from ezpz_moe.checkpoints.state import add_state
 from ezpz_moe.errors import EzpzError
 
+_MODEL_ALONE = (
+    "It holds the model alone, as the host saves the last step unless "
+    "checkpoint.last_save_model_only is false: no run resumes from it, but one starts from it, with "
+    "--checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
+)
+
 Progress = Callable[[list[Step]], Iterable[Step]]
 
 
@@ -55,6 +61,8 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     if not plan.changed:
         raise EzpzError(f"{source}: has the names of torchtitan {to} already.")
     notes = add_state(plan, source, metadata, to)
+    if not contents.has_optimizer(metadata):
+        notes.append(_MODEL_ALONE)
     steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
     needed = size_of(storage.data_files(source))
     with atomic_folder(target, source=source, needed=needed) as partial:

@@ -31,16 +31,28 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         EzpzError: there is none, or it cannot be read.
     """
+    if not folder.is_dir():
+        raise EzpzError(f"{folder}: there is no such folder.")
     if not (folder / METADATA).is_file():
-        steps = sorted(path.parent for path in folder.glob(f"step-*/{METADATA}"))
-        hint = f" There are checkpoints below it, such as {steps[-1]}." if steps else ""
         raise EzpzError(
-            f"{folder}: holds no checkpoint of torch.distributed.checkpoint (no .metadata).{hint}"
+            f"{folder}: holds no checkpoint of torch.distributed.checkpoint (no .metadata)."
+            f"{_what_else(folder)}"
         )
     try:
         return FileSystemReader(folder).read_metadata()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
         raise EzpzError(f"{folder / METADATA}: cannot be read: {error}.") from error
+
+
+def _what_else(folder: Path) -> str:
+    """A hint for a folder that holds no checkpoint itself."""
+    if any(folder.glob("*.safetensors")):
+        return " It holds safetensors: ezpz-moe ckpt remap --to 0.3 --model FLAVOR|JOB.toml."
+    steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
+    if not steps:
+        return ""
+    newest = max(steps, key=lambda path: path.stat().st_mtime)
+    return f" There are checkpoints below it, such as {newest.parent}."
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
