@@ -21,8 +21,8 @@ from ezpz_moe.errors import EzpzError
 
 _MODEL_ALONE = (
     "It holds the model alone, as the host saves the last step unless "
-    "checkpoint.last_save_model_only is false: no run resumes from it, but one starts from it, with "
-    "--checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
+    "checkpoint.last_save_model_only is false: no run resumes from it, but one starts from it, "
+    "with --checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
 )
 
 Progress = Callable[[list[Step]], Iterable[Step]]
