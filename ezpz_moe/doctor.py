@@ -6,10 +6,14 @@ host may be any, also one that no binding fits: then the nearest generation's li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from statistics import mean
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ezpz_moe import hosts
 from ezpz_moe.compute import backend_names, get_backend
@@ -18,8 +22,8 @@ from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
-from ezpz_moe.hosts.reliance import Reliance
-from ezpz_moe.job import find_job
+from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
+from ezpz_moe.job import find_job, job_for_flavor
 from ezpz_moe.verify import default_device
 
 # Nobody needs all of them; a missing one takes away what stands beside it.
@@ -31,6 +35,11 @@ OPTIONAL_PACKAGES = {
     "tensorboard": "metrics.enable_tensorboard",
 }
 BYTES_OF_STATES = STATES_PER_PARAMETER * torch.float32.itemsize
+
+_TRIED = "debugmodel_sdpa"
+"""The flavor that tells whether the host still builds what the binding asks for."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,23 +75,29 @@ def facts() -> dict[str, str]:
 
 
 def host_findings() -> list[Finding]:
-    """Everything that the binding relies on in the host, and the keys of its checkpoints."""
-    generation = nearest_generation()
-    findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
-    if all(finding.holds for finding in findings):
-        findings += _state_dict_findings(generation)
+    """Everything that the binding relies on in the host, and what it makes of it.
+
+    Raises:
+        EzpzError: there is no host.
+    """
+    refusal = ""
+    try:
+        generation = hosts.generation()
+    except EzpzError as error:
+        if host() is None:
+            raise
+        generation, refusal = nearest_generation(), str(error)
+    lines = (generation.evidence, *generation.relied_on)
+    findings = [_finding(line) for line in lines]
+    if all(found.holds for line, found in zip(lines, findings, strict=True) if line.vital):
+        findings += _binding_findings(generation, refusal)
     return findings
 
 
 def nearest_generation() -> hosts.Generation:
-    """The generation of the installed host; of one that no binding fits, the most alike."""
-    try:
-        return hosts.generation()
-    except EzpzError:
-        return min(
-            hosts.GENERATIONS,
-            key=lambda each: sum(bool(line.why_broken()) for line in each.relied_on),
-        )
+    """What a host that no binding fits is most alike: by its files, else by what holds."""
+    written = [each for each in hosts.GENERATIONS if each.is_written]
+    return written[0] if written else min(hosts.GENERATIONS, key=_share_broken)
 
 
 def job_findings(config: str, world_size: int | None) -> list[Finding]:
@@ -92,6 +107,15 @@ def job_findings(config: str, world_size: int | None) -> list[Finding]:
         config: a flavor's name or the path of a job's TOML.
         world_size: number of ranks; without it the checks that depend on it are left out.
     """
+    try:
+        return _job_findings(config, world_size)
+    except EzpzError:
+        raise
+    except Exception as error:  # the host's: no line tells what becomes of each of its models
+        return [Finding(config, "built by the host", in_words(error), "it cannot be trained")]
+
+
+def _job_findings(config: str, world_size: int | None) -> list[Finding]:
     try:
         job = find_job(config)
         trainer_config = hosts.binding("job").trainer_config(job)
@@ -109,8 +133,45 @@ def _finding(line: Reliance) -> Finding:
     return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken)
 
 
-def _state_dict_findings(generation: hosts.Generation) -> Iterator[Finding]:
-    model = generation.slot("parameters").build_on_meta(load_flavor("debugmodel"))
+def _share_broken(generation: hosts.Generation) -> float:
+    return mean(bool(line.why_broken()) for line in generation.relied_on)
+
+
+def _binding_findings(generation: hosts.Generation, refusal: str) -> Iterator[Finding]:
+    """What no single line tells: whether the binding loads, and makes a model and a config."""
+    if refusal:  # although every line holds: of this machine's device
+        yield Finding("the host", "training on this machine", refusal, NO_FLAVOR)
+        return
+    for module in generation.slots().values():
+        _, problem = _tried(import_module, module)
+        if problem:
+            yield Finding(module, "a part of the binding", problem, "what it does cannot be done")
+    model, problem = _tried(_model, generation)
+    yield Finding(f"the model of {_TRIED}", "built on the meta device", problem, NO_SIZES)
+    if model is None:
+        return
+    yield from _state_dict_findings(model, generation)
+    _, problem = _tried(_trainer_config, generation)
+    yield Finding(f"the config of {_TRIED}", "what the trainer is told", problem, NO_FLAVOR)
+
+
+def _model(generation: hosts.Generation) -> nn.Module:
+    return generation.slot("parameters").build_on_meta(load_flavor(_TRIED))
+
+
+def _trainer_config(generation: hosts.Generation) -> Any:
+    return generation.slot("job").trainer_config(job_for_flavor(_TRIED))
+
+
+def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """What ``make`` returns, or in words what it raised, which may be anything."""
+    try:
+        return make(*args), ""
+    except Exception as error:
+        return None, in_words(error)
+
+
+def _state_dict_findings(model: nn.Module, generation: hosts.Generation) -> Iterator[Finding]:
     found = model.state_dict()
     for key in generation.slot("relied_on").STATE_DICT_KEYS:
         yield Finding(

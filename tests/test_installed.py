@@ -52,6 +52,11 @@ def test_a_checkout_is_its_commit_and_has_not_the_version_of_what_it_hides(check
     assert not hosts.is_tested()
 
 
+def test_a_checkout_where_git_is_not_installed_is_of_no_known_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert installed.host() == installed.Host(checkout / "torchtitan")
+
+
 def test_files_without_a_repository_have_neither(checkout):
     (checkout / ".git").rename(checkout / "elsewhere")
     assert installed.host() == installed.Host(checkout / "torchtitan")

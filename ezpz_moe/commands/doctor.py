@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,6 +27,7 @@ class Doctor:
         with display.progress().status("Looking at torch and the host ..."):
             from ezpz_moe import doctor
 
+            logging.getLogger().setLevel(logging.ERROR)  # what the host remarks is for training
             facts = doctor.facts()
             findings = doctor.host_findings()
             if self.config is not None and all(finding.holds for finding in findings):

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
-from ezpz_moe.hosts.reliance import Reliance, broken
+from ezpz_moe.hosts.reliance import Reliance, broken, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +51,38 @@ class Generation:
         """What the binding needs of the host."""
         return self.slot("relied_on").RELIED_ON
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the host's files have the evidence; nothing is imported."""
+        return _is_written(self.evidence)
+
+    def slots(self) -> dict[str, str]:
+        """Name -> module of everything that the binding consists of; nothing is imported."""
+        older = self.like.slots() if self.like else {}
+        folder = Path(__file__).with_name(self.folder)
+        own = {
+            each.name: f"{__name__}.{self.folder}.{each.name}" for each in iter_modules([folder])
+        }
+        return older | own
+
     def slot(self, name: str) -> ModuleType:
         """The module ``name`` of this generation's binding.
 
         Raises:
-            EzpzError: it has none.
+            EzpzError: it has none, or cannot be imported with the installed host.
         """
-        module = f"{__name__}.{self.folder}.{name}"
-        if importlib.util.find_spec(module) is not None:
-            return importlib.import_module(module)
-        if self.like is None:
+        module = self.slots().get(name)
+        if module is None:
             raise EzpzError(f"ezpz_moe cannot do this with {self.host}: its binding has no {name}.")
-        return self.like.slot(name)
+        try:
+            return importlib.import_module(module)
+        except EzpzError:
+            raise
+        except Exception as error:  # its classes are made from the host's
+            raise EzpzError(
+                f"ezpz_moe cannot do this with torchtitan {host_name()}: {in_words(error)}. "
+                "`ezpz-moe doctor` says what is broken and what that means."
+            ) from error
 
 
 TITAN_0_3 = Generation(
@@ -69,7 +90,7 @@ TITAN_0_3 = Generation(
     "torchtitan 0.3",
     Reliance(
         "torchtitan.config.override:derive",
-        used_for="telling the host's generation; a config of another class with every field copied",
+        used_for="telling the generation of the host",
         if_broken="this is older than torchtitan 0.3",
         takes=("source", "target_cls"),
         vital=True,
@@ -118,10 +139,7 @@ def presumed_generation() -> Generation:
     For what is done before torch is imported, such as reading a job. Without a host,
     torchtitan 0.3.
     """
-    return next(
-        (candidate for candidate in GENERATIONS if _is_written(candidate.evidence)),
-        TITAN_0_3,
-    )
+    return next((each for each in GENERATIONS if each.is_written), TITAN_0_3)
 
 
 @cache
@@ -132,7 +150,12 @@ def generation() -> Generation:
         EzpzError: the host is of no generation that has a binding, cannot be imported, or is not
             installed.
     """
-    _choose_device()
+    try:
+        _choose_device()
+    except EzpzError:
+        raise
+    except Exception as error:  # whatever the host's module raises when it is imported
+        raise _refusal([f"choosing its device: {in_words(error)}"]) from error
     reasons = []
     for candidate in GENERATIONS:
         if not (reason := candidate.evidence.why_broken()):
@@ -197,7 +220,10 @@ def _is_written(evidence: Reliance) -> bool:
     for folder in (found and found.submodule_search_locations) or ():
         file = Path(folder, *path.split(".")).with_suffix(".py")
         if file.is_file():
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (SyntaxError, ValueError):  # whoever imports it gets told
+                return False
             found_here = [node for node in tree.body if getattr(node, "name", None) == name]
             fields = {
                 part.target.id

@@ -7,6 +7,7 @@ version that stands in it may be any. Nothing here imports torch or the host.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ def _editable_folder(origin: dict) -> Path | None:
 
 
 def _commit(folder: Path) -> str:
-    """The commit of the checkout that ``folder`` is the package of."""
-    if not (folder.parent / ".git").exists():
+    """The commit of the checkout that ``folder`` is the package of; empty where git is missing."""
+    if not (folder.parent / ".git").exists() or shutil.which("git") is None:
         return ""
     command = ["git", "-C", str(folder.parent), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,7 +11,15 @@ import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import util
 from typing import Any
+
+from ezpz_moe.errors import EzpzError
+
+NO_FLAVOR = "no flavor and no job can be trained; torchtitan's own configs still can"
+"""What it means when something is missing that every run of ours goes through."""
+
+NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
 
 
 @dataclass(frozen=True)
@@ -19,9 +27,11 @@ class Reliance:
     """One thing of the host's that the binding uses.
 
     Attributes:
-        thing: ``"module:attribute"``, with a dotted attribute for members.
+        thing: ``"module:attribute"``, with a dotted attribute for members; or ``"module"`` alone,
+            which is only looked for, and imported when it ``has`` something.
         used_for: what the binding does with it.
         if_broken: what its absence means for a user, in plain words.
+        has: names that it has.
         takes: names of parameters that it accepts.
         fields: names of fields that the dataclass has.
         vital: without it nothing can be trained, so that a run is refused before it starts.
@@ -30,17 +40,28 @@ class Reliance:
     thing: str
     used_for: str
     if_broken: str
+    has: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     vital: bool = False
 
     def why_broken(self) -> str:
         """What the installed host lacks, in one line; empty when the reliance holds."""
+        module, _, attribute = self.thing.partition(":")
         try:
-            found = pkgutil.resolve_name(self.thing)
+            if not (attribute or self.has):
+                return "" if util.find_spec(module) else f"No module named {module!r}"
+            found = pkgutil.resolve_name(f"{module}:{attribute}")
+            checks = (self._names_missing, self._parameters_missing, self._fields_missing)
+            return "; ".join(reason for check in checks for reason in check(found))
         except (ImportError, AttributeError) as error:
             return str(error)
-        return "; ".join([*self._parameters_missing(found), *self._fields_missing(found)])
+        except Exception as error:  # a module of the host's may raise anything when it is imported
+            return in_words(error)
+
+    def _names_missing(self, found: Any) -> Iterator[str]:
+        if missing := [name for name in self.has if not hasattr(found, name)]:
+            yield f"has no {', '.join(missing)}"
 
     def _parameters_missing(self, found: Any) -> Iterator[str]:
         if not self.takes:
@@ -54,6 +75,9 @@ class Reliance:
     def _fields_missing(self, found: Any) -> Iterator[str]:
         if not self.fields:
             return
+        if not dataclasses.is_dataclass(found):
+            yield "is no dataclass"
+            return
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:
             yield f"has no field {', '.join(missing)}"
@@ -63,3 +87,9 @@ def broken(reliances: Iterable[Reliance]) -> dict[Reliance, str]:
     """The reliances that do not hold, each with what the host lacks."""
     reasons = {reliance: reliance.why_broken() for reliance in reliances}
     return {reliance: reason for reliance, reason in reasons.items() if reason}
+
+
+def in_words(error: Exception) -> str:
+    """What the host raised, in one line, with its type; our own message as it is."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, EzpzError) else f"{type(error).__name__}: {words}"

@@ -48,7 +48,13 @@ def test_every_line_says_what_it_is_for_and_what_its_absence_means(each):
         (reliance("no_such_module:thing"), "No module named 'no_such_module'"),
         (reliance("json:no_such_function"), "has no attribute 'no_such_function'"),
         (reliance("textwrap:dedent", takes=("text", "by")), "does not take by, but text"),
+        (reliance("textwrap", has=("dedent", "bedent")), "has no bedent"),
         (reliance(f"{__name__}:Fields", fields=("one", "three")), "has no field three"),
+        (reliance("pathlib:Path", fields=("one",)), "is no dataclass"),
+        (reliance("builtins:max", takes=("one",)), "ValueError: no signature found"),
+        (reliance("json", takes=("one",), has=("loads",)), "TypeError: <module 'json'"),
+        (reliance("no_such_module"), "No module named 'no_such_module'"),
+        (reliance("no_such.module"), "No module named 'no_such'"),
     ],
 )
 def test_a_broken_line_says_what_is_missing(line, reason):
@@ -60,12 +66,24 @@ def test_a_broken_line_says_what_is_missing(line, reason):
     "line",
     [
         reliance("textwrap:dedent", takes=("text",)),
+        reliance("textwrap", has=("dedent",)),
+        reliance("textwrap"),
         reliance(f"{__name__}:takes_anything", takes=("second",)),
         reliance(f"{__name__}:Fields", fields=("two",)),
     ],
 )
 def test_a_line_that_holds(line):
     assert line.why_broken() == ""
+
+
+def test_a_module_that_raises_is_broken_and_one_that_is_only_looked_for_is_not_imported(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "raises.py").write_text("raise RuntimeError('of two\\nlines')\n")
+    assert reliance("raises:thing").why_broken() == "RuntimeError: of two lines"
+    assert reliance("raises", has=("thing",)).why_broken() == "RuntimeError: of two lines"
+    assert reliance("raises").why_broken() == ""
 
 
 def test_a_slot_that_a_binding_does_not_have_is_said_with_its_host():

@@ -1,10 +1,11 @@
-"""What the binding relies on in torchtitan 0.2."""
+"""What the binding relies on in torchtitan 0.2. Vital as in 0.3."""
 
-from ezpz_moe.hosts.reliance import Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import SAFETENSORS
+from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
+from ezpz_moe.hosts.titan_0_3.relied_on import DATASET_CONFIG, OF_EVERY_GENERATION
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
 _NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
+_NO_PREFLIGHT = "`ezpz-moe preflight` cannot build the ranks of a run"
 
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
@@ -58,36 +59,99 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.models.moe.moe:TokenChoiceTopKRouter.forward",
         used_for="on the CPU, a subclass counts tokens with torch.bincount",
-        if_broken="training on a machine without an accelerator does not start",
+        if_broken=NO_FLAVOR,
+        vital=True,
     ),
     Reliance(
         "torchtitan.models.moe.moe:TokenReorderer.forward",
         used_for="the same",
-        if_broken="training on a machine without an accelerator does not start",
+        if_broken=NO_FLAVOR,
+        vital=True,
     ),
     Reliance(
         "torchtitan.models.deepseek_v3:DeepSeekV3ModelArgs",
         used_for="model sizes that upstream does not have",
-        if_broken="flavors with sizes of their own cannot be built; those with `base` still can",
+        if_broken=NO_FLAVOR,
         fields=("inter_dim", "moe_inter_dim", "moe_args", "attn_type", "mscale", "rope_factor"),
+        vital=True,
     ),
     Reliance(
         "torchtitan.models.moe:MoEArgs",
         used_for="the same",
-        if_broken="flavors with sizes of their own cannot be built; those with `base` still can",
+        if_broken=NO_FLAVOR,
         fields=("num_expert_groups", "num_limited_groups", "score_before_experts"),
+        vital=True,
     ),
     Reliance(
-        "torchtitan.hf_datasets.text_datasets:DATASETS",
-        used_for="the embedded text and the user's own files",
-        if_broken="only the host's own datasets can be used: no dataset_path, no embedded text",
+        "torchtitan.models:_supported_models",
+        used_for="the names of the host's own models: a flavor's `base`",
+        if_broken=NO_FLAVOR,
+        vital=True,
     ),
-    *SAFETENSORS,
     Reliance(
-        "torchtitan.tools.utils:device_type",
-        used_for="telling the host to train on the CPU where no accelerator is",
-        if_broken="training on a machine without an accelerator does not start",
+        "torchtitan.protocols.train_spec:get_train_spec",
+        used_for="the model and the functions of the host that a flavor is built with",
+        if_broken=NO_FLAVOR,
+        takes=("name",),
+        vital=True,
     ),
+    Reliance(
+        "torchtitan.protocols.model:BaseModelArgs",
+        used_for="the arguments of any model of the host's",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:build_cross_entropy_loss",
+        used_for="the loss of every flavor",
+        if_broken=NO_FLAVOR,
+        takes=("job_config",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.lr_scheduler:build_lr_schedulers",
+        used_for="the learning rates of every flavor",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.tokenizer:build_hf_tokenizer",
+        used_for="the tokenizer of every flavor",
+        if_broken=NO_FLAVOR,
+        takes=("job_config",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.validate:build_validator",
+        used_for="the validation of every flavor",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:build_text_dataloader",
+        used_for="the data of every flavor",
+        if_broken=NO_FLAVOR,
+        takes=("dp_world_size", "job_config"),
+        vital=True,
+    ),
+    DATASET_CONFIG,
+    Reliance(
+        "torchtitan.config:ConfigManager.parse_args",
+        used_for="preflight reads the host's flags with it",
+        if_broken=_NO_PREFLIGHT,
+        takes=("args",),
+    ),
+    Reliance(
+        "torchtitan.distributed.utils:init_distributed",
+        used_for="preflight asks whether it takes a fake group that is there already",
+        if_broken=_NO_PREFLIGHT,
+    ),
+    Reliance(
+        "torchtitan.train:Trainer",
+        used_for="preflight builds it",
+        if_broken=_NO_PREFLIGHT,
+    ),
+    *OF_EVERY_GENERATION,
 )
 
 STATE_DICT_KEYS = (

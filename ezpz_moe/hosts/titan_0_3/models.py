@@ -20,6 +20,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import Dimensions, Flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan_0_3.selector import select_backend
 
 _DEFAULT_COMM_BACKEND = "standard"
@@ -59,11 +60,12 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             spec = _upstream_spec(flavor, attention, moe_comm_backend)
         else:
             spec = _sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
-    except ValueError as error:
-        # For example flex_flash on a GPU before Hopper.
+    except (TypeError, ValueError) as error:
+        # A call that this host takes otherwise, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
             f"{flavor.source}: torchtitan refuses flavor {flavor.name!r} "
-            f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): {error}"
+            f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): "
+            f"{in_words(error)}"
         ) from error
     return dataclasses.replace(spec, flavor=flavor.name)
 

@@ -1,17 +1,30 @@
-"""What the binding relies on in torchtitan 0.3."""
+"""What the binding relies on in torchtitan 0.3.
 
-from ezpz_moe.hosts.reliance import Reliance
+Vital is what a run comes across, among it every name that the modules behind ``job.py`` import.
+"""
+
+from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
 NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
-_NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
-_NO_TEXTS = "only the host's own datasets can be used: no dataset_path, no embedded text"
-_SETTINGS_MOVED = "a job that sets what was renamed is refused; flavors without a job still train"
+_NOT_COUNTED = "`ezpz-moe flavors`, `show` and `doctor JOB.toml` cannot count a model's parameters"
 _NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from safetensors"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
-SAFETENSORS = (
+OF_EVERY_GENERATION = (
+    Reliance(
+        "torchtitan.train",
+        used_for="`ezpz-moe train` and `python -m ezpz_moe.train` run this module",
+        if_broken=_NOTHING_TRAINS,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:DATASETS",
+        used_for="the embedded text and the user's own files, beside the host's datasets",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
     Reliance(
         "torchtitan.protocols.state_dict_adapter:StateDictAdapter.to_hf",
         used_for="ckpt remap --to hf",
@@ -24,16 +37,30 @@ SAFETENSORS = (
         if_broken=_NO_SAFETENSORS,
         takes=("hf_state_dict",),
     ),
-)
-"""Of every generation."""
-
-RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
-        "torch.distributed:set_timeout",
-        used_for="the host calls it after the first step (torch older than 2.14 lacks it)",
-        if_broken=_NOTHING_TRAINS,
+        "torchtitan.tools.logging:logger",
+        used_for="saying which backend computes the experts, among the host's own lines",
+        if_broken=NO_FLAVOR,
         vital=True,
     ),
+    Reliance(
+        "torchtitan.tools.utils:device_type",
+        used_for="telling the host to train on the CPU where no accelerator is; what it trains on",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+)
+
+DATASET_CONFIG = Reliance(
+    "torchtitan.hf_datasets:DatasetConfig",
+    used_for="an entry of DATASETS",
+    if_broken=NO_FLAVOR,
+    fields=("path", "loader", "sample_processor"),
+    vital=True,
+)
+"""Of torchtitan 0.2 and 0.3."""
+
+_EXPERTS = (
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts.Config",
         used_for="the selector's own Config is a subclass of it",
@@ -62,13 +89,35 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     Reliance(
+        "torchtitan.models.common.moe:MoE.Config",
+        used_for="the parameters that one token meets are counted by layer",
+        if_broken=_NOT_COUNTED,
+        fields=("routed_experts", "router"),
+    ),
+    Reliance(
+        "torchtitan.protocols.module:Module._init_self_parameters",
+        used_for="the selector is a Module too; it logs the backend when its weights are made",
+        if_broken=NO_BACKEND,
+        vital=True,
+    ),
+)
+
+_DOORS = (
+    Reliance(
         "torchtitan.config.override:override",
         used_for="door 2",
         if_broken=_DOOR_2,
         takes=("target", "description"),
     ),
     Reliance(
-        "torchtitan.config.configurable:Configurable.Config.traverse",
+        "torchtitan.config.override:derive",
+        used_for="the experts' config as ours, with every field copied",
+        if_broken=NO_BACKEND,
+        takes=("source", "target_cls"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config:Configurable.Config.traverse",
         used_for="finding every routed-experts and attention node of a model",
         if_broken=NO_BACKEND,
         vital=True,
@@ -79,73 +128,171 @@ RELIED_ON: tuple[Reliance, ...] = (
         if_broken=_DOOR_1,
         takes=("args",),
     ),
+)
+
+_JOB = (
     Reliance(
         "torchtitan.trainer:Trainer.Config",
         used_for="what a job becomes",
         if_broken=_NOTHING_TRAINS,
-        fields=("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
+        fields=(
+            *("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
+            *("hf_assets_path", "optimizer", "dataloader", "validator", "activation_checkpoint"),
+            *("comm", "profiler"),
+        ),
         vital=True,
     ),
     Reliance(
         "torchtitan.config.configs:TrainingConfig",
-        used_for="where a job's [training] goes",
-        if_broken=_SETTINGS_MOVED,
+        used_for="where a job's [training] goes, and what is checked before a run",
+        if_broken=NO_FLAVOR,
         fields=("local_batch_size", "global_batch_size", "seq_len", "steps", "disable_cuda_graphs"),
+        vital=True,
     ),
     Reliance(
         "torchtitan.config.configs:ParallelismConfig",
-        used_for="where a job's [parallelism] goes",
-        if_broken=_SETTINGS_MOVED,
+        used_for="where a job's [parallelism] goes, and what is checked before a run",
+        if_broken=NO_FLAVOR,
         fields=(
+            "context_parallel_degree",
+            "data_parallel_replicate_degree",
             "data_parallel_shard_degree",
             "expert_parallel_degree",
             "pipeline_parallel_degree",
             "pipeline_parallel_microbatch_size",
+            "pipeline_parallel_schedule",
             "spmd_backend",
             "tensor_parallel_degree",
         ),
+        vital=True,
     ),
+    Reliance(
+        "torchtitan.components.loss:ChunkedLossWrapper.Config",
+        used_for="the loss of every job, in chunks of the sequence",
+        if_broken=NO_FLAVOR,
+        fields=("loss_fn", "num_chunks"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:CrossEntropyLoss.Config",
+        used_for="the loss of a chunk",
+        if_broken=NO_FLAVOR,
+        fields=("global_vocab_size",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.config_utils:decoder_vocab_size",
+        used_for="its vocabulary",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.optimizer:default_adamw",
+        used_for="the optimizer of every job",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.validate:Validator.Config",
+        used_for="where a job's [validation] goes",
+        if_broken=NO_FLAVOR,
+        fields=("dataloader", "enable"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.distributed.activation_checkpoint",
+        used_for="where a job's [activation_checkpoint] goes, by its mode",
+        if_broken=NO_FLAVOR,
+        has=("ActivationCheckpointing", "FullAC", "MemoryBudgetAC", "SelectiveAC"),
+        vital=True,
+    ),
+)
+
+_MODELS = (
     Reliance(
         "torchtitan.protocols.model_spec:ModelSpec",
         used_for="a flavor's model; its parallelize_fn is wrapped for FSDP over gloo",
         if_broken=_NOTHING_TRAINS,
-        fields=("name", "flavor", "model", "parallelize_fn"),
+        has=("traverse",),
+        fields=("name", "flavor", "model", "parallelize_fn", "pipelining_fn", "state_dict_adapter"),
         vital=True,
     ),
     Reliance(
-        "torchtitan.models.deepseek_v3:_build_dsv3_layers",
+        "torchtitan.models",
+        used_for="the host's own models, one module each: a flavor's `base`",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.deepseek_v3",
         used_for="model sizes that upstream does not have, with upstream's initial values",
-        if_broken=_NO_SIZES,
+        if_broken=NO_FLAVOR,
+        has=("model_registry", "_build_dsv3_layers", "_output_linear_init"),
+        vital=True,
     ),
     Reliance(
         "torchtitan.models.deepseek_v3:build_mla_moe_layers",
         used_for="the same: it takes the dimensions of a flavor",
-        if_broken=_NO_SIZES,
+        if_broken=NO_SIZES,
         takes=("moe_hidden_dim", "num_experts", "router_top_k", "rope", "attn_backend"),
     ),
     Reliance(
+        "torchtitan.models.common:ComplexRoPE.Config",
+        used_for="the same: positions",
+        if_broken=NO_FLAVOR,
+        fields=("dim", "max_seq_len", "theta", "scaling", "rope_factor", "original_seq_len"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder:Decoder.Config",
+        used_for="the same: the parts of a model around its layers",
+        if_broken=NO_FLAVOR,
+        fields=("dim", "vocab_size", "tok_embeddings", "norm", "lm_head", "layers"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.attention:BaseAttention.Config",
+        used_for="finding the attention of every layer, and replacing its kernel",
+        if_broken=NO_FLAVOR,
+        fields=("n_heads", "inner_attention"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.attention",
+        used_for="the kernels that SDPA replaces, where they have no backward",
+        if_broken=NO_FLAVOR,
+        has=("FlexAttention", "VarlenAttention"),
+        vital=True,
+    ),
+    Reliance(
         "torchtitan.models.common.attention:ScaledDotProductAttention",
-        used_for='attention = "sdpa", where FlexAttention has no backward',
-        if_broken="_sdpa flavors cannot be built; flex and varlen still can",
+        used_for='attention = "sdpa" is a subclass of it',
+        if_broken=NO_FLAVOR,
         takes=("config",),
+        vital=True,
     ),
+)
+
+RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
-        "torchtitan.hf_datasets.text_datasets:DATASETS",
-        used_for="the embedded text and the user's own files",
-        if_broken=_NO_TEXTS,
+        "torch.distributed:set_timeout",
+        used_for="the host calls it after the first step (torch older than 2.14 lacks it)",
+        if_broken=_NOTHING_TRAINS,
+        vital=True,
     ),
+    *_EXPERTS,
+    *_DOORS,
+    *_JOB,
+    *_MODELS,
+    DATASET_CONFIG,
     Reliance(
-        "torchtitan.hf_datasets:DatasetConfig",
-        used_for="the same: an entry of it",
-        if_broken=_NO_TEXTS,
-        fields=("path", "loader", "sample_processor"),
+        "torchtitan.hf_datasets.text_datasets:HuggingFaceTextDataLoader.Config",
+        used_for="the dataloader of a job",
+        if_broken=NO_FLAVOR,
+        fields=("dataset", "dataset_path", "infinite"),
+        vital=True,
     ),
-    *SAFETENSORS,
-    Reliance(
-        "torchtitan.tools.utils:device_type",
-        used_for="telling the host to train on the CPU where no accelerator is",
-        if_broken="training on a machine without an accelerator does not start",
-    ),
+    *OF_EVERY_GENERATION,
 )
 
 STATE_DICT_KEYS = (
