@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts import check_host, generation
 
 check_host()
 
@@ -177,6 +177,20 @@ def test_experts_whose_seam_is_taken_are_refused():
 
     with pytest.raises(EzpzError, match=r"Quantized.*quantiz"):
         selected(Quantized.Config(dim=32, hidden_dim=48, num_experts=4), "for_loop", "a test")
+
+
+def test_without_the_seam_the_hosts_own_path_and_whole_ffns_are_left(monkeypatch):
+    """As after a sync that moved it; doctor says so in these words."""
+    monkeypatch.delattr(GroupedExperts, "_grouped_mm")
+    gpt_oss = experts_config(GptOssGroupedExperts)
+    assert selected(gpt_oss, "grouped_mm", "a test").compute_backend == "grouped_mm"
+    assert selected(experts_config(GroupedExperts), "for_loop", "a test")
+    with pytest.raises(EzpzError, match=r"no GroupedExperts._grouped_mm, .* Use 'grouped_mm'"):
+        selected(gpt_oss, "for_loop", "a test")
+    moved = [line for line in generation().relied_on if line.thing.endswith("._grouped_mm")]
+    assert ["the seam moved" in line.if_broken for line in moved] == [True]
+    assert moved[0].why_broken() == "GroupedExperts has no _grouped_mm"
+    check_host()  # which refuses what nothing can be trained without
 
 
 def test_a_second_selection_is_refused():

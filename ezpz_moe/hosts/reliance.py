@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import util
+from importlib import import_module, util
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
 
 NO_FLAVOR = "no flavor and no job can be trained; torchtitan's own configs still can"
 """What it means when something is missing that every run of ours goes through."""
+
+NO_BACKEND = f"no backend can be bound: {NO_FLAVOR}"
 
 NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
 
@@ -51,10 +52,14 @@ class Reliance:
         try:
             if not (attribute or self.has):
                 return "" if util.find_spec(module) else f"No module named {module!r}"
-            found = pkgutil.resolve_name(f"{module}:{attribute}")
+            found = import_module(module)
+            for name in filter(None, attribute.split(".")):
+                if not hasattr(found, name):
+                    return f"{found.__name__} has no {name}"
+                found = getattr(found, name)
             checks = (self._names_missing, self._parameters_missing, self._fields_missing)
             return "; ".join(reason for check in checks for reason in check(found))
-        except (ImportError, AttributeError) as error:
+        except ImportError as error:
             return str(error)
         except Exception as error:  # a module of the host's may raise anything when it is imported
             return in_words(error)

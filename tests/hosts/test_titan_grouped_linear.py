@@ -177,6 +177,14 @@ def test_four_tensors_of_the_hidden_size_are_saved_for_backward(backend):
     assert sum(saved.values()) == 4 * T * K * F * torch.bfloat16.itemsize
 
 
+def test_without_the_seam_the_hosts_own_path_is_left(monkeypatch):
+    monkeypatch.delattr(GroupedLinear, "_grouped_mm")
+    assert selected(experts_config(), "grouped_mm", "a test").compute_backend == "grouped_mm"
+    with pytest.raises(EzpzError, match=r"no GroupedLinear._grouped_mm, .* Use 'grouped_mm'"):
+        selected(experts_config(), "for_loop", "a test")
+    check_host()  # which refuses what nothing can be trained without
+
+
 def test_a_copied_model_keeps_its_backend():
     ours = built(selected(experts_config(), "for_loop", ""))
     assert copy.deepcopy(ours).w13._backend is ours.w13._backend

@@ -1,10 +1,9 @@
 """What the binding relies on in torchtitan 0.2. Vital as in 0.3."""
 
-from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, Reliance
 from ezpz_moe.hosts.titan_0_3.relied_on import DATASET_CONFIG, OF_EVERY_GENERATION
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
-_NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
 _NO_PREFLIGHT = "`ezpz-moe preflight` cannot build the ranks of a run"
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -39,21 +38,21 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.models.moe.moe:GroupedExperts",
         used_for="the selector is a subclass of it, with the same parameters",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         takes=("dim", "hidden_dim", "num_experts", "use_grouped_mm"),
         vital=True,
     ),
     Reliance(
         "torchtitan.models.moe.moe:GroupedExperts.forward",
         used_for="a backend computes the whole SwiGLU FFN in its place",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         takes=("x", "num_tokens_per_expert"),
         vital=True,
     ),
     Reliance(
         "torchtitan.models.moe:MoE",
         used_for="holds the experts under their name in every state-dict key",
-        if_broken=_NO_BACKEND,
+        if_broken=NO_BACKEND,
         vital=True,
     ),
     Reliance(

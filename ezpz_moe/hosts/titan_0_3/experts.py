@@ -91,10 +91,10 @@ def selected(
             seam is taken (quantization) or their weights are fused.
     """
     experts_class = selectable(config, backend, chosen_by)
-    check_seam(experts_class, GroupedExperts, backend, chosen_by)
     if experts_class is GroupedExperts:
         selected_class = EzpzGroupedExperts
     else:
+        check_seam(experts_class, GroupedExperts, backend, chosen_by)
         selected_class = with_selector(experts_class, _SeamSelector)
     return derive(config, selected_class.Config, compute_backend=backend, chosen_by=chosen_by)
 

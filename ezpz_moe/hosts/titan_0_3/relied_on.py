@@ -3,10 +3,13 @@
 Vital is what a run comes across, among it every name that the modules behind ``job.py`` import.
 """
 
-from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, Reliance
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
-NO_BACKEND = "no backend but grouped_mm can be bound; training with the stock path still works"
+SEAM_MOVED = (
+    "the seam moved: backends other than grouped_mm cannot be bound{}; training with the stock "
+    "path still works"
+)
 _NOT_COUNTED = "`ezpz-moe flavors`, `show` and `doctor JOB.toml` cannot count a model's parameters"
 _NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from safetensors"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
@@ -71,9 +74,8 @@ _EXPERTS = (
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts._grouped_mm",
         used_for="the seam that a backend replaces in experts other than SwiGLU (gpt_oss)",
-        if_broken="the seam moved: " + NO_BACKEND,
+        if_broken=SEAM_MOVED.format(" to experts other than SwiGLU"),
         takes=("A", "B_t", "offs"),
-        vital=True,
     ),
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts.forward",

@@ -105,9 +105,17 @@ def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chos
     """Refuse a class with another ``_grouped_mm`` than ``base``, which a backend would replace.
 
     Raises:
-        EzpzError: the seam is taken (quantization), or the weights are fused.
+        EzpzError: the seam is taken (quantization), or the weights are fused; or this host has no
+            seam, and the backend is not the host's own path.
     """
-    if host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
+    if not hasattr(base, "_grouped_mm"):
+        if backend != HOST_PATH:
+            raise EzpzError(
+                f"compute_backend {backend!r} ({chosen_by}): this torchtitan has no "
+                f"{base.__name__}._grouped_mm, whose place the backend would take in "
+                f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` says what changed."
+            )
+    elif host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): {host_class.__name__} computes the "
             f"experts' products itself (quantized grouped GEMM). Remove the quantization "

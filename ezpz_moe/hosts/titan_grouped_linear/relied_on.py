@@ -1,7 +1,7 @@
 """What the binding relies on in torchtitan since September 2026: main's lines, other experts."""
 
-from ezpz_moe.hosts.reliance import Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import NO_BACKEND
+from ezpz_moe.hosts.reliance import NO_BACKEND, Reliance
+from ezpz_moe.hosts.titan_0_3.relied_on import SEAM_MOVED
 from ezpz_moe.hosts.titan_main.relied_on import RELIED_ON as RELIED_ON_BEFORE
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
@@ -32,9 +32,8 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         f"{_LINEAR}._grouped_mm",
         used_for="the seam that a backend replaces in both linears",
-        if_broken="the seam moved: " + NO_BACKEND,
+        if_broken=SEAM_MOVED.format(""),
         takes=("input_RI", "weight_EOI", "offsets_E"),
-        vital=True,
     ),
     *(line for line in RELIED_ON_BEFORE if not line.thing.startswith(_NO_LONGER)),
 )
