@@ -86,15 +86,15 @@ def print_failures(rows: Iterable[Any]) -> None:
 
 
 def print_findings(findings: Sequence[Any]) -> None:
-    """One line for each that holds, and what is wrong with each that does not, last."""
-    print_table(
-        {"": "holds" if each.holds else "BROKEN", "relied on": each.what, "for": each.used_for}
-        for each in findings
-    )
-    broken = [each for each in findings if not each.holds]
-    for each in broken:
-        print_line(f"BROKEN {each.what}: {each.problem}\n  This means: {each.meaning}.")
-    print_line(f"{len(findings) - len(broken)} hold, {len(broken)} broken")
+    """One line for each, and what is wrong with those with a problem, the broken ones last."""
+    print_table({"": each.state, "relied on": each.what, "for": each.used_for} for each in findings)
+    with_problem = [each for each in findings if each.problem]
+    for each in sorted(with_problem, key=lambda each: not each.holds):
+        print_line(f"{each.state} {each.what}: {each.problem}")
+        if each.meaning:
+            print_line(f"  This means: {each.meaning}.")
+    states = [each.state for each in findings]
+    print_line(f"{states.count('holds')} hold, {states.count('BROKEN')} broken")
 
 
 def text(value: Any) -> str:

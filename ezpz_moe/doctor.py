@@ -6,6 +6,8 @@ host may be any, also one that no binding fits: then the nearest generation's li
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +24,7 @@ from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
+from ezpz_moe.hosts.ranks import share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.job import find_job, job_for_flavor
 from ezpz_moe.verify import default_device
@@ -34,7 +37,6 @@ OPTIONAL_PACKAGES = {
     "wandb": "metrics.enable_wandb",
     "tensorboard": "metrics.enable_tensorboard",
 }
-BYTES_OF_STATES = STATES_PER_PARAMETER * torch.float32.itemsize
 
 _TRIED = "debugmodel_sdpa"
 """The flavor that tells whether the host still builds what the binding asks for."""
@@ -44,23 +46,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line that holds or is broken.
+    """One line that holds or is broken, or that only informs.
 
     Attributes:
         what: the thing that was looked at.
         used_for: what for.
         problem: what is wrong with it; empty when it holds.
         meaning: what that means for the user.
+        is_note: whether nothing depends on it, so that a problem breaks nothing.
     """
 
     what: str
     used_for: str
     problem: str = ""
     meaning: str = ""
+    is_note: bool = False
 
     @property
     def holds(self) -> bool:
-        return not self.problem
+        return self.is_note or not self.problem
+
+    @property
+    def state(self) -> str:
+        """One word for it."""
+        return "note" if self.is_note else "holds" if self.holds else "BROKEN"
 
 
 def facts() -> dict[str, str]:
@@ -116,17 +125,32 @@ def job_findings(config: str, world_size: int | None) -> list[Finding]:
 
 
 def _job_findings(config: str, world_size: int | None) -> list[Finding]:
-    try:
-        job = find_job(config)
-        trainer_config = hosts.binding("job").trainer_config(job)
-    except EzpzError as error:
-        return [Finding(config, "its keys and how they go together", str(error), "it is refused")]
-    flavor = load_flavor(job.flavor, near=job.folder)
-    problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
-    findings = [Finding(config, "its keys and how they go together")]
+    settings = "its keys and how they go together"
+    with _outside_of_a_run():
+        try:
+            job = find_job(config)
+            trainer_config = hosts.binding("job").trainer_config(job)
+        except EzpzError as error:
+            return [Finding(config, settings, str(error), "it is refused")]
+        flavor = load_flavor(job.flavor, near=job.folder)
+        problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
+    findings = [Finding(config, settings)]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
     summary = hosts.binding("parameters").summarize(flavor)
-    return [*findings, *_alignment(summary), *_memory(summary.total, world_size)]
+    findings += _alignment(summary)
+    if world_size is not None:
+        findings.append(_memory(trainer_config, summary.total, world_size))
+    return findings
+
+
+@contextlib.contextmanager
+def _outside_of_a_run() -> Iterator[None]:
+    """Hide the rank that a job script may have: a process of a run leaves checks to the run."""
+    rank = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(rank)
 
 
 def _finding(line: Reliance) -> Finding:
@@ -183,15 +207,16 @@ def _state_dict_findings(model: nn.Module, generation: hosts.Generation) -> Iter
 
 
 def _alignment(summary) -> Iterator[Finding]:
-    """The model's dimensions against every backend that this device can run at all."""
+    """The model's dimensions against every backend that this device can run at all.
+
+    The job's own is judged with the job; of the others it is good to know which it could have.
+    """
     device, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
     for name, backend in _usable(device).items():
+        what = f"D = {dims[0]}, F = {dims[1]} with {name}"
         reasons = backend.why_not(device, torch.bfloat16, dims=dims)
         yield Finding(
-            f"D = {dims[0]}, F = {dims[1]} with {name}",
-            "the experts' products in bfloat16",
-            "; ".join(reasons),
-            "choose another backend",
+            what, "the experts' products in bfloat16", "; ".join(reasons), is_note=bool(reasons)
         )
 
 
@@ -200,15 +225,22 @@ def _usable(device: torch.device) -> dict:
     return {n: each for n, each in backends.items() if not each.why_not(device, torch.bfloat16)}
 
 
-def _memory(parameters: int, world_size: int | None) -> Iterator[Finding]:
-    """Weights, gradients and optimizer states, fully sharded; activations come on top."""
-    ranks = world_size or 1
-    needed, there = BYTES_OF_STATES * parameters / ranks, _device_memory()
-    yield Finding(
-        f"{needed / 2**30:.1f} GiB of model states on each of {ranks} rank(s), activations apart",
+def _memory(config, parameters: int, world_size: int) -> Finding:
+    """Weights, gradients and optimizer states of an average rank; activations come on top."""
+    size = getattr(torch, config.training.dtype).itemsize
+    held = parameters * share_of_model(config.parallelism, world_size)
+    needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
+    what = (
+        f"{needed / 2**30:.1f} GiB of model states on each of {world_size} rank(s), "
+        f"activations apart"
+    )
+    if config.training.enable_cpu_offload:
+        return Finding(what, "kept in the host's memory, not the device's", is_note=True)
+    return Finding(
+        what,
         f"{there / 2**30:.1f} GiB of device memory",
         "more than the device has" if needed > there else "",
-        "use more ranks (--world-size N), a smaller flavor, or CPU offload",
+        "use more ranks that share the model, a smaller flavor, or training.enable_cpu_offload",
     )
 
 

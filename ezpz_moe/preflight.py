@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,23 +53,34 @@ def preflight(
         stages: the pipeline's degree.
 
     Raises:
-        EzpzError: the ranks cannot be shared out among the stages.
+        EzpzError: the ranks cannot be shared out among the stages, or a process died.
     """
-    if world_size < 1 or world_size % stages:
+    if world_size % stages:
         raise EzpzError(
             f"--world-size {world_size}: has to be a multiple of "
             f"parallelism.pipeline_parallel_degree = {stages}."
         )
     ranks = range(0, world_size, world_size // stages)  # pipelines are the outermost dimension
-    build = partial(_run_rank, config, host_flags, world_size)
-    with ProcessPoolExecutor(
-        _PROCESSES, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        yield from pool.map(build, ranks)
+    build = partial(_in_a_process, config, host_flags, world_size)
+    with ThreadPoolExecutor(_PROCESSES) as threads:
+        yield from threads.map(build, ranks)
+
+
+def _in_a_process(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+    """A pool of its own for each rank: one for all would not tell whose process died."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_run_rank, config, host_flags, world_size, rank).result()
+        except BrokenProcessPool:
+            raise EzpzError(
+                f"rank {rank} of {world_size}: the process that built it died. Most often the "
+                f"system killed it for its memory: {_PROCESSES} run at a time, each of 1 GiB and "
+                "more. Start preflight where more memory is free, such as in an interactive job."
+            ) from None
 
 
 def _run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
-    """In a process of its own. Everything that goes wrong there is the report."""
+    """What a process is for. Everything that goes wrong there is the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -116,8 +116,33 @@ def test_a_model_that_the_device_cannot_hold(capsys) -> None:
     assert "more than the device has" in said
 
 
-def test_dimensions_that_a_backend_cannot_take(capsys, tmp_path) -> None:
+def test_a_job_without_ranks_is_not_judged_by_its_memory(capsys) -> None:
+    code, said = run(capsys, "671B_sdpa_for_loop")
+    assert code == 0
+    assert "of model states" not in said
+
+
+def test_dimensions_that_another_backend_cannot_take_break_nothing(capsys, tmp_path) -> None:
     (tmp_path / "odd.toml").write_text('inherits = "debugmodel"\nmoe_hidden_dim = 252\n')
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "odd_sdpa_for_loop"\n')
-    _, said = run(capsys, str(tmp_path / "job.toml"))
-    assert "BROKEN D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
+    code, said = run(capsys, str(tmp_path / "job.toml"))
+    assert code == 0
+    assert "note D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
+    assert " 0 broken" in said
+
+
+def test_a_conflict_is_found_also_in_a_job_script(capsys, tmp_path, monkeypatch) -> None:
+    (tmp_path / "job.toml").write_text(f"{MODEL}[training]\ndisable_cuda_graphs = false\n")
+    code, outside = run(capsys, str(tmp_path / "job.toml"))
+    assert code == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run(capsys, str(tmp_path / "job.toml")) == (code, outside)
+
+
+@pytest.mark.parametrize("number", ["0", "-8"])
+def test_no_number_of_ranks(capsys, number) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", str(JOB), "--world-size", number])
+    assert end.value.code == 2
+    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err

@@ -9,9 +9,21 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ezpz_moe.errors import EzpzError
+
 DType = Literal["bfloat16", "float32", "float16", "float64"]
 Device = Annotated[str | None, arg(metavar="DEVICE")]
 Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
+
+
+def refuse_no_ranks(world_size: int) -> None:
+    """Raise if ``--world-size`` is no number of ranks.
+
+    Raises:
+        EzpzError: it is less than 1.
+    """
+    if world_size < 1:
+        raise EzpzError(f"--world-size {world_size}: a run has at least 1 rank.")
 
 
 def import_host() -> Callable[[str], ModuleType]:

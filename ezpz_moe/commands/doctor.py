@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ezpz_moe import display
+from ezpz_moe.commands.arguments import refuse_no_ranks
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Doctor:
     """Ranks of the job; without it, what depends on them is left out."""
 
     def run(self) -> int:
+        if self.world_size is not None:
+            refuse_no_ranks(self.world_size)
         with display.progress().status("Looking at torch and the host ..."):
             from ezpz_moe import doctor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tyro.conf import Suppress
 
 from ezpz_moe import display
-from ezpz_moe.commands.arguments import Config
+from ezpz_moe.commands.arguments import Config, refuse_no_ranks
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Preflight:
         from ezpz_moe.preflight import preflight
         from ezpz_moe.trainer_settings import pipeline_degree
 
+        refuse_no_ranks(self.world_size)
         flags = list(self.host_flags)
         stages = pipeline_degree(find_job(self.config), flags)
         built = preflight(self.config, flags, world_size=self.world_size, stages=stages)

@@ -50,7 +50,7 @@ def parallelized(build: Callable[[], Any], spec: Any, *, has_pipeline: bool) -> 
     raise AssertionError("the trainer was built without parallelizing its model")
 
 
-def report(rank: int, parts: list[nn.Module], step: str) -> RankReport:
+def report(rank: int, parts: list[nn.Module], step: str | None = None) -> RankReport:
     """What the rank holds in its parts of the model."""
     parameters = [_local(p) for part in parts for p in part.parameters()]
     return RankReport(

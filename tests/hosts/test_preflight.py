@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 from dialect import ON_0_2
 
+import ezpz_moe.preflight
 from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.ranks import share_of_model
 from ezpz_moe.preflight import RankReport, preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
@@ -73,6 +82,83 @@ def test_a_sharded_step_is_run_without_values() -> None:
     assert report.step == (COUNTS if ON_0_2 else "forward and backward")
 
 
+@pytest.mark.parametrize("more", [(), ("--parallelism.tensor_parallel_degree", "2")])
+def test_flex_attention_gets_its_masks_as_in_training(more) -> None:
+    (report,) = build("debugmodel", *more, world_size=4)
+    assert report.error == ""
+    assert 4 * report.parameters == pytest.approx(total_parameters(), rel=0.03)
+    if ON_0_2:
+        assert report.step == COUNTS
+    elif no_accelerator():
+        assert report.step == "forward; its attention has no backward on the CPU"
+    else:
+        assert report.step == "forward and backward"
+
+
+@pytest.mark.skipif(ON_0_2, reason="torchtitan 0.2's router counts tokens, so that no step is run")
+@pytest.mark.parametrize(
+    ("flavor", "flags", "reason"),
+    [
+        ("debugmodel_varlen", (), "aten.nonzero.default reads values, of which the tensors have"),
+        ("debugmodel", ("--parallelism.context_parallel_degree", "2"), "context parallelism cuts"),
+    ],
+)
+def test_a_step_that_needs_values_or_ranks_is_not_run_and_no_error(flavor, flags, reason) -> None:
+    (report,) = build(flavor, *flags, world_size=4)
+    assert report.error == ""
+    assert 4 * report.parameters == total_parameters()
+    assert report.step.startswith(f"not run: {reason}")
+
+
+@pytest.mark.skipif(ON_0_2, reason="torchtitan 0.2's router counts tokens, so that no step is run")
+def test_a_step_that_fails_keeps_what_was_measured() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        report = pool.submit(report_with_failing_step, FLAVOR, 4).result()
+    assert 4 * report.parameters == total_parameters()
+    assert report.state_bytes == 16 * report.parameters
+    assert report.step == "failed"
+    assert report.error.startswith("RuntimeError: no such shape (in a step with tensors that have")
+
+
+def report_with_failing_step(config: str, world_size: int) -> RankReport:
+    def fail(*args: object) -> str:
+        raise RuntimeError("no such shape")
+
+    check_host()
+    binding("preflight")._step = fail
+    return ezpz_moe.preflight._run_rank(config, [], world_size, 0)
+
+
+@pytest.mark.parametrize("more", ["tensor_parallel_degree", "expert_parallel_degree"])
+def test_the_doctors_share_of_the_model_is_what_a_rank_holds(more) -> None:
+    replicate = ("--parallelism.data_parallel_replicate_degree", "2")
+    (report,) = build(FLAVOR, *replicate, f"--parallelism.{more}", "2", world_size=8)
+    share = share_of_model(SimpleNamespace(data_parallel_replicate_degree=2), 8)
+    assert report.parameters == pytest.approx(share * total_parameters(), rel=0.03)
+
+
+def test_heads_that_tensor_parallelism_cannot_divide() -> None:
+    (report,) = build(FLAVOR, "--parallelism.tensor_parallel_degree", "3", world_size=3)
+    assert "does not divide the 16 attention heads" in report.error
+
+
+def test_a_process_that_is_killed_is_said_with_its_rank(monkeypatch, capsys, pipeline) -> None:
+    monkeypatch.setattr(ezpz_moe.preflight, "_run_rank", die_as_rank_4)
+    assert build(pipeline, world_size=4) == [RankReport(0)]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["preflight", pipeline, "--world-size", "8"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: rank 4 of 8: the process that built it died." in said
+    assert "where more memory is free" in said
+
+
+def die_as_rank_4(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+    if rank == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return RankReport(rank)
+
+
 @needs_all_ranks
 def test_an_error_of_the_host_is_the_ranks_report(pipeline) -> None:
     """The schedule is known, and too long for six layers: only the host finds that out."""
@@ -105,6 +191,23 @@ def test_other_ranks_than_the_first_are_refused_in_plain_words(pipeline) -> None
     first, second = build(pipeline, world_size=8, stages=2)
     assert first.error == ""
     assert second.error.endswith("Use torchtitan 0.2.2.")
+
+
+def test_what_was_measured_is_shown_beside_an_error(monkeypatch, capsys) -> None:
+    report = RankReport(0, parameters=10**6, state_bytes=2**30, step="failed", error="why")
+    monkeypatch.setattr(ezpz_moe.preflight, "preflight", lambda *args, **options: [report])
+    assert cli.main(["preflight", FLAVOR, "--world-size", "4"]) == 1
+    said = capsys.readouterr().out
+    assert "0 0 1.0 M 1.00 GiB failed" in " ".join(said.split())
+    assert said.endswith("rank 0: why\n")
+
+
+@pytest.mark.parametrize("number", ["0", "-8"])
+def test_no_number_of_ranks(number, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["preflight", FLAVOR, "--world-size", number])
+    assert end.value.code == 2
+    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:

@@ -153,6 +153,11 @@ MISTAKES = {
         (),
         "expert_parallel_degree = 3 does not divide the 8 experts",
     ),
+    "a batch that the ranks cannot share": (
+        MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
+        (),
+        "training.global_batch_size = 6 is no multiple of 4",
+    ),
 }
 
 

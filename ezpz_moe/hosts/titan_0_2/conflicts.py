@@ -16,6 +16,13 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.ranks import (
+    Batch,
+    head_problems,
+    rank_problems,
+    schedule_problems,
+    started_ranks,
+)
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.models import model_args
@@ -34,9 +41,8 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
         EzpzError: all conflicts.
     """
     # A degree of zero would stop the other checks: first the values, then how they go together.
-    problems = [*_ranges(config)] or [
-        problem for check in _checks(config) for problem in check(config, args)
-    ]
+    checks = (_ranks, *_checks(config))
+    problems = [*_ranges(config)] or [problem for each in checks for problem in each(config, args)]
     if problems:
         raise EzpzError(
             "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
@@ -44,9 +50,10 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
 
 
 def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
-    """What excludes this machine, asked before there is a run. Of the ranks the host says it."""
+    """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
     args = model_args(flavor)
-    return [problem for check in _checks(config) for problem in check(config, args)]
+    problems = [problem for check in _checks(config) for problem in check(config, args)]
+    return problems if ranks is None else [*_rank_problems(config, ranks), *problems]
 
 
 def _checks(config: Any) -> tuple[_Check, ...]:
@@ -80,6 +87,30 @@ def _expert_parallel_degree(config: Any, args: Any) -> Iterator[str]:
         )
 
 
+def _tensor_parallel_degree(config: Any, args: Any) -> Iterator[str]:
+    heads = filter(None, (args.n_heads, getattr(args, "n_kv_heads", None)))
+    return head_problems(config.parallelism, heads, config.model.flavor)
+
+
+def _pipeline_schedule(config: Any, args: Any) -> Iterator[str]:
+    return schedule_problems(config.parallelism)
+
+
+def _ranks(config: Any, args: Any) -> Iterator[str]:
+    """In a run the host itself refuses ranks that do not fit the degrees, before it asks us."""
+    ranks = started_ranks(is_dry_run=_is_dry_run(config))
+    return _rank_problems(config, ranks) if ranks else iter(())
+
+
+def _rank_problems(config: Any, ranks: int) -> Iterator[str]:
+    training = config.training
+    batch = Batch(
+        step=("training.global_batch_size", training.global_batch_size),
+        microbatch=("training.local_batch_size", training.local_batch_size),
+    )
+    return rank_problems(config.parallelism, ranks, batch)
+
+
 def _sequence_length(config: Any, args: Any) -> Iterator[str]:
     if args.max_positions is not None and config.training.seq_len > args.max_positions:
         yield (
@@ -106,8 +137,8 @@ def _files(config: Any, args: Any) -> Iterator[str]:
 
 
 def _backend_on_device(config: Any, args: Any) -> Iterator[str]:
-    if args.compute_backend == HOST_PATH:
-        return  # the host chooses between its two paths by the device
+    if args.compute_backend == HOST_PATH and not utils.has_cuda_capability(9, 0):
+        return  # the host takes its for-loop
     device = torch.device(utils.device_type)
     dims = sorted({args.dim, args.moe_inter_dim} if hasattr(args, "moe_inter_dim") else {args.dim})
     for reason in get_backend(args.compute_backend).why_not(device, torch.bfloat16, dims=dims):
@@ -136,5 +167,11 @@ def _cpu(config: Any, args: Any) -> Iterator[str]:
 
 
 _Check = Callable[[Any, Any], Iterator[str]]
-_SETTINGS: tuple[_Check, ...] = (_expert_parallel_degree, _sequence_length, _quantized_experts)
+_SETTINGS: tuple[_Check, ...] = (
+    _expert_parallel_degree,
+    _tensor_parallel_degree,
+    _pipeline_schedule,
+    _sequence_length,
+    _quantized_experts,
+)
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

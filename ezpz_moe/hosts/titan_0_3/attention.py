@@ -24,6 +24,11 @@ MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 """The host's attention kernels for language models. Neither has a backward on the CPU."""
 
 
+def has_masked_attention(model_spec) -> bool:
+    """Whether the model's attention is one of these."""
+    return any(any(model_spec.traverse(kernel)) for kernel in MASKED_ATTENTION)
+
+
 class CausalAttention(ScaledDotProductAttention):
     """SDPA, and where the model wants the log-sum-exp or a window, the same written out.
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
-from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
@@ -24,7 +23,14 @@ from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files
-from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
+from ezpz_moe.hosts.ranks import (
+    Batch,
+    head_problems,
+    rank_problems,
+    schedule_problems,
+    started_ranks,
+)
+from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.selector import Sizes
 from ezpz_moe.job import KEYS, accepts, allowed
 
@@ -151,14 +157,13 @@ def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
 
 
 def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
-    degree = config.parallelism.tensor_parallel_degree
     attentions = config.model_spec.traverse(BaseAttention.Config) if config.model_spec else ()
-    for heads in dict.fromkeys(node.n_heads for _, node, _, _ in attentions):
-        if heads % degree:
-            yield (
-                f"parallelism.tensor_parallel_degree = {degree} does not divide the {heads} "
-                f"attention heads of flavor {_flavor(config)!r}."
-            )
+    heads = (
+        getattr(node, name, None)
+        for _, node, _, _ in attentions
+        for name in ("n_heads", "n_kv_heads")
+    )
+    return head_problems(config.parallelism, filter(None, heads), _flavor(config))
 
 
 def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
@@ -213,48 +218,21 @@ def _sequence_length(config: Trainer.Config) -> Iterator[str]:
 
 
 def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
-    try:
-        get_schedule_class(config.parallelism.pipeline_parallel_schedule)
-    except ValueError as error:
-        yield f"parallelism.pipeline_parallel_schedule: {error}"
+    return schedule_problems(config.parallelism)
 
 
 def _ranks(config: Trainer.Config) -> Iterator[str]:
-    # Both variables are the host's; it says itself that a dry run needs NGPU.
-    ranks = os.environ.get("NGPU" if _is_dry_run(config) else "WORLD_SIZE")
-    return _rank_problems(config, int(ranks)) if ranks else iter(())
+    ranks = started_ranks(is_dry_run=_is_dry_run(config))
+    return _rank_problems(config, ranks) if ranks else iter(())
 
 
 def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
-    par = config.parallelism
-    outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
-    inner = par.context_parallel_degree * par.tensor_parallel_degree
-    shard = par.data_parallel_shard_degree
-    if shard == -1:
-        shard = ranks // (outer * inner)
-    if outer * shard * inner != ranks:
-        yield (
-            f"{ranks} ranks do not fit the degrees: pipeline_parallel "
-            f"{par.pipeline_parallel_degree} x data_parallel_replicate "
-            f"{par.data_parallel_replicate_degree} x data_parallel_shard "
-            f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
-            f"tensor_parallel {par.tensor_parallel_degree} has to be {ranks} (-1: what is left)."
-        )
-        return
-    if shard * inner % par.expert_parallel_degree:
-        yield (
-            f"parallelism.expert_parallel_degree = {par.expert_parallel_degree} does not divide "
-            f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
-            f"context_parallel x tensor_parallel)."
-        )
-    whole, share = (_at(config, path) for path in (_dialect.STEP, _dialect.MICROBATCH))
-    step = share * _dialect.microbatches(par) * shard * par.data_parallel_replicate_degree
-    if whole > 0 and whole % step:
-        yield (
-            f"{_dialect.STEP} = {whole} is no multiple of {step}, which is "
-            f"{_dialect.MICROBATCH} = {share} x the data-parallel ranks"
-            f"{' x the microbatches of the pipeline' if step // share > ranks else ''}."
-        )
+    batch = Batch(
+        step=(_dialect.STEP, _at(config, _dialect.STEP)),
+        microbatch=(_dialect.MICROBATCH, _at(config, _dialect.MICROBATCH)),
+        microbatches=_dialect.microbatches(config.parallelism),
+    )
+    return rank_problems(config.parallelism, ranks, batch)
 
 
 def _files(config: Trainer.Config) -> Iterator[str]:
@@ -287,7 +265,7 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
             f"parallelism.spmd_backend = {spmd!r}: gloo has no all-to-all of unequal sizes in its "
             f'list form. Set parallelism.spmd_backend to "partial_dtensor".'
         )
-    if config.model_spec and any(any(config.model_spec.traverse(a)) for a in MASKED_ATTENTION):
+    if config.model_spec and has_masked_attention(config.model_spec):
         yield (
             f"the attention of flavor {_flavor(config)!r} (FlexAttention or varlen) has no "
             f"backward on the CPU. Use {_flavor_with_sdpa(config)}."

@@ -1,0 +1,103 @@
+"""How the ranks of a run share the model and the batch, whichever the host.
+
+``parallelism`` is the section of that name in the host's config: its degrees, by which the ranks
+are laid out, are named alike in every generation. Each check yields its problems' messages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is computed between two steps of the optimizer, as settings: path and value.
+
+    Attributes:
+        step: of all ranks together; not positive: as little as possible.
+        microbatch: of one rank at once, in the same unit.
+        microbatches: how many of those a rank computes at least.
+    """
+
+    step: tuple[str, int]
+    microbatch: tuple[str, int]
+    microbatches: int = 1
+
+
+def started_ranks(*, is_dry_run: bool) -> int | None:
+    """How many ranks this process is told that there are; None where it is told nothing."""
+    # Both variables are the host's; it says itself that a dry run needs NGPU.
+    ranks = os.environ.get("NGPU" if is_dry_run else "WORLD_SIZE")
+    return int(ranks) if ranks else None
+
+
+def share_of_model(parallelism: Any, ranks: int) -> float:
+    """The part of the parameters that a rank holds on average: every degree but one cuts them.
+
+    What tensor parallelism leaves whole (norms, routers) is small and not counted, and stages of a
+    pipeline count as equal.
+    """
+    return parallelism.data_parallel_replicate_degree / ranks
+
+
+def rank_problems(parallelism: Any, ranks: int, batch: Batch) -> Iterator[str]:
+    """The ranks against the degrees, the experts' layout, and the batch."""
+    par = parallelism
+    outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
+    inner = par.context_parallel_degree * par.tensor_parallel_degree
+    shard = par.data_parallel_shard_degree
+    if shard == -1:
+        shard = ranks // (outer * inner)
+    if outer * shard * inner != ranks:
+        yield (
+            f"{ranks} ranks do not fit the degrees: pipeline_parallel "
+            f"{par.pipeline_parallel_degree} x data_parallel_replicate "
+            f"{par.data_parallel_replicate_degree} x data_parallel_shard "
+            f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
+            f"tensor_parallel {par.tensor_parallel_degree} has to be {ranks} (-1: what is left)."
+        )
+        return
+    within = getattr(par, "expert_tensor_parallel_degree", 1)  # torchtitan 0.2 alone has it
+    if shard * inner % (par.expert_parallel_degree * within):
+        yield (
+            f"parallelism.expert_parallel_degree = {par.expert_parallel_degree}"
+            f"{f' x expert_tensor_parallel {within}' if within > 1 else ''} does not divide "
+            f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
+            f"context_parallel x tensor_parallel)."
+        )
+    yield from _batch_problems(batch, shard * par.data_parallel_replicate_degree)
+
+
+def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
+    (step_path, step), (path, size) = batch.step, batch.microbatch
+    least = size * batch.microbatches * data_ranks
+    if step > 0 and step % least:
+        yield (
+            f"{step_path} = {step} is no multiple of {least}, which is {path} = {size} x the "
+            f"data-parallel ranks"
+            f"{' x the microbatches of the pipeline' if batch.microbatches > 1 else ''}."
+        )
+
+
+def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterator[str]:
+    """Each number of heads that the model's attentions have, of queries and of keys."""
+    degree = parallelism.tensor_parallel_degree
+    for number in dict.fromkeys(heads):
+        if number % degree:
+            yield (
+                f"parallelism.tensor_parallel_degree = {degree} does not divide the {number} "
+                f"attention heads of flavor {flavor!r}."
+            )
+
+
+def schedule_problems(parallelism: Any) -> Iterator[str]:
+    """Whether torch knows the pipeline's schedule."""
+    try:
+        get_schedule_class(parallelism.pipeline_parallel_schedule)
+    except ValueError as error:
+        yield f"parallelism.pipeline_parallel_schedule: {error}"
