@@ -92,7 +92,8 @@ def print_findings(findings: Sequence[Any]) -> None:
     for each in sorted(with_problem, key=lambda each: not each.holds):
         print_line(f"{each.state} {each.what}: {each.problem}")
         if each.meaning:
-            print_line(f"  This means: {each.meaning}.")
+            refused = " A run is refused." if each.vital else ""
+            print_line(f"  This means: {each.meaning}.{refused}")
     states = [each.state for each in findings]
     print_line(f"{states.count('holds')} hold, {states.count('BROKEN')} broken")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import mean
@@ -54,6 +54,7 @@ class Finding:
         problem: what is wrong with it; empty when it holds.
         meaning: what that means for the user.
         is_note: whether nothing depends on it, so that a problem breaks nothing.
+        vital: whether no run starts without it.
     """
 
     what: str
@@ -61,6 +62,7 @@ class Finding:
     problem: str = ""
     meaning: str = ""
     is_note: bool = False
+    vital: bool = False
 
     @property
     def holds(self) -> bool:
@@ -80,7 +82,9 @@ def facts() -> dict[str, str]:
         "binding": _binding(),
         "tested together": "yes" if hosts.is_tested() else f"no (tested: {hosts.tested_pairs()})",
         "device": _device(),
-    } | {f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES}
+        **{f"backend {name}": _usability(name) for name in backend_names()},
+        **{f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES},
+    }
 
 
 def host_findings() -> list[Finding]:
@@ -96,11 +100,15 @@ def host_findings() -> list[Finding]:
         if host() is None:
             raise
         generation, refusal = nearest_generation(), str(error)
-    lines = (generation.evidence, *generation.relied_on)
-    findings = [_finding(line) for line in lines]
-    if all(found.holds for line, found in zip(lines, findings, strict=True) if line.vital):
+    findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
+    if can_train(findings):
         findings += _binding_findings(generation, refusal)
     return findings
+
+
+def can_train(findings: Iterable[Finding]) -> bool:
+    """Whether nothing vital is broken."""
+    return all(finding.holds for finding in findings if finding.vital)
 
 
 def nearest_generation() -> hosts.Generation:
@@ -154,7 +162,7 @@ def _outside_of_a_run() -> Iterator[None]:
 
 
 def _finding(line: Reliance) -> Finding:
-    return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken)
+    return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken, vital=line.vital)
 
 
 def _share_broken(generation: hosts.Generation) -> float:
@@ -164,7 +172,7 @@ def _share_broken(generation: hosts.Generation) -> float:
 def _binding_findings(generation: hosts.Generation, refusal: str) -> Iterator[Finding]:
     """What no single line tells: whether the binding loads, and makes a model and a config."""
     if refusal:  # although every line holds: of this machine's device
-        yield Finding("the host", "training on this machine", refusal, NO_FLAVOR)
+        yield Finding("the host", "training on this machine", refusal, NO_FLAVOR, vital=True)
         return
     for module in generation.slots().values():
         _, problem = _tried(import_module, module)
@@ -274,6 +282,11 @@ def _device_memory() -> int:
 
 def _device_module(kind: str):
     return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)
+
+
+def _usability(backend: str) -> str:
+    reasons = get_backend(backend).why_not(torch.device(default_device()), torch.bfloat16)
+    return f"not usable here: {'; '.join(reasons)}" if reasons else "usable here, in bfloat16"
 
 
 def _optional(name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ezpz_moe import cli, hosts
+from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts import check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -44,11 +45,36 @@ def test_the_tested_host_holds(capsys) -> None:
 
 def test_a_seam_that_moved_is_said_in_plain_words(capsys, monkeypatch) -> None:
     monkeypatch.delattr(GroupedExperts, "_grouped_mm")
-    code, said = run(capsys, str(JOB))
+    code, said = run(capsys)
     assert code == 1
-    assert "BROKEN torchtitan.models.common.moe:GroupedExperts._grouped_mm: " in said
-    assert "the seam moved: no backend but grouped_mm can be bound" in said
-    assert " 1 broken" in said, "nothing is said of a job for a host that is broken"
+    assert (
+        "BROKEN torchtitan.models.common.moe:GroupedExperts._grouped_mm: "
+        "GroupedExperts has no _grouped_mm"
+    ) in said
+    assert "the seam moved: backends other than grouped_mm cannot be bound to experts" in said
+    assert "training with the stock path still works." in said
+    assert " 1 broken" in said
+
+
+def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, monkeypatch) -> None:
+    monkeypatch.delattr(GroupedExperts, "_grouped_mm")
+    code, said = run(capsys, "debugmodel_sdpa")
+    assert code == 1
+    assert "its keys and how they go together" in said
+    assert "A run is refused." not in said
+    monkeypatch.delattr(GroupedExperts, "forward")
+    code, said = run(capsys, "debugmodel_sdpa")
+    assert code == 1
+    assert "torchtitan's own configs still can. A run is refused." in said
+    assert "debugmodel_sdpa was not checked: no run starts with this host." in said
+
+
+def test_every_backend_says_whether_it_is_usable(capsys, monkeypatch) -> None:
+    why_not = lambda self, device, dtype, **sizes: ["too hot."]  # noqa: E731
+    monkeypatch.setattr(type(get_backend("for_loop")), "why_not", why_not)
+    lines = [" ".join(line.split()) for line in run(capsys)[1].splitlines()]
+    assert "backend for_loop not usable here: too hot." in lines
+    assert "backend grouped_mm usable here, in bfloat16" in lines
 
 
 def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:

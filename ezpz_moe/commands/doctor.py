@@ -33,8 +33,11 @@ class Doctor:
             logging.getLogger().setLevel(logging.ERROR)  # what the host remarks is for training
             facts = doctor.facts()
             findings = doctor.host_findings()
-            if self.config is not None and all(finding.holds for finding in findings):
+            can_train = doctor.can_train(findings)
+            if self.config is not None and can_train:
                 findings += doctor.job_findings(self.config, self.world_size)
         display.print_table(({"installed": what, "": said} for what, said in facts.items()))
         display.print_findings(findings)
+        if self.config is not None and not can_train:
+            display.print_line(f"{self.config} was not checked: no run starts with this host.")
         return 0 if all(finding.holds for finding in findings) else 1
