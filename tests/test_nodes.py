@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -190,3 +191,18 @@ def test_the_last_words_are_those_of_the_first_failure(message, expected):
     failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file="none")
     failure.message = message
     assert launch._last_words(ChildFailedError("train", {0: failure})) == expected
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        (None, ". There is no checkpoint to resume from: it begins at step 1."),
+        ("step-5", ": it resumes from step-5."),
+        ("step-7", ", without checkpoint.load_step: step-7, which it names, is not there."),
+    ],
+)
+def test_how_the_run_goes_on(checkpoint, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("step-5").mkdir()
+    said = launch._how_to_go_on(checkpoint and Path(checkpoint))
+    assert said == f"To go on, start the same line again on every node{expected}"
