@@ -51,10 +51,17 @@ class Placement:
     master_port: int
 
     def __post_init__(self) -> None:
+        if self.nnodes < 1:
+            raise EzpzError(f"--nnodes {self.nnodes}: at least one machine is needed.")
         if not 0 <= self.node_rank < self.nnodes:
             raise EzpzError(
                 f"--node-rank {self.node_rank}: --nnodes {self.nnodes} has the nodes 0 to "
                 f"{self.nnodes - 1}."
+            )
+        if not 1 <= self.master_port <= 65535:
+            raise EzpzError(
+                f"--master-port {self.master_port}: ports are 1 to 65535. Take one that is free on "
+                "node 0, 29500 for instance."
             )
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ezpz_moe.job import Job
 
-_NEWEST = -1  # as ``checkpoint.load_step``; none, if there is none
+_NEWEST = -1  # what ``checkpoint.load_step`` says unless told; as a step found: none
 
 
 def pipeline_degree(job: Job, host_flags: list[str]) -> int:

@@ -113,6 +113,20 @@ def test_a_rank_beyond_the_nodes_is_refused(rank):
         Placement(2, rank, "node0", 29500)
 
 
+@pytest.mark.parametrize("nnodes", [0, -1])
+def test_fewer_than_one_machine_are_refused(nnodes):
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+        Placement(nnodes, 0, "node0", 29500)
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+        Train("debugmodel", nnodes=nnodes).run()
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_that_cannot_be_is_refused(port):
+    with pytest.raises(EzpzError, match=f"--master-port {port}: ports are 1 to 65535"):
+        Placement(2, 0, "node0", port)
+
+
 @pytest.mark.parametrize("missing", ["node_rank", "master_addr"])
 def test_the_place_has_to_be_given_for_several_nodes(missing):
     told = {"node_rank": 0, "master_addr": "node0", missing: None}
