@@ -121,6 +121,8 @@ def _how_to_go_on(checkpoint: Path | None) -> str:
     again = "To go on, start the same line again on every node"
     if checkpoint is None:
         return f"{again}. There is no checkpoint to resume from: it begins at step 1."
+    if not checkpoint.is_dir():
+        return f"{again}, without checkpoint.load_step: {checkpoint}, which it names, is not there."
     return f"{again}: it resumes from {checkpoint}."
 
 

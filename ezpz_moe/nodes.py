@@ -2,7 +2,8 @@
 
 torchrun, gloo and NCCL notice that a machine is silent, but they do not say which: "Timed out
 waiting 10000ms for send operation". So every node keeps a port open while it runs and tells the
-others where. After a failure the survivors knock at all ports. Nothing is sent in between.
+others where. Node 0 knocks at all ports before the run begins, and after a failure the survivors
+do. Nothing is sent in between.
 
 The meeting point is torchrun's own: the TCPStore that node 0 serves at ``--master-addr``.
 """
@@ -16,7 +17,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SECONDS_TO_MEET = 600  # torchrun's own patience with nodes that start late
 SECONDS_TO_ANSWER = 5  # Linux asks three times in them: at 0, 1 and 3 seconds
 _KEY = "ezpz_moe/node/{}"
+_ALL = "ezpz_moe/nodes"  # node 0 writes it when all have come; with it the run begins
 
 State = Literal["answers", "ended", "silent"]
 
@@ -51,10 +53,17 @@ class Placement:
     master_port: int
 
     def __post_init__(self) -> None:
+        if self.nnodes < 1:
+            raise EzpzError(f"--nnodes {self.nnodes}: at least one machine is needed.")
         if not 0 <= self.node_rank < self.nnodes:
             raise EzpzError(
                 f"--node-rank {self.node_rank}: --nnodes {self.nnodes} has the nodes 0 to "
                 f"{self.nnodes - 1}."
+            )
+        if not 1 <= self.master_port <= 65535:
+            raise EzpzError(
+                f"--master-port {self.master_port}: ports are 1 to 65535. Take one that is free on "
+                "node 0, 29500 for instance."
             )
 
     @property
@@ -107,20 +116,21 @@ def meet(
         seconds: how long to wait for the others.
 
     Raises:
-        EzpzError: a node did not come, two have the same rank, or node 0 is not where
-            ``--master-addr`` says.
+        EzpzError: a node did not come, or came and does not answer, two have the same rank, or
+            node 0 is not where ``--master-addr`` says.
     """
     deadline = time.monotonic() + seconds
     with _open_port(backlog=placement.nnodes) as port:
         if placement.node_rank == 0:
-            _check_that_this_is_node_0(placement)
-            address = placement.master_addr
+            address = address_of_node_0 = _served_address(placement)
         else:
-            address = _own_address(placement, deadline)
+            address, address_of_node_0 = _route_to_node_0(placement, deadline)
         _use_network_of(address)
         store = _store(placement, deadline)  # served by node 0 until the context ends
         own = Node(placement.node_rank, socket.gethostname(), address, port, nproc)
-        yield _exchange(store, own, placement, deadline)
+        node_0, *others = _exchange(store, own, placement, deadline)
+        # It may know itself by an address that leads nowhere from here, such as 127.0.1.1.
+        yield [replace(node_0, address=address_of_node_0), *others]
 
 
 def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | None:
@@ -133,8 +143,7 @@ def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | 
         last_words: what the failed worker of this node said.
     """
     others = [node for node in nodes if node.rank != own_rank]
-    with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
-        states = dict(zip(others, pool.map(Node.state, others), strict=True))
+    states = _states(others)
     for state, meaning in (
         ("silent", "it does not answer, so it is down or cut off"),
         ("ended", "its launcher has ended; what it printed says why"),
@@ -147,6 +156,12 @@ def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | 
     return None
 
 
+def _states(nodes: Sequence[Node]) -> dict[Node, State]:
+    """All are asked at once."""
+    with ThreadPoolExecutor(max_workers=max(1, len(nodes))) as pool:
+        return dict(zip(nodes, pool.map(Node.state, nodes), strict=True))
+
+
 def _described(node: Node, nodes: Sequence[Node]) -> str:
     first = sum(other.nproc for other in nodes if other.rank < node.rank)
     last = first + node.nproc - 1
@@ -157,41 +172,78 @@ def _described(node: Node, nodes: Sequence[Node]) -> str:
 @contextlib.contextmanager
 def _open_port(backlog: int) -> Iterator[int]:
     """A port at which knocks are answered by the kernel; nobody has to accept them."""
-    with socket.create_server(("", 0), backlog=max(backlog, 128)) as server:
+    with _at_all_addresses(port=0) as server:
+        server.listen(max(backlog, 128))
         yield server.getsockname()[1]
 
 
-def _check_that_this_is_node_0(placement: Placement) -> None:
-    where = (placement.master_addr, placement.master_port)
+@contextlib.contextmanager
+def _at_all_addresses(port: int) -> Iterator[socket.socket]:
+    """A socket bound as the store's: to IPv4 and, where the machine has it, to IPv6."""
+    both = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if both:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(("", port))
+        yield bound
+
+
+def _addresses_of_node_0(placement: Placement) -> list[tuple[socket.AddressFamily, str]]:
+    """What ``--master-addr`` means here, IPv4 first: all nodes then choose the same family."""
+    name, port = placement.master_addr, placement.master_port
     try:
-        socket.create_server(where).close()
-    except OSError as reason:
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as reason:
         raise EzpzError(
-            f"node 0 cannot serve --master-addr {where[0]} --master-port {where[1]}: "
-            f"{reason.strerror or reason}. --node-rank 0 belongs on the machine that --master-addr "
-            "names, and the port must be free there."
+            f"node 0 cannot be reached at --master-addr {name}: {reason}. Give a name that this "
+            "machine can look up, or an address."
         ) from None
+    found.sort(key=lambda each: each[0] != socket.AF_INET)
+    return [(family, str(address[0])) for family, *_, address in found]
 
 
-def _own_address(placement: Placement, deadline: float) -> str:
-    """The address of this node on its route to node 0, which the others can reach it by."""
-    where = (placement.master_addr, placement.master_port)
-    while True:
+def _served_address(placement: Placement) -> str:
+    """The first address of ``--master-addr`` that is this machine's; the port is free."""
+    reasons = []
+    for family, address in _addresses_of_node_0(placement):
         try:
-            with socket.create_connection(where, SECONDS_TO_ANSWER) as connection:
-                return connection.getsockname()[0]
+            with socket.socket(family) as own:
+                own.bind((address, 0))
+            # Without listening: a node that waits would take it for the store.
+            with _at_all_addresses(placement.master_port):
+                return address
         except OSError as reason:
-            if time.monotonic() > deadline or isinstance(reason, socket.gaierror):
-                raise EzpzError(
-                    f"node 0 cannot be reached at --master-addr {where[0]} --master-port "
-                    f"{where[1]}: {reason}. Start the run there with --node-rank 0, and look "
-                    "whether a firewall closes the port."
-                ) from None
-            time.sleep(0.5)
+            reasons.append(reason.strerror or str(reason))
+    raise EzpzError(
+        f"node 0 cannot serve --master-addr {placement.master_addr} --master-port "
+        f"{placement.master_port}: {'; '.join(reasons)}. --node-rank 0 belongs on the machine that "
+        "--master-addr names, and the port must be free there."
+    )
+
+
+def _route_to_node_0(placement: Placement, deadline: float) -> tuple[str, str]:
+    """This node's address on its way to node 0, which the others can reach it by, and node 0's."""
+    port = placement.master_port
+    addresses = [address for _, address in _addresses_of_node_0(placement)]
+    while True:
+        reasons = []
+        for address in addresses:
+            try:
+                with socket.create_connection((address, port), SECONDS_TO_ANSWER) as connection:
+                    return connection.getsockname()[0], address
+            except OSError as reason:
+                reasons.append(reason.strerror or str(reason))
+        if time.monotonic() > deadline:
+            raise EzpzError(
+                f"node 0 cannot be reached at --master-addr {placement.master_addr} --master-port "
+                f"{port}: {'; '.join(reasons)}. Start the run there with --node-rank 0, and look "
+                "whether a firewall closes the port."
+            )
+        time.sleep(0.5)
 
 
 def _use_network_of(address: str) -> None:
-    address = socket.gethostbyname(address)
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -216,22 +268,77 @@ def _exchange(store: TCPStore, own: Node, placement: Placement, deadline: float)
 
     keys = [_KEY.format(rank) for rank in range(placement.nnodes)]
     try:
-        if store.add(f"{keys[own.rank]}/taken", 1) > 1:
-            raise EzpzError(f"--node-rank {own.rank} is taken: every node needs its own.")
-        store.set(keys[own.rank], json.dumps(asdict(own)))
-        while not store.check(keys):  # unlike `store.wait`, Ctrl-C ends it
+        _take_place(store, keys[own.rank], own)
+        while not _may_begin(store, keys, own):  # unlike `store.wait`, Ctrl-C ends it
             if time.monotonic() > deadline:
-                missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-                raise EzpzError(
-                    f"of {placement.nnodes} nodes these have not come: {', '.join(missing)}. Start "
-                    "the same line on each, with its own --node-rank."
-                )
+                raise EzpzError(_who_is_absent(store, keys, own))
             time.sleep(0.2)
-        return [Node(**json.loads(store.get(key))) for key in keys]
+        nodes = [Node(**fields) for fields in json.loads(store.get(_ALL))]
     except DistNetworkError:
         raise EzpzError(
             "node 0 has gone before all nodes had come; what it printed says why."
         ) from None
+    _check_that_it_is_one_of(nodes, own, placement)
+    return nodes
+
+
+def _take_place(store: TCPStore, key: str, own: Node) -> None:
+    """Write this node down. The place of a start that has ended is free again."""
+    entry, known = json.dumps(asdict(own)), ""
+    while (there := store.compare_set(key, known, entry).decode()) != entry:
+        holder = Node(**json.loads(there))
+        if holder.state() == "answers":
+            raise EzpzError(
+                f"--node-rank {own.rank} is taken by {holder.host} ({holder.address}), which "
+                "answers: every node needs its own. If that is an earlier start of this node, end "
+                "it first."
+            )
+        known = there
+
+
+def _may_begin(store: TCPStore, keys: Sequence[str], own: Node) -> bool:
+    """Whether all nodes have come, and answer node 0: one may have ended while it waited."""
+    if own.rank == 0 and store.check(list(keys)):
+        nodes = _come(store, keys)
+        if all(state == "answers" for state in _states(nodes[1:]).values()):
+            store.set(_ALL, json.dumps([asdict(node) for node in nodes]))
+    return store.check([*keys, _ALL])
+
+
+def _come(store: TCPStore, keys: Sequence[str]) -> list[Node]:
+    return [Node(**json.loads(store.get(key))) for key in keys]
+
+
+def _who_is_absent(store: TCPStore, keys: Sequence[str], own: Node) -> str:
+    if missing := [str(rank) for rank, key in enumerate(keys) if not store.check([key])]:
+        return (
+            f"of {len(keys)} nodes these have not come: {', '.join(missing)}. Start the same line "
+            "on each, with its own --node-rank."
+        )
+    nodes = _come(store, keys)
+    states = _states([node for node in nodes if node.rank != own.rank])
+    silent = [_described(node, nodes) for node, state in states.items() if state != "answers"]
+    if not silent:
+        return "node 0 does not reach all nodes that have come; what it prints says which."
+    return (
+        f"these nodes have come and do not answer node {own.rank}: {', '.join(silent)}. They have "
+        "ended since, or a firewall is between. Start the same line again on every node."
+    )
+
+
+def _check_that_it_is_one_of(nodes: Sequence[Node], own: Node, placement: Placement) -> None:
+    if len(nodes) != placement.nnodes:
+        raise EzpzError(
+            f"--nnodes {placement.nnodes} here, and {len(nodes)} on node 0. Start the same line on "
+            "each node."
+        )
+    if own not in nodes:
+        other = nodes[own.rank]
+        raise EzpzError(
+            f"--node-rank {own.rank}: the run has begun with another start of this node, on "
+            f"{other.host} ({other.address}). End it on every node, then start the same line on "
+            "each, with its own --node-rank."
+        )
 
 
 def _left(deadline: float) -> timedelta:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from ezpz_moe.job import Job
+
+_NEWEST = -1  # what ``checkpoint.load_step`` says unless told; as a step found: none
 
 
 def pipeline_degree(job: Job, host_flags: list[str]) -> int:
@@ -19,7 +22,9 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
     """The folder that the trainer would resume from; None when there is none, or it is not told to.
 
     Where checkpoints are is said in the trainer's own way: ``checkpoint.folder`` in
-    ``dump_folder``, one ``step-N`` each, which is whole when it has its metadata.
+    ``dump_folder``, one ``step-N`` each, which is whole when it has its metadata. The trainer
+    takes the newest of them, or without a look the one that ``checkpoint.load_step`` names, which
+    need not be there.
     """
     values, parser = job.values, _parser()
     enable, disable = "--checkpoint.enable", "--checkpoint.no-enable"
@@ -37,12 +42,25 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
         dest="dump_folder",
         default=values.get("job.dump_folder", "./outputs"),
     )
+    parser.add_argument(
+        *_spellings("checkpoint.load_step"),
+        dest="load_step",
+        type=int,
+        default=values.get("checkpoint.load_step", _NEWEST),
+    )
     told = parser.parse_known_args(host_flags)[0]
     if not told.enable:
         return None
-    whole = Path(told.dump_folder, told.folder).glob("step-*/.metadata")
-    steps = {int(file.parent.name.removeprefix("step-")): file.parent for file in whole}
-    return steps[max(steps)] if steps else None
+    folder = Path(told.dump_folder, told.folder)
+    step = _newest_step(folder) if told.load_step == _NEWEST else told.load_step
+    return None if step == _NEWEST else folder / f"step-{step}"
+
+
+def _newest_step(folder: Path) -> int:
+    whole = (file.parent.name for file in folder.glob("step-*/.metadata"))
+    # Beside them may be "step-20.partial", which a `ckpt remap` is writing, or a user's copy.
+    matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
+    return max((int(match[1]) for match in matches if match), default=_NEWEST)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,15 +1,25 @@
 """The nodes of a run: how they meet, and what is said of one that does not come or is lost.
 
-The nodes are threads here; ``test_two_nodes.py`` has real ones, with a network between them.
+The nodes are threads here, and processes where they are killed; ``test_two_nodes.py`` has a network
+between them.
 """
 
 import contextlib
+import dataclasses
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ezpz_moe import launch, nodes
@@ -35,20 +45,20 @@ def port() -> int:
 def come(*placements: Placement, nproc: int = 1, seconds: float = 30) -> list:
     """What each node gets: the nodes that it has met, or its error."""
     met = threading.Barrier(len(placements))
-
-    def one(placement: Placement):
-        try:
-            with meet(placement, nproc + placement.node_rank, seconds=seconds) as all_nodes:
-                met.wait()  # node 0 serves the others
-                return all_nodes
-        except EzpzError as error:
-            met.abort()
-            return str(error)
-        except threading.BrokenBarrierError:
-            return "another node failed"
-
     with ThreadPoolExecutor(len(placements)) as pool:
-        return list(pool.map(one, placements))
+        return list(pool.map(lambda each: come_one(each, met, nproc, seconds), placements))
+
+
+def come_one(placement: Placement, met: threading.Barrier, nproc: int = 1, seconds: float = 30):
+    try:
+        with meet(placement, nproc + placement.node_rank, seconds=seconds) as all_nodes:
+            met.wait()  # node 0 serves the others
+            return all_nodes
+    except EzpzError as error:
+        met.abort()
+        return str(error)
+    except threading.BrokenBarrierError:
+        return "another node failed"
 
 
 def test_all_nodes_know_all_nodes(port):
@@ -58,6 +68,54 @@ def test_all_nodes_know_all_nodes(port):
     assert {node.host for node in results[0]} == {socket.gethostname()}
     assert len({node.port for node in results[0]}) == 3
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 loopback")
+
+
+@needs_ipv6
+def test_nodes_meet_over_ipv6_and_find_each_other_later(port):
+    first, second = (Placement(2, rank, "::1", port) for rank in range(2))
+    met = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(come_one, second, met)
+        with meet(first, 1, seconds=20) as all_nodes:
+            states = [node.state() for node in all_nodes]
+            met.wait()
+        assert other.result() == all_nodes
+    assert [node.address for node in all_nodes] == ["::1", "::1"]
+    assert states == ["answers", "answers"]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+@needs_ipv6
+def test_a_name_of_both_families_means_ipv4_on_every_node(port, monkeypatch):
+    both = [
+        (family, socket.SOCK_STREAM, 0, "", (address, port))
+        for family, address in ((socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1"))
+    ]
+    look_up = socket.getaddrinfo
+    names = {"localhost": both}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda name, *a, **k: names.get(name) or look_up(name, *a, **k)
+    )
+    all_nodes, _ = come(*(Placement(2, rank, "localhost", port) for rank in range(2)))
+    assert [node.address for node in all_nodes] == ["127.0.0.1", "127.0.0.1"]
+
+
+@needs_ipv6
+def test_each_node_knows_node_0_by_the_address_that_leads_there(port):
+    """Node 0's own may not: its name often means 127.0.1.1 on the machine itself."""
+    results = come(Placement(2, 0, "127.0.0.1", port), Placement(2, 1, "::1", port))
+    assert [all_nodes[0].address for all_nodes in results] == ["127.0.0.1", "::1"]
 
 
 def test_the_users_network_for_gloo_stands(port, monkeypatch):
@@ -82,7 +140,99 @@ def test_a_node_0_that_gives_up_ends_the_others(port):
 def test_a_rank_that_is_taken_is_refused(port):
     same = Placement(2, 0, "127.0.0.1", port), *[Placement(3, 1, "127.0.0.1", port)] * 2
     results = come(*same, seconds=3)
-    assert any("--node-rank 1 is taken" in str(result) for result in results)
+    taken = f"--node-rank 1 is taken by {socket.gethostname()} (127.0.0.1), which answers"
+    assert any(taken in str(result) for result in results)
+
+
+WAITING_NODE = """
+import sys
+from ezpz_moe.nodes import Placement, meet
+nnodes, rank, address, port = sys.argv[1:]
+with meet(Placement(int(nnodes), int(rank), address, int(port)), 1):
+    print("met", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def process_of(placement: Placement) -> Iterator[subprocess.Popen]:
+    """A node in a process of its own, which is killed at the end."""
+    where = map(str, dataclasses.astuple(placement))
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING_NODE, *where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ended_before_all_had_come(placement: Placement) -> Node:
+    """A node that came and was killed while it waited."""
+    patience = timedelta(seconds=60)
+    with process_of(placement) as process:
+        # The store waits for node 0, which another thread starts.
+        store = TCPStore(placement.master_addr, placement.master_port, timeout=patience)
+        key = nodes._KEY.format(placement.node_rank)
+        while not store.check([key]):
+            assert process.poll() is None
+            time.sleep(0.1)
+        return Node(**json.loads(store.get(key)))
+
+
+def test_a_node_that_ended_while_it_waited_can_be_started_again(port):
+    first, *later = (Placement(3, rank, "127.0.0.1", port) for rank in range(3))
+    met = threading.Barrier(3)
+    with ThreadPoolExecutor(3) as pool:
+        results = [pool.submit(come_one, first, met, seconds=90)]
+        ended = ended_before_all_had_come(later[0])
+        results += [pool.submit(come_one, each, met) for each in later]
+        all_nodes, *others = (result.result() for result in results)
+    assert [node.rank for node in all_nodes] == [0, 1, 2]
+    assert others == [all_nodes] * 2
+    assert ended.rank == 1
+    assert ended not in all_nodes
+
+
+def test_the_run_does_not_begin_with_a_node_that_has_ended(port):
+    first, third = (Placement(3, rank, "127.0.0.1", port) for rank in (0, 2))
+    met = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(come_one, first, met, seconds=5)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ended = Node(1, socket.gethostname(), "127.0.0.1", server.getsockname()[1], 1)
+        store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60))
+        store.set(nodes._KEY.format(1), json.dumps(dataclasses.asdict(ended)))
+        other = come_one(third, met)
+        error = waiting.result()
+    assert error == (
+        f"these nodes have come and do not answer node 0: node 1 ({socket.gethostname()}, "
+        "127.0.0.1, rank 1). They have ended since, or a firewall is between. Start the same line "
+        "again on every node."
+    )
+    assert other == "node 0 has gone before all nodes had come; what it printed says why."
+
+
+def test_a_node_that_is_started_again_after_the_beginning_is_refused(port):
+    first, second = (Placement(2, rank, "127.0.0.1", port) for rank in range(2))
+    met = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(come_one, first, met, seconds=90)
+        with process_of(second) as process:
+            assert process.stdout.readline() == "met\n"
+        error = come_one(second, met)
+        assert running.result() == "another node failed"
+    assert "--node-rank 1: the run has begun with another start of this node" in error
+
+
+def test_different_numbers_of_nodes_are_refused(port):
+    numbers = (3, 2, 3)
+    results = come(*(Placement(n, rank, "127.0.0.1", port) for rank, n in enumerate(numbers)))
+    assert "--nnodes 2 here, and 3 on node 0. Start the same line on each node." in results
 
 
 def test_a_node_0_that_is_not_there_is_an_error(port):
@@ -91,9 +241,23 @@ def test_a_node_0_that_is_not_there_is_an_error(port):
     assert "Connection refused" in error
 
 
-def test_an_unknown_name_of_node_0_is_not_waited_for(port):
-    (error,) = come(Placement(2, 1, "no-such-host.invalid", port), seconds=600)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_unknown_name_of_node_0_is_not_waited_for(port, rank):
+    (error,) = come(Placement(2, rank, "no-such-host.invalid", port), seconds=600)
     assert "cannot be reached at --master-addr no-such-host.invalid" in error
+    assert error.endswith("Give a name that this machine can look up, or an address.")
+
+
+def test_what_cannot_be_a_name_is_an_error(port):
+    (error,) = come(Placement(2, 1, "a" * 80, port))
+    assert f"cannot be reached at --master-addr {'a' * 80}: " in error
+
+
+def test_a_port_that_is_in_use_at_another_address_of_node_0_is_an_error(port):
+    with socket.create_server(("127.0.0.1", port)):
+        (error,) = come(Placement(2, 0, "127.0.0.2", port))
+    assert "node 0 cannot serve --master-addr 127.0.0.2" in error
+    assert "Address already in use" in error
 
 
 @pytest.mark.parametrize(
@@ -110,6 +274,20 @@ def test_node_0_has_to_be_where_the_others_look_for_it(port, address, reason):
 def test_a_rank_beyond_the_nodes_is_refused(rank):
     with pytest.raises(EzpzError, match=f"--node-rank {rank}: --nnodes 2 has the nodes 0 to 1"):
         Placement(2, rank, "node0", 29500)
+
+
+@pytest.mark.parametrize("nnodes", [0, -1])
+def test_fewer_than_one_machine_are_refused(nnodes):
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+        Placement(nnodes, 0, "node0", 29500)
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+        Train("debugmodel", nnodes=nnodes).run()
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_that_cannot_be_is_refused(port):
+    with pytest.raises(EzpzError, match=f"--master-port {port}: ports are 1 to 65535"):
+        Placement(2, 0, "node0", port)
 
 
 @pytest.mark.parametrize("missing", ["node_rank", "master_addr"])
@@ -190,3 +368,18 @@ def test_the_last_words_are_those_of_the_first_failure(message, expected):
     failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file="none")
     failure.message = message
     assert launch._last_words(ChildFailedError("train", {0: failure})) == expected
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        (None, ". There is no checkpoint to resume from: it begins at step 1."),
+        ("step-5", ": it resumes from step-5."),
+        ("step-7", ", without checkpoint.load_step: step-7, which it names, is not there."),
+    ],
+)
+def test_how_the_run_goes_on(checkpoint, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("step-5").mkdir()
+    said = launch._how_to_go_on(checkpoint and Path(checkpoint))
+    assert said == f"To go on, start the same line again on every node{expected}"

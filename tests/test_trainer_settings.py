@@ -27,10 +27,19 @@ def test_the_pipeline_degree(values, flags, expected):
 
 @pytest.fixture(autouse=True)
 def _checkpoints(tmp_path, monkeypatch):
-    """Three in each of two places. Whole are those of the steps 5 and 10."""
+    """Three in each of two places. Whole are those of the steps 5 and 10.
+
+    Beside them are whole copies under other names.
+    """
     monkeypatch.chdir(tmp_path)
     for folder in ("outputs/checkpoint", "other/mine"):
-        for step, whole in ((5, True), (10, True), (20, False)):
+        for step, whole in (
+            ("5", True),
+            ("10", True),
+            ("20", False),
+            ("20.partial", True),  # a `ckpt remap` is writing it
+            ("20.bak", True),
+        ):
             checkpoint = tmp_path / folder / f"step-{step}"
             checkpoint.mkdir(parents=True)
             if whole:
@@ -52,9 +61,19 @@ ELSEWHERE = {"job.dump_folder": "other", "checkpoint.folder": "mine"}
         (ON | {"job.dump_folder": "empty"}, [], None),
         (ON, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
         (ON, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
+        (ON | {"checkpoint.load_step": 5}, [], "outputs/checkpoint/step-5"),
+        (ON | {"checkpoint.load_step": 7}, [], "outputs/checkpoint/step-7"),  # is not there
+        (ON, ["--checkpoint.load_step", "5"], "outputs/checkpoint/step-5"),
+        (ON, ["--checkpoint.load-step=5"], "outputs/checkpoint/step-5"),
+        (
+            ON | {"checkpoint.load_step": 5},
+            ["--checkpoint.load_step", "-1"],
+            "outputs/checkpoint/step-10",
+        ),
+        ({"checkpoint.load_step": 5}, [], None),
     ],
 )
-def test_the_last_whole_checkpoint(values, flags, expected):
+def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expected):
     found = last_checkpoint(Job(flavor="x", values=values), flags)
     assert found == (expected and Path(expected))
 
@@ -69,3 +88,4 @@ def test_the_hosts_defaults_are_where_we_look():
     checkpoint, trainer = CheckpointManager.Config(), Trainer.Config()
     where = Path(trainer.dump_folder, checkpoint.folder)
     assert (checkpoint.enable, where) == (False, Path("outputs/checkpoint"))
+    assert checkpoint.load_step == -1

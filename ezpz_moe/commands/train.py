@@ -44,9 +44,9 @@ class Train:
 
         if self.nnodes == 1 and self.node_rank in (None, 0):
             return None
-        if self.node_rank is None or self.master_addr is None:
+        if self.nnodes > 1 and (self.node_rank is None or self.master_addr is None):
             raise EzpzError(
                 f"--nnodes {self.nnodes} needs --node-rank, this machine's number from 0, and "
                 "--master-addr, the name of node 0."
             )
-        return Placement(self.nnodes, self.node_rank, self.master_addr, self.master_port)
+        return Placement(self.nnodes, self.node_rank or 0, self.master_addr or "", self.master_port)
