@@ -139,7 +139,8 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
             job = find_job(config)
             trainer_config = hosts.binding("job").trainer_config(job)
         except EzpzError as error:
-            return [Finding(config, settings, str(error), "it is refused")]
+            problem = str(error).removeprefix(f"{config}: ")
+            return [Finding(config, settings, problem, "it is refused")]
         flavor = load_flavor(job.flavor, near=job.folder)
         problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
     findings = [Finding(config, settings)]
