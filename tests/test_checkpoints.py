@@ -150,7 +150,7 @@ def test_what_a_killed_run_left_is_not_in_the_next(tmp_path) -> None:
 
 
 def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
-    source = save(tmp_path / "step-7.partial", FAMILIES["qwen3"])
+    source = save(tmp_path / "step_7.partial", FAMILIES["qwen3"])
     with pytest.raises(EzpzError, match="would be written there first"):
         remap(source, tmp_path / "step-7", "0.3")
     assert inspect(source).step == 7
@@ -168,6 +168,14 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, damage, command) -> None:
     with pytest.raises(EzpzError, match=f"{file}: {damage}"):
         command(source)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_is_not_finished_is_no_step_for_the_host(tmp_path, monkeypatch) -> None:
+    """It takes every folder with step-N in its name for a checkpoint."""
+    names = []
+    monkeypatch.setattr(remapping, "_verify", lambda _, folder, *__: names.append(folder.name))
+    remap(save(tmp_path / "source", FAMILIES["qwen3"]), tmp_path / "step-7", "0.3")
+    assert [re.search(r"step-\d", name) for name in names] == [None]
 
 
 def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch) -> None:

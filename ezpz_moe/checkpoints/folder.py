@@ -27,7 +27,8 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
     """
     if target.exists():
         raise EzpzError(f"{target}: exists already. Choose another folder, or remove it.")
-    partial = target.with_name(f"{target.name}.partial")
+    # Without "step-N" in it, by which the host would take it for a checkpoint.
+    partial = target.with_name(f"{target.name.replace('-', '_')}.partial")
     if partial.resolve() == source.resolve():
         raise EzpzError(f"{source}: {target} would be written there first. Choose another name.")
     try:
