@@ -84,7 +84,7 @@ def test_the_tested_pair_passes_without_a_warning(caplog):
     [
         ("torch.distributed", "set_timeout"),
         ("torchtitan.models.common.moe", "RoutedExperts"),
-        ("torchtitan.models.common.moe:GroupedExperts", "_grouped_mm"),
+        ("torchtitan.models.common.moe:GroupedExperts", "Config"),
     ],
 )
 def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypatch):
