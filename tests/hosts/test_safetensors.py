@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,8 @@ def test_buffers_without_a_place_are_left_out(tmp_path, capsys) -> None:
 
 def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
     """0.3's adapter of gpt_oss knows the experts under the names of 0.2."""
+    if util.find_spec("torchtitan.models.gpt_oss") is None:
+        pytest.skip("this host has no gpt_oss")
     model = save_zeros(tmp_path / "source", "gpt_oss_debugmodel")
     if all(model.keys(name) for name in model.tensors if name not in model.buffers):
         pytest.skip("this host's adapter of gpt_oss knows all of its parameters")
