@@ -47,7 +47,7 @@ def read_metadata(folder: Path) -> Metadata:
 def _what_else(folder: Path) -> str:
     """A hint for a folder that holds no checkpoint itself."""
     if any(folder.glob("*.safetensors")):
-        return " It holds safetensors: ezpz-moe ckpt remap --to 0.3 --model FLAVOR|JOB.toml."
+        return " It holds safetensors, which ckpt remap reads with --model FLAVOR|JOB.toml."
     steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
     if not steps:
         return ""
