@@ -2,15 +2,20 @@
 
 ``python -m ezpz_moe.train ARGUMENTS`` is ``python -m torchtitan.train ARGUMENTS``: the same module
 with the same arguments. Two things come first: the check that torch and torchtitan can do what the
-binding needs, and, on a machine without an accelerator, the CPU as the host's device. Start it
-under torchrun, as the host's own; :mod:`ezpz_moe.launch` does.
+binding needs, and, on a machine without an accelerator, the CPU as the host's device. One thing
+comes last: a run that has ended well stays so. Start it under torchrun, as the host's own;
+:mod:`ezpz_moe.launch` does.
 """
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import runpy
 import signal
+import sys
+import threading
 import time
 
 from ezpz_moe.errors import EXIT_CODE, exit_on_user_error
@@ -35,5 +40,25 @@ def main() -> None:
         raise
 
 
+_has_ended_well = threading.Event()
+
+
+def _end_without_teardown() -> None:
+    """End the process before the interpreter is torn down, if its run has ended well.
+
+    A thread of gloo's may still hold tensors that Python knows of; when it lets go of them during
+    the teardown, torch aborts the process (pytorch/pytorch#179291), and a run that has trained to
+    its end would count as failed.
+    """
+    if _has_ended_well.is_set():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
+    # Handlers run last in, first out: those of the host and of wandb come before this one.
+    atexit.register(_end_without_teardown)
     main()
+    _has_ended_well.set()

@@ -168,6 +168,7 @@ def test_fsdp_over_gloo_gives_the_gradients_of_the_whole_batch():
     """``shard`` stands for the host's ``parallelize_fn``, which sets the same divide factor."""
     run(
         """
+            import os
             import torch
             from torch.distributed.fsdp import fully_shard
             from ezpz_moe.hosts.cpu import import_host_on_cpu, sum_reduction_on_gloo
@@ -196,6 +197,7 @@ def test_fsdp_over_gloo_gives_the_gradients_of_the_whole_batch():
                 gradients(batch.chunk(2)[rank], True), gradients(batch, False)
             )
             torch.distributed.destroy_process_group()
+            os._exit(0)  # gloo's threads may abort a teardown, see ezpz_moe.train
         """,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
     )

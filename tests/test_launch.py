@@ -179,6 +179,37 @@ def test_a_worker_runs_the_hosts_module_and_lets_rank_0_report(
     assert run_worker(monkeypatch, end, local_rank) == expected
 
 
+WITH_A_HOST_THAT_ABORTS_THE_TEARDOWN = """
+import atexit, os, runpy, sys
+import ezpz_moe.hosts
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def host(*_, **__):
+    sys.kept = Aborts()
+    print("trained")
+    atexit.register(print, "the host's own handler")
+
+ezpz_moe.hosts.check_host = lambda: None
+run_module, runpy.run_module = runpy.run_module, host
+run_module("ezpz_moe.train", run_name="__main__")
+"""
+
+
+def test_a_run_that_has_ended_well_is_not_lost_in_the_interpreters_teardown():
+    """As by the threads of gloo."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITH_A_HOST_THAT_ABORTS_THE_TEARDOWN],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "trained\nthe host's own handler\n"
+
+
 # --- the launcher's choices -------------------------------------------------------------------
 
 
