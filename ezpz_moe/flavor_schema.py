@@ -6,26 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
 from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.errors import did_you_mean
+from ezpz_moe.routing_schema import Balance, Experts, Router, Telemetry, routing_conflicts
+from ezpz_moe.schema import Data, mistake
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 
 # The upper bounds are far above any model, and low enough that no tensor's size overflows.
 _Width = Annotated[int, Field(ge=1, le=2**20)]
-_Experts = Annotated[int, Field(ge=1, le=2**14)]
 _Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Rope(_Data):
+class Rope(Data):
     """Rotary positions: the arguments of the host's ``ComplexRoPE``, without ``dim``."""
 
     theta: Annotated[float, Field(gt=1)]
@@ -37,7 +33,7 @@ class Rope(_Data):
     original_seq_len: _Tokens
 
 
-class Dimensions(_Data):
+class Dimensions(Data):
     """A size: the arguments of the host's ``build_mla_moe_layers``, the vocabulary and RoPE.
 
     Without ``router_num_expert_groups`` a token may go to any expert.
@@ -56,24 +52,24 @@ class Dimensions(_Data):
     mscale: Annotated[float, Field(ge=0)]
     dense_hidden_dim: _Width
     moe_hidden_dim: _Width
-    num_experts: _Experts
-    num_shared_experts: _Experts
-    router_top_k: _Experts
+    num_experts: Experts
+    num_shared_experts: Experts
+    router_top_k: Experts
     router_score_func: Literal["softmax", "sigmoid"]
     router_route_scale: _Positive
     router_route_norm: bool
-    router_num_expert_groups: _Experts | None = None
-    router_num_limited_groups: _Experts | None = None
+    router_num_expert_groups: Experts | None = None
+    router_num_limited_groups: Experts | None = None
     rope: Rope
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if conflicts := [*_size_conflicts(self), *_group_conflicts(self)]:
-            raise _mistake("; ".join(conflicts))
+            raise mistake("; ".join(conflicts))
         return self
 
 
-class Flavor(_Data):
+class Flavor(Data):
     """A model, and how its routed experts and its attention are computed.
 
     The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
@@ -86,6 +82,15 @@ class Flavor(_Data):
     attention: Attention | None = None
     compute_backend: str = "grouped_mm"
     dimensions: Dimensions | None = None
+    router: Router = Router()
+    balance: Balance = Balance()
+    telemetry: Telemetry | None = None
+
+    @model_validator(mode="after")
+    def _routes_in_one_way(self) -> Self:
+        if conflicts := list(routing_conflicts(self.router, self.balance)):
+            raise mistake("; ".join(conflicts))
+        return self
 
     @field_validator("base")
     @classmethod
@@ -93,7 +98,7 @@ class Flavor(_Data):
         if base is not None:
             module, _, upstream = base.partition("/")
             if not module.isidentifier() or not upstream:
-                raise _mistake('should be "module/flavor", for example "qwen3/30B-A3B"')
+                raise mistake('should be "module/flavor", for example "qwen3/30B-A3B"')
         return base
 
     @field_validator("compute_backend")
@@ -101,7 +106,7 @@ class Flavor(_Data):
     def _is_installed(cls, name: str) -> str:
         known = known_backend_names()
         if name not in known:
-            raise _mistake(f"should be one of {', '.join(known)}.{did_you_mean(name, known)}")
+            raise mistake(f"should be one of {', '.join(known)}.{did_you_mean(name, known)}")
         return name
 
 
@@ -145,8 +150,3 @@ def _group_conflicts(size: Dimensions) -> Iterator[str]:
             f"router_top_k ({size.router_top_k}) must not exceed the "
             f"{limited * (size.num_experts // groups)} experts of {limited} groups"
         )
-
-
-def _mistake(message: str) -> PydanticCustomError:
-    """An error whose text is ours alone."""
-    return PydanticCustomError("mistake", "{message}", {"message": message})

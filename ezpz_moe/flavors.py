@@ -26,13 +26,23 @@ from pydantic_core import ErrorDetails
 from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.schema import Data
 from ezpz_moe.toml import read_toml
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 LISTED_VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
 
 _DIMENSION_KEYS = frozenset(Dimensions.model_fields)
-_KEYS = _DIMENSION_KEYS | {"inherits", "base", "attention", "compute_backend"}
+_TABLES: dict[str, type[Data]] = {
+    "rope": Rope,
+    "router": Router,
+    "balance": Balance,
+    "telemetry": Telemetry,
+}
+_KEYS = (
+    _DIMENSION_KEYS | {"inherits"} | (Flavor.model_fields.keys() - {"name", "source", "dimensions"})
+)
 
 
 def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
@@ -208,10 +218,13 @@ def _messages(
         if error["type"] == "missing":
             missing.append(key)
         elif error["type"] == "extra_forbidden":
-            hint = did_you_mean(key.removeprefix("rope."), Rope.model_fields)
+            table, _, inner = key.partition(".")
+            hint = did_you_mean(inner.rpartition(".")[2], _table_keys(table))
             yield f"{file}: unknown key {key!r}.{hint}"
-        elif not key:
-            yield f"{file}: the dimensions do not fit together: {error['msg']}."
+        elif error["type"] == "mistake" and (not key or key in _TABLES):
+            of_dimensions = error["loc"] == ("dimensions",)
+            where = "the dimensions do not fit together:" if of_dimensions else f"[{key}]"
+            yield f"{file}: {where} {error['msg']}." if error["loc"] else f"{file}: {error['msg']}."
         else:
             yield f"{file}: {key} = {_shown(error['input'])}: {_expectation(error)}"
     if missing:
@@ -219,6 +232,10 @@ def _messages(
             f"{path}: missing keys: {', '.join(missing)}. Set them, inherit them "
             '(inherits = "16B") or name an upstream model (base = "qwen3/30B-A3B").'
         )
+
+
+def _table_keys(table: str) -> list[str]:
+    return [*_TABLES[table].model_fields, *Schedule.model_fields]
 
 
 def _expectation(error: ErrorDetails) -> str:

@@ -1,0 +1,157 @@
+"""What a flavor may say of its router, its balance and its telemetry: the tables of those names.
+
+docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ezpz_moe.schema import Data, mistake
+
+DEFAULT_JITTER = 0.01
+
+Experts = Annotated[int, Field(ge=1, le=2**14)]
+
+_NoExperts = Annotated[int, Field(ge=0, le=2**14)]
+_Steps = Annotated[int, Field(ge=1, le=2**40)]
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Schedule(Data):
+    """A value that moves from ``start`` to ``end`` within ``steps`` and stays there.
+
+    A mere number stands for a value that does not move.
+    """
+
+    start: _Positive
+    end: _Positive
+    steps: _Steps
+    shape: Literal["linear", "exponential", "cosine"] = "linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_number(cls, value: object) -> object:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"start": value, "end": value, "steps": 1} if is_number else value
+
+    @property
+    def is_constant(self) -> bool:
+        return self.start == self.end
+
+
+class Router(Data):
+    """How a token's experts are chosen: ``[router]``."""
+
+    routing: Literal["topk", "sinkhorn", "balanced"] = "topk"
+    jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gate_precision: Literal["bfloat16", "float32", "float64"] | None = None
+    freeze: bool = False
+    temperature: Schedule = Schedule(start=1.0, end=1.0, steps=1)
+    activation: Literal["identity", "softplus", "relu_rmsnorm"] = "identity"
+    pad_token_id: _NoExperts | None = None
+    dispatch_padding: bool = True
+    null_experts: _NoExperts = 0
+    copy_experts: _NoExperts = 0
+    constant_experts: _NoExperts = 0
+    top_k: Experts | None = None
+    sinkhorn_tolerance: _Positive = 1e-4
+    sinkhorn_iterations: _Steps = 100
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    skip_first_n_experts: _NoExperts = 0
+
+    @field_validator("jitter_noise", mode="before")
+    @classmethod
+    def _is_asked_for(cls, value: object) -> object:
+        return DEFAULT_JITTER if value is True else 0.0 if value is False else value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if conflicts := list(_router_conflicts(self)):
+            raise mistake("; ".join(conflicts))
+        return self
+
+    @property
+    def zero_computation_experts(self) -> int:
+        """How many of the router's choices cost no expert's computation."""
+        return self.null_experts + self.copy_experts + self.constant_experts
+
+
+class Balance(Data):
+    """What spreads the tokens over the experts: ``[balance]``."""
+
+    aux_loss: _NotNegative = 0.0
+    mse_loss: _NotNegative = 0.0
+    z_loss: _NotNegative = 0.0
+    scope: Literal["sequence", "batch", "global"] = "sequence"
+    bias_update: Literal["sign", "proportional", "none"] | None = None
+    bias_rate: Schedule | None = None
+
+    @property
+    def has_losses(self) -> bool:
+        return self.aux_loss > 0 or self.mse_loss > 0 or self.z_loss > 0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.bias_rate is not None and self.bias_update in (None, "none"):
+            raise mistake(
+                'bias_rate has no effect without bias_update = "sign" or "proportional"; '
+                "set it, or remove bias_rate"
+            )
+        return self
+
+
+class Telemetry(Data):
+    """What a run reports of its experts: ``[telemetry]``."""
+
+    every: _Steps | None = None
+    detail: Literal["brief", "per_layer", "per_expert"] = "brief"
+    images: bool = True
+    alert_dead_steps: _Steps = 100
+    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
+    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
+    """What the two tables exclude in each other."""
+    if router.routing == "sinkhorn" and (balance.aux_loss or balance.mse_loss):
+        yield (
+            'router.routing = "sinkhorn" excludes balance.aux_loss and balance.mse_loss: its '
+            "assignment is doubly stochastic, so it is balanced already. Remove the loss, or "
+            'route with "topk"'
+        )
+    if router.routing == "balanced" and (
+        balance.has_losses or balance.bias_update == "proportional"
+    ):
+        yield (
+            'router.routing = "balanced" does not choose by the scores: balance losses and bias '
+            "updates would have no effect. Remove them"
+        )
+
+
+def _router_conflicts(router: Router) -> Iterator[str]:
+    given = router.model_fields_set
+    for routing, keys in {
+        "sinkhorn": ("sinkhorn_tolerance", "sinkhorn_iterations"),
+        "balanced": ("noise", "skip_first_n_experts"),
+    }.items():
+        if routing != router.routing and (without := [key for key in keys if key in given]):
+            yield f'{" and ".join(without)}: for routing = "{routing}" only'
+    if router.routing == "balanced" and router.jitter_noise:
+        yield 'jitter_noise has no effect with routing = "balanced", which has its own noise'
+    if router.zero_computation_experts and router.routing != "topk":
+        yield (
+            f'null_experts, copy_experts and constant_experts need routing = "topk", not '
+            f'"{router.routing}"'
+        )
+    if router.top_k is not None and not router.zero_computation_experts:
+        yield (
+            "top_k is raised for zero-computation experts only; without them the model's own "
+            "top-k stands (router_top_k)"
+        )
+    if not router.dispatch_padding and router.pad_token_id is None:
+        yield "dispatch_padding = false needs pad_token_id, which says what padding is"
