@@ -1,0 +1,153 @@
+"""A flavor's ``[router]`` and ``[balance]`` in the host's model and training step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.model_spec import ModelSpec
+
+from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, routed, routers
+from ezpz_moe.routing.bias import bias_change
+from ezpz_moe.routing.schedules import value_at
+from ezpz_moe.routing_schema import Balance, Router, Schedule
+
+_HOST_RATE = 1e-3
+
+
+def is_routed(flavor: Flavor) -> bool:
+    """Whether the flavor wants anything of the router that the host's own does not do."""
+    return flavor.router != Router() or flavor.balance != Balance() or flavor.telemetry is not None
+
+
+def route(spec: ModelSpec, flavor: Flavor) -> None:
+    """Put the flavor's routing into the model's config and the spec's hooks, in place."""
+    if not is_routed(flavor):
+        return
+    for _, moe, _, _ in spec.model.traverse(MoE.Config):
+        moe.router = routed(moe.router, flavor.router, flavor.balance)
+        moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
+    spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
+    spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
+
+
+def _host_rate(rate: float | None, balance: Balance) -> float | None:
+    """What the host's MoE is told; with a rate it has the bias as a buffer, and its hook."""
+    match balance.bias_update:
+        case None:
+            return rate
+        case "none":
+            return None
+        case _:
+            return balance.bias_rate.end if balance.bias_rate else rate or _HOST_RATE
+
+
+# --- after the model is parallelized --------------------------------------------------------------
+
+
+def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[..., Any]:
+    @functools.wraps(parallelize_fn)
+    def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
+        model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
+        mask = TokenMask()
+        groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
+        for router in routers([model]).values():
+            router.masked_by = mask
+            router.groups = groups
+            if flavor.router.freeze:
+                router.gate.requires_grad_(False)
+        if flavor.router.pad_token_id is not None:
+            model.register_forward_pre_hook(_mask_from_tokens(mask, flavor.router.pad_token_id))
+        return model
+
+    return parallelize
+
+
+def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
+    def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        mask.mask_BL = args[0] != pad_token_id
+
+    return before_forward
+
+
+def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: Any) -> Groups:
+    """Over what the losses are averaged, and how much one group counts in a training step.
+
+    The host's gradients are summed over ranks and microbatches, whose losses it divides by the
+    tokens of the whole step: likewise a group's loss is divided by the groups of the whole step.
+    """
+    data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    sequences = training.local_batch_size
+    whole = training.global_batch_size
+    whole = sequences * data_ranks if whole < 0 else whole
+    if parallel_dims.pp_enabled:
+        sequences = parallelism.pipeline_parallel_microbatch_size
+    microbatches = whole // (sequences * data_ranks)
+    groups, mesh = {
+        "sequence": (whole, "cp"),
+        "batch": (microbatches * data_ranks, "cp"),
+        "global": (microbatches, "loss"),
+    }[balance.scope]
+    spread_over = parallel_dims.get_optional_mesh(mesh)
+    return Groups(
+        by_sequence=balance.scope == "sequence",
+        meshes=() if spread_over is None else (spread_over,),
+        weight=1 / groups,
+    )
+
+
+# --- the bias -------------------------------------------------------------------------------------
+
+
+def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callable[..., None] | None:
+    """The host's hook where it does what the flavor asks for, ours for its variants."""
+    balance, settings = flavor.balance, flavor.router
+    if settings.freeze or settings.routing == "balanced":
+        return None  # an untrained gate, or one that nobody asks, has nothing to balance
+    rate = balance.bias_rate
+    is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
+    if is_the_hosts and settings.pad_token_id is None:
+        return host_hook
+    by_sign = balance.bias_update != "proportional"
+
+    def register(optimizers: Any, model_parts: Any, parallel_dims: Any) -> None:
+        update = _BiasUpdate(model_parts, parallel_dims, rate, by_sign)
+        optimizers.register_step_pre_hook(lambda *_, **__: update())
+
+    return register
+
+
+class _BiasUpdate:
+    """After the gradients of a step: moves the biases of every layer."""
+
+    def __init__(
+        self, model_parts: Any, parallel_dims: Any, rate: Schedule | None, by_sign: bool
+    ) -> None:
+        self.layers = [
+            block.moe
+            for part in model_parts
+            for block in part.layers.values()
+            if getattr(block, "moe_enabled", False) and block.moe.expert_bias_E is not None
+        ]
+        self.mesh = parallel_dims.get_optional_mesh("loss")
+        self.rate, self.by_sign = rate, by_sign
+        self.before = [moe.router.counts_E.clone() for moe in self.layers]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if not self.layers:
+            return
+        now = [moe.router.counts_E.clone() for moe in self.layers]
+        counts_LE = torch.stack(now) - torch.stack(self.before)
+        self.before = now
+        if self.mesh is not None:
+            torch.distributed.all_reduce(counts_LE, group=self.mesh.get_group())
+        for moe, counts_E in zip(self.layers, counts_LE, strict=True):
+            rate = value_at(self.rate, moe.router.step) if self.rate else moe.load_balance_coeff
+            local(moe.expert_bias_E).add_(bias_change(counts_E, rate=rate, by_sign=self.by_sign))
+            moe.tokens_per_expert_E.zero_()

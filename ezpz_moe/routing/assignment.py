@@ -1,0 +1,89 @@
+"""Ways to choose experts beside the top-k of the scores, which is the host's.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("ezpz_moe::sinkhorn", mutates_args=())
+def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: int) -> Tensor:
+    """Scale rows and columns until every token has the weight 1/T and every expert 1/E.
+
+    The doubly stochastic scaling of Sinkhorn and Knopp. Its fixed point does not depend on a factor
+    per row, so that softmax scores do as well as exponentials of logits. One opaque operator,
+    because the number of iterations depends on the values; not differentiable: it chooses.
+
+    Source: BASE layers, arXiv 2103.16716; S-BASE in Clark et al., arXiv 2202.01169, section 3.2.
+
+    Args:
+        scores_TE: positive scores, float32 or float64.
+        mask_T: bool, False for a token that must not count (padding); its row is zero.
+        tolerance: iterations end when no column's factor changes by more than this, relatively.
+        iterations: at most so many.
+
+    Returns:
+        A new tensor like ``scores_TE``. Device syncs: one in each iteration.
+    """
+    scores_TE = scores_TE * mask_T.unsqueeze(-1)
+    tokens = mask_T.sum().clamp(min=1)
+    E = scores_TE.shape[-1]
+    tiny = torch.finfo(scores_TE.dtype).tiny
+    factor_E = torch.ones_like(scores_TE[0]) if len(scores_TE) else scores_TE.new_ones(E)
+    factor_T = scores_TE.new_ones(len(scores_TE))
+    for _ in range(iterations):
+        factor_T = 1 / (tokens * (scores_TE @ factor_E)).clamp(min=tiny)
+        before_E, factor_E = factor_E, 1 / (E * (factor_T @ scores_TE)).clamp(min=tiny)
+        # Factors are free up to a common one, which settles with the first columns.
+        if bool(((factor_E - before_E).abs() <= tolerance * factor_E).all()):
+            break
+    return factor_T.unsqueeze(-1) * scores_TE * factor_E
+
+
+@sinkhorn.register_fake
+def _(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: int) -> Tensor:
+    return torch.empty_like(scores_TE)
+
+
+def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device) -> Tensor:
+    """ids_TK: experts ``first`` to E in turn, so that their loads differ by one token at most.
+
+    Args:
+        T: tokens.
+        K: experts per token, at most ``E - first``.
+        E: experts.
+        first: experts before this one get nothing.
+        device: where the int64 result is made.
+    """
+    slots_TK = torch.arange(T * K, device=device).view(T, K)
+    return first + slots_TK % (E - first)
+
+
+def perturbed(
+    ids_TK: Tensor, weights_TK: Tensor, *, noise: float, E: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Each token's experts replaced by random ones with probability ``noise``, weights moved.
+
+    With 1 every token has random, distinct experts, and weights drawn evenly and scaled to their
+    former sum; with 0 nothing changes.
+
+    Args:
+        ids_TK: int64 expert ids.
+        weights_TK: their weights, floating.
+        noise: in [0, 1].
+        E: experts.
+        first: experts before this one are never drawn.
+    """
+    T, K = ids_TK.shape
+    draw_TE = torch.rand(T, E - first, device=ids_TK.device)
+    random_TK = first + draw_TE.topk(K, dim=-1).indices  # the first K of a random order
+    is_random_T1 = torch.rand(T, 1, device=ids_TK.device) < noise
+    uneven_TK = torch.rand_like(weights_TK)
+    uneven_TK = uneven_TK / uneven_TK.sum(-1, keepdim=True) * weights_TK.sum(-1, keepdim=True)
+    return (
+        torch.where(is_random_T1, random_TK, ids_TK),
+        torch.lerp(weights_TK, uneven_TK, noise),
+    )

@@ -1,0 +1,28 @@
+"""Balancing without a loss: a bias on the scores that experts are chosen by.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
+    """What is added to the experts' biases after a step, float32; it adds up to zero.
+
+    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
+    relative to the mean load, says how far, so that the bias comes to rest. Both are variants of
+    Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+
+    Args:
+        counts_E: assignments of the step to each expert, over all ranks.
+        rate: per step.
+        by_sign: whether only the direction counts.
+    """
+    counts_E = counts_E.float()
+    mean = counts_E.mean()
+    error_E = mean - counts_E
+    step_E = torch.sign(error_E) if by_sign else error_E / mean.clamp(min=1)
+    return rate * (step_E - step_E.mean())

@@ -1,0 +1,39 @@
+"""From a token to the logits of its experts. Legend of the suffixes: :mod:`ezpz_moe.routing`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def jittered(x: Tensor, noise: float) -> Tensor:
+    """x, each element times its own draw from [1 - noise, 1 + noise].
+
+    Source: Switch Transformers, arXiv 2101.03961, section 2.2 (exploration by input jitter).
+
+    Args:
+        x: the gate's input, any shape and floating dtype.
+        noise: in [0, 1).
+    """
+    return x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
+
+
+def activated(logits_BLE: Tensor, activation: str) -> Tensor:
+    """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
+
+    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, as the router
+    of BlockFFN does (arXiv 2507.08771, equation 3), here without a learned scale so that no
+    parameter is added. A token all of whose logits are negative gets equal logits.
+
+    Raises:
+        ValueError: unknown activation.
+    """
+    match activation:
+        case "identity":
+            return logits_BLE
+        case "softplus":
+            return F.softplus(logits_BLE)
+        case "relu_rmsnorm":
+            return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
+    raise ValueError(f"activation: {activation!r} is none of identity, softplus, relu_rmsnorm")

@@ -1,0 +1,96 @@
+"""What a router is trained on beside the model's own loss.
+
+Each loss is that of a *group* of tokens, a float32 value per group, differentiable in the scores
+or logits. Tokens come as [G, N, ...] with ``mask_GN`` False where a token is padding: it is in no
+sum and gets a gradient of exactly zero. A group without tokens has the loss 0.
+
+A group may be spread over ranks: ``share`` then adds up a tensor over them, with the gradient of
+the own addend alone. The gradients of all ranks add up to that of the group's loss.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Share = Callable[[Tensor], Tensor]
+
+
+def alone(addend: Tensor) -> Tensor:
+    """The ``share`` of a group that lies on one rank."""
+    return addend
+
+
+def probabilities(scores_BLE: Tensor) -> Tensor:
+    """Scores over *all* experts as probabilities, float32: softmax's as they are, sigmoid's scaled.
+
+    Scores of the chosen experts alone would make the balance loss constant in the routing.
+    """
+    scores_BLE = scores_BLE.float()
+    return scores_BLE / scores_BLE.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
+    """[B, L, X] as [G, N, X], and [B, L] as [G, N]: a group per sequence, or a single one."""
+    return values_BLX if by_sequence else values_BLX.flatten(0, 1).unsqueeze(0)
+
+
+def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
+    """n_G, float32, at least 1: what a sum over the group's tokens is divided by for the mean."""
+    return share(mask_GN.sum(-1).float()).clamp(min=1)
+
+
+def assignments(ids_GNK: Tensor, mask_GN: Tensor, E: int) -> Tensor:
+    """counts_GE, float32: how often each expert is chosen."""
+    chosen_GNE = torch.zeros(*mask_GN.shape, E, device=ids_GNK.device).scatter_(-1, ids_GNK, 1.0)
+    return (chosen_GNE * mask_GN.unsqueeze(-1)).sum(1)
+
+
+def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
+    """P_GE: the mean probability of each expert over the group's tokens."""
+    sums_GE = torch.where(mask_GN.unsqueeze(-1), p_GNE, 0).sum(1)
+    return share(sums_GE) / n_G.unsqueeze(-1)
+
+
+def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
+    """loss_G = E * sum_i f_i P_i: 1 when even, E when one expert has everything.
+
+    f is the share of the assignments that each expert has (it adds up to 1 for any top-k, and has
+    no gradient), P the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4;
+    for a sequence as a group DeepSeek-V3, arXiv 2412.19437, equation 17, without its factor alpha.
+    """
+    return f_GE.shape[-1] * (f_GE.detach() * P_GE).sum(-1)
+
+
+def mse_loss(P_GE: Tensor) -> Tensor:
+    """loss_G = mean_i (P_i - 1/E)^2: the mean probabilities' distance from even.
+
+    Source: the expert-usage loss of NVIDIA NeMo's MagpieTTS mixture of experts.
+    """
+    return (P_GE - 1 / P_GE.shape[-1]).square().mean(-1)
+
+
+def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
+    """loss_G = mean over tokens of logsumexp(logits)^2, which keeps logits small.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    # Masked before, not after: the gradient of a padding token's NaN would be NaN * 0.
+    logits_GNE = torch.where(mask_GN.unsqueeze(-1), logits_GNE.float(), 0)
+    squares_GN = logits_GNE.logsumexp(-1).square() * mask_GN
+    return share(squares_GN.sum(-1)) / n_G
+
+
+def merged_null_share(f_GE: Tensor, experts: int) -> Tensor:
+    """f with the share of the zero-computation experts (those from ``experts`` on) spread evenly.
+
+    It does not matter which of them a token takes, so that none is favoured over another.
+    Source: AdaMoE, arXiv 2406.13233, equation 6.
+    """
+    zero_GZ = f_GE[..., experts:]
+    even_GZ = zero_GZ.mean(-1, keepdim=True).expand_as(zero_GZ)
+    return torch.cat([f_GE[..., :experts], even_GZ], dim=-1)

@@ -1,0 +1,42 @@
+"""Experts that cost nothing: null, copy and constant ones, after the routed experts.
+
+A null expert's output is zero, a copy expert's is its input, a constant expert's is a learned mix
+of its input and a learned vector. Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv
+2410.07348 (zero, copy and constant experts, equations 3 to 5).
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def raised_top_k(experts: int, top_k: int, zero_experts: int) -> int:
+    """The top-k with which a token still meets ``top_k`` routed experts on average, when even.
+
+    >>> raised_top_k(experts=8, top_k=3, zero_experts=8)
+    6
+    """
+    return round(top_k * (experts + zero_experts) / experts)
+
+
+def copied_share(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
+    """share_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+    chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
+    return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
+
+
+def constant_output(
+    x_BLD: Tensor, weight_BLC: Tensor, mix_C2D: Tensor, vectors_CD: Tensor
+) -> Tensor:
+    """y_BLD: the sum of the constant experts' outputs, each times its weight.
+
+    Expert c answers ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
+    """
+    mix_BLC2 = torch.einsum("bld,cmd->blcm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
+    shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
+    of_input_BL1 = shares_BLC2[..., 0].sum(-1, keepdim=True)
+    of_vectors_BLD = shares_BLC2[..., 1].to(x_BLD.dtype) @ vectors_CD.to(x_BLD.dtype)
+    return x_BLD * of_input_BL1.to(x_BLD.dtype) + of_vectors_BLD
