@@ -1,0 +1,1 @@
+"""What a run reports of its experts: records, figures, scalars, alerts and pictures, host-free."""

@@ -1,0 +1,140 @@
+"""Warnings about a router that goes wrong, each with what the flavor can do about it.
+
+Legend: E routed experts, N assignments of a layer in a record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ezpz_moe.routing_schema import Telemetry
+from ezpz_moe.telemetry.figures import (
+    coefficient_of_variation,
+    dead_experts,
+    effective_fraction,
+)
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+
+# The CV's running mean gives a new record this weight: a trend of some five records counts, the
+# spike of one does not.
+SMOOTHING = 0.2
+# No alert below this CV. For small CV the entropy is ln E - CV**2 / 2, so exp(entropy) / E is still
+# 0.97 here: the layer uses its experts, however much the CV has risen.
+CV_FLOOR = 0.25
+# Even routing at random has a CV of sqrt((E - 1) / N) (binomial counts). What is below three times
+# that may be chance.
+CHANCE = 3.0
+# N assignments reach at most N of the E experts, and random ones lower the entropy by (E - 1) / 2N
+# (Miller-Madow): under 4 for each expert the figure says more of the batch than of the router.
+ENOUGH = 4
+# An alert has ended when the figure is on the good side of its threshold by this share of the way
+# to the even load, so that a figure at the threshold is not told of again and again.
+HYSTERESIS = 0.1
+
+_DEAD = (
+    '[balance] aux_loss = 0.01 or bias_update = "sign" draw tokens back to idle experts, '
+    "[router] jitter_noise = 0.01 lets some try them; if they died in the warm-up, lower the "
+    "learning rate"
+)
+_RISING = (
+    'raise [balance] aux_loss or set bias_update = "sign"; [balance] z_loss = 0.001 keeps the '
+    "logits small; a lower learning rate or a longer warm-up slows the router"
+)
+_COLLAPSE = (
+    "go back to a checkpoint from before it; set or raise [balance] aux_loss and z_loss, add "
+    "[router] jitter_noise = 0.01, and lower the learning rate"
+)
+
+
+class Alerts:
+    """Watches the records of a run, in their order. An alert is said once, until it has ended."""
+
+    def __init__(self, settings: Telemetry) -> None:
+        self._settings = settings
+        self._idle_steps: dict[tuple[int, int], int] = {}  # by layer and expert
+        self._smoothed_cv: dict[int, float] = {}  # by layer
+        self._lowest_cv: dict[int, float] = {}
+        self._said: set[tuple[object, ...]] = set()
+
+    def check(self, record: StepRecord) -> list[str]:
+        """What has become wrong with this record: a line for each layer and kind of alert."""
+        return [
+            f"step {record.step}, layer {layer.layer}: {message}"
+            for layer in record.layers
+            if layer.tokens
+            for kind in (self._dead, self._rising, self._collapsed)
+            for message in kind(layer, record.steps)
+        ]
+
+    def _dead(self, layer: LayerRecord, steps: int) -> Iterator[str]:
+        """Experts without an assignment; each is told of once, in one line with the others."""
+        limit, dead = self._settings.alert_dead_steps, set(dead_experts(layer.counts_E))
+        new = []
+        for expert in range(len(layer.counts_E)):
+            key = (layer.layer, expert)
+            idle = self._idle_steps.get(key, 0) + steps if expert in dead else 0
+            self._idle_steps[key] = idle
+            if self._begins(("dead", *key), idle >= limit, not idle):
+                new.append(expert)
+        if new:
+            idle = min(self._idle_steps[layer.layer, expert] for expert in new)
+            yield (
+                f"{_named(new)} of {len(layer.counts_E)} got no token for {idle} steps "
+                f"([telemetry] alert_dead_steps = {limit}). Remedy: {_DEAD}."
+            )
+
+    def _rising(self, layer: LayerRecord, _steps: int) -> Iterator[str]:
+        """The smoothed CV against the lowest that it has been."""
+        cv = coefficient_of_variation(layer.counts_E)
+        key, rise = layer.layer, self._settings.alert_cv_rise
+        if math.isnan(cv):
+            return
+        before = self._smoothed_cv.get(key, cv)
+        smoothed = before + SMOOTHING * (cv - before)
+        lowest = min(smoothed, self._lowest_cv.get(key, smoothed))
+        self._smoothed_cv[key], self._lowest_cv[key] = smoothed, lowest
+        limit = max(rise * lowest, _floor(layer))
+        if self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
+            yield (
+                f"load CV has risen to {smoothed:.3f}, over {limit:.3f} "
+                f"([telemetry] alert_cv_rise = {rise:g} times its lowest, {lowest:.3f}, and at "
+                f"least {_floor(layer):.3f}). "
+                f"Remedy: {_RISING}."
+            )
+
+    def _collapsed(self, layer: LayerRecord, _steps: int) -> Iterator[str]:
+        """The effective number of experts, where there are tokens enough to tell."""
+        experts, limit = len(layer.counts_E), self._settings.alert_collapse
+        if sum(layer.counts_E) < ENOUGH * experts:
+            return
+        fraction = effective_fraction(layer.counts_E)
+        over = fraction > limit + HYSTERESIS * (1 - limit)
+        if self._begins(("collapse", layer.layer), fraction < limit, over):
+            yield (
+                f"router collapse: the load is that of {fraction * experts:.1f} of {experts} "
+                f"experts, exp(entropy)/E = {fraction:.2f} "
+                f"([telemetry] alert_collapse = {limit:g}). "
+                f"Remedy: {_COLLAPSE}."
+            )
+
+    def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
+        """Whether the alert is to be said now; between bad and good it stays as it was."""
+        if is_good:
+            self._said.discard(alert)
+        if not is_bad or alert in self._said:
+            return False
+        self._said.add(alert)
+        return True
+
+
+def _floor(layer: LayerRecord) -> float:
+    chance = math.sqrt((len(layer.counts_E) - 1) / sum(layer.counts_E))
+    return max(CV_FLOOR, CHANCE * chance)
+
+
+def _named(experts: list[int], shown: int = 8) -> str:
+    """``expert 2``, ``experts 2, 7``, and after some of them how many more."""
+    names = ", ".join(map(str, experts[:shown]))
+    more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
+    return f"expert{'s' if len(experts) > 1 else ''} {names}{more}"

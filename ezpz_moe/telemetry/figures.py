@@ -1,0 +1,166 @@
+"""Figures of expert load: pure functions of how many assignments each expert got.
+
+Legend: E routed experts, Z zero-computation experts, L MoE layers. ``counts_E`` are assignments: a
+token that chooses k experts counts k times. All figures are float64, without a unit unless said.
+Where nothing was assigned a ratio does not exist, and is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ezpz_moe.telemetry.record import LayerRecord
+
+Counts = Sequence[int]
+
+# Which end of a figure is the bad one; NaN is always bad.
+WORST: dict[str, Callable[[Sequence[float]], float]] = {
+    "cv": np.max,
+    "max_over_mean": np.max,
+    "max_violation": np.max,
+    "min_over_mean": np.min,
+    "p50_over_mean": np.min,
+    "p95_over_mean": np.max,
+    "entropy": np.min,
+    "effective_fraction": np.min,
+    "dead_experts": np.max,
+    "bias_norm": np.max,
+    "padding_waste": np.max,
+    "drop_rate": np.max,
+    "aux_loss": np.max,
+    "mse_loss": np.max,
+    "z_loss": np.max,
+}
+_SUMMED = ("dead_experts",)
+
+
+def selection_frequency(counts_E: Counts) -> npt.NDArray[np.float64]:
+    """The share of the assignments that each expert got: [E], sums to 1; 1/E is even.
+
+    This is f_i of the Switch Transformer's balance loss (arXiv 2101.03961, equation 5) for top-1.
+    """
+    counts = np.asarray(counts_E, dtype=np.float64)
+    total = counts.sum()
+    return counts / total if total else np.full(counts.shape, math.nan)
+
+
+def relative_load(counts_E: Counts) -> npt.NDArray[np.float64]:
+    """Each expert's count over the mean count: [E]; 1 is even, E is all."""
+    return selection_frequency(counts_E) * len(counts_E)
+
+
+def coefficient_of_variation(counts_E: Counts) -> float:
+    """Population standard deviation over mean; 0 is even, sqrt(E - 1) is one expert alone.
+
+    Its square is the importance and load loss of the sparsely-gated MoE layer (arXiv 1701.06538,
+    section 4).
+    """
+    return float(relative_load(counts_E).std())
+
+
+def max_over_mean(counts_E: Counts) -> float:
+    """The busiest expert's count over the mean; 1 is even, E is one expert alone."""
+    return float(relative_load(counts_E).max())
+
+
+def max_violation(counts_E: Counts) -> float:
+    """MaxVio of Loss-Free Balancing (arXiv 2408.15664, section 4.1): max over mean, less 1."""
+    return max_over_mean(counts_E) - 1.0
+
+
+def min_over_mean(counts_E: Counts) -> float:
+    """The idlest expert's count over the mean; 1 is even, 0 is a dead expert."""
+    return float(relative_load(counts_E).min())
+
+
+def percentile_over_mean(counts_E: Counts, percent: float) -> float:
+    """A percentile of the counts, interpolated linearly between two, over their mean."""
+    return float(np.percentile(relative_load(counts_E), percent))
+
+
+def entropy(counts_E: Counts) -> float:
+    """Shannon entropy ``-sum f ln f`` of the selection frequency, in nats; ln E is even."""
+    frequency = selection_frequency(counts_E)
+    if np.isnan(frequency).any():
+        return math.nan
+    used = frequency[frequency > 0]
+    return float(-(used * np.log(used)).sum()) + 0.0  # no negative zero
+
+
+def effective_fraction(counts_E: Counts) -> float:
+    """``exp(entropy) / E``: the share of the experts that are effectively used; 1 is even.
+
+    exp(entropy) is the perplexity of the frequencies, the Hill number of order 1: as many experts
+    with equal load would have this entropy.
+    """
+    return math.exp(entropy(counts_E)) / len(counts_E)
+
+
+def dead_experts(counts_E: Counts) -> tuple[int, ...]:
+    """The indices of the experts that got no assignment."""
+    return tuple(expert for expert, count in enumerate(counts_E) if count == 0)
+
+
+def load_figures(counts_E: Counts) -> dict[str, float]:
+    """Every figure of a layer's counts by name; only the dead experts if nothing was assigned."""
+    dead = {"dead_experts": float(len(dead_experts(counts_E)))}
+    if not sum(counts_E):
+        return dead
+    return {
+        "cv": coefficient_of_variation(counts_E),
+        "max_over_mean": max_over_mean(counts_E),
+        "max_violation": max_violation(counts_E),
+        "min_over_mean": min_over_mean(counts_E),
+        "p50_over_mean": percentile_over_mean(counts_E, 50),
+        "p95_over_mean": percentile_over_mean(counts_E, 95),
+        "entropy": entropy(counts_E),
+        "effective_fraction": effective_fraction(counts_E),
+        **dead,
+    }
+
+
+def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
+    """Every figure of one layer by name: of its load, its router, its losses and its backend.
+
+    ``tokens_per_expert`` are the mean assignments of an expert in one of the ``steps``;
+    ``zero_fraction`` is the share of the assignments that went to zero-computation experts. What
+    the layer does not have is left out, and a layer that saw no token has nothing but its bias.
+    """
+    figures = _if_given(bias_norm=layer.bias_norm)
+    if not layer.tokens:
+        return figures
+    routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
+    figures |= load_figures(layer.counts_E)
+    figures["tokens_per_expert"] = routed / len(layer.counts_E) / steps
+    if layer.zero_counts_Z and routed + zero:
+        figures["zero_fraction"] = zero / (routed + zero)
+    figures["top1_probability"] = layer.top1_probability
+    figures["margin"] = layer.margin
+    figures |= layer.losses
+    figures |= {f"{name}_scaled": value for name, value in layer.scaled_losses.items()}
+    return figures | _if_given(padding_waste=layer.padding_waste, drop_rate=layer.drop_rate)
+
+
+def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the layers that have it, and as ``<name>_worst`` its worst layer's.
+
+    ``dead_experts`` is the sum over the layers. Figures without a bad end, such as the router's
+    confidence, have no worst.
+    """
+    summary = {}
+    for name in dict.fromkeys(name for figures in figures_L for name in figures):
+        values = [figures[name] for figures in figures_L if name in figures]
+        summary[name] = float(np.sum(values) if name in _SUMMED else np.mean(values))
+        if worst := WORST.get(name):
+            summary[f"{name}_worst"] = float(worst(values))
+    return summary
+
+
+def _if_given(**figures: float | None) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if value is not None}

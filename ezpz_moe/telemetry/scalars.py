@@ -1,0 +1,42 @@
+"""A record as named numbers, for the loggers of a trainer."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from ezpz_moe.telemetry.figures import layer_figures, over_layers, selection_frequency
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+
+Detail = Literal["brief", "per_layer", "per_expert"]
+
+
+def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
+    """The record's figures by the name under which they are logged.
+
+    ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
+    ``moe/layer_3/cv``, and ``per_expert`` to this ``moe/layer_3/expert_7/frequency``, whose sum
+    over a layer's experts is 1. Figures that do not exist, of a layer without tokens for example,
+    are left out.
+    """
+    figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
+    values = _under("moe", over_layers(figures_L))
+    if detail != "brief":
+        for layer, figures in zip(record.layers, figures_L, strict=True):
+            values |= _under(f"moe/layer_{layer.layer}", figures)
+    if detail == "per_expert":
+        for layer in record.layers:
+            values |= _frequencies(layer)
+    return values
+
+
+def _frequencies(layer: LayerRecord) -> dict[str, float]:
+    return {
+        f"moe/layer_{layer.layer}/expert_{expert}/frequency": float(frequency)
+        for expert, frequency in enumerate(selection_frequency(layer.counts_E))
+        if not math.isnan(frequency)
+    }
+
+
+def _under(prefix: str, figures: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in figures.items()}

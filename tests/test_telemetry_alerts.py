@@ -1,0 +1,176 @@
+"""Alerts: what raises them, what does not, and that each is said once until it has ended."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from telemetry_cases import layer, record, run
+
+from ezpz_moe.routing_schema import Balance, Router, Telemetry
+from ezpz_moe.telemetry.alerts import Alerts
+
+EVEN = [1000] * 8
+
+
+def said(counts_by_record, steps: int = 10, **settings) -> list[list[str]]:
+    """What is said after each record of one layer."""
+    alerts = Alerts(Telemetry(**settings))
+    return [
+        alerts.check(record(layer(counts_E), step=steps * number, steps=steps))
+        for number, counts_E in enumerate(counts_by_record, start=1)
+    ]
+
+
+def skewed(cv: float) -> list[int]:
+    """Eight counts with this coefficient of variation."""
+    return [round(1000 * (1 + sign * cv)) for sign in (1, -1)] * 4
+
+
+def at_records(messages: list[list[str]], word: str) -> list[int]:
+    """The numbers of the records after which an alert with this word was said."""
+    return [
+        number
+        for number, each in enumerate(messages, start=1)
+        for message in each
+        if word in message
+    ]
+
+
+def test_a_balanced_run_raises_no_alert() -> None:
+    alerts = Alerts(Telemetry())
+    assert [message for each in run() for message in alerts.check(each)] == []
+
+
+def test_experts_are_dead_after_so_many_steps_and_are_said_once() -> None:
+    idle = [1000] * 6 + [0, 0]
+    messages = said([EVEN, *[idle] * 15], alert_dead_steps=100)
+    assert at_records(messages, "got no token") == [11]  # 10 idle records of 10 steps
+    (message,) = messages[10]
+    assert message.startswith(
+        "step 110, layer 1: experts 6, 7 of 8 got no token for 100 steps "
+        "([telemetry] alert_dead_steps = 100). Remedy: "
+    )
+    assert '[balance] aux_loss = 0.01 or bias_update = "sign"' in message
+
+
+def test_a_token_starts_the_count_again_and_ends_the_alert() -> None:
+    idle, awake = [1000] * 7 + [0], [1000] * 7 + [1]
+    messages = said([*[idle] * 9, awake, *[idle] * 12, awake, *[idle] * 10], alert_dead_steps=100)
+    assert at_records(messages, "expert 7 of 8") == [20, 33]
+
+
+def test_an_expert_that_dies_later_is_told_of_too() -> None:
+    one, two = [1000] * 7 + [0], [1000] * 6 + [0, 0]
+    messages = said([one, *[two] * 3], alert_dead_steps=20)
+    assert [at_records(messages, f"expert {expert} of") for expert in (7, 6)] == [[2], [3]]
+
+
+def test_many_dead_experts_are_one_line() -> None:
+    ((message,),) = said([[4000] + [0] * 255], steps=100, alert_collapse=0.001, alert_cv_rise=1e9)
+    assert "experts 1, 2, 3, 4, 5, 6, 7, 8 and 247 more of 256 got no token" in message
+
+
+def test_cv_is_compared_with_its_lowest() -> None:
+    falls_and_rises = [skewed(cv) for cv in (0.8, *[0.2] * 20, *[0.5] * 20)]
+    messages = said(falls_and_rises, alert_cv_rise=2.0)
+    # From its lowest, 0.2 + 0.6 * 0.8**20 = 0.207, the running mean passes 0.414 where
+    # 0.5 - (0.5 - 0.207) * 0.8**n > 0.414: at n = 6.
+    assert at_records(messages, "CV") == [27]
+    (message,) = messages[26]
+    assert "load CV has risen to 0.423, over 0.414" in message
+    assert "[telemetry] alert_cv_rise = 2 times its lowest, 0.207" in message
+    assert "[balance] aux_loss" in message
+
+
+def test_a_cv_that_only_falls_or_stays_high_is_no_rise() -> None:
+    assert not any(said([skewed(cv) for cv in (0.9, 0.8, 0.7, *[0.6] * 50)]))
+
+
+def test_one_uneven_batch_is_no_rise() -> None:
+    assert not any(said([*[skewed(0.2)] * 5, skewed(0.9), *[skewed(0.2)] * 5]))
+
+
+def test_no_rise_below_the_floor() -> None:
+    """Ten times the lowest CV, and still 0.97 of the experts in effective use."""
+    assert not any(said([*[skewed(0.02)] * 10, *[skewed(0.24)] * 50]))
+    assert any(said([*[skewed(0.02)] * 10, *[skewed(0.27)] * 50]))
+
+
+def test_chance_is_no_rise() -> None:
+    """Even routing at random with two assignments for an expert has a CV of 0.7 by chance."""
+    random = np.random.default_rng(0)
+    even = [random.multinomial(2 * 64, [1 / 64] * 64) for _ in range(300)]
+    lucky = [2] * 64  # a CV of 0, which every other is infinitely many times of
+    assert not any(said([lucky, *even], alert_cv_rise=1.01))
+
+
+def test_a_cv_at_its_threshold_is_not_told_of_again_and_again() -> None:
+    # The running mean swings around the threshold by 0.05 * 0.2 / (2 - 0.2) = 0.006.
+    swings = [*[skewed(0.2)] * 10, *[skewed(0.45), skewed(0.35)] * 40]
+    assert len(at_records(said(swings), "CV")) == 1
+
+
+def test_a_cv_that_rises_a_second_time_is_told_of_a_second_time() -> None:
+    low, high = [skewed(0.2)] * 20, [skewed(0.6)] * 20
+    assert len(at_records(said([*low, *high, *low, *high]), "CV")) == 2
+
+
+def test_collapse_and_its_end() -> None:
+    hot, mild = [8000, *[1] * 7], [4000, 400, 400, 400, 400, 400, 400, 400]
+    messages = said([skewed(0.1), hot, hot, mild, hot], alert_cv_rise=1e9)
+    assert at_records(messages, "router collapse") == [2, 5]
+    (message,) = messages[1]
+    assert message.startswith(
+        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, "
+        "exp(entropy)/E = 0.13 ([telemetry] alert_collapse = 0.25). Remedy: "
+    )
+    assert "[balance] aux_loss and z_loss" in message
+
+
+def test_collapse_can_end_however_high_the_threshold() -> None:
+    messages = said([[8000, *[1] * 7], EVEN, [8000, *[1] * 7]], alert_collapse=0.95)
+    assert at_records(messages, "router collapse") == [1, 3]
+
+
+def test_a_small_batch_over_many_experts_is_no_collapse() -> None:
+    """50 assignments use at most 50 of 256 experts, under a quarter, whatever the router does."""
+    assert not any(said([[1] * 50 + [0] * 206], steps=1))
+
+
+def test_layers_are_watched_apart() -> None:
+    alerts = Alerts(Telemetry(alert_dead_steps=20))
+    idle, busy = [0, *EVEN[1:]], EVEN
+    assert not alerts.check(record(layer(idle, 1), layer(busy, 2)))
+    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2)))
+    assert "layer 1: expert 0 " in message
+    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2)))
+    assert "layer 2: expert 0 " in message
+
+
+def test_a_layer_that_saw_no_token_says_nothing_about_its_router() -> None:
+    assert not any(said([[0] * 8] * 50, alert_dead_steps=1))
+
+
+def test_all_tokens_to_zero_computation_experts_is_death_of_the_others() -> None:
+    alerts = Alerts(Telemetry(alert_dead_steps=10))
+    (message,) = alerts.check(record(layer([0, 0], zero_counts_Z=(500,), tokens=500)))
+    assert "experts 0, 1 of 2 got no token" in message
+
+
+def test_remedies_are_keys_of_the_flavor() -> None:
+    messages = said([EVEN, *[[8000, *[0] * 7]] * 20])
+    remedies = " ".join(message.partition("Remedy: ")[2] for each in messages for message in each)
+    assert remedies.count("learning rate") == 3  # all three kinds of alert
+    keys = {"aux_loss", "bias_update", "z_loss", "jitter_noise"}
+    assert all(key in remedies for key in keys)
+    assert keys <= Balance.model_fields.keys() | Router.model_fields.keys()
+
+
+@pytest.mark.parametrize("kind", ["got no token", "CV has risen", "router collapse"])
+def test_every_alert_names_layer_value_threshold_and_remedy(kind: str) -> None:
+    messages = said([EVEN, *[[8000, *[0] * 7]] * 20])
+    (message,) = [message for each in messages for message in each if kind in message]
+    assert message.startswith("step ")
+    assert ", layer 1: " in message
+    assert "[telemetry] alert_" in message
+    assert "\n" not in message
