@@ -34,6 +34,7 @@ class Backend(ABC):
             capture it.
         static_shapes: no intermediate has a shape that depends on the routing.
         drops_tokens: tokens beyond a capacity are left out.
+        pads: every expert is computed with as many rows as the busiest one has.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend(ABC):
     host_syncs: bool
     static_shapes: bool
     drops_tokens: bool = False
+    pads: bool = False
 
     def __deepcopy__(self, memo: dict) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) computes with the same backend

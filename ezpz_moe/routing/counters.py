@@ -11,9 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SUMS = ("tokens", "top1_probability", "margin", "aux_loss", "mse_loss", "z_loss", "not_finite")
-"""What ``sums_S`` adds up: over tokens the first three, over groups the losses times their weight,
-and tokens with a logit that is not finite."""
+SUMS = (
+    "tokens",
+    "top1_probability",
+    "margin",
+    "aux_loss",
+    "mse_loss",
+    "z_loss",
+    "longest",
+    "not_finite",
+)
+"""What ``sums_S`` adds up: the first three over tokens, the losses over groups, times the groups'
+weight; the most assignments that a routed expert has in a microbatch; and tokens with a logit that
+is not finite."""
 
 
 @torch.library.custom_op("ezpz_moe::count", mutates_args=("counts_E", "sums_S"))
@@ -22,7 +32,7 @@ def count(counts_E: Tensor, sums_S: Tensor, new_E: Tensor, new_S: Tensor) -> Non
 
     Args:
         counts_E: int64 assignments to each expert so far.
-        sums_S: float64 or float32, one for each of ``SUMS``.
+        sums_S: float32, one for each of ``SUMS``.
         new_E: those of this microbatch, any dtype.
         new_S: those of this microbatch.
     """

@@ -22,8 +22,8 @@ def raised_top_k(experts: int, top_k: int, zero_experts: int) -> int:
     return round(top_k * (experts + zero_experts) / experts)
 
 
-def copied_share(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
-    """share_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
+    """weight_BL1: what a token gives to the experts ``first`` to ``last`` - 1."""
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
 

@@ -124,6 +124,7 @@ class BatchedMMPadded(KernelBackend):
     summary = "three torch.bmm over experts padded to the busiest one; drops nothing"
     host_syncs = True
     static_shapes = False
+    pads = True
 
 
 BACKEND = BatchedMMPadded(Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))

@@ -110,9 +110,13 @@ class _Gate(Module):
 class _Router(Module):
     """Mixin before the host's router."""
 
+    counts_E: Tensor
+    sums_S: Tensor
+
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
         self.balance: Balance = config.balance
+        self._routed_experts = self.num_experts - self.settings.zero_computation_experts
         self.masked_by = TokenMask()
         self.groups = Groups(self.balance.scope == "sequence")
         self.gate.settings = self.settings
@@ -202,6 +206,8 @@ class _Router(Module):
             n_G = losses.tokens_in_group(mask_GN, share)
             counts_GE = losses.assignments(ids_GNK, mask_GN, self.num_experts)
             f_GE = share(counts_GE) / (n_G * K).unsqueeze(-1)
+            if self.settings.zero_computation_experts:
+                f_GE = losses.merged_null_share(f_GE, self._routed_experts)
             P_GE = losses.mean_probability(p_GNE, mask_GN, n_G, share)
             of_each_L = self.groups.weight * torch.stack(
                 [
@@ -234,13 +240,15 @@ class _Router(Module):
         not_finite_1 = (~logits_GNE.isfinite().all(-1) & mask_GN).sum().float().view(1)
         # A group's loss is known to all of its ranks: each counts its part.
         part_L = of_each_L / self.groups.ranks
-        new_S = torch.cat([of_tokens_3, part_L, not_finite_1])
-        count(self.counts_E, self.sums_S, counts_GE.sum(0), new_S)
+        counts_E = counts_GE.sum(0)
+        longest_1 = counts_E[: self._routed_experts].amax().view(1)
+        new_S = torch.cat([of_tokens_3, part_L, longest_1, not_finite_1])
+        count(self.counts_E, self.sums_S, counts_E, new_S)
 
 
 @cache
 def _gate_like(host_class: type[Linear]) -> type[Linear]:
-    class Gate(_Gate, host_class):  # type: ignore[misc, valid-type]
+    class Gate(_Gate, host_class):
         @dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):  # type: ignore[name-defined]
             pass
@@ -250,7 +258,7 @@ def _gate_like(host_class: type[Linear]) -> type[Linear]:
 
 @cache
 def _router_like(host_class: type[TokenChoiceTopKRouter]) -> type[TokenChoiceTopKRouter]:
-    class RoutedBySettings(_Router, host_class):  # type: ignore[misc, valid-type]
+    class RoutedBySettings(_Router, host_class):
         @dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):  # type: ignore[name-defined]
             settings: Router = field(default_factory=Router)
@@ -287,4 +295,4 @@ def routers(model_parts: Any) -> dict[int, _Router]:
 
 def local(tensor: Tensor) -> Tensor:
     """A rank's own part of a tensor."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,6 +13,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, routed, routers
+from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
 from ezpz_moe.routing_schema import Balance, Router, Schedule
@@ -25,12 +26,23 @@ def is_routed(flavor: Flavor) -> bool:
     return flavor.router != Router() or flavor.balance != Balance() or flavor.telemetry is not None
 
 
+def is_watched(flavor: Flavor) -> bool:
+    """Whether the flavor's routers must be told the step, or asked what they did."""
+    rate = flavor.balance.bias_rate
+    moves = not flavor.router.temperature.is_constant or (rate and not rate.is_constant)
+    return flavor.telemetry is not None or bool(moves)
+
+
 def route(spec: ModelSpec, flavor: Flavor) -> None:
     """Put the flavor's routing into the model's config and the spec's hooks, in place."""
     if not is_routed(flavor):
         return
-    for _, moe, _, _ in spec.model.traverse(MoE.Config):
-        moe.router = routed(moe.router, flavor.router, flavor.balance)
+    settings = flavor.router
+    for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
+        if settings.zero_computation_experts or not settings.dispatch_padding:
+            moe = with_zero_computation(moe, settings)
+            setattr(parent, attribute, moe)
+        moe.router = routed(moe.router, settings, flavor.balance)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
     spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
@@ -56,8 +68,10 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
         mask = TokenMask()
         groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
+        for module in model.modules():
+            if getattr(module, "masked_by", None) is not None:
+                module.masked_by = mask
         for router in routers([model]).values():
-            router.masked_by = mask
             router.groups = groups
             if flavor.router.freeze:
                 router.gate.requires_grad_(False)

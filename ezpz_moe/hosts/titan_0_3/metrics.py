@@ -1,0 +1,252 @@
+"""The host's metrics processor that also watches the routers, set by a flavor's ``[telemetry]``.
+
+Whatever the host logs it logs as before. At its own cadence it adds up the routers' counters over
+ranks, writes a line into ``telemetry.jsonl``, hands scalars and pictures to the host's loggers, and
+warns of a router that goes wrong. It also tells the routers the step, for what is scheduled.
+"""
+
+# No `from __future__ import annotations`: the host's command line reads the fields of Config.
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import tyro
+from torchtitan.components.metrics import (
+    MetricsProcessor,
+    TensorBoardLogger,
+    WandBLogger,
+    _get_metrics_rank,
+)
+from torchtitan.tools.logging import logger
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.hosts.titan_0_3.router import local, routers
+from ezpz_moe.hosts.titan_0_3.selector import Selector
+from ezpz_moe.routing.counters import SUMS
+from ezpz_moe.routing_schema import Telemetry
+from ezpz_moe.telemetry import record as telemetry_file
+from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.scalars import scalars
+
+
+class Experts(NamedTuple):
+    """What a record says of the experts' computation."""
+
+    backend: str
+    pads: bool
+
+
+class RouterMetrics(MetricsProcessor):
+    """``MetricsProcessor`` with the routers' telemetry."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        telemetry: Annotated[Telemetry | None, tyro.conf.Suppress] = None
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: Any,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **more: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            parallel_dims=parallel_dims,
+            dump_folder=dump_folder,
+            pp_schedule=pp_schedule,
+            **more,
+        )
+        self._path = Path(dump_folder) / telemetry_file.FILE_NAME
+        metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
+        self._writes = torch.distributed.get_rank() == metrics_rank
+        self._settings: Telemetry | None = config.telemetry
+        self._alerts = Alerts(self._settings or Telemetry())
+        self._last_step: int | None = None
+        self._counted: dict[int, torch.Tensor] = {}
+
+    def should_log(self, step: int) -> bool:
+        """The host asks before each training step; so the routers learn of it."""
+        for router in routers(self.model_parts).values():
+            router.at_step(step)
+        if self._last_step is None:
+            self._last_step = step - 1
+        return super().should_log(step)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As the host's, with the routers' scalars among the metrics when their turn has come.
+
+        Raises:
+            RuntimeError: the logits of a layer's router are not finite.
+        """
+        record = None
+        if self._settings and (step == 1 or step % (self._settings.every or 1) == 0):
+            record = self._record(step, global_avg_loss, grad_norm)
+            extra_metrics = (extra_metrics or {}) | scalars(record, self._settings.detail)
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if record and self._writes:
+            telemetry_file.append(self._path, record)
+            for alert in self._alerts.check(record):
+                logger.warning(f"ezpz_moe: {alert}")
+            if self._settings and self._settings.images:
+                self._show(record)
+
+    # --- collecting -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
+        """The steps since the last record, of all ranks; the counters begin again."""
+        assert self._last_step is not None  # should_log comes first
+        steps, self._last_step = step - self._last_step, step
+        experts = self._experts()
+        layers = self._layers(steps, experts)
+        if self.parallel_dims.pp_enabled:
+            layers = self._of_all_stages(layers)
+        for layer, bad_tokens in ((layer, bad) for layer, bad in layers if bad):
+            raise RuntimeError(
+                f"The router's logits in layer {layer.layer} are not finite for {bad_tokens:.0f} "
+                f"tokens of the {steps} steps up to step {step}. Stopping training. Resume from "
+                f"an earlier checkpoint with a lower learning rate, or set [balance] z_loss."
+            )
+        return StepRecord(
+            step=step,
+            steps=steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            backend=experts.backend,
+            layers=tuple(layer for layer, _ in layers),
+        )
+
+    def _layers(self, steps: int, experts: Experts) -> list[tuple[LayerRecord, float]]:
+        """A record per layer of this rank, with the number of tokens that were not finite."""
+        of_layer = routers(self.model_parts)
+        if not of_layer:
+            return []
+        now_LE = torch.stack([router.counts_E for router in of_layer.values()])
+        before_LE = torch.stack(
+            [self._counted.get(n, torch.zeros_like(r.counts_E)) for n, r in of_layer.items()]
+        )
+        sums_LS = torch.stack([router.sums_S for router in of_layer.values()])
+        counts_LE = now_LE - before_LE
+        for (number, router), counted_E in zip(of_layer.items(), now_LE, strict=True):
+            self._counted[number] = counted_E
+            router.sums_S.zero_()
+        if (mesh := self.parallel_dims.get_optional_mesh("loss")) is not None:
+            for each in (counts_LE, sums_LS):
+                torch.distributed.all_reduce(each, group=mesh.get_group())
+        biases = self._bias_norms()
+        return [
+            _layer_record(number, router, counts_E, sums_S, steps, biases.get(number), experts)
+            for (number, router), counts_E, sums_S in zip(
+                of_layer.items(), counts_LE.tolist(), sums_LS.tolist(), strict=True
+            )
+        ]
+
+    def _bias_norms(self) -> dict[int, float]:
+        return {
+            int(name): float(local(block.moe.expert_bias_E).norm())
+            for part in self.model_parts or ()
+            for name, block in part.layers.items()
+            if getattr(block, "moe_enabled", False) and block.moe.expert_bias_E is not None
+        }
+
+    def _of_all_stages(
+        self, layers: list[tuple[LayerRecord, float]]
+    ) -> list[tuple[LayerRecord, float]]:
+        group = self.parallel_dims.get_mesh("pp").get_group()
+        of_stages: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(of_stages, layers, group=group)
+        return sorted((each for stage in of_stages for each in stage), key=lambda e: e[0].layer)
+
+    def _experts(self) -> Experts:
+        selectors = (
+            module
+            for part in self.model_parts or ()
+            for module in part.modules()
+            if isinstance(module, Selector)
+        )
+        name = next((module.compute_backend for module in selectors), "")
+        # With expert parallelism the rows of a rank are not those that its routers have seen.
+        pads = bool(name) and get_backend(name).pads and not self.parallel_dims.ep_enabled
+        return Experts(name, pads)
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def _show(self, record: StepRecord) -> None:
+        """The heat map of the load and each layer's histogram, for the host's loggers."""
+        loggers = getattr(self.logger, "_loggers", ())
+        if not loggers:
+            return
+        from PIL import Image  # here: drawing is asked for by few
+
+        from ezpz_moe.telemetry.charts import load_heat_map
+
+        picture = Image.open(io.BytesIO(load_heat_map(record)))
+        for each in loggers:
+            tag = f"{each.tag}/" if each.tag else ""
+            if isinstance(each, WandBLogger):
+                images = {f"{tag}moe/load": each.wandb.Image(picture)}
+                histograms = {
+                    f"{tag}moe/layer_{layer.layer}/tokens_per_expert": each.wandb.Histogram(
+                        layer.counts_E
+                    )
+                    for layer in record.layers
+                }
+                each.wandb.log(images | histograms, step=record.step)
+            elif isinstance(each, TensorBoardLogger):
+                pixels_HWC = torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+                each.writer.add_image(
+                    f"{tag}moe/load",
+                    pixels_HWC.view(picture.height, picture.width, 3),
+                    record.step,
+                    dataformats="HWC",
+                )
+                for layer in record.layers:
+                    each.writer.add_histogram(
+                        f"{tag}moe/layer_{layer.layer}/tokens_per_expert",
+                        torch.tensor(layer.counts_E),
+                        record.step,
+                    )
+
+
+def _layer_record(
+    number: int,
+    router: Any,
+    counts_E: list[int],
+    sums_S: list[float],
+    steps: int,
+    bias_norm: float | None,
+    experts: Experts,
+) -> tuple[LayerRecord, float]:
+    total = dict(zip(SUMS, sums_S, strict=True))
+    tokens = total["tokens"]
+    real = router.num_experts - router.settings.zero_computation_experts
+    used, computed = sum(counts_E[:real]), real * total["longest"]
+    losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
+    record = LayerRecord(
+        layer=number,
+        tokens=round(tokens),
+        counts_E=tuple(counts_E[:real]),
+        zero_counts_Z=tuple(counts_E[real:]),
+        top1_probability=total["top1_probability"] / max(tokens, 1),
+        margin=total["margin"] / max(tokens, 1),
+        bias_norm=bias_norm,
+        losses=losses,
+        scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
+        padding_waste=1 - used / computed if experts.pads and computed else None,
+        drop_rate=0.0,
+    )
+    return record, total["not_finite"]
