@@ -92,6 +92,19 @@ class Flavor(Data):
             raise mistake("; ".join(conflicts))
         return self
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether it wants anything of the routers that the host's own do not do."""
+        own = self.router != Router() or self.balance != Balance()
+        return own or self.telemetry is not None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether its routers must be told the step, or asked what they did."""
+        rate = self.balance.bias_rate
+        moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
+        return self.telemetry is not None or bool(moves)
+
     @field_validator("base")
     @classmethod
     def _names_module_and_flavor(cls, base: str | None) -> str | None:

@@ -29,6 +29,15 @@ class Batch:
     microbatches: int = 1
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The same work counted in sequences: in a training step, and in a microbatch of one rank."""
+
+    of_step: int
+    of_microbatch: int
+    length: int
+
+
 def started_ranks(*, is_dry_run: bool) -> int | None:
     """How many ranks this process is told that there are; None where it is told nothing."""
     # Both variables are the host's; it says itself that a dry run needs NGPU.

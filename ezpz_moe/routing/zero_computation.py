@@ -35,7 +35,7 @@ def constant_output(
 
     Expert c answers ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """
-    mix_BLC2 = torch.einsum("bld,cmd->blcm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
+    mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
     shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
     of_input_BL1 = shares_BLC2[..., 0].sum(-1, keepdim=True)
     of_vectors_BLD = shares_BLC2[..., 1].to(x_BLD.dtype) @ vectors_CD.to(x_BLD.dtype)

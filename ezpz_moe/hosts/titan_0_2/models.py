@@ -71,6 +71,11 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
+    if flavor.is_routed:
+        raise EzpzError(
+            f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "
+            "Remove these tables, or install torchtitan 0.3."
+        )
     args: Any = (
         _upstream_args(flavor)
         if flavor.dimensions is None

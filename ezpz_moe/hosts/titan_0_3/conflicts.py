@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
+from torchtitan.config import Configurable
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
@@ -31,6 +32,7 @@ from ezpz_moe.hosts.ranks import (
     started_ranks,
 )
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
+from ezpz_moe.hosts.titan_0_3.router_conflicts import router_problems
 from ezpz_moe.hosts.titan_0_3.selector import Sizes
 from ezpz_moe.job import KEYS, accepts, allowed
 
@@ -290,6 +292,25 @@ def _flavor_with_sdpa(config: Trainer.Config) -> str:
     return f"flavor {stem}_sdpa{backend}"
 
 
+def _routers(config: Trainer.Config) -> Iterator[str]:
+    """What a flavor's ``[router]`` asks of the run. All layers have one router's settings."""
+    every = Configurable.Config
+    nodes = config.model_spec.model.traverse(every, recurse=True) if config.model_spec else ()
+    moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "settings"))
+    moe = next(moes, None)
+    return router_problems(config, moe, _flavor(config)) if moe else iter(())
+
+
+def _telemetry(config: Trainer.Config) -> Iterator[str]:
+    settings = getattr(config.metrics, "telemetry", None)
+    every, log_freq = getattr(settings, "every", None), config.metrics.log_freq
+    if every and every % log_freq:
+        yield (
+            f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
+            f"metrics.log_freq = {log_freq}: the routers report when the host logs."
+        )
+
+
 _Check = Callable[[Trainer.Config], Iterator[str]]
 _ALWAYS: tuple[_Check, ...] = (
     _cuda_graphs,
@@ -298,6 +319,8 @@ _ALWAYS: tuple[_Check, ...] = (
     _overridden_experts,
     _sequence_length,
     _pipeline_schedule,
+    _routers,
+    _telemetry,
     *_dialect.CHECKS,
 )
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

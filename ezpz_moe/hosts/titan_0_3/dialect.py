@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ezpz_moe.hosts.ranks import Sequences
+
 LENGTH = "training.seq_len"
 """Where the config says how many tokens a token may look back over."""
 
@@ -37,6 +39,17 @@ def work(values: Mapping[str, Any]) -> dict[str, Any]:
 def one_sequence(length: int) -> tuple[int, ...]:
     """The shape of a sequence of tokens, as a batch of one: [B, L]."""
     return (1, length)
+
+
+def sequences(training: Any, parallelism: Any, data_ranks: int) -> Sequences:
+    """How the work of a training step is cut; ``data_ranks`` have data of their own."""
+    whole, batch = training.global_batch_size, training.local_batch_size
+    piped = parallelism.pipeline_parallel_degree > 1
+    return Sequences(
+        of_step=batch * data_ranks if whole < 0 else whole,
+        of_microbatch=parallelism.pipeline_parallel_microbatch_size if piped else batch,
+        length=training.seq_len,
+    )
 
 
 def fit_model(config: Any) -> None:

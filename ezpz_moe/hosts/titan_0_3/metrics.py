@@ -24,6 +24,7 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts.titan_0_3.router import local, routers
+from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
 from ezpz_moe.hosts.titan_0_3.selector import Selector
 from ezpz_moe.routing.counters import SUMS
 from ezpz_moe.routing_schema import Telemetry
@@ -115,9 +116,9 @@ class RouterMetrics(MetricsProcessor):
         layers = self._layers(steps, experts)
         if self.parallel_dims.pp_enabled:
             layers = self._of_all_stages(layers)
-        for layer, bad_tokens in ((layer, bad) for layer, bad in layers if bad):
+        if bad := [(layer.layer, tokens) for layer, tokens in layers if tokens]:
             raise RuntimeError(
-                f"The router's logits in layer {layer.layer} are not finite for {bad_tokens:.0f} "
+                f"The router's logits in layer {bad[0][0]} are not finite for {bad[0][1]:.0f} "
                 f"tokens of the {steps} steps up to step {step}. Stopping training. Resume from "
                 f"an earlier checkpoint with a lower learning rate, or set [balance] z_loss."
             )
@@ -144,7 +145,7 @@ class RouterMetrics(MetricsProcessor):
         for (number, router), counted_E in zip(of_layer.items(), now_LE, strict=True):
             self._counted[number] = counted_E
             router.sums_S.zero_()
-        if (mesh := self.parallel_dims.get_optional_mesh("loss")) is not None:
+        for mesh in counting_meshes(self.parallel_dims):
             for each in (counts_LE, sums_LS):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         biases = self._bias_norms()

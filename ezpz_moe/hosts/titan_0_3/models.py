@@ -44,7 +44,8 @@ def model_spec(
     if flavor.attention == "sdpa":
         binding("attention").use_sdpa(spec.model)
     select_backend(spec.model, flavor.compute_backend, why or f"flavor {flavor.name}")
-    binding("routing").route(spec, flavor)
+    if flavor.is_routed:
+        binding("routing").route(spec, flavor)
     return spec
 
 

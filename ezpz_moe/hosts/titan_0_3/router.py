@@ -59,13 +59,17 @@ class Groups:
 
     Attributes:
         by_sequence: whether a group is a sequence, not all tokens.
+        length: of a sequence, for a host whose tensors do not tell.
         meshes: over which a group is spread.
         weight: of a group in the mean over all groups of a training step.
+        copies: ranks that compute the same group, and whose gradients the host adds up.
     """
 
     by_sequence: bool = True
+    length: int = 0
     meshes: tuple[Any, ...] = ()
     weight: float = 1.0
+    copies: int = 1
 
     def share(self, addend: Tensor) -> Tensor:
         """The sum over the ranks of a group, with the gradient of the own addend."""
@@ -160,15 +164,15 @@ class _Router(Module):
         if self.training:
             loss = self._loss(logits_BLE, scores_BLE, ids_BLK, mask_BL)
             if self.balance.has_losses and torch.is_grad_enabled():
-                weights_BLK = inject(weights_BLK, loss)
+                weights_BLK = inject(weights_BLK, loss / self.groups.copies)
         return weights_BLK, ids_BLK, scores_BLE
 
     def _balanced(self, weights_BLK: Tensor, ids_BLK: Tensor) -> tuple[Tensor, Tensor]:
-        ids_TK = ids_BLK.flatten(0, 1)
+        ids_TK = ids_BLK.flatten(0, -2)
         T, K = ids_TK.shape
         first, E = self.settings.skip_first_n_experts, self.num_experts
         even_TK = balanced_experts(T, K, E, first=first, device=ids_TK.device)
-        weights_TK = torch.full_like(weights_BLK, self.route_scale / K).flatten(0, 1)
+        weights_TK = torch.full_like(weights_BLK, self.route_scale / K).flatten(0, -2)
         if self.settings.noise:
             even_TK, weights_TK = perturbed(
                 even_TK, weights_TK, noise=self.settings.noise, E=E, first=first
@@ -177,7 +181,7 @@ class _Router(Module):
 
     def _by_sinkhorn(self, scores_BLE: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         plan_TE = sinkhorn(
-            scores_BLE.detach().flatten(0, 1).float(),
+            scores_BLE.detach().flatten(0, -2).float(),
             mask_BL.flatten(),
             self.settings.sinkhorn_tolerance,
             self.settings.sinkhorn_iterations,
@@ -195,11 +199,11 @@ class _Router(Module):
         self, logits_BLE: Tensor, scores_BLE: Tensor, ids_BLK: Tensor, mask_BL: Tensor
     ) -> Tensor:
         """The scaled balance losses of this microbatch; counts on the way."""
-        by_sequence, share = self.groups.by_sequence, self.groups.share
-        logits_GNE, scores_GNE, ids_GNK, mask_GN = (
-            losses.in_groups(local(each), by_sequence=by_sequence)
-            for each in (logits_BLE, scores_BLE, ids_BLK, mask_BL)
+        share = self.groups.share
+        logits_GNE, scores_GNE, ids_GNK, mask_GN1 = map(
+            self._in_groups, (logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
         )
+        mask_GN = mask_GN1.squeeze(-1)
         K = ids_GNK.shape[-1]
         p_GNE = losses.probabilities(scores_GNE)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance.has_losses):
@@ -223,6 +227,12 @@ class _Router(Module):
             + balance.mse_loss * of_each_L[1]
             + balance.z_loss * of_each_L[2]
         )
+
+    def _in_groups(self, values_BLX: Tensor) -> Tensor:
+        values_BLX = local(values_BLX)
+        if values_BLX.dim() == 2:  # [T, X]
+            values_BLX = values_BLX.unflatten(0, (-1, self.groups.length))
+        return losses.in_groups(values_BLX, by_sequence=self.groups.by_sequence)
 
     @torch.no_grad()
     def _count(

@@ -12,31 +12,18 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, routed, routers
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
-from ezpz_moe.routing_schema import Balance, Router, Schedule
+from ezpz_moe.routing_schema import Balance, Schedule
 
 _HOST_RATE = 1e-3
 
 
-def is_routed(flavor: Flavor) -> bool:
-    """Whether the flavor wants anything of the router that the host's own does not do."""
-    return flavor.router != Router() or flavor.balance != Balance() or flavor.telemetry is not None
-
-
-def is_watched(flavor: Flavor) -> bool:
-    """Whether the flavor's routers must be told the step, or asked what they did."""
-    rate = flavor.balance.bias_rate
-    moves = not flavor.router.temperature.is_constant or (rate and not rate.is_constant)
-    return flavor.telemetry is not None or bool(moves)
-
-
 def route(spec: ModelSpec, flavor: Flavor) -> None:
     """Put the flavor's routing into the model's config and the spec's hooks, in place."""
-    if not is_routed(flavor):
-        return
     settings = flavor.router
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
         if settings.zero_computation_experts or not settings.dispatch_padding:
@@ -96,23 +83,31 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
     tokens of the whole step: likewise a group's loss is divided by the groups of the whole step.
     """
     data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
-    sequences = training.local_batch_size
-    whole = training.global_batch_size
-    whole = sequences * data_ranks if whole < 0 else whole
-    if parallel_dims.pp_enabled:
-        sequences = parallelism.pipeline_parallel_microbatch_size
-    microbatches = whole // (sequences * data_ranks)
+    sequences = binding("dialect").sequences(training, parallelism, data_ranks)
+    microbatches = sequences.of_step // sequences.of_microbatch // data_ranks
     groups, mesh = {
-        "sequence": (whole, "cp"),
+        "sequence": (sequences.of_step, "cp"),
         "batch": (microbatches * data_ranks, "cp"),
         "global": (microbatches, "loss"),
     }[balance.scope]
-    spread_over = parallel_dims.get_optional_mesh(mesh)
+    # Tensor parallelism: with experts in parallel each rank routes its part of a sequence. Without,
+    # all route the same tokens, and outside of DTensor the host adds up their gradients.
+    same_tokens = not parallel_dims.ep_enabled and parallel_dims.spmd_backend == "spmd_types"
+    names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
+    spread_over = map(parallel_dims.get_optional_mesh, names)
     return Groups(
         by_sequence=balance.scope == "sequence",
-        meshes=() if spread_over is None else (spread_over,),
+        length=sequences.length,
+        meshes=tuple(mesh for mesh in spread_over if mesh is not None),
         weight=1 / groups,
+        copies=parallel_dims.tp if same_tokens else 1,
     )
+
+
+def counting_meshes(parallel_dims: Any) -> list[Any]:
+    """Over which the routers' counters add up to those of all tokens."""
+    names = ("loss", "tp") if parallel_dims.ep_enabled else ("loss",)
+    return [mesh for mesh in map(parallel_dims.get_optional_mesh, names) if mesh is not None]
 
 
 # --- the bias -------------------------------------------------------------------------------------
@@ -148,7 +143,7 @@ class _BiasUpdate:
             for block in part.layers.values()
             if getattr(block, "moe_enabled", False) and block.moe.expert_bias_E is not None
         ]
-        self.mesh = parallel_dims.get_optional_mesh("loss")
+        self.meshes = counting_meshes(parallel_dims)
         self.rate, self.by_sign = rate, by_sign
         self.before = [moe.router.counts_E.clone() for moe in self.layers]
 
@@ -159,8 +154,8 @@ class _BiasUpdate:
         now = [moe.router.counts_E.clone() for moe in self.layers]
         counts_LE = torch.stack(now) - torch.stack(self.before)
         self.before = now
-        if self.mesh is not None:
-            torch.distributed.all_reduce(counts_LE, group=self.mesh.get_group())
+        for mesh in self.meshes:
+            torch.distributed.all_reduce(counts_LE, group=mesh.get_group())
         for moe, counts_E in zip(self.layers, counts_LE, strict=True):
             rate = value_at(self.rate, moe.router.step) if self.rate else moe.load_balance_coeff
             local(moe.expert_bias_E).add_(bias_change(counts_E, rate=rate, by_sign=self.by_sign))

@@ -11,7 +11,7 @@ C = constant experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -51,12 +51,15 @@ class ConstantExperts(Module):
 class _Dispatcher:
     """Mixin before a dispatcher of the host: what is beyond the routed experts is cut off."""
 
+    routed_experts: int
+
     def _local_reorder(
         self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
     ) -> tuple[Tensor, ...]:
         """As the host's, with R rows for N. Device syncs: one, for R."""
         R = int((topk_expert_ids_TK < self.routed_experts).sum())
-        sorted_N = super()._local_reorder(x_TD, topk_scores_TK, topk_expert_ids_TK)
+        reorder = super()._local_reorder  # type: ignore[misc]
+        sorted_N = reorder(x_TD, topk_scores_TK, topk_expert_ids_TK)
         return tuple(each[:R] for each in sorted_N)
 
 
@@ -65,37 +68,32 @@ class _RoutedExperts(Module):
 
     def _set_up(self, config: Any) -> None:
         settings: Router = config.settings
-        E = config.inner_experts.num_experts
-        self.token_dispatcher.routed_experts = E
+        E = self.token_dispatcher.routed_experts = config.token_dispatcher.num_experts
         self.last_null = E + settings.null_experts
         self.last_copy = self.last_null + settings.copy_experts
         self.last_constant = self.last_copy + settings.constant_experts
         self.masked_by: TokenMask | None = None if settings.dispatch_padding else TokenMask()
         self.constant_experts = config.constants.build() if config.constants else None
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        topk_scores_BLK: Tensor,
-        topk_expert_ids_BLK: Tensor,
-        num_local_tokens_per_expert_E: Tensor,
+    def _compute(
+        self, x_BLD: Tensor, weights_BLK: Tensor, ids_BLK: Tensor, counts_E: Tensor
     ) -> Tensor:
-        E, ids_BLK = self.token_dispatcher.routed_experts, topk_expert_ids_BLK
-        counts_E = num_local_tokens_per_expert_E[:E]
+        E = self.token_dispatcher.routed_experts
+        counts_E = counts_E[:E]
         if self.masked_by is not None:
-            mask_BL = self.masked_by.of(topk_scores_BLK)
+            mask_BL = self.masked_by.of(weights_BLK)
             ids_BLK = torch.where(mask_BL.unsqueeze(-1), ids_BLK, self.last_constant)
             chosen_E = torch.zeros(E + 1, dtype=counts_E.dtype, device=counts_E.device)
             slots_N = ids_BLK.flatten().clamp(max=E)
             counts_E = chosen_E.scatter_add(0, slots_N, torch.ones_like(slots_N))[:E]
-        out_BLD = super().forward(x_BLD, topk_scores_BLK, ids_BLK, counts_E)
+        out_BLD = super().forward(x_BLD, weights_BLK, ids_BLK, counts_E)
         if self.last_copy > self.last_null:
-            copied_BL1 = weight_of(topk_scores_BLK, ids_BLK, self.last_null, self.last_copy)
+            copied_BL1 = weight_of(weights_BLK, ids_BLK, self.last_null, self.last_copy)
             out_BLD = out_BLD + (x_BLD * copied_BL1).to(out_BLD.dtype)
         if self.constant_experts is not None:
             weight_BLC = torch.cat(
                 [
-                    weight_of(topk_scores_BLK, ids_BLK, expert, expert + 1)
+                    weight_of(weights_BLK, ids_BLK, expert, expert + 1)
                     for expert in range(self.last_copy, self.last_constant)
                 ],
                 dim=-1,
@@ -106,6 +104,9 @@ class _RoutedExperts(Module):
 
 class _MoE(Module):
     """Mixin before the host's MoE: its counters and biases are of all that the router chooses."""
+
+    tokens_per_expert_E: Tensor
+    expert_bias_E: Tensor | None
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)
@@ -137,6 +138,11 @@ def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
             super().__init__(config)
             self._set_up(config)
 
+        # The host looks up the shardings of inputs by the names of its own parameters.
+        @wraps(host_class.forward)
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self._compute(*inputs)
+
     return WithZeroComputation
 
 
@@ -155,11 +161,12 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
 
     The gate has a logit for each of them, and the top-k is raised.
     """
-    inner = moe.routed_experts.inner_experts
-    E, Z = inner.num_experts, settings.zero_computation_experts
+    E, Z = moe.router.num_experts, settings.zero_computation_experts
     K = settings.top_k or raised_top_k(E, moe.router.top_k, Z)
     dispatcher = moe.routed_experts.token_dispatcher
-    constants = ConstantExperts.Config(dim=inner.dim, experts=settings.constant_experts)
+    constants = ConstantExperts.Config(
+        dim=moe.router.gate.in_features, experts=settings.constant_experts
+    )
     routed_experts = derive(
         moe.routed_experts,
         _routed_experts_like(type(moe.routed_experts)._owner).Config,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.ranks import Sequences
 from ezpz_moe.hosts.titan_main.attention import CausalAttention
 from ezpz_moe.hosts.titan_main.job_keys import REPLACED
 
@@ -66,6 +67,16 @@ def work(values: Mapping[str, Any]) -> dict[str, Any]:
 def one_sequence(length: int) -> tuple[int, ...]:
     """The shape of a sequence of tokens, as a tokens alone: [T]."""
     return (length,)
+
+
+def sequences(training: Any, parallelism: Any, data_ranks: int) -> Sequences:
+    """How the work of a training step is cut; ``data_ranks`` have data of their own."""
+    tokens = training.num_tokens_per_microbatch_per_dp_rank
+    length = min(training.max_context_length, tokens)
+    whole = training.num_tokens_per_train_step
+    if whole < 0:
+        whole = tokens * data_ranks * microbatches(parallelism)
+    return Sequences(of_step=whole // length, of_microbatch=tokens // length, length=length)
 
 
 def fit_model(config: Any) -> None:

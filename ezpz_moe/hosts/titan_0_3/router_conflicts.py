@@ -1,0 +1,103 @@
+"""What a flavor's ``[router]`` does not go with: in the model, and in the rest of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ezpz_moe.routing_schema import Router
+
+_SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
+
+
+def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
+    """Messages, each naming the flavor's key and what excludes it.
+
+    Args:
+        config: the host's, of the whole job.
+        moe: the config of an MoE layer with the flavor's router.
+        flavor: its name.
+    """
+    settings: Router = moe.router.settings
+    checks = (_experts, _cut_assignments, _mask, _host_syncs)
+    for problem in (each for check in checks for each in check(config, moe, settings)):
+        yield f"flavor {flavor!r}: {problem}"
+
+
+def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    chosen, choices = moe.router.top_k, moe.router.num_experts
+    left = choices - settings.skip_first_n_experts
+    if chosen > left:
+        yield (
+            f"a token chooses {chosen} experts, of which there are {left} ([router] "
+            f"skip_first_n_experts = {settings.skip_first_n_experts}, top_k = {settings.top_k}). "
+            f"Lower them."
+        )
+
+
+def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    asked = [
+        key
+        for key, value in (
+            ("null_experts", settings.null_experts),
+            ("copy_experts", settings.copy_experts),
+            ("constant_experts", settings.constant_experts),
+            ("dispatch_padding", not settings.dispatch_padding),
+        )
+        if value
+    ]
+    if not asked:
+        return
+    named = f"[router] {' and '.join(asked)}"
+    if moe.router.num_expert_groups is not None and settings.zero_computation_experts:
+        yield (
+            f"{named} does not go with router_num_expert_groups = "
+            f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
+        )
+    own = _host_class(moe.routed_experts.token_dispatcher)
+    if own not in _SORTING_DISPATCHERS:
+        yield (
+            f"{named} does not go with parallelism.expert_parallel_comm_backend = "
+            f"{config.parallelism.expert_parallel_comm_backend!r}: {own} sends a fixed number of "
+            f'assignments for each token. Set it to "standard".'
+        )
+    if settings.constant_experts and config.parallelism.tensor_parallel_degree > 1:
+        yield (
+            "[router] constant_experts do not go with parallelism.tensor_parallel_degree = "
+            f"{config.parallelism.tensor_parallel_degree}: the host lays out its own parameters "
+            "only. Use null_experts or copy_experts."
+        )
+
+
+def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    if settings.pad_token_id is None:
+        return
+    named = f"[router] pad_token_id = {settings.pad_token_id}"
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree > 1:
+        yield (
+            f"{named} does not go with parallelism.pipeline_parallel_degree = "
+            f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens."
+        )
+    if parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1:
+        yield (
+            f"{named} does not go with parallelism.tensor_parallel_degree and "
+            f"expert_parallel_degree both above 1: a router sees a part of its sequences then."
+        )
+
+
+def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    cuts = settings.zero_computation_experts or not settings.dispatch_padding
+    if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
+        return
+    what = 'routing = "sinkhorn"' if settings.routing == "sinkhorn" else "leaving assignments out"
+    yield (
+        f"[router]: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
+        f"training.disable_cuda_graphs out, or set it to true."
+    )
+
+
+def _host_class(dispatcher: Any) -> str:
+    """The name of the host's class that ours is made from."""
+    classes = type(dispatcher)._owner.mro()
+    return next(each.__name__ for each in classes if each.__module__.startswith("torchtitan."))
