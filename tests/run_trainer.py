@@ -61,11 +61,12 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for three flags of our own.
+    """Train as ``torchtitan.train`` would, but for four flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
-    route.
+    route; ``--same-sequences`` has a step train on the same sequences however they are cut into
+    microbatches and shared out to ranks (torchtitan 0.3).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     trainer, Experts, MoE = _built_trainer(sys.argv[1:])
@@ -82,6 +83,8 @@ def run(arguments: list[str]) -> dict:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
+    if "--same-sequences" in own_flags:
+        trainer.batch_generator = partial(_same_sequences, trainer)
     experts = [module for module in modules if isinstance(module, Experts)]
     if "--rounding-noise" in own_flags:
         noise = torch.Generator().manual_seed(int(own_flags["--rounding-noise"]))
@@ -101,9 +104,35 @@ def run(arguments: list[str]) -> dict:
     return record
 
 
+def _same_sequences(trainer, dataloader):
+    """This rank's microbatches of steps whose sequences depend on the step and its size alone.
+
+    Every sequence ends in padding (token 0) of another length, but the first, which has none.
+    """
+    config, dims = trainer.config, trainer.parallel_dims
+    ranks = dims.dp_replicate * dims.dp_shard
+    rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+    size = config.training.local_batch_size
+    if dims.pp_enabled:
+        size = config.parallelism.pipeline_parallel_microbatch_size
+    whole, length = config.training.global_batch_size, config.training.seq_len
+    for step in range(config.training.steps):
+        draw = torch.Generator().manual_seed(step)
+        tokens_BL = torch.randint(1, 2048, (whole, length + 1), generator=draw)
+        for sequence, tokens_L in enumerate(tokens_BL):
+            tokens_L[length + 1 - sequence * 7 :] = 0
+        for of_rank_BL in tokens_BL[rank * whole // ranks :][: whole // ranks].split(size):
+            trainer.metrics_processor.data_loading_times.append(0.0)
+            positions_BL = torch.arange(length).expand(size, -1)
+            yield (
+                {"input": of_rank_BL[:, :-1].clone(), "positions": positions_BL.clone()},
+                of_rank_BL[:, 1:].clone(),
+            )
+
+
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
-    own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
+    own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu", "--same-sequences")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]

@@ -9,12 +9,12 @@ from torch import Tensor
 class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss_dtype = loss.dtype
+        ctx.of_loss = {"dtype": loss.dtype, "device": loss.device}
         return carrier.view_as(carrier)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_ones((), dtype=ctx.loss_dtype)
+        return grad, torch.ones((), **ctx.of_loss)
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:

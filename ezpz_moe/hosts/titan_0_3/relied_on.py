@@ -157,6 +157,12 @@ _ROUTERS = (
         fields=("post_optimizer_build_fn",),
     ),
     Reliance(
+        "torchtitan.distributed.activation_checkpoint:FullAC._wrap_block",
+        used_for="full activation checkpointing that keeps the router's choices",
+        if_broken=_NO_ROUTER,
+        takes=("module", "base_fqn"),
+    ),
+    Reliance(
         "torchtitan.components.metrics:MetricsProcessor",
         used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
         if_broken=_NO_TELEMETRY,

@@ -13,6 +13,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, routed, routers
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
@@ -52,6 +53,7 @@ def _host_rate(rate: float | None, balance: Balance) -> float | None:
 def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[..., Any]:
     @functools.wraps(parallelize_fn)
     def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
+        kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
         mask = TokenMask()
         groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])

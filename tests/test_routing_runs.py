@@ -1,0 +1,172 @@
+"""Balance losses and telemetry in the real trainer: the same step, however it is computed.
+
+All runs start from one seed checkpoint, whose biases send every token to three experts of the
+eight, so that no rounding can send one elsewhere. They compute in float32 but for the experts, and
+the balance losses' coefficients are so large that the gate's gradient is theirs. A step has four
+sequences that end in padding of different lengths.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from dialect import ON_0_2, ON_MAIN
+from trainer_runs import door_1, job_folder, train
+
+pytestmark = [
+    pytest.mark.train,
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        ON_0_2 or ON_MAIN, reason="the sequences are handed to the trainer of torchtitan 0.3"
+    ),
+]
+
+SEQUENCES = 4
+FLAVOR = """
+inherits = "tiny"
+n_layers = 2
+
+[router]
+pad_token_id = 0
+
+[balance]
+aux_loss = 2000.0
+mse_loss = 3000.0
+z_loss = 10.0
+scope = "{scope}"
+
+[telemetry]
+images = false
+"""
+FLAGS = (
+    "--same-sequences",
+    *("--training.steps", "2"),
+    *("--training.global-batch-size", str(SEQUENCES)),
+    *("--training.max-norm", "1e12"),
+    *("--training.mixed-precision-param", "float32"),
+    *("--checkpoint.enable", "--checkpoint.load-only", "--checkpoint.initial-load-path"),
+)
+SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint", "--skewed-routing")
+EP_2 = [
+    *("--parallelism.expert-parallel-degree", "2"),
+    *("--parallelism.spmd-backend", "partial_dtensor"),
+]
+TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
+
+
+def at_once(sequences: int) -> list[str]:
+    return ["--training.local-batch-size", str(sequences)]
+
+
+ONE_RANK = {
+    "one big batch": at_once(4),
+    "four microbatches": at_once(1),
+    "two microbatches": at_once(2),
+    "full checkpointing": at_once(2),
+    "selective checkpointing": at_once(2),
+    "compiled": [*at_once(2), "--compile.enable", "--compile.backend", "aot_eager"],
+}
+TWO_RANKS = {
+    "two ranks": at_once(2),
+    "two ranks, two microbatches": at_once(1),
+    "expert parallel": [*at_once(1), *EP_2],
+    "tensor parallel": [*at_once(4), *TP_2],
+    "tensor parallel, DTensor": [*at_once(4), *TP_2, *EP_2[2:]],
+}
+CHECKPOINTING = {"full checkpointing": "full", "selective checkpointing": "selective"}
+
+# A group of "sequence" is a sequence however they are cut.
+EVERY_CUT = [name for name in (*ONE_RANK, *TWO_RANKS) if name != "one big batch"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = job_folder(tmp_path_factory.mktemp("routing"))
+    for scope in ("sequence", "batch", "global"):
+        (folder / f"{scope}.toml").write_text(FLAVOR.format(scope=scope))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Scenario -> one record per rank; of "batch" and "global" those that are compared."""
+    train({"seed": door_1(folder, "sequence_sdpa", *SEED)}, folder, ranks=1)
+    start = [*FLAGS, str(folder / "seed" / "checkpoint" / "step-0")]
+
+    def scenarios(named, scope="sequence"):
+        return {
+            name: door_1(
+                folder,
+                f"{scope}_sdpa",
+                *start,
+                *flags,
+                checkpointing=CHECKPOINTING.get(name, "none"),
+            )
+            for name, flags in named.items()
+        }
+
+    other_1 = {"global, one big batch": at_once(4), "batch, four microbatches": at_once(1)}
+    other_2 = {"global, two ranks": at_once(2), "batch, two ranks": at_once(1)}
+    one, two = scenarios(ONE_RANK), scenarios(TWO_RANKS)
+    for into, named in ((one, other_1), (two, other_2)):
+        for name, flags in named.items():
+            into |= scenarios({name: flags}, name.partition(",")[0])
+    return train(one, folder, ranks=1) | train(two, folder, ranks=2)
+
+
+def gate_gradient(ranks):
+    return ranks[0]["gradients"]["layers.1.moe.router.gate.weight"].double()
+
+
+def difference(ours, other) -> float:
+    return ((ours - other).norm() / other.norm()).item()
+
+
+# float32 sums over 4 * 128 tokens in another order, after two layers of them; the rest is the
+# trainer's own loss, whose experts round to bfloat16 (2**-9) at some 1e-4 of the gate's gradient.
+ALLOWED = 1e-5
+
+
+@pytest.mark.parametrize("name", EVERY_CUT)
+def test_the_gradient_is_that_of_one_big_batch(runs, name):
+    big, cut = gate_gradient(runs["one big batch"]), gate_gradient(runs[name])
+    assert difference(cut, big) < ALLOWED
+
+
+def test_global_groups_of_two_ranks_are_one_group(runs):
+    big = gate_gradient(runs["global, one big batch"])
+    assert difference(gate_gradient(runs["global, two ranks"]), big) < ALLOWED
+
+
+def test_the_same_microbatches_on_two_ranks_have_the_same_mean(runs):
+    one = gate_gradient(runs["batch, four microbatches"])
+    assert difference(gate_gradient(runs["batch, two ranks"]), one) < ALLOWED
+
+
+def test_the_scopes_are_different_losses(runs):
+    """Or the tests above could not tell them apart."""
+    sequence, everything, batch = map(
+        gate_gradient,
+        (runs["one big batch"], runs["global, one big batch"], runs["batch, four microbatches"]),
+    )
+    assert difference(everything, sequence) > 100 * ALLOWED
+    assert difference(batch, everything) > 100 * ALLOWED
+
+
+def telemetry(folder: Path, name: str) -> list[dict]:
+    lines = (folder / name / "telemetry.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", EVERY_CUT)
+def test_telemetry_counts_every_token_once(runs, folder, name):
+    """Whatever is recomputed, accumulated or shared out, and without the padding."""
+    padding = sum(max(0, sequence * 7 - 1) for sequence in range(SEQUENCES))
+    ours, big = telemetry(folder, name), telemetry(folder, "one big batch")
+    assert [line["step"] for line in ours] == [1, 2]
+    for line, reference in zip(ours, big, strict=True):
+        (layer,), (expected,) = line["layers"], reference["layers"]
+        assert layer["tokens"] == SEQUENCES * 128 - padding
+        assert layer["counts_E"] == expected["counts_E"]
+        assert layer["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert layer["top1_probability"] == pytest.approx(expected["top1_probability"], rel=1e-4)
