@@ -78,7 +78,7 @@ def append(path: Path, record: StepRecord) -> None:
     Raises:
         EzpzError: the file cannot be written.
     """
-    line = f"{json.dumps(_as_json(record), allow_nan=False)}\n".encode()
+    line = f"{json.dumps(_as_json(record))}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
