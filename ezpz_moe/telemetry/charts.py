@@ -18,18 +18,19 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ezpz_moe.telemetry.figures import coefficient_of_variation, relative_load
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.summary import steps
 
 Array = npt.NDArray[np.float64]
 
 DPI = 100
 _WIDTH = 10.0  # inches, of a picture without a size of its own
+_LARGEST = 30.0  # inches, of a heat map's cells together
 _COLUMNS = 400  # of a heat map over steps: no screen shows more
 
 
@@ -40,7 +41,6 @@ def _part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
 _LOAD = _part_of("RdBu_r", 0.1, 0.9)  # without its darkest ends, to be told from black
 _ORDER = _part_of("viridis_r", 0.1, 1.0)  # of layers and steps; without yellow, faint on white
 _SCALE = LogNorm(0.25, 4.0)
-_LOAD_LABEL = "load: assignments / layer's mean"
 _DEAD, _ABSENT = "black", "0.85"
 _LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe and Ito's palette
 _VALUES_FIT = 16  # experts in a row, with room for a figure in each cell
@@ -59,7 +59,8 @@ def load_heat_map(record: StepRecord) -> bytes:
     for row, load_E in enumerate(loads):
         load_LE[row, : len(load_E)] = load_E
     cell_w, cell_h = _cell(experts, 0.6, 0.04, 10.0), _cell(rows, 0.4, 0.1, 6.0)
-    figure = Figure(figsize=(2.2 + experts * cell_w, 1.2 + rows * cell_h), layout="constrained")
+    size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     _draw_load(axes, load_LE, np.arange(experts + 1) - 0.5, np.arange(rows + 1) - 0.5)
     axes.invert_yaxis()
@@ -67,8 +68,8 @@ def load_heat_map(record: StepRecord) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True, min_n_ticks=1))
     if experts <= _VALUES_FIT and rows <= 4 * _VALUES_FIT:
         _write_values(axes, load_LE)
-    axes.set(xlabel="expert", ylabel="layer", title=_load_title(record))
-    _add_load_bar(figure, axes, aspect=30)
+    axes.set(xlabel="expert", ylabel="layer", title=f"expert load, {steps(record)}")
+    _add_load_bar(figure, axes, [record], location="bottom", pad=0.1 / size[1])
     return _png(figure)
 
 
@@ -81,7 +82,8 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
     experts = max(len(layer.counts_E) for record in records for layer in record.layers)
     columns = 1 if len(layers) <= 6 else 2 if len(layers) <= 12 else 4
     rows = math.ceil(len(layers) / columns)
-    height = min(3.2, max(1.2, 0.16 * experts))
+    # A pixel for each expert, so that a dead one is seen, and room for the title and the axis.
+    height = min(6.0, max(1.2, min(2.4, 0.16 * experts), 0.9 + experts / DPI))
     size = max(_WIDTH, 3.6 * columns), rows * height + 1
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
@@ -89,7 +91,7 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
         unused.remove()
     panels = panels[: len(layers)]
     for panel, layer in zip(panels, layers, strict=True):
-        load_ES, edges = _load_of(records, layer)
+        load_ES, edges = load_by_step(records, layer)
         _draw_load(panel, load_ES, edges, np.arange(len(load_ES) + 1) - 0.5)
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
@@ -98,11 +100,7 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
         lowest.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="medium")
     figure.supylabel("expert", fontsize="medium")
-    bar = _add_load_bar(
-        figure, list(panels), location="top", shrink=0.6, aspect=40, pad=0.3 / size[1]
-    )
-    if any(0 in layer.counts_E for record in records for layer in record.layers):
-        bar.set_label(f"{_LOAD_LABEL} (black: dead)")
+    _add_load_bar(figure, list(panels), records, location="top", pad=0.3 / size[1])
     return _png(figure)
 
 
@@ -218,15 +216,18 @@ def _finite(values: Sequence[float | None]) -> Array:
     return np.where(np.isfinite(array), array, math.nan)
 
 
-def _load_of(records: Sequence[StepRecord], number: int) -> tuple[Array, Array]:
-    """A layer's load by expert and column, [E, at most _COLUMNS], and the columns' edges in steps.
+def load_by_step(
+    records: Sequence[StepRecord], number: int, columns: int = _COLUMNS
+) -> tuple[Array, Array]:
+    """The load of a layer's experts over the steps, in at most ``columns`` columns.
 
-    A column reaches from the column before to the step of its last record.
+    Returns [E, columns], the assignments of a column's records over their mean, and the edges in
+    steps, [columns + 1]: a column reaches from the one before to the step of its last record.
     """
     found = [(r, layer) for r in records if (layer := _layer(r, number)) is not None]
     experts = max(len(layer.counts_E) for _, layer in found)
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
-    groups = np.array_split(np.arange(len(found)), min(len(found), _COLUMNS))
+    groups = np.array_split(np.arange(len(found)), min(len(found), columns))
     first = found[0][0]
     edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
     counts = [np.sum([found[i][1].counts_E for i in group], axis=0) for group in groups]
@@ -237,8 +238,8 @@ def _load_of(records: Sequence[StepRecord], number: int) -> tuple[Array, Array]:
 
 
 def _cell(number: int, largest: float, smallest: float, room: float) -> float:
-    """The size in inches of each of so many cells, which are to fit into the room."""
-    return min(largest, max(smallest, room / number))
+    """The size in inches of each of so many cells, which are to fit into the room if they can."""
+    return min(largest, max(smallest, room / number), _LARGEST / number)
 
 
 def _draw_load(axes: Axes, load: Array, x_edges: npt.ArrayLike, y_edges: npt.ArrayLike) -> None:
@@ -250,12 +251,19 @@ def _draw_load(axes: Axes, load: Array, x_edges: npt.ArrayLike, y_edges: npt.Arr
     axes.tick_params(length=2)
 
 
-def _add_load_bar(figure: Figure, axes: Axes | list[Axes], **place: Any) -> Colorbar:
+def _add_load_bar(
+    figure: Figure, axes: Axes | list[Axes], records: Sequence[StepRecord], **place: Any
+) -> None:
+    has_dead = any(
+        0 in layer.counts_E and any(layer.counts_E) for r in records for layer in r.layers
+    )
+    label = f"load: assignments / layer's mean{' (black: dead)' * has_dead}"
     scale = ScalarMappable(_SCALE, _LOAD)
-    bar = figure.colorbar(scale, ax=axes, extend="both", label=_LOAD_LABEL, **place)
+    bar = figure.colorbar(
+        scale, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
+    )
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
     bar.minorticks_off()
-    return bar
 
 
 def _write_values(axes: Axes, load_LE: Array) -> None:
@@ -273,13 +281,6 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
             fontsize=8,
             color="white" if is_dark else "black",
         )
-
-
-def _load_title(record: StepRecord) -> str:
-    first = record.step - record.steps + 1
-    steps = f"step {record.step}" if record.steps == 1 else f"steps {first} to {record.step}"
-    has_dead = any(0 in layer.counts_E for layer in record.layers)
-    return f"expert load, {steps}" + (" (black: dead)" if has_dead else "")
 
 
 def _name_rows(axes: Axes, names: Sequence[int]) -> None:

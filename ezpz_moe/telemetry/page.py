@@ -44,12 +44,13 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
        max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 0.5rem; }
 p, li, figcaption { max-width: 48rem; } .quiet, figcaption { color: #555; }
+figcaption { margin-bottom: 0.6rem; }
 code { overflow-wrap: anywhere; }
 figure { margin: 0; } img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; vertical-align: bottom; }
+th { font-weight: 600; vertical-align: bottom; min-width: 3.5rem; }
 th:first-child, td:first-child { text-align: left; }
 .alerts li { margin: 0.4rem 0; } .alerts { border-left: 4px solid #d55e00; }
 """
@@ -78,7 +79,7 @@ def page(
         f'<p class="quiet">{escape(_what(records))} <code>{escape(str(source))}</code></p>',
         f"<h2>{'Alerts' if alerts else 'No alerts'}</h2>",
         _alerts(alerts, settings),
-        f"<h2>Over the layers, {steps(last)}</h2>",
+        "<h2>Over the layers</h2>",
         f"<p>{escape(headline(last))}.</p>",
         _table(over_layers_rows(last)),
         *map(_figure, pictures),

@@ -31,7 +31,7 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     """Draw the run in the folder (or of the file) ``run``, into ``out``.
 
     Without ``out`` it is the folder ``telemetry`` beside the records. Files of an earlier call are
-    replaced, all at once when everything has been drawn.
+    replaced when everything has been drawn.
 
     Raises:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
@@ -85,7 +85,7 @@ def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
 
 
 def _write(files: dict[str, bytes], out: Path) -> list[Path]:
-    """All of the files, or none."""
+    """Put the files in their place when all are on the disk, the page last."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
