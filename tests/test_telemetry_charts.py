@@ -100,6 +100,26 @@ def test_columns_are_sums_of_records() -> None:
             assert load_ES[expert, column] == pytest.approx(load, rel=1e-14)
 
 
+def test_a_layer_counts_where_it_has_load() -> None:
+    records = [
+        record(layer([3, 1], 1), step=10),
+        record(layer([3, 1], 1), layer([4, 0], 2), step=20),
+        record(layer([0, 0], 1), layer([0, 0], 2), step=30),
+    ]
+    cv_LS = charts.cv_by_step(records)
+    nan = math.nan
+    np.testing.assert_array_equal(cv_LS, [[0.5, 0.5, nan], [nan, 1.0, nan]])
+    np.testing.assert_array_equal(charts.mean_over_layers(cv_LS), [0.5, 0.75, nan])
+
+
+def test_one_record_is_not_drawn_against_itself() -> None:
+    """The second part has a bar with the colours of the steps."""
+    last_step = (68, 1, 84)  # where viridis ends
+    one, two = (charts.loss_and_balance(run(steps=steps)) for steps in (10, 20))
+    assert area(one, last_step) == 0
+    assert area(two, last_step) > 10
+
+
 def every_picture(records) -> list[bytes | None]:
     return [
         charts.load_heat_map(records[-1]),

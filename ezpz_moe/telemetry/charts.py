@@ -106,14 +106,14 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
 
 def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
     """The coefficient of variation of every layer's load, and their mean, over the steps: PNG."""
-    steps_S, layers, cv_LS = _steps(records), _layers(records), _cv_LS(records)
+    steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = ScalarMappable(Normalize(layers[0], max(layers[-1], layers[0] + 1)), _ORDER)
+    colours = ScalarMappable(Normalize(layers[0], layers[-1]), _ORDER)
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
         _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
-    _line(axes, steps_S, _mean(cv_LS), color="black", linewidth=2.5, label="mean")
+    _line(axes, steps_S, mean_over_layers(cv_LS), color="black", linewidth=2.5, label="mean")
     if len(layers) <= _NAMES_FIT:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
@@ -131,8 +131,11 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
     None if no record has a finite loss. One record alone has no second part.
     """
     steps_S = _steps(records)
-    loss_S, cv_S = _finite([record.loss for record in records]), _mean(_cv_LS(records))
-    if np.isnan(loss_S).all():
+    loss_S, cv_S = (
+        np.array([r.loss for r in records], dtype=np.float64),
+        mean_over_layers(cv_by_step(records)),
+    )
+    if not np.isfinite(loss_S).any():
         return None
     figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
     has_course = np.isfinite(loss_S + cv_S).sum() > 1
@@ -167,7 +170,7 @@ def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=True):
         loss_S = [_mean_loss(record, name) for record in records]
-        _line(panel, _steps(records), _finite(loss_S), color=_LOSS_COLOUR)
+        _line(panel, _steps(records), loss_S, color=_LOSS_COLOUR)
         _over_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
     return _png(figure)
 
@@ -187,8 +190,8 @@ def _layer(record: StepRecord, number: int) -> LayerRecord | None:
     return next((layer for layer in record.layers if layer.layer == number), None)
 
 
-def _cv_LS(records: Sequence[StepRecord]) -> Array:
-    """NaN where a layer has no assignments."""
+def cv_by_step(records: Sequence[StepRecord]) -> Array:
+    """The CV of each layer's load in each record: [L, S], NaN where a layer has no assignments."""
     found = [[_layer(record, number) for record in records] for number in _layers(records)]
     return np.array(
         [
@@ -198,8 +201,8 @@ def _cv_LS(records: Sequence[StepRecord]) -> Array:
     )
 
 
-def _mean(values_LS: Array) -> Array:
-    """Over the layers that have a value, NaN where none has."""
+def mean_over_layers(values_LS: Array) -> Array:
+    """The mean of the layers that have a value: [S], NaN where none has."""
     has_LS = np.isfinite(values_LS)
     total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
     return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
@@ -208,12 +211,6 @@ def _mean(values_LS: Array) -> Array:
 def _mean_loss(record: StepRecord, name: str) -> float:
     values = [layer.losses[name] for layer in record.layers if name in layer.losses]
     return sum(values) / len(values) if values else math.nan
-
-
-def _finite(values: Sequence[float | None]) -> Array:
-    """NaN, which is not drawn, for what is missing or infinite."""
-    array = np.array([math.nan if value is None else value for value in values])
-    return np.where(np.isfinite(array), array, math.nan)
 
 
 def load_by_step(
