@@ -24,6 +24,7 @@ from ezpz_moe.commands.checkpoint import Checkpoint
 from ezpz_moe.commands.convert import Convert
 from ezpz_moe.commands.doctor import Doctor
 from ezpz_moe.commands.flavors import Flavors
+from ezpz_moe.commands.plot import Plot
 from ezpz_moe.commands.preflight import Preflight
 from ezpz_moe.commands.show import Show
 from ezpz_moe.commands.train import Train
@@ -47,6 +48,7 @@ class Arguments:
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
         | Annotated[Convert, subcommand("convert")]
+        | Annotated[Plot, subcommand("plot")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False

@@ -147,6 +147,15 @@ def test_layers_are_watched_apart() -> None:
     assert "layer 2: expert 0 " in message
 
 
+def test_collapse_and_rise_are_said_of_each_layer() -> None:
+    alerts = Alerts(Telemetry())
+    hot = [8000, *[1] * 7]
+    alerts.check(record(layer(skewed(0.1), 1), layer(hot, 2)))
+    messages = [m for _ in range(9) for m in alerts.check(record(layer(hot, 1), layer(hot, 2)))]
+    assert len(messages) == 2  # layer 2 had collapsed before, and its CV has not risen
+    assert all("layer 1: " in message for message in messages)
+
+
 def test_a_layer_that_saw_no_token_says_nothing_about_its_router() -> None:
     assert not any(said([[0] * 8] * 50, alert_dead_steps=1))
 

@@ -12,8 +12,8 @@ from telemetry_cases import layer, record
 from ezpz_moe.telemetry import figures
 from ezpz_moe.telemetry.scalars import scalars
 
-# A sum of n = 300 positive float64 has a relative error of at most n * 2**-53 = 3.3e-14; a figure is
-# made of at most three such sums and a few roundings.
+# A sum of n = 300 positive float64 has a relative error of at most n * 2**-53 = 3.3e-14; a figure
+# is made of at most three such sums and a few roundings.
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 
 counts = st.lists(st.integers(0, 2**40), min_size=1, max_size=300)
@@ -87,6 +87,7 @@ def test_even_and_one_hot_load_are_the_ends_of_every_scale(experts: int) -> None
 
 
 @given(st.integers(1, 300))
+@pytest.mark.filterwarnings("error")  # numpy's, of 0 / 0
 def test_without_assignments_all_experts_are_dead_and_nothing_else_is_claimed(experts: int) -> None:
     counts_E = [0] * experts
     assert figures.load_figures(counts_E) == {"dead_experts": experts}
@@ -118,8 +119,8 @@ def test_over_layers_is_the_mean_and_the_worst_at_the_bad_end() -> None:
 
 
 def test_a_loss_that_is_not_finite_stays_visible() -> None:
-    nan = layer([1, 1], 1, losses={"z_loss": math.nan})
-    values = scalars(record(nan, layer([1, 1], 2, losses={"z_loss": 1.0})))
+    nan = layer([1, 1], 2, losses={"z_loss": math.nan})
+    values = scalars(record(layer([1, 1], 1, losses={"z_loss": 1.0}), nan))
     assert math.isnan(values["moe/z_loss"])
     assert math.isnan(values["moe/z_loss_worst"])
 

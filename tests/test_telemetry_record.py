@@ -122,7 +122,7 @@ def test_a_killed_run_costs_its_last_line_only(path: Path, caplog, left: int) ->
     with caplog.at_level(logging.WARNING):
         assert read(path) == [first]
     (said,) = caplog.messages
-    assert said == f"{path}, line 2: is cut off, by a run that was killed; left out."
+    assert said == f"{path}, line 2: is cut off, for the run was killed or is writing it; left out."
     append(path, third)  # the run is resumed
     caplog.clear()
     assert read(path) == [first, third]

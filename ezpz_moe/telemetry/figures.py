@@ -70,7 +70,7 @@ def max_over_mean(counts_E: Counts) -> float:
 
 
 def max_violation(counts_E: Counts) -> float:
-    """MaxVio of Loss-Free Balancing (arXiv 2408.15664, section 4.1): max over mean, less 1."""
+    """MaxVio of Loss-Free Balancing (arXiv 2408.15664): max over mean, less 1."""
     return max_over_mean(counts_E) - 1.0
 
 

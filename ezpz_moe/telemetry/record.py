@@ -78,7 +78,7 @@ def append(path: Path, record: StepRecord) -> None:
     Raises:
         EzpzError: the file cannot be written.
     """
-    line = f"{json.dumps(_as_json(record), allow_nan=False)}\n".encode()
+    line = f"{json.dumps(_as_json(record))}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -113,7 +113,9 @@ def read(path: Path) -> list[StepRecord]:
         _take(records, _parsed(line, f"{path}, line {number}"))
     if rest and _is_cut(rest):
         logger.warning(
-            "%s, line %d: is cut off, by a run that was killed; left out.", path, len(lines)
+            "%s, line %d: is cut off, for the run was killed or is writing it; left out.",
+            path,
+            len(lines),
         )
     elif rest:
         _take(records, _parsed(rest, f"{path}, line {len(lines)}"))

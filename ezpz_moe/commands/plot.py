@@ -1,0 +1,39 @@
+"""``ezpz-moe plot``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe import display
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw a run's expert load: over steps, its variation, loss against balance, on one HTML page.
+
+    The run needs a [telemetry] table in its flavor, and may go on while it is drawn.
+    Pictures of an earlier call are replaced.
+    """
+
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+    """The run's dump_folder, or its telemetry.jsonl."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where the pictures and the page go; RUN_DIR/telemetry unless given."""
+
+    def run(self) -> int:
+        with display.progress().status("Drawing ..."):
+            from ezpz_moe.telemetry.plot import plot
+            from ezpz_moe.telemetry.summary import headline, over_layers_rows
+
+            plotted = plot(self.run_dir, self.out)
+        display.print_line(headline(plotted.last))
+        display.print_table(over_layers_rows(plotted.last))
+        for alert in plotted.alerts:
+            display.print_line(f"ALERT {alert}")
+        for path in plotted.paths:
+            display.print_line(f"{path} written")
+        return 0

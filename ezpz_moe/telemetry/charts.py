@@ -1,0 +1,321 @@
+"""Pictures of expert load, as PNG bytes. Import this only to draw: matplotlib takes its time.
+
+Legend: S records, in the order of their steps; E routed experts; L MoE layers. Every picture of
+load has one colour scale, so that pictures of other steps, layers and runs compare: white is even
+load, red is more, blue is less, black is a dead expert. Red against blue, and the viridis of the
+layers, are told apart with every common colour blindness.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ezpz_moe.telemetry.figures import coefficient_of_variation, relative_load
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.summary import steps
+
+Array = npt.NDArray[np.float64]
+
+DPI = 100
+_WIDTH = 10.0  # inches, of a picture without a size of its own
+_LARGEST = 30.0  # inches, of a heat map's cells together
+_COLUMNS = 400  # of a heat map over steps: no screen shows more
+
+
+def _part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
+    return LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(first, last, 256)))
+
+
+_LOAD = _part_of("RdBu_r", 0.1, 0.9)  # without its darkest ends, to be told from black
+_ORDER = _part_of("viridis_r", 0.1, 1.0)  # of layers and steps; without yellow, faint on white
+_SCALE = LogNorm(0.25, 4.0)
+_DEAD, _ABSENT = "black", "0.85"
+_LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe and Ito's palette
+_VALUES_FIT = 16  # experts in a row, with room for a figure in each cell
+_NAMES_FIT = 12  # layers in a legend
+_ROUND: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
+
+
+def load_heat_map(record: StepRecord) -> bytes:
+    """The load of each layer (rows) and expert (columns) in one record: PNG.
+
+    Small models have the figure in each cell. Layers may have different numbers of experts.
+    """
+    loads = [relative_load(layer.counts_E) for layer in record.layers]
+    experts, rows = max(map(len, loads)), len(loads)
+    load_LE = np.full((rows, experts), np.nan)
+    for row, load_E in enumerate(loads):
+        load_LE[row, : len(load_E)] = load_E
+    cell_w, cell_h = _cell(experts, 0.6, 0.04, 10.0), _cell(rows, 0.4, 0.1, 6.0)
+    size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    _draw_load(axes, load_LE, np.arange(experts + 1) - 0.5, np.arange(rows + 1) - 0.5)
+    axes.invert_yaxis()
+    _name_rows(axes, [layer.layer for layer in record.layers])
+    axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True, min_n_ticks=1))
+    if experts <= _VALUES_FIT and rows <= 4 * _VALUES_FIT:
+        _write_values(axes, load_LE)
+    axes.set(xlabel="expert", ylabel="layer", title=f"expert load, {steps(record)}")
+    _add_load_bar(figure, axes, [record], location="bottom", pad=0.1 / size[1])
+    return _png(figure)
+
+
+def load_over_steps(records: Sequence[StepRecord]) -> bytes:
+    """A panel for each layer, with the load of its experts (rows) over the steps (columns): PNG.
+
+    With more records than a screen has room for, a column is the sum of several.
+    """
+    layers = _layers(records)
+    experts = max(len(layer.counts_E) for record in records for layer in record.layers)
+    columns = 1 if len(layers) <= 6 else 2 if len(layers) <= 12 else 4
+    rows = math.ceil(len(layers) / columns)
+    # A pixel for each expert, so that a dead one is seen, and room for the title and the axis.
+    height = min(6.0, max(1.2, min(2.4, 0.16 * experts), 0.9 + experts / DPI))
+    size = max(_WIDTH, 3.6 * columns), rows * height + 1
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for unused in panels[len(layers) :]:
+        unused.remove()
+    panels = panels[: len(layers)]
+    for panel, layer in zip(panels, layers, strict=True):
+        load_ES, edges = load_by_step(records, layer)
+        _draw_load(panel, load_ES, edges, np.arange(len(load_ES) + 1) - 0.5)
+        panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
+        panel.set_title(f"layer {layer}", fontsize="medium", loc="left")
+    for lowest in panels[-columns:]:
+        lowest.tick_params(labelbottom=True)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("expert", fontsize="medium")
+    _add_load_bar(figure, list(panels), records, location="top", pad=0.3 / size[1])
+    return _png(figure)
+
+
+def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
+    """The coefficient of variation of every layer's load, and their mean, over the steps: PNG."""
+    steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
+    figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = ScalarMappable(Normalize(layers[0], layers[-1]), _ORDER)
+    colour_L = colours.to_rgba(np.array(layers, dtype=float))
+    for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
+        _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
+    _line(axes, steps_S, mean_over_layers(cv_LS), color="black", linewidth=2.5, label="mean")
+    if len(layers) <= _NAMES_FIT:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    else:
+        axes.legend(handles=[axes.lines[-1]], frameon=False)
+        figure.colorbar(colours, ax=axes, label="layer")
+        _name_highest(axes, steps_S, layers, cv_LS)
+    _over_steps(axes, "CV of load: std / mean")
+    axes.set_ylim(bottom=0)
+    return _png(figure)
+
+
+def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
+    """Loss and mean CV over the steps on two axes, and one against the other: PNG.
+
+    None if no record has a finite loss. One record alone has no second part.
+    """
+    steps_S = _steps(records)
+    loss_S, cv_S = (
+        np.array([r.loss for r in records], dtype=np.float64),
+        mean_over_layers(cv_by_step(records)),
+    )
+    if not np.isfinite(loss_S).any():
+        return None
+    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    has_course = np.isfinite(loss_S + cv_S).sum() > 1
+    left, *right = figure.subplots(1, 1 + has_course, squeeze=False).flatten()
+    twin = left.twinx()
+    _line(left, steps_S, loss_S, color=_LOSS_COLOUR)
+    _line(twin, steps_S, cv_S, color=_CV_COLOUR, linestyle="--")
+    _over_steps(left, "training loss (solid)")
+    twin.set_ylabel("mean CV of load (dashed)")
+    twin.set_ylim(bottom=0)
+    twin.spines["top"].set_visible(False)
+    for axes, colour in ((left, _LOSS_COLOUR), (twin, _CV_COLOUR)):
+        axes.yaxis.label.set_color(colour)
+        axes.tick_params(axis="y", colors=colour)
+    for axes in right:
+        points = axes.scatter(cv_S, loss_S, c=steps_S, cmap=_ORDER, s=18)
+        axes.set(xlabel="mean CV of load", ylabel="training loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.colorbar(points, ax=axes, label="step", ticks=MaxNLocator(6, **_ROUND))
+    return _png(figure)
+
+
+def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
+    """Each balance loss, unscaled and as the mean over the layers, over the steps: PNG.
+
+    None if no record has one.
+    """
+    names = sorted({name for r in records for layer in r.layers for name in layer.losses})
+    if not names:
+        return None
+    figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False).flatten()
+    for panel, name in zip(panels, names, strict=True):
+        loss_S = [_mean_loss(record, name) for record in records]
+        _line(panel, _steps(records), loss_S, color=_LOSS_COLOUR)
+        _over_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
+    return _png(figure)
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+def _layers(records: Sequence[StepRecord]) -> list[int]:
+    return sorted({layer.layer for record in records for layer in record.layers})
+
+
+def _steps(records: Sequence[StepRecord]) -> list[int]:
+    return [record.step for record in records]
+
+
+def _layer(record: StepRecord, number: int) -> LayerRecord | None:
+    return next((layer for layer in record.layers if layer.layer == number), None)
+
+
+def cv_by_step(records: Sequence[StepRecord]) -> Array:
+    """The CV of each layer's load in each record: [L, S], NaN where a layer has no assignments."""
+    found = [[_layer(record, number) for record in records] for number in _layers(records)]
+    return np.array(
+        [
+            [coefficient_of_variation(one.counts_E) if one else math.nan for one in row]
+            for row in found
+        ]
+    )
+
+
+def mean_over_layers(values_LS: Array) -> Array:
+    """The mean of the layers that have a value: [S], NaN where none has."""
+    has_LS = np.isfinite(values_LS)
+    total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
+    return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
+
+
+def _mean_loss(record: StepRecord, name: str) -> float:
+    values = [layer.losses[name] for layer in record.layers if name in layer.losses]
+    return sum(values) / len(values) if values else math.nan
+
+
+def load_by_step(
+    records: Sequence[StepRecord], number: int, columns: int = _COLUMNS
+) -> tuple[Array, Array]:
+    """The load of a layer's experts over the steps, in at most ``columns`` columns.
+
+    Returns [E, columns], the assignments of a column's records over their mean, and the edges in
+    steps, [columns + 1]: a column reaches from the one before to the step of its last record.
+    """
+    found = [(r, layer) for r in records if (layer := _layer(r, number)) is not None]
+    experts = max(len(layer.counts_E) for _, layer in found)
+    found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
+    groups = np.array_split(np.arange(len(found)), min(len(found), columns))
+    first = found[0][0]
+    edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
+    counts = [np.sum([found[i][1].counts_E for i in group], axis=0) for group in groups]
+    return np.stack([relative_load(counts_E) for counts_E in counts], axis=1), np.array(edges)
+
+
+# Drawing ------------------------------------------------------------------------------------------
+
+
+def _cell(number: int, largest: float, smallest: float, room: float) -> float:
+    """The size in inches of each of so many cells, which are to fit into the room if they can."""
+    return min(largest, max(smallest, room / number), _LARGEST / number)
+
+
+def _draw_load(axes: Axes, load: Array, x_edges: npt.ArrayLike, y_edges: npt.ArrayLike) -> None:
+    """Cells with the load as their colour."""
+    colours = _LOAD(_SCALE(np.nan_to_num(load, nan=1.0)))
+    colours[load == 0] = to_rgba(_DEAD)
+    colours[np.isnan(load)] = to_rgba(_ABSENT)
+    axes.pcolorfast(x_edges, y_edges, colours)
+    axes.tick_params(length=2)
+
+
+def _add_load_bar(
+    figure: Figure, axes: Axes | list[Axes], records: Sequence[StepRecord], **place: Any
+) -> None:
+    has_dead = any(
+        0 in layer.counts_E and any(layer.counts_E) for r in records for layer in r.layers
+    )
+    label = f"load: assignments / layer's mean{' (black: dead)' * has_dead}"
+    scale = ScalarMappable(_SCALE, _LOAD)
+    bar = figure.colorbar(
+        scale, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
+    )
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
+    bar.minorticks_off()
+
+
+def _write_values(axes: Axes, load_LE: Array) -> None:
+    for (row, expert), load in np.ndenumerate(load_LE):
+        if np.isnan(load):
+            continue
+        red, green, blue, _ = _LOAD(_SCALE(load)) if load else (0, 0, 0, 1)
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        axes.text(
+            expert,
+            row,
+            "dead" if load == 0 else f"{load:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if is_dark else "black",
+        )
+
+
+def _name_rows(axes: Axes, names: Sequence[int]) -> None:
+    """All of a few, and of many the round ones."""
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if len(names) <= 20 * n or n == 100)
+    rows = [row for row, name in enumerate(names) if name % every == 0]
+    axes.set_yticks(rows, [str(names[row]) for row in rows])
+
+
+def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_LS: Array) -> None:
+    """Name the line that ends highest, beside its end."""
+    last_L = np.nan_to_num(values_LS[:, -1], nan=-1.0)
+    highest = int(last_L.argmax())
+    axes.annotate(
+        f"layer {names[highest]}",
+        (steps_S[-1], last_L[highest]),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+    )
+
+
+def _line(axes: Axes, steps_S: Sequence[int], values_S: npt.ArrayLike, **style: Any) -> None:
+    """A line; a value without a neighbour, which has no line, is a point."""
+    marker = "o" if np.isfinite(values_S).sum() == 1 else None
+    axes.plot(steps_S, values_S, marker=marker, **style)
+
+
+def _over_steps(axes: Axes, label: str, *, is_lowest: bool = True) -> None:
+    axes.set_ylabel(label, parse_math=False)
+    if is_lowest:
+        axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(8, **_ROUND))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

@@ -1,0 +1,98 @@
+"""Pictures and a page of a whole run, from its ``telemetry.jsonl``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.routing_schema import Telemetry
+from ezpz_moe.telemetry import charts, page
+from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
+
+FOLDER = "telemetry"
+PAGE = "telemetry.html"
+
+
+@dataclass(frozen=True)
+class Plotted:
+    """The files that were written, the page last; the last record; every alert of the run."""
+
+    paths: list[Path]
+    last: StepRecord
+    alerts: list[str]
+
+
+def plot(run: Path, out: Path | None = None) -> Plotted:
+    """Draw the run in the folder (or of the file) ``run``, into ``out``.
+
+    Without ``out`` it is the folder ``telemetry`` beside the records. Files of an earlier call are
+    replaced when everything has been drawn.
+
+    Raises:
+        EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
+    """
+    source = _find(run)
+    records = read(source)
+    if not records:
+        raise EzpzError(
+            f"{source}: holds no records yet: the run had not come to its first, after as many "
+            "steps as [telemetry] every in its flavor says, or as it logs after."
+        )
+    pictures = _draw(records)
+    alerts = raised(records)
+    files = {f"{picture.name}.png": picture.png for picture in pictures}
+    files[PAGE] = page.page(source, records, pictures, alerts, Telemetry()).encode()
+    return Plotted(_write(files, out or source.parent / FOLDER), records[-1], alerts)
+
+
+def raised(records: Iterable[StepRecord]) -> list[str]:
+    """The alerts that the default thresholds raise in a run."""
+    alerts = Alerts(Telemetry())
+    return [message for record in records for message in alerts.check(record)]
+
+
+def _find(run: Path) -> Path:
+    """The file of the records of a run."""
+    if not run.exists():
+        raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
+    if not run.is_dir():
+        return run
+    if (file := run / FILE_NAME).exists():
+        return file
+    below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
+    hint = f" There is one below it: {below[0]}." if below else ""
+    raise EzpzError(
+        f"{run}: holds no {FILE_NAME}. A run whose flavor has a [telemetry] table writes it into "
+        f"its dump_folder.{hint}"
+    )
+
+
+def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
+    """Every picture that the records have figures for."""
+    drawn = {
+        "load_last": charts.load_heat_map(records[-1]),
+        "load_over_steps": charts.load_over_steps(records),
+        "cv_over_steps": charts.cv_over_steps(records),
+        "loss_and_balance": charts.loss_and_balance(records),
+        "balance_losses": charts.balance_losses(records),
+    }
+    return [page.Picture(name, png) for name, png in drawn.items() if png is not None]
+
+
+def _write(files: dict[str, bytes], out: Path) -> list[Path]:
+    """Put the files in their place when all are on the disk, the page last."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            for name in files:
+                os.replace(Path(folder, name), out / name)
+    except OSError as error:
+        raise EzpzError(f"{out}: cannot be written: {error}. Choose another with --out.") from error
+    return [out / name for name in files]

@@ -1,0 +1,97 @@
+"""The figures of one record as rows for people."""
+
+from __future__ import annotations
+
+import math
+
+from ezpz_moe.telemetry.figures import WORST, layer_figures, over_layers
+from ezpz_moe.telemetry.record import StepRecord
+
+LABELS = {
+    "cv": "CV (std / mean)",
+    "max_over_mean": "max / mean",
+    "min_over_mean": "min / mean",
+    "p50_over_mean": "p50 / mean",
+    "p95_over_mean": "p95 / mean",
+    "effective_fraction": "exp(entropy) / E",
+    "dead_experts": "dead experts (sum)",
+    "tokens_per_expert": "tokens per expert and step",
+    "zero_fraction": "to zero-computation experts",
+    "top1_probability": "top-1 probability",
+    "margin": "top-1 less top-2",
+    "bias_norm": "bias norm",
+    "padding_waste": "padding waste",
+    "drop_rate": "drop rate",
+    "aux_loss": "aux_loss, unscaled",
+    "mse_loss": "mse_loss, unscaled",
+    "z_loss": "z_loss, unscaled",
+}
+_COLUMNS = {"dead_experts": "dead experts"}  # in a table of layers nothing is summed up
+
+
+def over_layers_rows(record: StepRecord) -> list[dict[str, str]]:
+    """A row for each figure: over all layers, at its worst, and in which layer that is."""
+    figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
+    summary = over_layers(figures_L)
+    return [
+        {
+            "figure": label,
+            "over layers": shown(summary[name]),
+            **_worst(record, figures_L, name),
+        }
+        for name, label in LABELS.items()
+        if name in summary
+    ]
+
+
+def layer_rows(record: StepRecord) -> list[dict[str, str]]:
+    """A row for each layer, with every figure that some layer has."""
+    figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
+    has = [name for name in LABELS if any(name in figures for figures in figures_L)]
+    return [
+        {
+            "layer": str(layer.layer),
+            **{_COLUMNS.get(name, LABELS[name]): shown(figures.get(name)) for name in has},
+        }
+        for layer, figures in zip(record.layers, figures_L, strict=True)
+    ]
+
+
+def headline(record: StepRecord) -> str:
+    """What the record is of, in a line."""
+    experts = sorted({len(layer.counts_E) for layer in record.layers})
+    numbers = " or ".join(map(str, experts))
+    loss = "" if record.loss is None else f", loss {shown(record.loss)}"
+    layers = len(record.layers)
+    return (
+        f"{steps(record)}: {layers} MoE layer{'s' * (layers > 1)} of {numbers} experts, computed "
+        f"by {record.backend}{loss}"
+    )
+
+
+def steps(record: StepRecord) -> str:
+    """``step 7``, or ``steps 1 to 10`` of a record that sums up several."""
+    if record.steps == 1:
+        return f"step {record.step}"
+    return f"steps {record.step - record.steps + 1} to {record.step}"
+
+
+def shown(value: float | None) -> str:
+    """Three digits, a dash where there is no value."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+
+
+def _worst(record: StepRecord, figures_L: list[dict[str, float]], name: str) -> dict[str, str]:
+    """The worst value and its layer, the first of several; not where all are alike."""
+    values = {
+        layer.layer: figures[name]
+        for layer, figures in zip(record.layers, figures_L, strict=True)
+        if name in figures
+    }
+    if name not in WORST or len(set(values.values())) == 1:
+        return {"worst": "-", "in layer": "-"}
+    worst = float(WORST[name](list(values.values())))
+    in_layer = next((n for n, v in values.items() if v == worst or math.isnan(v)), None)
+    return {"worst": shown(worst), "in layer": str(in_layer)}

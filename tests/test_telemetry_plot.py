@@ -1,0 +1,226 @@
+"""``ezpz-moe plot``: the files, the page, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from telemetry_cases import at, layer, record, run
+
+from ezpz_moe import cli
+from ezpz_moe.telemetry import page
+from ezpz_moe.telemetry.plot import plot
+from ezpz_moe.telemetry.record import append
+
+PICTURES = ["load_last", "load_over_steps", "cv_over_steps", "loss_and_balance", "balance_losses"]
+FILES = [*(f"{name}.png" for name in PICTURES), "telemetry.html"]
+
+
+def written(folder: Path, records) -> Path:
+    for each in records:
+        append(folder / "telemetry.jsonl", each)
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A short run, in whose last layer an expert dies."""
+    return written(tmp_path / "run", run(layers=2, experts=4, steps=220, every=20, dead=1))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return written(tmp_path / "tiny", [record(layer([3, 1]))])
+
+
+class Page(HTMLParser):
+    """What a browser would load, show and run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open  # every tag is closed
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+
+def refusal(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plot", *map(str, arguments)])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line.removeprefix("ezpz-moe: error: ")
+
+
+def test_the_command_writes_and_tells(run_dir: Path, capsys) -> None:
+    assert cli.main(["plot", str(run_dir)]) == 0
+    out = run_dir / "telemetry"
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("steps 201 to 220: 2 MoE layers of 4 experts, computed by for_loop")
+    assert lines[-6:] == [f"{out / name} written" for name in FILES]
+    rows = {line.split("  ")[0].strip(): line.split() for line in lines}
+    assert rows["min / mean"][-2:] == ["0", "2"]  # the dead expert, in layer 2
+    assert rows["dead experts (sum)"][-3:] == ["1", "1", "2"]
+    (alert,) = [line for line in lines if "got no token" in line]
+    assert alert.startswith("ALERT step 200, layer 2: expert 3 of 4 got no token for 100 steps")
+
+
+def test_the_page_needs_nothing_else(run_dir: Path) -> None:
+    plotted = plot(run_dir)
+    shown = Page(plotted.paths[-1].read_text())
+    assert not shown.tags & {"script", "link", "iframe", "object"}
+    start = "data:image/png;base64,"
+    assert all(link.startswith(start) for link in shown.links)
+    pictures = [base64.b64decode(link.removeprefix(start), validate=True) for link in shown.links]
+    assert pictures == [path.read_bytes() for path in plotted.paths[:-1]]
+    assert "url(" not in plotted.paths[-1].read_text()
+    assert "@import" not in plotted.paths[-1].read_text()
+
+
+def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
+    plotted = plot(run_dir)
+    shown = Page(plotted.paths[-1].read_text())
+    assert plotted.alerts
+    assert all(alert in shown.text for alert in plotted.alerts)
+    by_layer = shown.rows[[row[0] for row in shown.rows].index("layer") :]
+    figures = [dict(zip(by_layer[0], row, strict=True)) for row in by_layer[1:]]
+    assert [row["layer"] for row in figures] == ["1", "2"]
+    assert [row["dead experts"] for row in figures] == ["0", "1"]
+    assert float(figures[1]["max / mean"]) == pytest.approx(
+        max(plotted.last.layers[1].counts_E) / sum(plotted.last.layers[1].counts_E) * 4, rel=5e-3
+    )
+
+
+def test_no_alerts_are_said_to_be_none(tiny: Path) -> None:
+    assert "<h2>No alerts</h2>" in plot(tiny).paths[-1].read_text()
+
+
+def test_what_a_run_names_itself_is_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>&\"'"
+    losses = {"losses": {evil: 1.0}, "scaled_losses": {}}
+    folder = written(
+        tmp_path / "<b>run&amp;",
+        [record(layer([3, 1], **losses), backend=evil)],
+    )
+    text = plot(folder).paths[-1].read_text()
+    shown = Page(text)
+    assert not shown.tags & {"script", "b"}
+    assert f"computed by {evil}" in shown.text
+    assert "Expert load of <b>run&amp;" in shown.text
+
+
+def test_out_and_the_file_itself(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "plots"
+    assert cli.main(["plot", str(tiny / "telemetry.jsonl"), "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert [path.name for path in tiny.iterdir()] == ["telemetry.jsonl"]
+
+
+def test_a_run_that_goes_on_is_drawn_again(tiny: Path) -> None:
+    before = plot(tiny).paths[-1].read_text()
+    append(tiny / "telemetry.jsonl", at(record(layer([4, 4])), 20))
+    after = plot(tiny).paths[-1].read_text()
+    assert "steps 1 to 10" in before
+    assert "steps 11 to 20" in after
+    assert sorted(path.name for path in (tiny / "telemetry").iterdir()) == sorted(FILES)
+
+
+def test_a_run_without_losses_has_no_picture_of_them(tmp_path: Path) -> None:
+    bare = record(layer([3, 1], losses={}, scaled_losses={}), loss=None)
+    names = [path.name for path in plot(written(tmp_path / "bare", [bare])).paths]
+    assert names == [*FILES[:3], FILES[-1]]
+
+
+def test_nothing_is_written_when_drawing_fails(tiny: Path, monkeypatch) -> None:
+    def broken(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(page, "page", broken)
+    with pytest.raises(RuntimeError):
+        plot(tiny)
+    assert [path.name for path in tiny.iterdir()] == ["telemetry.jsonl"]
+
+
+def test_no_picture_is_replaced_when_the_disk_is_full(tiny: Path, monkeypatch, capsys) -> None:
+    plot(tiny)
+    before = {path: path.read_bytes() for path in (tiny / "telemetry").iterdir()}
+    append(tiny / "telemetry.jsonl", at(record(layer([4, 4])), 20))
+    whole = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "telemetry.html":
+            raise OSError(28, "No space left on device")
+        return whole(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left on device" in refusal(capsys, tiny)
+    assert {path: path.read_bytes() for path in (tiny / "telemetry").iterdir()} == before
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
+    missing = tmp_path / "typo"
+    assert refusal(capsys, missing) == (
+        f"{missing}: there is no such folder or file. Name a run's dump_folder."
+    )
+    without = tmp_path / "other"
+    without.mkdir()
+    assert refusal(capsys, without).startswith(f"{without}: holds no telemetry.jsonl. A run whose")
+    foreign = tmp_path / "notes.txt"
+    foreign.write_bytes(b"\xff\xfe notes\n")
+    assert refusal(capsys, foreign).startswith(f"{foreign}, line 1: is no JSON")
+    empty = tmp_path / "telemetry.jsonl"
+    empty.touch()
+    assert refusal(capsys, tmp_path).startswith(f"{empty}: holds no records yet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes.txt",
+        "other",
+        "telemetry.jsonl",
+    ]
+
+
+def test_the_folder_above_a_run_leads_to_it(tiny: Path, capsys) -> None:
+    expected = f"There is one below it: {tiny / 'telemetry.jsonl'}."
+    assert refusal(capsys, tiny.parent).endswith(expected)
+
+
+def test_out_that_is_a_file_is_refused(tiny: Path, capsys) -> None:
+    file = tiny / "telemetry.jsonl"
+    message = refusal(capsys, tiny, "--out", file)
+    assert message.startswith(f"{file}: cannot be written: ")
+    assert message.endswith("Choose another with --out.")
+
+
+def test_plotting_needs_neither_torch_nor_a_host(tiny: Path) -> None:
+    program = (
+        "import sys\nfrom ezpz_moe.cli import main\n"
+        f"main(['plot', {str(tiny)!r}])\n"
+        "print({'torch', 'torchtitan', 'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert output.splitlines()[-1] == "set()"
