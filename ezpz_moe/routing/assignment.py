@@ -21,18 +21,19 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
 
     Args:
         scores_TE: positive scores, float32 or float64.
-        mask_T: bool, False for a token that must not count (padding); its row is zero.
+        mask_T: bool, False for a token that must not count (padding), whatever its scores are; its
+            row is zero.
         tolerance: iterations end when no column's factor changes by more than this, relatively.
         iterations: at most so many.
 
     Returns:
         A new tensor like ``scores_TE``. Device syncs: one in each iteration.
     """
-    scores_TE = scores_TE * mask_T.unsqueeze(-1)
+    scores_TE = torch.where(mask_T.unsqueeze(-1), scores_TE, 0)
     tokens = mask_T.sum().clamp(min=1)
     E = scores_TE.shape[-1]
     tiny = torch.finfo(scores_TE.dtype).tiny
-    factor_E = torch.ones_like(scores_TE[0]) if len(scores_TE) else scores_TE.new_ones(E)
+    factor_E = scores_TE.new_ones(E)
     factor_T = scores_TE.new_ones(len(scores_TE))
     for _ in range(iterations):
         factor_T = 1 / (tokens * (scores_TE @ factor_E)).clamp(min=tiny)
