@@ -8,12 +8,12 @@ from torch import Tensor
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_dtype = loss.dtype
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.loss_dtype)
 
 

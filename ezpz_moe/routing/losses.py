@@ -1,8 +1,9 @@
 """What a router is trained on beside the model's own loss.
 
-Each loss is that of a *group* of tokens, a value per group, differentiable in the scores or logits;
-float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN`` False where a token is padding: it is in no
-sum and gets a gradient of exactly zero. A group without tokens has the loss 0.
+Each loss is that of a *group* of tokens, a value per group, differentiable in the scores or
+logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN`` False where a
+token is padding: it is in no sum and gets a gradient of exactly zero. A group without tokens has
+the loss 0.
 
 A group may be spread over ranks: ``share`` then adds up a tensor over them, with the gradient of
 the own addend alone. The gradients of all ranks add up to that of the group's loss.
