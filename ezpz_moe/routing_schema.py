@@ -41,7 +41,11 @@ class Schedule(Data):
     def _may_be_a_number(cls, value: object) -> object:
         if isinstance(value, dict | cls):
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise mistake("should be a number above 0, or a table of start, end and steps")
         return {"start": value, "end": value, "steps": 1}
 
