@@ -25,4 +25,4 @@ def value_at(schedule: Schedule, step: int) -> float:
         case "exponential":
             return start ** (1 - progress) * end**progress
         case "cosine":
-            return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+            return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2
