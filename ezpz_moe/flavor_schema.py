@@ -10,7 +10,14 @@ from pydantic import Field, field_validator, model_validator
 
 from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.errors import did_you_mean
-from ezpz_moe.routing_schema import Balance, Experts, Router, Telemetry, routing_conflicts
+from ezpz_moe.routing_schema import (
+    Balance,
+    Experts,
+    Router,
+    Telemetry,
+    routing_conflicts,
+    size_conflicts,
+)
 from ezpz_moe.schema import Data, mistake
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
@@ -88,7 +95,11 @@ class Flavor(Data):
 
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
-        if conflicts := list(routing_conflicts(self.router, self.balance)):
+        conflicts = list(routing_conflicts(self.router, self.balance))
+        if size := self.dimensions:
+            sizes = {"experts": size.num_experts, "top_k": size.router_top_k}
+            conflicts += size_conflicts(self.router, **sizes)
+        if conflicts:
             raise mistake("; ".join(conflicts))
         return self
 

@@ -214,8 +214,12 @@ def _messages(
     missing = []
     for error in errors:
         key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
-        file = origin.get(key, path)
-        if error["type"] == "missing":
+        # The file sets a key of a schedule along with the whole schedule.
+        file = origin.get(key) or origin.get(key.rpartition(".")[0], path)
+        if error["type"] == "missing" and error["loc"][0] in ("router", "balance"):
+            schedule, _, inner = key.rpartition(".")
+            yield f"{file}: {schedule}: the key {inner} is missing; a schedule is given as a whole."
+        elif error["type"] == "missing":
             missing.append(key)
         elif error["type"] == "extra_forbidden":
             table, _, inner = key.partition(".")

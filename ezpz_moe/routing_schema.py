@@ -5,7 +5,9 @@ docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -25,7 +27,8 @@ _NotNegative = Annotated[float, Field(ge=0)]
 class Schedule(Data):
     """A value that moves from ``start`` to ``end`` within ``steps`` and stays there.
 
-    A mere number stands for a value that does not move.
+    A mere number stands for a value that does not move. A schedule is one value: a flavor that
+    inherits it may replace it, not a part of it.
     """
 
     start: _Positive
@@ -36,8 +39,15 @@ class Schedule(Data):
     @model_validator(mode="before")
     @classmethod
     def _may_be_a_number(cls, value: object) -> object:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return {"start": value, "end": value, "steps": 1} if is_number else value
+        if isinstance(value, dict | cls):
+            return value
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise mistake("should be a number above 0, or a table of start, end and steps")
+        return {"start": value, "end": value, "steps": 1}
 
     @property
     def is_constant(self) -> bool:
@@ -97,7 +107,8 @@ class Balance(Data):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.bias_rate is not None and self.bias_update in (None, "none"):
+        # With "none" it may stand: an inherited rate cannot be removed.
+        if self.bias_rate is not None and self.bias_update is None:
             raise mistake(
                 'bias_rate has no effect without bias_update = "sign" or "proportional"; '
                 "set it, or remove bias_rate"
@@ -118,40 +129,72 @@ class Telemetry(Data):
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
     """What the two tables exclude in each other."""
-    if router.routing == "sinkhorn" and (balance.aux_loss or balance.mse_loss):
+    balancing = _changed(balance, ("aux_loss", "mse_loss"), table="balance.")
+    if router.routing == "sinkhorn" and balancing:
         yield (
-            'router.routing = "sinkhorn" excludes balance.aux_loss and balance.mse_loss: its '
-            "assignment is doubly stochastic, so it is balanced already. Remove the loss, or "
-            'route with "topk"'
+            f'router.routing = "sinkhorn" excludes {balancing}: its assignment is doubly '
+            "stochastic, so it is balanced already. Remove the loss (set it to 0 if it is "
+            'inherited), or route with "topk"'
         )
-    if router.routing == "balanced" and (
-        balance.has_losses or balance.bias_update == "proportional"
-    ):
+    keys = ["aux_loss", "mse_loss", "z_loss"]
+    keys += ["bias_update"] if balance.bias_update != "none" else []
+    if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
         yield (
-            'router.routing = "balanced" does not choose by the scores: balance losses and bias '
-            "updates would have no effect. Remove them"
+            f'router.routing = "balanced" does not choose by the scores: {changed} would have no '
+            'effect. Remove it; if it is inherited, set a loss to 0 and bias_update to "none"'
+        )
+
+
+def size_conflicts(router: Router, *, experts: int, top_k: int) -> Iterator[str]:
+    """What does not fit a model of ``experts`` routed experts, of which a token uses ``top_k``."""
+    choices = experts + router.zero_computation_experts
+    if router.top_k is not None and router.top_k > choices:
+        yield (
+            f"router.top_k = {router.top_k} exceeds the {choices} experts that there are: "
+            f"{experts} routed and {router.zero_computation_experts} zero-computation ones"
+        )
+    left = experts - router.skip_first_n_experts
+    if left < top_k:
+        yield (
+            f"router.skip_first_n_experts = {router.skip_first_n_experts} leaves {max(left, 0)} of "
+            f"{experts} experts, but a token uses {top_k}"
         )
 
 
 def _router_conflicts(router: Router) -> Iterator[str]:
-    given = router.model_fields_set
     for routing, keys in {
         "sinkhorn": ("sinkhorn_tolerance", "sinkhorn_iterations"),
         "balanced": ("noise", "skip_first_n_experts"),
     }.items():
-        if routing != router.routing and (without := [key for key in keys if key in given]):
-            yield f'{" and ".join(without)}: for routing = "{routing}" only'
-    if router.routing == "balanced" and router.jitter_noise:
-        yield 'jitter_noise has no effect with routing = "balanced", which has its own noise'
-    if router.zero_computation_experts and router.routing != "topk":
+        if routing != router.routing and (changed := _changed(router, keys)):
+            defaults = " and ".join(f"{key} = {Router.model_fields[key].default}" for key in keys)
+            yield (
+                f'{changed} has no effect with routing = "{router.routing}", only with '
+                f'"{routing}"; remove it, or if it is inherited set {defaults}'
+            )
+    if router.routing == "balanced" and (changed := _changed(router, ("jitter_noise",))):
         yield (
-            f'null_experts, copy_experts and constant_experts need routing = "topk", not '
-            f'"{router.routing}"'
+            f'{changed} has no effect with routing = "balanced", which has its own noise; '
+            "remove it, or if it is inherited set it to 0"
         )
+    zero_computation = ("null_experts", "copy_experts", "constant_experts")
+    if router.routing != "topk" and (changed := _changed(router, zero_computation)):
+        yield f'{changed} needs routing = "topk", not "{router.routing}"'
     if router.top_k is not None and not router.zero_computation_experts:
         yield (
-            "top_k is raised for zero-computation experts only; without them the model's own "
-            "top-k stands (router_top_k)"
+            f"top_k = {router.top_k} is for zero-computation experts only; without them the "
+            "model's own top-k stands (router_top_k)"
         )
     if not router.dispatch_padding and router.pad_token_id is None:
         yield "dispatch_padding = false needs pad_token_id, which says what padding is"
+
+
+def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
+    """``key = value`` of those keys that have not their default.
+
+    By value, not by presence: a flavor can set what it inherits to the default, but not remove it.
+    """
+    fields = type(data).model_fields
+    values = {key: getattr(data, key) for key in keys}
+    changed = {key: value for key, value in values.items() if value != fields[key].default}
+    return " and ".join(f"{table}{key} = {json.dumps(value)}" for key, value in changed.items())

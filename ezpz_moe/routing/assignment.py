@@ -21,26 +21,28 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
 
     Args:
         scores_TE: positive scores, float32 or float64.
-        mask_T: bool, False for a token that must not count (padding); its row is zero.
-        tolerance: iterations end when no column's factor changes by more than this, relatively.
+        mask_T: bool, False for a token that must not count (padding), whatever its scores are; its
+            row is zero.
+        tolerance: iterations end when the experts' weights differ by no more than this, relatively.
+            An expert whose scores are all zero does not count.
         iterations: at most so many.
 
     Returns:
         A new tensor like ``scores_TE``. Device syncs: one in each iteration.
     """
-    scores_TE = scores_TE * mask_T.unsqueeze(-1)
-    tokens = mask_T.sum().clamp(min=1)
-    E = scores_TE.shape[-1]
+    plan_TE = torch.where(mask_T.unsqueeze(-1), scores_TE, 0)
+    tokens, E = mask_T.sum().clamp(min=1), scores_TE.shape[-1]
     tiny = torch.finfo(scores_TE.dtype).tiny
-    factor_E = torch.ones_like(scores_TE[0]) if len(scores_TE) else scores_TE.new_ones(E)
-    factor_T = scores_TE.new_ones(len(scores_TE))
+    # The plan itself is scaled: factors beside it would grow without end where scores of zero leave
+    # no plan that is even.
     for _ in range(iterations):
-        factor_T = 1 / (tokens * (scores_TE @ factor_E)).clamp(min=tiny)
-        before_E, factor_E = factor_E, 1 / (E * (factor_T @ scores_TE)).clamp(min=tiny)
-        # Factors are free up to a common one, which settles with the first columns.
-        if bool(((factor_E - before_E).abs() <= tolerance * factor_E).all()):
+        plan_TE.div_((tokens * plan_TE.sum(1, keepdim=True)).clamp(min=tiny))
+        load_E = plan_TE.sum(0)
+        plan_TE.div_((E * load_E).clamp(min=tiny))
+        least = torch.where(load_E > 0, load_E, torch.inf).amin()
+        if bool(load_E.amax() <= (1 + tolerance) * least):
             break
-    return factor_T.unsqueeze(-1) * scores_TE * factor_E
+    return plan_TE
 
 
 @sinkhorn.register_fake

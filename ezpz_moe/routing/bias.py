@@ -24,5 +24,8 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
     counts_E = counts_E.float()
     mean = counts_E.mean()
     error_E = mean - counts_E
-    step_E = torch.sign(error_E) if by_sign else error_E / mean.clamp(min=1)
+    if by_sign:
+        step_E = torch.sign(error_E)
+    else:
+        step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     return rate * (step_E - step_E.mean())

@@ -1,8 +1,9 @@
 """What a router is trained on beside the model's own loss.
 
-Each loss is that of a *group* of tokens, a float32 value per group, differentiable in the scores
-or logits. Tokens come as [G, N, ...] with ``mask_GN`` False where a token is padding: it is in no
-sum and gets a gradient of exactly zero. A group without tokens has the loss 0.
+Each loss is that of a *group* of tokens, a value per group, differentiable in the scores or
+logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN`` False where a
+token is padding: it is in no sum and gets a gradient of exactly zero. A group without tokens has
+the loss 0.
 
 A group may be spread over ranks: ``share`` then adds up a tensor over them, with the gradient of
 the own addend alone. The gradients of all ranks add up to that of the group's loss.
@@ -25,13 +26,15 @@ def alone(addend: Tensor) -> Tensor:
     return addend
 
 
-def probabilities(scores_BLE: Tensor) -> Tensor:
-    """Scores over *all* experts as probabilities, float32: softmax's as they are, sigmoid's scaled.
+def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
+    """Scores over *all* experts as probabilities: softmax's as they are, sigmoid's scaled.
 
-    Scores of the chosen experts alone would make the balance loss constant in the routing.
+    Scores of the chosen experts alone would make the balance loss constant in the routing. A
+    padding token has zeros.
     """
-    scores_BLE = scores_BLE.float()
-    return scores_BLE / scores_BLE.sum(-1, keepdim=True).clamp(min=1e-20)
+    # Masked before, not after: the gradient of a padding token's NaN would be 0 / NaN.
+    scores_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(scores_GNE), 0)
+    return scores_GNE / scores_GNE.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
@@ -57,7 +60,7 @@ def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share =
 
 
 def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
-    """loss_G = E * sum_i f_i P_i: 1 when even, E when one expert has everything.
+    """loss_G = E * sum_i f_i P_i: 1 when even, E / K when the same K experts have everything.
 
     f is the share of the assignments that each expert has (it adds up to 1 for any top-k, and has
     no gradient), P the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4;
@@ -71,7 +74,8 @@ def mse_loss(P_GE: Tensor) -> Tensor:
 
     Source: the expert-usage loss of NVIDIA NeMo's MagpieTTS mixture of experts.
     """
-    return (P_GE - 1 / P_GE.shape[-1]).square().mean(-1)
+    # P adds up to 1, so that its mean is 1/E; or to 0 in a group without tokens, whose loss is 0.
+    return (P_GE - P_GE.mean(-1, keepdim=True)).square().mean(-1)
 
 
 def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
@@ -80,7 +84,7 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alon
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
     # Masked before, not after: the gradient of a padding token's NaN would be NaN * 0.
-    logits_GNE = torch.where(mask_GN.unsqueeze(-1), logits_GNE.float(), 0)
+    logits_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(logits_GNE), 0)
     squares_GN = logits_GNE.logsumexp(-1).square() * mask_GN
     return share(squares_GN.sum(-1)) / n_G
 
@@ -94,3 +98,7 @@ def merged_null_share(f_GE: Tensor, experts: int) -> Tensor:
     zero_GZ = f_GE[..., experts:]
     even_GZ = zero_GZ.mean(-1, keepdim=True).expand_as(zero_GZ)
     return torch.cat([f_GE[..., :experts], even_GZ], dim=-1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

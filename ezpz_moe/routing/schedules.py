@@ -17,12 +17,12 @@ def value_at(schedule: Schedule, step: int) -> float:
     """
     start, end = schedule.start, schedule.end
     progress = 1.0 if schedule.steps == 1 else min(1.0, max(0, step - 1) / (schedule.steps - 1))
-    if progress == 1.0:
+    if progress == 1.0 or schedule.is_constant:
         return end
     match schedule.shape:
         case "linear":
             return start + (end - start) * progress
         case "exponential":
-            return start * (end / start) ** progress
+            return start ** (1 - progress) * end**progress
         case "cosine":
-            return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+            return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2

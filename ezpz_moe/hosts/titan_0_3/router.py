@@ -205,7 +205,7 @@ class _Router(Module):
         )
         mask_GN = mask_GN1.squeeze(-1)
         K = ids_GNK.shape[-1]
-        p_GNE = losses.probabilities(scores_GNE)
+        p_GNE = losses.probabilities(scores_GNE, mask_GN)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance.has_losses):
             n_G = losses.tokens_in_group(mask_GN, share)
             counts_GE = losses.assignments(ids_GNK, mask_GN, self.num_experts)

@@ -1,0 +1,101 @@
+"""Telemetry of a real run: the file, Weights & Biases offline, TensorBoard, and what stops a run."""
+
+import json
+
+import pytest
+from dialect import ON_0_2, job
+from trainer_runs import job_folder, train
+
+pytestmark = [
+    pytest.mark.train,
+    pytest.mark.skipif(ON_0_2, reason="[telemetry] needs torchtitan 0.3 or later"),
+]
+
+FLAVOR = """
+inherits = "tiny"
+[balance]
+aux_loss = 0.01
+[telemetry]
+every = 2
+detail = "per_expert"
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of four steps with both loggers."""
+    folder = job_folder(tmp_path_factory.mktemp("telemetry"))
+    (folder / "watched.toml").write_text(FLAVOR)
+    text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
+    (folder / "job.toml").write_text(text)
+    flags = ["--training.steps", "4", "--metrics.enable-wandb", "--metrics.enable-tensorboard"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        train({"run": job(folder / "job.toml", *flags)}, folder, ranks=1)
+    return folder / "run"
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
+
+
+def test_the_file_has_a_line_for_the_first_step_and_every_second(run):
+    assert [(each["step"], each["steps"]) for each in records(run)] == [(1, 1), (2, 1), (4, 2)]
+    for each in records(run):
+        for layer in each["layers"]:
+            assert layer["tokens"] == each["steps"] * 2 * 128
+            assert sum(layer["counts_E"]) == 3 * layer["tokens"]
+
+
+def test_tensorboard_has_scalars_picture_and_histograms(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (run / "tb").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    of_step_4 = records(run)[-1]
+    (cv,) = (each.value for each in events.Scalars("moe/cv") if each.step == 4)
+    assert cv == pytest.approx(of_step_4["figures"]["cv"], rel=1e-6)
+    counts_E = of_step_4["layers"][0]["counts_E"]
+    (frequency,) = (
+        each.value for each in events.Scalars("moe/layer_1/expert_3/frequency") if each.step == 4
+    )
+    assert frequency == pytest.approx(counts_E[3] / sum(counts_E), rel=1e-6)
+    assert [each.step for each in events.Images("moe/load")] == [1, 2, 4]
+    assert events.Images("moe/load")[-1].width > 100
+    histogram = events.Histograms("moe/layer_1/tokens_per_expert")[-1].histogram_value
+    assert histogram.num == 8
+    assert histogram.sum == sum(counts_E)
+
+
+def test_wandb_has_them_too(run):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = run.rglob("offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    history = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        if items:
+            history[record.history.step.num] = items
+    assert json.loads(history[4]["moe/cv"]) == pytest.approx(records(run)[-1]["figures"]["cv"])
+    assert json.loads(history[4]["moe/load"])["_type"] == "image-file"
+    histogram = json.loads(history[4]["moe/layer_1/tokens_per_expert"])
+    assert sum(histogram["values"]) == 8
+    assert list(run.rglob("offline-run-*/files/media/images/moe/load_*.png"))
+
+
+def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path):
+    folder = job_folder(tmp_path)
+    (folder / "watched.toml").write_text(FLAVOR)
+    text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
+    (folder / "job.toml").write_text(text)
+    with pytest.raises(AssertionError) as failure:
+        train({"run": job(folder / "job.toml", "--poisoned-router")}, folder, ranks=1)
+    assert "The router's logits in layer 2 are not finite" in str(failure.value)
+    assert "up to step 1" in str(failure.value)
