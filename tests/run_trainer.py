@@ -61,12 +61,13 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for four flags of our own.
+    """Train as ``torchtitan.train`` would, but for five flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
     route; ``--same-sequences`` has a step train on the same sequences however they are cut into
-    microbatches and shared out to ranks (torchtitan 0.3).
+    microbatches and shared out to ranks (torchtitan 0.3);
+    ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf.
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     trainer, Experts, MoE = _built_trainer(sys.argv[1:])
@@ -83,6 +84,11 @@ def run(arguments: list[str]) -> dict:
         trainer.checkpointer.save(curr_step=0, last_step=True)
         trainer.close()
         return {}
+    if "--infinite-logit" in own_flags:
+        last = [module for module in modules if isinstance(module, MoE)][-1]
+        last.router.gate.bias.register_hook(torch.nan_to_num)
+        with torch.no_grad():
+            _whole(last.router.gate.bias)[0] = -torch.inf
     if "--same-sequences" in own_flags:
         trainer.batch_generator = partial(_same_sequences, trainer)
     experts = [module for module in modules if isinstance(module, Experts)]
@@ -132,7 +138,8 @@ def _same_sequences(trainer, dataloader):
 
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
-    own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu", "--same-sequences")
+    own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
+    own += ("--same-sequences", "--infinite-logit")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]

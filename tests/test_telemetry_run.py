@@ -1,6 +1,7 @@
 """Telemetry of a real run: the file, Weights & Biases offline, TensorBoard, and what stops a run."""
 
 import json
+import re
 
 import pytest
 from dialect import ON_0_2, job
@@ -91,11 +92,14 @@ def test_wandb_has_them_too(run):
 
 
 def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path):
+    """A logit of -inf leaves the loss finite, so that the host would go on."""
     folder = job_folder(tmp_path)
-    (folder / "watched.toml").write_text(FLAVOR)
+    (folder / "watched.toml").write_text('base = "gpt_oss/debugmodel"\n[telemetry]\nevery = 2\n')
     text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
     (folder / "job.toml").write_text(text)
     with pytest.raises(AssertionError) as failure:
-        train({"run": job(folder / "job.toml", "--poisoned-router")}, folder, ranks=1)
-    assert "The router's logits in layer 2 are not finite" in str(failure.value)
-    assert "up to step 1" in str(failure.value)
+        train({"run": job(folder / "job.toml", "--infinite-logit")}, folder, ranks=1)
+    message = (
+        r"router's logits in layer \d+ are not finite for \d+ tokens of the 1 steps up to step 1"
+    )
+    assert re.search(message, str(failure.value))
