@@ -63,7 +63,7 @@ class Router(Data):
     freeze: bool = False
     temperature: Schedule = Schedule(start=1.0, end=1.0, steps=1)
     activation: Literal["identity", "softplus", "relu_rmsnorm"] = "identity"
-    pad_token_id: _NoExperts | None = None
+    pad_token_id: Annotated[int, Field(ge=0, lt=2**24)] | None = None
     dispatch_padding: bool = True
     null_experts: _NoExperts = 0
     copy_experts: _NoExperts = 0
