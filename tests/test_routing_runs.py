@@ -170,3 +170,80 @@ def test_telemetry_counts_every_token_once(runs, folder, name):
         assert layer["counts_E"] == expected["counts_E"]
         assert layer["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert layer["top1_probability"] == pytest.approx(expected["top1_probability"], rel=1e-4)
+
+
+# --- every table on every model -------------------------------------------------------------------
+
+TABLES = """
+[router]
+jitter_noise = true
+gate_precision = "float32"
+temperature = {start = 2.0, end = 1.0, steps = 4}
+activation = "softplus"
+pad_token_id = 0
+dispatch_padding = false
+null_experts = 2
+copy_experts = 1
+constant_experts = 1
+
+[balance]
+aux_loss = 0.01
+mse_loss = 0.01
+z_loss = 0.001
+scope = "global"
+bias_update = "proportional"
+
+[telemetry]
+images = false
+"""
+MODELS = {
+    "deepseek_v3": ('inherits = "tiny"', 8),
+    "qwen3": ('base = "qwen3/debugmodel_moe"', 64),
+    "gpt_oss": ('base = "gpt_oss/debugmodel"', 8),
+}
+SHORT = [
+    "--same-sequences",
+    *("--training.steps", "2", "--training.seq-len", "64", "--training.global-batch-size", "2"),
+]
+WAYS = {
+    "compiled": (1, [*at_once(2), "--compile.enable", "--compile.backend", "aot_eager"]),
+    "fully sharded": (2, at_once(1)),
+    "expert parallel": (2, [*at_once(1), *EP_2]),
+}
+
+
+@pytest.fixture(scope="module")
+def every_model(tmp_path_factory):
+    """(model, way) -> the folder of its run, and its records."""
+    folder = job_folder(tmp_path_factory.mktemp("models"))
+    for name, (base, _) in MODELS.items():
+        (folder / f"all_{name}.toml").write_text(base + TABLES)
+    results = {}
+    for ranks in (1, 2):
+        scenarios = {
+            f"{model} {way}": door_1(folder, f"all_{model}_sdpa", *SHORT, *flags)
+            for model in MODELS
+            for way, (of_ranks, flags) in WAYS.items()
+            if of_ranks == ranks
+        }
+        results |= train(scenarios, folder, ranks=ranks)
+    return folder, results
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_table_trains_every_model(every_model, model, way):
+    folder, results = every_model
+    losses = results[f"{model} {way}"][0]["losses"]
+    assert losses[1] < losses[0]
+    padding = 6  # of the second sequence: its 7 last tokens of 65, one of them a label only
+    for line in telemetry(folder, f"{model} {way}"):
+        assert len(line["layers"]) >= 2
+        for layer in line["layers"]:
+            experts = MODELS[model][1]
+            assert layer["tokens"] == 2 * 64 - padding
+            assert (len(layer["counts_E"]), len(layer["zero_counts_Z"])) == (experts, 4)
+            chosen = sum(layer["counts_E"]) + sum(layer["zero_counts_Z"])
+            assert chosen % layer["tokens"] == 0
+            assert 0.99 < layer["losses"]["aux_loss"] < 2
+            assert layer["bias_norm"] > 0

@@ -151,6 +151,18 @@ _ROUTERS = (
         takes=("x_TD", "topk_scores_TK", "topk_expert_ids_TK"),
     ),
     Reliance(
+        "torchtitan.models.common.decoder_sharding:dense_param_placement",
+        used_for="how constant experts' parameters lie on ranks",
+        if_broken=_NO_ZERO_COMPUTATION,
+        takes=("tp",),
+    ),
+    Reliance(
+        "torchtitan.protocols.sharding:ShardingConfig",
+        used_for="how constant experts' parameters lie on ranks",
+        if_broken=_NO_ZERO_COMPUTATION,
+        fields=("state_shardings",),
+    ),
+    Reliance(
         "torchtitan.protocols.model_spec:ModelSpec",
         used_for="the bias is updated by a hook of ours where the host's does not do it",
         if_broken=_NO_ROUTER,

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
+import spmd_types as spmd
 import torch
 from torch import Tensor, nn
 from torchtitan.config.override import derive
+from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.models.common.moe import MoE, RoutedExperts
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
 
 from ezpz_moe.hosts.titan_0_3.router import TokenMask
 from ezpz_moe.routing.zero_computation import constant_output, raised_top_k, weight_of
@@ -156,6 +159,14 @@ def _moe_like(host_class: type[MoE]) -> Any:
     return MoEOfMore
 
 
+def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
+    if not experts:
+        return None
+    whole = dense_param_placement(tp=spmd.R)
+    layout = ShardingConfig(state_shardings={"mix_C2D": whole, "vectors_CD": whole})
+    return ConstantExperts.Config(dim=dim, experts=experts, sharding_config=layout)
+
+
 def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
     """The config of the same layer with zero-computation experts, or padding left out.
 
@@ -164,9 +175,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
     E, Z = moe.router.num_experts, settings.zero_computation_experts
     K = settings.top_k or raised_top_k(E, moe.router.top_k, Z)
     dispatcher = moe.routed_experts.token_dispatcher
-    constants = ConstantExperts.Config(
-        dim=moe.router.gate.in_features, experts=settings.constant_experts
-    )
+    constants = _constant_experts(moe.router.gate.in_features, settings.constant_experts)
     routed_experts = derive(
         moe.routed_experts,
         _routed_experts_like(type(moe.routed_experts)._owner).Config,
@@ -177,7 +186,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
             top_k=K,
         ),
         settings=settings,
-        constants=constants if settings.constant_experts else None,
+        constants=constants,
     )
     gate = derive(moe.router.gate, type(moe.router.gate), out_features=E + Z)
     router = derive(moe.router, type(moe.router), gate=gate, num_experts=E + Z, top_k=K)
