@@ -234,8 +234,8 @@ def every_model(tmp_path_factory):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_table_trains_every_model(every_model, model, way):
     folder, results = every_model
-    losses = results[f"{model} {way}"][0]["losses"]
-    assert losses[1] < losses[0]
+    losses = results[f"{model} {way}"][0]["losses"]  # of random tokens: there is nothing to learn
+    assert all(7 < loss < 9 for loss in losses)
     padding = 6  # of the second sequence: its 7 last tokens of 65, one of them a label only
     for line in telemetry(folder, f"{model} {way}"):
         assert len(line["layers"]) >= 2
