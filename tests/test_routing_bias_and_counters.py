@@ -123,6 +123,8 @@ def test_a_schedule_moves_in_one_direction(
 def test_what_a_schedule_has_in_between(shape: str, expected: list[float]) -> None:
     schedule = Schedule(start=4.0, end=1.0, steps=5, shape=shape)
     assert [value_at(schedule, step) for step in range(1, 6)] == pytest.approx(expected, rel=1e-15)
+    at_once = Schedule(start=4.0, end=1.0, steps=1, shape=shape)
+    assert value_at(at_once, 1) == 1
 
 
 @over_shapes

@@ -215,6 +215,12 @@ def test_an_expert_that_nobody_can_choose_gets_nothing() -> None:
     """Softmax of logits far apart is exactly zero; no plan has even columns then."""
     scores_TE = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert torch.equal(plan(scores_TE), torch.tensor([[0.25, 0.0], [0.25, 0.0]]))
+    # The others' plan is as without it, and as soon found: a coarse one shows by when it stopped.
+    others_TE = 10 ** (3 * even_scores(20, 3))
+    with_it_TE = torch.cat([others_TE, torch.zeros(20, 1)], dim=1)
+    found_TE = plan(with_it_TE, tolerance=0.3)
+    expected_TE = torch.cat([plan(others_TE, tolerance=0.3) * 3 / 4, torch.zeros(20, 1)], dim=1)
+    torch.testing.assert_close(found_TE, expected_TE, rtol=1e-5, atol=0)
 
 
 def test_where_no_even_plan_exists_the_best_one_is_approached() -> None:

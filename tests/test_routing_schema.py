@@ -67,6 +67,15 @@ def test_a_flavor_without_the_tables_routes_as_the_host_does(tmp_path: Path) -> 
     assert load(tmp_path, "[telemetry]").telemetry == Telemetry()
 
 
+def test_the_defaults() -> None:
+    """Written down twice: nothing else can tell a slip from what was meant."""
+    one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
+    router = ("topk", 0, None, False, one, "identity", None, True, 0, 0, 0, None, 1e-4, 100, 0, 0)
+    assert tuple(Router().to_dict().values()) == router
+    assert tuple(Balance().to_dict().values()) == (0, 0, 0, "sequence", None, None)
+    assert tuple(Telemetry().to_dict().values()) == (None, "brief", True, 100, 2, 0.25)
+
+
 def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
     flavor = load(tmp_path, EVERYTHING)
     router = flavor.router.model_dump(exclude={"temperature"}, exclude_unset=True)

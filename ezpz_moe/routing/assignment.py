@@ -31,12 +31,11 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
         A new tensor like ``scores_TE``. Device syncs: one in each iteration.
     """
     plan_TE = torch.where(mask_T.unsqueeze(-1), scores_TE, 0)
-    tokens, E = mask_T.sum().clamp(min=1), scores_TE.shape[-1]
-    tiny = torch.finfo(scores_TE.dtype).tiny
+    E, tiny = scores_TE.shape[-1], torch.finfo(scores_TE.dtype).tiny
     # The plan itself is scaled: factors beside it would grow without end where scores of zero leave
-    # no plan that is even.
+    # no plan that is even. Tokens come to the same weight by having 1 each before the experts do.
     for _ in range(iterations):
-        plan_TE.div_((tokens * plan_TE.sum(1, keepdim=True)).clamp(min=tiny))
+        plan_TE.div_(plan_TE.sum(1, keepdim=True).clamp(min=tiny))
         load_E = plan_TE.sum(0)
         plan_TE.div_((E * load_E).clamp(min=tiny))
         least = torch.where(load_E > 0, load_E, torch.inf).amin()
