@@ -27,6 +27,7 @@ from ezpz_moe.commands.flavors import Flavors
 from ezpz_moe.commands.preflight import Preflight
 from ezpz_moe.commands.show import Show
 from ezpz_moe.commands.train import Train
+from ezpz_moe.commands.upcycle import Upcycle
 from ezpz_moe.commands.verify import Verify
 from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
 
@@ -46,6 +47,7 @@ class Arguments:
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
+        | Annotated[Upcycle, subcommand("upcycle")]
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Train, subcommand("train")]
     )
