@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes, subcommand
 
 from ezpz_moe import __version__
+from ezpz_moe.commands.analyze import Analyze
 from ezpz_moe.commands.backends import Backends
 from ezpz_moe.commands.checkpoint import Checkpoint
 from ezpz_moe.commands.convert import Convert
@@ -48,6 +49,7 @@ class Arguments:
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
         | Annotated[Upcycle, subcommand("upcycle")]
+        | Annotated[Analyze, subcommand("analyze")]
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Train, subcommand("train")]
     )

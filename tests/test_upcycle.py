@@ -309,7 +309,7 @@ def test_without_normalized_weights_the_output_is_what_is_said(tmp_path, monkeyp
 def dense_ffn() -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
     shapes = {"w1": (40, 30), "w2": (30, 40), "w3": (40, 30)}
-    return {part: 0.1 + torch.randn(shape, generator=draw) for part, shape in shapes.items()}
+    return {part: 0.1 + 0.3 * torch.randn(s, generator=draw) for part, s in shapes.items()}
 
 
 def made(part: str, **perturbation) -> torch.Tensor:

@@ -98,7 +98,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
             f"{model.generation}"
         )
     entries = dict(contents.model_tensors(metadata))
-    _check_model(source, {name: entry.size for name, entry in entries.items()}, model)
+    check_model(source, {name: entry.size for name, entry in entries.items()}, model.tensors)
     keys = {name: model.keys(name) for name in entries}
     left_out = tuple(name for name in entries if not keys[name])
     if lacking := [name for name in left_out if name not in model.buffers]:
@@ -176,8 +176,15 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
-def _check_model(source: Path, sizes: Mapping[str, torch.Size], model: Model) -> None:
-    expected = {name: tensor.shape for name, tensor in model.tensors.items()}
+def check_model(
+    source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Look whether a checkpoint has the flavor's tensors, by names and sizes.
+
+    Raises:
+        EzpzError: it is of another model.
+    """
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
     if sizes != expected:
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
         has, wants = (
