@@ -427,6 +427,18 @@ def test_models_that_do_not_fit(qwen3, tmp_path, capsys, dense, said):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_copy_does_not_span_groups_of_experts(tmp_path, monkeypatch, capsys):
+    """A token limited to some groups could not choose such a copy whole."""
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    groups = NORMALIZED.replace("expert_groups = 2", "expert_groups = 4")
+    groups = groups.replace("limited_groups = 1", "limited_groups = 2")
+    wide = MLA.replace(f"dense_hidden_dim = {F}", f"dense_hidden_dim = {4 * F}")
+    (tmp_path / "mla.toml").write_text(groups + wide)
+    save(mla_dense("mla"), tmp_path / "dense")
+    said = refused(capsys, tmp_path / "dense", "mla", tmp_path / "out")
+    assert "the experts of a group of flavor mla, 2, has to be a multiple of 4" in said
+
+
 def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
     state = qwen3().state_dict()
     state["norm.weight"] = torch.ones(16)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -43,14 +45,10 @@ def draw(layers: Layers, settings: Settings, folder: Path) -> Iterator[Path]:
 def _load(layers: Layers, _: Settings) -> Figure:
     """Each expert's share of the choices, as a multiple of an even share."""
     figure, axes = _one()
-    image = _heat_map(
-        axes,
-        [[share * each.num_experts for share in each.load] for each in layers],
-        cmap="RdBu_r",
-        vmin=0,
-        vmax=2,
-    )
-    figure.colorbar(image, ax=axes, label="load / even load", extend="max")
+    loads = [[share * each.num_experts for share in each.load] for each in layers]
+    most = max(2.0, *map(max, loads))
+    image = _heat_map(axes, loads, cmap="RdBu_r", norm=TwoSlopeNorm(1, vmin=0, vmax=most))
+    figure.colorbar(image, ax=axes, label="load / even load")
     _layer_rows(axes, layers)
     axes.set(title="Load of the experts", xlabel="expert")
     return figure
@@ -69,7 +67,7 @@ def _tokens(layers: Layers, _: Settings) -> Figure:
     left.invert_yaxis()
     left.xaxis.set_major_formatter(PercentFormatter(1))
     left.set(title="Experts of a token told in advance by", xlabel="share of its experts right")
-    left.legend(loc="lower right")
+    _legend_below(left)
     _layer_rows(left, layers)
     image = _heat_map(right, [each.concentration for each in layers], cmap="viridis", vmin=0)
     figure.colorbar(image, ax=right, label="1 - H(token | expert) / H(token)")
@@ -160,7 +158,7 @@ def _drift(layers: Layers, _: Settings) -> Figure:
     _thin(axes.get_xticklabels())
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title="Routing drift", xlabel="layer", ylim=(0, 1))
-    axes.legend()
+    _legend_below(axes)
     return figure
 
 
@@ -169,10 +167,13 @@ def _one() -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _legend_below(axes: Any) -> None:
+    """A legend that covers no bar."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+
+
 def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
     """A line for each layer, the first ones dark; a legend where it stays readable."""
-    from matplotlib import colormaps
-
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for each, (x, y), color in zip(layers, lines, colors, strict=True):
         axes.plot(x, y, color=color, label=f"layer {_short(each)}", marker=".")

@@ -47,7 +47,8 @@ class LayerReport:
         dropped_by_position: the same in eight equal stretches of the sequence.
         srp, sch: segment routing best performance; hit rate of a cache of ``cache_size`` experts.
         sch_by_size: hit rates of caches of 1 to E experts.
-        cosines: between the experts' weights.
+        cosines: between the experts' weights; NaN for one whose weights are all zero.
+        mean_cosine, max_cosine: of the pairs of experts that have one; None without such pairs.
         drift: against the other checkpoint.
     """
 
@@ -65,8 +66,8 @@ class LayerReport:
     cache_size: int
     sch_by_size: list[float]
     cosines: list[list[float]]
-    mean_cosine: float
-    max_cosine: float
+    mean_cosine: float | None
+    max_cosine: float | None
     drift: Drift | None = None
 
 
@@ -100,6 +101,7 @@ def _layer(
     hit_rates = consistency.best_hit_rates(counts_NE).tolist()
     cache_size = min(E, max(1, round(settings.cache * top_k)))
     pairs = similarity.off_diagonal(cosines_EE)
+    pairs = pairs[~pairs.isnan()]
     return LayerReport(
         layer=name,
         num_experts=E,
@@ -117,8 +119,8 @@ def _layer(
         cache_size=cache_size,
         sch_by_size=hit_rates,
         cosines=cosines_EE.tolist(),
-        mean_cosine=pairs.mean().item(),
-        max_cosine=pairs.max().item(),
+        mean_cosine=pairs.mean().item() if len(pairs) else None,
+        max_cosine=pairs.max().item() if len(pairs) else None,
         drift=None if other is None else drift(ids_TK, other.ids_SLK.flatten(0, 1), E),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,7 +65,7 @@ class Analyze:
 
         other = find_checkpoint(self.against) if self.against else None
         slot = import_host()
-        text = self._text(job, slot("analysis").tokenizer(_tokenizer(job)))
+        text = self._text(job, slot("analysis").encoder(_tokenizer(job)))
         recording = self._record(job, checkpoint, text)
         compared = self._record(job, other, text) if other else None
 
@@ -130,7 +130,7 @@ class Analyze:
             )
         return find_job(self.config), find_checkpoint(Path(self.run_))
 
-    def _text(self, job: Job, tokenizer: Any) -> list[TextSequence]:
+    def _text(self, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
         from ezpz_moe.analysis.text import sequences
         from ezpz_moe.hosts.documents import COLUMN, read_documents
 
@@ -139,9 +139,6 @@ class Analyze:
             raise EzpzError(
                 f"--segment {self.segment}: is longer than a sequence of {length} tokens."
             )
-
-        def encode(document: str) -> list[int]:
-            return tokenizer.encode(document, add_bos=True, add_eos=True)
 
         documents = read_documents(str(self.data))[COLUMN]
         text = list(islice(sequences(documents, encode, length), self.sequences))
@@ -207,8 +204,8 @@ def _row(each: LayerReport, settings: Any) -> dict[str, str]:
         ),
         f"SRP({settings.segment})": f"{each.srp:.3f}",
         f"SCH({settings.segment}, {each.cache_size})": f"{each.sch:.3f}",
-        "cosine": f"{each.mean_cosine:.3f}",
-        "max": f"{each.max_cosine:.3f}",
+        "cosine": display.number(each.mean_cosine, ".3f"),
+        "max": display.number(each.max_cosine, ".3f"),
     }
     if each.drift:
         row |= {"rerouted": f"{each.drift.changed:.1%}", "Jaccard": f"{each.drift.jaccard:.3f}"}

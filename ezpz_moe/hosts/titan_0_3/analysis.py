@@ -6,6 +6,8 @@ E = experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,16 +77,20 @@ def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def tokenizer(folder: str) -> HuggingFaceTokenizer:
-    """The host's tokenizer of ``hf_assets_path``.
+def encoder(folder: str) -> Callable[[str], list[int]]:
+    """A document's tokens, its beginning and end marked as the trainer does.
+
+    Args:
+        folder: ``hf_assets_path``, which has the tokenizer.
 
     Raises:
         EzpzError: there is none.
     """
     try:
-        return HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
+        tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
     except (FileNotFoundError, ValueError) as error:
         raise EzpzError(f"hf_assets_path = {folder!r}: no tokenizer: {error}") from error
+    return partial(tokenizer.encode, add_bos=True, add_eos=True)
 
 
 def _moes(model: nn.Module) -> dict[str, MoE]:
