@@ -247,6 +247,7 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     assert "fewer than 16000 tokens" in too_long
     assert "--segment 33" in refused(capsys, job, *data, "--segment", 33)
     assert "--cache 0.0" in refused(capsys, job, *data, "--cache", 0)
+    assert "--seq-len 0" in refused(capsys, job, *data, "--seq-len", 0)
     assert "--sequences 0" in refused(capsys, job, *data, "--sequences", 0)
     assert "there is no folder" in refused(capsys, job, *data, "--json", folder / "no" / "x.json")
     assert "is a file" in refused(capsys, job, *data, "--plot", folder / "text.txt")

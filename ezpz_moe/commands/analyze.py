@@ -41,7 +41,7 @@ class Analyze:
     """A checkpoint of the same model, to compare the routing with."""
     sequences: int = 64
     """How many sequences of the text to run."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, arg(metavar="INT")] = None
     """Tokens of a sequence; the job's unless given."""
     capacity_factor: float = 1.25
     """Of the experts whose drops are counted."""
@@ -99,8 +99,9 @@ class Analyze:
         return 0
 
     def _check(self) -> None:
-        for flag, number in {"--sequences": self.sequences, "--segment": self.segment}.items():
-            if number < 1:
+        counts = {"--sequences": self.sequences, "--segment": self.segment}
+        for flag, number in (counts | {"--seq-len": self.seq_len}).items():
+            if number is not None and number < 1:
                 raise EzpzError(f"{flag} {number}: has to be at least 1.")
         factors = {"--capacity-factor": self.capacity_factor, "--cache": self.cache}
         for flag, factor in factors.items():
