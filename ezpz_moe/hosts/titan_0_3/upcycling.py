@@ -9,7 +9,8 @@ from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.upcycling.target import PARTS, Layer, Target
 
-_EXPERTS = {"w1": "w1_EFD", "w2": "w2_EDF", "w3": "w3_EFD"}
+_INNER = "routed_experts.inner_experts"
+_EXPERTS = {"w1": f"{_INNER}.w1_EFD", "w2": f"{_INNER}.w2_EDF", "w3": f"{_INNER}.w3_EFD"}
 _ZEROS = {"expert_bias_E", "router.gate.bias", "shared_experts.gate.weight"}
 _TIED = {"lm_head.weight": "tok_embeddings.weight"}
 
@@ -33,15 +34,16 @@ def target(flavor: Flavor) -> Target:
 
 
 def _layer(flavor: Flavor, name: str, moe: MoE, tensors: dict) -> Layer:
-    experts = moe.routed_experts.inner_experts
-    if {own for own, _ in experts.named_parameters()} != set(_EXPERTS.values()):
-        raise EzpzError(
-            f"{flavor.source}: {name}: its experts ({type(experts).__name__}) are no SwiGLU FFN "
-            f"with {', '.join(_EXPERTS.values())}, which a dense FFN could be copied to."
-        )
     block = name.rpartition(".")[0]
     own = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
-    parts = {part: own.pop(f"routed_experts.inner_experts.{key}") for part, key in _EXPERTS.items()}
+    routed = {key for key in own if key.startswith("routed_experts.")}
+    if routed != set(_EXPERTS.values()):
+        raise EzpzError(
+            f"{flavor.source}: {name} has experts of {', '.join(sorted(routed))}: they are no "
+            "SwiGLU FFN without biases, one tensor for each weight, that a dense FFN could be "
+            "copied to."
+        )
+    parts = {part: own.pop(key) for part, key in _EXPERTS.items()}
     shared = {p: own.pop(key) for p in PARTS if (key := f"shared_experts.{p}.weight") in own}
     gate = own.pop("router.gate.weight")
     if unknown := own.keys() - _ZEROS:
