@@ -88,7 +88,7 @@ def small_qwen3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             **sizes | {"n_layers": n_layers}, hidden_dim=hidden, attn_backend="flex", rope=rope
         )
         model = host.qwen3_configs["debugmodel" if tied else "debugmodel_moe"]("flex")
-        return _initialized(_decoder(model, layers))
+        return initialized(_decoder(model, layers))
 
     monkeypatch.setitem(host.qwen3_configs, "small_moe", moe)
     monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(folder))
@@ -112,7 +112,7 @@ def _decoder(config, layers):
     )
 
 
-def _initialized(config) -> nn.Module:
+def initialized(config) -> nn.Module:
     """The model with weights large enough that each of its parts matters to the logits."""
     binding("attention").use_sdpa(config)
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def mla_dense(flavor: str) -> nn.Module:
         non_blocking_capacity_factor=None,
     )
     config = binding("models").host_spec(load_flavor(flavor)).model
-    return _initialized(dataclasses.replace(config, layers=layers))
+    return initialized(dataclasses.replace(config, layers=layers))
 
 
 def save(model: nn.Module, folder: Path) -> Path:
