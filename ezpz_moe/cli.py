@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes, subcommand
 
 from ezpz_moe import __version__
+from ezpz_moe.commands.analyze import Analyze
 from ezpz_moe.commands.backends import Backends
 from ezpz_moe.commands.checkpoint import Checkpoint
 from ezpz_moe.commands.convert import Convert
@@ -28,6 +29,7 @@ from ezpz_moe.commands.plot import Plot
 from ezpz_moe.commands.preflight import Preflight
 from ezpz_moe.commands.show import Show
 from ezpz_moe.commands.train import Train
+from ezpz_moe.commands.upcycle import Upcycle
 from ezpz_moe.commands.verify import Verify
 from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
 
@@ -47,6 +49,8 @@ class Arguments:
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
+        | Annotated[Upcycle, subcommand("upcycle")]
+        | Annotated[Analyze, subcommand("analyze")]
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Plot, subcommand("plot")]
         | Annotated[Train, subcommand("train")]

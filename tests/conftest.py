@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("checkpoint_cases", "contract_cases", "trainer_runs")
+pytest.register_assert_rewrite(
+    "checkpoint_cases", "contract_cases", "trainer_runs", "upcycle_cases"
+)
 
 settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ezpz_moe")

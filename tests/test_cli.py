@@ -62,7 +62,7 @@ def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch, capsys) ->
     assert capsys.readouterr().err == "ezpz-moe: stopped by SIGINT\n"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["verify"], ["upcycle"], ["analyze"]])
 def test_help_needs_no_torch(command: list[str]) -> None:
     program = (
         "import sys\nfrom ezpz_moe.cli import main\n"

@@ -4,6 +4,7 @@
 ``layouts``     where main's tensors have the values of older ones
 ``storage``     checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry
 ``contents``    what a checkpoint holds
+``tensors``     whole tensors of a DCP checkpoint, read and written; a run's newest checkpoint
 ``folder``      a folder that is there when it is finished
 ``plan``        which entry becomes which under another generation's names
 ``state``       what besides names differs: the position in the data, the learning rate's schedule

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.checkpoints import contents, storage
 from ezpz_moe.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.checkpoints.tensors import check_same, read_whole, write_checkpoint
 from ezpz_moe.errors import EzpzError
 
 INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 2 * 2**30
 """A file is closed when it holds so much; also what is in memory of it."""
-_DCP_FILE = "__0_0.distcp"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -106,12 +98,12 @@ def export(source: Path, target: Path, model: Model) -> Converted:
             f"{model.generation}"
         )
     entries = dict(contents.model_tensors(metadata))
-    _check_model(source, {name: entry.size for name, entry in entries.items()}, model)
+    check_model(source, {name: entry.size for name, entry in entries.items()}, model.tensors)
     keys = {name: model.keys(name) for name in entries}
     left_out = tuple(name for name in entries if not keys[name])
     if lacking := [name for name in left_out if name not in model.buffers]:
         raise EzpzError(
-            f"{source}: the host's adapter has nothing for {_some(lacking)}, so that the model "
+            f"{source}: the host's adapter has nothing for {some(lacking)}, so that the model "
             "would not be whole."
         )
     bytes_of = {
@@ -123,7 +115,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
         files = _write_safetensors(partial, source, metadata, bytes_of, model)
         for name in bytes_of:
             back = _native(partial, files, name, keys[name], model)
-            _check_same(partial, source, name, back, _whole(source, metadata, name))
+            check_same(partial, source, name, back, read_whole(source, metadata, name))
     return Converted(len(files), left_out)
 
 
@@ -137,7 +129,7 @@ def _write_safetensors(
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         written: Tensors = {}
         for name in names:
-            written |= model.adapter.to_hf({name: _whole(source, metadata, name)})
+            written |= model.adapter.to_hf({name: read_whole(source, metadata, name)})
         # Experts are views of one tensor, which safetensors does not write.
         copies = {key: tensor.clone() for key, tensor in written.items()}
         save_file(copies, target / file, {"format": "pt"})
@@ -154,11 +146,11 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
         EzpzError: a tensor is missing, quantized or of another shape; the model has parameters that
             Hugging Face's format lacks; what was written differs; and as :func:`atomic_folder`.
     """
-    files = _weight_map(source)
+    files = weight_map(source)
     keys = {name: model.keys(name) for name in model.tensors}
     if lacking := [name for name in keys if not keys[name]]:
         raise EzpzError(
-            f"{source}: the host's adapter has nothing for {_some(lacking)}. Let the trainer load "
+            f"{source}: the host's adapter has nothing for {some(lacking)}. Let the trainer load "
             "it, which leaves them at their initial values: --checkpoint.initial_load_in_hf "
             "--checkpoint.initial_load_path."
         )
@@ -170,48 +162,29 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
         )
     needed = size_of(source.glob("*.safetensors"))
     with atomic_folder(target, source=source, needed=needed) as partial:
-        written = _write_checkpoint(
+        written = write_checkpoint(
             partial, ((name, _native(source, files, name, keys[name], model)) for name in keys)
         )
         for name in keys:
             back = _native(source, files, name, keys[name], model)
-            _check_same(partial, source, name, _whole(partial, written, name), back)
+            check_same(partial, source, name, read_whole(partial, written, name), back)
     return Converted(len(keys), tuple(sorted(files.keys() - set(wanted))))
 
 
-def _write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:
-    """Write a DCP checkpoint of these tensors, each whole; its metadata as read back."""
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    with (folder / _DCP_FILE).open("wb") as file:
-        for name, tensor in tensors:
-            start = file.tell()
-            storage.save(tensor, file)
-            zeros = torch.Size([0] * tensor.dim())
-            properties = TensorProperties.create_from_tensor(tensor)
-            chunk = ChunkStorageMetadata(zeros, tensor.shape)
-            entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
-            place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
-            places[MetadataIndex(name, zeros)] = place
-        file.flush()
-        os.fsync(file.fileno())
-    storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
-    return storage.read_metadata(folder)
-
-
-def _check_same(
-    written: Path, source: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor
-) -> None:
-    if not storage.same_bits(tensor, expected):
-        raise EzpzError(f"{written}: {name}, read back, differs from that in {source}.")
-
-
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Up to three of the names, and how many others there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
-def _check_model(source: Path, sizes: Mapping[str, torch.Size], model: Model) -> None:
-    expected = {name: tensor.shape for name, tensor in model.tensors.items()}
+def check_model(
+    source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Look whether a checkpoint has the flavor's tensors, by names and sizes.
+
+    Raises:
+        EzpzError: it is of another model.
+    """
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
     if sizes != expected:
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
         has, wants = (
@@ -236,17 +209,6 @@ def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def _whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
-    """A tensor of a DCP checkpoint, put together from its shards."""
-    entry = metadata.state_dict_metadata[name]
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-    for chunk in entry.chunks:
-        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        tensor[box] = storage.load(folder, place)
-    return tensor
-
-
 def _native(
     folder: Path,
     files: Mapping[str, str],
@@ -255,7 +217,7 @@ def _native(
     model: Model,
 ) -> torch.Tensor:
     """A parameter as the host has it, of its tensors in the safetensors."""
-    tensors = dict(_read(folder, files, keys))
+    tensors = dict(read_tensors(folder, files, keys))
     tensor = model.adapter.from_hf(tensors)[name]
     if tensor.shape != model.tensors[name].shape:
         raise EzpzError(
@@ -265,11 +227,16 @@ def _native(
     return tensor
 
 
-def _read(
+def read_tensors(
     folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors ``keys`` of safetensors, file by file.
+
+    Raises:
+        EzpzError: one is quantized, or has another number of elements; a file cannot be read.
+    """
     for file in sorted({files[key] for key in keys}):
-        with _opened(folder / file) as opened:
+        with open_file(folder / file) as opened:
             for key, shape in keys.items():
                 if files[key] == file:
                     tensor = opened.get_tensor(key)
@@ -289,7 +256,12 @@ def _read(
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def open_file(file: Path) -> Iterator[Any]:
+    """A safetensors file, to read from.
+
+    Raises:
+        EzpzError: it cannot be read.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -297,11 +269,15 @@ def _opened(file: Path) -> Iterator[Any]:
         raise EzpzError(f"{file}: cannot be read: {error}.") from error
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor."""
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor.
+
+    Raises:
+        EzpzError: there is no file, or one cannot be read.
+    """
     files: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with _opened(file) as opened:
+        with open_file(file) as opened:
             files |= dict.fromkeys(opened.keys(), file.name)
     if not files:
         raise EzpzError(f"{folder}: holds no safetensors.")

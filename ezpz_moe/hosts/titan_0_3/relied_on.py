@@ -198,6 +198,25 @@ _ROUTERS = (
     ),
 )
 """Of flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
+_ANALYSIS = (
+    Reliance(
+        "torchtitan.models.common.moe:MoE",
+        used_for="finding the layers with experts, their routers and their parameters' names",
+        if_broken="`ezpz-moe analyze` and `upcycle` find no layers",
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
+        used_for="what an upcycled router's weights sum to",
+        if_broken="`ezpz-moe upcycle` cannot keep the dense model's function",
+        fields=("top_k", "score_func", "route_norm", "route_scale", "num_expert_groups"),
+    ),
+    Reliance(
+        "torchtitan.components.tokenizer:HuggingFaceTokenizer",
+        used_for="the text of `ezpz-moe analyze` as tokens",
+        if_broken="`ezpz-moe analyze` cannot read a text",
+        has=("encode",),
+    ),
+)
 
 _DOORS = (
     Reliance(
@@ -379,6 +398,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     *_EXPERTS,
     *_ROUTERS,
+    *_ANALYSIS,
     *_DOORS,
     *_JOB,
     *_MODELS,

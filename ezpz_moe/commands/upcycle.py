@@ -1,0 +1,93 @@
+"""``ezpz-moe upcycle``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.upcycling.dense import Dense
+    from ezpz_moe.upcycling.target import Target
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """Make a mixture of experts of a dense model: every expert starts as a copy of its FFN.
+
+    A dense FFN that is G times as wide as an expert is cut into G parts. The result is a checkpoint
+    of the model alone, from which a run starts with --checkpoint.initial_load_path.
+    """
+
+    source: Annotated[Positional[Path], arg(metavar="DENSE")]
+    """The dense model: a checkpoint's folder, a run's, or one with Hugging Face's safetensors."""
+    model: Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
+    """The mixture of experts to make."""
+    target: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The folder to write; it must not exist."""
+    noise: Annotated[float, arg(metavar="STD")] = 0.0
+    """Gaussian noise on every copy, in units of the weight's own standard deviation."""
+    reinit: Annotated[float, arg(metavar="FRACTION")] = 0.0
+    """Share of each expert's hidden channels to draw anew (Drop-Upcycling)."""
+    router_std: Annotated[float, arg(metavar="STD")] = 0.02
+    """Standard deviation of the router's weights."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    def run(self) -> int:
+        self._check()
+        from ezpz_moe.flavors import load_flavor
+        from ezpz_moe.job import find_job
+
+        job = find_job(self.model)
+        flavor = load_flavor(job.flavor, near=job.folder)
+        slot = import_host()
+        from ezpz_moe.upcycling import Perturbation, upcycle
+
+        target = slot("upcycling").target(flavor)
+        done = upcycle(
+            self._dense(target),
+            target,
+            self.target,
+            Perturbation(self.noise, self.reinit, self.router_std, self.seed),
+            progress=partial(display.tracked, what="Writing and comparing"),
+        )
+        parts = done.fit.granularity
+        copies = f"{done.num_experts // parts} copies of the dense FFN"
+        display.print_line(
+            f"{self.target}: of {done.source}, {done.layers} layers with {done.num_experts} "
+            f"experts, {copies}{f' in {parts} parts each' if parts > 1 else ''}; "
+            f"{done.tensors} tensors written and compared"
+        )
+        is_same = "computes" if done.is_preserved else "does not compute exactly"
+        display.print_line(f"At step 0 the model {is_same} what the dense model does.")
+        for note in done.notes:
+            display.print_line(note)
+        display.print_line(
+            f"Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
+            f"{self.target}"
+        )
+        return 0
+
+    def _check(self) -> None:
+        for flag, value in {"--noise": self.noise, "--router-std": self.router_std}.items():
+            if not 0 <= value < float("inf"):
+                raise EzpzError(f"{flag} {value}: a standard deviation is a number >= 0.")
+        if not 0 <= self.reinit <= 1:
+            raise EzpzError(f"--reinit {self.reinit}: a share is between 0 and 1.")
+
+    def _dense(self, target: Target) -> Dense:
+        from ezpz_moe.checkpoints.huggingface import is_safetensors
+        from ezpz_moe.upcycling.dense import Checkpoint, Safetensors
+
+        if not is_safetensors(self.source):
+            return Checkpoint(self.source, target)
+        adapter = import_host()("huggingface").adapter(target.flavor)
+        return Safetensors(self.source, target, adapter)

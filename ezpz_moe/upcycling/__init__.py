@@ -1,0 +1,12 @@
+"""A dense model's checkpoint as a mixture of experts': ``ezpz-moe upcycle``.
+
+``weights``    the formulas, tensor by tensor
+``target``     what the host says of the model to make, and what follows for the weights' scale
+``dense``      reading the dense model, from a DCP checkpoint or from safetensors
+``upcycle``    carrying it out
+"""
+
+from ezpz_moe.upcycling.upcycle import Upcycled, upcycle
+from ezpz_moe.upcycling.weights import Perturbation
+
+__all__ = ["Perturbation", "Upcycled", "upcycle"]
