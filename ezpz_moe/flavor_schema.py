@@ -110,11 +110,16 @@ class Flavor(Data):
         return own or self.telemetry is not None
 
     @property
+    def reported(self) -> Telemetry | None:
+        """What is reported of the experts: with balance losses at least these."""
+        return self.telemetry or (Telemetry() if self.balance.has_losses else None)
+
+    @property
     def is_watched(self) -> bool:
         """Whether its routers must be told the step, or asked what they did."""
         rate = self.balance.bias_rate
         moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
-        return self.telemetry is not None or bool(moves)
+        return self.reported is not None or bool(moves)
 
     @field_validator("base")
     @classmethod

@@ -97,7 +97,7 @@ def trainer_config(job: Job) -> JobConfig:
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
-        sections["metrics"] = binding("metrics").RouterMetrics.Config(telemetry=flavor.telemetry)
+        sections["metrics"] = binding("metrics").RouterMetrics.Config(telemetry=flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     for name, change in _nested(_cpu_values(job) | _field_values(job)).items():
         with _refusals(f"{job.source}: {name}"):

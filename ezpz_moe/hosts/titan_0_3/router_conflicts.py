@@ -57,9 +57,9 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     own = _host_class(moe.routed_experts.token_dispatcher)
     if own not in _SORTING_DISPATCHERS:
         yield (
-            f"{named} does not go with parallelism.expert_parallel_comm_backend = "
-            f"{config.parallelism.expert_parallel_comm_backend!r}: {own} sends a fixed number of "
-            f'assignments for each token. Set it to "standard".'
+            f"{named} does not go with the dispatcher {own}, which sends a fixed number of "
+            f"assignments for each token. Set parallelism.expert_parallel_comm_backend to "
+            f'"standard".'
         )
     if settings.constant_experts and config.parallelism.tensor_parallel_degree > 1:
         yield (
