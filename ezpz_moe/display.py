@@ -117,12 +117,22 @@ def gibibytes(number: int | None) -> str:
 
 
 def count(parameters: int | None) -> str:
-    """33014016 -> "33.0 M"."""
+    """33014016 -> "33.0 M", 10240 -> "10.2 k"."""
     if parameters is None:
         return "-"
+    if parameters < 10**5:
+        return str(parameters) if parameters < 10**3 else f"{parameters / 10**3:.1f} k"
     if parameters < 10**9:
         return f"{parameters / 10**6:.1f} M"
     return f"{parameters / 10**9:.2f} B"
+
+
+def flops(number: float) -> str:
+    """118081536 -> "118.08 M"; with the prefixes of the SI, as "GFLOPs" has them."""
+    for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {prefix}"
+    return f"{number:.0f}"
 
 
 def number(value: float | None, form: str) -> str:

@@ -6,6 +6,7 @@ are laid out, are named alike in every generation. Each check yields its problem
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ def started_ranks(*, is_dry_run: bool) -> int | None:
     # Both variables are the host's; it says itself that a dry run needs NGPU.
     ranks = os.environ.get("NGPU" if is_dry_run else "WORLD_SIZE")
     return int(ranks) if ranks else None
+
+
+@contextlib.contextmanager
+def outside_of_a_run() -> Iterator[None]:
+    """Hide the rank that a job script may have: a process of a run leaves checks to the run."""
+    rank = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(rank)
 
 
 def share_of_model(parallelism: Any, ranks: int) -> float:

@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
+from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.preflight import RankReport
 
 _FAILED = (
@@ -36,8 +37,7 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
         whatever the rank would have met until its model was parallelized.
     """
     become_rank(rank, world_size)
-    arguments = ["--module", "ezpz_moe", "--config", config, *host_flags, *FAKE_COMMUNICATION]
-    trainer_config = ConfigManager().parse_args(arguments)
+    trainer_config = ConfigManager().parse_args([*named(config), *host_flags, *FAKE_COMMUNICATION])
     has_pipeline = trainer_config.parallelism.pipeline_parallel_degree > 1
     spec = trainer_config.model_spec
     parts = parallelized(trainer_config.build, spec, has_pipeline=has_pipeline)
