@@ -116,6 +116,11 @@ def gibibytes(number: int | None) -> str:
     return "-" if number is None else f"{number / 2**30:.2f} GiB"
 
 
+def memory(number: int) -> str:
+    """4080218931 -> "3.80 GiB", 524288 -> "0.50 MiB"."""
+    return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
+
+
 def count(parameters: int | None) -> str:
     """33014016 -> "33.0 M", 10240 -> "10.2 k"."""
     if parameters is None:

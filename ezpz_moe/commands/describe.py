@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Suppress
 
 from ezpz_moe import display
-from ezpz_moe.commands.arguments import Config, import_host
+from ezpz_moe.commands.arguments import Config, import_host, refuse_no_ranks
 
 if TYPE_CHECKING:
     from ezpz_moe.describe import Description
+    from ezpz_moe.memory import StageMemory
 
 
 @dataclass(frozen=True)
 class Describe:
-    """Describe a model by component: parameters, FLOPs of a token, and a dense model beside it.
+    """Describe a model by component: parameters, FLOPs of a token, memory of a rank.
 
     All other flags go to the trainer as they are, such as --training.seq-len.
     """
 
     config: Config
     """A flavor's name, or the path of a job's TOML. It comes first."""
+    world_size: int | None = None
+    """Ranks of the run. For a job, by default the fewest that its degrees allow; of a flavor the
+    memory is shown only with this."""
+    device: Literal["accelerator", "cpu"] = "accelerator"
+    """Whose kernels the activations are of: those for attention and norms save different things."""
     json: bool = False
     """Print JSON, with every figure as it is."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        with display.progress().status("Building the model on the meta device to count ..."):
+        if self.world_size is not None:
+            refuse_no_ranks(self.world_size)
+        with display.progress().status("Building the model without memory to count ..."):
             import_host()
             from ezpz_moe.describe import as_json, describe
 
-            described = describe(self.config, list(self.host_flags))
+            flags = list(self.host_flags)
+            described = describe(self.config, flags, self.world_size, self.device)
         if self.json:
             display.print_line(json.dumps(as_json(described), indent=2))
             return 0
@@ -42,6 +51,10 @@ class Describe:
         display.print_table(_rows(described))
         for line in _remarks(described):
             display.print_line(line)
+        if described.ranks is not None:
+            fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
+            display.print_line(f"\nMemory of a rank, with {described.ranks} in all{fewest}:")
+            display.print_table(_memory_rows(described.memory))
         return 0
 
 
@@ -89,3 +102,19 @@ def _remarks(described: Description) -> Iterator[str]:
         yield "The vision encoder's FLOPs go by patches, not by tokens: they are not counted."
     if model.uncounted:
         yield f"Not counted: the FLOPs of {', '.join(model.uncounted)}."
+
+
+def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
+    """By component where all ranks are alike, else by the stages of the pipeline."""
+    if len(stages) == 1:
+        (stage,) = stages
+        for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
+            yield {"component": name} | _gibibytes(held)
+        return
+    for number, stage in enumerate(stages):
+        held = {"stage": str(number), "rank": str(stage.rank)} | _gibibytes(stage.held)
+        yield held | {"microbatches held": str(stage.in_flight)}
+
+
+def _gibibytes(held: Mapping[str, int]) -> dict[str, str]:
+    return {what: display.memory(number) for what, number in held.items()}

@@ -89,10 +89,14 @@ def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _below(module: nn.Module, around: str, names: dict[str, str]) -> Iterator[tuple[nn.Module, str]]:
     """``names``: children whose component is told by their name in ``module``."""
     yield module, around
-    inside = {"routed_experts": "routed experts", "shared_experts": "shared experts"}
     for name, child in module.named_children():
-        component = names.get(name) or _component(child, around)
-        yield from _below(child, component, inside if isinstance(child, MoE) else {})
+        yield from _below(child, names.get(name) or _component(child, around), _named_in(child))
+
+
+def _named_in(module: nn.Module) -> dict[str, str]:
+    if isinstance(module, MoE):
+        return {"routed_experts": "routed experts", "shared_experts": "shared experts"}
+    return {"inner_attention": "attention scores"} if isinstance(module, BaseAttention) else {}
 
 
 def _component(module: nn.Module, around: str) -> str:

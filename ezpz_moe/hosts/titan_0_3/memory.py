@@ -21,13 +21,18 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import ranks
 from ezpz_moe.hosts.dry_run import become_rank, local
 from ezpz_moe.hosts.live import LiveStorages, Place
 from ezpz_moe.hosts.titan_0_3.accelerator_kernels import AcceleratorKernels, give_shapes_only
+from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.hosts.titan_0_3.components import components
 from ezpz_moe.hosts.titan_0_3.preflight import config_of_rank, parts_of_model
 from ezpz_moe.preflight import RankReport
+
+RESIDUAL_STREAM = "residual stream"
 
 _LOGIT_BYTES = torch.float32.itemsize
 """Cross-entropy saves the log-softmax of a chunk's logits in float32."""
@@ -48,19 +53,32 @@ class Pipeline:
     microbatches: int
 
 
+def fewest_ranks(config: str, host_flags: list[str]) -> int:
+    """The fewest ranks that the job's degrees allow.
+
+    Raises:
+        EzpzError: as :func:`pipeline`.
+    """
+    return ranks.fewest_ranks(_told(config, host_flags).parallelism)
+
+
 def pipeline(config: str, host_flags: list[str]) -> Pipeline:
     """The job's.
 
     Raises:
         EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
     """
-    told = ConfigManager().parse_args([*named(config), *host_flags])
+    told = _told(config, host_flags)
     par = told.parallelism
     return Pipeline(
         stages=par.pipeline_parallel_degree,
         schedule=par.pipeline_parallel_schedule,
         microbatches=told.training.local_batch_size // _microbatch(told),
     )
+
+
+def _told(config: str, host_flags: list[str]) -> Trainer.Config:
+    return ConfigManager().parse_args([*named(config), *host_flags])
 
 
 def _microbatch(config: Trainer.Config) -> int:
@@ -100,7 +118,9 @@ def activations(
     """
     trainer_config = config_of_rank(config, host_flags, world_size, rank)
     become_rank(0, _without_neighbours(trainer_config, world_size))
-    if not is_cpu:
+    if is_cpu:
+        _refuse_masked_attention(trainer_config)
+    else:
         give_shapes_only(trainer_config.model_spec.model)
     (model,) = parts_of_model(trainer_config)
     norms = contextlib.nullcontext() if is_cpu else AcceleratorKernels()
@@ -116,6 +136,14 @@ def activations(
     return RankReport(rank, bytes_by_place=held)
 
 
+def _refuse_masked_attention(config: Trainer.Config) -> None:
+    if has_masked_attention(config.model_spec):
+        raise EzpzError(
+            f"--device cpu: the attention of flavor {config.model_spec.flavor!r} has no backward "
+            "on the CPU. Choose a flavor with _sdpa."
+        )
+
+
 def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
     """Change the job into one whose rank computes one microbatch of it alone; return its ranks.
 
@@ -124,7 +152,7 @@ def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
     as many from others. What shards the weights stays: it does not change what forward leaves.
     """
     par, training = config.parallelism, config.training
-    microbatch, ranks = _microbatch(config), world_size // par.pipeline_parallel_degree
+    microbatch = _microbatch(config)
     config.training = replace(
         training,
         seq_len=training.seq_len // par.context_parallel_degree,
@@ -138,7 +166,7 @@ def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
         expert_parallel_degree=1,
         data_parallel_shard_degree=-1,
     )
-    return ranks
+    return world_size // par.pipeline_parallel_degree
 
 
 def live_after_forward(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Place, int]:
@@ -160,7 +188,8 @@ def places_of(model: nn.Module) -> dict[nn.Module, Place]:
         module: (part, component[module]) for part, top in parts for module in top.modules()
     }
     for name, layer in model.layers.named_children():  # what its own forward adds up
-        places[layer] = (f"layers.{name}", "residual stream")
+        for block in (layer, getattr(layer, "_checkpoint_wrapped_module", layer)):
+            places[block] = (f"layers.{name}", RESIDUAL_STREAM)
     return places
 
 
