@@ -155,7 +155,5 @@ def dense_model(anatomy: Anatomy) -> DenseModel:
     per_hidden_unit = FFN_MATRICES * anatomy.dim * anatomy.n_moe_layers
     hidden_dim = round(instead.forward / (2 * per_hidden_unit))
     weights = per_hidden_unit * hidden_dim
-    rest = sum(
-        (cost for name, cost in anatomy.costs.items() if name not in OF_MOE_LAYERS), Cost()
-    )
+    rest = sum((cost for name, cost in anatomy.costs.items() if name not in OF_MOE_LAYERS), Cost())
     return DenseModel(hidden_dim, rest + Cost(weights, weights, 2 * weights))

@@ -1,4 +1,4 @@
-"""What a flavor's model is made of and what it costs: ``ezpz-moe describe``. Gathers; no printing."""
+"""What a flavor's model is made of and what it costs: ``ezpz-moe describe``."""
 
 from __future__ import annotations
 

@@ -114,9 +114,9 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
         case "1f1b":
             return min(stages - stage, microbatches)
     raise EzpzError(
-        f"parallelism.pipeline_parallel_schedule = {schedule!r}: how many microbatches a rank holds "
-        "is known of 1F1B and GPipe only. `ezpz-moe preflight` measures the model states of every "
-        "schedule."
+        f"parallelism.pipeline_parallel_schedule = {schedule!r}: how many microbatches a rank "
+        "holds is known of 1F1B and GPipe only. `ezpz-moe preflight` measures the model states of "
+        "every schedule."
     )
 
 

@@ -28,24 +28,23 @@ def main(job: str) -> None:
     counted: dict = {}
 
     def step(*args, **kwargs):
-        saved: dict[int, int] = {}
-        kept = []
+        saved: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = local(tensor).untyped_storage()
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(storage)  # so that no address is used twice
+            saved[storage._cdata] = storage
             return tensor
 
         given = [*model.parameters(), *model.buffers(), *args, *kwargs.values()]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = forward(*args, **kwargs)
-        given += model.parameters()  # those that FSDP has gathered
+        given += model.parameters()  # those that FSDP still holds gathered
         for tensor in given:
             if isinstance(tensor, torch.Tensor):
                 saved.pop(local(tensor).untyped_storage()._cdata, None)
         own = output.untyped_storage()
-        counted["saved"] = sum(saved.values())
+        # After forward: those that FSDP has gathered and given back are empty again.
+        counted["saved"] = sum(storage.nbytes() for storage in saved.values())
         counted["output"] = 0 if own._cdata in saved else own.nbytes()
         return output
 

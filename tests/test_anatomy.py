@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ezpz_moe.accounting import FFN_MATRICES, OF_MOE_LAYERS, Anatomy, dense_model
@@ -113,16 +114,16 @@ def grouped_mm_flops(A: torch.Size, B: torch.Size, *_: Any, **__: Any) -> int:
 
 def counted(name: str, seq_len: int) -> tuple[Counter[str], Counter[str]]:
     """FLOPs of a sequence by operator, in forward and in backward, as torch counts them."""
-    torch.manual_seed(0)
-    model = model_spec(load_flavor(f"{name}_sdpa")).model.build()
-    model.init_states()
-    model.bfloat16()
-    tokens, positions = torch.randint(100, (1, seq_len)), torch.arange(seq_len).unsqueeze(0)
     formulas = {torch.ops.aten._grouped_mm: grouped_mm_flops}  # torch has none for it
-    with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
-        output = model(tokens, positions)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as backward:
-        output.float().sum().backward()
+    forward, backward = (FlopCounterMode(display=False, custom_mapping=formulas) for _ in range(2))
+    model = build_on_meta(load_flavor(f"{name}_sdpa")).bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # torch counts by the shapes
+        model.to_empty(device="cpu")
+        tokens = torch.zeros(1, seq_len, dtype=torch.int64)
+        with forward:
+            output = model(tokens, torch.arange(seq_len).unsqueeze(0))
+        with backward:
+            output.float().sum().backward()
     return tuple(
         Counter({str(op): flops for op, flops in each.get_flop_counts()["Global"].items()})
         for each in (forward, backward)

@@ -109,12 +109,12 @@ def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
     if len(stages) == 1:
         (stage,) = stages
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
-            yield {"component": name} | _gibibytes(held)
+            yield {"component": name} | _in_words(held)
         return
     for number, stage in enumerate(stages):
-        held = {"stage": str(number), "rank": str(stage.rank)} | _gibibytes(stage.held)
-        yield held | {"microbatches held": str(stage.in_flight)}
+        who = {"stage": str(number), "rank": str(stage.rank)}
+        yield who | _in_words(stage.held) | {"microbatches held": str(stage.in_flight)}
 
 
-def _gibibytes(held: Mapping[str, int]) -> dict[str, str]:
+def _in_words(held: Mapping[str, int]) -> dict[str, str]:
     return {what: display.memory(number) for what, number in held.items()}

@@ -14,10 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torchtitan.models.common.attention import BaseAttention
 
-from ezpz_moe.hosts import binding
-from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION
-
-CausalAttention = binding("attention").CausalAttention
+from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION, CausalAttention, left_window
 
 
 class AcceleratorKernels(TorchFunctionMode):
@@ -54,7 +51,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         raise NotImplementedError("only what forward leaves is looked at")
 
 
-class _ShapesOnly(CausalAttention):
+class ShapesOnly(CausalAttention):
     """Stands in for a fused kernel where that cannot run: it saves what that would save.
 
     These are queries, keys, values, output and log-sum-exp. Where the written-out attention would
@@ -88,7 +85,6 @@ def give_shapes_only(model_config: Any) -> None:
     for _, node, _, _ in model_config.traverse(BaseAttention.Config):
         is_masked = isinstance(node.inner_attention, MASKED_ATTENTION)
         if is_masked or isinstance(node.inner_attention, CausalAttention.Config):
-            replaced = binding("attention").causal_attention(node)
-            node.inner_attention = _ShapesOnly.Config(
-                left_window=replaced.left_window, is_fused_always=is_masked
+            node.inner_attention = ShapesOnly.Config(
+                left_window=left_window(node), is_fused_always=is_masked
             )

@@ -69,7 +69,9 @@ def sequence_length(config: str, host_flags: list[str]) -> int:
 
 def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
     """Forward FLOPs of a token in all layers: its query with each key, and the sum of values."""
-    windows = {path: left_window(node) for path, node, _, _ in config.traverse(BaseAttention.Config)}
+    windows = {
+        path: left_window(node) for path, node, _, _ in config.traverse(BaseAttention.Config)
+    }
     flops = 0.0
     for path, module in model.named_modules():
         if isinstance(module, BaseAttention):

@@ -86,7 +86,9 @@ def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     yield from _below(model, "other", names)
 
 
-def _below(module: nn.Module, around: str, names: dict[str, str]) -> Iterator[tuple[nn.Module, str]]:
+def _below(
+    module: nn.Module, around: str, names: dict[str, str]
+) -> Iterator[tuple[nn.Module, str]]:
     """``names``: children whose component is told by their name in ``module``."""
     yield module, around
     for name, child in module.named_children():

@@ -24,6 +24,7 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import ranks
 from ezpz_moe.hosts.dry_run import become_rank, local
+from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.live import LiveStorages, Place
 from ezpz_moe.hosts.titan_0_3.accelerator_kernels import AcceleratorKernels, give_shapes_only
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
@@ -78,7 +79,14 @@ def pipeline(config: str, host_flags: list[str]) -> Pipeline:
 
 
 def _told(config: str, host_flags: list[str]) -> Trainer.Config:
-    return ConfigManager().parse_args([*named(config), *host_flags])
+    told = ConfigManager().parse_args([*named(config), *host_flags])
+    if not hasattr(told.training, "local_batch_size"):
+        raise EzpzError(
+            f"{config}: a rank's memory cannot be told with torchtitan {host_name()}: its batches "
+            "are of tokens, not of sequences. A flavor's parameters and FLOPs can: leave out "
+            "--world-size."
+        )
+    return told
 
 
 def _microbatch(config: Trainer.Config) -> int:
@@ -184,9 +192,7 @@ def places_of(model: nn.Module) -> dict[nn.Module, Place]:
     component = dict(components(model))
     parts = [("", model), *model.named_children()]
     parts += [(f"layers.{name}", layer) for name, layer in model.layers.named_children()]
-    places = {
-        module: (part, component[module]) for part, top in parts for module in top.modules()
-    }
+    places = {module: (part, component[module]) for part, top in parts for module in top.modules()}
     for name, layer in model.layers.named_children():  # what its own forward adds up
         for block in (layer, getattr(layer, "_checkpoint_wrapped_module", layer)):
             places[block] = (f"layers.{name}", RESIDUAL_STREAM)

@@ -64,4 +64,3 @@ def _summarize(flavor: Flavor) -> ModelSummary:
         active=round(total.active),
         embedding=costs["embeddings"].parameters,
     )
-

@@ -104,6 +104,23 @@ _EXPERTS = (
     ),
 )
 
+_NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
+
+_COMPONENTS = (
+    Reliance(
+        "torchtitan.models.common.feed_forward:FeedForward",
+        used_for="telling a dense FFN from other components",
+        if_broken=_NOT_DESCRIBED,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:ChunkedLossWrapper",
+        used_for="telling whether the loss is computed in chunks",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+)
+
 _DOORS = (
     Reliance(
         "torchtitan.config.override:override",
@@ -283,6 +300,7 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     *_EXPERTS,
+    *_COMPONENTS,
     *_DOORS,
     *_JOB,
     *_MODELS,
