@@ -124,6 +124,7 @@ def _multiplied(module: nn.Module, component: str) -> int:
         return 0
     if isinstance(module, nn.Linear):
         return module.weight.numel()
-    if component == "routed experts":  # weights are [E, out, in], biases [E, out]
-        return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 2)
+    if component == "routed experts":  # weights are [E, ..., out, in], biases [E, ..., out]
+        own = module.named_parameters(recurse=False)
+        return sum(p.numel() for name, p in own if p.dim() > 2 and "bias" not in name)
     return 0
