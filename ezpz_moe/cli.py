@@ -23,6 +23,7 @@ from ezpz_moe.commands.analyze import Analyze
 from ezpz_moe.commands.backends import Backends
 from ezpz_moe.commands.checkpoint import Checkpoint
 from ezpz_moe.commands.convert import Convert
+from ezpz_moe.commands.describe import Describe
 from ezpz_moe.commands.doctor import Doctor
 from ezpz_moe.commands.flavors import Flavors
 from ezpz_moe.commands.plot import Plot
@@ -44,6 +45,7 @@ class Arguments:
     command: (
         Annotated[Flavors, subcommand("flavors")]
         | Annotated[Show, subcommand("show")]
+        | Annotated[Describe, subcommand("describe")]
         | Annotated[Backends, subcommand("backends")]
         | Annotated[Verify, subcommand("verify")]
         | Annotated[Doctor, subcommand("doctor")]
@@ -77,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Arguments:
-    """``train`` and ``preflight`` hand the trainer what they do not know; elsewhere it is wrong."""
+    """Some commands hand the trainer what they do not know; elsewhere it is wrong."""
     words = [argument for argument in arguments if not argument.startswith("-")]
-    has_host_flags = words[:1] in (["train"], ["preflight"])
+    has_host_flags = words[:1] in (["train"], ["preflight"], ["describe"])
     parse = partial(
         tyro.cli,
         Arguments,

@@ -116,13 +116,28 @@ def gibibytes(number: int | None) -> str:
     return "-" if number is None else f"{number / 2**30:.2f} GiB"
 
 
+def memory(number: int) -> str:
+    """4080218931 -> "3.80 GiB", 524288 -> "0.50 MiB"."""
+    return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
+
+
 def count(parameters: int | None) -> str:
-    """33014016 -> "33.0 M"."""
+    """33014016 -> "33.0 M", 10240 -> "10.2 k"."""
     if parameters is None:
         return "-"
+    if parameters < 10**5:
+        return str(parameters) if parameters < 10**3 else f"{parameters / 10**3:.1f} k"
     if parameters < 10**9:
         return f"{parameters / 10**6:.1f} M"
     return f"{parameters / 10**9:.2f} B"
+
+
+def flops(number: float) -> str:
+    """118081536 -> "118.08 M"; with the prefixes of the SI, as "GFLOPs" has them."""
+    for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {prefix}"
+    return f"{number:.0f}"
 
 
 def number(value: float | None, form: str) -> str:

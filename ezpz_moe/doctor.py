@@ -6,8 +6,6 @@ host may be any, also one that no binding fits: then the nearest generation's li
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,7 +22,7 @@ from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
-from ezpz_moe.hosts.ranks import share_of_model
+from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.job import find_job, job_for_flavor
 from ezpz_moe.verify import default_device
@@ -134,7 +132,7 @@ def job_findings(config: str, world_size: int | None) -> list[Finding]:
 
 def _job_findings(config: str, world_size: int | None) -> list[Finding]:
     settings = "its keys and how they go together"
-    with _outside_of_a_run():
+    with outside_of_a_run():
         try:
             job = find_job(config)
             trainer_config = hosts.binding("job").trainer_config(job)
@@ -150,16 +148,6 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
     if world_size is not None:
         findings.append(_memory(trainer_config, summary.total, world_size))
     return findings
-
-
-@contextlib.contextmanager
-def _outside_of_a_run() -> Iterator[None]:
-    """Hide the rank that a job script may have: a process of a run leaves checks to the run."""
-    rank = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(rank)
 
 
 def _finding(line: Reliance) -> Finding:

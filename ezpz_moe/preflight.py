@@ -10,10 +10,10 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
@@ -32,6 +32,7 @@ class RankReport:
         state_bytes: weights, gradients and optimizer states in bytes; activations are not in it.
         step: what of a step was run with tensors that have no values, or why none was.
         error: what the rank met; empty when it was built.
+        bytes_by_place: for ``describe``, bytes by (part of the model, component).
     """
 
     rank: int
@@ -39,6 +40,7 @@ class RankReport:
     state_bytes: int | None = None
     step: str | None = None
     error: str = ""
+    bytes_by_place: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 def preflight(
@@ -55,38 +57,65 @@ def preflight(
     Raises:
         EzpzError: the ranks cannot be shared out among the stages, or a process died.
     """
+    jobs = (
+        partial(in_a_process, ("preflight", "run_rank"), config, host_flags, world_size, rank)
+        for rank in first_ranks(world_size, stages)
+    )
+    yield from concurrently(jobs)
+
+
+def first_ranks(world_size: int, stages: int) -> range:
+    """The first rank of every pipeline stage.
+
+    Raises:
+        EzpzError: the ranks cannot be shared out among the stages.
+    """
     if world_size % stages:
         raise EzpzError(
             f"--world-size {world_size}: has to be a multiple of "
             f"parallelism.pipeline_parallel_degree = {stages}."
         )
-    ranks = range(0, world_size, world_size // stages)  # pipelines are the outermost dimension
-    build = partial(_in_a_process, config, host_flags, world_size)
+    return range(0, world_size, world_size // stages)  # pipelines are the outermost dimension
+
+
+def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankReport]:
+    """Their reports in order; as many at a time as memory is likely to hold."""
     with ThreadPoolExecutor(_PROCESSES) as threads:
-        yield from threads.map(build, ranks)
+        yield from threads.map(lambda job: job(), jobs)
 
 
-def _in_a_process(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
-    """A pool of its own for each rank: one for all would not tell whose process died."""
+def in_a_process(
+    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+) -> RankReport:
+    """What ``function`` of the host's binding, as slot and name, reports of a rank.
+
+    A pool of its own for each rank: one for all would not tell whose process died.
+
+    Raises:
+        EzpzError: the process died.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_run_rank, config, host_flags, world_size, rank).result()
+            return pool.submit(_run, function, config, host_flags, world_size, rank).result()
         except BrokenProcessPool:
             raise EzpzError(
                 f"rank {rank} of {world_size}: the process that built it died. Most often the "
                 f"system killed it for its memory: {_PROCESSES} run at a time, each of 1 GiB and "
-                "more. Start preflight where more memory is free, such as in an interactive job."
+                "more. Start this where more memory is free, such as in an interactive job."
             ) from None
 
 
-def _run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+def _run(
+    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+) -> RankReport:
     """What a process is for. Everything that goes wrong there is the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     check_host()
+    slot, name = function
     try:
-        return binding("preflight").run_rank(config, host_flags, world_size, rank)
+        return getattr(binding(slot), name)(config, host_flags, world_size, rank)
     except EzpzError as error:
         return RankReport(rank, error=str(error))
     except Exception as error:

@@ -91,6 +91,19 @@ class Router(Data):
         return self.null_experts + self.copy_experts + self.constant_experts
 
 
+def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
+    """How many choices a token has of E experts and Z zero-computation experts.
+
+    ``round(k (E + Z) / E)``, so that about k of them compute when all are used alike.
+
+    Args:
+        num_experts: experts of a layer that compute, E.
+        top_k: how many of them a token uses without the others, k.
+        zero_experts: Z.
+    """
+    return round(top_k * (num_experts + zero_experts) / num_experts)
+
+
 class Balance(Data):
     """What spreads the tokens over the experts: ``[balance]``."""
 

@@ -52,7 +52,7 @@ def parallelized(build: Callable[[], Any], spec: Any, *, has_pipeline: bool) -> 
 
 def report(rank: int, parts: list[nn.Module], step: str | None = None) -> RankReport:
     """What the rank holds in its parts of the model."""
-    parameters = [_local(p) for part in parts for p in part.parameters()]
+    parameters = [local(p) for part in parts for p in part.parameters()]
     return RankReport(
         rank=rank,
         parameters=sum(p.numel() for p in parameters),
@@ -79,5 +79,6 @@ def _ending_with(
     return parallelize_and_end
 
 
-def _local(parameter: nn.Parameter) -> torch.Tensor:
+def local(parameter: nn.Parameter) -> torch.Tensor:
+    """What of a parameter this rank holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

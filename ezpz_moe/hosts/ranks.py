@@ -6,6 +6,8 @@ are laid out, are named alike in every generation. Each check yields its problem
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +47,16 @@ def started_ranks(*, is_dry_run: bool) -> int | None:
     return int(ranks) if ranks else None
 
 
+@contextlib.contextmanager
+def outside_of_a_run() -> Iterator[None]:
+    """Hide the rank that a job script may have: a process of a run leaves checks to the run."""
+    rank = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(rank)
+
+
 def share_of_model(parallelism: Any, ranks: int) -> float:
     """The part of the parameters that a rank holds on average: every degree but one cuts them.
 
@@ -52,6 +64,18 @@ def share_of_model(parallelism: Any, ranks: int) -> float:
     pipeline count as equal.
     """
     return parallelism.data_parallel_replicate_degree / ranks
+
+
+def fewest_ranks(parallelism: Any) -> int:
+    """The fewest ranks that the degrees allow: where sharding takes what is left, the least."""
+    par = parallelism
+    inner = par.context_parallel_degree * par.tensor_parallel_degree
+    shard = par.data_parallel_shard_degree
+    if shard == -1:
+        experts = par.expert_parallel_degree
+        shard = experts // math.gcd(experts, inner)
+    outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
+    return outer * shard * inner
 
 
 def rank_problems(parallelism: Any, ranks: int, batch: Batch) -> Iterator[str]:

@@ -120,13 +120,16 @@ def test_a_step_that_fails_keeps_what_was_measured() -> None:
     assert report.error.startswith("RuntimeError: no such shape (in a step with tensors that have")
 
 
+RUN_RANK = ("preflight", "run_rank")
+
+
 def report_with_failing_step(config: str, world_size: int) -> RankReport:
     def fail(*args: object) -> str:
         raise RuntimeError("no such shape")
 
     check_host()
     binding("preflight")._step = fail
-    return ezpz_moe.preflight._run_rank(config, [], world_size, 0)
+    return ezpz_moe.preflight._run(RUN_RANK, config, [], world_size, 0)
 
 
 @pytest.mark.parametrize("more", ["tensor_parallel_degree", "expert_parallel_degree"])
@@ -143,7 +146,7 @@ def test_heads_that_tensor_parallelism_cannot_divide() -> None:
 
 
 def test_a_process_that_is_killed_is_said_with_its_rank(monkeypatch, capsys, pipeline) -> None:
-    monkeypatch.setattr(ezpz_moe.preflight, "_run_rank", die_as_rank_4)
+    monkeypatch.setattr(ezpz_moe.preflight, "_run", die_as_rank_4)
     assert build(pipeline, world_size=4) == [RankReport(0)]
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", pipeline, "--world-size", "8"])
@@ -153,7 +156,7 @@ def test_a_process_that_is_killed_is_said_with_its_rank(monkeypatch, capsys, pip
     assert "where more memory is free" in said
 
 
-def die_as_rank_4(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+def die_as_rank_4(_, config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
     if rank == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return RankReport(rank)

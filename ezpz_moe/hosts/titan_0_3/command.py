@@ -13,4 +13,9 @@ VARIABLES = ("MODULE", "CONFIG")
 
 def arguments(job: Job) -> list[str]:
     """Arguments of ``torchtitan.train`` that train the job."""
-    return ["--module", MODEL_NAME, "--config", str(job.path or job.flavor)]
+    return named(str(job.path or job.flavor))
+
+
+def named(config: str) -> list[str]:
+    """The same for a flavor's name or the path of a job's TOML."""
+    return ["--module", MODEL_NAME, "--config", config]

@@ -2,21 +2,21 @@
 
 The counts follow the host's ``get_nparams_and_flops``: *active* are the parameters that one token
 meets, namely k/E of each layer's routed experts and all of everything else, both embedding
-matrices included.
+matrices included. With zero-computation experts they are an average.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
-from torchtitan.models.common.moe import MoE
 
+from ezpz_moe.accounting import Cost
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.titan_0_3.components import choices, weigh
 from ezpz_moe.hosts.titan_0_3.models import model_spec
 
 
@@ -48,16 +48,9 @@ def build_on_meta(flavor: Flavor) -> nn.Module:
 @cache
 def _summarize(flavor: Flavor) -> ModelSummary:
     config = model_spec(flavor).model
-    model: Any = build_on_meta(flavor)
-    moes = [module for module in model.modules() if isinstance(module, MoE)]
-    # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
-    idle = sum(
-        _numel(moe.routed_experts)
-        // moe.router.num_experts
-        * (moe.router.num_experts - moe.router.top_k)
-        for moe in moes
-    )
-    total = _numel(model)
+    chosen = choices(flavor)
+    costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
+    total = sum(costs.values(), Cost())
     host_experts = binding("experts")
     _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
     sizes = host_experts.sizes(experts)
@@ -65,13 +58,9 @@ def _summarize(flavor: Flavor) -> ModelSummary:
         dim=config.dim,
         n_layers=len(config.layers),
         num_experts=sizes.num_experts,
-        top_k=moes[0].router.top_k,
+        top_k=chosen.top_k,
         expert_hidden_dim=sizes.hidden_dim,
-        total=total,
-        active=total - idle,
-        embedding=_numel(model.tok_embeddings),
+        total=total.parameters,
+        active=round(total.active),
+        embedding=costs["embeddings"].parameters,
     )
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -19,6 +20,7 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
+from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.preflight import RankReport
 
 _FAILED = (
@@ -35,12 +37,8 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
     Raises:
         whatever the rank would have met until its model was parallelized.
     """
-    become_rank(rank, world_size)
-    arguments = ["--module", "ezpz_moe", "--config", config, *host_flags, *FAKE_COMMUNICATION]
-    trainer_config = ConfigManager().parse_args(arguments)
-    has_pipeline = trainer_config.parallelism.pipeline_parallel_degree > 1
-    spec = trainer_config.model_spec
-    parts = parallelized(trainer_config.build, spec, has_pipeline=has_pipeline)
+    trainer_config = config_of_rank(config, host_flags, world_size, rank)
+    parts = parts_of_model(trainer_config)
     built = report(rank, parts)  # before the step, which leaves shards gathered where it stops
     if reason := _why_no_step(trainer_config):
         return replace(built, step=f"not run: {reason}")
@@ -51,6 +49,21 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
         return replace(built, step=f"not run: {error} reads values, of which the tensors have none")
     except Exception as error:
         return replace(built, step="failed", error=_FAILED.format(type(error).__name__, error))
+
+
+def config_of_rank(
+    config: str, host_flags: list[str], world_size: int, rank: int
+) -> Trainer.Config:
+    """The trainer's config where this process believes that it is ``rank`` of ``world_size``."""
+    become_rank(rank, world_size)
+    # The user's flags are last: nothing may follow one such as activation-checkpoint:full.
+    return ConfigManager().parse_args([*named(config), *FAKE_COMMUNICATION, *host_flags])
+
+
+def parts_of_model(config: Trainer.Config) -> list[nn.Module]:
+    """The model's parts on this rank, parallelized, on the meta device."""
+    has_pipeline = config.parallelism.pipeline_parallel_degree > 1
+    return parallelized(config.build, config.model_spec, has_pipeline=has_pipeline)
 
 
 def _why_no_step(config: Trainer.Config) -> str:

@@ -1,0 +1,135 @@
+"""What only some flavors and commands rely on in torchtitan 0.3; nothing of it is vital."""
+
+from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
+
+_NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
+_NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
+_NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; others still can"
+_NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
+
+ROUTERS = (
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter",
+        used_for="a flavor's router is a subclass of it",
+        if_broken=_NO_ROUTER,
+        has=("Config", "forward", "_get_node_limited_routing_scores"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
+        used_for="the model's own routing: number of experts, top-k, groups, norm, scale",
+        if_broken=_NO_ROUTER,
+        fields=(
+            "num_experts",
+            "gate",
+            "top_k",
+            "num_expert_groups",
+            "route_norm",
+            "route_scale",
+        ),
+    ),
+    Reliance(
+        "torchtitan.models.common.linear:Linear.Config",
+        used_for="a flavor's gate is a subclass of the host's linear layer",
+        if_broken=_NO_ROUTER,
+        fields=("in_features", "out_features", "bias"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:MoE.Config",
+        used_for="whose router, experts and bias a flavor changes",
+        if_broken=_NO_ROUTER,
+        fields=("num_experts", "router", "routed_experts", "load_balance_coeff"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:MoE._init_self_buffers",
+        used_for="counters and biases of zero-computation experts",
+        if_broken=_NO_ZERO_COMPUTATION,
+    ),
+    Reliance(
+        "torchtitan.models.common.token_dispatcher:LocalTokenDispatcher._local_reorder",
+        used_for="sorts what is not computed to the end, where it is cut off",
+        if_broken=_NO_ZERO_COMPUTATION,
+        takes=("x_TD", "topk_scores_TK", "topk_expert_ids_TK"),
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder_sharding:dense_param_placement",
+        used_for="how constant experts' parameters lie on ranks",
+        if_broken=_NO_ZERO_COMPUTATION,
+        takes=("tp",),
+    ),
+    Reliance(
+        "torchtitan.protocols.sharding:ShardingConfig",
+        used_for="how constant experts' parameters lie on ranks",
+        if_broken=_NO_ZERO_COMPUTATION,
+        fields=("state_shardings",),
+    ),
+    Reliance(
+        "torchtitan.protocols.model_spec:ModelSpec",
+        used_for="the bias is updated by a hook of ours where the host's does not do it",
+        if_broken=_NO_ROUTER,
+        fields=("post_optimizer_build_fn",),
+    ),
+    Reliance(
+        "torchtitan.distributed.activation_checkpoint:FullAC._wrap_block",
+        used_for="full activation checkpointing that keeps the router's choices",
+        if_broken=_NO_ROUTER,
+        takes=("module", "base_fqn"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:MetricsProcessor",
+        used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
+        if_broken=_NO_TELEMETRY,
+        has=("Config", "should_log", "log"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:_get_metrics_rank",
+        used_for="telemetry.jsonl is written by the rank that the host logs on",
+        if_broken=_NO_TELEMETRY,
+        takes=("parallel_dims", "pp_schedule"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:WandBLogger.log",
+        used_for="pictures of the load for Weights & Biases",
+        if_broken=_NO_TELEMETRY,
+    ),
+    Reliance(
+        "torchtitan.components.metrics:TensorBoardLogger.log",
+        used_for="pictures of the load for TensorBoard",
+        if_broken=_NO_TELEMETRY,
+    ),
+)
+"""Of flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
+
+ANALYSIS = (
+    Reliance(
+        "torchtitan.models.common.moe:MoE",
+        used_for="finding the layers with experts, their routers and their parameters' names",
+        if_broken="`ezpz-moe analyze` and `upcycle` find no layers",
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
+        used_for="what an upcycled router's weights sum to",
+        if_broken="`ezpz-moe upcycle` cannot keep the dense model's function",
+        fields=("top_k", "score_func", "route_norm", "route_scale", "num_expert_groups"),
+    ),
+    Reliance(
+        "torchtitan.components.tokenizer:HuggingFaceTokenizer",
+        used_for="the text of `ezpz-moe analyze` as tokens",
+        if_broken="`ezpz-moe analyze` cannot read a text",
+        has=("encode",),
+    ),
+)
+
+COMPONENTS = (
+    Reliance(
+        "torchtitan.models.common.feed_forward:FeedForward",
+        used_for="telling a dense FFN from other components",
+        if_broken=_NOT_DESCRIBED,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:ChunkedLossWrapper",
+        used_for="telling whether the loss is computed in chunks",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+)

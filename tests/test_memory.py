@@ -1,0 +1,125 @@
+"""Bytes of a rank: against what a real step saves for backward, and preflight's own count."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import TITAN_0_3, check_host, generation
+from ezpz_moe.hosts.live import LiveStorages
+from ezpz_moe.memory import StageMemory, held, microbatches_in_flight
+from ezpz_moe.preflight import RankReport, in_a_process
+
+check_host()
+if generation() is not TITAN_0_3:
+    pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
+
+HERE = Path(__file__).parent
+
+JOB = """
+[model]
+name = "ezpz_moe"
+flavor = "{flavor}"
+[training]
+local_batch_size = 2
+seq_len = 64
+steps = 1
+[activation_checkpoint]
+mode = "{mode}"
+"""
+
+LOSS = ("lm_head", "output head")
+
+
+def look(name: str, config: str, ranks: int = 1, *flags: str) -> RankReport:
+    return in_a_process(("memory", name), config, list(flags), ranks, 0)
+
+
+@pytest.mark.parametrize("flavor", ["debugmodel_sdpa_for_loop", "gpt_oss_debugmodel_sdpa"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_activations_are_what_a_real_step_saves(tmp_path: Path, flavor: str, mode: str) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(flavor=flavor, mode=mode))
+    command = [sys.executable, str(HERE / "saved_for_backward.py"), str(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    real = json.loads(result.stdout.splitlines()[-1])
+    estimated = dict(look("activations_on_cpu", str(job)).bytes_by_place)
+    # The loss comes after the model's forward: 16 of the tokens at once, in float32.
+    assert estimated.pop(LOSS) == 2 * 64 // 8 * 2048 * 4
+    assert sum(estimated.values()) == real["saved"] + real["output"]
+
+
+def test_a_fused_kernel_saves_its_output_and_its_log_sum_exp_but_no_scores() -> None:
+    flags = ("--training.seq-len=512", "activation-checkpoint:none")
+    report = look("activations", "debugmodel_sdpa_for_loop", 1, *flags)
+    assert not report.error
+    places = report.bytes_by_place.items()
+    made = sum(number for (_, component), number in places if component == "attention scores")
+    # 8 x 512 tokens, 16 heads: 128 values in bfloat16, a float32; and two int64 of its dropout
+    assert made == 6 * (8 * 512 * 16 * (128 * 2 + 4) + 16)
+
+
+def test_weights_are_preflights_and_of_every_component() -> None:
+    config, flags = "debugmodel_sdpa", ("--parallelism.expert-parallel-degree=2",)
+    weights = look("weights", config, 4, *flags)
+    built = in_a_process(("preflight", "run_rank"), config, list(flags), 4, 0)
+    assert (weights.error, built.error) == ("", "")
+    assert 4 * sum(weights.bytes_by_place.values()) == built.state_bytes
+    assert {component for _, component in weights.bytes_by_place} == {
+        *("embeddings", "attention projections", "router", "routed experts", "shared experts"),
+        *("dense FFN", "norms", "output head"),
+    }
+
+
+def test_attention_that_the_cpu_cannot_differentiate_is_an_error() -> None:
+    report = look("activations_on_cpu", "debugmodel")
+    assert "--device cpu: the attention of flavor 'debugmodel' has no backward" in report.error
+
+
+@pytest.mark.parametrize(
+    ("schedule", "held_by_stage"), [("1F1B", [4, 3, 2, 1]), ("GPipe", [6, 6, 6, 6])]
+)
+def test_microbatches_in_flight(schedule: str, held_by_stage: list[int]) -> None:
+    assert [microbatches_in_flight(schedule, stage, 4, 6) for stage in range(4)] == held_by_stage
+
+
+def test_microbatches_of_few_of_no_pipeline_and_of_an_unknown_schedule() -> None:
+    assert microbatches_in_flight("1F1B", 0, 8, 2) == 2
+    assert microbatches_in_flight("Interleaved1F1B", 0, 1, 8) == 1
+    with pytest.raises(EzpzError, match=r"'Interleaved1F1B'.*1F1B and GPipe only"):
+        microbatches_in_flight("Interleaved1F1B", 0, 2, 8)
+
+
+def test_what_is_held_sums_up() -> None:
+    stage = StageMemory(0, {"norms": 10, "router": 1}, {"norms": 3, "residual stream": 5}, 1)
+    expected = {"weights": 11, "gradients": 11, "optimizer": 22, "activations": 8, "total": 52}
+    assert stage.held == held(11, 8) == expected
+    by_component = stage.held_by_component
+    assert list(by_component) == ["router", "norms", "residual stream"]
+    assert sum(each["total"] for each in by_component.values()) == stage.held["total"]
+
+
+class Squares(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (x * 1.0).sum()  # made and forgotten
+        return (x * 2.0) ** 2
+
+
+def test_live_storages_are_those_that_backward_needs_and_no_others() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), Squares())
+    storages = LiveStorages({model: ("", "all"), model[2]: ("2", "squares")})
+    tokens = torch.zeros(2, 2, 2)  # flattened it is a view: not made here
+    with storages.watching():
+        output = model(tokens)
+    # Of Squares x * 2 and the output live; of Linear nothing: its output is needed by none.
+    assert storages.live_bytes(model) == {("2", "squares"): 2 * output.nbytes}
