@@ -51,5 +51,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
         cli.main(["describe", *arguments])
     said = capsys.readouterr()
     assert (stopped.value.code, said.out) == (2, "")
-    assert said.err.startswith("ezpz-moe: error: ") and said.err.count("\n") == 1
+    assert said.err.startswith("ezpz-moe: error: ")
+    assert said.err.count("\n") == 1
     assert message in said.err
