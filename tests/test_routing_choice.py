@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
 from ezpz_moe.routing.logits import activated, jittered
-from ezpz_moe.routing.zero_computation import constant_output, raised_top_k, weight_of
+from ezpz_moe.routing.zero_computation import constant_output, weight_of
+from ezpz_moe.routing_schema import raised_top_k
 
 CPU = torch.device("cpu")
 

@@ -13,15 +13,6 @@ import torch
 from torch import Tensor
 
 
-def raised_top_k(experts: int, top_k: int, zero_experts: int) -> int:
-    """The top-k with which a token still meets ``top_k`` routed experts on average, when even.
-
-    >>> raised_top_k(experts=8, top_k=3, zero_experts=8)
-    6
-    """
-    return round(top_k * (experts + zero_experts) / experts)
-
-
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
     """weight_BL1: what a token gives to the experts ``first`` to ``last`` - 1."""
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)

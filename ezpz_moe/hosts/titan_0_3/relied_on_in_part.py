@@ -1,4 +1,4 @@
-"""What only some flavors and commands rely on in torchtitan 0.3; nothing of it is vital."""
+"""What some flavors and commands rely on in torchtitan 0.3 beside what all do."""
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 

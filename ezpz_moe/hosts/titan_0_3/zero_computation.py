@@ -25,8 +25,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from ezpz_moe.hosts.titan_0_3.router import TokenMask
-from ezpz_moe.routing.zero_computation import constant_output, raised_top_k, weight_of
-from ezpz_moe.routing_schema import Router
+from ezpz_moe.routing.zero_computation import constant_output, weight_of
+from ezpz_moe.routing_schema import Router, raised_top_k
 
 
 class ConstantExperts(Module):
