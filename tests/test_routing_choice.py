@@ -221,6 +221,7 @@ def test_an_expert_that_nobody_can_choose_gets_nothing() -> None:
     found_TE = plan(with_it_TE, tolerance=0.3)
     expected_TE = torch.cat([plan(others_TE, tolerance=0.3) * 3 / 4, torch.zeros(20, 1)], dim=1)
     torch.testing.assert_close(found_TE, expected_TE, rtol=1e-5, atol=0)
+    assert not torch.allclose(plan(others_TE, tolerance=0.3), plan(others_TE), rtol=1e-2)
 
 
 def test_where_no_even_plan_exists_the_best_one_is_approached() -> None:
