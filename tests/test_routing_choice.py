@@ -222,6 +222,7 @@ def test_an_expert_that_nobody_can_choose_gets_nothing() -> None:
     found_TE = plan(with_it_TE, tolerance=0.3)
     expected_TE = torch.cat([plan(others_TE, tolerance=0.3) * 3 / 4, torch.zeros(20, 1)], dim=1)
     torch.testing.assert_close(found_TE, expected_TE, rtol=1e-5, atol=0)
+    assert not torch.allclose(plan(others_TE, tolerance=0.3), plan(others_TE), rtol=1e-2)
 
 
 def test_where_no_even_plan_exists_the_best_one_is_approached() -> None:
@@ -282,7 +283,7 @@ def even_choice(T: int, K: int, E: int, first: int) -> tuple[Tensor, Tensor]:
 
 
 def test_without_noise_nothing_changes() -> None:
-    ids_TK, weights_TK = even_choice(50, 3, 8, 2)
+    ids_TK, weights_TK = even_choice(5000, 3, 8, 2)
     found_TK, found_weights_TK = perturbed(ids_TK, weights_TK, noise=0.0, E=8, first=2)
     assert torch.equal(found_TK, ids_TK)
     assert torch.equal(found_weights_TK, weights_TK)
@@ -290,14 +291,14 @@ def test_without_noise_nothing_changes() -> None:
 
 @pytest.mark.parametrize("noise", [0.3, 1.0])
 def test_noise_replaces_that_share_of_tokens_and_keeps_the_weights_sums(noise: float) -> None:
-    T, K, E, first = 20_000, 3, 10, 2
+    T, K, E, first = 200_000, 3, 10, 2
     torch.manual_seed(0)
     ids_TK, weights_TK = even_choice(T, K, E, first)
     found_TK, found_weights_TK = perturbed(ids_TK, weights_TK, noise=noise, E=E, first=first)
     changed = (found_TK != ids_TK).any(-1).double().mean().item()
     same_by_chance = 1 / (8 * 7 * 6)
     assert abs(changed - noise * (1 - same_by_chance)) <= within(T)
-    assert all(len(set(row)) == K for row in found_TK.tolist())
+    assert found_TK.sort(-1).values.diff().min() > 0  # distinct
     assert found_TK.min() >= first
     assert found_TK.max() < E
     # Each weight moved that far to one that is a share u / (u + u' + u'') of the sum.
@@ -310,7 +311,7 @@ def test_noise_replaces_that_share_of_tokens_and_keeps_the_weights_sums(noise: f
 
 
 def test_full_noise_chooses_all_experts_alike_in_every_place() -> None:
-    T, K, E, first = 20_000, 3, 10, 2
+    T, K, E, first = 200_000, 3, 10, 2
     torch.manual_seed(0)
     found_TK, _ = perturbed(*even_choice(T, K, E, first), noise=1.0, E=E, first=first)
     for k in range(K):
