@@ -281,6 +281,16 @@ def test_experts_that_are_no_swiglu_are_refused():
 
 
 @on_0_2
+@pytest.mark.parametrize("table", ["router", "balance", "telemetry"])
+def test_what_this_hosts_routers_do_not_get_is_refused(table, tmp_path):
+    """Not left out in silence."""
+    key = {"router": "freeze = true", "balance": "z_loss = 0.1", "telemetry": "every = 10"}
+    path = tmp_path / "mine.toml"
+    path.write_text(f'inherits = "debugmodel"\n[{table}]\n{key[table]}\n')
+    with pytest.raises(EzpzError, match=r"mine\.toml: \[router\].* need torchtitan 0\.3 or later"):
+        binding("models").model_args(load_flavor("mine", near=tmp_path))
+
+
 def test_tokens_are_counted_on_the_cpu():
     """Every expert's tokens, experts without any included, in the host's dtype; compiled too."""
     from torchtitan.models.moe import MoE, MoEArgs

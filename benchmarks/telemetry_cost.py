@@ -1,0 +1,121 @@
+"""What counting costs: the routers with telemetry against the host's, as a share of a step.
+
+    python benchmarks/telemetry_cost.py
+    python benchmarks/telemetry_cost.py --flavor 500M --sequences 2 --length 512 --repeats 30
+
+Forward and backward of one layer's router, the host's own and the one that counts, taking turns;
+the difference of their medians times the number of MoE layers is set against forward and backward
+of the whole model in the same run. Writing a record is timed apart: it happens when the host logs.
+All on the CPU, with torch's default number of threads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from ezpz_moe import display
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What counting costs, as a share of a training step."""
+
+    flavor: str = "debugmodel"
+    sequences: int = 8
+    length: int = 128
+    repeats: int = 40
+
+
+def build(flavor: str, folder: Path) -> torch.nn.Module:
+    spec = binding("models").model_spec(load_flavor(f"{flavor}_sdpa_for_loop", near=folder))
+    model = spec.model.build()
+    model.init_weights(buffer_device=torch.device("cpu"))
+    return model.train()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def router_pass(model: torch.nn.Module, x_BLD: torch.Tensor) -> Callable[[], object]:
+    router = next(block.moe.router for block in model.layers.values() if block.moe_enabled)
+
+    def work() -> None:
+        weights_BLK, _, _ = router(x_BLD)
+        weights_BLK.sum().backward()
+
+    return work
+
+
+def record_of(layers: int, experts: int) -> StepRecord:
+    layer = LayerRecord(
+        layer=1,
+        tokens=10_000,
+        counts_E=tuple(range(1, experts + 1)),
+        zero_counts_Z=(),
+        top1_probability=0.5,
+        margin=0.1,
+        bias_norm=0.1,
+        losses={"aux_loss": 1.0, "mse_loss": 0.0, "z_loss": 4.0},
+        scaled_losses={"aux_loss": 0.01, "mse_loss": 0.0, "z_loss": 0.0},
+        padding_waste=None,
+        drop_rate=0.0,
+    )
+    return StepRecord(10, 10, 2.0, 1.0, "for_loop", (layer,) * layers)
+
+
+def main(arguments: Arguments) -> None:
+    check_host()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "counting.toml").write_text(f'inherits = "{arguments.flavor}"\n[telemetry]\n')
+        host, counting = (build(name, folder) for name in (arguments.flavor, "counting"))
+        moes = [block.moe for block in host.layers.values() if block.moe_enabled]
+        dim, experts = moes[0].router.gate.in_features, moes[0].router.num_experts
+        shape = (arguments.sequences, arguments.length)
+        x_BLD = torch.randn(*shape, dim, requires_grad=True)
+        tokens_BL = torch.randint(1, 2000, shape)
+        works = {
+            "host": router_pass(host, x_BLD),
+            "counting": router_pass(counting, x_BLD),
+            "model": lambda: host(tokens_BL).float().sum().backward(),
+        }
+        for work in works.values():
+            work()
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(arguments.repeats):
+            for name, work in works.items():
+                times[name].append(seconds(work))
+        median = {name: statistics.median(each) for name, each in times.items()}
+        record = record_of(len(moes), experts)
+        written = seconds(lambda: append(folder / "telemetry.jsonl", record))
+    extra = (median["counting"] - median["host"]) * len(moes)
+    rows = {
+        "one router, the host's": f"{1e3 * median['host']:.2f} ms",
+        "one router that counts": f"{1e3 * median['counting']:.2f} ms",
+        f"counting in {len(moes)} layers": f"{1e3 * extra:.2f} ms",
+        "the whole model": f"{1e3 * median['model']:.1f} ms",
+        "share of a step": f"{100 * extra / median['model']:.2f} %",
+        "writing a record": f"{1e3 * written:.2f} ms",
+    }
+    title = f"{arguments.flavor}, {shape[0]} x {shape[1]} tokens, {torch.get_num_threads()} threads"
+    display.print_table(
+        [{"forward and backward": k, "median": v} for k, v in rows.items()], title=title
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
