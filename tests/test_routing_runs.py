@@ -84,6 +84,8 @@ def folder(tmp_path_factory) -> Path:
     folder = job_folder(tmp_path_factory.mktemp("routing"))
     for scope in ("sequence", "batch", "global"):
         (folder / f"{scope}.toml").write_text(FLAVOR.format(scope=scope))
+    unmasked = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", "")
+    (folder / "unmasked.toml").write_text(unmasked)
     return folder
 
 
@@ -105,8 +107,16 @@ def runs(folder):
             for name, flags in named.items()
         }
 
-    other_1 = {"global, one big batch": at_once(4), "batch, four microbatches": at_once(1)}
-    other_2 = {"global, two ranks": at_once(2), "batch, two ranks": at_once(1)}
+    other_1 = {
+        "global, one big batch": at_once(4),
+        "batch, four microbatches": at_once(1),
+        "unmasked, one big batch": at_once(4),
+    }
+    other_2 = {
+        "global, two ranks": at_once(2),
+        "batch, two ranks": at_once(1),
+        "unmasked, pipeline": [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"],
+    }
     one, two = scenarios(ONE_RANK), scenarios(TWO_RANKS)
     for into, named in ((one, other_1), (two, other_2)):
         for name, flags in named.items():
@@ -115,7 +125,9 @@ def runs(folder):
 
 
 def gate_gradient(ranks):
-    return ranks[0]["gradients"]["layers.1.moe.router.gate.weight"].double()
+    """Of the one MoE layer; in a pipeline the second rank has it."""
+    name = "layers.1.moe.router.gate.weight"
+    return next(each["gradients"][name] for each in ranks if name in each["gradients"]).double()
 
 
 def difference(ours, other) -> float:
@@ -143,6 +155,11 @@ def test_the_same_microbatches_on_two_ranks_have_the_same_mean(runs):
     assert difference(gate_gradient(runs["batch, two ranks"]), one) < ALLOWED
 
 
+def test_the_microbatches_of_a_pipeline_have_the_gradient_of_one_big_batch(runs):
+    big = gate_gradient(runs["unmasked, one big batch"])
+    assert difference(gate_gradient(runs["unmasked, pipeline"]), big) < ALLOWED
+
+
 def test_the_scopes_are_different_losses(runs):
     """Or the tests above could not tell them apart."""
     sequence, everything, batch = map(
@@ -156,6 +173,14 @@ def test_the_scopes_are_different_losses(runs):
 def telemetry(folder: Path, name: str) -> list[dict]:
     lines = (folder / name / "telemetry.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def test_a_pipelines_stages_report_together(runs, folder):
+    (line, _), (big, _) = (
+        telemetry(folder, f"unmasked, {name}") for name in ("pipeline", "one big batch")
+    )
+    assert line["layers"][0]["counts_E"] == big["layers"][0]["counts_E"]
+    assert line["loss"] == pytest.approx(big["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", EVERY_CUT)

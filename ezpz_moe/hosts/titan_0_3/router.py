@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive
-from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import Module
 
+from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
 from ezpz_moe.routing.counters import SUMS, count
@@ -257,16 +257,6 @@ class _Router(Module):
 
 
 @cache
-def _gate_like(host_class: type[Linear]) -> type[Linear]:
-    class Gate(_Gate, host_class):
-        @dataclass(kw_only=True, slots=True)
-        class Config(host_class.Config):  # type: ignore[name-defined]
-            pass
-
-    return _named(Gate, host_class)
-
-
-@cache
 def _router_like(host_class: type[TokenChoiceTopKRouter]) -> type[TokenChoiceTopKRouter]:
     class RoutedBySettings(_Router, host_class):
         @dataclass(kw_only=True, slots=True)
@@ -278,17 +268,12 @@ def _router_like(host_class: type[TokenChoiceTopKRouter]) -> type[TokenChoiceTop
             super().__init__(config)
             self._set_up(config)
 
-    return _named(RoutedBySettings, host_class)
-
-
-def _named(made: type, host_class: type) -> type:
-    made.__name__ = made.__qualname__ = f"Ezpz{host_class.__name__}"
-    return made
+    return named_after(RoutedBySettings, host_class)
 
 
 def routed(config: TokenChoiceTopKRouter.Config, settings: Router, balance: Balance) -> Any:
     """The config of the same router with the flavor's settings."""
-    gate = derive(config.gate, _gate_like(type(config.gate)._owner).Config)
+    gate = derive(config.gate, mixed(type(config.gate)._owner, _Gate).Config)
     target = _router_like(type(config)._owner)
     return derive(config, target.Config, gate=gate, settings=settings, balance=balance)
 

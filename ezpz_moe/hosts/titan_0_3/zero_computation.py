@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torchtitan.config.override import derive
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.models.common.moe import MoE, RoutedExperts
-from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
+from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
 from ezpz_moe.hosts.titan_0_3.router import TokenMask
 from ezpz_moe.routing.zero_computation import constant_output, weight_of
 from ezpz_moe.routing_schema import Router, raised_top_k
@@ -120,16 +120,6 @@ class _MoE(Module):
 
 
 @cache
-def _dispatcher_like(host_class: type[LocalTokenDispatcher]) -> Any:
-    class Dispatcher(_Dispatcher, host_class):
-        @dataclass(kw_only=True, slots=True)
-        class Config(host_class.Config):  # type: ignore[name-defined]
-            pass
-
-    return Dispatcher
-
-
-@cache
 def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
     class WithZeroComputation(_RoutedExperts, host_class):
         @dataclass(kw_only=True, slots=True)
@@ -146,17 +136,7 @@ def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
         def forward(self, *inputs: Tensor) -> Tensor:
             return self._compute(*inputs)
 
-    return WithZeroComputation
-
-
-@cache
-def _moe_like(host_class: type[MoE]) -> Any:
-    class MoEOfMore(_MoE, host_class):
-        @dataclass(kw_only=True, slots=True)
-        class Config(host_class.Config):  # type: ignore[name-defined]
-            pass
-
-    return MoEOfMore
+    return named_after(WithZeroComputation, host_class)
 
 
 def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
@@ -181,7 +161,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
         _routed_experts_like(type(moe.routed_experts)._owner).Config,
         token_dispatcher=derive(
             dispatcher,
-            _dispatcher_like(type(dispatcher)._owner).Config,
+            mixed(type(dispatcher)._owner, _Dispatcher).Config,
             num_experts=E,
             top_k=K,
         ),
@@ -192,7 +172,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
     router = derive(moe.router, type(moe.router), gate=gate, num_experts=E + Z, top_k=K)
     return derive(
         moe,
-        _moe_like(type(moe)._owner).Config,
+        mixed(type(moe)._owner, _MoE).Config,
         num_experts=E + Z,
         router=router,
         routed_experts=routed_experts,
