@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def mixed(host_class: Any, mixin: type) -> Any:
-    """``host_class`` with ``mixin`` before it, and a ``Config`` of its own: the host asks for one."""
+    """``host_class`` with ``mixin`` before it, and with a ``Config`` of its own."""
 
     class Mixed(mixin, host_class):
         @dataclass(kw_only=True, slots=True)
