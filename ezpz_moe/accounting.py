@@ -26,6 +26,7 @@ COMPONENTS = (
     "attention scores",
     "router",
     "routed experts",
+    "zero-computation experts",
     "shared experts",
     "dense FFN",
     "norms",
@@ -35,7 +36,7 @@ COMPONENTS = (
 )
 """In the order in which they are shown. Router is also what else is in a layer with experts."""
 
-OF_MOE_LAYERS = ("router", "routed experts", "shared experts")
+OF_MOE_LAYERS = ("router", "routed experts", "zero-computation experts", "shared experts")
 """The components that stand where a dense model has an FFN."""
 
 

@@ -20,6 +20,7 @@ from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_3.models import host_spec
 from ezpz_moe.routing_schema import raised_top_k
 
+_ZERO_COMPUTATION = "zero-computation experts"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -98,7 +99,9 @@ def _below(
 def _named_in(module: nn.Module) -> dict[str, str]:
     if isinstance(module, MoE):
         return {"routed_experts": "routed experts", "shared_experts": "shared experts"}
-    return {"inner_attention": "attention scores"} if isinstance(module, BaseAttention) else {}
+    if isinstance(module, BaseAttention):
+        return {"inner_attention": "attention scores"}
+    return {"constant_experts": _ZERO_COMPUTATION}  # of the flavor's routed experts, no one else's
 
 
 def _component(module: nn.Module, around: str) -> str:
@@ -124,6 +127,8 @@ def _multiplied(module: nn.Module, component: str) -> int:
         return 0
     if isinstance(module, nn.Linear):
         return module.weight.numel()
+    if component == _ZERO_COMPUTATION:  # every token meets all of them
+        return sum(parameter.numel() for parameter in module.parameters(recurse=False))
     if component == "routed experts":  # weights are [E, ..., out, in], biases [E, ..., out]
         own = module.named_parameters(recurse=False)
         return sum(p.numel() for name, p in own if p.dim() > 2 and "bias" not in name)

@@ -4,7 +4,12 @@ Vital is what a run comes across, among it every name that the modules behind ``
 """
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on_in_part import ANALYSIS, COMPONENTS, ROUTERS
+from ezpz_moe.hosts.titan_0_3.relied_on_in_part import (
+    ANALYSIS,
+    COMPONENTS,
+    NO_ROUTER,
+    ROUTERS,
+)
 
 _NOTHING_TRAINS = "nothing can be trained with this host"
 SEAM_MOVED = (
@@ -93,9 +98,9 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.models.common.moe:MoE.Config",
-        used_for="the parameters that one token meets are counted by layer",
-        if_broken=_NOT_COUNTED,
-        fields=("routed_experts", "router"),
+        used_for="whose parameters are counted by layer, and whose router a flavor changes",
+        if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
+        fields=("num_experts", "routed_experts", "router", "load_balance_coeff"),
     ),
     Reliance(
         "torchtitan.protocols.module:Module._init_self_parameters",

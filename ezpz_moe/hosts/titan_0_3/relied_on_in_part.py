@@ -3,7 +3,7 @@
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 
 _NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
-_NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
+NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
 _NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; others still can"
 _NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
 
@@ -11,17 +11,18 @@ ROUTERS = (
     Reliance(
         "torchtitan.models.common.moe:TokenChoiceTopKRouter",
         used_for="a flavor's router is a subclass of it",
-        if_broken=_NO_ROUTER,
+        if_broken=NO_ROUTER,
         has=("Config", "forward", "_get_node_limited_routing_scores"),
     ),
     Reliance(
         "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
-        used_for="the model's own routing: number of experts, top-k, groups, norm, scale",
-        if_broken=_NO_ROUTER,
+        used_for="the model's own routing, also for `ezpz-moe upcycle`",
+        if_broken=f"{NO_ROUTER}; `ezpz-moe upcycle` cannot keep the dense model's function",
         fields=(
             "num_experts",
             "gate",
             "top_k",
+            "score_func",
             "num_expert_groups",
             "route_norm",
             "route_scale",
@@ -30,14 +31,8 @@ ROUTERS = (
     Reliance(
         "torchtitan.models.common.linear:Linear.Config",
         used_for="a flavor's gate is a subclass of the host's linear layer",
-        if_broken=_NO_ROUTER,
+        if_broken=NO_ROUTER,
         fields=("in_features", "out_features", "bias"),
-    ),
-    Reliance(
-        "torchtitan.models.common.moe:MoE.Config",
-        used_for="whose router, experts and bias a flavor changes",
-        if_broken=_NO_ROUTER,
-        fields=("num_experts", "router", "routed_experts", "load_balance_coeff"),
     ),
     Reliance(
         "torchtitan.models.common.moe:MoE._init_self_buffers",
@@ -63,15 +58,15 @@ ROUTERS = (
         fields=("state_shardings",),
     ),
     Reliance(
-        "torchtitan.protocols.model_spec:ModelSpec",
-        used_for="the bias is updated by a hook of ours where the host's does not do it",
-        if_broken=_NO_ROUTER,
-        fields=("post_optimizer_build_fn",),
+        "torchtitan.components.optimizer:register_moe_load_balancing_hook",
+        used_for="stands where a hook of ours updates the bias in other ways",
+        if_broken="balance.bias_update may have no effect",
+        takes=("optimizers", "model_parts", "parallel_dims"),
     ),
     Reliance(
         "torchtitan.distributed.activation_checkpoint:FullAC._wrap_block",
         used_for="full activation checkpointing that keeps the router's choices",
-        if_broken=_NO_ROUTER,
+        if_broken=NO_ROUTER,
         takes=("module", "base_fqn"),
     ),
     Reliance(
@@ -104,12 +99,6 @@ ANALYSIS = (
         "torchtitan.models.common.moe:MoE",
         used_for="finding the layers with experts, their routers and their parameters' names",
         if_broken="`ezpz-moe analyze` and `upcycle` find no layers",
-    ),
-    Reliance(
-        "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
-        used_for="what an upcycled router's weights sum to",
-        if_broken="`ezpz-moe upcycle` cannot keep the dense model's function",
-        fields=("top_k", "score_func", "route_norm", "route_scale", "num_expert_groups"),
     ),
     Reliance(
         "torchtitan.components.tokenizer:HuggingFaceTokenizer",
