@@ -72,6 +72,7 @@ TWO_RANKS = {
     "expert parallel": [*at_once(1), *EP_2],
     "tensor parallel": [*at_once(4), *TP_2],
     "tensor parallel, DTensor": [*at_once(4), *TP_2, *EP_2[2:]],
+    "all DTensor": [*at_once(2), "--parallelism.spmd-backend", "full_dtensor"],
 }
 CHECKPOINTING = {"full checkpointing": "full", "selective checkpointing": "selective"}
 

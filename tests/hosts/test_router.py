@@ -435,6 +435,16 @@ REFUSED = {
         f"{EP}tensor_parallel_degree = 2",
         "pad_token_id = 0 does not go with parallelism.tensor_parallel_degree and",
     ),
+    "distributed tensors": (
+        'routing = "sinkhorn"',
+        '[parallelism]\nspmd_backend = "full_dtensor"',
+        "sinkhorn. does not go with parallelism.spmd_backend = 'full_dtensor', where",
+    ),
+    "distributed tensors with TP": (
+        'routing = "balanced"',
+        '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
+        "balanced. does not go with .* 'partial_dtensor' and tensor parallelism",
+    ),
     "cadence": (
         "[telemetry]\nevery = 15",
         "[metrics]\nlog_freq = 10",

@@ -19,7 +19,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         flavor: its name.
     """
     settings: Router = moe.router.settings
-    checks = (_experts, _cut_assignments, _mask, _host_syncs)
+    checks = (_experts, _cut_assignments, _mask, _whole_tensors, _host_syncs)
     for problem in (each for check in checks for each in check(config, moe, settings)):
         yield f"flavor {flavor!r}: {problem}"
 
@@ -83,6 +83,19 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         yield (
             f"{named} does not go with parallelism.tensor_parallel_degree and "
             f"expert_parallel_degree both above 1: a router sees a part of its sequences then."
+        )
+
+
+def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """The host's own choice is made on distributed tensors too, ours on a rank's own."""
+    parallelism = config.parallelism
+    backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
+    is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
+    if settings.routing != "topk" and is_distributed:
+        yield (
+            f'[router] routing = "{settings.routing}" does not go with parallelism.spmd_backend = '
+            f"{backend!r}{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
+            f'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types".'
         )
 
 

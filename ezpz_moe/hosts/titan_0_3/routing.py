@@ -73,7 +73,7 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
 
 def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
     def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        mask.mask_BL = args[0] != pad_token_id
+        mask.mask_BL = local(args[0]) != pad_token_id
 
     return before_forward
 
