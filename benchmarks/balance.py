@@ -1,7 +1,7 @@
 """Train one model with different balancing, and compare loss and load.
 
     python benchmarks/balance.py
-    python benchmarks/balance.py --steps 40 --only none aux_loss --out /tmp/balance
+    python benchmarks/balance.py --steps 40 --only none bias --out /tmp/balance
 
 The debug model learns the embedded text from the same seed with each of ``FLAVORS``, with
 ``ezpz-moe train``, and the table is made from the runs' telemetry.jsonl: means over the last tenth
@@ -28,7 +28,8 @@ FLAVORS = {
     "none": '[balance]\nbias_update = "none"',
     "bias": '[balance]\nbias_update = "sign"\nbias_rate = 0.001',
     "bias_proportional": '[balance]\nbias_update = "proportional"\nbias_rate = 0.001',
-    "aux_loss": '[balance]\nbias_update = "none"\naux_loss = 0.01',
+    "aux_loss 0.01": '[balance]\nbias_update = "none"\naux_loss = 0.01',
+    "aux_loss 0.001": '[balance]\nbias_update = "none"\naux_loss = 0.001',
     "z_loss": '[balance]\nbias_update = "none"\nz_loss = 0.001',
     "sinkhorn": '[router]\nrouting = "sinkhorn"\n[balance]\nbias_update = "none"',
 }
@@ -49,8 +50,8 @@ def train(name: str, folder: Path, steps: int) -> list[StepRecord]:
     """The telemetry of a run of ``steps`` steps, from the folder if it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     flavor = f'inherits = "debugmodel"\n{FLAVORS[name]}\n[telemetry]\nimages = false\n'
-    (folder / f"balanced_by_{name}.toml").write_text(flavor)
-    job = JOB.read_text().replace("debugmodel_sdpa_for_loop", f"balanced_by_{name}_sdpa_for_loop")
+    (folder / "balanced.toml").write_text(flavor)
+    job = JOB.read_text().replace("debugmodel_sdpa_for_loop", "balanced_sdpa_for_loop")
     (folder / "job.toml").write_text(job)
     if not (folder / FILE_NAME).exists():
         command = [sys.executable, "-m", "ezpz_moe.cli", "train", str(folder / "job.toml")]
@@ -82,7 +83,8 @@ def row(name: str, records: list[StepRecord]) -> dict[str, str]:
 
 def main(arguments: Arguments) -> None:
     rows = [
-        row(name, train(name, arguments.out / name, arguments.steps)) for name in arguments.only
+        row(name, train(name, arguments.out / name.replace(" ", "_"), arguments.steps))
+        for name in arguments.only
     ]
     display.print_table(rows, title=f"debugmodel, {arguments.steps} steps")
 
