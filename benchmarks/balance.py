@@ -27,7 +27,6 @@ JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 FLAVORS = {
     "none": '[balance]\nbias_update = "none"',
     "bias": '[balance]\nbias_update = "sign"\nbias_rate = 0.001',
-    "bias_proportional": '[balance]\nbias_update = "proportional"\nbias_rate = 0.001',
     "aux_loss 0.01": '[balance]\nbias_update = "none"\naux_loss = 0.01',
     "aux_loss 0.001": '[balance]\nbias_update = "none"\naux_loss = 0.001',
     "z_loss": '[balance]\nbias_update = "none"\nz_loss = 0.001',
