@@ -393,6 +393,17 @@ def test_every_table_fits_every_model(model, base):
     assert moe_of(built).expert_bias_E.shape == router.counts_E.shape
 
 
+@pytest.mark.parametrize("tables", ["[router]\nfreeze = true", '[router]\nrouting = "balanced"'])
+def test_an_untrained_gate_has_no_bias_update(tmp_path, tables):
+    (tmp_path / "mine.toml").write_text(f'inherits = "debugmodel"\n{tables}\n')
+    host, ours = (
+        binding("models").model_spec(load_flavor(name, near=tmp_path))
+        for name in ("debugmodel", "mine")
+    )
+    assert host.post_optimizer_build_fn is not None
+    assert ours.post_optimizer_build_fn is None
+
+
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
 REFUSED = {
     "too few experts": (

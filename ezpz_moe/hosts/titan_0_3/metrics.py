@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from torchtitan.components.metrics import (
@@ -23,7 +24,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.hosts.titan_0_3.router import local, routers
+from ezpz_moe.hosts.titan_0_3.router import local, moe_layers
 from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
 from ezpz_moe.hosts.titan_0_3.selector import Selector
 from ezpz_moe.routing.counters import SUMS
@@ -39,6 +40,7 @@ class Experts(NamedTuple):
 
     backend: str
     pads: bool
+    drops: bool
 
 
 class RouterMetrics(MetricsProcessor):
@@ -70,12 +72,12 @@ class RouterMetrics(MetricsProcessor):
         self._settings: Telemetry | None = config.telemetry
         self._alerts = Alerts(self._settings or Telemetry())
         self._last_step: int | None = None
-        self._counted: dict[int, torch.Tensor] = {}
+        self._counted_LE: torch.Tensor | None = None
 
     def should_log(self, step: int) -> bool:
         """The host asks before each training step; so the routers learn of it."""
-        for router in routers(self.model_parts).values():
-            router.at_step(step)
+        for moe in moe_layers(self.model_parts).values():
+            moe.router.at_step(step)
         if self._last_step is None:
             self._last_step = step - 1
         return super().should_log(step)
@@ -133,36 +135,24 @@ class RouterMetrics(MetricsProcessor):
 
     def _layers(self, steps: int, experts: Experts) -> list[tuple[LayerRecord, float]]:
         """A record per layer of this rank, with the number of tokens that were not finite."""
-        of_layer = routers(self.model_parts)
+        of_layer = moe_layers(self.model_parts)
         if not of_layer:
             return []
-        now_LE = torch.stack([router.counts_E for router in of_layer.values()])
-        before_LE = torch.stack(
-            [self._counted.get(n, torch.zeros_like(r.counts_E)) for n, r in of_layer.items()]
-        )
-        sums_LS = torch.stack([router.sums_S for router in of_layer.values()])
-        counts_LE = now_LE - before_LE
-        for (number, router), counted_E in zip(of_layer.items(), now_LE, strict=True):
-            self._counted[number] = counted_E
-            router.sums_S.zero_()
+        now_LE = torch.stack([moe.router.counts_E for moe in of_layer.values()])
+        sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
+        counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
+        self._counted_LE = now_LE.clone()
+        for moe in of_layer.values():
+            moe.router.sums_S.zero_()
         for mesh in counting_meshes(self.parallel_dims):
             for each in (counts_LE, sums_LS):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
-        biases = self._bias_norms()
         return [
-            _layer_record(number, router, counts_E, sums_S, steps, biases.get(number), experts)
-            for (number, router), counts_E, sums_S in zip(
+            _layer_record(number, moe, counts_E, sums_S, steps, experts)
+            for (number, moe), counts_E, sums_S in zip(
                 of_layer.items(), counts_LE.tolist(), sums_LS.tolist(), strict=True
             )
         ]
-
-    def _bias_norms(self) -> dict[int, float]:
-        return {
-            int(name): float(local(block.moe.expert_bias_E).norm())
-            for part in self.model_parts or ()
-            for name, block in part.layers.items()
-            if getattr(block, "moe_enabled", False) and block.moe.expert_bias_E is not None
-        }
 
     def _of_all_stages(
         self, layers: list[tuple[LayerRecord, float]]
@@ -180,9 +170,12 @@ class RouterMetrics(MetricsProcessor):
             if isinstance(module, Selector)
         )
         name = next((module.compute_backend for module in selectors), "")
+        if not name:  # a stage of dense layers alone
+            return Experts(name, pads=False, drops=False)
+        backend = get_backend(name)
         # With expert parallelism the rows of a rank are not those that its routers have seen.
-        pads = bool(name) and get_backend(name).pads and not self.parallel_dims.ep_enabled
-        return Experts(name, pads)
+        pads = backend.pads and not self.parallel_dims.ep_enabled
+        return Experts(name, pads, backend.drops_tokens)
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -208,13 +201,8 @@ class RouterMetrics(MetricsProcessor):
                 }
                 each.wandb.log(images | histograms, step=record.step)
             elif isinstance(each, TensorBoardLogger):
-                pixels_HWC = torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-                each.writer.add_image(
-                    f"{tag}moe/load",
-                    pixels_HWC.view(picture.height, picture.width, 3),
-                    record.step,
-                    dataformats="HWC",
-                )
+                pixels_HWC = np.asarray(picture.convert("RGB"))
+                each.writer.add_image(f"{tag}moe/load", pixels_HWC, record.step, dataformats="HWC")
                 for layer in record.layers:
                     each.writer.add_histogram(
                         f"{tag}moe/layer_{layer.layer}/tokens_per_expert",
@@ -225,15 +213,14 @@ class RouterMetrics(MetricsProcessor):
 
 def _layer_record(
     number: int,
-    router: Any,
+    moe: Any,
     counts_E: list[int],
     sums_S: list[float],
     steps: int,
-    bias_norm: float | None,
     experts: Experts,
 ) -> tuple[LayerRecord, float]:
     total = dict(zip(SUMS, sums_S, strict=True))
-    tokens = total["tokens"]
+    tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
     real = router.num_experts - router.settings.zero_computation_experts
     used, computed = sum(counts_E[:real]), real * total["longest"]
     losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
@@ -244,10 +231,10 @@ def _layer_record(
         zero_counts_Z=tuple(counts_E[real:]),
         top1_probability=total["top1_probability"] / max(tokens, 1),
         margin=total["margin"] / max(tokens, 1),
-        bias_norm=bias_norm,
+        bias_norm=None if bias_E is None else float(local(bias_E).norm()),
         losses=losses,
         scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
         padding_waste=1 - used / computed if experts.pads and computed else None,
-        drop_rate=0.0,
+        drop_rate=None if experts.drops else 0.0,  # how many it drops, no backend tells
     )
     return record, total["not_finite"]

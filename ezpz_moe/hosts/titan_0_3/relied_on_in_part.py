@@ -58,6 +58,11 @@ ROUTERS = (
         fields=("state_shardings",),
     ),
     Reliance(
+        "torch._C:_current_graph_task_id",
+        used_for="telling a recomputation, which the routers' counters leave out",
+        if_broken=NO_ROUTER,
+    ),
+    Reliance(
         "torchtitan.components.optimizer:register_moe_load_balancing_hook",
         used_for="stands where a hook of ours updates the bias in other ways",
         if_broken="balance.bias_update may have no effect",

@@ -278,10 +278,10 @@ def routed(config: TokenChoiceTopKRouter.Config, settings: Router, balance: Bala
     return derive(config, target.Config, gate=gate, settings=settings, balance=balance)
 
 
-def routers(model_parts: Any) -> dict[int, _Router]:
-    """Layer number -> its router, of all parts of a model that this rank has."""
+def moe_layers(model_parts: Any) -> dict[int, Any]:
+    """Layer number -> its MoE with a router of ours, of all parts of a model that this rank has."""
     return {
-        int(name): block.moe.router
+        int(name): block.moe
         for part in model_parts
         for name, block in part.layers.items()
         if getattr(block, "moe_enabled", False) and isinstance(block.moe.router, _Router)

@@ -14,7 +14,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
-from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, routed, routers
+from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, moe_layers, routed
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
@@ -60,10 +60,10 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         for module in model.modules():
             if getattr(module, "masked_by", None) is not None:
                 module.masked_by = mask
-        for router in routers([model]).values():
-            router.groups = groups
+        for moe in moe_layers([model]).values():
+            moe.router.groups = groups
             if flavor.router.freeze:
-                router.gate.requires_grad_(False)
+                moe.router.gate.requires_grad_(False)
         if flavor.router.pad_token_id is not None:
             model.register_forward_pre_hook(_mask_from_tokens(mask, flavor.router.pad_token_id))
         return model
@@ -139,12 +139,8 @@ class _BiasUpdate:
     def __init__(
         self, model_parts: Any, parallel_dims: Any, rate: Schedule | None, by_sign: bool
     ) -> None:
-        self.layers = [
-            block.moe
-            for part in model_parts
-            for block in part.layers.values()
-            if getattr(block, "moe_enabled", False) and block.moe.expert_bias_E is not None
-        ]
+        layers = moe_layers(model_parts).values()
+        self.layers = [moe for moe in layers if moe.expert_bias_E is not None]
         self.meshes = counting_meshes(parallel_dims)
         self.rate, self.by_sign = rate, by_sign
         self.before = [moe.router.counts_E.clone() for moe in self.layers]
