@@ -291,6 +291,7 @@ def test_what_this_hosts_routers_do_not_get_is_refused(table, tmp_path):
         binding("models").model_args(load_flavor("mine", near=tmp_path))
 
 
+@on_0_2
 def test_tokens_are_counted_on_the_cpu():
     """Every expert's tokens, experts without any included, in the host's dtype; compiled too."""
     from torchtitan.models.moe import MoE, MoEArgs
