@@ -90,6 +90,10 @@ class Router(Data):
         """How many of the router's choices cost no expert's computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
 
+    def choices_of_token(self, num_experts: int, top_k: int) -> int:
+        """How many a token chooses where the model has ``num_experts`` and uses ``top_k``."""
+        return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
+
 
 def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
     """How many choices a token has of E experts and Z zero-computation experts.
@@ -158,19 +162,21 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
         )
 
 
-def size_conflicts(router: Router, *, experts: int, top_k: int) -> Iterator[str]:
-    """What does not fit a model of ``experts`` routed experts, of which a token uses ``top_k``."""
-    choices = experts + router.zero_computation_experts
-    if router.top_k is not None and router.top_k > choices:
+def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]:
+    """What does not fit a layer in which a token chooses ``top_k`` of ``choices``.
+
+    Zero-computation experts are among the choices.
+    """
+    zero_experts, skipped = router.zero_computation_experts, router.skip_first_n_experts
+    if router.top_k is not None and top_k > choices:
         yield (
             f"router.top_k = {router.top_k} exceeds the {choices} experts that there are: "
-            f"{experts} routed and {router.zero_computation_experts} zero-computation ones"
+            f"{choices - zero_experts} routed and {zero_experts} zero-computation ones"
         )
-    left = experts - router.skip_first_n_experts
-    if left < top_k:
+    if skipped and choices - skipped < top_k:
         yield (
-            f"router.skip_first_n_experts = {router.skip_first_n_experts} leaves {max(left, 0)} of "
-            f"{experts} experts, but a token uses {top_k}"
+            f"router.skip_first_n_experts = {skipped} leaves {max(choices - skipped, 0)} of "
+            f"{choices} experts, but a token uses {top_k}"
         )
 
 

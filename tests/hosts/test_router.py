@@ -409,7 +409,7 @@ REFUSED = {
     "too few experts": (
         'routing = "balanced"\nskip_first_n_experts = 6',
         "",
-        "chooses 3 experts, of which there are 2 .*skip_first_n_experts = 6",
+        "router.skip_first_n_experts = 6 leaves 2 of 8 experts, but a token uses 3",
     ),
     "fixed rows": (
         "null_experts = 2",

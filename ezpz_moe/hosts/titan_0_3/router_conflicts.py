@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ezpz_moe.routing_schema import Router
+from ezpz_moe.routing_schema import Router, size_conflicts
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 
@@ -25,14 +25,10 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
 
 
 def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    chosen, choices = moe.router.top_k, moe.router.num_experts
-    left = choices - settings.skip_first_n_experts
-    if chosen > left:
-        yield (
-            f"a token chooses {chosen} experts, of which there are {left} ([router] "
-            f"skip_first_n_experts = {settings.skip_first_n_experts}, top_k = {settings.top_k}). "
-            f"Lower them."
-        )
+    """Of one of the host's own models the flavor itself does not know the sizes."""
+    router = moe.router
+    for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
+        yield f"{problem}."
 
 
 def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
