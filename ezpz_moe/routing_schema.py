@@ -153,8 +153,13 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
             "stochastic, so it is balanced already. Remove the loss (set it to 0 if it is "
             'inherited), or route with "topk"'
         )
-    keys = ["aux_loss", "mse_loss", "z_loss"]
-    keys += ["bias_update"] if balance.bias_update != "none" else []
+    bias = [] if balance.bias_update == "none" else ["bias_update"]
+    if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
+        yield (
+            f'router.routing = "sinkhorn" chooses without the selection bias: {changed} would move '
+            'it on and on, unchecked. Remove it; if it is inherited, set it to "none"'
+        )
+    keys = ["aux_loss", "mse_loss", "z_loss", *bias]
     if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
         yield (
             f'router.routing = "balanced" does not choose by the scores: {changed} would have no '

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
+
 from ezpz_moe.routing_schema import Router, size_conflicts
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
@@ -19,7 +21,15 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         flavor: its name.
     """
     settings: Router = moe.router.settings
-    checks = (_experts, _cut_assignments, _mask, _whole_tensors, _host_syncs)
+    checks = (
+        _experts,
+        _cut_assignments,
+        _mask,
+        _whole_tensors,
+        _host_syncs,
+        _forced,
+        _drawn_again,
+    )
     for problem in (each for check in checks for each in check(config, moe, settings)):
         yield f"flavor {flavor!r}: {problem}"
 
@@ -104,6 +114,29 @@ def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         f"[router]: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
         f"training.disable_cuda_graphs out, or set it to true."
     )
+
+
+def _forced(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    if settings.routing != "topk" and config.debug.moe_force_load_balance:
+        yield (
+            f'[router] routing = "{settings.routing}" does not go with '
+            "debug.moe_force_load_balance = true: both say which experts a token goes to. Remove "
+            "one."
+        )
+
+
+def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Random numbers have to be the same ones when a block is computed again."""
+    policy = config.activation_checkpoint
+    drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
+    if not drawn or policy is None:
+        return
+    named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} does not go with"
+    why = "the gradient would be that of other random numbers than the forward pass has. Choose"
+    if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws anew
+        yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
+    elif not policy.preserve_rng_state:
+        yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
 
 
 def _host_class(dispatcher: Any) -> str:
