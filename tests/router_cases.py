@@ -4,11 +4,13 @@ Whoever imports this is skipped on torchtitan 0.2, which has no such routers.
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from dialect import ON_0_2
 
+from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding
 
 if ON_0_2:
@@ -25,6 +27,17 @@ UPSTREAM = {
     "qwen3": 'base = "qwen3/debugmodel_moe"',
     "gpt_oss": 'base = "gpt_oss/debugmodel"',
 }
+
+
+def small_model(folder: Path, tables: str, base: str = 'inherits = "tiny"'):
+    """A small model with these tables in its flavor, whose file is put into ``folder``."""
+    (folder / "tiny.toml").write_text('inherits = "debugmodel"\nn_layers = 2\n')
+    (folder / "mine.toml").write_text(f'{base}\nattention = "sdpa"\n{tables}\n')
+    spec = binding("models").model_spec(load_flavor("mine", near=folder))
+    torch.manual_seed(0)
+    built = spec.model.build()
+    built.init_weights(buffer_device=torch.device("cpu"))
+    return built.train()
 
 
 def moe_of(model) -> MoE:

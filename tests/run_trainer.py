@@ -4,10 +4,11 @@
 
 SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank
 writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step
-(thinned out where they are large) and a digest of every parameter before it (and before a
-checkpoint is loaded) and after the last one, all whole whatever their sharding, and which backend
-every experts module has chosen. The host is imported once, because that takes longer than training a tiny model, and each scenario trains in a fork of
-its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or 0.2.
+(thinned out where they are large) and a digest of every parameter as it is made and after the last
+step, all whole whatever their sharding, and which backend every experts module has chosen. The host
+is imported once, because that takes longer than training a tiny model, and each scenario trains in
+a fork of its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or
+0.2.
 """
 
 import hashlib

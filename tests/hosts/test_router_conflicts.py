@@ -2,6 +2,7 @@
 
 import pytest
 import router_cases  # noqa: F401  (skips on torchtitan 0.2)
+from dialect import ON_MAIN
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
@@ -49,11 +50,6 @@ REFUSED = {
         f"{EP}tensor_parallel_degree = 2",
         "pad_token_id = 0 does not go with parallelism.tensor_parallel_degree and",
     ),
-    "distributed tensors": (
-        'routing = "sinkhorn"',
-        '[parallelism]\nspmd_backend = "full_dtensor"',
-        "sinkhorn. does not go with parallelism.spmd_backend = 'full_dtensor', where",
-    ),
     "distributed tensors with TP": (
         'routing = "balanced"',
         '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
@@ -85,6 +81,22 @@ REFUSED = {
         "null_experts does not go with router_num_expert_groups = 4",
     ),
 }
+if ON_MAIN:
+    REFUSED |= {
+        "sequences in parts": (
+            "jitter_noise = true",
+            f"{EP}tensor_parallel_degree = 2",
+            r'\[balance\] scope = "sequence" does not go with parallelism.tensor_parallel_degree',
+        ),
+    }
+else:  # main has no "full_dtensor"
+    REFUSED |= {
+        "distributed tensors": (
+            'routing = "sinkhorn"',
+            '[parallelism]\nspmd_backend = "full_dtensor"',
+            "sinkhorn. does not go with parallelism.spmd_backend = 'full_dtensor', where",
+        ),
+    }
 GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 
+from ezpz_moe.hosts import binding
 from ezpz_moe.routing_schema import Router, size_conflicts
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
@@ -27,6 +28,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         _mask,
         _whole_tensors,
         _host_syncs,
+        _shared_sequences,
         _forced,
         _drawn_again,
     )
@@ -102,6 +104,25 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             f'[router] routing = "{settings.routing}" does not go with parallelism.spmd_backend = '
             f"{backend!r}{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
             f'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types".'
+        )
+
+
+def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Where the host folds sequences into tokens, a rank's part may be of any of them."""
+    parallelism, scope = config.parallelism, moe.router.balance.scope
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
+    is_folded = len(binding("dialect").one_sequence(1)) == 1
+    if is_folded and ranks_share and scope == "sequence":
+        degrees = (
+            f"parallelism.context_parallel_degree = {cp}"
+            if cp > 1
+            else "parallelism.tensor_parallel_degree and expert_parallel_degree both above 1"
+        )
+        yield (
+            f'[balance] scope = "sequence" does not go with {degrees} on this torchtitan, where '
+            f"ranks share out the tokens of all sequences. Set [balance] scope to "
+            f'"batch".'
         )
 
 
