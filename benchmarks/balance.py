@@ -42,7 +42,7 @@ class Arguments:
     only: tuple[str, ...] = tuple(FLAVORS)
     """Of the flavors."""
     out: Path = Path("outputs/balance")
-    """Where the runs are kept; a run that is there already is not repeated."""
+    """Where the runs are kept; one with as many steps that is there already is not repeated."""
 
 
 def train(name: str, folder: Path, steps: int) -> list[StepRecord]:
@@ -52,12 +52,15 @@ def train(name: str, folder: Path, steps: int) -> list[StepRecord]:
     (folder / "balanced.toml").write_text(flavor)
     job = JOB.read_text().replace("debugmodel_sdpa_for_loop", "balanced_sdpa_for_loop")
     (folder / "job.toml").write_text(job)
-    if not (folder / FILE_NAME).exists():
+    telemetry = folder / FILE_NAME
+    # A record is as long as its run has come: one that was broken off, or a shorter one, is none.
+    if not telemetry.exists() or read(telemetry)[-1].step != steps:
+        telemetry.unlink(missing_ok=True)
         command = [sys.executable, "-m", "ezpz_moe.cli", "train", str(folder / "job.toml")]
         flags = ["--training.steps", str(steps), "--dump-folder", str(folder)]
         with (folder / "log.txt").open("w") as log:
             subprocess.run([*command, *flags], check=True, stdout=log, stderr=log)
-    return read(folder / FILE_NAME)
+    return read(telemetry)
 
 
 def row(name: str, records: list[StepRecord]) -> dict[str, str]:

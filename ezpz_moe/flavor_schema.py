@@ -97,8 +97,11 @@ class Flavor(Data):
     def _routes_in_one_way(self) -> Self:
         conflicts = list(routing_conflicts(self.router, self.balance))
         if size := self.dimensions:
-            sizes = {"experts": size.num_experts, "top_k": size.router_top_k}
-            conflicts += size_conflicts(self.router, **sizes)
+            conflicts += size_conflicts(
+                self.router,
+                choices=size.num_experts + self.router.zero_computation_experts,
+                top_k=self.router.choices_of_token(size.num_experts, size.router_top_k),
+            )
         if conflicts:
             raise mistake("; ".join(conflicts))
         return self

@@ -90,6 +90,10 @@ class Router(Data):
         """How many of the router's choices cost no expert's computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
 
+    def choices_of_token(self, num_experts: int, top_k: int) -> int:
+        """How many a token chooses where the model has ``num_experts`` and uses ``top_k``."""
+        return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
+
 
 def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
     """How many choices a token has of E experts and Z zero-computation experts.
@@ -149,8 +153,13 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
             "stochastic, so it is balanced already. Remove the loss (set it to 0 if it is "
             'inherited), or route with "topk"'
         )
-    keys = ["aux_loss", "mse_loss", "z_loss"]
-    keys += ["bias_update"] if balance.bias_update != "none" else []
+    bias = [] if balance.bias_update == "none" else ["bias_update"]
+    if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
+        yield (
+            f'router.routing = "sinkhorn" chooses without the selection bias: {changed} would move '
+            'it on and on, unchecked. Remove it; if it is inherited, set it to "none"'
+        )
+    keys = ["aux_loss", "mse_loss", "z_loss", *bias]
     if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
         yield (
             f'router.routing = "balanced" does not choose by the scores: {changed} would have no '
@@ -158,19 +167,21 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
         )
 
 
-def size_conflicts(router: Router, *, experts: int, top_k: int) -> Iterator[str]:
-    """What does not fit a model of ``experts`` routed experts, of which a token uses ``top_k``."""
-    choices = experts + router.zero_computation_experts
-    if router.top_k is not None and router.top_k > choices:
+def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]:
+    """What does not fit a layer in which a token chooses ``top_k`` of ``choices``.
+
+    Zero-computation experts are among the choices.
+    """
+    zero_experts, skipped = router.zero_computation_experts, router.skip_first_n_experts
+    if router.top_k is not None and top_k > choices:
         yield (
             f"router.top_k = {router.top_k} exceeds the {choices} experts that there are: "
-            f"{experts} routed and {router.zero_computation_experts} zero-computation ones"
+            f"{choices - zero_experts} routed and {zero_experts} zero-computation ones"
         )
-    left = experts - router.skip_first_n_experts
-    if left < top_k:
+    if skipped and choices - skipped < top_k:
         yield (
-            f"router.skip_first_n_experts = {router.skip_first_n_experts} leaves {max(left, 0)} of "
-            f"{experts} experts, but a token uses {top_k}"
+            f"router.skip_first_n_experts = {skipped} leaves {max(choices - skipped, 0)} of "
+            f"{choices} experts, but a token uses {top_k}"
         )
 
 

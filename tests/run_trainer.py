@@ -4,10 +4,11 @@
 
 SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank
 writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step
-(thinned out where they are large) and a digest of every parameter after the last one, both whole
-whatever their sharding, and which backend every experts module has chosen. The host is imported
-once, because that takes longer than training a tiny model, and each scenario trains in a fork of
-its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or 0.2.
+(thinned out where they are large) and a digest of every parameter as it is made and after the last
+step, all whole whatever their sharding, and which backend every experts module has chosen. The host
+is imported once, because that takes longer than training a tiny model, and each scenario trains in
+a fork of its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or
+0.2.
 """
 
 import hashlib
@@ -102,8 +103,9 @@ def run(arguments: list[str]) -> dict:
     record = {"losses": [], "gradient_norms": [], "gradients": {}}
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
+    record["first_parameters"] = _digests(trainer)
     trainer.train()
-    record["parameters"] = {name: _digest(_whole(p)) for name, p in _parameters(trainer)}
+    record["parameters"] = _digests(trainer)
     record["experts"] = [type(module).__name__ for module in experts]
     record["backends"] = [getattr(module, "compute_backend", "none") for module in experts]
     trainer.close()
@@ -171,7 +173,9 @@ def _record_gradients(trainer, record: dict) -> None:
     def keep_the_first(*_) -> None:
         if not record["gradients"]:
             record["gradients"] = {
-                name: _thinned(_whole(p.grad)) for name, p in _parameters(trainer)
+                name: _thinned(_whole(parameter.grad))
+                for name, parameter in _parameters(trainer)
+                if parameter.grad is not None  # a frozen one has none
             }
 
     next(iter(trainer.optimizers)).register_step_pre_hook(keep_the_first)
@@ -205,6 +209,10 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _thinned(tensor: torch.Tensor) -> torch.Tensor:
     """Elements at even distances, at most KEPT_ELEMENTS of them."""
     return tensor.flatten()[:: 1 + tensor.numel() // KEPT_ELEMENTS].clone()
+
+
+def _digests(trainer) -> dict[str, str]:
+    return {name: _digest(_whole(parameter)) for name, parameter in _parameters(trainer)}
 
 
 def _digest(tensor: torch.Tensor) -> str:

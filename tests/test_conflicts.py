@@ -150,6 +150,27 @@ def test_expert_parallelism_elsewhere_is_as_the_host_has_it(monkeypatch):
     assert config(parallelism__expert_parallel_degree=2).parallelism.spmd_backend == default
 
 
+@pytest.mark.parametrize("spmd_backend", ["spmd_types", "full_dtensor"])
+def test_sdpa_of_a_sequence_that_ranks_share(spmd_backend):
+    """The host refuses it too, when the model is parallelized."""
+    values = {"context_parallel_degree": 2, "spmd_backend": spmd_backend}
+    keys = {f"parallelism__{key}": value for key, value in values.items()}
+    message = conflict(**keys)
+    assert "context_parallel_degree = 2 does not go with the SDPA of flavor" in message
+    assert f'spmd_backend = {spmd_backend!r}. Set that to "partial_dtensor"' in message
+    assert config("debugmodel", **keys), "FlexAttention"
+    assert config(**keys | {"parallelism__spmd_backend": "partial_dtensor"})
+
+
+def test_a_sequence_shared_by_cpus(monkeypatch, in_training):
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = conflict(
+        parallelism__context_parallel_degree=2, parallelism__spmd_backend="partial_dtensor"
+    )
+    assert "context_parallel_degree = 2: torch has no attention" in message
+
+
 def test_a_memory_snapshot_on_the_cpu(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     assert "enable_memory_snapshot" in conflict(profiling__enable_memory_snapshot=True)

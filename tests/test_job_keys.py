@@ -35,6 +35,7 @@ HOPPER_ONLY = "parallelism.enable_fsdp_symm_mem"  # the host refuses it elsewher
 
 # Keys that count only together with others.
 NEEDED = {
+    "parallelism.context_parallel_degree": {"parallelism.spmd_backend": "partial_dtensor"},
     "activation_checkpoint.memory_budget": {
         "activation_checkpoint.mode": "memory_budget",
         "compile.enable": True,

@@ -117,6 +117,7 @@ def runs(folder):
         "global, two ranks": at_once(2),
         "batch, two ranks": at_once(1),
         "unmasked, pipeline": [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"],
+        "unmasked, tensor and expert parallel": [*at_once(4), *TP_2, *EP_2],
     }
     one, two = scenarios(ONE_RANK), scenarios(TWO_RANKS)
     for into, named in ((one, other_1), (two, other_2)):
@@ -156,9 +157,11 @@ def test_the_same_microbatches_on_two_ranks_have_the_same_mean(runs):
     assert difference(gate_gradient(runs["batch, two ranks"]), one) < ALLOWED
 
 
-def test_the_microbatches_of_a_pipeline_have_the_gradient_of_one_big_batch(runs):
+@pytest.mark.parametrize("cut", ["pipeline", "tensor and expert parallel"])
+def test_where_padding_is_refused_the_gradient_is_that_of_one_big_batch_too(runs, cut):
+    """In a pipeline the microbatches are cut further; with TP and EP the sequences are."""
     big = gate_gradient(runs["unmasked, one big batch"])
-    assert difference(gate_gradient(runs["unmasked, pipeline"]), big) < ALLOWED
+    assert difference(gate_gradient(runs[f"unmasked, {cut}"]), big) < ALLOWED
 
 
 def test_the_scopes_are_different_losses(runs):

@@ -18,7 +18,6 @@ from torchtitan.models.common.moe import MoE
 from ezpz_moe.accounting import Cost, computing_experts
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_3.models import host_spec
-from ezpz_moe.routing_schema import raised_top_k
 
 _ZERO_COMPUTATION = "zero-computation experts"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
@@ -46,9 +45,12 @@ def choices(flavor: Flavor) -> Choices:
     """
     # All MoE layers of a model route alike; the host's own counts rely on it, too.
     _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
-    num_experts, zero_experts = moe.router.num_experts, flavor.router.zero_computation_experts
-    raised = raised_top_k(num_experts, moe.router.top_k, zero_experts)
-    return Choices(num_experts, zero_experts, flavor.router.top_k or raised)
+    num_experts = moe.router.num_experts
+    return Choices(
+        num_experts=num_experts,
+        zero_experts=flavor.router.zero_computation_experts,
+        top_k=flavor.router.choices_of_token(num_experts, moe.router.top_k),
+    )
 
 
 def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 from torchtitan.config import Configurable
-from torchtitan.models.common.attention import BaseAttention
+from torchtitan.models.common.attention import BaseAttention, ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
@@ -168,6 +168,22 @@ def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     return head_problems(config.parallelism, filter(None, heads), _flavor(config))
 
 
+def _context_parallel_attention(config: Trainer.Config) -> Iterator[str]:
+    degree, spmd = config.parallelism.context_parallel_degree, config.parallelism.spmd_backend
+    if degree > 1 and spmd != "partial_dtensor" and _has_sdpa(config):
+        yield (
+            f"parallelism.context_parallel_degree = {degree} does not go with the SDPA of flavor "
+            f"{_flavor(config)!r} and parallelism.spmd_backend = {spmd!r}. Set that to "
+            f'"partial_dtensor", or use a flavor without _sdpa.'
+        )
+
+
+def _has_sdpa(config: Trainer.Config) -> bool:
+    if config.model_spec is None:
+        return False
+    return any(config.model_spec.traverse(ScaledDotProductAttention.Config))
+
+
 def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
     for entry in config.override.imports:
         target = entry if isinstance(entry, str) else entry[0]
@@ -272,6 +288,11 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
             f"the attention of flavor {_flavor(config)!r} (FlexAttention or varlen) has no "
             f"backward on the CPU. Use {_flavor_with_sdpa(config)}."
         )
+    if (degree := config.parallelism.context_parallel_degree) > 1:
+        yield (
+            f"parallelism.context_parallel_degree = {degree}: torch has no attention over a "
+            f"sequence that CPUs share out. Set it to 1."
+        )
     if config.profiler.enable_memory_snapshot:
         yield (
             "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
@@ -316,6 +337,7 @@ _ALWAYS: tuple[_Check, ...] = (
     _cuda_graphs,
     _expert_parallel_degree,
     _tensor_parallel_degree,
+    _context_parallel_attention,
     _overridden_experts,
     _sequence_length,
     _pipeline_schedule,

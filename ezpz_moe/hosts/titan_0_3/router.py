@@ -108,7 +108,9 @@ class _Gate(Module):
         dtype = getattr(torch, self.settings.gate_precision)
         bias_E = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.to(dtype), self.weight.to(dtype), bias_E)
+            logits_BLE = F.linear(input.to(dtype), self.weight.to(dtype), bias_E)
+        # Only the product has that precision: scores of bfloat16 would make ties of near ones.
+        return logits_BLE.to(torch.promote_types(dtype, torch.float32))
 
 
 class _Router(Module):

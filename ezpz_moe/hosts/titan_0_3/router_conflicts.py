@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ezpz_moe.routing_schema import Router
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
+
+from ezpz_moe.hosts import binding
+from ezpz_moe.routing_schema import Router, size_conflicts
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 
@@ -19,20 +22,25 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         flavor: its name.
     """
     settings: Router = moe.router.settings
-    checks = (_experts, _cut_assignments, _mask, _whole_tensors, _host_syncs)
+    checks = (
+        _experts,
+        _cut_assignments,
+        _mask,
+        _whole_tensors,
+        _host_syncs,
+        _shared_sequences,
+        _forced,
+        _drawn_again,
+    )
     for problem in (each for check in checks for each in check(config, moe, settings)):
         yield f"flavor {flavor!r}: {problem}"
 
 
 def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    chosen, choices = moe.router.top_k, moe.router.num_experts
-    left = choices - settings.skip_first_n_experts
-    if chosen > left:
-        yield (
-            f"a token chooses {chosen} experts, of which there are {left} ([router] "
-            f"skip_first_n_experts = {settings.skip_first_n_experts}, top_k = {settings.top_k}). "
-            f"Lower them."
-        )
+    """Of one of the host's own models the flavor itself does not know the sizes."""
+    router = moe.router
+    for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
+        yield f"{problem}."
 
 
 def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
@@ -99,6 +107,25 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
 
 
+def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Where the host folds sequences into tokens, a rank's part may be of any of them."""
+    parallelism, scope = config.parallelism, moe.router.balance.scope
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
+    is_folded = len(binding("dialect").one_sequence(1)) == 1
+    if is_folded and ranks_share and scope == "sequence":
+        degrees = (
+            f"parallelism.context_parallel_degree = {cp}"
+            if cp > 1
+            else "parallelism.tensor_parallel_degree and expert_parallel_degree both above 1"
+        )
+        yield (
+            f'[balance] scope = "sequence" does not go with {degrees} on this torchtitan, where '
+            f"ranks share out the tokens of all sequences. Set [balance] scope to "
+            f'"batch".'
+        )
+
+
 def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     cuts = settings.zero_computation_experts or not settings.dispatch_padding
     if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
@@ -108,6 +135,29 @@ def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         f"[router]: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
         f"training.disable_cuda_graphs out, or set it to true."
     )
+
+
+def _forced(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    if settings.routing != "topk" and config.debug.moe_force_load_balance:
+        yield (
+            f'[router] routing = "{settings.routing}" does not go with '
+            "debug.moe_force_load_balance = true: both say which experts a token goes to. Remove "
+            "one."
+        )
+
+
+def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Random numbers have to be the same ones when a block is computed again."""
+    policy = config.activation_checkpoint
+    drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
+    if not drawn or policy is None:
+        return
+    named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} does not go with"
+    why = "the gradient would be that of other random numbers than the forward pass has. Choose"
+    if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws anew
+        yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
+    elif not policy.preserve_rng_state:
+        yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
 
 
 def _host_class(dispatcher: Any) -> str:

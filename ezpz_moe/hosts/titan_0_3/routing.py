@@ -118,8 +118,10 @@ def counting_meshes(parallel_dims: Any) -> list[Any]:
 def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callable[..., None] | None:
     """The host's hook where it does what the flavor asks for, ours for its variants."""
     balance, settings = flavor.balance, flavor.router
-    if settings.freeze or settings.routing == "balanced":
-        return None  # an untrained gate, or one that nobody asks, has nothing to balance
+    if settings.freeze or settings.routing != "topk":
+        # An untrained gate has nothing to balance. Where the bias has no say in the choice, its
+        # update would go on for ever, and topk would go by that bias at inference.
+        return None
     rate = balance.bias_rate
     is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
     if is_the_hosts and settings.pad_token_id is None:

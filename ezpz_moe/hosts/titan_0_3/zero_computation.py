@@ -26,7 +26,7 @@ from torchtitan.protocols.sharding import ShardingConfig
 from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
 from ezpz_moe.hosts.titan_0_3.router import TokenMask
 from ezpz_moe.routing.zero_computation import constant_output, weight_of
-from ezpz_moe.routing_schema import Router, raised_top_k
+from ezpz_moe.routing_schema import Router
 
 
 class ConstantExperts(Module):
@@ -153,7 +153,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
     The gate has a logit for each of them, and the top-k is raised.
     """
     E, Z = moe.router.num_experts, settings.zero_computation_experts
-    K = settings.top_k or raised_top_k(E, moe.router.top_k, Z)
+    K = settings.choices_of_token(E, moe.router.top_k)
     dispatcher = moe.routed_experts.token_dispatcher
     constants = _constant_experts(moe.router.gate.in_features, settings.constant_experts)
     routed_experts = derive(

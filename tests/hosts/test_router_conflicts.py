@@ -1,0 +1,121 @@
+"""A job that a flavor's router does not go with is refused, and one without [telemetry] reports."""
+
+import pytest
+import router_cases  # noqa: F401  (skips on torchtitan 0.2)
+from dialect import ON_MAIN
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import binding
+from ezpz_moe.job import find_job
+
+EP = "[parallelism]\nexpert_parallel_degree = 2\n"
+REFUSED = {
+    "too few experts": (
+        'routing = "balanced"\nskip_first_n_experts = 6',
+        "",
+        "router.skip_first_n_experts = 6 leaves 2 of 8 experts, but a token uses 3",
+    ),
+    "fixed rows": (
+        "null_experts = 2",
+        f'{EP}expert_parallel_comm_backend = "minimal_async_ep"',
+        'null_experts does not go with the dispatcher MinimalAsyncEP.*to "standard"',
+    ),
+    "a fixed number of rows for padding too": (
+        "pad_token_id = 0\ndispatch_padding = false",
+        f'{EP}expert_parallel_comm_backend = "deepep"',
+        "dispatch_padding does not go with the dispatcher DeepEP",
+    ),
+    "capture of what is cut": (
+        "copy_experts = 1",
+        "[training]\ndisable_cuda_graphs = false",
+        "leaving assignments out copies a number to the host",
+    ),
+    "capture of sinkhorn": (
+        'routing = "sinkhorn"',
+        "[training]\ndisable_cuda_graphs = false",
+        'routing = "sinkhorn" copies a number to the host',
+    ),
+    "constants and TP": (
+        "constant_experts = 2",
+        "[parallelism]\ntensor_parallel_degree = 2",
+        "constant_experts do not go with parallelism.tensor_parallel_degree = 2",
+    ),
+    "padding and PP": (
+        "pad_token_id = 0",
+        "[parallelism]\npipeline_parallel_degree = 2",
+        "pad_token_id = 0 does not go with parallelism.pipeline_parallel_degree = 2",
+    ),
+    "padding, TP and EP": (
+        "pad_token_id = 0",
+        f"{EP}tensor_parallel_degree = 2",
+        "pad_token_id = 0 does not go with parallelism.tensor_parallel_degree and",
+    ),
+    "distributed tensors with TP": (
+        'routing = "balanced"',
+        '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
+        "balanced. does not go with .* 'partial_dtensor' and tensor parallelism",
+    ),
+    "two that choose": (
+        'routing = "sinkhorn"',
+        "[debug]\nmoe_force_load_balance = true",
+        "sinkhorn. does not go with debug.moe_force_load_balance = true",
+    ),
+    "jitter that is drawn again": (
+        "jitter_noise = true",
+        '[activation_checkpoint]\nmode = "full"\npreserve_rng_state = false',
+        "jitter_noise = 0.01 does not go with activation_checkpoint.preserve_rng_state = false",
+    ),
+    "noise that a partitioner draws again": (
+        'routing = "balanced"\nnoise = 0.5',
+        '[activation_checkpoint]\nmode = "memory_budget"\n[compile]\nenable = true',
+        'noise = 0.5 does not go with activation_checkpoint.mode = "memory_budget".*another mode',
+    ),
+    "cadence": (
+        "[telemetry]\nevery = 15",
+        "[metrics]\nlog_freq = 10",
+        r"\[telemetry\] every = 15 must be a multiple of metrics.log_freq = 10",
+    ),
+    "groups": (
+        "null_experts = 8",
+        "",
+        "null_experts does not go with router_num_expert_groups = 4",
+    ),
+}
+if ON_MAIN:
+    REFUSED |= {
+        "sequences in parts": (
+            "jitter_noise = true",
+            f"{EP}tensor_parallel_degree = 2",
+            r'\[balance\] scope = "sequence" does not go with parallelism.tensor_parallel_degree',
+        ),
+    }
+else:  # main has no "full_dtensor"
+    REFUSED |= {
+        "distributed tensors": (
+            'routing = "sinkhorn"',
+            '[parallelism]\nspmd_backend = "full_dtensor"',
+            "sinkhorn. does not go with parallelism.spmd_backend = 'full_dtensor', where",
+        ),
+    }
+GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_together_is_refused(tmp_path, case):
+    keys, of_job, message = REFUSED[case]
+    more = GROUPS if case == "groups" else ""
+    # Of an upstream model the flavor itself does not know the sizes.
+    of = 'base = "deepseek_v3/debugmodel"' if "few" in case else 'inherits = "debugmodel"'
+    (tmp_path / "mine.toml").write_text(f"{of}\n{more}[router]\n{keys}\n")
+    job = tmp_path / "job.toml"
+    job.write_text(f'[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n{of_job}\n')
+    with pytest.raises(EzpzError, match=message) as refusal:
+        binding("job").trainer_config(find_job(str(job)))
+    assert "mine_sdpa" in str(refusal.value)
+
+
+def test_balance_losses_are_reported_without_being_asked(tmp_path):
+    (tmp_path / "mine.toml").write_text('inherits = "debugmodel"\n[balance]\naux_loss = 0.1\n')
+    (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n')
+    config = binding("job").trainer_config(find_job(str(tmp_path / "job.toml")))
+    assert config.metrics.telemetry.detail == "brief"

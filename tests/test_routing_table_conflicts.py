@@ -1,0 +1,124 @@
+"""What excludes each other in a flavor's [router] and [balance], and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flavor_files import load, said
+
+BALANCED = '[router]\nrouting = "balanced"\n'
+SINKHORN = '[router]\nrouting = "sinkhorn"\n'
+
+
+def no_effect_balanced(what: str) -> str:
+    return (
+        f'router.routing = "balanced" does not choose by the scores: {what} would have no effect. '
+        'Remove it; if it is inherited, set a loss to 0 and bias_update to "none".'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"{SINKHORN}[balance]\naux_loss = 0.01\nmse_loss = 0.1",
+            'router.routing = "sinkhorn" excludes balance.aux_loss = 0.01 and balance.mse_loss = '
+            "0.1: its assignment is doubly stochastic, so it is balanced already. Remove the loss "
+            '(set it to 0 if it is inherited), or route with "topk".',
+        ),
+        (
+            f'{SINKHORN}[balance]\nbias_update = "sign"',
+            'router.routing = "sinkhorn" chooses without the selection bias: balance.bias_update = '
+            '"sign" would move it on and on, unchecked. Remove it; if it is inherited, set it to '
+            '"none".',
+        ),
+        (
+            f"{BALANCED}[balance]\naux_loss = 0.01",
+            no_effect_balanced("balance.aux_loss = 0.01"),
+        ),
+        (
+            f'{BALANCED}[balance]\nz_loss = 0.1\nbias_update = "sign"',
+            no_effect_balanced('balance.z_loss = 0.1 and balance.bias_update = "sign"'),
+        ),
+        (
+            f'{BALANCED}[balance]\nbias_update = "proportional"',
+            no_effect_balanced('balance.bias_update = "proportional"'),
+        ),
+        (
+            "[balance]\nbias_rate = 0.01",
+            '[balance] bias_rate has no effect without bias_update = "sign" or "proportional"; set '
+            "it, or remove bias_rate.",
+        ),
+        (
+            "[router]\nnoise = 0.5",
+            '[router] noise = 0.5 has no effect with routing = "topk", only with "balanced"; '
+            "remove it, or if it is inherited set noise = 0.0 and skip_first_n_experts = 0.",
+        ),
+        (
+            f"{BALANCED}sinkhorn_tolerance = 0.1\nsinkhorn_iterations = 5",
+            "[router] sinkhorn_tolerance = 0.1 and sinkhorn_iterations = 5 has no effect with "
+            'routing = "balanced", only with "sinkhorn"; remove it, or if it is inherited set '
+            "sinkhorn_tolerance = 0.0001 and sinkhorn_iterations = 100.",
+        ),
+        (
+            f"{BALANCED}jitter_noise = true",
+            '[router] jitter_noise = 0.01 has no effect with routing = "balanced", which has its '
+            "own noise; remove it, or if it is inherited set it to 0.",
+        ),
+        (
+            f"{SINKHORN}null_experts = 1\nconstant_experts = 2",
+            '[router] null_experts = 1 and constant_experts = 2 needs routing = "topk", not '
+            '"sinkhorn".',
+        ),
+        (
+            f"{BALANCED}copy_experts = 1",
+            '[router] copy_experts = 1 needs routing = "topk", not "balanced".',
+        ),
+        (
+            "[router]\ntop_k = 6",
+            "[router] top_k = 6 is for zero-computation experts only; without them the model's own "
+            "top-k stands (router_top_k).",
+        ),
+        (
+            "[router]\ndispatch_padding = false",
+            "[router] dispatch_padding = false needs pad_token_id, which says what padding is.",
+        ),
+        (
+            "[router]\nnull_experts = 2\ntop_k = 11",
+            "router.top_k = 11 exceeds the 10 experts that there are: 8 routed and 2 "
+            "zero-computation ones.",
+        ),
+        (
+            f"{BALANCED}skip_first_n_experts = 6",
+            "router.skip_first_n_experts = 6 leaves 2 of 8 experts, but a token uses 3.",
+        ),
+        (
+            f"{BALANCED}skip_first_n_experts = 9",
+            "router.skip_first_n_experts = 9 leaves 0 of 8 experts, but a token uses 3.",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, text: str, message: str) -> None:
+    assert said(tmp_path, text) == f"mine.toml: {message}"
+
+
+def test_all_that_does_not_go_together_is_said_at_once(tmp_path: Path) -> None:
+    message = said(tmp_path, "[router]\nnoise = 0.5\ntop_k = 5\ndispatch_padding = false")
+    assert len(message.splitlines()) == 1
+    for part in ("noise = 0.5 has no effect", "top_k = 5 is for", "dispatch_padding = false needs"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[router]\nrouting = "sinkhorn"\n[balance]\nz_loss = 0.1\nbias_update = "none"',
+        '[router]\nrouting = "balanced"\n[balance]\nbias_update = "none"\naux_loss = 0',
+        '[router]\nrouting = "sinkhorn"\njitter_noise = true',
+        '[balance]\nbias_update = "none"\nbias_rate = 0.1',
+        "[router]\nfreeze = true\n[balance]\naux_loss = 0.1",
+    ],
+)
+def test_what_goes_together(tmp_path: Path, text: str) -> None:
+    load(tmp_path, text)
