@@ -70,7 +70,7 @@ class RouterMetrics(MetricsProcessor):
         metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
-        self._alerts = Alerts(self._settings or Telemetry())
+        self._alerts = Alerts()
         self._last_step: int | None = None
         self._counted_LE: torch.Tensor | None = None
 
@@ -112,6 +112,7 @@ class RouterMetrics(MetricsProcessor):
     @torch.no_grad()
     def _record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
         """The steps since the last record, of all ranks; the counters begin again."""
+        assert self._settings
         assert self._last_step is not None  # should_log comes first
         steps, self._last_step = step - self._last_step, step
         experts = self._experts()
@@ -131,6 +132,7 @@ class RouterMetrics(MetricsProcessor):
             grad_norm=grad_norm,
             backend=experts.backend,
             layers=tuple(layer for layer, _ in layers),
+            thresholds=self._settings.thresholds,
         )
 
     def _layers(self, steps: int, experts: Experts) -> list[tuple[LayerRecord, float]]:
