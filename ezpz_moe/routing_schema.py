@@ -133,15 +133,26 @@ class Balance(Data):
         return self
 
 
-class Telemetry(Data):
+class AlertThresholds(Data):
+    """When a run warns of its routers. Every record has them, for who reads it later."""
+
+    alert_dead_steps: _Steps = 100
+    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
+    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+class Telemetry(AlertThresholds):
     """What a run reports of its experts: ``[telemetry]``."""
 
     every: _Steps | None = None
     detail: Literal["brief", "per_layer", "per_expert"] = "brief"
     images: bool = True
-    alert_dead_steps: _Steps = 100
-    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
-    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+    @property
+    def thresholds(self) -> AlertThresholds:
+        """Those of the alerts, by themselves."""
+        names = AlertThresholds.model_fields
+        return AlertThresholds(**{name: getattr(self, name) for name in names})
 
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:

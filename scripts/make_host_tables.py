@@ -80,7 +80,9 @@ def relied_on(folder: str) -> str:
     return tables.markdown(
         {
             "thing": f"`{line.thing}`",
-            "with": ", ".join(f"`{name}`" for name in line.has + line.takes + line.fields),
+            "with": ", ".join(
+                f"`{name}`" for name in line.has + line.takes + line.fields + line.sets
+            ),
             "used for": line.used_for,
             "if it is gone": line.if_broken,
         }

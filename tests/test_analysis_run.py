@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -131,6 +132,40 @@ def test_the_text_is_packed_as_the_trainer_packs_it(folder):
         assert torch.equal(mine.tokens_L, inputs["input"][0])
         assert torch.equal(mine.positions_L, inputs["positions"][0])
         assert torch.equal(mine.labels_L, labels[0])
+
+
+def with_router(folder: Path, table: str) -> dict:
+    """What is found of both checkpoints' models with this ``[router]``, drawn anew."""
+    (folder / "small.toml").write_text(f"{SMALL}[router]\n{table}\n")
+    for step in (1, 2):
+        checkpoint = folder / "run" / "checkpoint" / f"step-{step}"
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+        write_checkpoint(checkpoint, weights(1).items())
+    return analyzed(folder, "--against", folder / "run" / "checkpoint" / "step-1")
+
+
+def test_constant_experts_have_no_weights_to_compare(folder):
+    found = with_router(folder, "constant_experts = 3\nnull_experts = 1")
+    for layer in found["layers"]:
+        assert (layer["num_experts"], len(layer["load"])) == (12, 12)
+        assert len(layer["cosines"]) == 8
+
+
+def test_a_scheduled_temperature_is_that_of_the_checkpoints_step(folder):
+    """The same weights in two steps, in between which the temperature falls."""
+    moving = with_router(folder, "temperature = { start = 3.0, end = 1.0, steps = 2 }")
+    assert moving["against_loss"] != moving["loss"]
+    at_the_end = with_router(folder, "temperature = 1.0")
+    assert at_the_end["against_loss"] == at_the_end["loss"] == moving["loss"]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_what_cannot_be_written_is_said(folder, capsys, flag):
+    common = ("--data", folder / "text.txt", "--sequences", 2)
+    message = refused(capsys, folder / "job.toml", *common, flag, "/proc/nowhere")
+    assert "cannot be written" in message
+    assert "/proc/nowhere" in message
 
 
 def test_loss_and_routing_are_those_of_the_hosts_model(folder):

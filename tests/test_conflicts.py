@@ -76,6 +76,36 @@ def test_overrides_of_experts_that_have_a_backend(target):
         dataclasses.replace(with_arguments)
 
 
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    (tmp_path / "watched.toml").write_text('inherits = "debugmodel"\n[telemetry]\nevery = 15\n')
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_cadence_of_telemetry_that_the_hosts_logging_cannot_meet():
+    message = conflict("watched_sdpa", metrics__log_freq=10)
+    assert (
+        "'watched_sdpa': [telemetry] every = 15 must be a multiple of metrics.log_freq" in message
+    )
+    assert "Set metrics.log_freq to 5, or every to a multiple of 10." in message
+    assert config("watched_sdpa", metrics__log_freq=5)
+
+
+@pytest.mark.usefixtures("watched")
+def test_pictures_for_loggers_that_the_host_does_not_let_us_find(monkeypatch):
+    """Not silently none: they are found by an attribute of the host's own."""
+    from torchtitan.components.metrics import LoggerContainer
+
+    def renamed(self) -> None:
+        self.all_loggers = []
+
+    monkeypatch.setattr(LoggerContainer, "__init__", renamed)
+    message = conflict("watched_sdpa", metrics__log_freq=5, metrics__enable_tensorboard=True)
+    assert "LoggerContainer, and its __init__ sets no _loggers. Set images = false" in message
+    assert config("watched_sdpa", metrics__log_freq=5)
+
+
 def test_other_overrides_are_the_hosts_affair():
     target = "torchtitan.overrides.fused_swiglu.fused_swiglu"
     assert config(override__imports=[target]).override.imports == [target]

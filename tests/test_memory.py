@@ -44,8 +44,30 @@ def look(name: str, config: str, ranks: int = 1, *flags: str) -> RankReport:
 @pytest.mark.parametrize("flavor", ["debugmodel_sdpa_for_loop", "gpt_oss_debugmodel_sdpa"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_activations_are_what_a_real_step_saves(tmp_path: Path, flavor: str, mode: str) -> None:
+    estimated, real = estimated_and_real(tmp_path, JOB.format(flavor=flavor, mode=mode))
+    assert estimated == real
+
+
+@pytest.mark.parametrize(
+    ("table", "allowed"),
+    [
+        ("pad_token_id = 2000\ndispatch_padding = false", 0),  # an ID that the text has not
+        ("null_experts = 2\ncopy_experts = 1\nconstant_experts = 1", 0.01),  # none is balanced yet
+    ],
+)
+def test_what_is_cut_off_by_values_is_told_without_them(
+    tmp_path: Path, table: str, allowed: float
+) -> None:
+    (tmp_path / "cut.toml").write_text(f'inherits = "debugmodel"\n[router]\n{table}\n')
+    job = JOB.format(flavor="cut_sdpa_for_loop", mode="none")
+    estimated, real = estimated_and_real(tmp_path, job)
+    assert abs(estimated - real) <= allowed * real
+
+
+def estimated_and_real(tmp_path: Path, text: str) -> tuple[int, int]:
+    """Bytes of a job's activations: as they are told, and as a step saves them."""
     job = tmp_path / "job.toml"
-    job.write_text(JOB.format(flavor=flavor, mode=mode))
+    job.write_text(text)
     command = [sys.executable, str(HERE / "saved_for_backward.py"), str(job)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -53,10 +75,12 @@ def test_activations_are_what_a_real_step_saves(tmp_path: Path, flavor: str, mod
     )
     assert result.returncode == 0, result.stderr[-4000:]
     real = json.loads(result.stdout.splitlines()[-1])
-    estimated = dict(look("activations_on_cpu", str(job)).bytes_by_place)
+    report = look("activations_on_cpu", str(job))
+    assert not report.error
+    estimated = dict(report.bytes_by_place)
     # The loss comes after the model's forward: 16 of the tokens at once, in float32.
     assert estimated.pop(LOSS) == 2 * 64 // 8 * 2048 * 4
-    assert sum(estimated.values()) == real["saved"] + real["output"]
+    return sum(estimated.values()), real["saved"] + real["output"]
 
 
 def test_a_fused_kernel_saves_its_output_and_its_log_sum_exp_but_no_scores() -> None:

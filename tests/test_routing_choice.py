@@ -18,7 +18,7 @@ from routing_cases import U, compiled
 from torch import Tensor
 
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
-from ezpz_moe.routing.logits import activated, jittered
+from ezpz_moe.routing.logits import activated, jittered, losing_infinities
 from ezpz_moe.routing.zero_computation import constant_output, weight_of
 from ezpz_moe.routing_schema import raised_top_k
 
@@ -96,6 +96,16 @@ def test_gradients_of_an_activation(activation: str) -> None:
     out = activated(none_positive, activation)
     assert out.unique().numel() == 1
     assert torch.autograd.grad(out.sum(), none_positive)[0].isfinite().all()
+
+
+def test_infinite_logits_become_nan_and_no_other_changes() -> None:
+    logits = torch.tensor([[1.5, -torch.inf, 0.0], [torch.inf, torch.nan, -1e30]])
+    logits.requires_grad_()
+    seen = losing_infinities(logits)
+    assert torch.equal(seen.isnan(), ~logits.isfinite())
+    assert torch.equal(seen[logits.isfinite()], logits[logits.isfinite()])
+    seen.nan_to_num().sum().backward()
+    assert torch.equal(logits.grad, logits.isfinite().float())
 
 
 def test_an_unknown_activation_is_refused() -> None:

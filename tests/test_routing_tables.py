@@ -56,7 +56,7 @@ def test_the_defaults() -> None:
     router = ("topk", 0, None, False, one, "identity", None, True, 0, 0, 0, None, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (0, 0, 0, "sequence", None, None)
-    assert tuple(Telemetry().to_dict().values()) == (None, "brief", True, 100, 2, 0.25)
+    assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True)
 
 
 def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
@@ -86,7 +86,8 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
         bias_rate=Schedule(start=0.01, end=0.0001, steps=50, shape="exponential"),
     )
     assert flavor.telemetry is not None
-    assert tuple(flavor.telemetry.model_dump().values()) == (5, "per_expert", False, 7, 1.5, 0.5)
+    assert tuple(flavor.telemetry.model_dump().values()) == (7, 1.5, 0.5, 5, "per_expert", False)
+    assert tuple(flavor.telemetry.thresholds.model_dump().values()) == (7, 1.5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from telemetry_cases import layer, record, run
 
-from ezpz_moe.routing_schema import Balance, Router, Telemetry
+from ezpz_moe.routing_schema import AlertThresholds, Balance, Router
 from ezpz_moe.telemetry.alerts import Alerts
 
 EVEN = [1000] * 8
@@ -14,9 +14,11 @@ EVEN = [1000] * 8
 
 def said(counts_by_record, steps: int = 10, **settings) -> list[list[str]]:
     """What is said after each record of one layer."""
-    alerts = Alerts(Telemetry(**settings))
+    alerts, thresholds = Alerts(), AlertThresholds(**settings)
     return [
-        alerts.check(record(layer(counts_E), step=steps * number, steps=steps))
+        alerts.check(
+            record(layer(counts_E), step=steps * number, steps=steps, thresholds=thresholds)
+        )
         for number, counts_E in enumerate(counts_by_record, start=1)
     ]
 
@@ -37,7 +39,7 @@ def at_records(messages: list[list[str]], word: str) -> list[int]:
 
 
 def test_a_balanced_run_raises_no_alert() -> None:
-    alerts = Alerts(Telemetry())
+    alerts = Alerts()
     assert [message for each in run() for message in alerts.check(each)] == []
 
 
@@ -66,7 +68,8 @@ def test_an_expert_that_dies_later_is_told_of_too() -> None:
 
 
 def test_many_dead_experts_are_one_line() -> None:
-    ((message,),) = said([[4000] + [0] * 255], steps=100, alert_collapse=0.001, alert_cv_rise=1e9)
+    (messages,) = said([[4000] + [0] * 255], steps=100)
+    (message,) = [each for each in messages if "got no token" in each]
     assert "experts 1, 2, 3, 4, 5, 6, 7, 8 and 247 more of 256 got no token" in message
 
 
@@ -121,8 +124,8 @@ def test_collapse_and_its_end() -> None:
     assert at_records(messages, "router collapse") == [2, 5]
     (message,) = messages[1]
     assert message.startswith(
-        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, "
-        "exp(entropy)/E = 0.13 ([telemetry] alert_collapse = 0.25). Remedy: "
+        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, under 2.8 "
+        "([telemetry] alert_collapse = 0.25 of those beyond the 1 that a token uses). Remedy: "
     )
     assert "[balance] aux_loss and z_loss" in message
 
@@ -132,23 +135,37 @@ def test_collapse_can_end_however_high_the_threshold() -> None:
     assert at_records(messages, "router collapse") == [1, 3]
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (8, 3), (8, 7), (128, 8)])
+def test_the_same_experts_for_every_token_are_collapse(experts: int, top_k: int) -> None:
+    """exp(entropy) is k then, which may be most of the experts."""
+    alerts = Alerts()
+    alerts.check(record(layer([1000] * experts, top_k=top_k)))
+    same = [8000] * top_k + [0] * (experts - top_k)
+    messages = alerts.check(record(layer(same, top_k=top_k)))
+    assert [m for m in messages if "router collapse" in m]
+
+
+def test_a_token_that_uses_all_experts_cannot_collapse() -> None:
+    assert not Alerts().check(record(layer([1000] * 7, top_k=7)))
+
+
 def test_a_small_batch_over_many_experts_is_no_collapse() -> None:
     """50 assignments use at most 50 of 256 experts, under a quarter, whatever the router does."""
     assert not any(said([[1] * 50 + [0] * 206], steps=1))
 
 
 def test_layers_are_watched_apart() -> None:
-    alerts = Alerts(Telemetry(alert_dead_steps=20))
+    alerts, in_20 = Alerts(), AlertThresholds(alert_dead_steps=20)
     idle, busy = [0, *EVEN[1:]], EVEN
-    assert not alerts.check(record(layer(idle, 1), layer(busy, 2)))
-    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2)))
+    assert not alerts.check(record(layer(idle, 1), layer(busy, 2), thresholds=in_20))
+    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2), thresholds=in_20))
     assert "layer 1: expert 0 " in message
-    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2)))
+    (message,) = alerts.check(record(layer(idle, 1), layer(idle, 2), thresholds=in_20))
     assert "layer 2: expert 0 " in message
 
 
 def test_collapse_and_rise_are_said_of_each_layer() -> None:
-    alerts = Alerts(Telemetry())
+    alerts = Alerts()
     hot = [8000, *[1] * 7]
     alerts.check(record(layer(skewed(0.1), 1), layer(hot, 2)))
     messages = [m for _ in range(9) for m in alerts.check(record(layer(hot, 1), layer(hot, 2)))]
@@ -161,8 +178,8 @@ def test_a_layer_that_saw_no_token_says_nothing_about_its_router() -> None:
 
 
 def test_all_tokens_to_zero_computation_experts_is_death_of_the_others() -> None:
-    alerts = Alerts(Telemetry(alert_dead_steps=10))
-    (message,) = alerts.check(record(layer([0, 0], zero_counts_Z=(500,), tokens=500)))
+    nowhere = layer([0, 0], zero_counts_Z=(500,), tokens=500)
+    (message,) = Alerts().check(record(nowhere, thresholds=AlertThresholds(alert_dead_steps=10)))
     assert "experts 0, 1 of 2 got no token" in message
 
 

@@ -56,6 +56,28 @@ def test_a_load_has_one_colour_in_every_picture(load: float) -> None:
         assert area(png, colour_of(load)) > CELL
 
 
+def test_the_loggers_picture_has_the_colours_and_no_more() -> None:
+    """Layers of four and two experts, one of them dead."""
+    pixels = charts.load_pixels(record(layer([100, 100, 200, 0], 3), layer([100, 100], 7)))
+    assert (pixels.shape, pixels.dtype) == ((2 * 32, 4 * 32, 3), np.uint8)
+    cells = pixels.reshape(2, 32, 4, 32, 3).swapaxes(1, 2)
+    assert (cells == cells[:, :, :1, :1]).all()
+    for cell, load in {(0, 0): 1, (0, 2): 2, (1, 0): 1, (1, 1): 1}.items():
+        assert np.abs(cells[cell][0, 0].astype(int) - colour_of(load)).max() <= 5
+    assert (cells[0, 3] == 0).all()
+    assert (cells[1, 2:] == round(0.85 * 255)).all()
+
+
+def test_the_loggers_picture_fits_a_screen_but_for_many_experts() -> None:
+    wide, wider = (charts.load_pixels(record(layer([1] * E))) for E in (256, 512))
+    assert (wide.shape, wider.shape) == ((4, 1024, 3), (4, 2048, 3))
+
+
+def test_the_caption_says_what_rows_and_columns_are() -> None:
+    said = charts.caption(record(layer([1, 1], 3), layer([1, 1, 1], 7)))
+    assert "Rows: layers 3 to 7, from above; columns: experts 0 to 2." in said
+
+
 def test_even_load_is_white_and_too_much_is_the_end_of_the_scale() -> None:
     most_common = colours(drawn(EVEN)).most_common(2)
     assert all(min(colour) > 240 for colour, _ in most_common)

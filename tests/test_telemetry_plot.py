@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe import cli
+from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry import page
 from ezpz_moe.telemetry.plot import plot
 from ezpz_moe.telemetry.record import append
@@ -115,6 +117,16 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
     assert float(figures[1]["max / mean"]) == pytest.approx(
         max(plotted.last.layers[1].counts_E) / sum(plotted.last.layers[1].counts_E) * 4, rel=5e-3
     )
+
+
+def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None:
+    own = AlertThresholds(alert_dead_steps=40, alert_cv_rise=9.0, alert_collapse=0.01)
+    records = run(layers=2, steps=220, every=20, dead=1)
+    plotted = plot(written(tmp_path / "run", [replace(each, thresholds=own) for each in records]))
+    (alert,) = plotted.alerts
+    assert alert.startswith("step 140, layer 2: expert 7 of 8 got no token for 40 steps")
+    said = "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01"
+    assert said in Page(plotted.paths[-1].read_text()).text
 
 
 def test_no_alerts_are_said_to_be_none(tiny: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append, read
 
 
@@ -27,6 +28,17 @@ def refusal(path: Path) -> str:
         read(path)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+def test_a_line_without_thresholds_has_the_defaults(path: Path) -> None:
+    """As lines were before records had them."""
+    append(path, record(layer([3, 1]), thresholds=AlertThresholds(alert_dead_steps=7)))
+    (line,) = read(path)
+    assert line.thresholds.alert_dead_steps == 7
+    content = json.loads(path.read_text())
+    del content["thresholds"]
+    path.write_text(json.dumps(content) + "\n")
+    assert read(path) == [replace(line, thresholds=AlertThresholds())]
 
 
 def test_a_run_is_read_back(path: Path) -> None:

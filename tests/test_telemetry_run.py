@@ -3,10 +3,15 @@
 import json
 import re
 import struct
+from textwrap import dedent
 
 import pytest
 from dialect import ON_0_2, job
-from trainer_runs import job_folder, train
+from trainer_runs import LOG, job_folder, train
+
+from ezpz_moe.routing_schema import AlertThresholds
+from ezpz_moe.telemetry.plot import raised
+from ezpz_moe.telemetry.record import read
 
 pytestmark = [
     pytest.mark.train,
@@ -102,6 +107,71 @@ def test_wandb_has_them_too(run):
     assert json.loads(history[4]["moe/load/_type"]) == "image-file"
     assert sum(json.loads(history[4]["moe/layer_1/tokens_per_expert/values"])) == 8
     assert list(run.rglob("offline-run-*/files/media/images/moe/load_*.png"))
+
+
+# Each has a flavor that brings it about, and what is then said of it.
+PROVOKED = {
+    "dead": (
+        """
+        [router]
+        routing = "balanced"
+        skip_first_n_experts = 2
+        [balance]
+        bias_update = "none"
+        [telemetry]
+        alert_dead_steps = 3
+        """,
+        r"step 3, layer 2: experts 0, 1 of 8 got no token for 3 steps \(.* alert_dead_steps = 3\)",
+    ),
+    "collapsed": (
+        """
+        [router]
+        routing = "balanced"
+        skip_first_n_experts = 5  # a token chooses three
+        [balance]
+        bias_update = "none"
+        [telemetry]
+        """,
+        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, under 4\.2 ",
+    ),
+    "rising": (
+        """
+        [balance]
+        bias_update = "none"
+        [telemetry]
+        alert_cv_rise = 1.5
+        """,
+        r"step \d, layer \d: load CV has risen to .* alert_cv_rise = 1\.5 times its lowest",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def provoked(tmp_path_factory):
+    """The folder of runs whose alerts are provoked: by the name of the run."""
+    folder = job_folder(tmp_path_factory.mktemp("alerts"))
+    text = (folder / "job.toml").read_text().replace("lr = 1e-3", "lr = 2e-2")
+    scenarios = {}
+    for name, (tables, _) in PROVOKED.items():
+        (folder / f"{name}.toml").write_text(f'inherits = "tiny"\n{dedent(tables)}')
+        (folder / f"{name}_job.toml").write_text(text.replace('"tiny_sdpa"', f'"{name}_sdpa"'))
+        scenarios[name] = job(folder / f"{name}_job.toml", "--training.steps", "6")
+    train(scenarios, folder, ranks=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_an_alert_is_raised_in_the_run_and_when_it_is_plotted(provoked, name):
+    _, expected = PROVOKED[name]
+    log = (provoked / LOG).read_text()
+    alerts = raised(read(provoked / name / "telemetry.jsonl"))
+    assert any(re.match(expected, alert) for alert in alerts), alerts
+    assert all(f"ezpz_moe: {alert}" in log for alert in alerts)
+
+
+def test_a_record_has_the_flavors_thresholds(provoked):
+    last = read(provoked / "dead" / "telemetry.jsonl")[-1]
+    assert last.thresholds == AlertThresholds(alert_dead_steps=3)
 
 
 def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
+LOG = "log.txt"
 
 Record = dict
 Scenarios = Mapping[str, list[str]]
@@ -39,7 +40,8 @@ def train(
 ) -> dict[str, list[Record]]:
     """Train every scenario with ``ranks`` processes over gloo: name -> one record per rank.
 
-    With another host's ``python`` each scenario names its dump folder itself.
+    With another host's ``python`` each scenario names its dump folder itself. What the processes
+    said is in ``folder / LOG``.
     """
     (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
     command = [
@@ -56,6 +58,7 @@ def train(
         timeout=1500,
         check=False,
     )
+    (folder / LOG).write_text(result.stdout + result.stderr)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     return {
         name: [torch.load(folder / f"records.{name}.{rank}") for rank in range(ranks)]

@@ -7,6 +7,8 @@ E = experts, V = vocabulary.
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -79,6 +81,7 @@ def record(
     host = binding("analysis")
     model = host.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
+    host.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # and no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
     model.eval()
@@ -143,6 +146,12 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(read_whole(checkpoint, metadata, name))
+
+
+def _step(checkpoint: Path) -> int:
+    """The training step, which the folder's name tells; without one, after every schedule."""
+    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    return int(match[1]) if match else sys.maxsize
 
 
 def _check_vocabulary(text: Sequence[TextSequence], model: nn.Module, flavor: Flavor) -> None:

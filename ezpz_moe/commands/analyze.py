@@ -17,7 +17,7 @@ from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
     from ezpz_moe.analysis.record import Recording
-    from ezpz_moe.analysis.report import LayerReport
+    from ezpz_moe.analysis.report import LayerReport, Settings
     from ezpz_moe.analysis.text import Sequence as TextSequence
     from ezpz_moe.job import Job
 
@@ -87,6 +87,14 @@ class Analyze:
             "against_loss": compared.loss if compared else None,
         }
         _print(facts, layers, settings)
+        try:
+            self._write(facts, layers, settings)
+        except OSError as error:
+            raise EzpzError(f"--json, --plot: cannot be written: {error}.") from error
+        return 0
+
+    def _write(self, facts: dict[str, Any], layers: list[LayerReport], settings: Settings) -> None:
+        """The file and the pictures that are asked for."""
         if self.json_:
             document = facts | {"settings": asdict(settings), "layers": [asdict(x) for x in layers]}
             self.json_.write_text(json.dumps(_finite(document), indent=1) + "\n")
@@ -96,7 +104,6 @@ class Analyze:
 
             for file in draw(layers, settings, self.plot):
                 display.print_line(f"Drawn: {file}")
-        return 0
 
     def _check(self) -> None:
         counts = {"--sequences": self.sequences, "--segment": self.segment}

@@ -35,6 +35,7 @@ class Reliance:
         has: names that it has.
         takes: names of parameters that it accepts.
         fields: names of fields that the dataclass has.
+        sets: names of attributes that the class's ``__init__`` sets.
         vital: without it nothing can be trained, so that a run is refused before it starts.
     """
 
@@ -44,6 +45,7 @@ class Reliance:
     has: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
     vital: bool = False
 
     def why_broken(self) -> str:
@@ -57,7 +59,12 @@ class Reliance:
                 if not hasattr(found, name):
                     return f"{found.__name__} has no {name}"
                 found = getattr(found, name)
-            checks = (self._names_missing, self._parameters_missing, self._fields_missing)
+            checks = (
+                self._names_missing,
+                self._parameters_missing,
+                self._fields_missing,
+                self._attributes_missing,
+            )
             return "; ".join(reason for check in checks for reason in check(found))
         except ImportError as error:
             return str(error)
@@ -86,6 +93,16 @@ class Reliance:
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:
             yield f"has no field {', '.join(missing)}"
+
+    def _attributes_missing(self, found: Any) -> Iterator[str]:
+        """By the names in the code: an instance may need what is not there before a run."""
+        if not self.sets:
+            return
+        own = [vars(each).get("__init__") for each in inspect.getmro(found)]
+        codes = [getattr(inspect.unwrap(each), "__code__", None) for each in own if each]
+        set_here = {name for code in codes if code for name in code.co_names}
+        if missing := [name for name in self.sets if name not in set_here]:
+            yield f"its __init__ sets no {', '.join(missing)}"
 
 
 def broken(reliances: Iterable[Reliance]) -> dict[Reliance, str]:

@@ -22,7 +22,7 @@ SUMS = (
     "not_finite",
 )
 """What ``sums_S`` adds up: the first three over tokens, the losses over groups, times the groups'
-weight; the most assignments that a routed expert has in a microbatch; and tokens with a logit that
+weight; the most rows that a routed expert computes of a microbatch; and tokens with a logit that
 is not finite."""
 
 

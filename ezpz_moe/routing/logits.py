@@ -22,6 +22,14 @@ def jittered(x: Tensor, noise: float) -> Tensor:
     return (x * draws.uniform_(1 - noise, 1 + noise)).to(x.dtype)
 
 
+def losing_infinities(logits_BLE: Tensor) -> Tensor:
+    """The logits, NaN where they are infinite, so that the loss shows it.
+
+    -inf alone would just bar an expert, and an activation would make it a number like any other.
+    """
+    return logits_BLE + (logits_BLE - logits_BLE).detach()  # x + 0, but inf - inf is NaN
+
+
 def activated(logits_BLE: Tensor, activation: str) -> Tensor:
     """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ezpz_moe.routing_schema import Telemetry
 from ezpz_moe.telemetry.figures import (
     coefficient_of_variation,
     dead_experts,
-    effective_fraction,
+    effective_experts,
 )
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
@@ -48,10 +47,12 @@ _COLLAPSE = (
 
 
 class Alerts:
-    """Watches the records of a run, in their order. An alert is said once, until it has ended."""
+    """Watches the records of a run, in their order, by the thresholds that they have.
 
-    def __init__(self, settings: Telemetry) -> None:
-        self._settings = settings
+    An alert is said once, until it has ended.
+    """
+
+    def __init__(self) -> None:
         self._idle_steps: dict[tuple[int, int], int] = {}  # by layer and expert
         self._smoothed_cv: dict[int, float] = {}  # by layer
         self._lowest_cv: dict[int, float] = {}
@@ -64,16 +65,16 @@ class Alerts:
             for layer in record.layers
             if layer.tokens
             for kind in (self._dead, self._rising, self._collapsed)
-            for message in kind(layer, record.steps)
+            for message in kind(layer, record)
         ]
 
-    def _dead(self, layer: LayerRecord, steps: int) -> Iterator[str]:
+    def _dead(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
         """Experts without an assignment; each is told of once, in one line with the others."""
-        limit, dead = self._settings.alert_dead_steps, set(dead_experts(layer.counts_E))
+        limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
         new = []
         for expert in range(len(layer.counts_E)):
             key = (layer.layer, expert)
-            idle = self._idle_steps.get(key, 0) + steps if expert in dead else 0
+            idle = self._idle_steps.get(key, 0) + record.steps if expert in dead else 0
             self._idle_steps[key] = idle
             if self._begins(("dead", *key), idle >= limit, not idle):
                 new.append(expert)
@@ -84,10 +85,10 @@ class Alerts:
                 f"([telemetry] alert_dead_steps = {limit}). Remedy: {_DEAD}."
             )
 
-    def _rising(self, layer: LayerRecord, _steps: int) -> Iterator[str]:
+    def _rising(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
         """The smoothed CV against the lowest that it has been."""
         cv = coefficient_of_variation(layer.counts_E)
-        key, rise = layer.layer, self._settings.alert_cv_rise
+        key, rise = layer.layer, record.thresholds.alert_cv_rise
         if math.isnan(cv):
             return
         before = self._smoothed_cv.get(key, cv)
@@ -103,18 +104,25 @@ class Alerts:
                 f"Remedy: {_RISING}."
             )
 
-    def _collapsed(self, layer: LayerRecord, _steps: int) -> Iterator[str]:
-        """The effective number of experts, where there are tokens enough to tell."""
-        experts, limit = len(layer.counts_E), self._settings.alert_collapse
-        if sum(layer.counts_E) < ENOUGH * experts:
+    def _collapsed(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
+        """The effective number of experts, where there are tokens enough to tell.
+
+        A token chooses k experts, none twice, so that no load is that of fewer than k: collapse is
+        the way from all E of them down to the same k for every token.
+        """
+        experts, share = len(layer.counts_E), record.thresholds.alert_collapse
+        assignments = sum(layer.counts_E)
+        fewest = assignments / layer.tokens  # k, or the mean of those that compute
+        if assignments < ENOUGH * experts or fewest >= experts:
             return
-        fraction = effective_fraction(layer.counts_E)
-        over = fraction > limit + HYSTERESIS * (1 - limit)
-        if self._begins(("collapse", layer.layer), fraction < limit, over):
+        limit = fewest + share * (experts - fewest)
+        effective = effective_experts(layer.counts_E)
+        over = effective > limit + HYSTERESIS * (experts - limit)
+        if self._begins(("collapse", layer.layer), effective < limit, over):
             yield (
-                f"router collapse: the load is that of {fraction * experts:.1f} of {experts} "
-                f"experts, exp(entropy)/E = {fraction:.2f} "
-                f"([telemetry] alert_collapse = {limit:g}). "
+                f"router collapse: the load is that of {effective:.1f} of {experts} experts, under "
+                f"{limit:.1f} ([telemetry] alert_collapse = {share:g} of those beyond the "
+                f"{fewest:.3g} that a token uses). "
                 f"Remedy: {_COLLAPSE}."
             )
 

@@ -93,13 +93,18 @@ def entropy(counts_E: Counts) -> float:
     return float(-(used * np.log(used)).sum()) + 0.0  # no negative zero
 
 
-def effective_fraction(counts_E: Counts) -> float:
-    """``exp(entropy) / E``: the share of the experts that are effectively used; 1 is even.
+def effective_experts(counts_E: Counts) -> float:
+    """``exp(entropy)``: how many experts with equal load would have this entropy; E is even.
 
-    exp(entropy) is the perplexity of the frequencies, the Hill number of order 1: as many experts
-    with equal load would have this entropy.
+    This is the perplexity of the frequencies, the Hill number of order 1. Where a token chooses k
+    experts, none twice, no frequency is above 1/k, so that it is at least k.
     """
-    return math.exp(entropy(counts_E)) / len(counts_E)
+    return math.exp(entropy(counts_E))
+
+
+def effective_fraction(counts_E: Counts) -> float:
+    """``exp(entropy) / E``: the share of the experts that are effectively used; 1 is even."""
+    return effective_experts(counts_E) / len(counts_E)
 
 
 def dead_experts(counts_E: Counts) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ezpz_moe.routing_schema import Telemetry
+from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import headline, layer_rows, over_layers_rows, steps
 
@@ -69,7 +69,6 @@ def page(
     records: Sequence[StepRecord],
     pictures: Sequence[Picture],
     alerts: Sequence[str],
-    settings: Telemetry,
 ) -> str:
     """The page of a run, whose records are those of the file ``source``."""
     last = records[-1]
@@ -78,7 +77,7 @@ def page(
         f"<h1>{title}</h1>",
         f'<p class="quiet">{escape(_what(records))} <code>{escape(str(source))}</code></p>',
         f"<h2>{'Alerts' if alerts else 'No alerts'}</h2>",
-        _alerts(alerts, settings),
+        _alerts(alerts, last.thresholds),
         "<h2>Over the layers</h2>",
         f"<p>{escape(headline(last))}.</p>",
         _table(over_layers_rows(last)),
@@ -101,15 +100,14 @@ def _what(records: Sequence[StepRecord]) -> str:
     return f"{number} of steps {first} to {records[-1].step}, from"
 
 
-def _alerts(alerts: Sequence[str], settings: Telemetry) -> str:
-    thresholds = (
-        f"With alert_dead_steps = {settings.alert_dead_steps}, alert_cv_rise = "
-        f"{settings.alert_cv_rise:g} and alert_collapse = {settings.alert_collapse:g}, the "
-        "defaults; the run's own log has those of its flavor."
+def _alerts(alerts: Sequence[str], thresholds: AlertThresholds) -> str:
+    said = (
+        f"With the run's own alert_dead_steps = {thresholds.alert_dead_steps}, alert_cv_rise = "
+        f"{thresholds.alert_cv_rise:g} and alert_collapse = {thresholds.alert_collapse:g}."
     )
     items = "\n".join(f"<li>{escape(alert)}</li>" for alert in alerts)
     listed = f'<ul class="alerts">\n{items}\n</ul>\n' if alerts else ""
-    return f'{listed}<p class="quiet">{thresholds}</p>'
+    return f'{listed}<p class="quiet">{said}</p>'
 
 
 def _figure(picture: Picture) -> str:

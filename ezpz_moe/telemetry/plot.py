@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import Telemetry
 from ezpz_moe.telemetry import charts, page
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
@@ -46,13 +45,13 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     pictures = _draw(records)
     alerts = raised(records)
     files = {f"{picture.name}.png": picture.png for picture in pictures}
-    files[PAGE] = page.page(source, records, pictures, alerts, Telemetry()).encode()
+    files[PAGE] = page.page(source, records, pictures, alerts).encode()
     return Plotted(_write(files, out or source.parent / FOLDER), records[-1], alerts)
 
 
 def raised(records: Iterable[StepRecord]) -> list[str]:
-    """The alerts that the default thresholds raise in a run."""
-    alerts = Alerts(Telemetry())
+    """The alerts of a run."""
+    alerts = Alerts()
     return [message for record in records for message in alerts.check(record)]
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.figures import layer_figures, over_layers
 
 FILE_NAME = "telemetry.jsonl"
@@ -56,7 +57,8 @@ class LayerRecord:
 class StepRecord:
     """The MoE layers in the ``steps`` train steps that end with ``step``.
 
-    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` computed the experts.
+    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` computed the experts;
+    ``thresholds`` are those of the run's alerts.
     """
 
     step: _Count
@@ -65,6 +67,7 @@ class StepRecord:
     grad_norm: float | None
     backend: str
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
+    thresholds: AlertThresholds = field(default_factory=AlertThresholds)
 
 
 _ADAPTER = TypeAdapter(StepRecord)
@@ -129,7 +132,7 @@ def _as_json(record: StepRecord) -> dict[str, Any]:
         {**vars(layer), "figures": figures}
         for layer, figures in zip(record.layers, figures_L, strict=True)
     ]
-    head = {"format": FORMAT, **vars(record)}
+    head = {"format": FORMAT, **vars(record), "thresholds": record.thresholds.to_dict()}
     del head["layers"]  # they come last: a reader of the line sees what is short first
     return _spelled({**head, "figures": over_layers(figures_L), "layers": layers})
 

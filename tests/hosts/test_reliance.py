@@ -21,6 +21,17 @@ class Fields:
     two: int
 
 
+class Base:
+    def __init__(self) -> None:
+        self.inherited = 1
+
+
+class Sets(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own: int = 2
+
+
 def takes_anything(first, **more):
     return first, more
 
@@ -51,6 +62,7 @@ def test_every_line_says_what_it_is_for_and_what_its_absence_means(each):
         (reliance("textwrap", has=("dedent", "bedent")), "has no bedent"),
         (reliance(f"{__name__}:Fields", fields=("one", "three")), "has no field three"),
         (reliance("pathlib:Path", fields=("one",)), "is no dataclass"),
+        (reliance(f"{__name__}:Sets", sets=("own", "other")), "its __init__ sets no other"),
         (reliance("builtins:max", takes=("one",)), "ValueError: no signature found"),
         (reliance("json", takes=("one",), has=("loads",)), "TypeError: <module 'json'"),
         (reliance("no_such_module"), "No module named 'no_such_module'"),
@@ -70,6 +82,7 @@ def test_a_broken_line_says_what_is_missing(line, reason):
         reliance("textwrap"),
         reliance(f"{__name__}:takes_anything", takes=("second",)),
         reliance(f"{__name__}:Fields", fields=("two",)),
+        reliance(f"{__name__}:Sets", sets=("own", "inherited")),
     ],
 )
 def test_a_line_that_holds(line):

@@ -96,12 +96,41 @@ def test_counts_and_sums(model_with):
     assert sums["not_finite"] == 0
 
 
+@pytest.mark.parametrize("dispatched", [True, False])
+def test_padding_that_is_dispatched_is_computed_for_nothing(model_with, dispatched):
+    """The rows of the busiest expert are those of all tokens, its count those without padding."""
+    table = f"[router]\npad_token_id = 0\ndispatch_padding = {str(dispatched).lower()}"
+    router = router_of(model_with(f"{table}\n[telemetry]\n"))
+    x_BLD = tokens(router.gate.in_features)
+    mask_BL = torch.arange(L).expand(B, L) < torch.tensor([[4], [9], [16]])
+    router.masked_by.mask_BL = flat(mask_BL)
+    _, ids_TK, _ = routed(router, x_BLD)
+    computed_TK = ids_TK if dispatched else ids_TK[mask_BL.flatten()]
+    longest = dict(zip(SUMS, router.sums_S.tolist(), strict=True))["longest"]
+    assert longest == computed_TK.flatten().bincount().max()
+    assert router.counts_E.sum() == mask_BL.sum() * ids_TK.shape[1]
+
+
 def test_logits_that_are_not_finite_are_counted(model_with):
     router = router_of(model_with("[telemetry]"))
     x_BLD = tokens(router.gate.in_features)
     x_BLD[1, 2:4] = torch.inf
     routed(router, x_BLD)
     assert dict(zip(SUMS, router.sums_S.tolist(), strict=True))["not_finite"] == 2
+
+
+@pytest.mark.parametrize("activation", ["identity", "softplus", "relu_rmsnorm"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_logit_of_minus_infinity_is_seen(model_with, activation, counted):
+    """In the count, or as NaN that reaches the loss: an activation must not make it a number."""
+    router = router_of(model_with(f'[router]\nactivation = "{activation}"\n[telemetry]'))
+    router.gate.is_counted = counted
+    with torch.no_grad():
+        router.gate.weight[2] = -torch.inf
+    weights_TK, _, _ = routed(router, tokens(router.gate.in_features).abs())
+    not_finite = dict(zip(SUMS, router.sums_S.tolist(), strict=True))["not_finite"]
+    assert not_finite == B * L
+    assert counted or weights_TK.isnan().all()
 
 
 def test_a_mask_of_another_shape_or_dtype_is_an_error(model_with):

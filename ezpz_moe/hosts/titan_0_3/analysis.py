@@ -22,6 +22,7 @@ from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.models import model_spec
+from ezpz_moe.hosts.titan_0_3.router import moe_layers
 
 
 def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
@@ -70,11 +71,21 @@ def chosen(output: Any) -> torch.Tensor:
 
 
 def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The routed experts' parameters [E, ...], by the layer's name."""
+    """The routed experts' parameters [E, ...], by the layer's name; not those of constant ones."""
     return {
-        name: [each.detach() for each in moe.routed_experts.parameters()]
+        name: [
+            each.detach()
+            for key, each in moe.routed_experts.named_parameters()
+            if not key.startswith("constant_experts.")
+        ]
         for name, moe in _moes(model).items()
     }
+
+
+def at_step(model: nn.Module, step: int) -> None:
+    """Put what a flavor schedules, its router's temperature, to its value in a training step."""
+    for moe in moe_layers([model]).values():
+        moe.router.at_step(step)
 
 
 def encoder(folder: str) -> Callable[[str], list[int]]:

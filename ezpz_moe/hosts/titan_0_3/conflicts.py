@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from math import gcd
 from typing import Any, get_args
 
 import torch
@@ -31,10 +32,13 @@ from ezpz_moe.hosts.ranks import (
     schedule_problems,
     started_ranks,
 )
+from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
+from ezpz_moe.hosts.titan_0_3.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan_0_3.router_conflicts import router_problems
 from ezpz_moe.hosts.titan_0_3.selector import Sizes
 from ezpz_moe.job import KEYS, accepts, allowed
+from ezpz_moe.routing_schema import Telemetry
 
 _dialect, _host_experts = binding("dialect"), binding("experts")
 
@@ -323,13 +327,23 @@ def _routers(config: Trainer.Config) -> Iterator[str]:
 
 
 def _telemetry(config: Trainer.Config) -> Iterator[str]:
-    settings = getattr(config.metrics, "telemetry", None)
-    every, log_freq = getattr(settings, "every", None), config.metrics.log_freq
+    metrics = config.metrics
+    settings: Telemetry | None = getattr(metrics, "telemetry", None)
+    if settings is None:
+        return
+    every, log_freq = settings.every, metrics.log_freq
     if every and every % log_freq:
         yield (
             f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
-            f"metrics.log_freq = {log_freq}: the routers report when the host logs."
+            f"metrics.log_freq = {log_freq}: the routers report when the host logs. Set "
+            f"metrics.log_freq to {gcd(every, log_freq)}, or every to a multiple of {log_freq}."
         )
+    if settings.images and (metrics.enable_wandb or metrics.enable_tensorboard):
+        for line, reason in broken(PICTURES).items():
+            yield (
+                f"flavor {_flavor(config)!r}: [telemetry] images = true needs {line.thing}, and "
+                f"{reason}. Set images = false; telemetry.jsonl and `ezpz-moe plot` have the same."
+            )
 
 
 _Check = Callable[[Trainer.Config], Iterator[str]]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +29,7 @@ from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.hosts.titan_0_3.components import components
 from ezpz_moe.hosts.titan_0_3.preflight import config_of_rank, parts_of_model
+from ezpz_moe.hosts.titan_0_3.zero_computation import route_evenly
 from ezpz_moe.preflight import RankReport
 
 RESIDUAL_STREAM = "residual stream"
@@ -132,6 +131,7 @@ def activations(
         give_shapes_only(trainer_config.model_spec.model)
     (model,) = parts_of_model(trainer_config)
     norms = contextlib.nullcontext() if is_cpu else AcceleratorKernels()
+    route_evenly(model)
     model._skip_lm_head = isinstance(trainer_config.loss, ChunkedLossWrapper.Config)
     training = trainer_config.training
     shape = (training.local_batch_size, training.seq_len)
@@ -139,7 +139,7 @@ def activations(
     with FakeTensorMode(allow_non_fake_inputs=True), force_eager, norms:
         model.to_empty(device=utils.device_type)
         tokens, positions = torch.zeros((2, *shape), dtype=torch.int64, device=utils.device_type)
-        held = live_after_forward(model, {"tokens": tokens, "positions": positions})
+        held = live_after_forward(model, tokens, positions=positions)
     held[("lm_head", "output head")] = _loss_bytes(trainer_config)
     return RankReport(rank, bytes_by_place=held)
 
@@ -177,11 +177,13 @@ def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
     return world_size // par.pipeline_parallel_degree
 
 
-def live_after_forward(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Place, int]:
-    """Bytes that ``model(**inputs)`` leaves for backward, where they were made."""
+def live_after_forward(
+    model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor
+) -> dict[Place, int]:
+    """Bytes that ``model(tokens, **inputs)`` leaves for backward, where they were made."""
     storages = LiveStorages(places_of(model))
     with storages.watching():
-        output = model(**inputs)
+        output = model(tokens, **inputs)
     held = storages.live_bytes(model)
     del output  # lives until here, as what backward starts from
     return held

@@ -7,15 +7,14 @@ warns of a router that goes wrong. It also tells the routers the step, for what 
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from torchtitan.components.metrics import (
+    LoggerContainer,
     MetricsProcessor,
     TensorBoardLogger,
     WandBLogger,
@@ -70,7 +69,7 @@ class RouterMetrics(MetricsProcessor):
         metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
-        self._alerts = Alerts(self._settings or Telemetry())
+        self._alerts = Alerts()
         self._last_step: int | None = None
         self._counted_LE: torch.Tensor | None = None
 
@@ -112,6 +111,7 @@ class RouterMetrics(MetricsProcessor):
     @torch.no_grad()
     def _record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
         """The steps since the last record, of all ranks; the counters begin again."""
+        assert self._settings
         assert self._last_step is not None  # should_log comes first
         steps, self._last_step = step - self._last_step, step
         experts = self._experts()
@@ -131,6 +131,7 @@ class RouterMetrics(MetricsProcessor):
             grad_norm=grad_norm,
             backend=experts.backend,
             layers=tuple(layer for layer, _ in layers),
+            thresholds=self._settings.thresholds,
         )
 
     def _layers(self, steps: int, experts: Experts) -> list[tuple[LayerRecord, float]]:
@@ -181,18 +182,16 @@ class RouterMetrics(MetricsProcessor):
 
     def _show(self, record: StepRecord) -> None:
         """The heat map of the load and each layer's histogram, for the host's loggers."""
-        loggers = getattr(self.logger, "_loggers", ())
-        if not loggers:
+        if not isinstance(self.logger, LoggerContainer):  # none of them is enabled on this rank
             return
-        from PIL import Image  # here: drawing is asked for by few
+        from ezpz_moe.telemetry import charts  # here: drawing is asked for by few
 
-        from ezpz_moe.telemetry.charts import load_heat_map
-
-        picture = Image.open(io.BytesIO(load_heat_map(record)))
-        for each in loggers:
+        pixels_HWC = charts.load_pixels(record)
+        for each in self.logger._loggers:
             tag = f"{each.tag}/" if each.tag else ""
             if isinstance(each, WandBLogger):
-                images = {f"{tag}moe/load": each.wandb.Image(picture)}
+                picture = each.wandb.Image(pixels_HWC, caption=charts.caption(record))
+                images = {f"{tag}moe/load": picture}
                 histograms = {
                     f"{tag}moe/layer_{layer.layer}/tokens_per_expert": each.wandb.Histogram(
                         layer.counts_E
@@ -201,7 +200,6 @@ class RouterMetrics(MetricsProcessor):
                 }
                 each.wandb.log(images | histograms, step=record.step)
             elif isinstance(each, TensorBoardLogger):
-                pixels_HWC = np.asarray(picture.convert("RGB"))
                 each.writer.add_image(f"{tag}moe/load", pixels_HWC, record.step, dataformats="HWC")
                 for layer in record.layers:
                     each.writer.add_histogram(

@@ -5,7 +5,30 @@ from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 _NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
 NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
 _NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; others still can"
+_NO_PICTURES = "a flavor with [telemetry] has to set images = false where loggers are enabled"
 _NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
+
+PICTURES = (
+    Reliance(
+        "torchtitan.components.metrics:LoggerContainer",
+        used_for="finding the loggers that take pictures of the load",
+        if_broken=_NO_PICTURES,
+        sets=("_loggers",),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:WandBLogger",
+        used_for="pictures of the load for Weights & Biases",
+        if_broken=_NO_PICTURES,
+        sets=("wandb", "tag"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:TensorBoardLogger",
+        used_for="pictures of the load for TensorBoard",
+        if_broken=_NO_PICTURES,
+        sets=("writer", "tag"),
+    ),
+)
+"""Of flavors with ``[telemetry]`` that have pictures drawn for the loggers."""
 
 ROUTERS = (
     Reliance(
@@ -79,6 +102,7 @@ ROUTERS = (
         used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
         if_broken=_NO_TELEMETRY,
         has=("Config", "should_log", "log"),
+        sets=("logger", "parallel_dims", "model_parts"),
     ),
     Reliance(
         "torchtitan.components.metrics:_get_metrics_rank",
@@ -86,16 +110,7 @@ ROUTERS = (
         if_broken=_NO_TELEMETRY,
         takes=("parallel_dims", "pp_schedule"),
     ),
-    Reliance(
-        "torchtitan.components.metrics:WandBLogger.log",
-        used_for="pictures of the load for Weights & Biases",
-        if_broken=_NO_TELEMETRY,
-    ),
-    Reliance(
-        "torchtitan.components.metrics:TensorBoardLogger.log",
-        used_for="pictures of the load for TensorBoard",
-        if_broken=_NO_TELEMETRY,
-    ),
+    *PICTURES,
 )
 """Of flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
 

@@ -27,7 +27,7 @@ from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.injection import inject
-from ezpz_moe.routing.logits import activated, jittered
+from ezpz_moe.routing.logits import activated, jittered, losing_infinities
 from ezpz_moe.routing.schedules import value_at
 from ezpz_moe.routing_schema import Balance, Router
 
@@ -99,6 +99,8 @@ class _Gate(Module):
         logits_BLE = self._project(input)
         if self.temperature is not None:
             logits_BLE = logits_BLE / self.temperature
+        if not (self.is_counted and settings.activation == "identity"):
+            logits_BLE = losing_infinities(logits_BLE)
         self.logits_BLE = activated(logits_BLE, settings.activation)
         return self.logits_BLE
 
@@ -127,6 +129,7 @@ class _Router(Module):
         self.groups = Groups(self.balance.scope == "sequence")
         self.gate.settings = self.settings
         self.gate.temperature = None
+        self.gate.is_counted = False  # whether somebody is told of logits that are not finite
         self.step = 1
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
@@ -222,7 +225,8 @@ class _Router(Module):
                     losses.z_loss(logits_GNE, mask_GN, n_G, share).sum(),
                 ]
             )
-        self._count(p_GNE, logits_GNE, mask_GN, counts_GE, of_each_L)
+        longest_1 = self._longest(ids_GNK, mask_GN, counts_GE)
+        self._count(p_GNE, logits_GNE, mask_GN, counts_GE, longest_1, of_each_L)
         balance = self.balance
         return (
             balance.aux_loss * of_each_L[0]
@@ -237,12 +241,20 @@ class _Router(Module):
         return losses.in_groups(values_BLX, by_sequence=self.groups.by_sequence)
 
     @torch.no_grad()
+    def _longest(self, ids_GNK: Tensor, mask_GN: Tensor, counts_GE: Tensor) -> Tensor:
+        """The most rows that a routed expert computes, those of padding that is dispatched too."""
+        if self.settings.pad_token_id is not None and self.settings.dispatch_padding:
+            counts_GE = losses.assignments(ids_GNK, torch.ones_like(mask_GN), self.num_experts)
+        return counts_GE.sum(0)[: self._routed_experts].amax().view(1)
+
+    @torch.no_grad()
     def _count(
         self,
         p_GNE: Tensor,
         logits_GNE: Tensor,
         mask_GN: Tensor,
         counts_GE: Tensor,
+        longest_1: Tensor,
         of_each_L: Tensor,
     ) -> None:
         top1_GN, best_GN = p_GNE.max(-1)
@@ -252,10 +264,8 @@ class _Router(Module):
         not_finite_1 = (~logits_GNE.isfinite().all(-1) & mask_GN).sum().float().view(1)
         # A group's loss is known to all of its ranks: each counts its part.
         part_L = of_each_L / self.groups.ranks
-        counts_E = counts_GE.sum(0)
-        longest_1 = counts_E[: self._routed_experts].amax().view(1)
         new_S = torch.cat([of_tokens_3, part_L, longest_1, not_finite_1])
-        count(self.counts_E, self.sums_S, counts_E, new_S)
+        count(self.counts_E, self.sums_S, counts_GE.sum(0), new_S)
 
 
 @cache

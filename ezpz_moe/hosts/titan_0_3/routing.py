@@ -62,6 +62,7 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
                 module.masked_by = mask
         for moe in moe_layers([model]).values():
             moe.router.groups = groups
+            moe.router.gate.is_counted = flavor.reported is not None
             if flavor.router.freeze:
                 moe.router.gate.requires_grad_(False)
         if flavor.router.pad_token_id is not None:

@@ -11,7 +11,7 @@ C = constant experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import spmd_types as spmd
@@ -60,10 +60,14 @@ class _Dispatcher:
         self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
     ) -> tuple[Tensor, ...]:
         """As the host's, with R rows for N. Device syncs: one, for R."""
-        R = int((topk_expert_ids_TK < self.routed_experts).sum())
+        R = self.computed(topk_expert_ids_TK)
         reorder = super()._local_reorder  # type: ignore[misc]
         sorted_N = reorder(x_TD, topk_scores_TK, topk_expert_ids_TK)
         return tuple(each[:R] for each in sorted_N)
+
+    def computed(self, topk_expert_ids_TK: Tensor) -> int:
+        """R; by itself, for tensors that have no values (:func:`route_evenly`)."""
+        return int((topk_expert_ids_TK < self.routed_experts).sum())
 
 
 class _RoutedExperts(Module):
@@ -145,6 +149,18 @@ def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
     whole = dense_param_placement(tp=spmd.R)
     layout = ShardingConfig(state_shardings={"mix_C2D": whole, "vectors_CD": whole})
     return ConstantExperts.Config(dim=dim, experts=experts, sharding_config=layout)
+
+
+def route_evenly(model: nn.Module) -> None:
+    """For tensors without values: all choices are used alike, and no token is padding."""
+    for module in model.modules():
+        if isinstance(module, _RoutedExperts):
+            share = module.token_dispatcher.routed_experts / module.last_constant
+            module.token_dispatcher.computed = partial(_share_of, share)
+
+
+def _share_of(share: float, topk_expert_ids_TK: Tensor) -> int:
+    return round(share * topk_expert_ids_TK.numel())
 
 
 def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
