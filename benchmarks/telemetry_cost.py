@@ -5,7 +5,8 @@
 
 Forward and backward of one layer's router, the host's own and the one that counts, taking turns;
 the difference of their medians times the number of MoE layers is set against forward and backward
-of the whole model in the same run. Writing a record is timed apart: it happens when the host logs.
+of the whole model in the same run. Writing a record and drawing it for the loggers are timed apart:
+they happen when the host logs.
 All on the CPU, with torch's default number of threads.
 """
 
@@ -24,6 +25,7 @@ import tyro
 from ezpz_moe import display
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.telemetry.charts import load_pixels
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append
 
 
@@ -101,6 +103,8 @@ def main(arguments: Arguments) -> None:
         median = {name: statistics.median(each) for name, each in times.items()}
         record = record_of(len(moes), experts)
         written = seconds(lambda: append(folder / "telemetry.jsonl", record))
+        load_pixels(record)  # imports what it draws with
+        drawn = seconds(lambda: load_pixels(record))
     extra = (median["counting"] - median["host"]) * len(moes)
     rows = {
         "one router, the host's": f"{1e3 * median['host']:.2f} ms",
@@ -109,6 +113,7 @@ def main(arguments: Arguments) -> None:
         "the whole model": f"{1e3 * median['model']:.1f} ms",
         "share of a step": f"{100 * extra / median['model']:.2f} %",
         "writing a record": f"{1e3 * written:.2f} ms",
+        "its picture for the loggers": f"{1e3 * drawn:.2f} ms",
     }
     title = f"{arguments.flavor}, {shape[0]} x {shape[1]} tokens, {torch.get_num_threads()} threads"
     display.print_table(

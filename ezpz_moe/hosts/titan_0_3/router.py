@@ -210,8 +210,8 @@ class _Router(Module):
         )
         mask_GN = mask_GN1.squeeze(-1)
         K = ids_GNK.shape[-1]
-        p_GNE = losses.probabilities(scores_GNE, mask_GN)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance.has_losses):
+            p_GNE = losses.probabilities(scores_GNE, mask_GN)
             n_G = losses.tokens_in_group(mask_GN, share)
             counts_GE = losses.assignments(ids_GNK, mask_GN, self.num_experts)
             f_GE = share(counts_GE) / (n_G * K).unsqueeze(-1)
