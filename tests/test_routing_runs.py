@@ -6,12 +6,11 @@ the balance losses' coefficients are so large that the gate's gradient is theirs
 sequences that end in padding of different lengths.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 from dialect import ON_0_2, ON_MAIN
-from trainer_runs import door_1, job_folder, train
+from trainer_runs import EP_2, at_once, door_1, job_folder, telemetry, train
 
 pytestmark = [
     pytest.mark.train,
@@ -47,15 +46,7 @@ FLAGS = (
     *("--checkpoint.enable", "--checkpoint.load-only", "--checkpoint.initial-load-path"),
 )
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint", "--skewed-routing")
-EP_2 = [
-    *("--parallelism.expert-parallel-degree", "2"),
-    *("--parallelism.spmd-backend", "partial_dtensor"),
-]
 TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
-
-
-def at_once(sequences: int) -> list[str]:
-    return ["--training.local-batch-size", str(sequences)]
 
 
 ONE_RANK = {
@@ -65,6 +56,7 @@ ONE_RANK = {
     "full checkpointing": at_once(2),
     "selective checkpointing": at_once(2),
     "compiled": [*at_once(2), "--compile.enable", "--compile.backend", "aot_eager"],
+    "compiled by inductor": [*at_once(2), "--compile.enable"],
 }
 TWO_RANKS = {
     "two ranks": at_once(2),
@@ -174,11 +166,6 @@ def test_the_scopes_are_different_losses(runs):
     assert difference(batch, everything) > 100 * ALLOWED
 
 
-def telemetry(folder: Path, name: str) -> list[dict]:
-    lines = (folder / name / "telemetry.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def test_a_pipelines_stages_report_together(runs, folder):
     (line, _), (big, _) = (
         telemetry(folder, f"unmasked, {name}") for name in ("pipeline", "one big batch")
@@ -199,80 +186,3 @@ def test_telemetry_counts_every_token_once(runs, folder, name):
         assert layer["counts_E"] == expected["counts_E"]
         assert layer["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert layer["top1_probability"] == pytest.approx(expected["top1_probability"], rel=1e-4)
-
-
-# --- every table on every model -------------------------------------------------------------------
-
-TABLES = """
-[router]
-jitter_noise = true
-gate_precision = "float32"
-temperature = {start = 2.0, end = 1.0, steps = 4}
-activation = "softplus"
-pad_token_id = 0
-dispatch_padding = false
-null_experts = 2
-copy_experts = 1
-constant_experts = 1
-
-[balance]
-aux_loss = 0.01
-mse_loss = 0.01
-z_loss = 0.001
-scope = "global"
-bias_update = "proportional"
-
-[telemetry]
-images = false
-"""
-MODELS = {
-    "deepseek_v3": ('inherits = "tiny"', 8),
-    "qwen3": ('base = "qwen3/debugmodel_moe"', 64),
-    "gpt_oss": ('base = "gpt_oss/debugmodel"', 8),
-}
-SHORT = [
-    "--same-sequences",
-    *("--training.steps", "2", "--training.seq-len", "64", "--training.global-batch-size", "2"),
-]
-WAYS = {
-    "compiled": (1, [*at_once(2), "--compile.enable", "--compile.backend", "aot_eager"]),
-    "fully sharded": (2, at_once(1)),
-    "expert parallel": (2, [*at_once(1), *EP_2]),
-}
-
-
-@pytest.fixture(scope="module")
-def every_model(tmp_path_factory):
-    """(model, way) -> the folder of its run, and its records."""
-    folder = job_folder(tmp_path_factory.mktemp("models"))
-    for name, (base, _) in MODELS.items():
-        (folder / f"all_{name}.toml").write_text(base + TABLES)
-    results = {}
-    for ranks in (1, 2):
-        scenarios = {
-            f"{model} {way}": door_1(folder, f"all_{model}_sdpa", *SHORT, *flags)
-            for model in MODELS
-            for way, (of_ranks, flags) in WAYS.items()
-            if of_ranks == ranks
-        }
-        results |= train(scenarios, folder, ranks=ranks)
-    return folder, results
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("model", MODELS)
-def test_every_table_trains_every_model(every_model, model, way):
-    folder, results = every_model
-    losses = results[f"{model} {way}"][0]["losses"]  # of random tokens: there is nothing to learn
-    assert all(7 < loss < 9 for loss in losses)
-    padding = 6  # of the second sequence: its 7 last tokens of 65, one of them a label only
-    for line in telemetry(folder, f"{model} {way}"):
-        assert len(line["layers"]) >= 2
-        for layer in line["layers"]:
-            experts = MODELS[model][1]
-            assert layer["tokens"] == 2 * 64 - padding
-            assert (len(layer["counts_E"]), len(layer["zero_counts_Z"])) == (experts, 4)
-            chosen = sum(layer["counts_E"]) + sum(layer["zero_counts_Z"])
-            assert chosen % layer["tokens"] == 0
-            assert 0.99 < layer["losses"]["aux_loss"] < 2
-            assert layer["bias_norm"] > 0

@@ -16,6 +16,10 @@ import torch
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
 LOG = "log.txt"
+EP_2 = [
+    *("--parallelism.expert-parallel-degree", "2"),
+    *("--parallelism.spmd-backend", "partial_dtensor"),
+]
 
 Record = dict
 Scenarios = Mapping[str, list[str]]
@@ -33,6 +37,11 @@ def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") 
     text = text.replace('flavor = "tiny_sdpa"', f'flavor = "{flavor}"')
     path.write_text(text.replace('mode = "none"', f'mode = "{checkpointing}"'))
     return dialect.job(path, *flags)
+
+
+def at_once(sequences: int) -> list[str]:
+    """The flag for this many sequences in a microbatch."""
+    return ["--training.local-batch-size", str(sequences)]
 
 
 def train(
@@ -86,6 +95,12 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def telemetry(folder: Path, name: str) -> list[dict]:
+    """The lines that a scenario has written."""
+    lines = (folder / name / "telemetry.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def assert_same_bits(run: Record, other: Record) -> None:
