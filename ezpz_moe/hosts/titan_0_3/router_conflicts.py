@@ -121,8 +121,7 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
         yield (
             f'[balance] scope = "sequence" does not go with {degrees} on this torchtitan, where '
-            f"ranks share out the tokens of all sequences. Set [balance] scope to "
-            f'"batch".'
+            'ranks share out the tokens of all sequences. Set [balance] scope to "batch".'
         )
 
 
