@@ -1,4 +1,6 @@
-"""Which backends are installed: their names, without importing torch.
+"""What ``compute_backend`` may say: the installed backends' names and how options are written.
+
+Nothing here imports torch.
 
 Every backend, our own included, is an entry point of the group ``ezpz_moe.backends``, so that a
 third-party package adds one in its own ``pyproject.toml`` and nothing here changes.
@@ -6,10 +8,12 @@ third-party package adds one in its own ``pyproject.toml`` and nothing here chan
 
 from __future__ import annotations
 
+import ast
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, did_you_mean
 
 GROUP = "ezpz_moe.backends"
 
@@ -40,6 +44,50 @@ def backend_entry_points() -> dict[str, EntryPoint]:
 def known_backend_names() -> list[str]:
     """The names that ``compute_backend`` may take."""
     return list(backend_entry_points())
+
+
+def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
+    """``"for_loop(recompute=true)"`` as ``("for_loop", {"recompute": True})``.
+
+    The name is one that is installed; whether it has such options, only the backend can tell.
+
+    Raises:
+        EzpzError: an unknown name; no ``name`` or ``name(option=value, ...)``; an option that is
+            given twice; a value that is no number, string or boolean.
+    """
+    name, bracket, _ = compute_backend.partition("(")
+    known = known_backend_names()
+    if name not in known:
+        raise EzpzError(
+            f"unknown compute_backend {name!r}. Known: {', '.join(known)}."
+            f"{did_you_mean(name, known)}"
+        )
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(compute_backend, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        options = {str(each.arg): _value(each.value) for each in call.keywords if each.arg}
+        if len(options) < len(call.keywords):  # one twice, or ** before it
+            raise ValueError
+        return name, options
+    except (SyntaxError, TypeError, ValueError):
+        raise EzpzError(
+            f"compute_backend {compute_backend!r}: options are written as "
+            f"{name}(option=value, other=value), each once, with values that are numbers, true or "
+            f"false, or quoted strings."
+        ) from None
+
+
+def _value(node: ast.expr) -> Any:
+    """A number, string or boolean; ``true`` and ``false`` as TOML writes them, too."""
+    if isinstance(node, ast.Name) and node.id in ("true", "false"):
+        return node.id == "true"
+    value = ast.literal_eval(node)
+    if not isinstance(value, bool | int | float | str):
+        raise TypeError
+    return value
 
 
 def _ours_first(point: EntryPoint) -> bool:

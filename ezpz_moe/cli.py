@@ -21,6 +21,7 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 from ezpz_moe import __version__
 from ezpz_moe.commands.analyze import Analyze
 from ezpz_moe.commands.backends import Backends
+from ezpz_moe.commands.bench import Bench
 from ezpz_moe.commands.checkpoint import Checkpoint
 from ezpz_moe.commands.convert import Convert
 from ezpz_moe.commands.describe import Describe
@@ -30,6 +31,7 @@ from ezpz_moe.commands.plot import Plot
 from ezpz_moe.commands.preflight import Preflight
 from ezpz_moe.commands.show import Show
 from ezpz_moe.commands.train import Train
+from ezpz_moe.commands.tune import Tune
 from ezpz_moe.commands.upcycle import Upcycle
 from ezpz_moe.commands.verify import Verify
 from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
@@ -48,6 +50,7 @@ class Arguments:
         | Annotated[Describe, subcommand("describe")]
         | Annotated[Backends, subcommand("backends")]
         | Annotated[Verify, subcommand("verify")]
+        | Annotated[Bench, subcommand("bench")]
         | Annotated[Doctor, subcommand("doctor")]
         | Annotated[Preflight, subcommand("preflight")]
         | Annotated[Checkpoint, subcommand("ckpt")]
@@ -55,6 +58,7 @@ class Arguments:
         | Annotated[Analyze, subcommand("analyze")]
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Plot, subcommand("plot")]
+        | Annotated[Tune, subcommand("tune")]
         | Annotated[Train, subcommand("train")]
     )
     debug: bool = False
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> Arguments:
     """Some commands hand the trainer what they do not know; elsewhere it is wrong."""
     words = [argument for argument in arguments if not argument.startswith("-")]
-    has_host_flags = words[:1] in (["train"], ["preflight"], ["describe"])
+    has_host_flags = words[:1] in (["train"], ["tune"], ["preflight"], ["describe"])
     parse = partial(
         tyro.cli,
         Arguments,

@@ -6,13 +6,14 @@ wrapped or cut before it reaches a file or another program.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 T = TypeVar("T")
@@ -64,6 +65,22 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """The items, with a progress bar while they are worked through."""
     return track(items, description=what, total=total, console=progress(), transient=True)
+
+
+@contextmanager
+def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar for ``total`` steps, and what to call with each one's name as it begins."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=progress(), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        begun = 0
+
+        def step(name: str) -> None:
+            nonlocal begun
+            bar.update(task, completed=begun, description=f"{what}: {name}")
+            begun += 1
+
+        yield step
 
 
 def print_line(line: str) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ezpz_moe.backend_names import known_backend_names
-from ezpz_moe.errors import did_you_mean
+from ezpz_moe.backend_names import name_and_options
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.routing_schema import (
     Balance,
     Experts,
@@ -136,9 +136,10 @@ class Flavor(Data):
     @field_validator("compute_backend")
     @classmethod
     def _is_installed(cls, name: str) -> str:
-        known = known_backend_names()
-        if name not in known:
-            raise mistake(f"should be one of {', '.join(known)}.{did_you_mean(name, known)}")
+        try:
+            name_and_options(name)
+        except EzpzError as error:
+            raise mistake(str(error)) from None
         return name
 
 

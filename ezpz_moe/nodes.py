@@ -227,20 +227,32 @@ def _route_to_node_0(placement: Placement, deadline: float) -> tuple[str, str]:
     port = placement.master_port
     addresses = [address for _, address in _addresses_of_node_0(placement)]
     while True:
-        reasons = []
-        for address in addresses:
-            try:
-                with socket.create_connection((address, port), SECONDS_TO_ANSWER) as connection:
-                    return connection.getsockname()[0], address
-            except OSError as reason:
-                reasons.append(reason.strerror or str(reason))
+        way, refusals = _first_answer(addresses, port)
+        if refusals and way:
+            # The store may have opened between two of the tries. It opens all addresses at once,
+            # so now the first one that leads there answers, on this node as on the others.
+            way, refusals = _first_answer(addresses, port)
+        if way:
+            return way
         if time.monotonic() > deadline:
             raise EzpzError(
                 f"node 0 cannot be reached at --master-addr {placement.master_addr} --master-port "
-                f"{port}: {'; '.join(reasons)}. Start the run there with --node-rank 0, and look "
+                f"{port}: {'; '.join(refusals)}. Start the run there with --node-rank 0, and look "
                 "whether a firewall closes the port."
             )
         time.sleep(0.5)
+
+
+def _first_answer(addresses: Sequence[str], port: int) -> tuple[tuple[str, str] | None, list[str]]:
+    """The own address and the other's of the first connection made; why those before failed."""
+    refusals: list[str] = []
+    for address in addresses:
+        try:
+            with socket.create_connection((address, port), SECONDS_TO_ANSWER) as connection:
+                return (connection.getsockname()[0], address), refusals
+        except OSError as reason:
+            refusals.append(reason.strerror or str(reason))
+    return None, refusals
 
 
 def _use_network_of(address: str) -> None:

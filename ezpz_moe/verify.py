@@ -1,7 +1,8 @@
 """Every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
 
 Five routings, the output and all four gradients, each judged by the compute contract: its error
-bound, exact zeros where no token is, and the dtype of x. Results are plain rows; printing them is
+bound, exact zeros where no token is, and the dtype of x. One that drops tokens is given a capacity
+at which it drops none. Results are plain rows; printing them is
 the command line's work.
 
 Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
@@ -28,6 +29,7 @@ from ezpz_moe.compute.reference import (
     run,
     truth,
 )
+from ezpz_moe.compute.registry import options_of
 from ezpz_moe.errors import EzpzError
 
 DIM, HIDDEN_DIM = 128, 192  # unequal, so that a swapped matrix shows
@@ -100,8 +102,9 @@ def properties(name: str) -> dict[str, Any]:
     try:
         backend = get_backend(name)
     except EzpzError:
-        return dict.fromkeys(keys)
-    return {key: getattr(backend, key) for key in keys}
+        return dict.fromkeys((*keys, "options"))
+    options = ", ".join(f"{key}={value}" for key, value in options_of(backend).items())
+    return {key: getattr(backend, key) for key in keys} | {"options": options or None}
 
 
 def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
@@ -140,7 +143,7 @@ def compare(check: Check) -> list[Row]:
     """
     case, true, bounds = _reference(check.device, check.dtype, check.routing)
     try:
-        values = run(get_backend(check.backend).swiglu, case)
+        values = run(get_backend(check.backend).lossless.swiglu, case)
     except Exception as error:
         verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in NAMES]

@@ -18,9 +18,28 @@ import torch
 from ezpz_moe.compute import Backend, backend_names, get_backend
 from ezpz_moe.compute.contract import missing_device
 from ezpz_moe.compute.reference import Case, random_case, relative_error
+from ezpz_moe.compute.registry import options_of
 
 DIM, HIDDEN_DIM = 32, 48  # unequal, so that a swapped matrix shows; multiples of 16 bytes
-BACKENDS = backend_names()
+CPU = torch.device("cpu")
+INSTALLED = backend_names()
+RECOMPUTING = [
+    f"{name}(recompute=true)" for name in INSTALLED if "recompute" in options_of(get_backend(name))
+]
+BACKENDS = [
+    *INSTALLED,
+    *RECOMPUTING,
+    "batched_mm_padded(single_buffer=true)",
+    "batched_mm_padded(max_padding=2.0, recompute=true)",
+    "auto(among='for_loop batched_mm_padded')",
+]
+ON_THE_CPU = [name for name in INSTALLED if not get_backend(name).why_not(CPU, torch.bfloat16)]
+OTHERS_WITHOUT_DROPS = [
+    f"{name}(capacity_factor=64.0)" if get_backend(name).drops_tokens else name
+    for name in ON_THE_CPU
+    if name != "grouped_mm"
+]
+"""Each backend beside the host's own path that runs on the CPU, so that no token is dropped."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REQUESTED_DEVICES = [
     name for name in os.environ.get("EZPZ_MOE_TEST_DEVICES", "").split(",") if name
@@ -67,8 +86,8 @@ over_count_dtypes = pytest.mark.parametrize(
 
 
 def usable(name: str, device: str, dtype: torch.dtype) -> Backend:
-    """The backend, or a skip that says every reason why it cannot run there."""
-    backend = get_backend(name)
+    """The backend as it drops nothing, or a skip that says every reason why it cannot run there."""
+    backend = get_backend(name).lossless
     reasons = backend.why_not(torch.device(device), dtype, dims=(DIM, HIDDEN_DIM))
     if reasons:
         pytest.skip(f"{name}: {'; '.join(reasons)}")

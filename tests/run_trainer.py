@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,8 @@ SKEWED_EXPERTS = (0, 1, 6)
 
 def main(scenarios: str, out: str) -> None:
     import_host_on_cpu()
-    importlib.import_module(f"torchtitan.{'train' if is_titan_0_2() else 'trainer'}")
+    host = importlib.import_module(f"torchtitan.{'train' if is_titan_0_2() else 'trainer'}")
+    host.time = _Clock()
     from torchtitan.tools.logging import init_logger
 
     init_logger()
@@ -54,7 +56,18 @@ def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     record = run(arguments)
     torch.save(record, f"{out}.{torch.distributed.get_rank()}")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+class _Clock:
+    """``time`` for the trainer, which would sleep two seconds after each run, for other ranks."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        pass
 
 
 def is_titan_0_2() -> bool:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from contract_cases import over_backends
+from contract_cases import INSTALLED, over_backends
 
 from ezpz_moe import compute
 from ezpz_moe.compute import Backend, get_backend
@@ -109,7 +109,7 @@ def test_grouped_mm_names_the_wrong_argument(name: str, wrong: dict, error, mess
         get_backend(name).grouped_mm(**(arguments | wrong))
 
 
-@over_backends
+@pytest.mark.parametrize("name", INSTALLED)
 def test_every_backend_describes_itself(name: str) -> None:
     backend = get_backend(name)
     assert isinstance(backend, Backend)

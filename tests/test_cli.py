@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import tomli
+from contract_cases import ON_THE_CPU
 
 from ezpz_moe import __version__, cli, launch
 from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.compute import for_loop, get_backend
+from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
 from ezpz_moe.flavors import flavor_names
 from ezpz_moe.nodes import Placement
@@ -121,7 +123,7 @@ def test_backends_that_run_here(capsys) -> None:
     assert cli.main(["backends", "--device", "cpu", "--dtype", "float64"]) == 0
     output = capsys.readouterr().out
     rows = table(output)
-    assert rows["for_loop"][:4] == ["yes", "yes", "yes", "no"]
+    assert rows["for_loop"][:4] == ["yes", "yes", "no", "no"]
     assert rows["grouped_mm"][:4] == ["no", "no", "yes", "no"]
     assert "grouped_mm: torch._grouped_mm of torch" in output
     assert "use for_loop or batched_mm_padded" in output
@@ -139,7 +141,9 @@ def test_backends_tells_every_reason(capsys) -> None:
 def test_verify_passes(capsys) -> None:
     assert cli.main(["verify", "--device", "cpu", "--dtype", "float32", "float64"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count(" ok ") == 5 * 5  # three backends in float32, two in float64
+    without_float64 = ("grouped_mm", "grouped_mm_fused")
+    in_float64 = [name for name in ON_THE_CPU if name not in without_float64]
+    assert captured.out.count(" ok ") == 5 * (len(ON_THE_CPU) + len(in_float64))
     assert "grouped_mm: torch._grouped_mm" in captured.out
     assert captured.err == ""
 
@@ -148,8 +152,9 @@ def test_verify_as_json(capsys) -> None:
     assert cli.main(["verify", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
-    assert report["not_usable"] == {"float32": {name: [] for name in known_backend_names()}}
-    assert len(report["rows"]) == 5 * 5 * len(known_backend_names())
+    usable = [name for name, against in report["not_usable"]["float32"].items() if not against]
+    assert usable == ON_THE_CPU
+    assert len(report["rows"]) == 5 * 5 * len(usable)
     assert {row["verdict"] for row in report["rows"]} == {"ok"}
 
 
@@ -161,7 +166,7 @@ def _drops_the_last_token(w1, w2, w3, x, counts):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(get_backend("for_loop"), "swiglu", _drops_the_last_token)
+    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(_drops_the_last_token))
     arguments = ["verify", "--device", "cpu", "--dtype", "float32"]
     assert cli.main([*arguments, "--json"] if as_json else arguments) == 1
     output = capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_a_cadence_of_telemetry_that_the_hosts_logging_cannot_meet():
         "'watched_sdpa': [telemetry] every = 15 must be a multiple of metrics.log_freq" in message
     )
     assert "Set metrics.log_freq to 5, or every to a multiple of 10." in message
-    assert config("watched_sdpa", metrics__log_freq=5)
+    assert config("watched_sdpa").metrics.log_freq == 5  # a divisor of the host's own, 10
 
 
 @pytest.mark.usefixtures("watched")

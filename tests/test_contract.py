@@ -128,6 +128,20 @@ def test_grouped_mm_equals_float64(
 
 
 @over_devices
+@pytest.mark.parametrize("pattern", ["uneven", "tail_and_empty_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fused_forward_has_the_bits_of_three_products(
+    dtype: torch.dtype, pattern: str, device: str
+) -> None:
+    usable("grouped_mm", device, dtype)
+    case = make_case(PATTERNS[pattern], device, dtype)
+    host, fused = (
+        run(get_backend(name).swiglu, case) for name in ("grouped_mm", "grouped_mm_fused")
+    )
+    assert torch.equal(host["y"], fused["y"])
+
+
+@over_devices
 @over_dtypes
 @over_backends
 def test_a_rerun_gives_the_same_bits(name: str, dtype: torch.dtype, device: str) -> None:
@@ -211,6 +225,42 @@ def test_grouped_mm_takes_any_strides(name: str, argument: str, strided, device:
     true = run_product(plain_product, product.true())
     result = run_product(backend.grouped_mm, other)
     assert_within(result, true, dict.fromkeys(result, 1e-6))
+
+
+@over_devices
+@over_strides
+@pytest.mark.parametrize("rows", [0, 1])
+@over_backends
+def test_one_row_or_none_may_have_any_strides(name: str, rows: int, strided, device: str) -> None:
+    """torch takes them for contiguous whatever their strides are."""
+    backend = usable(name, device, torch.float32)
+    layer = make_case(Pattern((0, rows, 0)), device)
+    product = make_product_case(Pattern((0, rows, 0)), transposed=True, device=device)
+    expanded = torch.ones(1, 1, device=device)
+    for gradient in (strided(layer.grad_y_RD), expanded.expand(layer.grad_y_RD.shape)):
+        other = dataclasses.replace(layer, x_RD=strided(layer.x_RD), grad_y_RD=gradient)
+        true = truth(other)
+        assert_within(run(backend.swiglu, other), true, error_bounds(other, true))
+    for gradient in (strided(product.grad_C_RN), expanded.expand(product.grad_C_RN.shape)):
+        other = dataclasses.replace(product, A_RK=strided(product.A_RK), grad_C_RN=gradient)
+        true = run_product(plain_product, other.true())
+        assert_within(run_product(backend.grouped_mm, other), true, dict.fromkeys(true, 1e-6))
+
+
+@over_devices
+@over_backends
+def test_counts_and_offsets_take_any_strides(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    layer = make_case(UNEVEN, device)
+    product = make_product_case(UNEVEN, transposed=True, device=device)
+    strided_layer = dataclasses.replace(
+        layer, num_tokens_per_expert_E=_every_second_column(layer.num_tokens_per_expert_E)
+    )
+    strided_product = dataclasses.replace(product, offs_E=_every_second_column(product.offs_E))
+    assert_same_bits(run(backend.swiglu, layer), run(backend.swiglu, strided_layer))
+    assert_same_bits(
+        run_product(backend.grouped_mm, product), run_product(backend.grouped_mm, strided_product)
+    )
 
 
 @over_devices

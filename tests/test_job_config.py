@@ -134,6 +134,24 @@ def test_a_flavor_next_to_the_job(job_file):
     assert len(trainer_config(load_job(path)).model_spec.model.layers) == 2
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("for_loop(foo=1)", "for_loop has no option 'foo'"),
+        ("auto(among='for_lop')", "unknown compute_backend 'for_lop'"),
+    ],
+)
+def test_a_mistake_in_a_backends_options_names_the_flavors_file(job_file, backend, message):
+    mine = job_file(f'inherits = "debugmodel"\ncompute_backend = "{backend}"\n', "mine.toml")
+    path = job_file('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n')
+    with pytest.raises(EzpzError) as refused:
+        trainer_config(load_job(path))
+    said = str(refused.value)
+    assert said.startswith(f"{mine}: compute_backend ")
+    assert backend in said
+    assert message in said
+
+
 def test_a_file_that_is_read_is_resolved_and_a_folder_that_is_written_is_not(tmp_path):
     (tmp_path / "assets").mkdir()
     (tmp_path / "step-1").mkdir()

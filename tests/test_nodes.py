@@ -96,8 +96,9 @@ def test_nodes_meet_over_ipv6_and_find_each_other_later(port):
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
-@needs_ipv6
-def test_a_name_of_both_families_means_ipv4_on_every_node(port, monkeypatch):
+@pytest.fixture
+def localhost_has_both(port, monkeypatch) -> None:
+    """``localhost`` means ::1 and 127.0.0.1, in this order."""
     both = [
         (family, socket.SOCK_STREAM, 0, "", (address, port))
         for family, address in ((socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1"))
@@ -107,8 +108,39 @@ def test_a_name_of_both_families_means_ipv4_on_every_node(port, monkeypatch):
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda name, *a, **k: names.get(name) or look_up(name, *a, **k)
     )
+
+
+@needs_ipv6
+@pytest.mark.usefixtures("localhost_has_both")
+def test_a_name_of_both_families_means_ipv4_on_every_node(port):
     all_nodes, _ = come(*(Placement(2, rank, "localhost", port) for rank in range(2)))
     assert [node.address for node in all_nodes] == ["127.0.0.1", "127.0.0.1"]
+
+
+@needs_ipv6
+@pytest.mark.usefixtures("localhost_has_both")
+def test_also_where_the_store_opens_after_ipv4_was_tried(port, monkeypatch):
+    """Node 0 begins only when the other has been refused at IPv4, and the other waits for it."""
+    first, second = (Placement(2, rank, "localhost", port) for rank in range(2))
+    met = threading.Barrier(2)
+    connect = socket.create_connection
+
+    def connect_late(address, *rest):
+        if address == ("::1", port):
+            node_0 = pool.submit(come_one, first, met)
+            while not _listens(port) and not node_0.done():
+                time.sleep(0.01)
+        return connect(address, *rest)
+
+    monkeypatch.setattr(socket, "create_connection", connect_late)
+    with ThreadPoolExecutor(1) as pool:
+        all_nodes = come_one(second, met)
+    assert [node.address for node in all_nodes] == ["127.0.0.1", "127.0.0.1"]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as knocking:
+        return knocking.connect_ex(("127.0.0.1", port)) == 0
 
 
 @needs_ipv6

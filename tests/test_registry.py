@@ -15,6 +15,7 @@ import pytest
 
 from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
 
 TESTS = Path(__file__).parent
@@ -97,6 +98,36 @@ def test_a_name_near_to_nothing_gets_the_list() -> None:
     assert "Did you mean" not in str(caught.value)
 
 
+def test_options_are_written_as_a_call() -> None:
+    assert get_backend("for_loop(recompute=true)") == ForLoop(recompute=True)
+    assert get_backend("for_loop( recompute = False, )") == get_backend("for_loop()") == ForLoop()
+    assert get_backend("for_loop") is not get_backend("for_loop(recompute=true)")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("for-loop(recompute=true)", r"unknown compute_backend 'for-loop'.* mean 'for_loop'\?"),
+        ("for_loop(recompte=true)", r"no option 'recompte'\. .*: recompute\. Did you mean 'reco"),
+        ("for_loop(recompute=maybe)", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=3)", r"recompute = 3: .*boolean"),
+        ("for_loop(true)", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=true", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=true) + 1", r"options are written as for_loop\(option=value"),
+        ("for_loop(**{})", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=1j)", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=b'1')", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute={1})", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=true)(recompute=true)", r"options are written as for_loop\(option"),
+        ("for_loop(recompute=true, recompute=false)", r"options are written.* each once"),
+        ("grouped_mm(recompute=true)", r"grouped_mm has no option 'recompute'\..*: none\."),
+    ],
+)
+def test_options_that_do_not_exist_or_fit(wrong: str, message: str) -> None:
+    with pytest.raises(EzpzError, match=message):
+        get_backend(wrong)
+
+
 def test_a_third_party_backend_is_found_listed_and_under_the_contract(tmp_path: Path) -> None:
     site = install(tmp_path / "site", "acme_twin", GOOD, {"twin": "acme_twin:BACKEND"})
     assert ask(site, "twin") == "found twin"
@@ -148,8 +179,8 @@ def test_a_broken_package_breaks_its_own_name_only(tmp_path: Path) -> None:
     ids=("no-backend", "another-name"),
 )
 def test_an_entry_point_that_names_something_else(source: str, what: str, tmp_path: Path) -> None:
-    site = install(tmp_path / "site", "acme_wrong", source, {"triton": "acme_wrong:BACKEND"})
-    message = ask(site, "triton")
+    site = install(tmp_path / "site", "acme_wrong", source, {"wrong": "acme_wrong:BACKEND"})
+    message = ask(site, "wrong")
     assert "acme_wrong:BACKEND has to be an ezpz_moe.compute.Backend" in message
-    assert "'triton'" in message
+    assert "'wrong'" in message
     assert what in message

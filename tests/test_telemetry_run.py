@@ -1,6 +1,7 @@
 """Telemetry of a real run: its file, wandb offline, TensorBoard, and what stops a run."""
 
 import json
+import math
 import re
 import struct
 from textwrap import dedent
@@ -186,3 +187,30 @@ def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path)
         r"router's logits in layer \d+ are not finite for \d+ tokens of the 1 steps up to step 1"
     )
     assert re.search(message, str(failure.value))
+
+
+def test_drops_and_padding_are_those_of_the_counts(tmp_path):
+    """One microbatch a step, so that the counts of a record say what was dropped in it.
+
+    The flavor asks for no telemetry: whoever drops tokens reports them unasked.
+    """
+    folder = job_folder(tmp_path)
+    (folder / "watched.toml").write_text(
+        'inherits = "tiny"\ncompute_backend = "batched_mm_capacity(capacity_factor=1.0)"\n'
+    )
+    text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
+    (folder / "job.toml").write_text(text.replace('mode = "none"', 'mode = "full"'))
+    train({"run": job(folder / "job.toml")}, folder, ranks=1)
+    dropped_somewhere = 0
+    for each in records(folder / "run"):
+        for layer in each["layers"]:
+            counts_E = layer["counts_E"]
+            given, E = sum(counts_E), len(counts_E)
+            C = math.ceil(given / E)
+            dropped = sum(max(0, count - C) for count in counts_E)
+            assert layer["drop_rate"] == pytest.approx(dropped / given, rel=1e-12)
+            assert layer["padding_waste"] == pytest.approx(1 - (given - dropped) / (E * C))
+            dropped_somewhere += dropped
+        worst = max(layer["drop_rate"] for layer in each["layers"])
+        assert each["figures"]["drop_rate_worst"] == worst
+    assert dropped_somewhere > 0

@@ -5,6 +5,8 @@ Legend: :mod:`upcycle_cases`.
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -314,6 +316,24 @@ def test_experts_with_biases_have_no_dense_ffn(tmp_path, capsys):
 
 
 # Training ----------------------------------------------------------------------------------------
+
+
+def test_the_host_takes_the_flags_that_are_said(qwen3, tmp_path, monkeypatch, capsys):
+    """As they are said of a relative path with a space in it: in its flag the host takes none."""
+    from torchtitan.config import ConfigManager
+
+    from ezpz_moe.hosts.titan_0_3.command import named
+
+    save(qwen3(F), tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.toml").write_text(
+        '[model]\nname = "ezpz_moe"\nflavor = "small"\n[training]\nseq_len = 64\n'
+    )
+    assert run("dense", "small", "my moe/step-0") == 0
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if "Train it" in each)
+    _, *flags = shlex.split(line.partition("ezpz-moe train ")[2])
+    config = ConfigManager().parse_args([*named("job.toml"), *flags])
+    assert config.checkpoint.initial_load_path == str(tmp_path / "my moe" / "step-0")
 
 
 @pytest.mark.train

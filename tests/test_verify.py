@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from contract_cases import ON_THE_CPU
 
 from ezpz_moe import verify
-from ezpz_moe.compute import backend_names, for_loop, get_backend
+from ezpz_moe.compute import for_loop, get_backend
+from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.verify import Check, compare, cosine, plan, reasons_against, worst
 
@@ -25,7 +27,7 @@ def test_our_backends_pass(check: Check) -> None:
 
 def test_the_plan_covers_every_usable_backend_and_routing() -> None:
     checks = plan("cpu", ["bfloat16", "float64"])
-    assert {check.backend for check in checks} == set(backend_names())
+    assert {check.backend for check in checks} == set(ON_THE_CPU)
     for dtype in ("bfloat16", "float64"):
         usable = [name for name, against in reasons_against("cpu", dtype).items() if not against]
         assert sum(check.dtype == dtype for check in checks) == 5 * len(usable)
@@ -82,7 +84,7 @@ def _raises(w1, w2, w3, x, counts):
     ],
 )
 def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch) -> None:
-    monkeypatch.setattr(get_backend("for_loop"), "swiglu", swiglu)
+    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(swiglu))
     rows = {row.tensor: row for row in compare(TAIL)}
     assert verdict in rows[tensor].verdict
     assert not rows[tensor].ok
@@ -90,7 +92,7 @@ def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch)
 
 
 def test_a_figure_that_is_no_number_is_none(monkeypatch) -> None:
-    monkeypatch.setattr(get_backend("for_loop"), "swiglu", _gives_nan)
+    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(_gives_nan))
     row = compare(TAIL)[0]
     assert (row.max_abs_error, row.relative_error, row.cosine) == (None, None, None)
 

@@ -21,6 +21,19 @@ EP_2 = [
     *("--parallelism.spmd-backend", "partial_dtensor"),
 ]
 
+BACKENDS: tuple[str, ...] = ("for_loop", "batched_mm_padded")
+WITH_OPTIONS: dict[str, str] = {}
+"""Of backends with options, what follows ``tiny_sdpa_`` in their flavors' names."""
+if not dialect.ON_0_2:  # which hands the same tensors to the same operators
+    BACKENDS += ("grouped_mm_fused",)
+    WITH_OPTIONS |= {
+        "capacity": "batched_mm_capacity(capacity_factor=8)",
+        "recompute": "for_loop(recompute=true)",
+        "choice": "auto(among='for_loop')",
+    }
+COMPUTED_BY = {**{name: name for name in BACKENDS}, **WITH_OPTIONS}
+"""The end of a flavor's name -> its ``compute_backend``."""
+
 Record = dict
 Scenarios = Mapping[str, list[str]]
 
@@ -60,7 +73,11 @@ def train(
     ]
     result = subprocess.run(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # one thread: the same sums on every machine
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",  # the same sums on every machine
+            "EZPZ_MOE_CACHE": str(folder / "cache"),
+        },
         cwd=folder,
         capture_output=True,
         text=True,

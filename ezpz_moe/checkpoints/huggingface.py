@@ -245,7 +245,7 @@ def read_tensors(
                             f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
                             "reads such weights with their scales: --checkpoint.initial_load_in_hf "
                             "--checkpoint.initial_load_in_hf_quantized "
-                            f"--checkpoint.initial_load_path {folder}"
+                            f"--checkpoint.initial_load_path {folder.absolute()}"
                         )
                     if math.prod(tensor.shape) != math.prod(shape):
                         raise EzpzError(

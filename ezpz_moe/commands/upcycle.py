@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,9 +71,10 @@ class Upcycle:
         display.print_line(f"At step 0 the model {is_same} what the dense model does.")
         for note in done.notes:
             display.print_line(note)
+        # The host refuses a relative path in its flag.
         display.print_line(
-            f"Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
-            f"{self.target}"
+            "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
+            f"{shlex.quote(str(self.target.absolute()))}"
         )
         return 0
 

@@ -1,4 +1,4 @@
-"""From four plain kernels to two differentiable torch operators.
+"""From four plain kernels to differentiable torch operators.
 
 A kernel is a function from tensors to new tensors: it knows nothing of autograd, reads the token
 counts on the host where it wants to, and writes its results into buffers of its own. Registered
@@ -7,9 +7,11 @@ the counts inside, activation checkpointing recomputes it as a whole, and a seco
 differentiation is refused by torch with the operator's name.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ class Kernels:
 
     Every returned tensor is new, with the shape and strides of ``torch.empty_like`` of what it
     is the gradient of (``B_EKN`` may be a transposed view: its gradient is laid out like it).
+    After its tensors each takes the backend's ``kernel_options``: numbers, annotated as such.
 
     Attributes:
         mm: ``(A_RK, B_EKN, offs_E) -> C_RN``.
@@ -30,27 +33,57 @@ class Kernels:
         swiglu: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
             ``x @ w1.T`` and ``x @ w3.T``, all that backward needs saved beside the inputs.
         swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
-            -> (grad_w1, grad_w2, grad_w3, grad_x)``.
+            -> (grad_w1, grad_w2, grad_w3, grad_x)``. ``gate_RF`` and ``up_RF`` are None where
+            they were not saved: the kernel computes them again.
     """
 
-    mm: Callable[[Tensor, Tensor, Tensor], Tensor]
-    mm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    swiglu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    swiglu_backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-        tuple[Tensor, Tensor, Tensor, Tensor],
-    ]
+    mm: Callable[..., Tensor]
+    mm_backward: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
+class Operators:
+    """The kernels of the backend ``name`` as torch operators, ``torch.ops.ezpz_moe.<name>_*``.
+
+    Attributes:
+        mm: the grouped product, differentiable.
+        swiglu: the expert FFN, differentiable; saves gate and up.
+        swiglu_output: the same without gate and up, which its backward computes again.
+    """
+
+    def __init__(self, name: str, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.mm = _differentiable_mm(name, kernels)
+        backward = _swiglu_backward(name, kernels)
+        self.swiglu = _swiglu_that_saves(name, kernels, backward)
+        self.swiglu_output = _swiglu_that_recomputes(name, kernels, backward)
+
+
+@dataclass(frozen=True)
 class KernelBackend(Backend):
-    """A backend made of :class:`Kernels`. Saved for backward: the inputs and two [R, F]."""
+    """A backend made of :class:`Kernels`. Saved for backward: the inputs and two [R, F].
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._mm_op = _differentiable_mm(self.name, kernels)
-        self._swiglu_op = _differentiable_swiglu(self.name, kernels)
+    Attributes:
+        recompute: save the inputs alone; backward computes gate and up again, two products of
+            the eleven that forward and backward then have.
+    """
+
+    operators: ClassVar[Operators]
+
+    recompute: bool = False
+
+    @property
+    def kernel_options(self) -> tuple[Any, ...]:
+        """What the kernels take after their tensors."""
+        return ()
+
+    def compute(self, kernel: str, *tensors: Tensor | None) -> Any:
+        """One of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
+        return getattr(self.operators.kernels, kernel)(*tensors, *self.kernel_options)
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-        return self._mm_op(A_RK, B_EKN, offs_E)
+        return self.operators.mm(A_RK, B_EKN, offs_E, *self.kernel_options)
 
     def _swiglu(
         self,
@@ -60,16 +93,19 @@ class KernelBackend(Backend):
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        y_RD, _, _ = self._swiglu_op(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *self.kernel_options)
+        if self.recompute:
+            return self.operators.swiglu_output(*inputs)
+        y_RD, _, _ = self.operators.swiglu(*inputs)
         return y_RD
 
 
 def _operator(name: str, kernel: Callable) -> torch.library.CustomOpDef:
     @wraps(kernel)
-    def in_the_given_dtype(*tensors: Tensor):
+    def in_the_given_dtype(*arguments):
         # Autocast reaches into an operator and would cast some of its products, but not others.
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return kernel(*tensors)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return kernel(*arguments)
 
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
 
@@ -79,35 +115,44 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     backward = _operator(f"{name}_mm_backward", kernels.mm_backward)
 
     @forward.register_fake
-    def _(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
+    def _(A_RK, B_EKN, offs_E, *options):
         return A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
 
     @backward.register_fake
-    def _(grad_C_RN, A_RK, B_EKN, offs_E):
+    def _(grad_C_RN, A_RK, B_EKN, offs_E, *options):
         return torch.empty_like(A_RK), torch.empty_like(B_EKN)
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
 
     def differentiate(ctx, grad_C_RN):
-        return *backward(grad_C_RN, *ctx.saved_tensors), None
+        gradients = backward(grad_C_RN, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, *(None for _ in ctx.options)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     return forward
 
 
-def _differentiable_swiglu(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, ...]]:
-    forward = _operator(f"{name}_swiglu", kernels.swiglu)
+def _swiglu_backward(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, ...]]:
     backward = _operator(f"{name}_swiglu_backward", kernels.swiglu_backward)
 
-    @forward.register_fake
-    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E):
-        R, F = x_RD.shape[0], w1_EFD.shape[1]
-        return x_RD.new_empty(R, x_RD.shape[1]), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
-
     @backward.register_fake
-    def _(grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, gate_RF, up_RF):
+    def _(grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, gate_RF, up_RF, *options):
         return tuple(torch.empty_like(like) for like in (w1_EFD, w2_EDF, w3_EFD, x_RD))
+
+    return backward
+
+
+def _swiglu_that_saves(
+    name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    forward = _operator(f"{name}_swiglu", kernels.swiglu)
+
+    @forward.register_fake
+    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+        R, F = x_RD.shape[0], w1_EFD.shape[1]
+        return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
 
     def setup_context(ctx, inputs, output):
         _, gate_RF, up_RF = output
@@ -115,12 +160,43 @@ def _differentiable_swiglu(name: str, kernels: Kernels) -> Callable[..., tuple[T
         # without this autograd would fill two [R, F] tensors of zeros for every backward.
         ctx.mark_non_differentiable(gate_RF, up_RF)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, gate_RF, up_RF)
+        ctx.save_for_backward(*inputs[:5], gate_RF, up_RF)
+        ctx.options = inputs[5:]
 
     def differentiate(ctx, grad_y_RD, grad_gate_RF, grad_up_RF):
+        without_gradient = (None, *(None for _ in ctx.options))
         if grad_y_RD is None:  # nothing arrived from above
-            return (None,) * 5
-        return *backward(grad_y_RD, *ctx.saved_tensors), None
+            return (None,) * 4 + without_gradient
+        return *backward(grad_y_RD, *ctx.saved_tensors, *ctx.options), *without_gradient
+
+    forward.register_autograd(differentiate, setup_context=setup_context)
+    return forward
+
+
+def _swiglu_that_recomputes(
+    name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Tensor]:
+    @wraps(kernels.swiglu)
+    def output(*arguments):
+        y_RD, _, _ = kernels.swiglu(*arguments)
+        return y_RD
+
+    # The operator's schema is read from it: what the kernel takes, and y alone.
+    signature = inspect.signature(kernels.swiglu).replace(return_annotation=Tensor)
+    output.__signature__ = signature  # type: ignore[attr-defined]
+    forward = _operator(f"{name}_swiglu_output", output)
+
+    @forward.register_fake
+    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+        return x_RD.new_empty(x_RD.shape)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:]
+
+    def differentiate(ctx, grad_y_RD):
+        gradients = backward(grad_y_RD, *ctx.saved_tensors, None, None, *ctx.options)
+        return *gradients, None, *(None for _ in ctx.options)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     return forward

@@ -16,7 +16,7 @@ What a backend promises, whatever the routing:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,17 @@ _INTEGERS = (torch.int32, torch.int64)
 class Backend(ABC):
     """One way to compute routed experts. Stateless; a subclass is one file in ``backends/``.
 
+    A backend with options is a frozen dataclass whose fields they are, all with defaults:
+    ``compute_backend = "for_loop(recompute=true)"`` sets one.
+
     Attributes:
-        name: what ``compute_backend`` says.
+        name: what ``compute_backend`` says, without options.
         summary: one line for tables and logs.
         host_syncs: forward copies the token counts to the host, so that a CUDA graph cannot
             capture it.
         static_shapes: no intermediate has a shape that depends on the routing.
         drops_tokens: tokens beyond a capacity are left out.
-        pads: every expert is computed with as many rows as the busiest one has.
+        pads: rows are computed that carry no token.
     """
 
     name: str
@@ -43,6 +46,11 @@ class Backend(ABC):
     static_shapes: bool
     drops_tokens: bool = False
     pads: bool = False
+
+    @property
+    def lossless(self) -> "Backend":
+        """The same backend with options under which it drops nothing: its numbers can be judged."""
+        return self
 
     def __deepcopy__(self, memo: dict) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) computes with the same backend
@@ -105,6 +113,21 @@ class Backend(ABC):
         """
         check_swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
         return self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+
+    def rows_used(
+        self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
+    ) -> torch.Tensor | None:
+        """What :meth:`swiglu` makes of these counts, for telemetry, if it pads or drops.
+
+        Args:
+            num_tokens_per_expert_E: int32 or int64 counts, on any device.
+            num_rows: R, tail rows included.
+
+        Returns:
+            int64 [2]: rows computed, and tokens dropped; None: the backend does not say. No device
+            sync where ``host_syncs`` is false, else one copy of the counts.
+        """
+        return None
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
         """Reasons beyond a missing device or a dtype that is not floating-point."""
@@ -192,6 +215,25 @@ def _to_host(counts_E: torch.Tensor) -> list[int]:
     return counts_E.tolist()
 
 
+def is_transposed(weights_EXY: torch.Tensor) -> bool:
+    """Whether the last two dimensions lie in memory the other way round, as in the host's ``B_t``.
+
+    A product is written where they do not: on the CPU ``torch.bmm`` in bfloat16 is two thousand
+    times slower into a transposed ``out``.
+    """
+    return weights_EXY.stride(1) == 1 < weights_EXY.stride(2)
+
+
+def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """``gradient`` with the strides that ``torch.empty_like(model)`` has; copied if it has others.
+
+    They are asked of a tensor without memory: a gradient of weights is large.
+    """
+    if gradient.stride() == torch.empty_like(model, device="meta").stride():
+        return gradient
+    return torch.empty_like(model).copy_(gradient)
+
+
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
     """The counts as Python integers. ONE device-to-host copy when they are on a device.
 
@@ -221,6 +263,38 @@ def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
     if offsets and offsets[-1] > num_rows:
         raise ValueError(f"offs_E ends at {offsets[-1]}, but A_RK has only {num_rows} rows")
     return counts
+
+
+def check_where_free(
+    check: Callable[[torch.Tensor, int], object], counts_E: torch.Tensor, rows_RX: torch.Tensor
+) -> None:
+    """Look at the counts' values where that needs no device sync: for a backend without any.
+
+    Args:
+        check: :func:`counts_on_host` or :func:`counts_of_offsets`, which raise.
+    """
+    if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(counts_E, rows_RX.shape[0])
+
+
+def offsets_on_device(offs_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
+    """The offsets on the rows' device, contiguous. Copied to no host: on the CPU they are checked.
+
+    Raises:
+        ValueError: on the CPU, what :func:`counts_of_offsets` raises.
+    """
+    check_where_free(counts_of_offsets, offs_E, rows_RX)
+    return offs_E.to(rows_RX.device, non_blocking=True).contiguous()
+
+
+def offsets_of_counts(counts_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
+    """Inclusive cumulative offsets, int64, on the rows' device; as :func:`offsets_on_device`.
+
+    Raises:
+        ValueError: on the CPU, what :func:`counts_on_host` raises.
+    """
+    check_where_free(counts_on_host, counts_E, rows_RX)
+    return torch.cumsum(counts_E.to(rows_RX.device, non_blocking=True).contiguous(), dim=0)
 
 
 def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:

@@ -1,8 +1,13 @@
 """Backends by name. One door for ours and for those of other packages."""
 
+import dataclasses
+import json
 from functools import cache
+from typing import Any
 
-from ezpz_moe.backend_names import backend_entry_points, known_backend_names
+from pydantic import TypeAdapter, ValidationError
+
+from ezpz_moe.backend_names import backend_entry_points, known_backend_names, name_and_options
 from ezpz_moe.compute.contract import Backend
 from ezpz_moe.errors import EzpzError, did_you_mean
 
@@ -13,28 +18,55 @@ def backend_names() -> list[str]:
 
 
 @cache
-def get_backend(name: str) -> Backend:
-    """The backend called ``name``.
+def get_backend(compute_backend: str) -> Backend:
+    """The backend called ``"name"``, or ``"name(option=value, ...)"`` with its options set.
 
     Raises:
-        EzpzError: no such backend, or the package that brings it does not load.
+        EzpzError: no such backend or option, a value that the option does not take, or the
+            package that brings the backend does not load.
     """
-    points = backend_entry_points()
-    if name not in points:
-        raise EzpzError(
-            f"unknown compute_backend {name!r}. Known: {', '.join(points)}."
-            f"{did_you_mean(name, points)}"
-        )
+    name, options = name_and_options(compute_backend)
+    backend = _installed(name)
+    return _with_options(backend, options, compute_backend) if options else backend
+
+
+def options_of(backend: Backend) -> dict[str, Any]:
+    """The backend's options and their values."""
+    return dataclasses.asdict(backend) if dataclasses.is_dataclass(backend) else {}
+
+
+def _installed(name: str) -> Backend:
+    point = backend_entry_points()[name]
     try:
-        backend = points[name].load()
+        backend = point.load()
     except Exception as error:
         raise EzpzError(
-            f"compute_backend {name!r} ({points[name].value}) cannot be loaded: "
+            f"compute_backend {name!r} ({point.value}) cannot be loaded: "
             f"{type(error).__name__}: {error}. Mend or uninstall the package that brings it."
         ) from error
     if not isinstance(backend, Backend) or backend.name != name:
         raise EzpzError(
-            f"compute_backend {name!r}: the entry point {points[name].value} has to be an "
+            f"compute_backend {name!r}: the entry point {point.value} has to be an "
             f"ezpz_moe.compute.Backend whose name is {name!r}, not {backend!r}."
         )
     return backend
+
+
+def _with_options(backend: Backend, options: dict[str, Any], compute_backend: str) -> Backend:
+    """The same backend with these fields, of the types and in the ranges that it declares."""
+    known = list(options_of(backend))
+    for option in options:
+        if option not in known:
+            raise EzpzError(
+                f"compute_backend {compute_backend!r}: {backend.name} has no option {option!r}. "
+                f"Its options: {', '.join(known) or 'none'}.{did_you_mean(option, known)}"
+            )
+    try:
+        # As JSON: with strict types, Python's values would have to be an instance already.
+        return TypeAdapter(type(backend)).validate_json(json.dumps(options), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise EzpzError(
+            f"compute_backend {compute_backend!r}: {wrong['loc'][0]} = {wrong['input']!r}: "
+            f"{wrong['msg']}."
+        ) from error

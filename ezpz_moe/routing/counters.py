@@ -1,7 +1,7 @@
-"""Counters of a router, which activation checkpointing and gradient accumulation do not double.
+"""Counters of routers and experts, which activation checkpointing does not double.
 
-Recomputation runs a router a second time, inside the backward pass. There the counters stand
-still: the operator below looks whether the autograd engine is running.
+Recomputation runs a layer a second time, inside the backward pass. There the counters stand
+still: the operators below look whether the autograd engine is running.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ezpz_moe.compute import get_backend
+
 SUMS = (
     "tokens",
     "top1_probability",
@@ -18,12 +20,13 @@ SUMS = (
     "aux_loss",
     "mse_loss",
     "z_loss",
-    "longest",
     "not_finite",
 )
 """What ``sums_S`` adds up: the first three over tokens, the losses over groups, times the groups'
-weight; the most rows that a routed expert computes of a microbatch; and tokens with a logit that
-is not finite."""
+weight; and tokens with a logit that is not finite."""
+
+ROWS = ("given", "computed", "dropped")
+"""What ``rows_3`` adds up: tokens that experts were given, rows computed, tokens dropped."""
 
 
 @torch.library.custom_op("ezpz_moe::count", mutates_args=("counts_E", "sums_S"))
@@ -39,6 +42,29 @@ def count(counts_E: Tensor, sums_S: Tensor, new_E: Tensor, new_S: Tensor) -> Non
     if not is_recomputation():
         counts_E.add_(new_E.to(counts_E.dtype))
         sums_S.add_(new_S.to(sums_S.dtype))
+
+
+@torch.library.custom_op("ezpz_moe::count_rows", mutates_args=("rows_3",))
+def count_rows(
+    rows_3: Tensor, num_tokens_per_expert_E: Tensor, num_rows: int, compute_backend: str
+) -> None:
+    """Add to ``rows_3`` what a backend does with these rows, unless this is a recomputation.
+
+    Opaque to compilers, because a backend may read the counts on the host.
+
+    Args:
+        rows_3: int64, one for each of ``ROWS``. Stays as it is for a backend that does not say.
+        num_tokens_per_expert_E: counts of the experts, any integer dtype.
+        num_rows: rows of the experts' input.
+        compute_backend: the backend's name, with its options.
+    """
+    if is_recomputation():
+        return
+    used_2 = get_backend(compute_backend).rows_used(num_tokens_per_expert_E, num_rows)
+    if used_2 is not None:
+        given = num_tokens_per_expert_E.sum(dtype=torch.int64)
+        rows_3[:1].add_(given)
+        rows_3[1:].add_(used_2.to(rows_3.device))
 
 
 def is_recomputation() -> bool:

@@ -152,6 +152,15 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
     return figures | _if_given(padding_waste=layer.padding_waste, drop_rate=layer.drop_rate)
 
 
+def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
+    """What a layer's backend did with the tokens that it was given, one or more.
+
+    ``padding_waste`` is the share of the rows computed that were nobody's, ``drop_rate`` the share
+    of the tokens that were not computed.
+    """
+    return {"padding_waste": 1 - (given - dropped) / computed, "drop_rate": dropped / given}
+
+
 def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
     """Each figure's mean over the layers that have it, and as ``<name>_worst`` its worst layer's.
 

@@ -36,7 +36,7 @@ class LayerRecord:
     there are none). ``top1_probability`` and ``margin``: means over the tokens of the highest
     probability, and of what it is above the second. ``bias_norm``: the selection bias' Euclidean
     norm. ``losses`` by name (``aux_loss``, ``mse_loss``, ``z_loss``), without their coefficients;
-    ``scaled_losses`` with them. ``padding_waste``: rows that the backend computed for nothing over
+    ``scaled_losses`` with them. ``padding_waste``: rows that the backend computed unasked over all
     rows computed. ``drop_rate``: assignments dropped over assignments.
     """
 

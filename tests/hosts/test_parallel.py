@@ -10,9 +10,8 @@ load a seed checkpoint, because the host draws other initial values under other 
 
 import pytest
 from dialect import ON_0_2, ON_MAIN, batch
-from trainer_runs import compare_gradients, door_1, job_folder, train
+from trainer_runs import BACKENDS, COMPUTED_BY, compare_gradients, door_1, job_folder, train
 
-BACKENDS = ("for_loop", "batched_mm_padded")
 HOST = "grouped_mm"
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint")
 EVEN = ("--debug.moe-force-load-balance",)
@@ -58,11 +57,24 @@ if ON_MAIN:  # the degree as a flag leaves the job's batch whole; each of its se
     TWO_RANKS["pipeline parallel"] += ["--parallelism.num-pp-microbatches", "2", *batch(size=1)]
 
 ALL = ["single", *TWO_RANKS, *TWO_RANKS_SKEWED, *FOUR_RANKS]
+# What a kernel sees differs under these alone: other weights' memory, other numbers of rows.
+WITH_OPTIONS_TOO = {name for name in ALL if name.startswith(("fully sharded", "expert parallel"))}
 SAME_PRECISION = [parallelism for parallelism in ALL if parallelism not in IN_FLOAT32]
 # Main counts positions anew in every microbatch: RoPE turns by other angles, and rounds otherwise.
 SAME_ROUNDING = set(SAME_PRECISION) - ({"pipeline parallel"} if ON_MAIN else set())
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
+
+
+def backends_of(parallelism: str) -> list[str]:
+    """The ends of the flavors' names that are trained under it."""
+    return list(COMPUTED_BY if parallelism in WITH_OPTIONS_TOO else BACKENDS)
+
+
+def over_backends_of(parallelisms):
+    """Each of ``parallelisms`` with its backends; one that says so if there are none."""
+    pairs = [(p, backend) for p in parallelisms for backend in backends_of(p)]
+    return pytest.mark.parametrize(("parallelism", "backend"), pairs or [("none", "none")])
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +94,7 @@ def runs(tmp_path_factory):
         (4, even, FOUR_RANKS),
     ):
         folder = job_folder(tmp_path_factory.mktemp(f"ranks{ranks}"))
-        names = {f"{p} {b}": (p, b) for p in parallelisms for b in (HOST, *BACKENDS)}
+        names = {f"{p} {b}": (p, b) for p in parallelisms for b in (HOST, *backends_of(p))}
         scenarios = {
             name: door_1(folder, f"tiny_sdpa_{b}", *start, *parallelisms[p])
             for name, (p, b) in names.items()
@@ -102,16 +114,14 @@ def losses(ranks) -> list[float]:
     return max((record["losses"] for record in ranks), key=lambda each: each[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", ALL)
+@over_backends_of(ALL)
 def test_every_rank_computes_with_the_chosen_backend(runs, parallelism, backend):
     for record in runs[parallelism, backend]:
         assert record["backends"]
-        assert set(record["backends"]) == {backend}
+        assert set(record["backends"]) == {COMPUTED_BY[backend]}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", EQUALS)
+@over_backends_of(EQUALS)
 def test_gradients_equal_those_without_the_parallelism(runs, parallelism, backend):
     other = EQUALS[parallelism]
     ours, host = (
@@ -122,16 +132,14 @@ def test_gradients_equal_those_without_the_parallelism(runs, parallelism, backen
         assert difference <= 2 * host[parameter] + 1e-6, parameter
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", SAME_PRECISION)
+@over_backends_of(SAME_PRECISION)
 def test_the_first_loss_has_the_hosts_bits(runs, parallelism, backend):
     ours, host = (losses(runs[parallelism, b]) for b in (backend, HOST))
     assert ours[0] == host[0]
 
 
 @pytest.mark.skipif(not IN_FLOAT32, reason="this host has mixed precision everywhere")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", sorted(IN_FLOAT32) or ["none"])
+@over_backends_of(sorted(IN_FLOAT32))
 def test_rounding_the_experts_alone_costs_less_than_rounding_everything(runs, parallelism, backend):
     ours, host, rounded = (
         losses(runs[key])[0]
@@ -140,8 +148,7 @@ def test_rounding_the_experts_alone_costs_less_than_rounding_everything(runs, pa
     assert abs(ours - host) < abs(rounded - host)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", ALL)
+@over_backends_of(ALL)
 def test_the_second_loss_is_lower(runs, parallelism, backend):
     first, second = losses(runs[parallelism, backend])
     assert second < first
@@ -157,8 +164,7 @@ COMPARABLE = sorted(SAME_ROUNDING & ADDENDS.keys() & EQUALS.keys())
 
 
 @pytest.mark.skipif(not COMPARABLE, reason="this host rounds otherwise under each of them")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parallelism", COMPARABLE or ["none"])
+@over_backends_of(COMPARABLE)
 def test_the_first_loss_does_not_depend_on_the_parallelism(runs, parallelism, backend):
     """The same bits, but for a rounding of 2**-24 per addition in float32."""
     ours, other = (losses(runs[p, backend])[0] for p in (parallelism, EQUALS[parallelism]))

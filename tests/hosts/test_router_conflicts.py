@@ -40,6 +40,11 @@ REFUSED = {
         "[parallelism]\ntensor_parallel_degree = 2",
         "constant_experts do not go with parallelism.tensor_parallel_degree = 2",
     ),
+    "padding that no text has": (
+        "pad_token_id = 2048",
+        "",
+        "pad_token_id = 2048: the model knows the tokens below 2048",
+    ),
     "padding and PP": (
         "pad_token_id = 0",
         "[parallelism]\npipeline_parallel_degree = 2",

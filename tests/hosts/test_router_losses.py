@@ -92,23 +92,7 @@ def test_counts_and_sums(model_with):
     assert sums["top1_probability"] == pytest.approx(2 * top_T2[:, 0].sum().item(), rel=1e-5)
     margins = top_T2[:, 0] - top_T2[:, 1]
     assert sums["margin"] == pytest.approx(2 * margins.sum().item(), rel=1e-4)
-    assert sums["longest"] == router.counts_E.max()
     assert sums["not_finite"] == 0
-
-
-@pytest.mark.parametrize("dispatched", [True, False])
-def test_padding_that_is_dispatched_is_computed_for_nothing(model_with, dispatched):
-    """The rows of the busiest expert are those of all tokens, its count those without padding."""
-    table = f"[router]\npad_token_id = 0\ndispatch_padding = {str(dispatched).lower()}"
-    router = router_of(model_with(f"{table}\n[telemetry]\n"))
-    x_BLD = tokens(router.gate.in_features)
-    mask_BL = torch.arange(L).expand(B, L) < torch.tensor([[4], [9], [16]])
-    router.masked_by.mask_BL = flat(mask_BL)
-    _, ids_TK, _ = routed(router, x_BLD)
-    computed_TK = ids_TK if dispatched else ids_TK[mask_BL.flatten()]
-    longest = dict(zip(SUMS, router.sums_S.tolist(), strict=True))["longest"]
-    assert longest == computed_TK.flatten().bincount().max()
-    assert router.counts_E.sum() == mask_BL.sum() * ids_TK.shape[1]
 
 
 def test_logits_that_are_not_finite_are_counted(model_with):

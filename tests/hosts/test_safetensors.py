@@ -16,6 +16,7 @@ from ezpz_moe import cli
 from ezpz_moe.checkpoints import huggingface, storage
 from ezpz_moe.checkpoints.huggingface import Model
 from ezpz_moe.commands.checkpoint import _model
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
@@ -169,3 +170,15 @@ def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
         remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", "--model", "gpt_oss_debugmodel")
     assert "would not be whole" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_flag_that_is_said_of_quantized_weights_has_an_absolute_path(tmp_path, monkeypatch):
+    """In its flag the host takes no relative one."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"weight": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "model.safetensors")
+    tensors = huggingface.read_tensors(
+        Path("."), {"weight": "model.safetensors"}, {"weight": torch.Size([2])}
+    )
+    with pytest.raises(EzpzError) as refusal:
+        list(tensors)
+    assert f"--checkpoint.initial_load_path {tmp_path}" in str(refusal.value)

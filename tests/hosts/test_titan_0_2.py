@@ -179,6 +179,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(job_file, case):
 
 
 @on_0_2
+def test_a_mistake_in_a_backends_options_names_the_flavors_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('inherits = "debugmodel"\ncompute_backend = "for_loop(foo=1)"\n')
+    with pytest.raises(EzpzError) as refused:
+        binding("models").model_args(load_flavor("mine_sdpa", near=tmp_path))
+    assert str(refused.value).startswith(f"{path}: compute_backend ")
+
+
+@on_0_2
 def test_the_same_mistake_is_found_before_the_workers_start(job_file):
     path = job_file(MODEL + "[training]\nstepz = 3\n")
     result = ezpz_moe("train", str(path))

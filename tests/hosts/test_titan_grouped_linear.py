@@ -5,10 +5,13 @@ On another host these do not run.
 
 import copy
 from dataclasses import dataclass, fields
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from contract_cases import ON_THE_CPU, OTHERS_WITHOUT_DROPS
+from torch.utils.checkpoint import checkpoint
 
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
@@ -31,7 +34,6 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # no
 experts = binding("experts")
 selected = experts.selected
 
-OURS = [name for name in backend_names() if name != "grouped_mm"]
 SPECS = {
     "deepseek_v3": lambda: deepseek_v3.model_registry("debugmodel"),
     "qwen3": lambda: qwen3.model_registry("debugmodel_moe"),
@@ -136,13 +138,13 @@ def test_grouped_mm_leaves_the_hosts_linears_alone():
         assert torch.equal(mine, hosts)
 
 
-@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("backend", OTHERS_WITHOUT_DROPS)
 def test_the_chosen_backend_is_the_one_that_runs(backend):
     """Once for gate and up together, and once for the projection down."""
     chosen = get_backend(backend)
     with (
-        mock.patch.object(chosen, "grouped_mm", mock.Mock(wraps=chosen.grouped_mm)) as ours,
-        mock.patch("torch._grouped_mm") as host_product,
+        mock.patch.object(type(chosen), "grouped_mm", mock.Mock(wraps=chosen.grouped_mm)) as ours,
+        mock.patch.object(GroupedLinear, "_grouped_mm") as host_product,
     ):
         output_and_gradients(selected(experts_config(), backend, ""))
     widths = [call.args[1].shape for call in ours.call_args_list]
@@ -150,7 +152,7 @@ def test_the_chosen_backend_is_the_one_that_runs(backend):
     host_product.assert_not_called()
 
 
-@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("backend", OTHERS_WITHOUT_DROPS)
 def test_other_backends_agree_with_the_host(backend):
     """Two bfloat16 computations of one value differ by a rounding of each on every product."""
     config = experts_config()
@@ -161,7 +163,7 @@ def test_other_backends_agree_with_the_host(backend):
         assert not weight[1].any()  # the expert without tokens
 
 
-@pytest.mark.parametrize("backend", backend_names())
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_four_tensors_of_the_hidden_size_are_saved_for_backward(backend):
     """Gate and up (in one storage), silu(gate), and what goes into the projection down."""
     saved: dict[int, int] = {}
@@ -175,6 +177,33 @@ def test_four_tensors_of_the_hidden_size_are_saved_for_backward(backend):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output_and_gradients(selected(experts_config(), backend, ""))
     assert sum(saved.values()) == 4 * T * K * F * torch.bfloat16.itemsize
+
+
+FORWARDS = {
+    "plain": lambda module: module,
+    "recomputed": lambda module: partial(checkpoint, module, use_reentrant=False),
+    "compiled": lambda module: torch.compile(module, backend="aot_eager", fullgraph=True),
+    "copied": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_rows_are_counted_once_where_they_are_computed(name):
+    """Tokens given, rows computed, tokens dropped."""
+    torch.compiler.reset()
+    module = built(selected(experts_config(), "batched_mm_capacity(capacity_factor=1.0)", ""))
+    module.row_counts.on = True
+    forward = FORWARDS[name](module)
+    counted = forward if name == "copied" else module
+    ids_TK = torch.tensor([[0, 2]] * 20 + [[0, 3]] * 4)  # 24, 0, 20 and 4 rows, of which 12 fit
+    scores_TK, counts_E = torch.ones(T, K), torch.bincount(ids_TK.flatten(), minlength=E)
+    x_TD = torch.randn(T, D).bfloat16().requires_grad_()
+    for times in (1, 2):
+        forward(x_TD, scores_TK, ids_TK, counts_E).sum().backward()
+        rows = [48, E * 12, 12 + 8]
+        assert counted.row_counts.rows_3.tolist() == [times * each for each in rows]
+    if name == "copied":
+        assert not module.row_counts.rows_3.any()
 
 
 def test_without_the_seam_the_hosts_own_path_is_left(monkeypatch):

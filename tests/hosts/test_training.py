@@ -8,8 +8,20 @@
 """
 
 import pytest
-from dialect import DUMP_FOLDER, EXPERTS, MODELS, batch, by_flavor, stock, with_backend, write_text
+from dialect import (
+    DUMP_FOLDER,
+    EXPERTS,
+    MODELS,
+    ON_0_2,
+    batch,
+    by_flavor,
+    stock,
+    with_backend,
+    write_text,
+)
 from trainer_runs import (
+    BACKENDS,
+    COMPUTED_BY,
     assert_same_bits,
     assert_within_twice,
     compare_gradients,
@@ -18,8 +30,8 @@ from trainer_runs import (
     train,
 )
 
-BACKENDS = ("for_loop", "batched_mm_padded")
 ALL = ("grouped_mm", *BACKENDS)
+ON_ANY_MODEL = BACKENDS if ON_0_2 else (*BACKENDS, "auto")
 NOISE = "host, one more rounding"
 DRAWS = 4
 """Of that rounding. One alone can be close to zero, and says nothing of what is usual then."""
@@ -45,18 +57,23 @@ def runs(tmp_path_factory):
     }
     for draw in range(DRAWS):
         scenarios[f"deepseek_v3 {NOISE} {draw}"] = [*ten_steps, f"--rounding-noise={draw}"]
+    for backend in ("grouped_mm", *ON_ANY_MODEL):
+        run = with_backend("deepseek_v3", backend, folder, steps=10)
+        scenarios[f"deepseek_v3 {backend}"] = run
     for backend in ALL:
         scenarios |= {
-            f"deepseek_v3 {backend}": with_backend("deepseek_v3", backend, folder, steps=10),
             f"resumed {backend}": tiny(
                 backend, *saved, "--checkpoint.load-only", "--checkpoint.load-step", "5"
             ),
-            f"plain {backend}": tiny(backend),
-            f"compiled {backend}": tiny(backend, "--compile.enable"),
             f"accumulated {backend}": tiny(backend, *batch(whole=4)),
             f"one batch {backend}": tiny(backend, *batch(size=4)),
         }
-    for backend in BACKENDS:
+    for backend in ("grouped_mm", *COMPUTED_BY):
+        scenarios |= {
+            f"plain {backend}": tiny(backend),
+            f"compiled {backend}": tiny(backend, "--compile.enable"),
+        }
+    for backend in COMPUTED_BY:
         scenarios |= {
             f"full {backend}": tiny(backend, checkpointing="full"),
             f"selective {backend}": tiny(backend, checkpointing="selective"),
@@ -67,7 +84,7 @@ def runs(tmp_path_factory):
         scenarios[f"{model} {NOISE} 0"] = [*one_step, "--rounding-noise=0"]
         scenarios |= {
             f"{model} {backend}": with_backend(model, backend, folder, steps=1)
-            for backend in BACKENDS
+            for backend in ON_ANY_MODEL
         }
     records = train(scenarios, folder, ranks=1)
     return {name: ranks[0] for name, ranks in records.items()}
@@ -82,14 +99,14 @@ def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
     assert_same_bits(runs[run], runs["deepseek_v3 host"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_ANY_MODEL)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_moe_layer_computes_with_the_chosen_backend(runs, model, backend):
     host, ours = runs[f"{model} host"], runs[f"{model} {backend}"]
     assert ours["backends"] == [backend] * len(host["experts"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_ANY_MODEL)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_first_step_agrees_with_the_host(runs, model, backend):
     """The loss has the host's bits; gradients differ by less than one more rounding makes."""
@@ -98,7 +115,7 @@ def test_the_first_step_agrees_with_the_host(runs, model, backend):
     assert_within_twice(ours["gradients"], noisy["gradients"], of=host["gradients"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_ANY_MODEL)
 def test_ten_losses_agree_with_the_hosts(runs, backend):
     host, ours = (runs[f"deepseek_v3 {name}"]["losses"] for name in ("host", backend))
     draws = [runs[f"deepseek_v3 {NOISE} {draw}"]["losses"] for draw in range(DRAWS)]
@@ -120,14 +137,24 @@ def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
         assert resumed["parameters"] == whole["parameters"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPUTED_BY)
+def test_the_flavor_says_who_computes(runs, backend):
+    assert set(runs[f"plain {backend}"]["backends"]) == {COMPUTED_BY[backend]}
+
+
+@pytest.mark.parametrize("backend", COMPUTED_BY)
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_changes_no_bit(runs, mode, backend):
     assert_same_bits(runs[f"{mode} {backend}"], runs[f"plain {backend}"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("run", "other"), [("compiled", "plain"), ("accumulated", "one batch")])
+@pytest.mark.parametrize(
+    ("run", "other", "backend"),
+    [
+        *(("compiled", "plain", backend) for backend in COMPUTED_BY),
+        *(("accumulated", "one batch", backend) for backend in BACKENDS),
+    ],
+)
 def test_gradients_deviate_like_the_hosts(runs, run, other, backend):
     """Fused kernels and partial sums round elsewhere: ours at most twice as much as the host's."""
     ours, host = (

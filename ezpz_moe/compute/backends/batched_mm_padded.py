@@ -1,92 +1,219 @@
-"""``batched_mm_padded``: every expert padded to the busiest one, then three ``torch.bmm``.
+"""``batched_mm_padded``: few ``torch.bmm``, each over neighbouring experts padded to one length.
 
-Few large launches instead of one per expert, so it suits many small experts with even routing.
-It drops nothing: the padded length C is the largest count, which costs one device-to-host copy.
-Under skew it computes and holds E * C rows, however few of them carry tokens; see docs/backends.md.
+Few large launches instead of one per expert, so it suits many small experts. It drops nothing: the
+lengths come from the counts, which costs one device-to-host copy per pass.
 
-Tokens are padded once for the three products of forward. What backward needs is kept unpadded,
-so that memory held between forward and backward does not grow with skew.
+One launch for all experts would compute as many rows for each as the busiest one has: under skew
+almost all of them padding. So the experts are cut into runs of neighbours, each with a length of
+its own (:mod:`ezpz_moe.compute.runs`), as few as keep the padding of all together below
+``max_padding`` times the rows. Neighbours, because ``torch.bmm`` takes a slice of the weights as it
+is, and any other choice of experts only as a copy. A busy expert stays alone; experts without rows
+cost no launch unless they lie between two that share one.
 
-Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. C = padded rows per expert,
-S = E * C padded rows, n = rows that belong to an expert.
+Rows of a run whose experts are equally busy lie as the product wants them: they are read and
+written in place. Only those of uneven runs are copied, into one buffer for all such runs. Between
+the products everything is unpadded [R, F], so that elementwise work is done for all rows together
+and memory held between forward and backward does not grow with skew.
+
+Another way to few launches was measured and is slower: a base layer with the same length for all
+experts, and the remaining rows of each busier one alone, added to its weight gradients. With 25 %
+padding it has as many launches as runs have when busy and idle experts alternate, four times as
+many when the experts lie in the order of their load, and it copies rows of every expert.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. g = experts of a run, C = rows that each
+is computed with, P = rows of all uneven runs with their padding, n = rows that belong to an expert.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from ezpz_moe.compute.autograd import KernelBackend, Kernels
-from ezpz_moe.compute.contract import counts_of_offsets, counts_on_host
+from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.contract import (
+    counts_of_offsets,
+    counts_on_host,
+    is_transposed,
+    laid_out_like,
+)
+from ezpz_moe.compute.elementwise import swiglu_gradients_
+from ezpz_moe.compute.runs import Run, runs_within, single_run
 
 
-@dataclass(frozen=True)
-class _Padding:
-    """Where each of the n rows stands among the S = E * C padded rows."""
+def _runs(counts: list[int], max_padding: float, single_buffer: bool) -> tuple[Run, ...]:
+    return single_run(counts) if single_buffer else runs_within(tuple(counts), max_padding)
 
-    experts: int
-    capacity: int
-    slots_n: Tensor
+
+class _Plan:
+    """The runs, and where the rows of uneven ones stand in a padded buffer.
+
+    Attributes:
+        runs: they cover every expert with rows.
+        idle: slices of experts in no run.
+        n: rows that belong to an expert.
+        slot_of: run -> its first row in the padded buffer, for uneven runs.
+        P: rows of the padded buffer.
+        rows_p, slots_p: for each row in an uneven run, its number among all and in the buffer.
+        source_P: the row that each row of the buffer holds; any row for padding.
+        void_v: the rows of the buffer that are padding.
+    """
+
+    def __init__(
+        self, counts: list[int], device: torch.device, max_padding: float, single_buffer: bool
+    ) -> None:
+        self.runs = _runs(counts, max_padding, single_buffer)
+        ends = [0, *(run.stop for run in self.runs)]
+        begins = [*(run.first for run in self.runs), len(counts)]
+        self.idle = [slice(end, begin) for end, begin in zip(ends, begins, strict=True)]
+        self.n = sum(counts)
+        self.P, self.slot_of = 0, {}
+        cells: list[tuple[int, int, int, int]] = []  # of an expert: row, count, slot, padding
+        for run in self.runs:
+            if run.padding:
+                self.slot_of[run] = self.P
+                row = run.start
+                for count in counts[run.first : run.stop]:
+                    cells.append((row, count, self.P, run.capacity - count))
+                    row += count
+                    self.P += run.capacity
+        if self.P:
+            self._index(cells, device)
+
+    def _index(self, cells: list[tuple[int, int, int, int]], device: torch.device) -> None:
+        # non_blocking: torch.tensor(..., device=device) would wait for the device once more
+        of_cells = torch.tensor(cells, dtype=torch.int64).to(device, non_blocking=True)
+        row_c, count_c, slot_c, padding_c = of_cells.unbind(1)
+        padding = sum(cell[-1] for cell in cells)
+        self.rows_p = _ranges(row_c, count_c, self.P - padding)
+        self.slots_p = _ranges(slot_c, count_c, self.P - padding)
+        self.void_v = _ranges(slot_c + count_c, padding_c, padding)
+        self.source_P = self.rows_p.new_zeros(self.P).index_copy_(0, self.slots_p, self.rows_p)
+
+
+def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
+    """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
+    shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
+    shift_t = torch.repeat_interleave(shift_c, length_c, output_size=total)
+    return torch.arange(total, device=start_c.device) + shift_t
+
+
+class _Rows:
+    """Rows sorted by expert [R, X], with room for a padded copy of those in uneven runs [P, X]."""
+
+    def __init__(self, rows_RX: Tensor, plan: _Plan) -> None:
+        self.rows_RX = rows_RX
+        self.plan = plan
+        self.padded_PX = rows_RX.new_empty(plan.P, rows_RX.shape[1])
 
     @classmethod
-    def of(cls, counts: list[int], device: torch.device) -> "_Padding":
-        E, n, capacity = len(counts), sum(counts), max(counts, default=0)
-        # non_blocking: torch.tensor(..., device=device) would wait for the device once more
-        counts_E = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
-        first_slot_E = torch.arange(E, device=device) * capacity
-        first_row_E = torch.cumsum(counts_E, 0) - counts_E
-        shift_n = torch.repeat_interleave(first_slot_E - first_row_E, counts_E, output_size=n)
-        return cls(E, capacity, torch.arange(n, device=device) + shift_n)
+    def padded(cls, rows_RX: Tensor, plan: _Plan) -> "_Rows":
+        """To read from: the padding is zero, so that it adds nothing to a gradient."""
+        rows = cls(rows_RX, plan)
+        if plan.P:
+            torch.index_select(rows_RX, 0, plan.source_P, out=rows.padded_PX)
+            rows.padded_PX.index_fill_(0, plan.void_v, 0)
+        return rows
 
-    @property
-    def rows(self) -> int:
-        return len(self.slots_n)
+    def of(self, run: Run) -> Tensor:
+        """[g, C, X], a view."""
+        slot = self.plan.slot_of.get(run)
+        if slot is None:
+            rows_X = self.rows_RX[run.start : run.end]
+        else:
+            rows_X = self.padded_PX[slot : slot + run.experts * run.capacity]
+        return rows_X.unflatten(0, (run.experts, run.capacity))
 
-    def pad(self, rows_RX: Tensor) -> Tensor:
-        """[R, X] -> [E, C, X]; the padding is zero, so that it adds nothing to a gradient."""
-        padded_SX = rows_RX.new_zeros(self.experts * self.capacity, rows_RX.shape[1])
-        padded_SX.index_copy_(0, self.slots_n, rows_RX[: self.rows])
-        return padded_SX.view(self.experts, self.capacity, rows_RX.shape[1])
-
-    def unpad(self, padded_ECX: Tensor, num_rows: int) -> Tensor:
-        """[E, C, X] -> [R, X]; tail rows are zero."""
-        rows_RX = padded_ECX.new_empty(num_rows, padded_ECX.shape[2])
-        torch.index_select(padded_ECX.flatten(0, 1), 0, self.slots_n, out=rows_RX[: self.rows])
-        rows_RX[self.rows :].zero_()
-        return rows_RX
-
-
-def _like(gradient: Tensor, model: Tensor) -> Tensor:
-    """``gradient`` with the strides of ``model`` (a transposed view, say)."""
-    return torch.empty_like(model).copy_(gradient)
+    def unpadded(self) -> Tensor:
+        """[R, X] with all that was written to the runs; tail rows are zero."""
+        if self.plan.P:
+            written_pX = self.padded_PX.index_select(0, self.plan.slots_p)
+            self.rows_RX.index_copy_(0, self.plan.rows_p, written_pX)
+        self.rows_RX[self.plan.n :].zero_()
+        return self.rows_RX
 
 
-def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    padding = _Padding.of(counts_of_offsets(offs_E, A_RK.shape[0]), A_RK.device)
-    return padding.unpad(torch.bmm(padding.pad(A_RK), B_EKN), A_RK.shape[0])
+def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
+    if A_gCK.shape[0] == 1:  # for one matrix some libraries have better kernels
+        torch.mm(A_gCK[0], B_gKN[0], out=out_gCN[0])
+    else:
+        torch.bmm(A_gCK, B_gKN, out=out_gCN)
+
+
+def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
+    for run in A.plan.runs:
+        _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
+
+
+def _multiply_add(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
+    for run in A.plan.runs:
+        out.of(run).baddbmm_(A.of(run), B_EKN[run.first : run.stop])
+
+
+def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
+    """``left.T @ right`` for every expert, laid out like ``like_EMN``."""
+    if is_transposed(like_EMN):
+        return _weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
+    grad_EMN = torch.empty_like(like_EMN)
+    for idle in left.plan.idle:
+        grad_EMN[idle].zero_()
+    for run in left.plan.runs:
+        _product(left.of(run).transpose(1, 2), right.of(run), grad_EMN[run.first : run.stop])
+    return grad_EMN
+
+
+def _mm(
+    A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float, single_buffer: bool
+) -> Tensor:
+    counts = counts_of_offsets(offs_E, A_RK.shape[0])
+    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    C = _Rows(A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]), plan)
+    _multiply(_Rows.padded(A_RK, plan), B_EKN, C)
+    return C.unpadded()
 
 
 def _mm_backward(
-    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor
+    grad_C_RN: Tensor,
+    A_RK: Tensor,
+    B_EKN: Tensor,
+    offs_E: Tensor,
+    max_padding: float,
+    single_buffer: bool,
 ) -> tuple[Tensor, Tensor]:
-    padding = _Padding.of(counts_of_offsets(offs_E, A_RK.shape[0]), A_RK.device)
-    grad_C_ECN = padding.pad(grad_C_RN)
-    grad_A_RK = padding.unpad(torch.bmm(grad_C_ECN, B_EKN.transpose(1, 2)), A_RK.shape[0])
-    grad_B_EKN = torch.bmm(padding.pad(A_RK).transpose(1, 2), grad_C_ECN)
-    return _like(grad_A_RK, A_RK), _like(grad_B_EKN, B_EKN)
+    counts = counts_of_offsets(offs_E, A_RK.shape[0])
+    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    grad_C, grad_A = _Rows.padded(grad_C_RN, plan), _Rows(A_RK.new_empty(A_RK.shape), plan)
+    _multiply(grad_C, B_EKN.transpose(1, 2), grad_A)
+    grad_B_EKN = _weight_gradient(_Rows.padded(A_RK, plan), grad_C, B_EKN)
+    return laid_out_like(grad_A.unpadded(), A_RK), grad_B_EKN
+
+
+def _gate_and_up(w1_EFD: Tensor, w3_EFD: Tensor, x: _Rows) -> tuple[Tensor, Tensor]:
+    R, F_ = x.rows_RX.shape[0], w1_EFD.shape[1]
+    gate, up = (_Rows(x.rows_RX.new_empty(R, F_), x.plan) for _ in range(2))
+    _multiply(x, w1_EFD.transpose(1, 2), gate)
+    _multiply(x, w3_EFD.transpose(1, 2), up)
+    return gate.unpadded(), up.unpadded()
 
 
 def _swiglu(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    max_padding: float,
+    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    R = x_RD.shape[0]
-    padding = _Padding.of(counts_on_host(num_tokens_per_expert_E, R), x_RD.device)
-    x_ECD = padding.pad(x_RD)
-    gate_ECF = torch.bmm(x_ECD, w1_EFD.transpose(1, 2))
-    up_ECF = torch.bmm(x_ECD, w3_EFD.transpose(1, 2))
-    y_ECD = torch.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
-    return padding.unpad(y_ECD, R), padding.unpad(gate_ECF, R), padding.unpad(up_ECF, R)
+    counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
+    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, _Rows.padded(x_RD, plan))
+    hidden = _Rows.padded(F.silu(gate_RF).mul_(up_RF), plan)
+    y = _Rows(x_RD.new_empty(x_RD.shape), plan)
+    _multiply(hidden, w2_EDF.transpose(1, 2), y)
+    return y.unpadded(), gate_RF, up_RF
 
 
 def _swiglu_backward(
@@ -96,35 +223,68 @@ def _swiglu_backward(
     w3_EFD: Tensor,
     x_RD: Tensor,
     num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor,
-    up_RF: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+    max_padding: float,
+    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    R = x_RD.shape[0]
-    padding = _Padding.of(counts_on_host(num_tokens_per_expert_E, R), x_RD.device)
-    x_ECD, grad_y_ECD, gate_ECF, up_ECF = map(padding.pad, (x_RD, grad_y_RD, gate_RF, up_RF))
-    activated_ECF = F.silu(gate_ECF)
+    counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
+    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    x, grad_y = _Rows.padded(x_RD, plan), _Rows.padded(grad_y_RD, plan)
+    if gate_RF is None or up_RF is None:
+        gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x)
+    # Two [R, F] buffers beside the padded copies: fresh memory is what an allocator charges for.
+    activated_RF = F.silu(gate_RF)
+    hidden_RF = activated_RF * up_RF
+    grad_w2_EDF = _weight_gradient(grad_y, _Rows.padded(hidden_RF, plan), w2_EDF)
 
-    grad_w2_EDF = torch.bmm(grad_y_ECD.transpose(1, 2), activated_ECF * up_ECF)
-    grad_hidden_ECF = torch.bmm(grad_y_ECD, w2_EDF)
-    grad_up_ECF = activated_ECF.mul_(grad_hidden_ECF)
-    grad_gate_ECF = torch.ops.aten.silu_backward(grad_hidden_ECF.mul_(up_ECF), gate_ECF)
-    grad_x_ECD = torch.bmm(grad_gate_ECF, w1_EFD).baddbmm_(grad_up_ECF, w3_EFD)
+    grad_hidden = _Rows(hidden_RF, plan)
+    _multiply(grad_y, w2_EDF, grad_hidden)
+    gradients = swiglu_gradients_(grad_hidden.unpadded(), activated_RF, gate_RF, up_RF)
+    grad_gate, grad_up = (_Rows.padded(each, plan) for each in gradients)
+
+    grad_x = _Rows(x_RD.new_empty(x_RD.shape), plan)
+    _multiply(grad_gate, w1_EFD, grad_x)
+    _multiply_add(grad_up, w3_EFD, grad_x)
     return (
-        _like(torch.bmm(grad_gate_ECF.transpose(1, 2), x_ECD), w1_EFD),
-        _like(grad_w2_EDF, w2_EDF),
-        _like(torch.bmm(grad_up_ECF.transpose(1, 2), x_ECD), w3_EFD),
-        _like(padding.unpad(grad_x_ECD, R), x_RD),
+        _weight_gradient(grad_gate, x, w1_EFD),
+        grad_w2_EDF,
+        _weight_gradient(grad_up, x, w3_EFD),
+        laid_out_like(grad_x.unpadded(), x_RD),
     )
 
 
+@dataclass(frozen=True)
 class BatchedMMPadded(KernelBackend):
-    """Padded batched products. See the module's text."""
+    """Padded batched products. See the module's text.
+
+    Attributes:
+        max_padding: rows computed for nothing, of all experts together, as a share of the rows.
+        single_buffer: pad every expert to the busiest one instead: one launch for each product,
+            and a padding without bound.
+    """
 
     name = "batched_mm_padded"
-    summary = "three torch.bmm over experts padded to the busiest one; drops nothing"
+    summary = "torch.bmm over runs of experts padded to one length; drops nothing"
     host_syncs = True
     static_shapes = False
     pads = True
+    operators = Operators(
+        "batched_mm_padded", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward)
+    )
+
+    max_padding: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
+    single_buffer: bool = False
+
+    @property
+    def kernel_options(self) -> tuple[float, bool]:
+        return self.max_padding, self.single_buffer
+
+    def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
+        counts = counts_on_host(num_tokens_per_expert_E, num_rows)
+        runs = _runs(counts, self.max_padding, self.single_buffer)
+        computed = sum(counts) + sum(run.padding for run in runs)
+        return torch.tensor([computed, 0])
 
 
-BACKEND = BatchedMMPadded(Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
+BACKEND = BatchedMMPadded()

@@ -10,50 +10,59 @@ product writes its own slice of it, once. Elementwise work is done for all rows 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. n = rows that belong to an expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezpz_moe.compute.autograd import KernelBackend, Kernels
+from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.contract import counts_of_offsets, counts_on_host
+from ezpz_moe.compute.elementwise import swiglu_gradients_
+
+Views = Sequence[Tensor]
+"""One of each expert. One call makes them all, and every product of the same rows takes them:
+indexing in the loop costs as much as a small product's launch."""
 
 
-def _experts_with_rows(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+def _rows(rows_RX: Tensor, counts: list[int]) -> Views:
+    """Every expert's rows [n, X]; tail rows are nobody's."""
+    return rows_RX[: sum(counts)].split(counts)
 
 
-def _multiply(A_RK: Tensor, B_EKN: Tensor, counts: list[int], out_RN: Tensor) -> None:
-    for e, rows in _experts_with_rows(counts):
-        torch.mm(A_RK[rows], B_EKN[e], out=out_RN[rows])
+def _columns(rows_RX: Tensor, counts: list[int]) -> Views:
+    """The same, transposed: [X, n]."""
+    return rows_RX[: sum(counts)].T.split(counts, dim=1)
 
 
-def _multiply_add(A_RK: Tensor, B_EKN: Tensor, counts: list[int], out_RN: Tensor) -> None:
-    for e, rows in _experts_with_rows(counts):
-        out_RN[rows].addmm_(A_RK[rows], B_EKN[e])
+def _multiply(A_nK: Views, B_KN: Views, out_nN: Views) -> None:
+    for A, B, out in zip(A_nK, B_KN, out_nN, strict=True):
+        if len(A):
+            torch.mm(A, B, out=out)
 
 
-def _weight_gradient(left_RM: Tensor, right_RN: Tensor, counts: list[int], like: Tensor) -> Tensor:
-    """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, M, N]."""
-    grad_EMN = torch.empty_like(like)
-    for e, count in enumerate(counts):
-        if not count:
-            grad_EMN[e].zero_()
-    for e, rows in _experts_with_rows(counts):
-        torch.mm(left_RM[rows].T, right_RN[rows], out=grad_EMN[e])
+def _multiply_add(A_nK: Views, B_KN: Views, out_nN: Views) -> None:
+    for A, B, out in zip(A_nK, B_KN, out_nN, strict=True):
+        if len(A):
+            out.addmm_(A, B)
+
+
+def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tensor:
+    """``left @ right`` for every expert, laid out like ``like_EMN``.
+
+    Zero for an expert without rows: that is the sum over none.
+    """
+    grad_EMN = torch.empty_like(like_EMN)
+    for left, right, grad in zip(left_Mn, right_nN, grad_EMN.unbind(), strict=True):
+        torch.mm(left, right, out=grad)
     return grad_EMN
 
 
 def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
     C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
-    _multiply(A_RK, B_EKN, counts, C_RN)
+    _multiply(_rows(A_RK, counts), B_EKN.unbind(), _rows(C_RN, counts))
     C_RN[sum(counts) :].zero_()
     return C_RN
 
@@ -63,23 +72,31 @@ def _mm_backward(
 ) -> tuple[Tensor, Tensor]:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
     grad_A_RK = torch.empty_like(A_RK)
-    _multiply(grad_C_RN, B_EKN.transpose(1, 2), counts, grad_A_RK)
+    grad_C_nN = _rows(grad_C_RN, counts)
+    _multiply(grad_C_nN, B_EKN.transpose(1, 2).unbind(), _rows(grad_A_RK, counts))
     grad_A_RK[sum(counts) :].zero_()
-    return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, counts, B_EKN)
+    return grad_A_RK, _weight_gradient(_columns(A_RK, counts), grad_C_nN, B_EKN)
+
+
+def _gate_and_up(
+    w1_EFD: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    gate_RF, up_RF = (x_RD.new_empty(x_RD.shape[0], w1_EFD.shape[1]) for _ in range(2))
+    x_nD = _rows(x_RD, counts)
+    _multiply(x_nD, w1_EFD.transpose(1, 2).unbind(), _rows(gate_RF, counts))
+    _multiply(x_nD, w3_EFD.transpose(1, 2).unbind(), _rows(up_RF, counts))
+    return gate_RF, up_RF
 
 
 def _swiglu(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    R, hidden_dim = x_RD.shape[0], w1_EFD.shape[1]
-    counts = counts_on_host(num_tokens_per_expert_E, R)
+    counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
     n = sum(counts)
-    gate_RF, up_RF = (x_RD.new_empty(R, hidden_dim) for _ in range(2))
-    y_RD = x_RD.new_empty(x_RD.shape)
-    _multiply(x_RD, w1_EFD.transpose(1, 2), counts, gate_RF)
-    _multiply(x_RD, w3_EFD.transpose(1, 2), counts, up_RF)
+    gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, counts)
     hidden_nF = F.silu(gate_RF[:n]).mul_(up_RF[:n])
-    _multiply(hidden_nF, w2_EDF.transpose(1, 2), counts, y_RD)
+    y_RD = x_RD.new_empty(x_RD.shape)
+    _multiply(_rows(hidden_nF, counts), w2_EDF.transpose(1, 2).unbind(), _rows(y_RD, counts))
     y_RD[n:].zero_()
     return y_RD, gate_RF, up_RF
 
@@ -91,42 +108,46 @@ def _swiglu_backward(
     w3_EFD: Tensor,
     x_RD: Tensor,
     num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor,
-    up_RF: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
     n = sum(counts)
+    if gate_RF is None or up_RF is None:
+        gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, counts)
     gate_nF, up_nF = gate_RF[:n], up_RF[:n]
     # Two [R, F] buffers in all: fresh memory is what an allocator charges most for.
     activated_nF = F.silu(gate_nF)
     hidden_nF = activated_nF * up_nF
-    grad_w2_EDF = _weight_gradient(grad_y_RD, hidden_nF, counts, w2_EDF)
+    hidden = _rows(hidden_nF, counts)
+    grad_w2_EDF = _weight_gradient(_columns(grad_y_RD, counts), hidden, w2_EDF)
 
-    grad_hidden_nF = hidden_nF
-    _multiply(grad_y_RD, w2_EDF, counts, grad_hidden_nF)
-    grad_up_nF = activated_nF.mul_(grad_hidden_nF)
-    grad_gate_nF = grad_hidden_nF.mul_(up_nF)
-    torch.ops.aten.silu_backward.grad_input(grad_gate_nF, gate_nF, grad_input=grad_gate_nF)
+    grad_hidden_nF, grad_hidden = hidden_nF, hidden
+    _multiply(_rows(grad_y_RD, counts), w2_EDF.unbind(), grad_hidden)
+    grad_gate_nF, grad_up_nF = swiglu_gradients_(grad_hidden_nF, activated_nF, gate_nF, up_nF)
 
-    grad_x_RD = torch.empty_like(x_RD)
-    _multiply(grad_gate_nF, w1_EFD, counts, grad_x_RD)
-    _multiply_add(grad_up_nF, w3_EFD, counts, grad_x_RD)
+    x_nD, grad_x_RD = _rows(x_RD, counts), torch.empty_like(x_RD)
+    grad_x_nD = _rows(grad_x_RD, counts)
+    _multiply(_rows(grad_gate_nF, counts), w1_EFD.unbind(), grad_x_nD)
+    _multiply_add(_rows(grad_up_nF, counts), w3_EFD.unbind(), grad_x_nD)
     grad_x_RD[n:].zero_()
     return (
-        _weight_gradient(grad_gate_nF, x_RD, counts, w1_EFD),
+        _weight_gradient(_columns(grad_gate_nF, counts), x_nD, w1_EFD),
         grad_w2_EDF,
-        _weight_gradient(grad_up_nF, x_RD, counts, w3_EFD),
+        _weight_gradient(_columns(grad_up_nF, counts), x_nD, w3_EFD),
         grad_x_RD,
     )
 
 
+@dataclass(frozen=True)
 class ForLoop(KernelBackend):
     """One product per expert. See the module's text."""
 
     name = "for_loop"
     summary = "one torch.mm per expert; runs on every device"
     host_syncs = True
-    static_shapes = True
+    static_shapes = False
+    operators = Operators("for_loop", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
 
 
-BACKEND = ForLoop(Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
+BACKEND = ForLoop()

@@ -16,7 +16,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ezpz_moe.compute.contract import Backend, counts_of_offsets, counts_on_host
+from ezpz_moe.compute.contract import (
+    Backend,
+    check_where_free,
+    counts_of_offsets,
+    counts_on_host,
+)
 
 _ALIGNMENT_BYTES = 16  # torch._grouped_mm wants every stride to be a multiple of it
 
@@ -34,6 +39,23 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
+    """Every reason why ``torch._grouped_mm`` does not compute this."""
+    reasons = []
+    if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
+        reasons.append(
+            f"torch._grouped_mm of torch {torch.__version__} refuses {dtype} on {device.type} "
+            f"({refusal}): use for_loop or batched_mm_padded"
+        )
+    reasons += [
+        f"torch._grouped_mm wants dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
+        f"and {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
+        for dim in dict.fromkeys(dims)
+        if dim * dtype.itemsize % _ALIGNMENT_BYTES
+    ]
+    return reasons
+
+
 class GroupedMM(Backend):
     """``torch._grouped_mm`` under the contract. See the module's text."""
 
@@ -43,25 +65,13 @@ class GroupedMM(Backend):
     static_shapes = True
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
-        reasons = []
-        if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
-            reasons.append(
-                f"torch._grouped_mm of torch {torch.__version__} refuses {dtype} on {device.type} "
-                f"({refusal}): use for_loop or batched_mm_padded"
-            )
-        reasons += [
-            f"torch._grouped_mm wants dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
-            f"and {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
-            for dim in dict.fromkeys(dims)
-            if dim * dtype.itemsize % _ALIGNMENT_BYTES
-        ]
-        return reasons
+        return reasons_against(device, dtype, dims)
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-        _check_where_free(counts_of_offsets, offs_E, A_RK)
+        check_where_free(counts_of_offsets, offs_E, A_RK)
         offs_E = offs_E.to(A_RK.device, torch.int32)
         owned_R1 = (torch.arange(A_RK.shape[0], device=A_RK.device) < offs_E[-1]).unsqueeze(1)
-        C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), _aligned(B_EKN), offs=offs_E)
+        C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), aligned(B_EKN), offs=offs_E)
         return _OwnedRows.apply(C_RN, owned_R1)
 
     def _swiglu(
@@ -72,7 +82,7 @@ class GroupedMM(Backend):
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
     ) -> Tensor:
-        _check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
+        check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
         return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
 
@@ -86,7 +96,7 @@ class _OwnedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
         ctx.save_for_backward(owned_R1)
-        return torch.where(owned_R1, rows_RX, 0).contiguous()
+        return row_major(torch.where(owned_R1, rows_RX, 0))
 
     @staticmethod
     def backward(ctx, grad_RX: Tensor) -> tuple[Tensor, None]:
@@ -94,18 +104,22 @@ class _OwnedRows(torch.autograd.Function):
         return _OwnedRows.apply(grad_RX, owned_R1), None
 
 
-def _aligned(B_EKN: Tensor) -> Tensor:
-    """B, copied only when its strides are not what ``torch._grouped_mm`` can read."""
-    strides = B_EKN.stride()[1:]
-    if min(strides) == 1 and max(strides) * B_EKN.itemsize % _ALIGNMENT_BYTES == 0:
-        return B_EKN
-    return B_EKN.contiguous()
+def row_major(rows_RX: Tensor) -> Tensor:
+    """The rows with the strides of a new tensor, copied only where they have others.
+
+    ``contiguous()`` leaves any strides to one row or none, and ``torch._grouped_mm`` refuses them.
+    """
+    if rows_RX.stride() == (rows_RX.shape[1], 1):
+        return rows_RX
+    return rows_RX.clone(memory_format=torch.contiguous_format)
 
 
-def _check_where_free(check, counts_E: Tensor, rows_RX: Tensor) -> None:
-    """Look at the counts' values where that needs no device sync."""
-    if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
-        check(counts_E, rows_RX.shape[0])
+def aligned(matrices: Tensor) -> Tensor:
+    """The same, copied only when its strides are not what ``torch._grouped_mm`` can read."""
+    strides = matrices.stride()[-2:]
+    if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
+        return matrices
+    return matrices.contiguous()
 
 
 BACKEND = GroupedMM()

@@ -26,12 +26,17 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.routing.counters import ROWS, count_rows
 
 ExpertComputeBackend: TypeAlias = str
 """Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
 
 HOST_PATH: ExpertComputeBackend = "grouped_mm"
 """The backend that is the host's own code, untouched."""
+
+REPORTED = "is logged with the loss, and is moe/drop_rate among the metrics"
+"""Where the share of dropped tokens is to be found."""
 
 
 class EzpzGroupedExperts(GroupedExperts):
@@ -53,6 +58,10 @@ class EzpzGroupedExperts(GroupedExperts):
         self.compute_backend = compute_backend
         backend = get_backend(compute_backend)
         self._backend = None if compute_backend == HOST_PATH else backend
+        self._drops = backend.drops_tokens
+        # No buffer: expert parallelism makes DTensors of those.
+        self.rows_3: torch.Tensor | None = None
+        """Adds up ``routing.counters.ROWS`` in training, for a backend that drops tokens."""
 
     def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
         """Expert FFN of the rows routed to the local experts.
@@ -66,9 +75,16 @@ class EzpzGroupedExperts(GroupedExperts):
         """
         if self._backend is None:
             return super().forward(x, num_tokens_per_expert)
+        if self._drops and self.training:
+            self._count(x, num_tokens_per_expert)
         w1_EFD, w2_EDF, w3_EFD = map(_local_bf16, (self.w1, self.w2, self.w3))
         y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x.bfloat16(), num_tokens_per_expert)
         return y_RD.type_as(x)
+
+    def _count(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> None:
+        if self.rows_3 is None:
+            self.rows_3 = torch.zeros(len(ROWS), dtype=torch.int64, device=x.device)
+        count_rows(self.rows_3, num_tokens_per_expert, x.shape[0], self.compute_backend)
 
 
 def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: str) -> int:
@@ -108,6 +124,8 @@ def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: s
         f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
         f"for {len(layers)} MoE layers; {chosen_by}"
     )
+    if get_backend(backend).drops_tokens:
+        logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")
     return len(layers)
 
 

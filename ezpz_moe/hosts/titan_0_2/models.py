@@ -25,6 +25,7 @@ from torchtitan.tools import utils
 
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
+from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
@@ -82,6 +83,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         else _sized_args(flavor.dimensions, str(flavor.source))
     )
     _choose_attention(args, flavor)
+    backend_of(flavor)  # a mistake in its options is an error now, not when the model is built
     if flavor.compute_backend != HOST_PATH:
         args.moe_args.use_grouped_mm = False  # or the host warns that it cannot use it
     args_class: Any = type(args)

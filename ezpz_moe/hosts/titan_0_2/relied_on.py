@@ -32,7 +32,13 @@ RELIED_ON: tuple[Reliance, ...] = (
         "torchtitan.protocols.train_spec:TrainSpec",
         used_for="flavors as models; its parallelize_fn is wrapped for FSDP over gloo",
         if_broken=_NOTHING_TRAINS,
-        fields=("model_cls", "model_args", "parallelize_fn", "build_tokenizer_fn"),
+        fields=(
+            "model_cls",
+            "model_args",
+            "parallelize_fn",
+            "build_tokenizer_fn",
+            "build_metrics_processor_fn",
+        ),
         vital=True,
     ),
     Reliance(
@@ -134,6 +140,21 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     DATASET_CONFIG,
+    Reliance(
+        "torchtitan.components.metrics:build_metrics_processor",
+        used_for="the metrics of every flavor",
+        if_broken=NO_FLAVOR,
+        takes=("job_config", "parallel_dims", "model_args"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.metrics:MetricsProcessor",
+        used_for="a subclass of it says what a backend has dropped",
+        if_broken=NO_FLAVOR,
+        has=("log",),
+        sets=("model_parts",),
+        vital=True,
+    ),
     Reliance(
         "torchtitan.config:ConfigManager.parse_args",
         used_for="preflight reads the host's flags with it",

@@ -23,6 +23,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import check_shares
+from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
 from ezpz_moe.job import MODEL_NAME, Job
@@ -60,6 +61,7 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
         build_tokenizer_fn=partial(_build_tokenizer, job=job, flavors=flavors, complete=complete),
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=build_validator,
+        build_metrics_processor_fn=metrics.build,
         state_dict_adapter=_state_dict_adapter,
     )
 

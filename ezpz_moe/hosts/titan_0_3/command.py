@@ -19,3 +19,12 @@ def arguments(job: Job) -> list[str]:
 def named(config: str) -> list[str]:
     """The same for a flavor's name or the path of a job's TOML."""
     return ["--module", MODEL_NAME, "--config", config]
+
+
+def one_step(folder: str) -> list[str]:
+    """Flags for a run of one step that writes to ``folder`` only."""
+    return [
+        *("--training.steps", "1", "--dump-folder", folder),
+        *("--checkpoint.no-enable", "--validator.no-enable"),
+        *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
+    ]

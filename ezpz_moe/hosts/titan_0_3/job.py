@@ -4,7 +4,8 @@ What the job does not say is the host's own default of that field, with these ex
 
 - ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
 - the tokenizer and the training text are the embedded ones, which need no download;
-- on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``.
+- on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
+- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, where it has one.
 
 The optimizer and the loss, for which the host's bare config has no usable default, are those of
 its own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Annotated, Any
 
 import tyro
@@ -38,12 +40,14 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.flavors import Flavor, load_flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan_0_3.models import model_spec
 from ezpz_moe.job import KEYS, Job
+from ezpz_moe.routing_schema import Telemetry
 
 _dialect = binding("dialect")
 
@@ -88,7 +92,7 @@ def trainer_config(job: Job) -> JobConfig:
         EzpzError: the flavor, the data or a combination of settings is wrong; the message names
             the job.
     """
-    flavor = load_flavor(job.flavor, near=job.folder)
+    flavor = _reporting_drops(load_flavor(job.flavor, near=job.folder))
     spec = model_spec(
         flavor,
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
@@ -97,7 +101,7 @@ def trainer_config(job: Job) -> JobConfig:
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
-        sections["metrics"] = binding("metrics").RouterMetrics.Config(telemetry=flavor.reported)
+        sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     for name, change in _nested(_cpu_values(job) | _field_values(job)).items():
         with _refusals(f"{job.source}: {name}"):
@@ -105,6 +109,26 @@ def trainer_config(job: Job) -> JobConfig:
     config = JobConfig(**sections, origin=job.source)
     config.handed_over = True
     return config
+
+
+def _reporting_drops(flavor: Flavor) -> Flavor:
+    """``flavor``, with telemetry where its backend drops tokens: no run loses them unreported.
+
+    Raises:
+        EzpzError: the backend does not load or takes no such options.
+    """
+    drops_tokens = backend_of(flavor).drops_tokens
+    if flavor.telemetry is None and drops_tokens:
+        return flavor.model_copy(update={"telemetry": Telemetry()})
+    return flavor
+
+
+def _metrics(telemetry: Telemetry | None) -> Any:
+    """The host's defaults with ``telemetry``; it logs whenever the routers report, and between."""
+    metrics = binding("metrics").RouterMetrics.Config(telemetry=telemetry)
+    if telemetry and telemetry.every:
+        metrics.log_freq = gcd(telemetry.every, metrics.log_freq)
+    return metrics
 
 
 def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:

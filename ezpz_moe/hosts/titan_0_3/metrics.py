@@ -7,9 +7,10 @@ warns of a router that goes wrong. It also tells the routers the step, for what 
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -26,20 +27,13 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts.titan_0_3.router import local, moe_layers
 from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
 from ezpz_moe.hosts.titan_0_3.selector import Selector
-from ezpz_moe.routing.counters import SUMS
+from ezpz_moe.routing.counters import ROWS, SUMS
 from ezpz_moe.routing_schema import Telemetry
 from ezpz_moe.telemetry import record as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.figures import use_of_rows
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.scalars import scalars
-
-
-class Experts(NamedTuple):
-    """What a record says of the experts' computation."""
-
-    backend: str
-    pads: bool
-    drops: bool
 
 
 class RouterMetrics(MetricsProcessor):
@@ -114,8 +108,7 @@ class RouterMetrics(MetricsProcessor):
         assert self._settings
         assert self._last_step is not None  # should_log comes first
         steps, self._last_step = step - self._last_step, step
-        experts = self._experts()
-        layers = self._layers(steps, experts)
+        layers = self._layers(steps)
         if self.parallel_dims.pp_enabled:
             layers = self._of_all_stages(layers)
         if bad := [(layer.layer, tokens) for layer, tokens in layers if tokens]:
@@ -129,29 +122,36 @@ class RouterMetrics(MetricsProcessor):
             steps=steps,
             loss=loss,
             grad_norm=grad_norm,
-            backend=experts.backend,
+            backend=self._backend(),
             layers=tuple(layer for layer, _ in layers),
             thresholds=self._settings.thresholds,
         )
 
-    def _layers(self, steps: int, experts: Experts) -> list[tuple[LayerRecord, float]]:
+    def _layers(self, steps: int) -> list[tuple[LayerRecord, float]]:
         """A record per layer of this rank, with the number of tokens that were not finite."""
         of_layer = moe_layers(self.model_parts)
         if not of_layer:
             return []
         now_LE = torch.stack([moe.router.counts_E for moe in of_layer.values()])
         sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
+        experts = [_experts(moe) for moe in of_layer.values()]
+        rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
         for moe in of_layer.values():
             moe.router.sums_S.zero_()
         for mesh in counting_meshes(self.parallel_dims):
-            for each in (counts_LE, sums_LS):
+            for each in (counts_LE, sums_LS, rows_L3):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(number, moe, counts_E, sums_S, steps, experts)
-            for (number, moe), counts_E, sums_S in zip(
-                of_layer.items(), counts_LE.tolist(), sums_LS.tolist(), strict=True
+            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3))
+            for (number, moe), counts_E, sums_S, selector, rows_3 in zip(
+                of_layer.items(),
+                counts_LE.tolist(),
+                sums_LS.tolist(),
+                experts,
+                rows_L3.tolist(),
+                strict=True,
             )
         ]
 
@@ -163,20 +163,10 @@ class RouterMetrics(MetricsProcessor):
         torch.distributed.all_gather_object(of_stages, layers, group=group)
         return sorted((each for stage in of_stages for each in stage), key=lambda e: e[0].layer)
 
-    def _experts(self) -> Experts:
-        selectors = (
-            module
-            for part in self.model_parts or ()
-            for module in part.modules()
-            if isinstance(module, Selector)
-        )
-        name = next((module.compute_backend for module in selectors), "")
-        if not name:  # a stage of dense layers alone
-            return Experts(name, pads=False, drops=False)
-        backend = get_backend(name)
-        # With expert parallelism the rows of a rank are not those that its routers have seen.
-        pads = backend.pads and not self.parallel_dims.ep_enabled
-        return Experts(name, pads, backend.drops_tokens)
+    def _backend(self) -> str:
+        """What computes the experts of this rank; nothing in a stage of dense layers alone."""
+        selectors = map(_experts, moe_layers(self.model_parts or ()).values())
+        return next((each.compute_backend for each in selectors if each), "")
 
     # --- pictures ---------------------------------------------------------------------------------
 
@@ -209,18 +199,40 @@ class RouterMetrics(MetricsProcessor):
                     )
 
 
+def _experts(moe: Any) -> Selector | None:
+    """The layer's experts with their selector, or None where the host's have none."""
+    return next((each for each in moe.modules() if isinstance(each, Selector)), None)
+
+
+def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
+    """What the layer's experts have counted; the counters begin again."""
+    if experts is None or experts.row_counts is None:
+        return torch.zeros(len(ROWS), dtype=torch.int64, device=device)
+    rows_3 = experts.row_counts.rows_3.clone()
+    experts.row_counts.rows_3.zero_()
+    return rows_3
+
+
+def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
+    """``padding_waste`` and ``drop_rate``: of what was counted, and none that nobody counted."""
+    given, computed, dropped = rows_3
+    if given:
+        return use_of_rows(given, computed, dropped)
+    drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
+    return {"padding_waste": None, "drop_rate": None if drops else 0.0}
+
+
 def _layer_record(
     number: int,
     moe: Any,
     counts_E: list[int],
     sums_S: list[float],
     steps: int,
-    experts: Experts,
+    use: Mapping[str, float | None],
 ) -> tuple[LayerRecord, float]:
     total = dict(zip(SUMS, sums_S, strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
     real = router.num_experts - router.settings.zero_computation_experts
-    used, computed = sum(counts_E[:real]), real * total["longest"]
     losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
     record = LayerRecord(
         layer=number,
@@ -232,7 +244,6 @@ def _layer_record(
         bias_norm=None if bias_E is None else float(local(bias_E).norm()),
         losses=losses,
         scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
-        padding_waste=1 - used / computed if experts.pads and computed else None,
-        drop_rate=None if experts.drops else 0.0,  # how many it drops, no backend tells
+        **use,
     )
     return record, total["not_finite"]

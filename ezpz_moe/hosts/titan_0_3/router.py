@@ -225,8 +225,7 @@ class _Router(Module):
                     losses.z_loss(logits_GNE, mask_GN, n_G, share).sum(),
                 ]
             )
-        longest_1 = self._longest(ids_GNK, mask_GN, counts_GE)
-        self._count(p_GNE, logits_GNE, mask_GN, counts_GE, longest_1, of_each_L)
+        self._count(p_GNE, logits_GNE, mask_GN, counts_GE, of_each_L)
         balance = self.balance
         return (
             balance.aux_loss * of_each_L[0]
@@ -241,20 +240,12 @@ class _Router(Module):
         return losses.in_groups(values_BLX, by_sequence=self.groups.by_sequence)
 
     @torch.no_grad()
-    def _longest(self, ids_GNK: Tensor, mask_GN: Tensor, counts_GE: Tensor) -> Tensor:
-        """The most rows that a routed expert computes, those of padding that is dispatched too."""
-        if self.settings.pad_token_id is not None and self.settings.dispatch_padding:
-            counts_GE = losses.assignments(ids_GNK, torch.ones_like(mask_GN), self.num_experts)
-        return counts_GE.sum(0)[: self._routed_experts].amax().view(1)
-
-    @torch.no_grad()
     def _count(
         self,
         p_GNE: Tensor,
         logits_GNE: Tensor,
         mask_GN: Tensor,
         counts_GE: Tensor,
-        longest_1: Tensor,
         of_each_L: Tensor,
     ) -> None:
         top1_GN, best_GN = p_GNE.max(-1)
@@ -264,7 +255,7 @@ class _Router(Module):
         not_finite_1 = (~logits_GNE.isfinite().all(-1) & mask_GN).sum().float().view(1)
         # A group's loss is known to all of its ranks: each counts its part.
         part_L = of_each_L / self.groups.ranks
-        new_S = torch.cat([of_tokens_3, part_L, longest_1, not_finite_1])
+        new_S = torch.cat([of_tokens_3, part_L, not_finite_1])
         count(self.counts_E, self.sums_S, counts_GE.sum(0), new_S)
 
 

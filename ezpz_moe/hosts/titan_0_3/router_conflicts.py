@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
+from torchtitan.models.common.config_utils import decoder_vocab_size
 
 from ezpz_moe.hosts import binding
 from ezpz_moe.routing_schema import Router, size_conflicts
@@ -81,6 +82,12 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     if settings.pad_token_id is None:
         return
     named = f"[router] pad_token_id = {settings.pad_token_id}"
+    vocabulary = decoder_vocab_size(config.model_spec)
+    if settings.pad_token_id >= vocabulary:
+        yield (
+            f"{named}: the model knows the tokens below {vocabulary}, so that nothing would be "
+            f"padding. Name the one that the tokenizer pads with."
+        )
     parallelism = config.parallelism
     if parallelism.pipeline_parallel_degree > 1:
         yield (

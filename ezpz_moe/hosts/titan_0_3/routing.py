@@ -15,6 +15,7 @@ from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, moe_layers, routed
+from ezpz_moe.hosts.titan_0_3.selector import RowCounts
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
@@ -60,6 +61,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         for module in model.modules():
             if getattr(module, "masked_by", None) is not None:
                 module.masked_by = mask
+            if isinstance(module, RowCounts):
+                module.on = flavor.reported is not None
         for moe in moe_layers([model]).values():
             moe.router.groups = groups
             moe.router.gate.is_counted = flavor.reported is not None

@@ -16,12 +16,17 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.routing.counters import count_rows
 
 ExpertComputeBackend: TypeAlias = str
 """Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
 
 HOST_PATH: ExpertComputeBackend = "grouped_mm"
 """The backend that is the host's own code, untouched."""
+
+REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
+"""Where the share of dropped tokens is to be found."""
 
 
 class Sizes(NamedTuple):
@@ -32,14 +37,46 @@ class Sizes(NamedTuple):
     hidden_dim: int
 
 
+class RowCounts(Module):
+    """How many rows a layer's experts were given, and what their backend did with them.
+
+    A module of its own, because the host asks of every buffer beside the experts' weights how it
+    is sharded. ``rows_3`` adds up ``routing.counters.ROWS`` while ``on``: in a run with telemetry.
+    """
+
+    rows_3: torch.Tensor
+
+    def __init__(self, compute_backend: ExpertComputeBackend):
+        super().__init__()
+        self.compute_backend = compute_backend
+        self.on = False
+        self.register_buffer("rows_3", torch.zeros(3, dtype=torch.int64), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.rows_3 = torch.zeros_like(self.rows_3, device=buffer_device or self.rows_3.device)
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+        if self.on and self.training:
+            count_rows(self.rows_3, num_tokens_per_expert_E, x_RD.shape[0], self.compute_backend)
+
+
 class Selector(Module):
-    """Mixin before a class of the host: the chosen backend, None for the host's own path."""
+    """Mixin before a class of the host: the chosen backend, None for the host's own path.
+
+    ``row_counts`` is there for a backend that pads or drops.
+    """
 
     def _choose(self, config) -> None:
         self.compute_backend = config.compute_backend
         backend = get_backend(self.compute_backend)  # an unknown name is an error at once
         self._backend = None if self.compute_backend == HOST_PATH else backend
+        counted = backend.pads or backend.drops_tokens
+        self.row_counts = RowCounts(self.compute_backend) if counted else None
         _choices_not_logged[self.compute_backend, config.chosen_by] += 1
+
+    def _count(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+        if self.row_counts is not None:
+            self.row_counts(x_RD, num_tokens_per_expert_E)
 
     def _init_self_parameters(self) -> None:
         super()._init_self_parameters()
@@ -133,9 +170,12 @@ def _log_choices(device: torch.device) -> None:
     is the one that trains. Said nowhere in forward: the host compiles it with fullgraph=True.
     """
     for (backend, chosen_by), layers in _choices_not_logged.items():
-        path = "the host's own path" if backend == HOST_PATH else get_backend(backend).summary
+        chosen = get_backend(backend)
+        path = "the host's own path" if backend == HOST_PATH else chosen.summary
         logger.info(
             f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in bfloat16 "
             f"for {layers} MoE layers; {chosen_by}"
         )
+        if chosen.drops_tokens:
+            logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")
     _choices_not_logged.clear()

@@ -8,6 +8,7 @@ takes the place of that seam in every model (gpt_oss, whose linears add a bias, 
 Legend of the suffixes: R = routed tokens, E = local experts, I and O = inner and outer dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,7 +33,20 @@ from ezpz_moe.hosts.titan_0_3.selector import (
 HostExperts = RoutedExperts
 """The host's class whose config nodes get the selector."""
 
-EzpzGroupedExperts = with_selector(RoutedExperts, Selector)
+
+class _CountedByLinear(Selector):
+    """The rows are there between dispatch and combine, within the host's forward: w13 sees them."""
+
+    def _choose(self, config) -> None:
+        super()._choose(config)
+        if self.row_counts is not None:
+            self.w13.on_rows = self._count_up_to
+
+    def _count_up_to(self, x_RD: torch.Tensor, offsets_E: torch.Tensor) -> None:
+        self._count(x_RD, torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)))
+
+
+EzpzGroupedExperts = with_selector(RoutedExperts, _CountedByLinear)
 """The host's routed experts with the selector, under the name that every binding has for them."""
 
 
@@ -48,10 +62,13 @@ def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
         def __init__(self, config: Config):
             super().__init__(config)
             self._backend = get_backend(config.compute_backend)
+            self.on_rows: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
         def _grouped_mm(
             self, *, input_RI: torch.Tensor, weight_EOI: torch.Tensor, offsets_E: torch.Tensor
         ) -> torch.Tensor:
+            if self.on_rows is not None:
+                self.on_rows(input_RI, offsets_E)
             # The cast is the host's, which has it on this side of the seam.
             weight_EIO = weight_EOI.bfloat16().transpose(-2, -1)
             return self._backend.grouped_mm(input_RI, weight_EIO, offsets_E)
@@ -92,5 +109,5 @@ def selected(
         if backend != HOST_PATH:
             on_backend = _on_backend(type(linear)._owner).Config
             linears[name] = derive(linear, on_backend, compute_backend=backend)
-    selected_config = with_selector(experts_class, Selector).Config
+    selected_config = with_selector(experts_class, _CountedByLinear).Config
     return derive(config, selected_config, compute_backend=backend, chosen_by=chosen_by, **linears)

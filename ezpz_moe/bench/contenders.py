@@ -1,0 +1,128 @@
+"""Our backends, the host's own layer, and two references, ready to be measured.
+
+All compute the expert layer from the same values, but ``dense``, which is the limit.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ezpz_moe.bench.contender import Contender, Prepared, leaves, prepared
+from ezpz_moe.bench.peers import PEERS
+from ezpz_moe.bench.results import DENSE, INDEXED, PRODUCTS, STOCK
+from ezpz_moe.bench.shapes import Shape
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.reference import Case
+from ezpz_moe.errors import EzpzError, did_you_mean
+
+
+def backends(specs: Sequence[str]) -> list[Contender]:
+    """The backends that are named; all installed ones without a name.
+
+    Raises:
+        EzpzError: a named one does not exist, has no such option, or does not load. (An installed
+            one that is not named and does not load has that as its reason.)
+    """
+    for spec in specs:
+        get_backend(spec)
+    return [_backend(spec) for spec in specs or backend_names()]
+
+
+def others(names: Sequence[str]) -> list[Contender]:
+    """What the backends are measured against; everything without a name.
+
+    Raises:
+        EzpzError: no such contender.
+    """
+    known = {each.name: each for each in (*_REFERENCES, *PEERS)}
+    for name in names:
+        if name not in known:
+            raise EzpzError(
+                f"--against {name!r}: no such contender. Known: {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+    return [known[name] for name in names or known]
+
+
+def _backend(spec: str) -> Contender:
+    try:
+        backend = get_backend(spec)
+    except EzpzError as error:  # a package that does not load concerns its own backend only
+        reasons = [str(error)]
+        return Contender(spec, _not_reached, lambda *_: reasons, is_backend=True)
+    return Contender(
+        spec,
+        prepared(backend.swiglu),
+        lambda device, dtype, shape: backend.why_not(device, dtype, dims=(shape.D, shape.F)),
+        declares_syncs=backend.host_syncs,
+        may_drop=backend.drops_tokens,
+        is_backend=True,
+    )
+
+
+def _not_reached(case: Case) -> Prepared:
+    raise AssertionError("a contender is prepared only where it is usable")
+
+
+def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+    """The loop as one writes it first. Each ``w[e]`` has a gradient of the whole [E, F, D]."""
+    outputs, start = [], 0
+    for e, count in enumerate(counts_E.tolist()):
+        x_nD = x_RD[start : start + count]
+        outputs.append((F.silu(x_nD @ w1_EFD[e].T) * (x_nD @ w3_EFD[e].T)) @ w2_EDF[e].T)
+        start += count
+    return torch.cat(outputs)
+
+
+def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+    """The three products of torchtitan's layer, in the dtype that is given."""
+    offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
+    gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
+    up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)
+    return torch._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs=offs_E)
+
+
+def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    return get_backend("grouped_mm").why_not(device, dtype, dims=(shape.D, shape.F))
+
+
+def _dense(case: Case) -> Prepared:
+    """One FFN over all rows, with the weights of the first expert: as many FLOPs."""
+    of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
+    w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
+    return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
+
+
+def _stock(case: Case) -> Prepared:
+    """The installed torchtitan's own routed experts."""
+    from ezpz_moe.hosts import binding
+
+    (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E
+    layer = binding("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    return Prepared(lambda: layer(x_RD, counts_E), (*layer.parameters(), x_RD), (counts_E,))
+
+
+def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    from ezpz_moe.hosts import binding
+
+    if dtype != torch.bfloat16:
+        return [f"torchtitan's layer casts to bfloat16; for {dtype} {PRODUCTS} takes its place"]
+    try:
+        binding("stock")
+    except EzpzError as error:
+        return [str(error)]
+    return _products_why_not(device, dtype, shape)
+
+
+_REFERENCES = (
+    Contender(STOCK, _stock, _stock_why_not),
+    Contender(PRODUCTS, prepared(stock_products), _products_why_not),
+    Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True),
+    Contender(DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False),
+)

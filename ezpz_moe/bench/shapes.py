@@ -1,0 +1,94 @@
+"""The sizes of one expert layer: those of known models, scaled down where asked, or one's own.
+
+Nothing here imports torch.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. T = tokens, K = experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ezpz_moe.errors import EzpzError, did_you_mean
+
+
+class Model(NamedTuple):
+    """Of a known model: experts, experts of a token, model and expert dimension."""
+
+    E: int
+    K: int
+    D: int
+    F: int
+
+
+MODELS = {
+    "olmoe": Model(64, 8, 2048, 1024),
+    "qwen3_30b": Model(128, 8, 2048, 768),
+    "deepseek_v2_lite": Model(64, 6, 2048, 1408),
+    "mixtral": Model(8, 2, 4096, 14336),
+    "10b_2b": Model(36, 3, 2048, 1408),
+    "7b": Model(36, 3, 2048, 1280),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One expert layer: E experts of dimension F over R routed rows of dimension D.
+
+    Attributes:
+        name: what it is called, "olmoe/4" for instance: D, F and the tokens divided by 4.
+    """
+
+    name: str
+    E: int
+    D: int
+    F: int
+    R: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.E, self.D, self.F, self.R
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: 6 R D F and 12 R D F."""
+        return 18 * self.R * self.D * self.F
+
+
+def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
+    """``"olmoe"`` with D, F and T = ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
+
+    Raises:
+        EzpzError: neither a known model nor E,D,F,R; or a size that ``scale`` does not divide.
+    """
+    if "," in text:
+        return _explicit(text)
+    if text not in MODELS:
+        raise EzpzError(
+            f"--shape {text!r}: no known model. Known: {', '.join(MODELS)}; or give the sizes as "
+            f"E,D,F,R, for example 8,1024,3584,2048.{did_you_mean(text, MODELS)}"
+        )
+    model = MODELS[text]
+    for name, size in (("D", model.D), ("F", model.F), ("--tokens", tokens)):
+        if size % scale or size < scale:
+            raise EzpzError(
+                f"--shape {text} --scale {scale}: {name} = {size} is no multiple of {scale}. "
+                f"Choose a scale that divides D = {model.D}, F = {model.F} and the {tokens} tokens."
+            )
+    D, F, T = (size // scale for size in (model.D, model.F, tokens))
+    return Shape(text if scale == 1 else f"{text}/{scale}", model.E, D, F, T * model.K)
+
+
+def _explicit(text: str) -> Shape:
+    parts = text.split(",")
+    try:
+        sizes = [int(part) for part in parts]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise EzpzError(
+            f"--shape {text!r}: explicit sizes are four numbers above 0, E,D,F,R: experts, model "
+            f"dimension, expert dimension and routed rows, for example 8,1024,3584,2048."
+        )
+    return Shape(",".join(map(str, sizes)), *sizes)

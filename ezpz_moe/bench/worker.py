@@ -1,0 +1,28 @@
+"""Measures a plan that comes through stdin; every result is one line of JSON on stdout.
+
+The process that :mod:`.plan` starts with another allocator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from pydantic import TypeAdapter
+
+from ezpz_moe.bench.plan import Plan, run_here
+from ezpz_moe.bench.results import Measured
+from ezpz_moe.errors import exit_on_user_error
+
+
+def main() -> None:
+    plan = TypeAdapter(Plan).validate_json(sys.stdin.read())
+    results = sys.stdout
+    # Whatever a library prints is none of the results.
+    with exit_on_user_error(), contextlib.redirect_stdout(sys.stderr):
+        for measured in run_here(plan):
+            print(TypeAdapter(Measured).dump_json(measured).decode(), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""``ezpz-moe bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from ezpz_moe import display
+from ezpz_moe.commands.arguments import Device, DType
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.bench.plan import Allocator, Plan
+    from ezpz_moe.bench.results import Measured
+
+_SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time and weigh one expert layer: every backend, the host's own layer, and the limit.
+
+    Forward, and forward with backward; contenders take turns. docs/benchmark.md says what each
+    column means.
+    """
+
+    shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
+    """olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or experts, model dimension, expert
+    dimension and routed rows."""
+    scale: Annotated[int | None, arg(metavar="INT")] = None
+    """Divides a model's D, F and tokens. Default: 4 on the CPU, else 1."""
+    tokens: int = 4096
+    """Tokens of a model, before the scale; each is routed to the model's top-k experts."""
+    routing: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("balanced", "zipf1")
+    """balanced, zipf0.5, zipf1 (any exponent), empty25 (a quarter of the experts), one_hot."""
+    dtype: tuple[DType, ...] = ("bfloat16",)
+    """What is computed in."""
+    backends: Annotated[tuple[str, ...], arg(metavar="SPEC ...")] = ()
+    """Such as for_loop 'for_loop(recompute=true)'. Default: every one that runs here."""
+    against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """stock, stock_products, indexed, dense, transformers_eager, transformers_batched_mm,
+    transformers_grouped_mm, scattermoe, megablocks, sonicmoe. Default: every one that runs here."""
+    repeats: Annotated[int | None, arg(metavar="INT")] = None
+    """Turns. Default: 5 on the CPU, else 30."""
+    device: Device = None
+    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    allocator: Literal["default", "retain", "both"] = "default"
+    """On the CPU: as the environment has it, or keeping all memory that it ever had."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write every turn, and what the figures depend on, to this file."""
+    plot: Annotated[Path | None, arg(metavar="FILE.png")] = None
+    """Draw bars per shape, and time and memory against skew."""
+
+    def run(self) -> int:
+        self._check()
+        with display.progress().status("Asking torch and torchtitan ..."):
+            plan = self._plan()
+            from ezpz_moe.bench.plan import check, environment, run
+
+            check(plan)
+            about = environment(plan.device)
+        display.print_table(_facts(about))
+        both: tuple[Allocator, ...] = ("default", "retain")
+        allocators = both if self.allocator == "both" else (self.allocator,)
+        results: list[Measured] = []
+        verdicts: list[str] = []
+        told: set[str] = set()
+        for measured in chain.from_iterable(
+            run(replace(plan, allocator=allocator)) for allocator in allocators
+        ):
+            results.append(measured)
+            verdicts += _print(measured, told)
+        self._write(results, about, verdicts)
+        return int(any(each.failed for each in results))
+
+    def _check(self) -> None:
+        for flag, number in (
+            ("--scale", self.scale),
+            ("--tokens", self.tokens),
+            ("--repeats", self.repeats),
+        ):
+            if number is not None and number < 1:
+                raise EzpzError(f"{flag} {number}: has to be at least 1.")
+        for flag, names in (
+            ("--shape", self.shape),
+            ("--routing", self.routing),
+            ("--dtype", self.dtype),
+        ):
+            if not names:
+                raise EzpzError(f"{flag}: name at least one.")
+        for flag, file in (("--json", self.json), ("--plot", self.plot)):
+            if file and not file.absolute().parent.is_dir():
+                raise EzpzError(f"{flag} {file}: there is no folder {file.parent}.")
+            if file and file.is_dir():
+                raise EzpzError(f"{flag} {file}: is a folder. Name a file.")
+        if self.plot and self.plot.suffix != ".png":
+            raise EzpzError(f"--plot {self.plot}: name a file that ends in .png.")
+
+    def _plan(self) -> Plan:
+        from ezpz_moe.bench.routings import check_routing
+        from ezpz_moe.bench.shapes import parse_shape
+
+        for routing in self.routing:
+            check_routing(routing)
+        device = self._device()
+        on_cpu = device == "cpu"
+        scale = self.scale or (_SCALE_ON_CPU if on_cpu else 1)
+        shapes = tuple(parse_shape(each, scale=scale, tokens=self.tokens) for each in self.shape)
+        if self.allocator != "default" and not on_cpu:
+            raise EzpzError(
+                f"--allocator {self.allocator}: is about the C library's memory on the CPU, and "
+                f"--device is {device}. Leave it out."
+            )
+        from ezpz_moe.bench.plan import Plan
+
+        return Plan(
+            shapes=tuple(dict.fromkeys(shapes)),
+            routings=tuple(dict.fromkeys(self.routing)),
+            dtypes=tuple(dict.fromkeys(self.dtype)),
+            device=device,
+            backends=tuple(dict.fromkeys(self.backends)),
+            against=tuple(dict.fromkeys(self.against)),
+            repeats=self.repeats or (_REPEATS_ON_CPU if on_cpu else _REPEATS),
+        )
+
+    def _device(self) -> str:
+        """The device, which exists here.
+
+        Raises:
+            EzpzError: it does not.
+        """
+        import torch
+
+        from ezpz_moe.compute.contract import missing_device
+        from ezpz_moe.verify import default_device
+
+        name = self.device or default_device()
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise EzpzError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+        if device.type == "meta":
+            raise EzpzError("--device meta: nothing is computed there. Use cpu.")
+        if missing := missing_device(device):
+            raise EzpzError(f"--device {name}: {missing}")
+        return name
+
+    def _write(
+        self, results: list[Measured], about: Mapping[str, Any], verdicts: list[str]
+    ) -> None:
+        if self.json:
+            from ezpz_moe.bench.report import document
+
+            command = shlex.join(["ezpz-moe", *sys.argv[1:]])
+            self.json.write_text(document(results, about, command, verdicts))
+            display.print_line(f"Written: {self.json}")
+        if self.plot:
+            from ezpz_moe.bench.plots import draw
+
+            for file in draw(results, self.plot):
+                display.print_line(f"Drawn: {file}")
+
+
+def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
+    def in_words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+        return str(value)
+
+    return [
+        {"measured": key.replace("_", " "), "with": in_words(value)} for key, value in about.items()
+    ]
+
+
+def _print(measured: Measured, told: set[str]) -> list[str]:
+    """One layer's table, and of who is left out what is not ``told`` yet.
+
+    Returns what is said of goals.
+    """
+    from ezpz_moe.bench.goals import judged
+    from ezpz_moe.bench.report import left_out, remarks, rows, title
+
+    display.print_line("")
+    display.print_table(rows(measured), title=title(measured))
+    new = [line for line in left_out(measured) if line not in told]
+    told.update(new)
+    for line in (*new, *remarks(measured)):
+        display.print_line(line)
+    what = f"{measured.shape.name} {measured.routing} {measured.dtype} {measured.allocator}"
+    verdicts = [f"{what}: {verdict}" for verdict in judged(measured)]
+    for line in verdicts:
+        display.print_line(line)
+    return verdicts

@@ -1,0 +1,49 @@
+"""``ezpz-moe tune``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ezpz_moe import display
+from ezpz_moe.commands.train import Train
+
+if TYPE_CHECKING:
+    from ezpz_moe.compute.tuning import Measured, Situation
+
+
+@dataclass(frozen=True)
+class Tune(Train):
+    """Time the backends that compute_backend = "auto" chooses from, in one step of a job.
+
+    The job's later runs know the fastest from their start. All other flags go to the trainer.
+    """
+
+    def run(self) -> int:
+        from ezpz_moe.tune import tune
+
+        code, measured = tune(
+            self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
+        )
+        if code:
+            return code
+        if not measured:
+            display.print_line("Nothing was measured: no routed row came to these processes.")
+            return 0
+        from ezpz_moe.compute.tuning import cache_folder
+
+        display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
+        display.print_line(f"Kept in {cache_folder()}")
+        return 0
+
+
+def _row(situation: Situation, measured: Measured) -> dict[str, str]:
+    question = situation.question
+    E, inner, outer = question.sizes
+    return {
+        "product": f"{question.product}, {E} x {inner} x {outer}, {question.dtype}",
+        "rows up to": str(situation.rows),
+        "busiest / mean": situation.busiest,
+        "fastest": measured.fastest,
+        "forward and backward": str(measured),
+    }

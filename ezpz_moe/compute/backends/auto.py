@@ -1,0 +1,327 @@
+"""``auto``: the fastest of the other backends, measured on the run's own rows.
+
+The first call of a layer times every usable backend, forward and backward, on the rows that it is
+given. All layers of that size, on all ranks, are then computed by the winner;
+:mod:`~ezpz_moe.compute.tuning` says where it is remembered, and :mod:`~ezpz_moe.compute.agreement`
+how ranks agree. Only when a rank's load changes its class of skew, the question is asked again. All
+backends save the same for backward, so that a choice can change between forward and backward.
+
+Backends that drop tokens are never chosen unless ``among`` names them. With such a one the first
+choice stays: backward has to drop what forward has dropped.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezpz_moe.compute import agreement, tuning
+from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.contract import Backend, counts_of_offsets, counts_on_host
+from ezpz_moe.compute.registry import backend_names, get_backend
+from ezpz_moe.errors import EzpzError
+
+logger = logging.getLogger(__name__)
+
+# Calls between two looks at the load: on a device each look waits for it. A prime, or every look
+# would be at the same layer where the model has 32 or 64 of one size.
+_EVERY = 67
+_LOOKS = 5  # that the load is the median of, so that one odd batch changes nothing
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What calls have in common that are computed by the same backend."""
+
+    product: str
+    among: str
+    recompute: bool
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor):
+        E, inner, outer = weights.shape
+        return cls(product, among, recompute, rows_RX.device, rows_RX.dtype, (E, inner, outer))
+
+    @property
+    def candidates(self) -> list[str]:
+        """At least one.
+
+        Raises:
+            RuntimeError: none runs here.
+        """
+        if names := candidates(self.among, self.device, self.dtype, self.sizes[1:]):
+            return names
+        raise RuntimeError(f"auto: {_none_runs(self.device, self.dtype)}")
+
+    @property
+    def question(self) -> tuning.Question:
+        return tuning.Question(
+            product=self.product,
+            candidates=tuple(self.candidates),
+            device=tuning.device_name(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            sizes=self.sizes,
+            recompute=self.recompute,
+        )
+
+
+@dataclass
+class _Choice:
+    """Who computes a layer, and what this rank knows of its load.
+
+    Attributes:
+        calls: of forward.
+        loads: the busiest expert's over the mean, at the last looks.
+        skew: the load's class.
+        fastest: by class of skew, as this rank has measured it.
+        winner: who computes, on all ranks; empty before the first look.
+        decisions: how often the ranks have decided, as far as this one knows.
+    """
+
+    calls: int = 0
+    loads: list[float] = field(default_factory=list)
+    skew: int | None = None
+    fastest: dict[int, str] = field(default_factory=dict)
+    winner: str = ""
+    decisions: int = 0
+
+    def look_at(self, counts: list[int]) -> int:
+        """The load's class of skew, now that it has been looked at."""
+        now = max(counts) * len(counts) / sum(counts)
+        self.loads = [*self.loads, now][-_LOOKS:]
+        return tuning.skew_class(statistics.median_low(self.loads))
+
+    def follow(self, winner: str) -> None:
+        """As the ranks have decided."""
+        self.winner = winner
+        self.decisions += 1
+
+
+_CHOICES: dict[_Layer, _Choice] = {}
+
+
+def forget() -> None:
+    """As in a new process: the next call of each layer looks at its load, and asks."""
+    _CHOICES.clear()
+
+
+@cache
+def candidates(
+    among: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, ...] = ()
+) -> list[str]:
+    """Usable backends to choose from: of those that ``among`` names, or all that drop nothing."""
+    named = among.split()
+    found = []
+    for name in named or backend_names():
+        try:
+            backend = None if name == Auto.name else get_backend(name)
+        except EzpzError:  # a package that does not load concerns its own backend only
+            continue
+        if not isinstance(backend, KernelBackend) or (backend.drops_tokens and not named):
+            continue
+        if not backend.why_not(device, dtype, dims=dims):
+            found.append(name)
+    return found
+
+
+def _none_runs(device: torch.device, dtype: torch.dtype) -> str:
+    return (
+        f"none of the backends to choose from runs on {device.type} in {dtype}: name for_loop in "
+        f"`among`, or leave it out"
+    )
+
+
+def _kernels(name: str) -> KernelBackend:
+    backend = get_backend(name)
+    assert isinstance(backend, KernelBackend)  # candidates() names no others
+    return backend
+
+
+def _drop_tokens(names: Sequence[str]) -> bool:
+    return any(get_backend(name).drops_tokens for name in names)
+
+
+def _chosen(layer: _Layer) -> KernelBackend:
+    """Who computes now; anybody while there were no rows to choose by."""
+    choice = _CHOICES.get(layer)
+    return _kernels(choice.winner if choice and choice.winner else layer.candidates[0])
+
+
+def _look(
+    layer: _Layer,
+    choice: _Choice,
+    counts: list[int],
+    rows: int,
+    one_pass: Callable[[KernelBackend], object],
+) -> None:
+    """Follow the other ranks, and ask again if the load has changed its class of skew."""
+    question = layer.question
+    for winner in agreement.decisions(question, choice.decisions):
+        choice.follow(winner)
+        logger.info(f"ezpz_moe: auto: {winner} for {question} (another rank has measured)")
+    skew_before, choice.skew = choice.skew, choice.look_at(counts)
+    if choice.skew == skew_before or (skew_before is None and choice.winner):
+        return
+    if choice.skew not in choice.fastest:
+        runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
+        situation = tuning.Situation(question, _up_to(rows), choice.skew)
+        choice.fastest[choice.skew] = tuning.fastest(situation, runs, layer.device)
+    own = choice.fastest[choice.skew]
+    if own != choice.winner:
+        choice.follow(agreement.decide(question, choice.decisions, own))
+        if choice.winner != own:
+            logger.info(f"ezpz_moe: auto: {choice.winner} instead (another rank was first)")
+
+
+def _up_to(rows: int) -> int:
+    """``rows`` rounded up to a power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def _forward(
+    layer: _Layer, rows: int, counts_of: Callable[[Tensor, int], list[int]], *inputs: Tensor
+) -> Any:
+    """Forward by whoever is the fastest; the output's own values are a gradient to time with."""
+
+    def one_pass(backend: KernelBackend) -> None:
+        outputs = backend.compute(layer.product, *inputs)
+        if isinstance(outputs, Tensor):
+            backend.compute(f"{layer.product}_backward", outputs, *inputs)
+        else:
+            y_RD, *saved = outputs
+            if layer.recompute:
+                saved = [None for _ in saved]
+            backend.compute(f"{layer.product}_backward", y_RD, *inputs, *saved)
+
+    choice = _CHOICES.setdefault(layer, _Choice())
+    look_again = choice.calls % _EVERY == 0 and not _drop_tokens(layer.candidates)
+    if look_again or not choice.winner:
+        counts = counts_of(inputs[-1], rows)
+        if any(counts):  # what has no rows says nothing of times
+            _look(layer, choice, counts, rows, one_pass)
+    choice.calls += 1
+    return _chosen(layer).compute(layer.product, *inputs)
+
+
+def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, among: str, recompute: bool) -> Tensor:
+    layer = _Layer.of("mm", among, recompute, A_RK, B_EKN)
+    return _forward(layer, A_RK.shape[0], counts_of_offsets, A_RK, B_EKN, offs_E)
+
+
+def _mm_backward(
+    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, among: str, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    backend = _chosen(_Layer.of("mm", among, recompute, A_RK, B_EKN))
+    return backend.compute("mm_backward", grad_C_RN, A_RK, B_EKN, offs_E)
+
+
+def _swiglu(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    among: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layer = _Layer.of("swiglu", among, recompute, x_RD, w1_EFD)
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    return _forward(layer, x_RD.shape[0], counts_on_host, *inputs)
+
+
+def _swiglu_backward(
+    grad_y_RD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+    among: str,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = _chosen(_Layer.of("swiglu", among, recompute, x_RD, w1_EFD))
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    return backend.compute("swiglu_backward", grad_y_RD, *inputs, gate_RF, up_RF)
+
+
+@dataclass(frozen=True)
+class Auto(KernelBackend):
+    """The fastest of the others. See the module's text.
+
+    Attributes:
+        among: the backends to choose from, separated by spaces; all that drop nothing if empty.
+    """
+
+    name = "auto"
+    summary = "the fastest of the others, measured on the run's own rows"
+    host_syncs = True
+    static_shapes = False
+    operators = Operators("auto", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
+
+    among: str = ""
+
+    def __post_init__(self) -> None:
+        asked = f"compute_backend 'auto(among={self.among!r})'"
+        for name in self.among.split():
+            try:
+                backend = None if name == self.name else get_backend(name)
+            except EzpzError as error:
+                raise EzpzError(f"{asked}: {error}") from error
+            if not isinstance(backend, KernelBackend):
+                raise EzpzError(
+                    f"{asked}: {name} cannot be chosen: it is no backend with kernels of its own. "
+                    f"Name others, or leave among out."
+                )
+            if backend.recompute:
+                raise EzpzError(
+                    f"{asked}: what is saved for backward does not depend on the choice. "
+                    f"Write auto(recompute=true, among=...)."
+                )
+
+    @property
+    def drops_tokens(self) -> bool:  # type: ignore[override]
+        """Whether one that drops tokens is named, and may be chosen."""
+        return _drop_tokens(self.among.split())
+
+    @property
+    def lossless(self) -> Backend:
+        """Among those that drop nothing; if all do, the first of them so that it does not."""
+        names = self.among.split()
+        kept = [name for name in names if not get_backend(name).drops_tokens]
+        if names and not kept:
+            return get_backend(names[0]).lossless
+        return replace(self, among=" ".join(kept))
+
+    def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor | None:
+        """What the chosen backend makes of them; None before the first is chosen."""
+        asked = (self.among, self.recompute, num_tokens_per_expert_E.shape[0])
+        for layer, choice in _CHOICES.items():
+            if choice.winner and (layer.among, layer.recompute, layer.sizes[0]) == asked:
+                used_2 = _kernels(choice.winner).rows_used(num_tokens_per_expert_E, num_rows)
+                given = num_tokens_per_expert_E.sum(dtype=torch.int64)
+                return torch.stack([given, torch.zeros_like(given)]) if used_2 is None else used_2
+        return None
+
+    @property
+    def kernel_options(self) -> tuple[str, bool]:
+        return (self.among, self.recompute)
+
+    def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
+        if candidates(self.among, device, dtype, tuple(dims)):
+            return []
+        return [_none_runs(device, dtype)]
+
+
+BACKEND = Auto()

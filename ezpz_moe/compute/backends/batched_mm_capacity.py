@@ -1,0 +1,205 @@
+"""``batched_mm_capacity``: the same number of rows for every expert; what is beyond is DROPPED.
+
+Every expert computes C = ceil(capacity_factor * R / E) rows, a number that comes from shapes alone:
+three ``torch.bmm``, all shapes static, no token count ever read on the host. So a CUDA graph can
+capture it, and its time does not depend on the routing.
+
+The price: of an expert with more than C tokens the *last ones in row order* are dropped, always the
+same ones. Their output row is exactly zero, and they add nothing to any gradient. In the trainer
+rows of an expert are in the order of the tokens, so that late tokens of a batch are dropped first.
+A run with ``[telemetry]`` reports the share as ``drop_rate``. With ``capacity_factor`` at or above
+E nothing can be dropped.
+
+Rows go to their slots and back by index, in both directions as a gather, so that a rerun gives the
+same bits.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. C = rows per expert, S = E * C slots.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.contract import (
+    check_where_free,
+    counts_of_offsets,
+    counts_on_host,
+    is_transposed,
+    laid_out_like,
+)
+from ezpz_moe.compute.elementwise import swiglu_gradients_
+
+
+def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
+    """C: at most all rows."""
+    return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
+
+
+class _Slots:
+    """Which row each of the S slots holds, and which slot each of the R rows has."""
+
+    def __init__(self, ends_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> None:
+        """``ends_E``: inclusive cumulative counts."""
+        device, R, E = rows_RX.device, rows_RX.shape[0], ends_E.shape[0]
+        self.experts, self.capacity = E, rows_per_expert(R, E, capacity_factor)
+        ends_E = ends_E.to(device, torch.int64, non_blocking=True).contiguous()
+        starts_E = F.pad(ends_E[:-1], (1, 0))
+
+        place_C = torch.arange(self.capacity, device=device)
+        row_EC = starts_E.unsqueeze(1) + place_C
+        void_EC = row_EC >= ends_E.unsqueeze(1)
+        self.void_S1 = void_EC.view(-1, 1)
+        self.row_S = row_EC.masked_fill(void_EC, 0).flatten()
+
+        row_R = torch.arange(R, device=device)
+        expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp_(max=E - 1)
+        place_R = row_R - starts_E[expert_R]
+        # Tail rows are placed after the last expert's own.
+        dropped_R = (place_R >= self.capacity) | (row_R >= ends_E[-1])
+        self.dropped_R1 = dropped_R.unsqueeze(1)
+        self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
+
+    def take(self, rows_RX: Tensor) -> Tensor:
+        """[R, X] -> [E, C, X]; slots without a row are zero, so that they add to no gradient."""
+        taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
+        return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
+
+    def put(self, slots_ECX: Tensor, like_RX: Tensor | None = None) -> Tensor:
+        """[E, C, X] -> [R, X], laid out like ``like_RX``; dropped and tail rows are zero."""
+        rows_RX = slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
+        rows_RX.masked_fill_(self.dropped_R1, 0)
+        return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
+
+
+def _ends(num_tokens_per_expert_E: Tensor) -> Tensor:
+    return torch.cumsum(num_tokens_per_expert_E, 0)
+
+
+def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
+    """``left.T @ right``, laid out like ``like_EMN``."""
+    if is_transposed(like_EMN):
+        return _weight_gradient(right_ECN, left_ECM, like_EMN.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(left_ECM.transpose(1, 2), right_ECN, out=torch.empty_like(like_EMN))
+
+
+def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float) -> Tensor:
+    slots = _Slots(offs_E, A_RK, capacity_factor)
+    return slots.put(torch.bmm(slots.take(A_RK), B_EKN))
+
+
+def _mm_backward(
+    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float
+) -> tuple[Tensor, Tensor]:
+    slots = _Slots(offs_E, A_RK, capacity_factor)
+    grad_C_ECN = slots.take(grad_C_RN)
+    grad_A_ECK = torch.bmm(grad_C_ECN, B_EKN.transpose(1, 2))
+    return slots.put(grad_A_ECK, A_RK), _weight_gradient(slots.take(A_RK), grad_C_ECN, B_EKN)
+
+
+def _gate_and_up(w1_EFD: Tensor, w3_EFD: Tensor, x_ECD: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.bmm(x_ECD, w1_EFD.transpose(1, 2)), torch.bmm(x_ECD, w3_EFD.transpose(1, 2))
+
+
+def _swiglu(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    capacity_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = _Slots(_ends(num_tokens_per_expert_E), x_RD, capacity_factor)
+    gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, slots.take(x_RD))
+    y_ECD = torch.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
+    return slots.put(y_ECD), slots.put(gate_ECF), slots.put(up_ECF)
+
+
+def _swiglu_backward(
+    grad_y_RD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_RD: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+    capacity_factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = _Slots(_ends(num_tokens_per_expert_E), x_RD, capacity_factor)
+    x_ECD, grad_y_ECD = slots.take(x_RD), slots.take(grad_y_RD)
+    if gate_RF is None or up_RF is None:
+        gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, x_ECD)
+    else:
+        gate_ECF, up_ECF = slots.take(gate_RF), slots.take(up_RF)
+    activated_ECF = F.silu(gate_ECF)
+    hidden_ECF = activated_ECF * up_ECF
+    grad_w2_EDF = _weight_gradient(grad_y_ECD, hidden_ECF, w2_EDF)
+
+    grad_hidden_ECF = torch.bmm(grad_y_ECD, w2_EDF, out=hidden_ECF)
+    grad_gate_ECF, grad_up_ECF = swiglu_gradients_(grad_hidden_ECF, activated_ECF, gate_ECF, up_ECF)
+    grad_x_ECD = torch.bmm(grad_gate_ECF, w1_EFD).baddbmm_(grad_up_ECF, w3_EFD)
+    return (
+        _weight_gradient(grad_gate_ECF, x_ECD, w1_EFD),
+        grad_w2_EDF,
+        _weight_gradient(grad_up_ECF, x_ECD, w3_EFD),
+        slots.put(grad_x_ECD, x_RD),
+    )
+
+
+@dataclass(frozen=True)
+class BatchedMMCapacity(KernelBackend):
+    """Batched products of one static size. See the module's text.
+
+    Attributes:
+        capacity_factor: rows of an expert, as a multiple of the mean over experts R / E.
+    """
+
+    name = "batched_mm_capacity"
+    summary = "three torch.bmm of static shapes; DROPS tokens beyond a capacity"
+    host_syncs = False
+    static_shapes = True
+    drops_tokens = True
+    pads = True
+    operators = Operators(
+        "batched_mm_capacity", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward)
+    )
+
+    capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.25
+
+    @property
+    def lossless(self) -> "BatchedMMCapacity":
+        return replace(self, capacity_factor=1e6)  # more than there are experts
+
+    @property
+    def kernel_options(self) -> tuple[float]:
+        return (self.capacity_factor,)
+
+    def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
+        E = num_tokens_per_expert_E.shape[0]
+        C = rows_per_expert(num_rows, E, self.capacity_factor)
+        dropped = (num_tokens_per_expert_E.to(torch.int64) - C).clamp_(min=0).sum()
+        return torch.stack([torch.full_like(dropped, E * C), dropped])
+
+    def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
+        check_where_free(counts_of_offsets, offs_E, A_RK)
+        return super()._grouped_mm(A_RK, B_EKN, offs_E)
+
+    def _swiglu(
+        self,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        w3_EFD: Tensor,
+        x_RD: Tensor,
+        num_tokens_per_expert_E: Tensor,
+    ) -> Tensor:
+        check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
+        return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+
+
+BACKEND = BatchedMMCapacity()

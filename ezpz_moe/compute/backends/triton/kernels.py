@@ -1,0 +1,247 @@
+"""Triton kernels: products of rows with their expert's matrix, and gradients of the weights.
+
+**Which rows a program computes.** Counts stay on the device, so that the grid has to be bounded
+by sizes that the host knows. Cut into tiles of B rows, expert e with rows ``start : end`` needs
+``ceil((end - start) / B)`` of them. It gets the *slots* from ``start // B + e`` on: since
+``a // B + ceil(b / B) <= (a + b) // B + 1``, they end before those of the next expert begin. The
+expert of a slot is then a count of first slots that are not beyond it: one reduction over E
+numbers, no prefix sum, no map in memory, no earlier launch. The tail rows are the rows of an
+expert number E whose product has no terms, so that zeros are written there. R // B + E + 1 slots
+are enough for all; those with no rows end at once.
+
+**In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first,
+so that an expert's matrix and the rows stay in the L2 cache.
+
+Offsets of elements are 64 bits wide, row numbers 32. Rows, columns and terms that a tile has too
+many are masked, never read: memory there may hold NaN. Every output is written by one program,
+once: no atomics, the same bits on a rerun.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. ``a_r`` is the stride of A in its
+dimension r, and so on; offs are the inclusive offsets of the experts' rows.
+"""
+
+from functools import partial
+
+import triton
+import triton.language as tl
+
+from ezpz_moe.compute.backends.triton.tuning import tuned
+
+
+@triton.jit
+def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Expert, first row and end of the expert's rows for a slot. Expert E has the tail."""
+    experts = tl.arange(0, BLOCK_E)
+    starts = tl.load(offs + experts - 1, (experts > 0) & (experts <= E), other=0).to(tl.int32)
+    begun = (starts // BLOCK_R + experts <= slot) & (experts <= E)
+    expert = tl.sum(begun.to(tl.int32), 0) - 1
+    start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
+    end = tl.load(offs + expert, expert < E, other=0).to(tl.int32)
+    end = tl.where(expert < E, end, R)
+    return expert, start + (slot - start // BLOCK_R - expert) * BLOCK_R, end
+
+
+@triton.jit
+def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
+    """Slot and column of a tile in the launch order of the module's text."""
+    per_group = GROUP * num_columns
+    first = tile // per_group * GROUP
+    size = tl.minimum(num_slots - first, GROUP)
+    rest = tile % per_group
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def _at(base, i, j, stride_i, stride_j):
+    """Pointers to the elements (i, j) of a matrix."""
+    return base + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+
+
+@triton.jit
+def _add_product(
+    acc, A, B, rows, columns, end, K, N, a_r, a_k, b_k, b_n,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``acc + A[rows, :K] @ B[:K, columns]``; nothing is read beyond end, K and N."""
+    terms = tl.arange(0, BLOCK_K)
+    a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
+    in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_at, in_rows, other=0.0)
+            b = tl.load(b_at, in_columns, other=0.0)
+        else:
+            a = tl.load(a_at, in_rows & (terms < K - k)[None, :], other=0.0)
+            b = tl.load(b_at, in_columns & (terms < K - k)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_at += BLOCK_K * a_k
+        b_at += BLOCK_K * b_k
+    return acc
+
+
+@tuned
+@triton.jit(do_not_specialize=["R", "R_BUCKET"])
+def multiply(
+    A, B, A2, B2, offs, C, E, R, R_BUCKET, K, N,
+    a_r, a_k, b_e, b_k, b_n, a2_r, a2_k, b2_e, b2_k, b2_n, c_r, c_n,
+    SECOND: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for the rows r of expert e."""
+    slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
+    if row < end:
+        rows = row + tl.arange(0, BLOCK_R)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        e = expert.to(tl.int64)
+        terms = tl.where(expert < E, K, 0)
+        acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        acc = _add_product(
+            acc, A, B + e * b_e, rows, columns, end, terms, N, a_r, a_k, b_k, b_n, BLOCK_K, EVEN_K
+        )
+        if SECOND:
+            acc = _add_product(
+                acc, A2, B2 + e * b2_e, rows, columns, end, terms, N, a2_r, a2_k, b2_k, b2_n,
+                BLOCK_K, EVEN_K,
+            )  # fmt: skip
+        inside = (rows < end)[:, None] & (columns < N)[None, :]
+        tl.store(_at(C, rows, columns, c_r, c_n), acc.to(C.dtype.element_ty), inside)
+
+
+@partial(tuned, sums=2)
+@triton.jit(do_not_specialize=["R", "R_BUCKET"])
+def gate_and_up(
+    X, W1, W3, offs, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
+    x_r, x_k, w1_e, w1_n, w1_k, w3_e, w3_n, w3_k,
+    HIDDEN_TOO: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, from one reading of x. [R, N] each.
+
+    The two products are written out and not called, so that a tile of x is loaded once.
+    """
+    slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
+    if row < end:
+        rows = row + tl.arange(0, BLOCK_R)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        terms = tl.arange(0, BLOCK_K)
+        e = expert.to(tl.int64)
+        x_at = _at(X, rows, terms, x_r, x_k)
+        w1_at = _at(W1 + e * w1_e, terms, columns, w1_k, w1_n)
+        w3_at = _at(W3 + e * w3_e, terms, columns, w3_k, w3_n)
+        in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
+        gate = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for k in range(0, tl.where(expert < E, K, 0), BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_at, in_rows, other=0.0)
+                w1 = tl.load(w1_at, in_columns, other=0.0)
+                w3 = tl.load(w3_at, in_columns, other=0.0)
+            else:
+                x = tl.load(x_at, in_rows & (terms < K - k)[None, :], other=0.0)
+                w1 = tl.load(w1_at, in_columns & (terms < K - k)[:, None], other=0.0)
+                w3 = tl.load(w3_at, in_columns & (terms < K - k)[:, None], other=0.0)
+            gate = tl.dot(x, w1, gate, input_precision="ieee")
+            up = tl.dot(x, w3, up, input_precision="ieee")
+            x_at += BLOCK_K * x_k
+            w1_at += BLOCK_K * w1_k
+            w3_at += BLOCK_K * w3_k
+        # gate, up and hidden are contiguous: they are new
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        inside = in_rows & in_columns
+        tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
+        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
+        if HIDDEN_TOO:
+            hidden = gate * tl.sigmoid(gate) * up
+            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _through_swiglu(grad, GATE, UP, HIDDEN, DGATE, DUP, rows, columns, end, N):
+    """From the gradient of a tile of ``silu(gate) * up``: those of gate and up, and the tile."""
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    inside = (rows < end)[:, None] & (columns < N)[None, :]
+    gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(HIDDEN + at, (silu * up).to(HIDDEN.dtype.element_ty), inside)
+    tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
+    tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
+
+
+@tuned
+@triton.jit(do_not_specialize=["R", "R_BUCKET"])
+def hidden_gradients(
+    DY, W2, GATE, UP, offs, HIDDEN, DGATE, DUP, E, R, R_BUCKET, K, N,
+    dy_r, dy_k, w2_e, w2_k, w2_n,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Through SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
+
+    HIDDEN is ``silu(gate) * up`` once more, which w2's gradient needs: two loaded tiles and no
+    product, so that it is not saved between forward and backward. A quarter of the columns at a
+    time: for a whole tile the registers do not suffice.
+    """
+    slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
+    if row < end:
+        rows = row + tl.arange(0, BLOCK_R)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        grad = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        grad = _add_product(
+            grad, DY, W2 + expert.to(tl.int64) * w2_e, rows, columns, end,
+            tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+        left, right = _halves(grad)
+        for half in tl.static_range(2):
+            quarters = _halves(left if half == 0 else right)
+            for quarter in tl.static_range(2):
+                first = column * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
+                part = first + tl.arange(0, BLOCK_N // 4)
+                _through_swiglu(quarters[quarter], GATE, UP, HIDDEN, DGATE, DUP, rows, part, end, N)
+
+
+@tuned
+@triton.jit(do_not_specialize=["R", "R_BUCKET"])
+def weight_gradient(
+    LEFT, RIGHT, offs, GRAD, E, R, R_BUCKET, K, N,
+    l_r, l_k, r_r, r_n, g_e, g_k, g_n,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros where e has no rows.
+
+    Here rows are the terms of the sum: BLOCK_R of K's and BLOCK_K of them make a tile.
+    """
+    per_expert = tl.cdiv(K, BLOCK_R) * tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // per_expert
+    block, column = _place(
+        tl.program_id(0) % per_expert, tl.cdiv(K, BLOCK_R), tl.cdiv(N, BLOCK_N), GROUP
+    )
+    start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
+    end = tl.load(offs + expert).to(tl.int32)
+    ks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = start + tl.arange(0, BLOCK_K)
+    left_at, right_at = _at(LEFT, ks, rows, l_k, l_r), _at(RIGHT, rows, columns, r_r, r_n)
+    in_ks, in_columns = (ks < K)[:, None], (columns < N)[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for row in range(start, end, BLOCK_K):
+        in_rows = row + tl.arange(0, BLOCK_K) < end
+        left = tl.load(left_at, in_ks & in_rows[None, :], other=0.0)
+        right = tl.load(right_at, in_rows[:, None] & in_columns, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        left_at += BLOCK_K * l_r
+        right_at += BLOCK_K * r_r
+    at = _at(GRAD + expert.to(tl.int64) * g_e, ks, columns, g_k, g_n)
+    tl.store(at, acc.to(GRAD.dtype.element_ty), in_ks & in_columns)

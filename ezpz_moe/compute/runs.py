@@ -1,0 +1,93 @@
+"""Runs of neighbouring experts that one batched product computes, with bounded padding.
+
+A batched product takes one weight tensor with one stride: without copies of the weights these are
+experts next to each other. All of them get as many rows as the busiest of the run has, so that
+merging runs trades launches for padding. Plain Python on the host; no tensors here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """The experts ``first : stop``, each computed with ``capacity`` rows.
+
+    Their own rows are ``start : end``.
+    """
+
+    first: int
+    stop: int
+    capacity: int
+    start: int
+    end: int
+
+    @property
+    def experts(self) -> int:
+        return self.stop - self.first
+
+    @property
+    def padding(self) -> int:
+        """Rows that are computed for nothing."""
+        return self.experts * self.capacity - (self.end - self.start)
+
+
+def single_run(counts: Sequence[int]) -> tuple[Run, ...]:
+    """All experts as one run, however much padding that is; none where there are no rows."""
+    capacity = max(counts, default=0)
+    return (Run(0, len(counts), capacity, 0, sum(counts)),) if capacity else ()
+
+
+@lru_cache(maxsize=256)  # backward asks for what forward asked for
+def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
+    """Few runs that cover every expert with rows, in the experts' order.
+
+    Neighbours are merged, the pair that adds least padding first, until another would bring the
+    padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
+    only where they lie between two with rows.
+    """
+    first: list[int] = []
+    stop: list[int] = []
+    capacity: list[int] = []
+    for expert, count in enumerate(counts):
+        if count and stop and stop[-1] == expert and capacity[-1] == count:
+            stop[-1] += 1  # as busy as its neighbour: one run at no cost
+        elif count:
+            first.append(expert)
+            stop.append(expert + 1)
+            capacity.append(count)
+    # Merging i with the run after it, j, grows i; j is gone then, and its stop 0.
+    before, after = [*range(-1, len(first) - 1)], [*range(1, len(first)), -1]
+
+    def offer(i: int, j: int) -> tuple[int, int, int, int]:
+        """(padding that merging adds, i, and what tells whether i or j has grown since)."""
+        experts = stop[j] - first[i]
+        computed = (stop[i] - first[i]) * capacity[i] + (stop[j] - first[j]) * capacity[j]
+        return experts * max(capacity[i], capacity[j]) - computed, i, stop[i], stop[j]
+
+    offers = [offer(i, i + 1) for i in range(len(first) - 1)]
+    heapq.heapify(offers)
+    left = max_padding * sum(counts)
+    while offers and offers[0][0] <= left:
+        added, i, stop_i, stop_j = heapq.heappop(offers)
+        j = after[i]
+        if stop[i] != stop_i or stop[j] != stop_j:
+            continue
+        left -= added
+        capacity[i], stop[i], stop[j] = max(capacity[i], capacity[j]), stop_j, 0
+        after[i] = after[j]
+        if before[i] >= 0:
+            heapq.heappush(offers, offer(before[i], i))
+        if after[i] >= 0:
+            before[after[i]] = i
+            heapq.heappush(offers, offer(i, after[i]))
+    starts = [0, *accumulate(counts)]
+    return tuple(
+        Run(first[i], stop[i], capacity[i], starts[first[i]], starts[stop[i]])
+        for i in range(len(first))
+        if stop[i]
+    )

@@ -1,0 +1,238 @@
+"""Which backend is fastest: measured on a layer's own rows, and remembered on disk.
+
+What the times depend on is a :class:`Situation`. :mod:`.agreement` has what ranks make of it.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from pydantic import TypeAdapter
+
+from ezpz_moe import __version__
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "EZPZ_MOE_CACHE"
+"""Names the folder of what has been measured, in place of the user's cache folder."""
+
+_TURNS = 5
+_SECONDS = 30  # after which no further turn begins
+
+
+@dataclass(frozen=True)
+class Question:
+    """What layers have in common, on whatever rank, that are computed by the same backend.
+
+    Attributes:
+        product: ``"swiglu"`` or ``"mm"``.
+        candidates: the backends to choose from.
+        device: the device's name, for the CPU with the number of threads.
+        dtype: what the kernels compute in.
+        sizes: (E, D, F), or (E, K, N) of one product.
+        recompute: backward computes gate and up again.
+        torch, ezpz_moe: their versions.
+    """
+
+    product: str
+    candidates: tuple[str, ...]
+    device: str
+    dtype: str
+    sizes: tuple[int, int, int]
+    recompute: bool
+    torch: str = torch.__version__
+    ezpz_moe: str = __version__
+
+    def __str__(self) -> str:
+        E, inner, outer = self.sizes
+        again = ", recomputed in backward" if self.recompute else ""
+        return (
+            f"{self.product} of {E} experts {inner} x {outer}, {self.dtype} on {self.device}{again}"
+        )
+
+    @property
+    def key(self) -> str:
+        """The same for equal questions only, in every process."""
+        return _key(self)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the fastest backend depends on.
+
+    Attributes:
+        question: who is asked for.
+        rows: R, rounded up to a power of two.
+        skew: class of the load, :func:`skew_class`.
+    """
+
+    question: Question
+    rows: int
+    skew: int
+
+    def __str__(self) -> str:
+        return f"{self.question}, up to {self.rows} rows, busiest expert {self.busiest} x the mean"
+
+    @property
+    def busiest(self) -> str:
+        """Load of the busiest expert over the mean, in the middle of the class."""
+        return f"{2 ** (self.skew / 2):.2g}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of forward and backward by backend, the fastest first; None: out of memory."""
+
+    milliseconds: dict[str, float | None]
+
+    @property
+    def fastest(self) -> str:
+        return next(iter(self.milliseconds))
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {'out of memory' if ms is None else f'{ms:.3g} ms'}"
+            for name, ms in self.milliseconds.items()
+        )
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What times on a device depend on."""
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def skew_class(busiest_over_mean: float) -> int:
+    """0 for an even load; one more for every half power of two of the busiest expert's.
+
+    So fine, because a batched product is the fastest for an even load and no longer at 1.3.
+    """
+    return round(2 * math.log2(max(busiest_over_mean, 1)))
+
+
+def fastest(
+    situation: Situation, runs: Mapping[str, Callable[[], object]], device: torch.device
+) -> str:
+    """The fastest of ``runs``, each a forward and backward pass of one backend; logged.
+
+    Raises:
+        torch.OutOfMemoryError: none of them fits in memory.
+    """
+    measured, source = _remembered(situation), "measured by a former run"
+    if measured is None:
+        start = time.perf_counter()
+        measured = measure(runs, device)
+        source = f"measured now, in {time.perf_counter() - start:.2g} s"
+        remember(situation, measured)
+    logger.info(f"ezpz_moe: auto: {measured.fastest} for {situation} ({source}: {measured})")
+    return measured.fastest
+
+
+def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> Measured:
+    """Time each of ``runs``. They take turns, so that a busy machine slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    too_large: dict[str, None] = {}
+    start = time.perf_counter()
+    for turn in range(1 + _TURNS):
+        if turn > 1 and time.perf_counter() - start > _SECONDS:
+            break
+        for name, run in runs.items():
+            if name in too_large:
+                continue
+            try:
+                elapsed = _milliseconds(run, device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_large[name] = None
+                continue
+            if turn:  # the first one warms up
+                times[name].append(elapsed)
+    medians = {
+        name: statistics.median(each) for name, each in times.items() if name not in too_large
+    }
+    if not medians:
+        raise torch.OutOfMemoryError(f"none of {', '.join(runs)} fits in the memory of {device}")
+    return Measured(dict(sorted(medians.items(), key=lambda item: item[1])) | too_large)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory did not suffice. For that the CPU's allocator has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """By the host's clock, over all that ``run`` has put on the device."""
+    synchronize = getattr(torch.get_device_module(device), "synchronize", lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+# --- what former runs have measured ---------------------------------------------------------------
+
+
+def _key(asked: Question | Situation) -> str:
+    return hashlib.sha256(json.dumps(asdict(asked)).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where a file for each situation is kept; it need not be there yet."""
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = Path(named).expanduser() if named else user_cache_path("ezpz_moe")
+    return folder / "auto"
+
+
+def recorded() -> Iterator[tuple[Situation, Measured]]:
+    """Everything that is kept."""
+    situations, measurements = TypeAdapter(Situation), TypeAdapter(Measured)
+    for path in sorted(cache_folder().glob("*.json")):
+        text = path.read_bytes()
+        yield situations.validate_json(text), measurements.validate_json(text)
+
+
+def _path(situation: Situation) -> Path:
+    return cache_folder() / f"{_key(situation)}.json"
+
+
+def _remembered(situation: Situation) -> Measured | None:
+    path = _path(situation)
+    try:
+        measured = TypeAdapter(Measured).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(f"ezpz_moe: {path}: not readable ({error}); measuring again")
+        return None
+    return measured if set(measured.milliseconds) == set(situation.question.candidates) else None
+
+
+def remember(situation: Situation, measured: Measured) -> None:
+    """Keep for later runs. Whole or not at all: several ranks may write the same file."""
+    path = _path(situation)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(asdict(situation) | asdict(measured), indent=2) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        logger.warning(
+            f"ezpz_moe: {path}: not written ({error}), so that the next run measures again; "
+            f"{CACHE_VARIABLE} names another folder"
+        )

@@ -1,0 +1,30 @@
+"""A flavor's backend, and what a run says of one that drops tokens: the same on every host."""
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.compute.contract import Backend
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import Flavor
+
+
+def backend_of(flavor: Flavor) -> Backend:
+    """What computes the flavor's experts.
+
+    Raises:
+        EzpzError: the backend does not load, or takes no such options; names the flavor's file.
+    """
+    try:
+        return get_backend(flavor.compute_backend)
+    except EzpzError as error:
+        raise EzpzError(f"{flavor.source}: {error}") from error
+
+
+def drops_warning(compute_backend: str, reported: str) -> str:
+    """For the log, once at the start.
+
+    Args:
+        reported: where this host says how many, as the end of "Their share ...".
+    """
+    return (
+        f"compute_backend {compute_backend} drops tokens beyond its capacity: the experts' output "
+        f"for them is zero. Their share {reported}."
+    )

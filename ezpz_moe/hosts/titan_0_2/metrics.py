@@ -1,0 +1,75 @@
+"""The host's metrics with what a backend drops: no run loses tokens unreported.
+
+What else the routers have to say, a flavor's ``[telemetry]``, needs torchtitan 0.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.hosts.titan_0_2.experts import EzpzGroupedExperts
+from ezpz_moe.routing.counters import ROWS
+from ezpz_moe.telemetry.figures import over_layers, use_of_rows
+
+
+def build(job_config: Any, parallel_dims: Any, model_args: Any, **more: Any) -> MetricsProcessor:
+    """The host's own, or where the backend drops tokens :class:`DropMetrics`."""
+    if not get_backend(model_args.compute_backend).drops_tokens:
+        return build_metrics_processor(job_config, parallel_dims, model_args, **more)
+    return DropMetrics(job_config, parallel_dims, **more, num_layers=model_args.n_layers)
+
+
+class DropMetrics(MetricsProcessor):
+    """``MetricsProcessor`` with ``moe/drop_rate`` and ``moe/padding_waste``, and a line in the log.
+
+    Both are shares of all ranks since the last log: the mean over layers and, as ``..._worst``, the
+    worst layer's. Under tensor parallelism every rank has all tokens, which changes no share.
+    """
+
+    def __init__(self, *args: Any, num_layers: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_layers = num_layers
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As the host's. All ranks call it; one sum over them, and one device sync more."""
+        figures = self._figures()
+        more = {f"moe/{name}": value for name, value in figures.items()}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, (extra_metrics or {}) | more)
+        if figures:
+            logger.info(
+                f"ezpz_moe: {figures['drop_rate']:.1%} of the experts' tokens dropped since the "
+                f"last log, {figures['drop_rate_worst']:.1%} in the worst layer"
+            )
+
+    def _figures(self) -> dict[str, float]:
+        """Over the layers that were given tokens since the last log; the counters begin again."""
+        rows_L3 = torch.zeros(
+            self._num_layers, len(ROWS), dtype=torch.int64, device=torch.device(device_type)
+        )
+        for part in self.model_parts or ():
+            for number, block in part.layers.items():
+                for module in block.modules():
+                    if isinstance(module, EzpzGroupedExperts) and module.rows_3 is not None:
+                        rows_L3[int(number)] += module.rows_3
+                        module.rows_3.zero_()
+        torch.distributed.all_reduce(rows_L3)  # a pipeline stage has zeros for the others' layers
+        return over_layers(
+            [
+                use_of_rows(given, computed, dropped)
+                for given, computed, dropped in rows_L3.tolist()
+                if given
+            ]
+        )

@@ -1,0 +1,22 @@
+"""The host's own routed experts, which ``ezpz-moe bench`` measures the backends against.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+import torch
+from torchtitan.models.moe.moe import GroupedExperts
+
+
+def stock_experts(
+    w1_EFD: torch.Tensor, w2_EDF: torch.Tensor, w3_EFD: torch.Tensor
+) -> GroupedExperts:
+    """The host's own experts with these weights: ``(x_RD, num_tokens_per_expert_E) -> y_RD``.
+
+    By torch._grouped_mm, for which the host pads tokens with a Triton kernel; on the CPU, where
+    that cannot run, by its for-loop.
+    """
+    E, F, D = w1_EFD.shape
+    with torch.device("meta"):
+        experts = GroupedExperts(D, F, E, use_grouped_mm=w1_EFD.device.type != "cpu")
+    experts.load_state_dict({"w1": w1_EFD, "w2": w2_EDF, "w3": w3_EFD}, assign=True)
+    return experts

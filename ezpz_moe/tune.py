@@ -1,0 +1,100 @@
+"""Measure ahead of time what ``compute_backend = "auto"`` measures in a job's first step.
+
+One step of the job in the real trainer, on the processes that it will run with, so that rows,
+sizes, threads and routing are the run's own. Each process measures, because any of them may be the
+first to be asked in the run. What is measured replaces what was known.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ezpz_moe.backend_names import name_and_options
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavors import load_flavor
+from ezpz_moe.hosts import presumed_generation
+from ezpz_moe.job import Job, find_job
+from ezpz_moe.launch import train
+from ezpz_moe.nodes import Placement
+
+if TYPE_CHECKING:
+    from ezpz_moe.compute.tuning import Measured, Situation
+
+_AUTO = "auto"
+
+
+def tune(
+    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+) -> tuple[int, list[tuple[Situation, Measured]]]:
+    """Train one step of ``config``, and keep what its ``auto`` has measured.
+
+    Args:
+        config, host_flags, nproc, placement: as in :func:`ezpz_moe.launch.train`.
+
+    Returns:
+        The exit code of the step, and what this machine's processes have measured: nothing
+        unless it is 0, or where no routed row came to them.
+
+    Raises:
+        EzpzError: as :func:`ezpz_moe.launch.train`; the job's experts are not computed by
+            ``auto``; or what is measured could not be kept. Nothing has been started then.
+    """
+    job = find_job(config)
+    _check_flavor(job)
+    from ezpz_moe.compute import agreement, tuning
+
+    _check_folder()
+    with (
+        tempfile.TemporaryDirectory(prefix="ezpz-moe-tune-") as scratch,
+        _variable(tuning.CACHE_VARIABLE, scratch),
+        _variable(agreement.ALONE_VARIABLE, "1"),
+    ):
+        step = presumed_generation().slot("command").one_step(scratch)
+        code = train(config, [*step, *host_flags], nproc=nproc, placement=placement)
+        measured = list(tuning.recorded()) if code == 0 else []
+    for situation, times in measured:
+        tuning.remember(situation, times)
+    return code, measured
+
+
+def _check_flavor(job: Job) -> None:
+    flavor = load_flavor(job.flavor, near=job.folder)
+    backend = flavor.compute_backend
+    if name_and_options(backend)[0] != _AUTO:
+        raise EzpzError(
+            f"{job.source}: compute_backend = {backend!r} in flavor {flavor.name}, so that "
+            f"there is nothing to choose. Name a flavor that ends in _{_AUTO}, or set "
+            f'compute_backend = "{_AUTO}" in its file.'
+        )
+
+
+def _check_folder() -> None:
+    """Raise if nothing can be kept."""
+    from ezpz_moe.compute import tuning
+
+    folder = tuning.cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EzpzError(
+            f"{folder}, where measured times are kept, cannot be written: {error.strerror}. "
+            f"Set {tuning.CACHE_VARIABLE} to another folder."
+        ) from error
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """The environment with one variable set."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
