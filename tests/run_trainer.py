@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N tests/run_trainer.py SCENARIOS.json OUT
 
-SCENARIOS.json maps a name to a free port and the arguments of ``torchtitan.train``. Every rank
+SCENARIOS.json maps a name to the arguments of ``torchtitan.train``. Every rank
 writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step
 (thinned out where they are large) and a digest of every parameter as it is made and after the last
 step, all whole whatever their sharding, and which backend every experts module has chosen. The host
@@ -43,21 +43,38 @@ def main(scenarios: str, out: str) -> None:
 
     init_logger()
     fork = multiprocessing.get_context("fork")
-    for name, (port, arguments) in json.loads(Path(scenarios).read_text()).items():
-        child = fork.Process(target=_train_and_save, args=(port, f"{out}.{name}", arguments))
+    for name, arguments in json.loads(Path(scenarios).read_text()).items():
+        child = fork.Process(target=_train_and_save, args=(name, f"{out}.{name}", arguments))
         child.start()
         child.join()
         if child.exitcode:
             raise SystemExit(f"scenario {name!r} failed with exit code {child.exitcode}")
 
 
-def _train_and_save(port: int, out: str, arguments: list[str]) -> None:
-    # torchrun's own store still holds the addresses of the scenario before.
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+def _train_and_save(name: str, out: str, arguments: list[str]) -> None:
+    store = _open_store(name)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(store.port)}
     record = run(arguments)
     torch.save(record, f"{out}.{torch.distributed.get_rank()}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _open_store(scenario: str) -> torch.distributed.TCPStore:
+    """A store for the ranks of one scenario: torchrun's holds the addresses of those before.
+
+    Rank 0 opens it at a port of the system's choice, as one that the process group will share,
+    so that no other process can take the port in between.
+    """
+    address, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+    agents = torch.distributed.TCPStore(address, int(os.environ["MASTER_PORT"]))
+    if rank == 0:
+        own = torch.distributed.TCPStore(
+            address, 0, is_master=True, multi_tenant=True, wait_for_workers=False
+        )
+        agents.set(f"port of {scenario}", str(own.port))
+        return own
+    return torch.distributed.TCPStore(address, int(agents.get(f"port of {scenario}")))
 
 
 class _Clock:

@@ -1,10 +1,8 @@
 """Runs scenarios of the real trainer in real processes, and compares their records."""
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -92,26 +90,17 @@ def train(
     }
 
 
-def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """Each scenario with a port where its ranks meet, and a dump folder unless it names one."""
-    ports = _free_ports(len(scenarios))
+def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, list[str]]:
+    """Each scenario with a dump folder, unless it names one."""
     return {
-        name: (port, [*_dump_folder(folder / name, arguments), *arguments])
-        for port, (name, arguments) in zip(ports, scenarios.items(), strict=True)
+        name: [*_dump_folder(folder / name, arguments), *arguments]
+        for name, arguments in scenarios.items()
     }
 
 
 def _dump_folder(folder: Path, arguments: list[str]) -> list[str]:
     named = {"--dump-folder", "--job.dump-folder"} & set(arguments)
     return [] if named else [dialect.DUMP_FOLDER, str(folder)]
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def telemetry(folder: Path, name: str) -> list[dict]:
