@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -37,9 +38,12 @@ def _network_of_gloo(monkeypatch):
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Where nobody listens, and below those that a system gives to whoever asks for any port."""
+    for candidate in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", candidate))
+            return candidate
+    raise RuntimeError("100 ports in a row are taken")
 
 
 def come(*placements: Placement, nproc: int = 1, seconds: float = 30) -> list:
