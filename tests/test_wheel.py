@@ -1,16 +1,22 @@
 """The built wheel, in an environment of its own: it carries the flavors, the tokenizer, the doors.
 
 The environment has what reading a flavor needs, and neither torch nor torchtitan: those would take
-minutes and gigabytes, and nothing here may need them.
+minutes and gigabytes, and nothing here may need them. No network is needed either, which the nodes
+of a cluster often lack: what the wheel is built with and depends on is that of the running tests.
 """
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
+from collections.abc import Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 import tomli
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,12 +45,31 @@ def run(*command: str | Path, **options) -> str:
 def python(tmp_path_factory) -> Path:
     """The interpreter of a new environment with the wheel in it."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
     venv.create(folder / "env", with_pip=True)
     interpreter = folder / "env" / "bin" / "python"
     run(interpreter, "-m", "pip", "install", "--no-deps", *folder.glob("*.whl"))
-    run(interpreter, "-m", "pip", "install", *LIGHT_DEPENDENCIES)
+    site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "env")}))
+    for name in LIGHT_DEPENDENCIES:
+        for distribution in _with_dependencies(name):
+            _copy(distribution, site)
     return interpreter
+
+
+def _with_dependencies(name: str) -> Iterator[Distribution]:
+    """What is installed under ``name`` here, and all that it needs."""
+    distribution = Distribution.from_name(name)
+    yield distribution
+    for requirement in map(Requirement, distribution.requires or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield from _with_dependencies(requirement.name)
+
+
+def _copy(distribution: Distribution, site: Path) -> None:
+    for file in distribution.files or ():
+        if ".." not in file.parts and file.suffix != ".pyc":  # commands are not needed
+            (site / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), site / file)
 
 
 def test_the_wheel_has_flavors_backends_and_tokenizer(python, tmp_path):
