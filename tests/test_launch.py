@@ -54,7 +54,12 @@ def start(job: Path | str, nproc: int, *flags: str, **popen) -> subprocess.Popen
     return subprocess.Popen(
         [sys.executable, "-c", START, str(job), str(nproc), *flags],
         cwd=Path(job).parent,
-        env={**environment, "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **environment,
+            "TMPDIR": str(scratch),
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns where no name server answers
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
