@@ -60,7 +60,9 @@ def train(
     # The trainer, which counts the ranks of all machines, warns when the loss is on a hidden one.
     os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
     if placement is None:
-        return _run(["--standalone"], arguments, nproc, shown, str)
+        # By this machine's own name, which not every laptop can look up, torchrun would wait long.
+        here = ["--standalone", "--local-addr", "localhost"]
+        return _run(here, arguments, nproc, shown, str)
     with meet(placement, nproc) as nodes:
 
         def lost(failure: ChildFailedError) -> str:

@@ -43,7 +43,9 @@ def job(tmp_path) -> Path:
     return Path(shutil.copytree(TINY, tmp_path / "job")) / "job.toml"
 
 
-def start(job: Path | str, nproc: int, *flags: str, **popen) -> subprocess.Popen:
+def start(
+    job: Path | str, nproc: int, *flags: str, program: str = START, **popen
+) -> subprocess.Popen:
     scratch = Path(job).parent / "scratch"
     scratch.mkdir(exist_ok=True)
     environment = {
@@ -52,7 +54,7 @@ def start(job: Path | str, nproc: int, *flags: str, **popen) -> subprocess.Popen
         if name not in ("LOG_RANK", "OMP_NUM_THREADS")
     }
     return subprocess.Popen(
-        [sys.executable, "-c", START, str(job), str(nproc), *flags],
+        [sys.executable, "-c", program, str(job), str(nproc), *flags],
         cwd=Path(job).parent,
         env={
             **environment,
@@ -335,6 +337,19 @@ def test_a_mistake_that_the_workers_find_is_one_message(job):
     assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' holds no text\.\n", err)
     assert "Traceback" not in out
     assert not (job.parent / "outputs").exists()
+
+
+ON_A_MACHINE_WHOSE_NAME_MEANS_NOTHING = f"""
+import socket
+socket.getfqdn = lambda *_: "no-such-host.invalid"
+{START}
+"""
+
+
+@pytest.mark.train
+def test_one_machine_needs_no_name(job):
+    code, _, err = finish(start(job, 1, program=ON_A_MACHINE_WHOSE_NAME_MEANS_NOTHING))
+    assert code == 0, err
 
 
 @pytest.mark.train
