@@ -124,9 +124,14 @@ def _is_flavor_file(path: Path) -> bool:
     A file that cannot be read counts as a flavor, so that whoever names it learns what is wrong.
     """
     try:
-        return not _KEYS.isdisjoint(read_toml(path))
+        return is_flavor(read_toml(path))
     except EzpzError:
         return True
+
+
+def is_flavor(document: Mapping[str, Any]) -> bool:
+    """Whether a TOML has a key of a flavor; a job has none."""
+    return not _KEYS.isdisjoint(document)
 
 
 def _public(files: Mapping[str, Path]) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
 from ezpz_moe.hosts import presumed_generation
 from ezpz_moe.hosts.titan_0_3.job_keys import Key
 from ezpz_moe.toml import read_toml
@@ -82,6 +82,12 @@ def load_job(path: str | Path) -> Job:
     """
     path = Path(path)
     document = read_toml(path)
+    if is_flavor(document) and "model" not in document:
+        raise EzpzError(
+            f"{path}: is the file of a flavor, not of a job. Give the flavor's name, {path.stem}, "
+            f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
+            f'that has [model] flavor = "{path.stem}".'
+        )
     values, problems = _checked(document)
     problems += _model_problems(document, values, path.parent)
     if problems:

@@ -102,6 +102,14 @@ def test_a_key_outside_of_any_section_is_sent_home(job_file):
     assert "seq_len (outside of any section): unknown key. It belongs in [training]." in message
 
 
+def test_a_flavors_file_is_told_from_a_job(job_file):
+    message = problem(job_file('inherits = "debugmodel"\n[telemetry]\nevery = 2\n'))
+    assert "is the file of a flavor, not of a job" in message
+    assert "unknown" not in message
+    message = problem(job_file('inherits = "debugmodel"\n' + MODEL))
+    assert "inherits (outside of any section): unknown key." in message, "a job with a wrong key"
+
+
 def test_an_unknown_section_names_the_nearest(job_file):
     message = problem(job_file(MODEL + "[trainning]\nsteps = 8\n"))
     assert "[trainning]: unknown section. Did you mean 'training'?" in message
