@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from trainer_runs import TORCHRUN
 
 from ezpz_moe.checkpoints import inspect, remap, storage
 from ezpz_moe.checkpoints.plan import make_plan
@@ -115,8 +116,8 @@ def test_every_shard_is_carried_there_and_back(tmp_path, dim, experts, shards) -
     source = tmp_path / "source"
     values = {"folder": str(source), "dim": dim, "tests": str(Path(__file__).parent)}
     script.write_text(SHARDED.format(experts=experts, **values))
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    subprocess.run([*command, "--nproc-per-node", "2", str(script)], check=True, timeout=300)
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=300)
     assert inspect(source).files == 2
     remap(source, tmp_path / "main", "main")
     new = loaded(tmp_path / "main")

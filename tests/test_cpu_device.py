@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from trainer_runs import TORCHRUN
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import cpu
@@ -199,5 +200,6 @@ def test_fsdp_over_gloo_gives_the_gradients_of_the_whole_batch():
             torch.distributed.destroy_process_group()
             os._exit(0)  # gloo's threads may abort a teardown, see ezpz_moe.train
         """,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *TORCHRUN,
+        "--nproc-per-node=2",
     )

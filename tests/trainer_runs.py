@@ -32,6 +32,9 @@ if not dialect.ON_0_2:  # which hands the same tensors to the same operators
 COMPUTED_BY = {**{name: name for name in BACKENDS}, **WITH_OPTIONS}
 """The end of a flavor's name -> its ``compute_backend``."""
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+"""Processes on this machine, whose own name need not lead anywhere."""
+
 Record = dict
 Scenarios = Mapping[str, list[str]]
 
@@ -65,8 +68,7 @@ def train(
     """
     (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
     command = [
-        *(python, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
+        *(python, *TORCHRUN, "--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
         *(str(folder / "scenarios.json"), str(folder / "records")),
     ]
     result = subprocess.run(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from dialect import batch, job
+from trainer_runs import TORCHRUN
 
 from ezpz_moe import cli
 
@@ -23,9 +24,8 @@ def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, tmp_path)
     """Without an accelerator the host's own command starts again as ours."""
     flags = [*batch(size=2, seq_len=128), "--training.steps", "8"]
     flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     result = subprocess.run(
-        [sys.executable, *torchrun, "-m", module, *job(JOB, *flags)],
+        [sys.executable, *TORCHRUN, "-m", module, *job(JOB, *flags)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from trainer_runs import TORCHRUN
 
 from ezpz_moe.convert_model import new_model
 from ezpz_moe.errors import EzpzError
@@ -167,7 +168,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(job_file, case):
     text, flags, message = MISTAKES[case]
     path = job_file(text)
     result = python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+        *TORCHRUN,
         *("-m", "ezpz_moe.train", "--job.custom_config_module", "ezpz_moe"),
         *("--job.config_file", str(path), *flags),
         cwd=path.parent,
