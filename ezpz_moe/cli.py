@@ -71,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"ezpz-moe {__version__}")
         return 0
-    parsed = _parse(arguments)
+    try:
+        parsed = _parse(arguments)
+    except BrokenPipeError:  # `head` has read enough of the help; rich does the same for tables
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if parsed.debug:
         os.environ[DEBUG_VARIABLE] = "1"
     try:

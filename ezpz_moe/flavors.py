@@ -273,6 +273,7 @@ def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
             reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
             return f"{path} is not a flavor: {reason}."
     return (
-        f"unknown flavor {name!r}. Known are {', '.join(known)}, "
+        f"unknown flavor {name!r} in {', '.join(map(str, folders))} ({FOLDER_VARIABLE} adds a "
+        f"folder). Known are {', '.join(known)}, "
         "each also with [_<attention>][_<backend>]."
     )

@@ -76,6 +76,15 @@ def test_help_needs_no_torch(command: list[str]) -> None:
     assert output.splitlines()[-1] == "0 set()"
 
 
+def test_a_reader_who_has_read_enough_causes_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ezpz_moe.cli", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_flavors_lists_all_with_their_figures(capsys) -> None:
     assert cli.main(["flavors"]) == 0
     captured = capsys.readouterr()

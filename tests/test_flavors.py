@@ -113,6 +113,14 @@ def test_a_name_that_is_no_flavor(name: str, hint: str) -> None:
     assert hint in str(error.value)
 
 
+def test_of_an_unknown_name_the_searched_folders_are_told(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path / "named"))
+    (tmp_path / "named").mkdir()
+    with pytest.raises(EzpzError, match="EZPZ_MOE_FLAVORS adds a folder") as error:
+        load_flavor("mine", near=tmp_path)
+    assert f"unknown flavor 'mine' in {tmp_path}, {tmp_path}/named, " in str(error.value)
+
+
 # Data ---------------------------------------------------------------------------------------------
 
 
