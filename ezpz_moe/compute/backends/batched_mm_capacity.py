@@ -27,11 +27,10 @@ from torch import Tensor
 
 from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.contract import (
-    check_where_free,
-    counts_of_offsets,
-    counts_on_host,
     is_transposed,
     laid_out_like,
+    offsets_of_counts,
+    offsets_on_device,
 )
 from ezpz_moe.compute.elementwise import swiglu_gradients_
 
@@ -45,10 +44,10 @@ class _Slots:
     """Which row each of the S slots holds, and which slot each of the R rows has."""
 
     def __init__(self, ends_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> None:
-        """``ends_E``: inclusive cumulative counts."""
+        """``ends_E``: inclusive cumulative counts, on the rows' device."""
         device, R, E = rows_RX.device, rows_RX.shape[0], ends_E.shape[0]
         self.experts, self.capacity = E, rows_per_expert(R, E, capacity_factor)
-        ends_E = ends_E.to(device, torch.int64, non_blocking=True).contiguous()
+        ends_E = ends_E.to(torch.int64)
         starts_E = F.pad(ends_E[:-1], (1, 0))
 
         place_C = torch.arange(self.capacity, device=device)
@@ -77,10 +76,6 @@ class _Slots:
         return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
 
 
-def _ends(num_tokens_per_expert_E: Tensor) -> Tensor:
-    return torch.cumsum(num_tokens_per_expert_E, 0)
-
-
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
     """``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
@@ -89,14 +84,14 @@ def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> T
 
 
 def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float) -> Tensor:
-    slots = _Slots(offs_E, A_RK, capacity_factor)
+    slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
     return slots.put(torch.bmm(slots.take(A_RK), B_EKN))
 
 
 def _mm_backward(
     grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float
 ) -> tuple[Tensor, Tensor]:
-    slots = _Slots(offs_E, A_RK, capacity_factor)
+    slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
     grad_C_ECN = slots.take(grad_C_RN)
     grad_A_ECK = torch.bmm(grad_C_ECN, B_EKN.transpose(1, 2))
     return slots.put(grad_A_ECK, A_RK), _weight_gradient(slots.take(A_RK), grad_C_ECN, B_EKN)
@@ -114,7 +109,7 @@ def _swiglu(
     num_tokens_per_expert_E: Tensor,
     capacity_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slots = _Slots(_ends(num_tokens_per_expert_E), x_RD, capacity_factor)
+    slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
     gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, slots.take(x_RD))
     y_ECD = torch.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
     return slots.put(y_ECD), slots.put(gate_ECF), slots.put(up_ECF)
@@ -131,7 +126,7 @@ def _swiglu_backward(
     up_RF: Tensor | None,
     capacity_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots = _Slots(_ends(num_tokens_per_expert_E), x_RD, capacity_factor)
+    slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
     x_ECD, grad_y_ECD = slots.take(x_RD), slots.take(grad_y_RD)
     if gate_RF is None or up_RF is None:
         gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, x_ECD)
@@ -185,21 +180,6 @@ class BatchedMMCapacity(KernelBackend):
         C = rows_per_expert(num_rows, E, self.capacity_factor)
         dropped = (num_tokens_per_expert_E.to(torch.int64) - C).clamp_(min=0).sum()
         return torch.stack([torch.full_like(dropped, E * C), dropped])
-
-    def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-        check_where_free(counts_of_offsets, offs_E, A_RK)
-        return super()._grouped_mm(A_RK, B_EKN, offs_E)
-
-    def _swiglu(
-        self,
-        w1_EFD: Tensor,
-        w2_EDF: Tensor,
-        w3_EFD: Tensor,
-        x_RD: Tensor,
-        num_tokens_per_expert_E: Tensor,
-    ) -> Tensor:
-        check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
-        return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
 
 BACKEND = BatchedMMCapacity()
