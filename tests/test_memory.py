@@ -55,6 +55,16 @@ def test_activations_are_what_a_real_step_saves(tmp_path: Path, flavor: str, mod
     assert estimated == real
 
 
+@pytest.mark.parametrize("flavor", ["debugmodel_sdpa", "debugmodel_sdpa_for_loop"])
+def test_selective_checkpointing_keeps_nothing_of_routed_experts(flavor: str) -> None:
+    """The host's path is no other than ours: it saves torch.mm, not torch._grouped_mm."""
+    report = look("activations", flavor, 1, "activation-checkpoint:selective")
+    assert not report.error
+    components = {component for (_, component), number in report.bytes_by_place.items() if number}
+    assert "attention projections" in components
+    assert "routed experts" not in components
+
+
 @pytest.mark.parametrize(
     ("table", "difference"),
     [
