@@ -273,6 +273,12 @@ def test_memory_holds_a_few_tensors_and_not_the_checkpoint(tmp_path) -> None:
     small = save(tmp_path / "small", FAMILIES["deepseek_v3"])
     places = (small, tmp_path / "small.new", tmp_path / "big", tmp_path / "big.new")
     command = [sys.executable, "-c", MEMORY, *map(str, places)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    # What is freed goes back at once. By default glibc comes to keep blocks of this size, and how
+    # many it keeps differs from run to run: 50 to over 130 MB here.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=300, env=env
+    )
     assert inspect(tmp_path / "big.new").parameters == 24 * size // 4
-    assert size < int(result.stdout) < 8 * size, "of 24 tensors"
+    # A tensor, the bytes that it was read from, and the one that it is compared with.
+    assert size < int(result.stdout) < 4 * size, "of 24 tensors"
