@@ -1,31 +1,40 @@
 """A whole training step by each backend, against the stock trainer's, on this machine.
 
     python benchmarks/step.py
-    python benchmarks/step.py --only debugmodel --steps 20 --turns 5 --json step.json
+    python benchmarks/step.py --flavor 500M_scaled --turns 24 --json step.json
 
-Every run is ``ezpz-moe train`` with the host's own trainer, and runs take turns. A run counts as
-the median of its steps but the first two, by the tokens per second that the trainer logs; the ratio
-is the median of the ratios within a turn. ``grouped_mm`` is the stock trainer's own expert path.
-docs/backends.md has the table.
+One run of the host's own trainer (torchtitan 0.3), in which the backends take turns: each step's
+experts are computed by another one, ``grouped_mm`` among them, which is the stock trainer's own
+path. So all train the same weights in the same memory, and what slows the machine slows them alike;
+the times of whole runs differ more from run to run than those of backends.
+
+A step is forward, backward, clipping and optimizer, from the batch to the logged loss. The ratio is
+the median of the ratios within a turn, and its interval holds the true median in 95 of 100 runs
+(order statistics). docs/backends.md has the table.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
 from ezpz_moe import display
+from ezpz_moe.compute import get_backend
+from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.installed import host_name
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
@@ -35,71 +44,102 @@ FLAVORS = {
     "debugmodel": 'inherits = "debugmodel"',
     "500M_scaled": 'inherits = "500M"\nvocab_size = 2048\nn_layers = 4',
 }
-_WARM_UP = 2  # steps
+_WARM_UP = 2  # turns
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Train with every backend in turns, and compare the time of a step."""
 
-    only: tuple[Literal["debugmodel", "500M_scaled"], ...] = ("debugmodel", "500M_scaled")
-    """Of the flavors."""
+    flavor: Literal["debugmodel", "500M_scaled"] = "debugmodel"
     backends: tuple[str, ...] = ("for_loop", "grouped_mm_fused", "batched_mm_padded", "auto")
     """Beside the stock trainer's own path."""
-    steps: int = 12
-    turns: int = 5
+    turns: int = 40
     json: Path | None = None
-    """Write every run's figure to this file."""
+    """Write the time of every step to this file."""
 
 
-def tokens_per_second(flavor: str, backend: str, steps: int, folder: Path) -> float:
-    """Of a run of ``steps`` steps, the median."""
+def build_trainer(flavor: str, steps: int, folder: Path) -> Any:
+    """The host's trainer for the debug job with ``flavor``, alone in this process."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    check_host()
+    from torchtitan.config import ConfigManager
+
     (folder / "timed.toml").write_text(FLAVORS[flavor])
-    job = JOB.read_text().replace("debugmodel_sdpa_for_loop", f"timed_sdpa_{backend}")
-    (folder / "job.toml").write_text(job)
-    command = [sys.executable, "-m", "ezpz_moe.cli", "train", str(folder / "job.toml")]
-    flags = ["--training.steps", str(steps), "--dump-folder", str(folder / "dump")]
-    flags += ["--metrics.disable-color-printing"]
-    run = subprocess.run([*command, *flags], check=False, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(f"{flavor} with {backend}:\n{run.stdout}{run.stderr}")
-    logged = re.findall(r"tps: ([\d,]+)", run.stdout + run.stderr)
-    return statistics.median(float(each.replace(",", "")) for each in logged[_WARM_UP:])
+    job = folder / "job.toml"
+    job.write_text(JOB.read_text().replace("debugmodel_sdpa_for_loop", f"timed_sdpa_{STOCK}"))
+    arguments = ["--module", "ezpz_moe", "--config", str(job)]
+    arguments += ["--training.steps", str(steps), "--dump-folder", str(folder / "dump")]
+    arguments.append("--metrics.disable-color-printing")
+    return ConfigManager().parse_args(arguments).build()
+
+
+def times_in_turns(trainer: Any, backends: Sequence[str], steps: int) -> dict[str, list[float]]:
+    """Seconds of every step by backend, those of the first turns left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    order = deque(backends)
+    waiting: list[str] = []
+    selected = binding("experts").EzpzGroupedExperts
+    (model,) = trainer.model_parts
+    experts = [module for module in model.modules() if isinstance(module, selected)]
+    one_step = trainer.train_step
+
+    def timed_step(batches: Any) -> None:
+        if not waiting:
+            waiting.extend(order)
+            order.rotate()  # each turn begins with another one
+        name = waiting.pop(0)
+        for each in experts:
+            each._backend = None if name == STOCK else get_backend(name)
+        start = time.perf_counter()
+        one_step(batches)
+        seconds[name].append(time.perf_counter() - start)
+        tick(f"{name}, turn {len(seconds[name])}")
+
+    trainer.train_step = timed_step
+    with display.steps("Training", steps) as tick:
+        trainer.train()
+    trainer.close()
+    return {name: each[_WARM_UP:] for name, each in seconds.items()}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Two of the values, between which the median of where they come from lies in 95 of 100."""
+    reach = math.ceil(statistics.NormalDist().inv_cdf(0.975) * math.sqrt(len(values)) / 2)
+    middle = len(values) / 2
+    ordered = sorted(values)
+    low, high = math.floor(middle) - reach, math.ceil(middle) - 1 + reach
+    return ordered[max(low, 0)], ordered[min(high, len(values) - 1)]
+
+
+def row(name: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    ratios = [s / own for s, own in zip(seconds[STOCK], seconds[name], strict=True)]
+    low, high = median_interval(ratios)
+    return {
+        "backend": name,
+        "s / step": f"{statistics.median(seconds[name]):.3f}",
+        "speed / stock": f"{statistics.median(ratios):.3f}",
+        "from": f"{low:.3f}",
+        "to": f"{high:.3f}",
+    }
 
 
 def main(arguments: Arguments) -> None:
     contenders = (STOCK, *arguments.backends)
-    runs = {(f, b): list[float]() for f in arguments.only for b in contenders}
-    total = len(runs) * arguments.turns
-    with tempfile.TemporaryDirectory() as scratch, display.steps("Training", total) as tick:
-        for turn in range(arguments.turns):
-            for flavor, backend in sorted(runs, reverse=bool(turn % 2)):
-                tick(f"{flavor} {backend}, turn {turn + 1}")
-                speed = tokens_per_second(flavor, backend, arguments.steps, Path(scratch))
-                runs[flavor, backend].append(speed)
-    for flavor in arguments.only:
-        stock = runs[flavor, STOCK]
-        display.print_table(
-            (
-                {
-                    "backend": backend,
-                    "tokens / s": f"{statistics.median(runs[flavor, backend]):.0f}",
-                    "speed / stock": f"{statistics.median(ratios):.3f}",
-                    "from": f"{min(ratios):.3f}",
-                    "to": f"{max(ratios):.3f}",
-                }
-                for backend in contenders
-                for ratios in [[a / b for a, b in zip(runs[flavor, backend], stock, strict=True)]]
-            ),
-            title=f"{flavor}, {arguments.steps} steps, {torch.get_num_threads()} threads",
-        )
+    steps = (_WARM_UP + arguments.turns) * len(contenders)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(arguments.flavor, steps, Path(scratch))
+        seconds = times_in_turns(trainer, contenders, steps)
+    title = f"{arguments.flavor}, {arguments.turns} turns, {torch.get_num_threads()} threads"
+    display.print_table((row(name, seconds) for name in contenders), title=title)
     if arguments.json:
         about = {
             "command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),
             "versions": {"torch": torch.__version__, "torchtitan": host_name()},
             "threads": torch.get_num_threads(),
-            "tokens_per_second": {f"{f} {b}": speeds for (f, b), speeds in runs.items()},
+            "seconds": {name: [round(s, 4) for s in each] for name, each in seconds.items()},
         }
         arguments.json.write_text(json.dumps(about, indent=1) + "\n")
 

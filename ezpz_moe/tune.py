@@ -7,10 +7,7 @@ first to be asked in the run. What is measured replaces what was known.
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ezpz_moe.backend_names import name_and_options
@@ -48,11 +45,7 @@ def tune(
     from ezpz_moe.compute import agreement, tuning
 
     _check_folder()
-    with (
-        tempfile.TemporaryDirectory(prefix="ezpz-moe-tune-") as scratch,
-        _variable(tuning.CACHE_VARIABLE, scratch),
-        _variable(agreement.ALONE_VARIABLE, "1"),
-    ):
+    with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
         step = presumed_generation().slot("command").one_step(scratch)
         code = train(config, [*step, *host_flags], nproc=nproc, placement=placement)
         measured = list(tuning.recorded()) if code == 0 else []
@@ -85,16 +78,3 @@ def _check_folder() -> None:
             f"{folder}, where measured times are kept, cannot be written: {error.strerror}. "
             f"Set {tuning.CACHE_VARIABLE} to another folder."
         ) from error
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """The environment with one variable set."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before

@@ -106,6 +106,17 @@ def test_recomputing_is_another_question(clock: _Clock) -> None:
     assert clock.asked == 2
 
 
+def test_another_allocator_is_another_question(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compute()
+    monkeypatch.setattr(tuning, "device_name", tuning.device_name.__wrapped__)  # a new process
+    monkeypatch.setenv("LD_PRELOAD", "libtcmalloc.so")
+    _forget(monkeypatch)
+    _compute()
+    assert clock.asked == 2
+
+
 @pytest.mark.parametrize(("options", "given"), [("", True), (", recompute=true", False)])
 def test_backward_is_timed_with_what_it_will_be_given(
     clock: _Clock, monkeypatch: pytest.MonkeyPatch, options: str, given: bool

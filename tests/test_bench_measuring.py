@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +51,25 @@ def test_auto_chooses_for_the_load_that_is_measured(monkeypatch: pytest.MonkeyPa
         layer = random_case(counts, dim=D, hidden_dim=F)
         measure([contender("auto", get_backend("auto").swiglu)], layer, 1, no_tick)
     assert asked == [2, 4]  # twice and four times the mean
+
+
+def test_auto_is_measured_anew_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A former choice may be of a busier hour, or of another allocator's turn of this command."""
+    asked = []
+
+    def count(runs, device):
+        asked.append(list(runs))
+        return tuning.Measured(dict.fromkeys(runs, 1.0))
+
+    monkeypatch.setattr(tuning, "measure", count)
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    for _ in range(2):
+        measure([contender("auto", get_backend("auto").swiglu)], case(), 1, no_tick)
+    assert len(asked) == 2
+    assert not list(tmp_path.iterdir())
+    assert os.environ[tuning.CACHE_VARIABLE] == str(tmp_path)
 
 
 def test_saved_are_neither_inputs_nor_what_is_a_view_of_them() -> None:

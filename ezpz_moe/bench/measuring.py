@@ -18,6 +18,7 @@ from torch.autograd.profiler import profile
 
 from ezpz_moe.bench.contender import Contender, Prepared
 from ezpz_moe.bench.results import Figures
+from ezpz_moe.compute import tuning
 from ezpz_moe.compute.backends import auto
 from ezpz_moe.compute.reference import Case, plain_loop
 
@@ -41,9 +42,17 @@ def measure(
     """The figures of all contenders, and what those raised that have none.
 
     They take turns, and each turn begins with another one, so that a busy machine slows all alike.
-    The runs that count bytes come first and warm up; so does the first turn.
+    The runs that count bytes come first and warm up; so does the first turn. What ``auto`` has
+    chosen for another load, or in another hour, does not count: it measures anew.
     """
-    auto.forget()  # what it has chosen for another load
+    auto.forget()
+    with tuning.elsewhere():
+        return _measure(contenders, case, repeats, tick)
+
+
+def _measure(
+    contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
+) -> tuple[dict[str, Figures], dict[str, str]]:
     true_RD = _expected(case)
     figures: dict[str, Figures] = {}
     failed: dict[str, str] = {}

@@ -29,7 +29,7 @@ from ezpz_moe.bench.results import PRODUCTS, STOCK, Measured
 from ezpz_moe.bench.routings import counts_of
 from ezpz_moe.bench.shapes import Shape
 from ezpz_moe.compute.reference import Case, random_case
-from ezpz_moe.compute.tuning import is_out_of_memory
+from ezpz_moe.compute.tuning import allocator_variables, is_out_of_memory
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name, version
 
@@ -38,7 +38,6 @@ Allocator = Literal["default", "retain"]
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
 """glibc: take no block from the system by itself, and give nothing back to it."""
 
-_OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 _PEER_PACKAGES = ("transformers", "triton", "scattermoe", "megablocks", "sonic-moe")
 
 
@@ -118,11 +117,6 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
-
-
-def allocator_variables() -> dict[str, str]:
-    """What this process's environment says of memory."""
-    return {key: value for key, value in os.environ.items() if key.startswith(_OF_ALLOCATORS)}
 
 
 def _versions() -> Mapping[str, str]:

@@ -10,8 +10,10 @@ import math
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,8 +29,10 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "EZPZ_MOE_CACHE"
 """Names the folder of what has been measured, in place of the user's cache folder."""
 
-_TURNS = 5
+_TURNS = 15  # with 5 the wrong one of two that are 5 % apart wins three times as often
 _SECONDS = 30  # after which no further turn begins
+
+_OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Question:
     Attributes:
         product: ``"swiglu"`` or ``"mm"``.
         candidates: the backends to choose from.
-        device: the device's name, for the CPU with the number of threads.
+        device: :func:`device_name`.
         dtype: what the kernels compute in.
         sizes: (E, D, F), or (E, K, N) of one product.
         recompute: backward computes gate and up again.
@@ -109,11 +113,18 @@ class Measured:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What times on a device depend on."""
+    """What times on a device depend on; on a CPU it matters much who hands out its memory."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        return f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
+        said = (f"{key}={value}" for key, value in sorted(allocator_variables().items()))
+        return ", ".join((name, *said))
     return torch.get_device_module(device).get_device_name(device)
+
+
+def allocator_variables() -> dict[str, str]:
+    """What this process's environment says of memory."""
+    return {key: value for key, value in os.environ.items() if key.startswith(_OF_ALLOCATORS)}
 
 
 def skew_class(busiest_over_mean: float) -> int:
@@ -197,6 +208,29 @@ def cache_folder() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named).expanduser() if named else user_cache_path("ezpz_moe")
     return folder / "auto"
+
+
+@contextmanager
+def elsewhere() -> Iterator[str]:
+    """Meanwhile nothing of former runs is known; what is measured is kept in a folder that goes."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ezpz-moe-tune-") as folder,
+        variable(CACHE_VARIABLE, folder),
+    ):
+        yield folder
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """The environment with one variable set."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def recorded() -> Iterator[tuple[Situation, Measured]]:
