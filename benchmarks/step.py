@@ -1,7 +1,8 @@
 """A whole training step by each backend, against the stock trainer's, on this machine.
 
     python benchmarks/step.py
-    python benchmarks/step.py --flavor 500M_scaled --turns 24 --json step.json
+    python benchmarks/step.py --flavor 500M_scaled --turns 20 --json step.json
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 MALLOC_TOP_PAD_=1 python benchmarks/step.py
 
 One run of the host's own trainer (torchtitan 0.3), in which the backends take turns: each step's
 experts are computed by another one, ``grouped_mm`` among them, which is the stock trainer's own
@@ -33,7 +34,7 @@ import torch
 import tyro
 
 from ezpz_moe import display
-from ezpz_moe.compute import get_backend
+from ezpz_moe.compute import get_backend, tuning
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.installed import host_name
 
@@ -139,6 +140,7 @@ def main(arguments: Arguments) -> None:
             "date": date.today().isoformat(),
             "versions": {"torch": torch.__version__, "torchtitan": host_name()},
             "threads": torch.get_num_threads(),
+            "allocator_variables": tuning.allocator_variables(),
             "seconds": {name: [round(s, 4) for s in each] for name, each in seconds.items()},
         }
         arguments.json.write_text(json.dumps(about, indent=1) + "\n")
