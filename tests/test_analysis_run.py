@@ -334,6 +334,8 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
 
     folder = job_folder(tmp_path / "job")
     (folder / "text.txt").write_text(TEXT)
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(text.replace("lr = 1e-3", "lr = 1e-2"))
     job = [
         *dialect.job(folder / "job.toml", "--checkpoint.enable"),
         *("--dataloader.dataset", "text_file"),
@@ -348,5 +350,5 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
     assert run(tmp_path / "first", "--data", folder / "text.txt", *flags, "--json", file) == 0
     loss = json.loads(file.read_text())["loss"]
     assert loss < 7.0, "the model has learnt too little to tell"
-    # The trainer computes in bfloat16, whose relative rounding is 2^-9.
+    # The experts compute in bfloat16, whose relative rounding is 2^-9.
     assert loss == pytest.approx(record["losses"][0], rel=2.0**-9)
