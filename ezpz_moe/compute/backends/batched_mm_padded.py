@@ -151,9 +151,7 @@ def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
 def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows) -> None:
     for run in A.plan.runs:
         experts = slice(run.first, run.stop)
-        products.bmm_sum(
-            *(A.of(run), B_EKN[experts]), *(A2.of(run), B2_ELN[experts]), out.of(run)
-        )
+        products.bmm_sum(*(A.of(run), B_EKN[experts]), *(A2.of(run), B2_ELN[experts]), out.of(run))
 
 
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
