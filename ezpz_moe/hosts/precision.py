@@ -95,6 +95,12 @@ def refuse_precision(
         )
 
 
+def of_run(mixed_precision_param: str, experts: str, device_type: str) -> str:
+    """Which precision applies, for people: the run's, the experts', and why."""
+    why = f": {REASON}" if trains_in_float32(device_type) else ""
+    return f'{PARAM} = "{mixed_precision_param}", experts in {experts}{why}'
+
+
 def job_line() -> str:
     """For the log of a run that trains in float32 by the rule: the reason and the way back."""
     return (

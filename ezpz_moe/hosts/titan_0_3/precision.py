@@ -18,6 +18,7 @@ from ezpz_moe.hosts.precision import (
     experts_dtype,
     is_host_path,
     job_line,
+    of_run,
     trains_in_float32,
 )
 from ezpz_moe.job import Job
@@ -57,6 +58,12 @@ def experts_dtypes(config: Trainer.Config) -> list[str]:
     """The names of the dtypes that the model's routed experts compute in; in practice one."""
     dtypes = (getattr(node, "computed_in", HOSTS_CAST) for node in _experts(config))
     return list(dict.fromkeys(dtypes))
+
+
+def in_words(config: Trainer.Config, flavor: Flavor) -> str:
+    """Which precision applies to a run of ``config``, whose model is ``flavor``'s."""
+    param = config.training.mixed_precision_param
+    return of_run(param, " and ".join(experts_dtypes(config)), utils.device_type)
 
 
 def log_once(config: Trainer.Config) -> None:
