@@ -30,7 +30,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MOST_FILES = 16
-TINY = HERE / "data" / "tiny" / "job.toml"
 
 
 @functools.cache
@@ -191,12 +190,14 @@ def import_host() -> None:
     importlib.import_module(f"torchtitan.{'train' if generation() is TITAN_0_2 else 'trainer'}")
     for name in ("torch._inductor.compile_fx", "torch.distributed.checkpoint"):
         importlib.import_module(name)
-    from dialect import job
+    for module in generation().slots().values():
+        importlib.import_module(module)
+    from dialect import PARSED_AT_ONCE
     from torchtitan.config import ConfigManager
 
-    # Imports the binding, and reads the sources that the host's command line takes its help from.
-    sys.argv[1:] = job(TINY)
-    ConfigManager().parse_args(sys.argv[1:])
+    # Reads the sources that the host's command line takes its help from. Nothing of ours is asked:
+    # what it remembers would be the forks' too.
+    ConfigManager().parse_args(PARSED_AT_ONCE)
 
 
 def main(path: str) -> None:

@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> dict:
     route; ``--same-sequences`` has a step train on the same sequences however they are cut into
     microbatches and shared out to ranks (torchtitan 0.3);
     ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
-    ``--layers=N`` leaves the first N layers of the model (torchtitan 0.3 or later).
+    ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
+    later).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
@@ -178,9 +179,16 @@ def _built_trainer(arguments: list[str], layers: str | None) -> tuple:
     from torchtitan.models.common.moe import MoE
 
     if layers is not None:
-        model = config.model_spec.model
-        model.layers = model.layers[: int(layers)]
+        _shrink(config.model_spec.model, int(layers))
     return config.build(), binding("experts").HostExperts, MoE
+
+
+def _shrink(model, layers: int) -> None:
+    """Leave the first layers, and in these experts of a hidden dimension of 64, in place."""
+    model.layers = model.layers[:layers]
+    for _, experts, _, _ in model.traverse(binding("experts").HostExperts.Config):
+        if hasattr(experts, "hidden_dim"):  # or its width is that of its linears
+            experts.hidden_dim = 64
 
 
 def _round_once_more(noise: torch.Generator, module, inputs, output):

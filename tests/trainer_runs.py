@@ -147,6 +147,7 @@ def _of_rank(rank: int, ranks: int, folder: Path) -> dict[str, str]:
         "MASTER_ADDR": "localhost",
         "OMP_NUM_THREADS": "1",  # the same sums on every machine
         "EZPZ_MOE_CACHE": str(folder / "cache"),
+        "EZPZ_MOE_NATIVE_DTYPES": "float32,bfloat16",  # the same kernels on every machine
     }
 
 

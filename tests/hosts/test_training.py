@@ -35,7 +35,7 @@ from trainer_runs import (
 ALL = ("grouped_mm", *BACKENDS)
 ON_ANY_MODEL = BACKENDS if ON_0_2 else (*BACKENDS, "auto")
 STEPS = 5
-"""Of the host's own model: enough for every parameter to have been updated by moments of several."""
+"""Of the host's own model: enough for moments of several steps to have updated every parameter."""
 NOISE = "host, one more rounding"
 DRAWS = 4
 """Of that rounding. One alone can be close to zero, and says nothing of what is usual then."""
