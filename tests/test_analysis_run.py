@@ -334,8 +334,6 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
 
     folder = job_folder(tmp_path / "job")
     (folder / "text.txt").write_text(TEXT)
-    text = (folder / "job.toml").read_text()
-    (folder / "job.toml").write_text(text.replace("lr = 1e-3", "lr = 1e-2"))
     job = [
         *dialect.job(folder / "job.toml", "--checkpoint.enable"),
         *("--dataloader.dataset", "text_file"),

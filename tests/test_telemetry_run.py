@@ -151,7 +151,7 @@ PROVOKED = {
 def provoked(tmp_path_factory):
     """The folder of runs whose alerts are provoked: by the name of the run."""
     folder = job_folder(tmp_path_factory.mktemp("alerts"))
-    text = (folder / "job.toml").read_text().replace("lr = 1e-3", "lr = 2e-2")
+    text = (folder / "job.toml").read_text().replace("lr = 1e-2", "lr = 2e-2")
     scenarios = {}
     for name, (tables, _) in PROVOKED.items():
         (folder / f"{name}.toml").write_text(f'inherits = "tiny"\n{dedent(tables)}')
