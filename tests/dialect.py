@@ -60,9 +60,7 @@ SHORT = [*batch(size=1, seq_len=64), "--debug.seed", "7"]
 if not ON_0_2:
     SHORT += ["--layers=3"]  # of the host's four to eight, two or three of them of experts
 
-PARSED_AT_ONCE = (
-    [] if ON_0_2 else ["--module", "deepseek_v3", "--config", "deepseek_v3_debugmodel"]
-)
+PARSED_AT_ONCE = [] if ON_0_2 else ["--module", "deepseek_v3", "--config", "deepseek_v3_debugmodel"]
 """A command line that the host takes anywhere."""
 
 # The host's own models with a config small enough for this machine, as far as they train on a CPU.

@@ -336,6 +336,7 @@ def test_the_host_takes_the_flags_that_are_said(qwen3, tmp_path, monkeypatch, ca
     assert config.checkpoint.initial_load_path == str(tmp_path / "my moe" / "step-0")
 
 
+@pytest.mark.full
 @pytest.mark.train
 def test_training_starts_with_the_dense_models_loss(tmp_path):
     """The host trains its dense qwen3 and its upcycled one: both see the same batch first.
@@ -360,7 +361,7 @@ def test_training_starts_with_the_dense_models_loss(tmp_path):
         *("--override.imports", "ezpz_moe.overrides.sdpa"),
     ]
     start = [
-        *(*dialect.SHORT, *dialect.precision("qwen3")),
+        *(*dialect.batch(size=1, seq_len=64), "--debug.seed", "7", *dialect.precision("qwen3")),
         *("--dataloader.dataset-path", str(tmp_path / "text")),
         *("--training.steps", "1", "--checkpoint.enable", "--checkpoint.initial-load-path"),
     ]
