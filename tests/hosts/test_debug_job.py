@@ -22,7 +22,11 @@ def test_doctor_finds_nothing_broken(capsys):
 
 @pytest.mark.train
 @pytest.mark.parametrize(
-    ("module", "forked"), [("torchtitan.train", False), ("ezpz_moe.train", True)]
+    ("module", "forked"),
+    [
+        ("torchtitan.train", False),
+        pytest.param("ezpz_moe.train", True, marks=pytest.mark.full),
+    ],
 )
 def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, forked, tmp_path):
     """Without an accelerator the host's own command starts again as ours."""
