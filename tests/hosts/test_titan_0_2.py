@@ -237,6 +237,7 @@ def test_sizes_that_the_host_has_too_have_its_arguments():
         stock = dataclasses.asdict(deepseekv3_args[name])
         ours = dataclasses.asdict(binding("models").model_args(load_flavor(name)))
         added = {"host_model", "compute_backend", "chosen_by", "max_positions"}
+        added |= {"expert_precision", "computed_in"}
         assert ours.keys() - stock.keys() == added
         changed = {key for key in stock if stock[key] != ours[key]}
         assert changed <= (differ if name == "debugmodel" else {"vocab_size"}), name
