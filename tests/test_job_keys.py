@@ -172,6 +172,25 @@ def test_the_hosts_field_has_a_type_that_takes_the_value(name: str):
         TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_python(value)
 
 
+# Fields that are called otherwise in 0.3, or that stand in a list or a dict.
+CALLED_OTHERWISE = {
+    "optimizer.name": "optimizer_name",
+    "optimizer.beta1": "0",
+    "optimizer.beta2": "1",
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
+        "force_recompute_mm_shapes_by_fqns"
+    ),
+}
+
+
+def test_a_key_sets_the_field_of_its_own_name():
+    """Two that have changed places would each still set one field, and nothing else."""
+    last_parts = {name: row.path.rpartition(".")[2] for name, row in FIELDS.items()}
+    assert last_parts == {
+        name: CALLED_OTHERWISE.get(name, name.rpartition(".")[2]) for name in FIELDS
+    }
+
+
 def test_no_two_keys_set_the_same_field():
     paths = [row.path for row in FIELDS.values()]
     assert len(paths) == len(set(paths))
