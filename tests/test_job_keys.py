@@ -6,6 +6,7 @@ The list of 0.2's keys and defaults comes from its wheel (``scripts/list_titan_0
 import ast
 import dataclasses
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -115,11 +116,21 @@ def config_leaves(values: dict[str, Any]) -> dict[str, Any]:
     return dict(leaves(trainer_config(Job(flavor=FLAVOR, values=values))))
 
 
+@cache
+def leaves_before(*needed: tuple[str, Any]) -> dict[str, Any]:
+    """The leaves without the key in question; most keys need no other one."""
+    return config_leaves(dict(needed))
+
+
+@cache
+def config_with(mode: str) -> Trainer.Config:
+    values = {"activation_checkpoint.mode": mode, "compile.enable": True}
+    return trainer_config(Job(flavor=FLAVOR, values=values))
+
+
 def host_type(path: str) -> Any:
     """The annotation of a field of the host's config; None below an untyped dict."""
-    mode = "memory_budget" if "memory_budget" in path else "selective"
-    values = {"activation_checkpoint.mode": mode, "compile.enable": True}
-    node: Any = trainer_config(Job(flavor=FLAVOR, values=values))
+    node: Any = config_with("memory_budget" if "memory_budget" in path else "selective")
     *parents, leaf = path.split(".")
     for parent in parents:
         if isinstance(node, dict):
@@ -154,7 +165,7 @@ def test_what_0_2_has_by_default_is_allowed(name: str):
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - {HOPPER_ONLY}))
 def test_a_key_changes_its_field_and_nothing_else(name: str):
     row, needed = FIELDS[name], NEEDED.get(name, {})
-    before = config_leaves(needed)
+    before = leaves_before(*needed.items())
     assert row.path in before
     value = SAMPLES.get(name) or sample(row, before[row.path])
     after = config_leaves(needed | {name: value})
