@@ -20,13 +20,13 @@ from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import untested
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
-from ezpz_moe.hosts.precision import REASON, trains_in_float32
+from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
+from ezpz_moe.hosts.untested import is_tested, tested_pairs
 from ezpz_moe.job import find_job, job_for_flavor
 from ezpz_moe.verify import default_device
 
@@ -81,9 +81,7 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "torchtitan": _host_version(),
         "binding": _binding(),
-        "tested together": "yes"
-        if untested.is_tested()
-        else f"no (tested: {untested.tested_pairs()})",
+        "tested together": "yes" if is_tested() else f"no (tested: {tested_pairs()})",
         "device": _device(),
         "precision": _precision(),
         **{f"backend {name}": _usability(name) for name in backend_names()},
@@ -297,8 +295,11 @@ def _usability(backend: str) -> str:
     reasons = get_backend(backend).why_not(torch.device(default_device()), torch.bfloat16)
     if reasons:
         return f"not usable here: {'; '.join(reasons)}"
-    emulated = is_emulated(default_device(), torch.bfloat16)
-    return f"usable here, in {'float32; bfloat16 is emulated' if emulated else 'bfloat16'}"
+    if not is_emulated(default_device(), torch.bfloat16):
+        return "usable here, in bfloat16"
+    if is_host_path(backend):
+        return "usable here, in bfloat16, which is emulated and slow"
+    return "usable here, in float32: bfloat16 is emulated"
 
 
 def _optional(name: str) -> str:

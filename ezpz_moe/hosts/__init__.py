@@ -79,8 +79,9 @@ class Generation:
         except EzpzError:
             raise
         except Exception as error:  # its classes are made from the host's
+            titan = installed_pair()[1]
             raise EzpzError(
-                f"ezpz_moe cannot do this with torchtitan {installed_pair()[1]}: {in_words(error)}. "
+                f"ezpz_moe cannot do this with torchtitan {titan}: {in_words(error)}. "
                 "`ezpz-moe doctor` says what is broken and what that means."
             ) from error
 
@@ -177,7 +178,8 @@ def check_host() -> None:
     """Refuse a torch or torchtitan that the binding cannot work with.
 
     Call it before anything of the host is imported: where no accelerator exists, the host is
-    imported here, with the CPU as its device. A pair that works but is untested is logged once a day.
+    imported here, with the CPU as its device. A pair that works but is untested is logged, once a
+    day.
 
     Raises:
         EzpzError: something that nothing can be trained without is missing.
