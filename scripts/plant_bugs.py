@@ -134,6 +134,7 @@ def _run_pytest(arguments: Sequence[str], checkout: Path, output: io.TextIOBase)
     os.setsid()  # with everything that the tests start it can be ended
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
     os.chdir(checkout)
     sys.path[:0] = [str(checkout)]
     before = os.environ.get("PYTHONPATH")
