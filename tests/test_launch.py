@@ -24,6 +24,7 @@ import ezpz_moe.hosts
 import ezpz_moe.train
 from ezpz_moe import launch
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import untested
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -81,7 +82,18 @@ def run(job: Path | str, nproc: int, *flags: str) -> tuple[int, str, str]:
 # --- the host's check -------------------------------------------------------------------------
 
 
-def test_the_tested_pair_passes_without_a_warning(caplog):
+def with_pair(monkeypatch, tmp_path, *pair: str | None) -> None:
+    """As if these torch and torchtitan were installed, by a user who has not met them."""
+    for module in (ezpz_moe.hosts, untested):
+        monkeypatch.setattr(module, "installed_pair", lambda: pair)
+    monkeypatch.setenv("EZPZ_MOE_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("torch_version", ["2.15.0", "2.15.7"])
+def test_a_tested_pair_and_its_patch_releases_pass_without_a_warning(
+    monkeypatch, tmp_path, caplog, torch_version
+):
+    with_pair(monkeypatch, tmp_path, torch_version, "0.3.0")
     ezpz_moe.hosts.check_host()
     assert not caplog.records
 
@@ -103,7 +115,7 @@ def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypat
     assert name in message
     for distribution in ("torch", "torchtitan"):
         assert f"{distribution} {metadata.version(distribution).partition('+')[0]}" in message
-    assert f"Tested: {ezpz_moe.hosts.tested_pairs()}." in message
+    assert f"Tested: {untested.tested_pairs()}." in message
     assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
 
 
@@ -129,19 +141,35 @@ def test_a_host_that_cannot_be_imported_says_why(no_host):
         ezpz_moe.hosts.check_host()
 
 
-def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, no_host):
-    for name in ("version", "host_name"):
-        monkeypatch.setattr(ezpz_moe.hosts, name, lambda *_: None)
+def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, tmp_path, no_host):
+    with_pair(monkeypatch, tmp_path, None, None)
     with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
         ezpz_moe.hosts.check_host()
 
 
-def test_an_untested_pair_that_can_do_it_is_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "9.1.0+x"}[name])
-    monkeypatch.setattr(ezpz_moe.hosts, "host_name", lambda: "0.9")
-    ezpz_moe.hosts.check_host()
-    assert "untested with torch 9.1.0 and torchtitan 0.9" in caplog.text
-    assert "torch 2.15.0 with torchtitan 0.3.0" in caplog.text
+def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path, caplog):
+    for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
+        with_pair(monkeypatch, tmp_path, *pair)
+        ezpz_moe.hosts.check_host()
+    line = "ezpz_moe: torch {} with torchtitan {} is untested here; `ezpz-moe verify` checks it"
+    assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
+
+
+def test_the_next_day_an_untested_pair_is_said_again(monkeypatch, tmp_path):
+    with_pair(monkeypatch, tmp_path, "9.1.0", "0.3.0")
+    assert untested.notice()
+    (stamp,) = (tmp_path / "untested").iterdir()
+    stamp.rename(stamp.with_name("9.1.0-with-0.3.0.2026-01-31"))
+    assert untested.notice()
+    assert not untested.notice()
+    assert [each.name for each in (tmp_path / "untested").iterdir()] == [stamp.name]
+
+
+def test_where_nothing_can_be_kept_an_untested_pair_is_said_each_time(monkeypatch, tmp_path):
+    with_pair(monkeypatch, tmp_path / "file", "9.1.0", "0.3.0")
+    (tmp_path / "file").touch()
+    assert untested.notice()
+    assert untested.notice()
 
 
 # --- one worker -------------------------------------------------------------------------------

@@ -79,7 +79,9 @@ class _SeamSelector(Selector):
     # The host looks up the shardings of inputs by the names of its own parameters.
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         self._count(x_RD, num_tokens_per_expert_E)
-        return super().forward(x_RD, num_tokens_per_expert_E)
+        # gpt_oss answers in bfloat16 whatever it is given, and the host's combination then refuses
+        # to add the rows up where the run is in float32.
+        return super().forward(x_RD, num_tokens_per_expert_E).type_as(x_RD)
 
     def _grouped_mm(
         self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor
