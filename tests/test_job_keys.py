@@ -68,6 +68,12 @@ SAMPLES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_rule_of_this_cpus(cpu_with) -> None:
+    """A job trains in float32 where the CPU emulates bfloat16; here it is about the table alone."""
+    cpu_with("float32,bfloat16")
+
+
 def default_0_2(name: str) -> Any:
     """The default as a value; ``...`` where there is none that TOML can hold."""
     text = DEFAULTS_0_2[name]
