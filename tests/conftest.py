@@ -1,6 +1,8 @@
 """Settings of every test run: reproducible examples, no variables from the shell."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: several processes with
@@ -16,6 +18,25 @@ pytest.register_assert_rewrite(
 
 settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("ezpz_moe")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that train come first, so that no processor waits for the last of them."""
+    train = {item.path for item in items if item.get_closest_marker("train")}
+    items.sort(key=lambda item: item.path not in train)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _runs_are_removed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """What the fixtures of a file have trained goes when its tests have passed."""
+    folder, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(folder.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for each in set(folder.iterdir()) - before:
+            shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

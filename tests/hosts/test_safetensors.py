@@ -120,14 +120,18 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     save_file(quantized | less, tmp_path / "quantized" / "model.safetensors")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_text("version https://git-lfs.github.com")
+    folder = Path(job).parent
+    (folder / "deeper.toml").write_text('inherits = "tiny"\nn_layers = 4\n')
+    deeper = folder / "deeper_job.toml"
+    deeper.write_text('[model]\nname = "ezpz_moe"\nflavor = "deeper"\n')
     new = tmp_path / "new"
     back = (new, "--to", GENERATION, "--model")
     for arguments, message in (
         ((source, new, "--to", "hf"), "the model is needed: --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),
-        ((source, new, "--to", "hf", "--model", "debugmodel"), "is nothing in the checkpoint"),
+        ((source, new, "--to", "hf", "--model", deeper), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
-        ((hf, *back, "debugmodel"), "Is this the model's flavor?"),
+        ((hf, *back, deeper), "Is this the model's flavor?"),
         ((tmp_path / "less", *back, job), "1 of 85 tensors are missing"),
         ((tmp_path / "quantized", *back, job), "is quantized (torch.float8_e4m3fn). The trainer"),
         ((tmp_path / "broken", *back, job), "model.safetensors: cannot be read"),
@@ -141,7 +145,10 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
 
 def save_zeros(folder: Path, flavor: str) -> Model:
     model = _model(flavor)
-    saved = {name: torch.zeros(tensor.shape) for name, tensor in model.tensors.items()}
+    saved = {
+        name: torch.zeros(tensor.shape, dtype=torch.bfloat16)
+        for name, tensor in model.tensors.items()
+    }
     dcp.save(saved, checkpoint_id=folder)
     return model
 
