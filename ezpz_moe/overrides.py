@@ -30,6 +30,7 @@ def experts(config, *, compute_backend: str | None = None, **unknown):
                 f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
                 f"Write {_EXAMPLE}."
             )
+        _host.refuse_twins_of("ezpz_moe.overrides.experts")
         replacement = _experts.selected(
             config, compute_backend, "asked for by ezpz_moe.overrides.experts"
         )
@@ -40,4 +41,6 @@ def experts(config, *, compute_backend: str | None = None, **unknown):
 @_host.for_attention
 def sdpa(config):
     """The same attention with causal SDPA as its kernel: no per-document mask."""
+    with exit_on_user_error():
+        _host.refuse_twins_of("ezpz_moe.overrides.sdpa")
     return dataclasses.replace(config, inner_attention=_attention.causal_attention(config))
