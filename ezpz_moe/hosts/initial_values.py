@@ -182,7 +182,7 @@ class _Replay(TorchDispatchMode):
         whole = self._open.pop(name)
         self._given.add(name)
         if name in self._shards:
-            _copy_part(name, whole, self._shards[name])
+            copy_part(name, whole, self._shards[name])
         whole.untyped_storage().resize_(0)
 
 
@@ -208,7 +208,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _copy_part(name: str, whole: Tensor, shard: Tensor) -> None:
+def copy_part(name: str, whole: Tensor, shard: Tensor) -> None:
     """Copy into a rank's shard what it holds of the whole tensor."""
     part, local = whole, shard
     if isinstance(shard, DTensor):
