@@ -1,6 +1,6 @@
 """What a fresh run begins with does not depend on its ranks: real trainers, real ranks over gloo.
 
-Nothing is trained. ``tests/test_initial_values.py`` has what one process can show.
+Nothing is trained. ``tests/test_values_of_one_rank.py`` has what one process can show.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ dense_hidden_dim = 128
 """
 FLAVORS = {
     "small": SMALL,
-    "constants": f"{SMALL}[router]\nnull_experts = 1\nconstant_experts = 2\n",
+    "constants": f"{SMALL}[router]\nnull_experts = 2\nconstant_experts = 2\n",
 }
 JOB = """
 [model]
@@ -192,6 +192,10 @@ def test_an_override_refuses_a_fresh_start_on_several_cpu_ranks(config) -> None:
     with pytest.raises(EzpzError, match=r"door 2: .*checkpoint\.create-seed-checkpoint"):
         refuse(config)
     config.checkpoint.enable = True  # there is nothing to load
+    with pytest.raises(EzpzError, match="every expert has a twin"):
+        refuse(config)
+    config.checkpoint.initial_load_path = "/seed"
+    config.checkpoint.enable = False  # and so it is not loaded
     with pytest.raises(EzpzError, match="every expert has a twin"):
         refuse(config)
 
