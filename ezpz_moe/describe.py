@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ezpz_moe.accounting import COMPONENTS, Anatomy, Cost, DenseModel, dense_model
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.ranks import outside_of_a_run
 from ezpz_moe.job import find_job
 from ezpz_moe.memory import Device, StageMemory, stage_memories
@@ -21,6 +23,7 @@ class Description:
     Attributes:
         flavor: its name.
         seq_len: tokens of a sequence.
+        precision: what the run and its experts compute in, in words.
         anatomy: the components.
         dense: the dense model of equal FLOPs.
         ranks: of the run; None for a flavor of which nobody said how many train it.
@@ -29,6 +32,7 @@ class Description:
 
     flavor: str
     seq_len: int
+    precision: str
     anatomy: Anatomy
     dense: DenseModel
     ranks: int | None = None
@@ -60,8 +64,10 @@ def describe(
     host = binding("anatomy")
     with outside_of_a_run():
         seq_len = host.sequence_length(config, host_flags)
+        with contextlib.nullcontext() if device == "cpu" else as_on_an_accelerator():
+            precision = host.precision_in_words(config, host_flags, flavor)
         anatomy = host.anatomy(flavor, seq_len)
-        described = Description(flavor.name, seq_len, anatomy, dense_model(anatomy))
+        described = Description(flavor.name, seq_len, precision, anatomy, dense_model(anatomy))
         if world_size is None and job.path is not None:
             world_size = binding("memory").fewest_ranks(config, host_flags)
         if world_size is None:
@@ -76,6 +82,7 @@ def as_json(description: Description) -> dict[str, Any]:
     return {
         "flavor": description.flavor,
         "seq_len": description.seq_len,
+        "precision": description.precision,
         "dim": anatomy.dim,
         "n_layers": anatomy.n_layers,
         "n_moe_layers": anatomy.n_moe_layers,

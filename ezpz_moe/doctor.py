@@ -17,13 +17,16 @@ from torch import nn
 
 from ezpz_moe import hosts
 from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
+from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
+from ezpz_moe.hosts.untested import is_tested, tested_pairs
 from ezpz_moe.job import find_job, job_for_flavor
 from ezpz_moe.verify import default_device
 
@@ -78,8 +81,9 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "torchtitan": _host_version(),
         "binding": _binding(),
-        "tested together": "yes" if hosts.is_tested() else f"no (tested: {hosts.tested_pairs()})",
+        "tested together": "yes" if is_tested() else f"no (tested: {tested_pairs()})",
         "device": _device(),
+        "precision": _precision(),
         **{f"backend {name}": _usability(name) for name in backend_names()},
         **{f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES},
     }
@@ -141,7 +145,14 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
             return [Finding(config, settings, problem, "it is refused")]
         flavor = load_flavor(job.flavor, near=job.folder)
         problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
-    findings = [Finding(config, settings)]
+    findings = [
+        Finding(config, settings),
+        Finding(
+            config,
+            hosts.binding("precision").in_words(trainer_config, flavor),
+            is_note=True,
+        ),
+    ]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
     summary = hosts.binding("parameters").summarize(flavor)
     findings += _alignment(summary)
@@ -264,6 +275,13 @@ def _device() -> str:
     return f"{kind}: {_device_module(kind).get_device_name()}, {_device_memory() / 2**30:.1f} GiB"
 
 
+def _precision() -> str:
+    """What a job trains in here that does not say."""
+    if trains_in_float32(default_device()):
+        return f"float32 unless a job says otherwise: {REASON}"
+    return "as torchtitan has it: bfloat16 unless a job says otherwise"
+
+
 def _device_memory() -> int:
     kind = default_device()
     return _device_module(kind).get_device_properties(torch.device(kind, 0)).total_memory
@@ -275,7 +293,13 @@ def _device_module(kind: str):
 
 def _usability(backend: str) -> str:
     reasons = get_backend(backend).why_not(torch.device(default_device()), torch.bfloat16)
-    return f"not usable here: {'; '.join(reasons)}" if reasons else "usable here, in bfloat16"
+    if reasons:
+        return f"not usable here: {'; '.join(reasons)}"
+    if not is_emulated(default_device(), torch.bfloat16):
+        return "usable here, in bfloat16"
+    if is_host_path(backend):
+        return "usable here, in bfloat16, which is emulated and slow"
+    return "usable here, in float32: bfloat16 is emulated"
 
 
 def _optional(name: str) -> str:

@@ -21,6 +21,7 @@ from ezpz_moe.routing_schema import (
 from ezpz_moe.schema import Data, mistake
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
+ExpertPrecision = Literal["host", "bfloat16", "float32"]
 
 # The upper bounds are far above any model, and low enough that no tensor's size overflows.
 _Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -81,6 +82,7 @@ class Flavor(Data):
 
     The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
     host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
+    ``expert_precision = None``: the host's cast to bfloat16, and float32 on a CPU that emulates it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Flavor(Data):
     base: str | None = None
     attention: Attention | None = None
     compute_backend: str = "grouped_mm"
+    expert_precision: ExpertPrecision | None = None
     dimensions: Dimensions | None = None
     router: Router = Router()
     balance: Balance = Balance()
@@ -104,6 +107,16 @@ class Flavor(Data):
             )
         if conflicts:
             raise mistake("; ".join(conflicts))
+        return self
+
+    @model_validator(mode="after")
+    def _computes_in_that_precision(self) -> Self:
+        if self.compute_backend == "grouped_mm" and self.expert_precision not in (None, "host"):
+            raise mistake(
+                f"expert_precision = {self.expert_precision!r} does not go with compute_backend = "
+                f"'grouped_mm', whose bits are torchtitan's own. Choose another backend, such as "
+                f"'for_loop', or remove expert_precision"
+            )
         return self
 
     @property

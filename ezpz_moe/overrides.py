@@ -8,33 +8,44 @@ The host logs every replaced node, and warns when it found none.
 """
 
 import dataclasses
+from typing import get_args
 
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
+from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import binding
 
 _attention, _experts, _host = map(binding, ("attention", "experts", "overrides"))
+_KEYS = ("compute_backend", "expert_precision")
 _EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
 
 
 @_host.for_experts
-def experts(config, *, compute_backend: str | None = None, **unknown):
-    """The same experts, computed by ``compute_backend``."""
+def experts(
+    config, *, compute_backend: str | None = None, expert_precision: str | None = None, **unknown
+):
+    """The same experts, computed by ``compute_backend`` in ``expert_precision``."""
     with exit_on_user_error():
         for key in unknown:
             raise EzpzError(
                 f"--override.imports ezpz_moe.overrides.experts: unknown key {key!r}."
-                f"{did_you_mean(key, ['compute_backend'])} It takes compute_backend alone."
+                f"{did_you_mean(key, _KEYS)} It takes {' and '.join(_KEYS)}."
             )
         if compute_backend is None:
             raise EzpzError(
                 f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
                 f"Write {_EXAMPLE}."
             )
+        if expert_precision not in (None, *get_args(ExpertPrecision)):
+            raise EzpzError(
+                f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
+                f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
+            )
         _host.refuse_twins_of("ezpz_moe.overrides.experts")
         replacement = _experts.selected(
-            config, compute_backend, "asked for by ezpz_moe.overrides.experts"
+            config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
         )
         _host.turn_off_cuda_graphs_for(compute_backend)
+        _host.warn_of_emulation()
         return replacement
 
 

@@ -1,6 +1,11 @@
 """Settings of every test run: reproducible examples, no variables from the shell."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, here and in every process that a test starts: several processes with
+# several threads each wait for one another by spinning, a hundred times slower on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
@@ -32,6 +37,20 @@ def in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("EZPZ_MOE_DEBUG", "1")
+
+
+@pytest.fixture
+def cpu_with(monkeypatch: pytest.MonkeyPatch):
+    """``cpu_with("float32")``: as if this CPU multiplied these dtypes natively."""
+    from ezpz_moe.compute import native
+
+    def answer(names: str) -> None:
+        monkeypatch.setenv(native.VARIABLE, names)
+        native.native_halves.cache_clear()
+
+    yield answer
+    monkeypatch.undo()
+    native.native_halves.cache_clear()
 
 
 @pytest.fixture

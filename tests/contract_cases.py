@@ -1,7 +1,9 @@
 """What the contract tests run over: backends x dtypes x routing patterns x devices.
 
-A combination that a backend's ``why_not`` refuses is skipped, and the skip says the reasons. A
-device named in ``EZPZ_MOE_TEST_DEVICES`` (say ``cuda,xpu``) that is absent *fails* a test.
+Of their product every backend has a Latin square (:func:`square`), which catches what the product
+does (``scripts/plant_bugs.py`` is the proof) at a tenth of the cost; the tests marked ``full`` have
+all of it. A backend is left out on devices that it cannot run on, and one test says why. A device
+named in ``EZPZ_MOE_TEST_DEVICES`` (say ``cuda,xpu``) that is absent *fails* a test.
 
 Legend of the shape suffixes: ``ezpz_moe.compute.contract``.
 """
@@ -9,7 +11,7 @@ Legend of the shape suffixes: ``ezpz_moe.compute.contract``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -26,13 +28,6 @@ INSTALLED = backend_names()
 RECOMPUTING = [
     f"{name}(recompute=true)" for name in INSTALLED if "recompute" in options_of(get_backend(name))
 ]
-BACKENDS = [
-    *INSTALLED,
-    *RECOMPUTING,
-    "batched_mm_padded(single_buffer=true)",
-    "batched_mm_padded(max_padding=2.0, recompute=true)",
-    "auto(among='for_loop batched_mm_padded')",
-]
 ON_THE_CPU = [name for name in INSTALLED if not get_backend(name).why_not(CPU, torch.bfloat16)]
 OTHERS_WITHOUT_DROPS = [
     f"{name}(capacity_factor=64.0)" if get_backend(name).drops_tokens else name
@@ -41,12 +36,36 @@ OTHERS_WITHOUT_DROPS = [
 ]
 """Each backend beside the host's own path that runs on the CPU, so that no token is dropped."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COUNT_DTYPES = (torch.int32, torch.int64)
 REQUESTED_DEVICES = [
     name for name in os.environ.get("EZPZ_MOE_TEST_DEVICES", "").split(",") if name
 ]
 DEVICES = [
     "cpu",
     *(name for name in ("cuda", "xpu") if missing_device(torch.device(name)) is None),
+]
+
+
+def usable_dtypes(name: str, device: str) -> list[torch.dtype]:
+    """Those of ``DTYPES`` in which the backend runs there."""
+    backend, dims = get_backend(name), (DIM, HIDDEN_DIM)
+    return [
+        dtype for dtype in DTYPES if not backend.why_not(torch.device(device), dtype, dims=dims)
+    ]
+
+
+def _running(names: Sequence[str]) -> list[str]:
+    """Those that run on some device here."""
+    return [name for name in names if any(usable_dtypes(name, device) for device in DEVICES)]
+
+
+RUNNING, RECOMPUTING_HERE = _running(INSTALLED), _running(RECOMPUTING)
+BACKENDS = [
+    *RUNNING,
+    *RECOMPUTING_HERE,
+    "batched_mm_padded(single_buffer=true)",
+    "batched_mm_padded(max_padding=2.0, recompute=true)",
+    "auto(among='for_loop batched_mm_padded')",
 ]
 
 
@@ -67,6 +86,7 @@ PATTERNS = {
     "empty_last": Pattern((6, 14, 8, 0)),
     "more_experts_than_tokens": Pattern((0, 1, 0, 0, 2, 0, 0, 0, 1, 0)),
     "one_hot": Pattern((0, 0, 40, 0)),
+    "two_uneven_runs": Pattern((5, 4, 40, 5, 4)),
     "one_expert": Pattern((17,)),
     "one_expert_and_tail": Pattern((5,), tail=3),
     "tail": Pattern((5, 9, 3, 6), tail=7),
@@ -77,11 +97,55 @@ PATTERNS = {
 }
 
 over_backends = pytest.mark.parametrize("name", BACKENDS)
+over_installed = pytest.mark.parametrize("name", RUNNING)  # where options make no difference
 over_devices = pytest.mark.parametrize("device", DEVICES)
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 over_patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-over_count_dtypes = pytest.mark.parametrize(
-    "count_dtype", [torch.int32, torch.int64], ids=("int32", "int64")
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def square(
+    name: str, device: str, dtypes: Sequence[torch.dtype], *, shift: int = 0
+) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Pattern]]:
+    """(name, device, dtype, dtype of the counts, pattern): every pattern once, the dtypes in turn.
+
+    With another ``shift`` a pattern meets other dtypes.
+    """
+    for i, pattern in enumerate(PATTERNS.values()):
+        dtype = dtypes[(i + shift) % len(dtypes)]
+        yield name, device, dtype, COUNT_DTYPES[(i // len(dtypes) + shift) % 2], pattern
+
+
+def squares(
+    names: Sequence[str], *, shift: int = 0
+) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Pattern]]:
+    """Those of every backend and device, each backend with a shift of its own."""
+    for number, name in enumerate(names):
+        for device in DEVICES:
+            if dtypes := usable_dtypes(name, device):
+                yield from square(name, device, dtypes, shift=shift + number)
+
+
+def in_words(value: object) -> str | None:
+    """Part of a test's name: of a dtype, a layout, a pattern."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, bool):
+        return "view" if value else "contiguous"
+    return next((name for name, pattern in PATTERNS.items() if pattern is value), None)
+
+
+over_squares = pytest.mark.parametrize(
+    ("name", "device", "dtype", "count_dtype", "pattern"), list(squares(BACKENDS)), ids=in_words
+)
+_OF_PRODUCTS = [name for name in BACKENDS if name not in RECOMPUTING]  # where it changes nothing
+over_squares_and_layouts = pytest.mark.parametrize(
+    ("name", "device", "dtype", "count_dtype", "pattern", "transposed"),
+    [
+        (*case, transposed)
+        for transposed in (True, False)
+        for case in squares(_OF_PRODUCTS, shift=1 + transposed)
+    ],
+    ids=in_words,
 )
 
 

@@ -1,4 +1,4 @@
-"""Flavor files of a text, what they say and what is wrong with them."""
+"""Flavor files of a text, what they say and what is wrong with them; and which flavors to build."""
 
 from __future__ import annotations
 
@@ -7,7 +7,24 @@ from pathlib import Path
 import pytest
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor, load_flavor
+from ezpz_moe.flavors import LISTED_VARIANTS, Flavor, flavor_names, load_flavor
+
+SMALL = ("debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel")
+"""The shipped sizes that are quickly built, even on the meta device."""
+
+
+def in_turn(*, shift: int = 0) -> list[object]:
+    """Every shipped flavor, for ``parametrize``: of the small sizes each variant, of the others
+    one, in turn; the rest is marked ``full``. With another ``shift`` they have other variants."""
+    names = flavor_names()
+    stems = [name for name in names if not name.endswith(LISTED_VARIANTS[1:])]
+    chosen = {
+        stem + LISTED_VARIANTS[(number + shift) % len(LISTED_VARIANTS)]
+        for number, stem in enumerate(stems)
+    } | {stem + variant for stem in SMALL for variant in LISTED_VARIANTS}
+    return [
+        name if name in chosen else pytest.param(name, marks=pytest.mark.full) for name in names
+    ]
 
 
 def load(folder: Path, text: str, *, inherits: str = "debugmodel", name: str = "mine") -> Flavor:

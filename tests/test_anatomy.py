@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from flavor_files import SMALL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,8 +35,12 @@ from ezpz_moe.hosts.titan_0_3.components import weigh  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.models import model_spec  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.parameters import build_on_meta  # noqa: E402
 
-SIZES = [name for name in flavor_names() if not name.endswith(("sdpa", "for_loop", "padded"))]
-SMALL = ("debugmodel", "gpt_oss_debugmodel", "qwen3_debugmodel")
+SHORT = (*SMALL, "236B")  # small ones of each family, and one with groups and a query of low rank
+SIZES = [
+    name if name in SHORT else pytest.param(name, marks=pytest.mark.full)
+    for name in flavor_names()
+    if not name.endswith(("sdpa", "for_loop", "padded"))
+]
 
 BY_NAME = {
     "embeddings": r"tok_embeddings\.weight",
@@ -82,14 +87,16 @@ def unmultiplied(model: nn.Module, found: Anatomy) -> float:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seq_len", [1, 4096])
-def test_the_hosts_flops_are_ours_and_what_it_counts_beside(size: str, seq_len: int) -> None:
+def test_the_hosts_flops_are_ours_and_what_it_counts_beside(size: str) -> None:
     """It has attention over the whole sequence, and 6 FLOPs for what is no product's weight."""
     flavor = load_flavor(size)
-    model, found = build_on_meta(flavor), anatomy(flavor, seq_len)
-    scores = found.costs["attention scores"].both
-    whole = 6 * found.n_layers * per_key(model) * seq_len
-    assert found.host_flops == found.total.both - scores + whole + 6 * unmultiplied(model, found)
+    model = build_on_meta(flavor)
+    for seq_len in (1, 4096):
+        found = anatomy(flavor, seq_len)
+        scores = found.costs["attention scores"].both
+        whole = 6 * found.n_layers * per_key(model) * seq_len
+        beside = whole + 6 * unmultiplied(model, found)
+        assert found.host_flops == found.total.both - scores + beside
 
 
 def per_key(model: nn.Module) -> int:
@@ -135,8 +142,17 @@ def is_of_attention(operator: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("seq_len", [32, 160])  # gpt_oss has a window of 128
+@pytest.mark.parametrize(
+    ("name", "seq_len"),
+    [
+        ("debugmodel", 32),
+        ("qwen3_debugmodel", 32),
+        ("gpt_oss_debugmodel", 160),  # it has a window of 128
+        pytest.param("debugmodel", 160, marks=pytest.mark.full),
+        pytest.param("qwen3_debugmodel", 160, marks=pytest.mark.full),
+        pytest.param("gpt_oss_debugmodel", 32, marks=pytest.mark.full),
+    ],
+)
 def test_flops_are_what_torch_counts(name: str, seq_len: int) -> None:
     found = anatomy(load_flavor(name), seq_len)
     scores = found.costs["attention scores"].forward
@@ -152,7 +168,9 @@ def test_flops_are_what_torch_counts(name: str, seq_len: int) -> None:
         is_fused = any("attention" in op for op in torchs)
         products = 2.5 if is_fused and factor == 2 else factor
         whole = 2 * found.n_layers * per_key(build_on_meta(load_flavor(name))) * seq_len**2
-        assert of_attention == products * whole
+        # torch 2.14 has no formula for the fused kernel of heads that share keys: it counts none.
+        uncounted = not of_attention and name == "qwen3_debugmodel"
+        assert uncounted or of_attention == products * whole
     assert scores < whole / seq_len
 
 

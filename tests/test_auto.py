@@ -59,9 +59,16 @@ def _winners() -> list[str]:
     return [choice.winner for choice in auto._CHOICES.values()]
 
 
-def _compute(pattern: Pattern = EVEN, *, calls: int = 1, options: str = "") -> None:
+def _compute(
+    pattern: Pattern = EVEN,
+    *,
+    calls: int = 1,
+    options: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> None:
     for _ in range(calls):
-        run(get_backend(f"auto(among='{NAMES}'{options})").swiglu, make_case(pattern))
+        case = make_case(pattern, dtype=dtype)
+        run(get_backend(f"auto(among='{NAMES}'{options})").swiglu, case)
 
 
 @pytest.mark.parametrize("faster", NAMES.split())
@@ -104,6 +111,16 @@ def test_recomputing_is_another_question(clock: _Clock) -> None:
     _compute()
     _compute(options=", recompute=true")
     assert clock.asked == 2
+
+
+def test_another_dtype_is_another_question(clock: _Clock) -> None:
+    """In the process, and in what is kept on disk for the next one."""
+    _compute()
+    clock.milliseconds["batched_mm_padded"] = 0.5
+    _compute(dtype=torch.float64)
+    assert clock.asked == 2
+    assert _winners() == ["for_loop", "batched_mm_padded"]
+    assert sorted(each.question.dtype for each, _ in tuning.recorded()) == ["float32", "float64"]
 
 
 def test_another_allocator_is_another_question(

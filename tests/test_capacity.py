@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import product
 from math import ceil
 
 import pytest
@@ -61,11 +62,17 @@ def bounds_of(plain: dict, true: dict) -> dict[str, float]:
     return {name: 2 * relative_error(plain[name], true[name]) + 1e-6 for name in true}
 
 
+def _square():
+    """Every pattern with every factor once, each saved for backward or not, in both dtypes."""
+    for (i, pattern), (j, factor) in product(enumerate(PATTERNS), enumerate(FACTORS)):
+        dtype = (torch.float32, torch.bfloat16)[(i + j // 2) % 2]
+        recompute = ("true", "false")[(i + j) % 2]
+        name = f"{pattern}-{factor}-{recompute}-{str(dtype).removeprefix('torch.')}"
+        yield pytest.param(PATTERNS[pattern], factor, recompute, dtype, id=name)
+
+
 @over_devices
-@over_patterns
-@over_factors
-@pytest.mark.parametrize("recompute", ["true", "false"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pattern", "factor", "recompute", "dtype"), list(_square()))
 def test_what_is_kept_equals_float64_and_what_is_dropped_is_zero(
     dtype: torch.dtype, recompute: str, factor: float, pattern: Pattern, device: str
 ) -> None:

@@ -16,6 +16,9 @@ from contract_cases import (
     HIDDEN_DIM,
     INSTALLED,
     PATTERNS,
+    RECOMPUTING,
+    RECOMPUTING_HERE,
+    RUNNING,
     assert_same_bits,
     assert_within,
     leaves,
@@ -23,6 +26,7 @@ from contract_cases import (
     make_product_case,
     over_backends,
     over_devices,
+    over_installed,
     run_product,
     usable,
 )
@@ -34,7 +38,7 @@ from torch.utils.checkpoint import (
 )
 
 from ezpz_moe.bench.measuring import peak_bytes
-from ezpz_moe.compute import Backend
+from ezpz_moe.compute import Backend, tuning
 from ezpz_moe.compute.autograd import KernelBackend
 from ezpz_moe.compute.contract import laid_out_like
 from ezpz_moe.compute.reference import Case, error_bounds, plain_loop, random_case, run, truth
@@ -44,8 +48,14 @@ TAIL = PATTERNS["tail_and_empty_last"]
 GRADIENTS = ("grad_w1", "grad_w2", "grad_w3", "grad_x")
 
 
+@pytest.fixture(autouse=True)
+def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is chosen, the promises are the same."""
+    monkeypatch.setattr(tuning, "_TURNS", 1)
+
+
 @over_devices
-@over_backends
+@over_installed
 def test_gradcheck(name: str, device: str) -> None:
     """All gradients against finite differences: right without trusting our own reference."""
     backend = usable(name, device, torch.float64)
@@ -123,28 +133,29 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype, device: str) ->
     assert_same_bits(plain, under_autocast)
 
 
+# In bfloat16: torch 2.14's stand-in for the shapes of torch._grouped_mm takes nothing wider.
 @over_devices
-@over_backends
+@pytest.mark.parametrize("name", [*RUNNING, *RECOMPUTING_HERE])
 def test_a_compiled_graph_serves_every_number_of_rows(name: str, device: str) -> None:
-    backend = usable(name, device, torch.float32)
+    backend = usable(name, device, torch.bfloat16)
     torch.compiler.reset()
     compiled = torch.compile(backend.swiglu, backend="aot_eager", fullgraph=True, dynamic=True)
-    run(compiled, make_case(UNEVEN, device))
+    run(compiled, make_case(UNEVEN, device, torch.bfloat16))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for pattern in (UNEVEN, TAIL, PATTERNS["balanced"]):
-            layer = make_case(pattern, device)
+            layer = make_case(pattern, device, torch.bfloat16)
             true = truth(layer)
             assert_within(run(compiled, layer), true, error_bounds(layer, true))
 
 
 @over_devices
-@over_backends
+@over_installed
 def test_the_seam_compiles(name: str, device: str) -> None:
-    backend = usable(name, device, torch.float32)
+    backend = usable(name, device, torch.bfloat16)
     torch.compiler.reset()
     compiled = torch.compile(backend.grouped_mm, backend="aot_eager", fullgraph=True, dynamic=True)
     for pattern in (UNEVEN, TAIL):
-        product = make_product_case(pattern, transposed=True, device=device)
+        product = make_product_case(pattern, transposed=True, device=device, dtype=torch.bfloat16)
         expected = run_product(backend.grouped_mm, product)
         assert_same_bits(expected, run_product(compiled, product))
 
@@ -164,11 +175,14 @@ class _BatchedOutputs(TorchDispatchMode):
 
 @over_backends
 def test_no_batched_product_is_written_transposed(name: str) -> None:
-    """In bfloat16 on the CPU that takes two thousand times as long; gpt_oss has such weights."""
-    backend = usable(name, "cpu", torch.bfloat16)
+    """In bfloat16 on the CPU that takes two thousand times as long; gpt_oss has such weights.
+
+    Looked at in float32, in which every CPU writes its products where they are told to be.
+    """
+    backend = usable(name, "cpu", torch.float32)
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} has no kernels of its own")
-    case = make_product_case(UNEVEN, transposed=True, dtype=torch.bfloat16)
+    case = make_product_case(UNEVEN, transposed=True)
     backend.compute("mm", case.A_RK, case.B_EKN, case.offs_E)  # auto chooses here
     with _BatchedOutputs() as seen:
         backend.compute("mm_backward", case.grad_C_RN, case.A_RK, case.B_EKN, case.offs_E)
@@ -198,15 +212,21 @@ def _operator_arguments(case: Case) -> dict[str, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize(
     "operator", ["swiglu", "swiglu_output", "swiglu_backward", "mm", "mm_backward"]
 )
-@pytest.mark.parametrize("name", INSTALLED)
+@over_installed
 def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> None:
-    """Schema (nothing mutated or aliased), autograd, fake kernels with strides, AOT dispatch."""
+    """Schema (nothing mutated or aliased), autograd, fake kernels with strides, AOT dispatch.
+
+    The last is the same code for every backend, and slow.
+    """
     backend = usable(name, device, torch.float32)
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} composes torch's own operators and registers none")
     arguments = _operator_arguments(make_case(PATTERNS["empty_middle"], device))
     op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
-    torch.library.opcheck(op, (*arguments[operator], *backend.kernel_options))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name == "for_loop":
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (*arguments[operator], *backend.kernel_options), test_utils=checks)
 
 
 def _save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -235,7 +255,7 @@ def test_activation_checkpointing_gives_the_same_bits(
     assert_same_bits(run(backend.swiglu, layer), run(checkpointed, layer))
 
 
-@over_backends
+@pytest.mark.parametrize("name", [*INSTALLED, *RECOMPUTING])
 def test_meta_tensors_have_no_values_to_read(name: str) -> None:
     """``host_syncs = False`` is a promise that the counts stay where they are."""
     backend = usable(name, "meta", torch.bfloat16)

@@ -124,6 +124,14 @@ def test_fewer_documents_than_ranks_is_an_error_not_an_endless_search(make, tmp_
         build(config, tokenizer, rank=99_999, ranks=100_000)
 
 
+def test_a_document_for_each_rank_is_enough_and_one_less_is_not(tmp_path, tokenizer):
+    path = write(tmp_path, "a.txt", "\n\n".join(TEXTS))
+    config = dataloader_config(None, path, job_folder=None)
+    build(config, tokenizer, rank=2, ranks=3)
+    with pytest.raises(EzpzError, match="has 3 documents for 4 data-parallel ranks"):
+        build(config, tokenizer, rank=2, ranks=4)
+
+
 def test_resuming_gives_the_tokens_that_would_have_come(tmp_path, tokenizer):
     """Two epochs and a bit, so that the host's reshuffling is in it."""
     path = write(tmp_path, "a.txt", "\n\n".join(f"{n} " * 20 for n in range(9)))

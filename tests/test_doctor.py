@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe import cli, hosts
+from ezpz_moe import cli, doctor, hosts
 from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts import check_host
 
@@ -69,12 +69,27 @@ def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, mon
     assert "debugmodel_sdpa was not checked: no run starts with this host." in said
 
 
-def test_every_backend_says_whether_it_is_usable(capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("cpu", "grouped_mm", "fused"),
+    [
+        ("float32,bfloat16", "in bfloat16", "in bfloat16"),
+        (
+            "float32",
+            "in bfloat16, which is emulated and slow",
+            "in float32: bfloat16 is emulated",
+        ),
+    ],
+)
+def test_every_backend_says_whether_it_is_usable(
+    capsys, monkeypatch, cpu_with, cpu, grouped_mm, fused
+) -> None:
+    cpu_with(cpu)
     why_not = lambda self, device, dtype, **sizes: ["too hot."]  # noqa: E731
     monkeypatch.setattr(type(get_backend("for_loop")), "why_not", why_not)
-    lines = [" ".join(line.split()) for line in run(capsys)[1].splitlines()]
+    lines = [" ".join(f"{what} {said}".split()) for what, said in doctor.facts().items()]
     assert "backend for_loop not usable here: too hot." in lines
-    assert "backend grouped_mm usable here, in bfloat16" in lines
+    assert f"backend grouped_mm usable here, {grouped_mm}" in lines
+    assert f"backend grouped_mm_fused usable here, {fused}" in lines
 
 
 def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:

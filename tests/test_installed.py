@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe import hosts
-from ezpz_moe.hosts import installed
+from ezpz_moe.hosts import installed, untested
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def test_a_checkout_is_its_commit_and_has_not_the_version_of_what_it_hides(check
     head = _git(checkout, "rev-parse", "HEAD")
     assert installed.host() == installed.Host(checkout / "torchtitan", commit=head)
     assert installed.host_name() == f"commit {head[:12]}"
-    assert not hosts.is_tested()
+    assert not untested.is_tested()
 
 
 def test_a_checkout_where_git_is_not_installed_is_of_no_known_commit(checkout, monkeypatch):

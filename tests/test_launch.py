@@ -16,6 +16,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import fork_server
 import psutil
 import pytest
 import torch
@@ -24,6 +25,7 @@ import ezpz_moe.hosts
 import ezpz_moe.train
 from ezpz_moe import launch
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import untested
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -44,8 +46,10 @@ def job(tmp_path) -> Path:
 
 
 def start(
-    job: Path | str, nproc: int, *flags: str, program: str = START, **popen
+    job: Path | str, nproc: int, *flags: str, program: str = START, python: str | None = None
 ) -> subprocess.Popen:
+    """The launcher and its workers: forks, which know of one thread, or by ``python`` real."""
+    python = python or fork_server.python()
     scratch = Path(job).parent / "scratch"
     scratch.mkdir(exist_ok=True)
     environment = {
@@ -54,10 +58,11 @@ def start(
         if name not in ("LOG_RANK", "OMP_NUM_THREADS")
     }
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(job), str(nproc), *flags],
+        [python, "-c", program, str(job), str(nproc), *flags],
         cwd=Path(job).parent,
         env={
             **environment,
+            "PYTHON_EXEC": python,
             "TMPDIR": str(scratch),
             "CUDA_VISIBLE_DEVICES": "",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns where no name server answers
@@ -65,7 +70,6 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **popen,
     )
 
 
@@ -81,7 +85,18 @@ def run(job: Path | str, nproc: int, *flags: str) -> tuple[int, str, str]:
 # --- the host's check -------------------------------------------------------------------------
 
 
-def test_the_tested_pair_passes_without_a_warning(caplog):
+def with_pair(monkeypatch, tmp_path, *pair: str | None) -> None:
+    """As if these torch and torchtitan were installed, by a user who has not met them."""
+    for module in (ezpz_moe.hosts, untested):
+        monkeypatch.setattr(module, "installed_pair", lambda: pair)
+    monkeypatch.setenv("EZPZ_MOE_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("torch_version", ["2.15.0", "2.15.7"])
+def test_a_tested_pair_and_its_patch_releases_pass_without_a_warning(
+    monkeypatch, tmp_path, caplog, torch_version
+):
+    with_pair(monkeypatch, tmp_path, torch_version, "0.3.0")
     ezpz_moe.hosts.check_host()
     assert not caplog.records
 
@@ -103,7 +118,7 @@ def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypat
     assert name in message
     for distribution in ("torch", "torchtitan"):
         assert f"{distribution} {metadata.version(distribution).partition('+')[0]}" in message
-    assert f"Tested: {ezpz_moe.hosts.tested_pairs()}." in message
+    assert f"Tested: {untested.tested_pairs()}." in message
     assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
 
 
@@ -129,19 +144,35 @@ def test_a_host_that_cannot_be_imported_says_why(no_host):
         ezpz_moe.hosts.check_host()
 
 
-def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, no_host):
-    for name in ("version", "host_name"):
-        monkeypatch.setattr(ezpz_moe.hosts, name, lambda *_: None)
+def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, tmp_path, no_host):
+    with_pair(monkeypatch, tmp_path, None, None)
     with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
         ezpz_moe.hosts.check_host()
 
 
-def test_an_untested_pair_that_can_do_it_is_a_warning(monkeypatch, caplog):
-    monkeypatch.setattr(metadata, "version", lambda name: {"torch": "9.1.0+x"}[name])
-    monkeypatch.setattr(ezpz_moe.hosts, "host_name", lambda: "0.9")
-    ezpz_moe.hosts.check_host()
-    assert "untested with torch 9.1.0 and torchtitan 0.9" in caplog.text
-    assert "torch 2.15.0 with torchtitan 0.3.0" in caplog.text
+def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path, caplog):
+    for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
+        with_pair(monkeypatch, tmp_path, *pair)
+        ezpz_moe.hosts.check_host()
+    line = "ezpz_moe: torch {} with torchtitan {} is untested here; `ezpz-moe verify` checks it"
+    assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
+
+
+def test_the_next_day_an_untested_pair_is_said_again(monkeypatch, tmp_path):
+    with_pair(monkeypatch, tmp_path, "9.1.0", "0.3.0")
+    assert untested.notice()
+    (stamp,) = (tmp_path / "untested").iterdir()
+    stamp.rename(stamp.with_name("9.1.0-with-0.3.0.2026-01-31"))
+    assert untested.notice()
+    assert not untested.notice()
+    assert [each.name for each in (tmp_path / "untested").iterdir()] == [stamp.name]
+
+
+def test_where_nothing_can_be_kept_an_untested_pair_is_said_each_time(monkeypatch, tmp_path):
+    with_pair(monkeypatch, tmp_path / "file", "9.1.0", "0.3.0")
+    (tmp_path / "file").touch()
+    assert untested.notice()
+    assert untested.notice()
 
 
 # --- one worker -------------------------------------------------------------------------------
@@ -302,7 +333,7 @@ def test_a_mistake_in_the_job_costs_no_import_of_torch(job):
 @pytest.mark.train
 def test_two_ranks_train_and_rank_0_is_shown(job):
     """The flags after the job win; the workers leave nothing behind."""
-    code, out, err = run(job, 2, "--training.steps", "2")
+    code, out, err = finish(start(job, 2, "--training.steps", "2", python=sys.executable))
     assert code == 0, err
     assert re.findall(r"step:\s+(\d+)", out) == ["1", "2"]
     threads = max(1, torch.get_num_threads() // 2)
@@ -374,7 +405,7 @@ def test_a_crash_of_the_trainer_is_reported_by_torchrun(job):
 
 @pytest.mark.train
 def test_interrupting_ends_the_workers_without_tracebacks(job):
-    process = start(job, 2, "--training.steps", "1000")
+    process = start(job, 2, "--training.steps", "1000", python=sys.executable)
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -18,11 +18,9 @@ import test_contract_autograd as contract_autograd
 import torch
 from contract_cases import (
     PATTERNS,
-    Pattern,
     assert_same_bits,
     make_case,
-    over_count_dtypes,
-    over_patterns,
+    square,
 )
 
 from ezpz_moe.compute import get_backend
@@ -32,7 +30,6 @@ from ezpz_moe.compute.reference import run
 CPU = torch.device("cpu")
 TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 
-over_dtypes = pytest.mark.parametrize("dtype", TAKEN, ids=lambda dtype: str(dtype)[6:])
 over_options = pytest.mark.parametrize("name", ["npu", "npu(recompute=true)"])
 
 
@@ -103,39 +100,19 @@ def _on_the_cpu(torch_npu: types.ModuleType, monkeypatch: pytest.MonkeyPatch) ->
 class TestNumerics:
     """The contract's own tests, called with the stand-in in place."""
 
-    @over_patterns
-    @over_count_dtypes
-    @over_dtypes
-    @over_options
-    def test_swiglu(
-        self, name: str, dtype: torch.dtype, count_dtype: torch.dtype, pattern: Pattern
-    ) -> None:
-        contract.test_swiglu_equals_float64(name, dtype, count_dtype, pattern, "cpu")
-
-    @over_patterns
-    @over_count_dtypes
-    @contract.over_layouts
-    @over_dtypes
-    def test_grouped_mm(
-        self,
-        dtype: torch.dtype,
-        transposed: bool,
-        count_dtype: torch.dtype,
-        pattern: Pattern,
-    ) -> None:
-        contract.test_grouped_mm_equals_float64(
-            "npu", dtype, count_dtype, transposed, pattern, "cpu"
-        )
+    @pytest.mark.parametrize("name", ["npu", "npu(recompute=true)"])
+    def test_numbers(self, name: str) -> None:
+        """A square for the FFN, and one for each layout of a product."""
+        for case in square(name, "cpu", TAKEN):
+            contract.test_swiglu_equals_float64(*case)
+        for shift, transposed in ((1, False), (2, True)):
+            for case in square(name, "cpu", TAKEN, shift=shift):
+                contract.test_grouped_mm_equals_float64(*case, transposed)
 
     @contract.over_strides
-    @pytest.mark.parametrize("argument", ["w1_EFD", "w2_EDF", "w3_EFD", "x_RD", "grad_y_RD"])
-    def test_swiglu_strides(self, argument: str, strided) -> None:
-        contract.test_swiglu_takes_any_strides("npu", argument, strided, "cpu")
-
-    @contract.over_strides
-    @pytest.mark.parametrize("argument", ["A_RK", "B_EKN", "grad_C_RN"])
-    def test_grouped_mm_strides(self, argument: str, strided) -> None:
-        contract.test_grouped_mm_takes_any_strides("npu", argument, strided, "cpu")
+    def test_strides(self, shift: int) -> None:
+        contract.test_swiglu_takes_any_strides("npu", shift, "cpu")
+        contract.test_grouped_mm_takes_any_strides("npu", shift, "cpu")
 
     def test_strides_of_counts_and_offsets(self) -> None:
         contract.test_counts_and_offsets_take_any_strides("npu", "cpu")

@@ -225,10 +225,12 @@ def over_ranks(parts: list[Case], name: str, *, by_sequence: bool) -> list[tuple
 
 @over_losses
 @over_scopes
+@pytest.mark.parametrize("padded_from", [9, 4], ids=["tokens_on_both", "padding_alone_on_one"])
 def test_gradients_of_the_ranks_add_up_to_those_of_the_whole_group(
-    name: str, by_sequence: bool
+    name: str, by_sequence: bool, padded_from: int
 ) -> None:
     whole = make_case(2, 9, 5, 2)
+    whole.mask_BL[:, padded_from:] = False
     places = (slice(None, 4), slice(4, None))
     parts = [
         Case(*(getattr(whole, field)[:, place] for field in Case.__dataclass_fields__))

@@ -96,6 +96,12 @@ def test_without_assignments_all_experts_are_dead_and_nothing_else_is_claimed(ex
     assert figures.dead_experts(counts_E) == tuple(range(experts))
 
 
+def test_what_was_dropped_is_not_computed_and_the_rest_of_the_rows_is_padding() -> None:
+    """Of 10 tokens 2 are dropped; 12 rows are computed, 4 of them nobody's."""
+    use = figures.use_of_rows(given=10, computed=12, dropped=2)
+    assert use == pytest.approx({"padding_waste": 4 / 12, "drop_rate": 2 / 10}, **EXACT)
+
+
 def test_over_layers_is_the_mean_and_the_worst_at_the_bad_end() -> None:
     even, uneven = [10, 10], [20, 0]
     values = scalars(record(layer(even, 1), layer(uneven, 2), steps=2))

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from ezpz_moe import display
 from ezpz_moe.errors import EzpzError
+
+
+def print_emulated(device: str, dtypes: Iterable[str]) -> None:
+    """A line for each dtype that the device computes slowly, before the minutes that it takes."""
+    import torch
+
+    from ezpz_moe.compute.native import emulation_note
+
+    for dtype in dict.fromkeys(dtypes):
+        if note := emulation_note(device, getattr(torch, dtype)):
+            display.print_line(f"{note}.")
+
 
 DType = Literal["bfloat16", "float32", "float16", "float64"]
 Device = Annotated[str | None, arg(metavar="DEVICE")]

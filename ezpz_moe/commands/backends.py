@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType
+from ezpz_moe.commands.arguments import Device, DType, print_emulated
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,6 @@ class Backends:
             ]
         title = f"Expert backends on {device} in {self.dtype}"
         display.print_table(rows, title=title)
+        print_emulated(device, [self.dtype])
         display.print_reasons(reasons)
         return 0

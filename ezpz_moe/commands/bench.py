@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType
+from ezpz_moe.commands.arguments import Device, DType, print_emulated
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Bench:
             check(plan)
             about = environment(plan.device)
         display.print_table(_facts(about))
+        print_emulated(plan.device, plan.dtypes)
         both: tuple[Allocator, ...] = ("default", "retain")
         allocators = both if self.allocator == "both" else (self.allocator,)
         results: list[Measured] = []

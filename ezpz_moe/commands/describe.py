@@ -49,6 +49,7 @@ class Describe:
             return 0
         display.print_line(_title(described))
         display.print_table(_rows(described))
+        display.print_line(f"Precision: {described.precision}.")
         for line in _remarks(described):
             display.print_line(line)
         if described.ranks is not None:

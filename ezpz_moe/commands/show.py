@@ -32,6 +32,7 @@ class Show:
             fields = flavor.model_dump(exclude_none=True)
             fields["counted"] = asdict(binding("parameters").summarize(flavor))
             config = binding("job").trainer_config(job)
+            fields["precision"] = binding("precision").in_words(config, flavor)
             told = [s for s in settings.settings(config) if self.all or s.changed]
         rows = [{"flavor": path, "value": value} for path, value in settings.flat(fields)]
         display.print_table(rows, title=job.source)

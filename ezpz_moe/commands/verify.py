@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType
+from ezpz_moe.commands.arguments import Device, DType, print_emulated
 
 if TYPE_CHECKING:
     from ezpz_moe.verify import Row
@@ -29,6 +29,8 @@ class Verify:
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
+        if not self.json:
+            print_emulated(device, self.dtype)
         compared = [compare(check) for check in display.tracked(checks, "Verifying")]
         rows = [row for rows in compared for row in rows]
         passed = all(row.ok for row in rows)

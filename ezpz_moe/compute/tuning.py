@@ -19,14 +19,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from pydantic import TypeAdapter
 
 from ezpz_moe import __version__
+from ezpz_moe.cache import CACHE_VARIABLE, cache_root
+from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "EZPZ_MOE_CACHE"
 """Names the folder of what has been measured, in place of the user's cache folder."""
 
 _TURNS = 15  # of docs/benchmarks' turns 5 choose one that is over 5 % slower in 2.7 %, 15 in 1.1 %
@@ -117,6 +117,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
+        if names := sorted(str(each).removeprefix("torch.") for each in native_halves()):
+            name += f", {' and '.join(names)} native"
         said = (f"{key}={value}" for key, value in sorted(allocator_variables().items()))
         return ", ".join((name, *said))
     return torch.get_device_module(device).get_device_name(device)
@@ -205,9 +207,7 @@ def _key(asked: Question | Situation) -> str:
 
 def cache_folder() -> Path:
     """Where a file for each situation is kept; it need not be there yet."""
-    named = os.environ.get(CACHE_VARIABLE)
-    folder = Path(named).expanduser() if named else user_cache_path("ezpz_moe")
-    return folder / "auto"
+    return cache_root() / "auto"
 
 
 @contextmanager

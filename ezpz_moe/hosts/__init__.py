@@ -21,8 +21,8 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
 from ezpz_moe.hosts.reliance import Reliance, broken, in_words
+from ezpz_moe.hosts.untested import installed_pair, notice, tested_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,9 @@ class Generation:
         except EzpzError:
             raise
         except Exception as error:  # its classes are made from the host's
+            titan = installed_pair()[1]
             raise EzpzError(
-                f"ezpz_moe cannot do this with torchtitan {host_name()}: {in_words(error)}. "
+                f"ezpz_moe cannot do this with torchtitan {titan}: {in_words(error)}. "
                 "`ezpz-moe doctor` says what is broken and what that means."
             ) from error
 
@@ -177,7 +178,8 @@ def check_host() -> None:
     """Refuse a torch or torchtitan that the binding cannot work with.
 
     Call it before anything of the host is imported: where no accelerator exists, the host is
-    imported here, with the CPU as its device. A pair that works but is untested is logged.
+    imported here, with the CPU as its device. A pair that works but is untested is logged, once a
+    day.
 
     Raises:
         EzpzError: something that nothing can be trained without is missing.
@@ -185,13 +187,8 @@ def check_host() -> None:
     vital = [reliance for reliance in generation().relied_on if reliance.vital]
     if missing := broken(vital):
         raise _refusal(_with_meanings(missing))
-    if not is_tested():
-        logger.warning(
-            "ezpz_moe is untested with torch %s and torchtitan %s (tested: %s). It has what the "
-            "binding needs, so the run goes on; `ezpz-moe verify` checks the backends.",
-            *_versions().values(),
-            tested_pairs(),
-        )
+    if line := notice():
+        logger.warning("ezpz_moe: %s", line)
 
 
 def _with_meanings(missing: Mapping[Reliance, str]) -> list[str]:
@@ -200,16 +197,6 @@ def _with_meanings(missing: Mapping[Reliance, str]) -> list[str]:
     for line, reason in missing.items():
         by_meaning.setdefault(line.if_broken, []).append(f"{line.thing}: {reason}")
     return [f"{'; '.join(lines)} ({meaning})" for meaning, lines in by_meaning.items()]
-
-
-def is_tested() -> bool:
-    """Whether the installed torch and torchtitan are a tested pair."""
-    return tuple(_versions().values()) in TESTED_PAIRS
-
-
-def tested_pairs() -> str:
-    """The tested pairs in words."""
-    return ", ".join(f"torch {torch} with torchtitan {titan}" for torch, titan in TESTED_PAIRS)
 
 
 def _is_written(evidence: Reliance) -> bool:
@@ -244,13 +231,12 @@ def _choose_device() -> None:
 
 def _refusal(reasons: Iterable[str]) -> EzpzError:
     install = " ".join(f"'{name}=={number}'" for name, number in RECOMMENDED.items())
-    versions = (f"{name} {version or 'not installed'}" for name, version in _versions().items())
+    versions = (
+        f"{name} {version or 'not installed'}"
+        for name, version in zip(RECOMMENDED, installed_pair(), strict=True)
+    )
     return EzpzError(
         f"ezpz_moe cannot work with {' and '.join(versions)}: "
         f"{'; '.join(dict.fromkeys(reasons))}. Tested: {tested_pairs()}. "
         f"Install with: pip install {install}"
     )
-
-
-def _versions() -> dict[str, str | None]:
-    return {"torch": version("torch"), "torchtitan": host_name()}

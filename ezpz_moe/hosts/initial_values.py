@@ -138,7 +138,10 @@ class _Replay(TorchDispatchMode):
     """
 
     def __init__(
-        self, parameters: Mapping[int, tuple[str, Tensor]], shards: Mapping[str, Tensor], kept: set[str]
+        self,
+        parameters: Mapping[int, tuple[str, Tensor]],
+        shards: Mapping[str, Tensor],
+        kept: set[str],
     ):
         super().__init__()
         self._parameters = parameters

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 from dialect import EXPERTS
+from flavor_files import in_turn
 from torch import nn
 
 from ezpz_moe.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
 from ezpz_moe.checkpoints.names import generation_of
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavor_schema import Dimensions
-from ezpz_moe.flavors import flavor_names, load_flavor
+from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
 from ezpz_moe.hosts.installed import host_name
 
@@ -41,7 +42,7 @@ def modules(model: nn.Module, class_name: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", flavor_names())
+@pytest.mark.parametrize("name", in_turn(shift=2))
 def test_every_flavor_builds_with_its_backend(name):
     flavor = load_flavor(name)
     build = binding("parameters").build_on_meta

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.contract import (
     is_transposed,
@@ -80,12 +81,12 @@ def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> T
     """``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
         return _weight_gradient(right_ECN, left_ECM, like_EMN.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(left_ECM.transpose(1, 2), right_ECN, out=torch.empty_like(like_EMN))
+    return products.bmm(left_ECM.transpose(1, 2), right_ECN, torch.empty_like(like_EMN))
 
 
 def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float) -> Tensor:
     slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
-    return slots.put(torch.bmm(slots.take(A_RK), B_EKN))
+    return slots.put(products.bmm(slots.take(A_RK), B_EKN))
 
 
 def _mm_backward(
@@ -93,12 +94,13 @@ def _mm_backward(
 ) -> tuple[Tensor, Tensor]:
     slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
     grad_C_ECN = slots.take(grad_C_RN)
-    grad_A_ECK = torch.bmm(grad_C_ECN, B_EKN.transpose(1, 2))
+    grad_A_ECK = products.bmm(grad_C_ECN, B_EKN.transpose(1, 2))
     return slots.put(grad_A_ECK, A_RK), _weight_gradient(slots.take(A_RK), grad_C_ECN, B_EKN)
 
 
 def _gate_and_up(w1_EFD: Tensor, w3_EFD: Tensor, x_ECD: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.bmm(x_ECD, w1_EFD.transpose(1, 2)), torch.bmm(x_ECD, w3_EFD.transpose(1, 2))
+    gate_ECF = products.bmm(x_ECD, w1_EFD.transpose(1, 2))
+    return gate_ECF, products.bmm(x_ECD, w3_EFD.transpose(1, 2))
 
 
 def _swiglu(
@@ -111,7 +113,7 @@ def _swiglu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
     gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, slots.take(x_RD))
-    y_ECD = torch.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
+    y_ECD = products.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
     return slots.put(y_ECD), slots.put(gate_ECF), slots.put(up_ECF)
 
 
@@ -136,9 +138,9 @@ def _swiglu_backward(
     hidden_ECF = activated_ECF * up_ECF
     grad_w2_EDF = _weight_gradient(grad_y_ECD, hidden_ECF, w2_EDF)
 
-    grad_hidden_ECF = torch.bmm(grad_y_ECD, w2_EDF, out=hidden_ECF)
+    grad_hidden_ECF = products.bmm(grad_y_ECD, w2_EDF, hidden_ECF)
     grad_gate_ECF, grad_up_ECF = swiglu_gradients_(grad_hidden_ECF, activated_ECF, gate_ECF, up_ECF)
-    grad_x_ECD = torch.bmm(grad_gate_ECF, w1_EFD).baddbmm_(grad_up_ECF, w3_EFD)
+    grad_x_ECD = products.bmm_sum(grad_gate_ECF, w1_EFD, grad_up_ECF, w3_EFD)
     return (
         _weight_gradient(grad_gate_ECF, x_ECD, w1_EFD),
         grad_w2_EDF,

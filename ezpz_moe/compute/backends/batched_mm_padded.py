@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.contract import (
     counts_of_offsets,
@@ -137,9 +138,9 @@ class _Rows:
 
 def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
     if A_gCK.shape[0] == 1:  # for one matrix some libraries have better kernels
-        torch.mm(A_gCK[0], B_gKN[0], out=out_gCN[0])
+        products.mm(A_gCK[0], B_gKN[0], out_gCN[0])
     else:
-        torch.bmm(A_gCK, B_gKN, out=out_gCN)
+        products.bmm(A_gCK, B_gKN, out_gCN)
 
 
 def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
@@ -147,9 +148,10 @@ def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
         _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
 
 
-def _multiply_add(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
+def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows) -> None:
     for run in A.plan.runs:
-        out.of(run).baddbmm_(A.of(run), B_EKN[run.first : run.stop])
+        experts = slice(run.first, run.stop)
+        products.bmm_sum(*(A.of(run), B_EKN[experts]), *(A2.of(run), B2_ELN[experts]), out.of(run))
 
 
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
@@ -244,8 +246,7 @@ def _swiglu_backward(
     grad_gate, grad_up = (_Rows.padded(each, plan) for each in gradients)
 
     grad_x = _Rows(x_RD.new_empty(x_RD.shape), plan)
-    _multiply(grad_gate, w1_EFD, grad_x)
-    _multiply_add(grad_up, w3_EFD, grad_x)
+    _multiply_sum(grad_gate, w1_EFD, grad_up, w3_EFD, grad_x)
     return (
         _weight_gradient(grad_gate, x, w1_EFD),
         grad_w2_EDF,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.contract import counts_of_offsets, counts_on_host
 from ezpz_moe.compute.elementwise import swiglu_gradients_
@@ -39,13 +40,13 @@ def _columns(rows_RX: Tensor, counts: list[int]) -> Views:
 def _multiply(A_nK: Views, B_KN: Views, out_nN: Views) -> None:
     for A, B, out in zip(A_nK, B_KN, out_nN, strict=True):
         if len(A):
-            torch.mm(A, B, out=out)
+            products.mm(A, B, out)
 
 
-def _multiply_add(A_nK: Views, B_KN: Views, out_nN: Views) -> None:
-    for A, B, out in zip(A_nK, B_KN, out_nN, strict=True):
+def _multiply_sum(A_nK: Views, B_KN: Views, A2_nL: Views, B2_LN: Views, out_nN: Views) -> None:
+    for A, B, A2, B2, out in zip(A_nK, B_KN, A2_nL, B2_LN, out_nN, strict=True):
         if len(A):
-            out.addmm_(A, B)
+            products.mm_sum(A, B, A2, B2, out)
 
 
 def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tenso
     """
     grad_EMN = torch.empty_like(like_EMN)
     for left, right, grad in zip(left_Mn, right_nN, grad_EMN.unbind(), strict=True):
-        torch.mm(left, right, out=grad)
+        products.mm(left, right, grad)
     return grad_EMN
 
 
@@ -127,9 +128,11 @@ def _swiglu_backward(
     grad_gate_nF, grad_up_nF = swiglu_gradients_(grad_hidden_nF, activated_nF, gate_nF, up_nF)
 
     x_nD, grad_x_RD = _rows(x_RD, counts), torch.empty_like(x_RD)
-    grad_x_nD = _rows(grad_x_RD, counts)
-    _multiply(_rows(grad_gate_nF, counts), w1_EFD.unbind(), grad_x_nD)
-    _multiply_add(_rows(grad_up_nF, counts), w3_EFD.unbind(), grad_x_nD)
+    _multiply_sum(
+        *(_rows(grad_gate_nF, counts), w1_EFD.unbind()),
+        *(_rows(grad_up_nF, counts), w3_EFD.unbind()),
+        _rows(grad_x_RD, counts),
+    )
     grad_x_RD[n:].zero_()
     return (
         _weight_gradient(_columns(grad_gate_nF, counts), x_nD, w1_EFD),

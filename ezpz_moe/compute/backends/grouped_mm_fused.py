@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
 from ezpz_moe.compute.backends.grouped_mm import aligned, reasons_against, row_major
 from ezpz_moe.compute.contract import (
@@ -31,7 +32,7 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 def _product(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
     """``A[r] @ B[expert of r]``; tail rows are unwritten."""
-    return torch._grouped_mm(row_major(A_RK), aligned(B_EKN), offs=offs_E)
+    return products.grouped_mm(row_major(A_RK), aligned(B_EKN), offs_E)
 
 
 def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Te
     if is_transposed(like):
         grad_ENM = _weight_gradient(right_RN, left_RM, offs_E, like.transpose(1, 2))
         return grad_ENM.transpose(1, 2)
-    grad_EMN = torch._grouped_mm(row_major(left_RM).T, row_major(right_RN), offs=offs_E)
+    grad_EMN = products.grouped_outer(row_major(left_RM), row_major(right_RN), offs_E)
     return laid_out_like(grad_EMN, like)
 
 
@@ -99,7 +100,11 @@ def _swiglu_backward(
     grad_hidden_RF = _product(grad_y_RD, w2_EDF, offs_E)
     grad_gate_RF, grad_up_RF = swiglu_gradients_(grad_hidden_RF, activated_RF, gate_RF, up_RF)
 
-    grad_x_RD = _product(grad_gate_RF, w1_EFD, offs_E).add_(_product(grad_up_RF, w3_EFD, offs_E))
+    grad_x_RD = products.grouped_mm_sum(
+        *(row_major(grad_gate_RF), aligned(w1_EFD)),
+        *(row_major(grad_up_RF), aligned(w3_EFD)),
+        offs_E,
+    )
     return (
         _weight_gradient(grad_gate_RF, x_RD, offs_E, w1_EFD),
         grad_w2_EDF,

@@ -16,6 +16,7 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
@@ -141,7 +142,9 @@ def _backend_on_device(config: Any, args: Any) -> Iterator[str]:
         return  # the host takes its for-loop
     device = torch.device(utils.device_type)
     dims = sorted({args.dim, args.moe_inter_dim} if hasattr(args, "moe_inter_dim") else {args.dim})
-    for reason in get_backend(args.compute_backend).why_not(device, torch.bfloat16, dims=dims):
+    param = config.training.mixed_precision_param
+    dtype = getattr(torch, experts_dtype(args.expert_precision, param, device.type))
+    for reason in get_backend(args.compute_backend).why_not(device, dtype, dims=dims):
         yield f"compute_backend {args.compute_backend!r} cannot run on {device.type}: {reason}."
 
 

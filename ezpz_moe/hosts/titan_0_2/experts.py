@@ -5,9 +5,9 @@ model's experts are replaced, on the meta device, by a subclass with the same pa
 same names: a checkpoint of one backend is a checkpoint of all.
 
 Backends compute in bfloat16, as the host's grouped path does and as the binding to 0.3 does, so
-that one flavor trains with the same precision on every device and host. With the host's default
-mixed precision its own for-loop computes in bfloat16 too; only under
-``mixed_precision_param = "float32"`` it would not.
+that one flavor trains with the same precision on every device and host, unless the flavor or the
+CPU wants float32 (:mod:`ezpz_moe.hosts.precision`). With the host's default mixed precision its own
+for-loop computes in bfloat16 too; only under ``mixed_precision_param = "float32"`` it does not.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
@@ -27,6 +27,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.routing.counters import ROWS, count_rows
 
 ExpertComputeBackend: TypeAlias = str
@@ -53,9 +54,11 @@ class EzpzGroupedExperts(GroupedExperts):
         num_experts: int,
         use_grouped_mm: bool,
         compute_backend: ExpertComputeBackend = HOST_PATH,
+        computed_in: str = HOSTS_CAST,
     ):
         super().__init__(dim, hidden_dim, num_experts, use_grouped_mm)
         self.compute_backend = compute_backend
+        self._dtype = getattr(torch, computed_in)
         backend = get_backend(compute_backend)
         self._backend = None if compute_backend == HOST_PATH else backend
         self._drops = backend.drops_tokens
@@ -77,8 +80,10 @@ class EzpzGroupedExperts(GroupedExperts):
             return super().forward(x, num_tokens_per_expert)
         if self._drops and self.training:
             self._count(x, num_tokens_per_expert)
-        w1_EFD, w2_EDF, w3_EFD = map(_local_bf16, (self.w1, self.w2, self.w3))
-        y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x.bfloat16(), num_tokens_per_expert)
+        weights = (self.w1, self.w2, self.w3)
+        w1_EFD, w2_EDF, w3_EFD = (_local(weight).to(self._dtype) for weight in weights)
+        x_RD = x.to(self._dtype)
+        y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert)
         return y_RD.type_as(x)
 
     def _count(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> None:
@@ -87,7 +92,12 @@ class EzpzGroupedExperts(GroupedExperts):
         count_rows(self.rows_3, num_tokens_per_expert, x.shape[0], self.compute_backend)
 
 
-def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: str) -> int:
+def select_backend(
+    model: nn.Module,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    computed_in: str = HOSTS_CAST,
+) -> int:
     """Replace the experts of every MoE layer of ``model``, in place, and log it.
 
     With the host's own path, experts other than SwiGLU (gpt_oss) are left as they are.
@@ -108,7 +118,7 @@ def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: s
         )
     for moe in layers:
         if type(moe.experts) is GroupedExperts:
-            moe.experts = _with_backend(moe.experts, backend)
+            moe.experts = _with_backend(moe.experts, backend, computed_in)
         elif backend != HOST_PATH:
             raise EzpzError(
                 f"compute_backend {backend!r} ({chosen_by}): torchtitan 0.2's "
@@ -119,7 +129,8 @@ def select_backend(model: nn.Module, backend: ExpertComputeBackend, chosen_by: s
     if backend == HOST_PATH:
         grouped = layers[0].experts.use_grouped_mm
         path = "the host's own path: " + ("torch._grouped_mm" if grouped else "its for-loop")
-    dtype = "" if path.endswith("its for-loop") else " in bfloat16"
+    dtype = in_words(computed_in, backend, utils.device_type, is_forward_ours=True)
+    dtype = "" if path.endswith("its for-loop") else f" in {dtype}"
     logger.info(
         f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
         f"for {len(layers)} MoE layers; {chosen_by}"
@@ -133,13 +144,15 @@ def _moe_layers(model: nn.Module) -> Iterator[MoE]:
     return (module for module in model.modules() if isinstance(module, MoE))
 
 
-def _with_backend(experts: GroupedExperts, backend: ExpertComputeBackend) -> EzpzGroupedExperts:
+def _with_backend(
+    experts: GroupedExperts, backend: ExpertComputeBackend, computed_in: str
+) -> EzpzGroupedExperts:
     E, F, D = experts.w1.shape
     with experts.w1.device:
-        return EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend).to(experts.w1.dtype)
+        selected = EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend, computed_in)
+    return selected.to(experts.w1.dtype)
 
 
-def _local_bf16(weight: torch.Tensor) -> torch.Tensor:
+def _local(weight: torch.Tensor) -> torch.Tensor:
     # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return local.bfloat16()
+    return weight.to_local() if isinstance(weight, DTensor) else weight

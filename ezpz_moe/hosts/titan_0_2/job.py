@@ -5,23 +5,28 @@ The host reads the TOML itself and merges the ``JobConfig`` of the module that
 default, with these exceptions:
 
 - the tokenizer and the training text are the embedded ones, which need no download;
-- validation has the batch size and the sequence length of training, as in 0.3.
+- validation has the batch size and the sequence length of training, as in 0.3;
+- on a CPU that emulates bfloat16 ``training.mixed_precision_param`` is ``"float32"``.
 """
 
 # No `from __future__ import annotations`: the host reads the types of fields.
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import ConfigManager
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
 
 from ezpz_moe.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.precision import PARAM, job_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_2.data import choose_text
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
 from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
@@ -79,6 +84,9 @@ def complete(config: Any, job: Job) -> None:
         EzpzError: the data are wrong.
     """
     choose_text(config, job)
+    is_ours = PARAM not in job.values and trains_in_float32(utils.device_type)
+    if is_ours and config.training.mixed_precision_param == "float32" and "RANK" in os.environ:
+        logger.info(job_line())
     for name in ("local_batch_size", "seq_len"):
         if getattr(config.validation, name) is None:
             setattr(config.validation, name, getattr(config.training, name))
@@ -121,7 +129,10 @@ def _fields() -> dict[str, tuple[Any, Any]]:
         path: (Annotated[type(values[0]), tyro.conf.Suppress], values[0])
         for path, values in AS_0_2_DOES.items()
     }
-    return {**_OUR_DEFAULTS, **without_effect}
+    precision: dict[str, tuple[Any, Any]] = {}
+    if trains_in_float32(utils.device_type):
+        precision[PARAM] = (Literal["bfloat16", "float32"], "float32")
+    return {**_OUR_DEFAULTS, **precision, **without_effect}
 
 
 def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:

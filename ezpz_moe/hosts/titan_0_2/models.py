@@ -25,9 +25,11 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools import utils
 
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
+from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
+from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
@@ -94,6 +96,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         host_model=host_model(flavor),
         compute_backend=flavor.compute_backend,
         chosen_by=why or f"flavor {flavor.name}",
+        expert_precision=flavor.expert_precision,
         max_positions=flavor.dimensions.rope.max_seq_len if flavor.dimensions else None,
     )
 
@@ -116,11 +119,16 @@ def _with_choice(args_class: Any) -> Any:
         host_model: str = ""
         compute_backend: str = HOST_PATH
         chosen_by: str = ""
+        expert_precision: ExpertPrecision | None = None
+        computed_in: str = HOSTS_CAST
+        """What that means in this run: the name of a dtype."""
         max_positions: int | None = None
         """Positions of a size's RoPE; None leaves them to the host."""
 
         def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
             super().update_from_config(job_config, **kwargs)
+            param = job_config.training.mixed_precision_param
+            self.computed_in = experts_dtype(self.expert_precision, param, utils.device_type)
             if utils.device_type == "cpu":
                 # Its tokens are padded by a Triton kernel. Not every model of the host asks.
                 self.moe_args.use_grouped_mm = False
@@ -141,8 +149,9 @@ def _with_backends(model_class: Any) -> Any:
         def __init__(self, args: Any):
             super().__init__(args)
             self.host_model = args.host_model
+            self.computed_in = args.computed_in
             self._attention = args.attn_type
-            select_backend(self, args.compute_backend, args.chosen_by)
+            select_backend(self, args.compute_backend, args.chosen_by, args.computed_in)
             if utils.device_type == "cpu":
                 count_on_cpu(self)
             self._whole = whole_model(self)

@@ -23,6 +23,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import check_shares
+from ezpz_moe.hosts.precision import PARAM, agreeing_on_precision
 from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
@@ -91,6 +92,12 @@ def _pipeline(model: Any, *args: Any) -> Any:
     return pipelining_fn(model, *args)
 
 
+def _precision_of(model: Any, parallel_dims: Any, job_config: Any) -> str:
+    param = job_config.training.mixed_precision_param
+    return f'{PARAM} = "{param}" and experts in {model.computed_in}'
+
+
+@partial(agreeing_on_precision, precision_of=_precision_of)
 @sum_reduction_on_gloo
 def _parallelize(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
     return _of(model).parallelize_fn(model, *args, **kwargs)

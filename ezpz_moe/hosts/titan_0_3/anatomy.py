@@ -25,6 +25,7 @@ from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.hosts.titan_0_3.components import choices, weigh
 from ezpz_moe.hosts.titan_0_3.models import model_spec
 from ezpz_moe.hosts.titan_0_3.parameters import build_on_meta
+from ezpz_moe.hosts.titan_0_3.precision import in_words
 
 SCORES = "attention scores"
 
@@ -65,6 +66,15 @@ def sequence_length(config: str, host_flags: list[str]) -> int:
     """
     trainer_config = ConfigManager().parse_args([*named(config), *host_flags])
     return attrgetter(binding("dialect").LENGTH)(trainer_config)
+
+
+def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> str:
+    """Which precision applies to a job, after the trainer's own flags.
+
+    Raises:
+        EzpzError: as :func:`sequence_length`.
+    """
+    return in_words(ConfigManager().parse_args([*named(config), *host_flags]), flavor)
 
 
 def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:

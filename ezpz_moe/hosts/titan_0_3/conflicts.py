@@ -34,6 +34,7 @@ from ezpz_moe.hosts.ranks import (
 )
 from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
+from ezpz_moe.hosts.titan_0_3.precision import experts_dtypes
 from ezpz_moe.hosts.titan_0_3.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan_0_3.router_conflicts import router_problems
 from ezpz_moe.hosts.titan_0_3.selector import Sizes
@@ -272,9 +273,10 @@ def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
     device = torch.device(utils.device_type)
     dims = {dim for sizes in _sizes(config) for dim in (sizes.dim, sizes.hidden_dim)}
     for name in _backends(config):
-        reasons = get_backend(name).why_not(device, torch.bfloat16, dims=sorted(dims))
-        for reason in reasons:
-            yield f"compute_backend {name!r} cannot run on {device.type}: {reason}."
+        for dtype in experts_dtypes(config):
+            reasons = get_backend(name).why_not(device, getattr(torch, dtype), dims=sorted(dims))
+            for reason in reasons:
+                yield f"compute_backend {name!r} cannot run on {device.type}: {reason}."
 
 
 def _cpu(config: Trainer.Config) -> Iterator[str]:

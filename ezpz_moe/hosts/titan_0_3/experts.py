@@ -6,7 +6,8 @@ the selector through a subclass made for it, as the host's quantization converte
 its ``_grouped_mm`` seam is replaced. No parameter changes its name, shape, initial value or
 state-dict key, so that a checkpoint of one backend is a checkpoint of all.
 
-The host casts experts' inputs and weights to bfloat16; so does this binding.
+The host casts experts' inputs and weights to bfloat16; so does this binding, unless the flavor or
+the CPU wants float32 (:mod:`ezpz_moe.hosts.precision`).
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import GroupedExperts
 
+from ezpz_moe.flavor_schema import ExpertPrecision
+from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan_0_3.selector import (
     HOST_PATH,
     ExpertComputeBackend,
@@ -39,9 +42,14 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         compute_backend: ExpertComputeBackend = HOST_PATH
         chosen_by: str = "default"
         """Who asked for the backend; for the log."""
+        expert_precision: ExpertPrecision | None = None
+        """As the flavor asks; None leaves it to the rule of :mod:`ezpz_moe.hosts.precision`."""
+        computed_in: str = HOSTS_CAST
+        """What that means in this run: the name of a dtype."""
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self._dtype = getattr(torch, config.computed_in)
         self._choose(config)
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
@@ -57,9 +65,10 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         if self._backend is None:
             return super().forward(x_RD, num_tokens_per_expert_E)
         self._count(x_RD, num_tokens_per_expert_E)
-        w1_EFD, w2_EDF, w3_EFD = map(_local_bf16, (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
+        w1_EFD, w2_EDF, w3_EFD = (_local(weight).to(self._dtype) for weight in weights)
         y_RD = self._backend.swiglu(
-            w1_EFD, w2_EDF, w3_EFD, x_RD.bfloat16(), num_tokens_per_expert_E
+            w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
         )
         return y_RD.type_as(x_RD)
 
@@ -70,7 +79,9 @@ class _SeamSelector(Selector):
     # The host looks up the shardings of inputs by the names of its own parameters.
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         self._count(x_RD, num_tokens_per_expert_E)
-        return super().forward(x_RD, num_tokens_per_expert_E)
+        # gpt_oss answers in bfloat16 whatever it is given, and the host's combination then refuses
+        # to add the rows up where the run is in float32.
+        return super().forward(x_RD, num_tokens_per_expert_E).type_as(x_RD)
 
     def _grouped_mm(
         self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor
@@ -86,7 +97,10 @@ def sizes(config: GroupedExperts.Config) -> Sizes:
 
 
 def selected(
-    config: GroupedExperts.Config, backend: ExpertComputeBackend, chosen_by: str
+    config: GroupedExperts.Config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
 ) -> GroupedExperts.Config:
     """The config of the same experts, computed by ``backend``.
 
@@ -94,18 +108,26 @@ def selected(
 
     Raises:
         EzpzError: unknown backend; the experts have a selector already; their ``_grouped_mm``
-            seam is taken (quantization) or their weights are fused.
+            seam is taken (quantization) or their weights are fused; their forward has a
+            precision of its own.
     """
     experts_class = selectable(config, backend, chosen_by)
+    choice = {"compute_backend": backend, "chosen_by": chosen_by}
     if experts_class is GroupedExperts:
-        selected_class = EzpzGroupedExperts
-    else:
-        check_seam(experts_class, GroupedExperts, backend, chosen_by)
-        selected_class = with_selector(experts_class, _SeamSelector)
-    return derive(config, selected_class.Config, compute_backend=backend, chosen_by=chosen_by)
+        refuse_precision(expert_precision, backend, chosen_by)
+        return derive(
+            config,
+            EzpzGroupedExperts.Config,
+            **choice,
+            expert_precision=expert_precision,
+            computed_in=experts_dtype(expert_precision, HOSTS_CAST, "cpu"),
+        )
+    check_seam(experts_class, GroupedExperts, backend, chosen_by)
+    host_class = experts_class.__name__
+    refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
+    return derive(config, with_selector(experts_class, _SeamSelector).Config, **choice)
 
 
-def _local_bf16(weight: torch.Tensor) -> torch.Tensor:
+def _local(weight: torch.Tensor) -> torch.Tensor:
     # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return local.bfloat16()
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -5,6 +5,7 @@ What the job does not say is the host's own default of that field, with these ex
 - ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
 - the tokenizer and the training text are the embedded ones, which need no download;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
+- on a CPU that emulates bfloat16 ``training.mixed_precision_param`` is ``"float32"``;
 - ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, where it has one.
 
 The optimizer and the loss, for which the host's bare config has no usable default, are those of
@@ -44,6 +45,7 @@ from ezpz_moe.flavors import Flavor, load_flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.titan_0_3 import precision
 from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan_0_3.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan_0_3.models import model_spec
@@ -71,6 +73,9 @@ class JobConfig(Trainer.Config):
     origin: Annotated[str, tyro.conf.Suppress] = ""
     """Where the settings come from, for messages."""
 
+    is_precision_ours: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether the job leaves ``training.mixed_precision_param`` to this CPU."""
+
     handed_over: Annotated[bool, tyro.conf.Suppress] = False
     """Whether ``trainer_config`` has returned it. A copy of it is the host's, with the flags of its
     command line; a mistake then ends the process, because the host would show a traceback."""
@@ -79,11 +84,14 @@ class JobConfig(Trainer.Config):
         if is_about_to_train() and not self.handed_over:
             return  # a flag may still mend it
         _dialect.fit_model(self)
+        precision.settle(self)
         where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
             with _refusals(where):
                 Trainer.Config.__post_init__(self)
+        if self.is_precision_ours and is_about_to_train():
+            precision.log_once(self)
 
 
 def trainer_config(job: Job) -> JobConfig:
@@ -101,14 +109,16 @@ def trainer_config(job: Job) -> JobConfig:
     )
     spec.model = starting_as_one_rank(spec.model)
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    precision.agreeing(spec, flavor)
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
-    for name, change in _nested(_cpu_values(job) | _field_values(job)).items():
+    ours = _cpu_values(job) | (in_float32 := precision.values(job))
+    for name, change in _nested(ours | _field_values(job)).items():
         with _refusals(f"{job.source}: {name}"):
             sections[name] = _changed(sections[name], change)
-    config = JobConfig(**sections, origin=job.source)
+    config = JobConfig(**sections, origin=job.source, is_precision_ours=bool(in_float32))
     config.handed_over = True
     return config
 

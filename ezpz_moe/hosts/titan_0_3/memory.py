@@ -24,6 +24,7 @@ from ezpz_moe.hosts import ranks
 from ezpz_moe.hosts.dry_run import become_rank, local
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.live import LiveStorages, Place
+from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.titan_0_3.accelerator_kernels import AcceleratorKernels, give_shapes_only
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.command import named
@@ -123,7 +124,9 @@ def activations(
     Of all layers, on a rank without neighbours (:func:`_without_neighbours`), with the kernels
     that an accelerator has for attention and norms.
     """
-    trainer_config = config_of_rank(config, host_flags, world_size, rank)
+    here = contextlib.nullcontext() if is_cpu else as_on_an_accelerator()
+    with here:
+        trainer_config = config_of_rank(config, host_flags, world_size, rank)
     become_rank(0, _without_neighbours(trainer_config, world_size))
     if is_cpu:
         _refuse_masked_attention(trainer_config)

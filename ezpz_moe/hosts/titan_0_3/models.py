@@ -43,7 +43,8 @@ def model_spec(
     spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
     if flavor.attention == "sdpa":
         binding("attention").use_sdpa(spec.model)
-    select_backend(spec.model, flavor.compute_backend, why or f"flavor {flavor.name}")
+    chosen_by = why or f"flavor {flavor.name}"
+    select_backend(spec.model, flavor.compute_backend, chosen_by, flavor.expert_precision)
     if flavor.is_routed:
         binding("routing").route(spec, flavor)
     return spec

@@ -1,14 +1,17 @@
 """What door 2 needs of torchtitan 0.3: targets, and the job that an override belongs to."""
 
 import inspect
+from functools import cache
 
 from torchtitan.config.override import override
 from torchtitan.models.common.attention import BaseAttention
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan_0_3.initial_values import refuse_twins
 
@@ -47,6 +50,20 @@ def refuse_twins_of(door: str) -> None:
     job = _job_being_overridden()
     if job is not None:
         refuse_twins(job, f"--override.imports {door}")
+
+
+def warn_of_emulation() -> None:
+    """Say once how to train in the CPU's own precision: a job's settings are not ours to change."""
+    job = _job_being_overridden()
+    if job is not None and trains_in_float32(utils.device_type):
+        line = door_2_line(job.training.mixed_precision_param)
+        if line is not None:
+            _warn_once(line)
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning(line)
 
 
 def _job_being_overridden() -> Trainer.Config | None:

@@ -15,8 +15,10 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.routing.counters import count_rows
 
 ExpertComputeBackend: TypeAlias = str
@@ -72,7 +74,12 @@ class Selector(Module):
         self._backend = None if self.compute_backend == HOST_PATH else backend
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
-        _choices_not_logged[self.compute_backend, config.chosen_by] += 1
+        _choices_not_logged[self._choice(config)] += 1
+
+    def _choice(self, config) -> "_Choice":
+        """How the log tells of it. Without a ``computed_in`` the forward is the host's."""
+        dtype = getattr(config, "computed_in", None)
+        return _Choice(self.compute_backend, config.chosen_by, dtype or HOSTS_CAST, dtype is None)
 
     def _count(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
         if self.row_counts is not None:
@@ -101,7 +108,12 @@ def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Mo
     return Selected
 
 
-def select_backend(model_config, backend: ExpertComputeBackend, chosen_by: str) -> int:
+def select_backend(
+    model_config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+) -> int:
     """Replace every routed-experts node below ``model_config``, in place.
 
     Returns:
@@ -118,7 +130,7 @@ def select_backend(model_config, backend: ExpertComputeBackend, chosen_by: str) 
             f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
         )
     for _, config, parent, attribute in nodes:
-        setattr(parent, attribute, experts.selected(config, backend, chosen_by))
+        setattr(parent, attribute, experts.selected(config, backend, chosen_by, expert_precision))
     return len(nodes)
 
 
@@ -160,7 +172,14 @@ def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chos
         )
 
 
-_choices_not_logged: Counter[tuple[ExpertComputeBackend, str]] = Counter()
+class _Choice(NamedTuple):
+    backend: ExpertComputeBackend
+    chosen_by: str
+    dtype: str
+    is_hosts_forward: bool
+
+
+_choices_not_logged: Counter[_Choice] = Counter()
 
 
 def _log_choices(device: torch.device) -> None:
@@ -169,11 +188,13 @@ def _log_choices(device: torch.device) -> None:
     All layers are built before any is initialized, so that the count is complete, and the device
     is the one that trains. Said nowhere in forward: the host compiles it with fullgraph=True.
     """
-    for (backend, chosen_by), layers in _choices_not_logged.items():
+    for choice, layers in _choices_not_logged.items():
+        backend, chosen_by, dtype, is_hosts = choice
         chosen = get_backend(backend)
         path = "the host's own path" if backend == HOST_PATH else chosen.summary
+        precision = in_words(dtype, backend, device.type, is_forward_ours=not is_hosts)
         logger.info(
-            f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in bfloat16 "
+            f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in {precision} "
             f"for {layers} MoE layers; {chosen_by}"
         )
         if chosen.drops_tokens:

@@ -20,6 +20,8 @@ from torchtitan.models.common.moe import RoutedExperts
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.flavor_schema import ExpertPrecision
+from ezpz_moe.hosts.precision import refuse_precision
 from ezpz_moe.hosts.titan_0_3.selector import (
     HOST_PATH,
     ExpertComputeBackend,
@@ -84,7 +86,10 @@ def sizes(config: RoutedExperts.Config) -> Sizes:
 
 
 def selected(
-    config: RoutedExperts.Config, backend: ExpertComputeBackend, chosen_by: str
+    config: RoutedExperts.Config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
 ) -> RoutedExperts.Config:
     """The config of the same experts, their products computed by ``backend``.
 
@@ -92,9 +97,12 @@ def selected(
 
     Raises:
         EzpzError: unknown backend; the experts have a selector already; they or their linears
-            compute by themselves (fused dispatch, quantization).
+            compute by themselves (fused dispatch, quantization); another precision than the
+            host's, whose forward casts.
     """
     experts_class = selectable(config, backend, chosen_by)
+    host_class = experts_class.__name__
+    refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
     if experts_class.forward is not RoutedExperts.forward:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): {experts_class.__name__} has a forward of "

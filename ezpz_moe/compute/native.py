@@ -1,0 +1,75 @@
+"""In which dtypes a device multiplies matrices natively: asked of torch, never of a CPU's name.
+
+A CPU without bfloat16 instructions (AVX2: most laptops, many servers) still takes bfloat16, and
+torch multiplies it there 10 to 40 times slower than float32. So the kernels multiply in float32
+there (:mod:`.products`), and jobs train in float32 unless they say otherwise (the host bindings).
+Accelerators are not asked: what they cannot multiply they refuse, and ``why_not`` says so.
+"""
+
+import os
+from functools import cache
+
+import torch
+
+VARIABLE = "EZPZ_MOE_NATIVE_DTYPES"
+"""Overrides what torch says of the CPU: "float32" or "float32,bfloat16,float16"."""
+
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes that a CPU may lack; it always has float32 and float64."""
+
+
+@cache
+def native_halves() -> frozenset[torch.dtype]:
+    """Which of :data:`HALVES` this machine's CPU multiplies natively.
+
+    Cached, because kernels ask for every product: a test that sets :data:`VARIABLE` calls
+    ``native_halves.cache_clear()``.
+
+    Raises:
+        ValueError: :data:`VARIABLE` names something else than dtypes.
+    """
+    if (named := os.environ.get(VARIABLE)) is not None:
+        return _named(named)
+    # Absent from a torch that is built without oneDNN, which then has no such products.
+    questions = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    available = torch.backends.mkldnn.is_available()
+    return frozenset(
+        dtype
+        for dtype, question in questions.items()
+        if available and getattr(torch.ops.mkldnn, question, bool)()
+    )
+
+
+def is_emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether ``device`` computes products in ``dtype`` by other means than instructions for it."""
+    return dtype in HALVES and torch.device(device).type == "cpu" and dtype not in native_halves()
+
+
+def product_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernels multiply tensors of ``dtype`` on ``device``."""
+    return torch.float32 if is_emulated(device, dtype) else dtype
+
+
+def emulation_note(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """One line for people where ``dtype`` is slow on ``device``, or None."""
+    if not is_emulated(device, dtype):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{name} is emulated on this CPU: torch multiplies it 10 to 40 times slower than float32. "
+        f"Backends other than grouped_mm multiply in float32 and round to {name}"
+    )
+
+
+def _named(names: str) -> frozenset[torch.dtype]:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    chosen = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(
+            f"{VARIABLE} = {names!r}: {unknown[0]!r} is no dtype that a CPU may multiply. "
+            f"Write some of {', '.join(known)}, separated by commas."
+        )
+    return frozenset(known[name] for name in chosen) & frozenset(HALVES)

@@ -1,0 +1,119 @@
+"""The matrix products of the backends that are made of torch's own: mm, bmm and the grouped mm.
+
+Where the dtype is emulated (:mod:`.native`) they multiply in float32, expert by expert or few
+experts at a time, and round each result once. No float32 copy of a whole weight stack is ever
+held: only of what one call of torch multiplies. Elsewhere they are torch's functions unchanged.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. n = rows that belong to an expert;
+g = experts of a batched product, C = rows that each of them has.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ezpz_moe.compute.native import HALVES, is_emulated
+
+_ELEMENTS_AT_ONCE = 2**19
+"""Of operands and result, that a batched product holds in float32: 2 MiB, or one expert's."""
+
+
+def mm(A_nK: Tensor, B_KN: Tensor, out_nN: Tensor) -> None:
+    """``out = A @ B``."""
+    if _is_emulated(A_nK):
+        out_nN.copy_(torch.mm(A_nK.float(), B_KN.float()))
+    else:
+        torch.mm(A_nK, B_KN, out=out_nN)
+
+
+def mm_sum(A_nK: Tensor, B_KN: Tensor, A2_nL: Tensor, B2_LN: Tensor, out_nN: Tensor) -> None:
+    """``out = A @ B + A2 @ B2``."""
+    if _is_emulated(A_nK):
+        first_nN = torch.mm(A_nK.float(), B_KN.float())
+        out_nN.copy_(first_nN.addmm_(A2_nL.float(), B2_LN.float()))
+    else:
+        torch.mm(A_nK, B_KN, out=out_nN)
+        out_nN.addmm_(A2_nL, B2_LN)
+
+
+def bmm(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor | None = None) -> Tensor:
+    """``out[i] = A[i] @ B[i]``; returns ``out``, which is new where none is given."""
+    if out_gCN is None:
+        out_gCN = _new(A_gCK, B_gKN)
+    if _is_emulated(A_gCK):
+        for A, B, out in _few_at_once(A_gCK, B_gKN, out_gCN):
+            out.copy_(torch.bmm(A.float(), B.float()))
+    else:
+        torch.bmm(A_gCK, B_gKN, out=out_gCN)
+    return out_gCN
+
+
+def bmm_sum(
+    A_gCK: Tensor, B_gKN: Tensor, A2_gCL: Tensor, B2_gLN: Tensor, out_gCN: Tensor | None = None
+) -> Tensor:
+    """``out[i] = A[i] @ B[i] + A2[i] @ B2[i]``; returns ``out``, new where none is given."""
+    if out_gCN is None:
+        out_gCN = _new(A_gCK, B_gKN)
+    if _is_emulated(A_gCK):
+        for A, B, A2, B2, out in _few_at_once(A_gCK, B_gKN, A2_gCL, B2_gLN, out_gCN):
+            out.copy_(torch.bmm(A.float(), B.float()).baddbmm_(A2.float(), B2.float()))
+    else:
+        torch.bmm(A_gCK, B_gKN, out=out_gCN)
+        out_gCN.baddbmm_(A2_gCL, B2_gLN)
+    return out_gCN
+
+
+def grouped_mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
+    """``A[r] @ B[expert of r]`` as ``torch._grouped_mm`` computes it; tail rows are unwritten."""
+    if not _is_emulated(A_RK):
+        return torch._grouped_mm(A_RK, B_EKN, offs=offs_E)
+    C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
+    for rows, B_KN in zip(_rows_of_experts(offs_E), B_EKN.unbind(), strict=True):
+        mm(A_RK[rows], B_KN, C_RN[rows])
+    return C_RN
+
+
+def grouped_mm_sum(
+    A_RK: Tensor, B_EKN: Tensor, A2_RL: Tensor, B2_ELN: Tensor, offs_E: Tensor
+) -> Tensor:
+    """``grouped_mm(A, B) + grouped_mm(A2, B2)``; tail rows are unwritten."""
+    if not _is_emulated(A_RK):
+        first_RN = torch._grouped_mm(A_RK, B_EKN, offs=offs_E)
+        return first_RN.add_(torch._grouped_mm(A2_RL, B2_ELN, offs=offs_E))
+    C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
+    experts = zip(_rows_of_experts(offs_E), B_EKN.unbind(), B2_ELN.unbind(), strict=True)
+    for rows, B_KN, B2_LN in experts:
+        mm_sum(A_RK[rows], B_KN, A2_RL[rows], B2_LN, C_RN[rows])
+    return C_RN
+
+
+def grouped_outer(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor) -> Tensor:
+    """``left[rows].T @ right[rows]`` for every expert: [E, M, N], zero for one without rows."""
+    if not _is_emulated(left_RM):
+        return torch._grouped_mm(left_RM.T, right_RN, offs=offs_E)
+    grad_EMN = left_RM.new_empty(offs_E.shape[0], left_RM.shape[1], right_RN.shape[1])
+    for rows, grad_MN in zip(_rows_of_experts(offs_E), grad_EMN.unbind(), strict=True):
+        mm(left_RM[rows].T, right_RN[rows], grad_MN)
+    return grad_EMN
+
+
+def _new(A_gCK: Tensor, B_gKN: Tensor) -> Tensor:
+    return A_gCK.new_empty(*A_gCK.shape[:2], B_gKN.shape[2])
+
+
+def _is_emulated(operand: Tensor) -> bool:
+    # The dtype first: asked for every product, this has to cost nothing beside a small one.
+    return operand.dtype in HALVES and is_emulated(operand.device, operand.dtype)
+
+
+def _few_at_once(*batches_gXY: Tensor):
+    """The batches cut into equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
+    of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
+    experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))
+    return zip(*(batch.split(experts) for batch in batches_gXY), strict=True)
+
+
+def _rows_of_experts(offs_E: Tensor) -> list[slice]:
+    """On the CPU alone, where the offsets are read without waiting for a device."""
+    return [slice(start, end) for start, end in pairwise([0, *offs_E.tolist()])]

@@ -1,0 +1,110 @@
+"""What routers count becomes the records of a run: of each step, and of all ranks. No trainer runs.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from router_cases import B, L, routed, router_of, small_model, tokens
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ezpz_moe.hosts.titan_0_3.metrics import RouterMetrics
+from ezpz_moe.hosts.titan_0_3.router import Groups
+from ezpz_moe.routing.counters import SUMS
+from ezpz_moe.routing_schema import Telemetry
+from ezpz_moe.telemetry.record import StepRecord, read
+
+BALANCE = "[balance]\naux_loss = 0.5\nmse_loss = 3.0\nz_loss = 0.25\n"
+ONE_RANK = SimpleNamespace(
+    pp_enabled=False,
+    ep_enabled=False,
+    non_data_parallel_size=1,
+    get_optional_mesh=lambda name: None,
+)
+
+
+@pytest.fixture
+def metrics(tmp_path: Path):
+    """Makes the metrics processor of a model, as the trainer would on one rank."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+
+    def make(model: torch.nn.Module, every: int) -> RouterMetrics:
+        config = RouterMetrics.Config(telemetry=Telemetry(every=every, images=False))
+        made = RouterMetrics(config, parallel_dims=ONE_RANK, dump_folder=str(tmp_path))
+        made.model_parts, made.num_flops_per_token = [model], 1
+        return made
+
+    yield make
+    torch.distributed.destroy_process_group()
+
+
+def train(metrics: RouterMetrics, *, steps: int) -> list[StepRecord]:
+    """Steps of two microbatches, all of the same tokens, in the trainer's order of calls."""
+    router = router_of(metrics.model_parts[0])
+    x_BLD = tokens(router.gate.in_features)
+    for step in range(1, steps + 1):
+        metrics.should_log(step)
+        for _ in range(2):
+            routed(router, x_BLD)
+        metrics.data_loading_times.append(0.0)
+        metrics.log(step, 1.0, 1.0, 1.0)
+    return read(metrics._path)
+
+
+def test_a_record_has_the_losses_of_one_step_and_the_assignments_of_all(metrics, tmp_path) -> None:
+    """Every step is alike here, so that each record has the same losses."""
+    records = train(metrics(small_model(tmp_path, BALANCE + "[telemetry]"), every=3), steps=6)
+    assert [(each.step, each.steps) for each in records] == [(1, 1), (3, 2), (6, 3)]
+    (first,) = records[0].layers
+    assert first.losses.keys() == {"aux_loss", "mse_loss", "z_loss"}
+    assert all(loss > 0 for loss in first.losses.values())
+    coefficients = {"aux_loss": 0.5, "mse_loss": 3.0, "z_loss": 0.25}
+    for record in records:
+        (layer,) = record.layers
+        assert layer.tokens == record.steps * 2 * B * L
+        assert layer.counts_E == tuple(record.steps * count for count in first.counts_E)
+        # A sum of 2 x steps equal float32 numbers: a rounding each.
+        assert layer.losses == pytest.approx(first.losses, rel=6 * 2.0**-24)
+        scaled = {name: coefficients[name] * loss for name, loss in layer.losses.items()}
+        assert layer.scaled_losses == pytest.approx(scaled, rel=1e-12)
+        assert layer.margin == pytest.approx(first.margin, rel=1e-5)
+
+
+def test_a_step_is_routed_at_its_own_temperature(metrics, tmp_path) -> None:
+    """Also the first: the trainer asks whether to log before it trains."""
+    tables = "[router]\ntemperature = {start = 4.0, end = 1.0, steps = 4}\n[telemetry]"
+    made = metrics(small_model(tmp_path, tables), every=1)
+    router = router_of(made.model_parts[0])
+    seen = []
+    for step in range(1, 6):
+        made.should_log(step)
+        seen.append(router.gate.temperature.item())
+    assert seen == [4.0, 3.0, 2.0, 1.0, 1.0]
+
+
+class _TwoRanks(Groups):
+    """A group whose other rank has the same tokens as this one."""
+
+    ranks = 2
+
+    def share(self, addend: Tensor) -> Tensor:
+        return addend + addend.detach()
+
+
+def test_a_loss_of_a_group_on_two_ranks_is_counted_once(tmp_path) -> None:
+    """The ranks' sums add up to those of one rank that has all tokens, the losses among them."""
+    x_BLD = tokens(256)
+    sums = []
+    for groups, mine in ((_TwoRanks(False), x_BLD), (Groups(False), torch.cat([x_BLD, x_BLD]))):
+        router = router_of(small_model(tmp_path, BALANCE + "[telemetry]"), groups=groups)
+        routed(router, mine)
+        sums.append(dict(zip(SUMS, router.sums_S.tolist(), strict=True)))
+    of_each, of_all = sums
+    assert of_all["aux_loss"] > 0
+    # Means over 2 B L tokens in another order.
+    doubled = {name: 2 * value for name, value in of_each.items()}
+    assert doubled == pytest.approx(of_all, rel=2 * B * L * 2.0**-24, abs=1e-12)
