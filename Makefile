@@ -1,6 +1,8 @@
 # make train        install on first use, then train a small model on this machine
-# make test         the whole test suite, with coverage
-# make test-hosts   the host tests with every release of torchtitan that we support, side by side
+# make test         the tests, in some ten minutes on two cores
+# make test-smoke   a few tests with every other release of torchtitan that we support
+# make test-hosts   all host tests with every release, side by side
+# make test-all     everything: also the tests marked "full", with coverage, and test-hosts
 # make lint         formatting, style and types
 # make clean        remove caches and build products (the environment and outputs/ stay)
 #
@@ -14,18 +16,27 @@ JOB ?= flavors/jobs/debug_cpu.toml
 ARGS ?=
 HOST ?=
 
+# Files stay whole, for the runs that their tests share; the order is conftest.py's.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.ezpz_moe_installed
 
-.PHONY: train test test-hosts lint clean
+.PHONY: train test test-smoke test-hosts test-all lint clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/ezpz-moe train $(JOB) $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --cov $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+test-smoke: $(INSTALLED)
+	$(VENV)/bin/python -m nox --session smoke
 
 test-hosts: $(INSTALLED)
-	$(VENV)/bin/python -m nox $(if $(HOST),--session checkout -- $(HOST))
+	$(VENV)/bin/python -m nox --session $(if $(HOST),checkout -- $(HOST),release)
+
+test-all: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "full or not full" --cov $(ARGS)
+	$(VENV)/bin/python -m nox --session release
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

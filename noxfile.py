@@ -1,6 +1,7 @@
-"""The host tests with several torchtitans side by side: ``make test-hosts``.
+"""The host tests with several torchtitans side by side: ``make test-hosts``, ``make test-smoke``.
 
     nox                                        the releases below
+    nox -s smoke                               a few tests with those that are not installed
     nox -s "release(host='0.2.2')"             one of them
     nox -s checkout -- /path/to/torchtitan     a checkout
 
@@ -15,6 +16,7 @@ import nox
 import tomli
 
 RELEASES = ("0.2.1", "0.2.2", "0.3.0")
+OTHERS = RELEASES[:-1]  # the last is what `make test` runs with
 PARENT = sysconfig.get_path("purelib")
 
 nox.options.sessions = ["release"]
@@ -26,12 +28,18 @@ nox.options.default_venv_backend = "venv"
 @nox.parametrize("host", RELEASES)
 def release(session: nox.Session, host: str) -> None:
     """Run the host tests with a release of torchtitan."""
-    # Before the parent is in sight, or pip would find its torchtitan there.
-    session.install("--no-deps", f"torchtitan=={host}")
-    _see(session)
+    _install(session, host)
     # Some tests carry a run from one host to the other.
     older = Path(session.virtualenv.location).with_name("release-host-0-2-2") / "bin" / "python"
     _test(session, env={"EZPZ_MOE_PYTHON_0_2": str(older)} if older.exists() else {})
+
+
+@nox.session
+@nox.parametrize("host", OTHERS)
+def smoke(session: nox.Session, host: str) -> None:
+    """Run what tells quickest that a release of torchtitan no longer works."""
+    _install(session, host)
+    session.run("python", "-m", "pytest", "-m", "smoke and not full", "tests/hosts")
 
 
 @nox.session
@@ -53,11 +61,19 @@ def _test(session: nox.Session, env: dict[str, str] | None = None) -> None:
     report = Path(session.create_tmp(), "hosts.xml")
     session.run(
         *("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile", "tests/hosts"),
+        *("-m", "full or not full"),
         *("--junitxml", str(report)),
         env=env,
         success_codes=[0, 1],
     )
     session.run("python", "scripts/make_host_tables.py", "--record-of", str(report))
+
+
+def _install(session: nox.Session, host: str) -> None:
+    """Install a release of torchtitan."""
+    # Before the parent is in sight, or pip would find its torchtitan there.
+    session.install("--no-deps", f"torchtitan=={host}")
+    _see(session)
 
 
 def _see(session: nox.Session, *folders: Path) -> None:

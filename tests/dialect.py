@@ -57,6 +57,11 @@ def batch(*, size: int | None = None, seq_len: int | None = None, whole: int | N
 
 
 SHORT = [*batch(size=1, seq_len=64), "--debug.seed", "7"]
+if not ON_0_2:
+    SHORT += ["--layers=3"]  # of the host's four to eight, two or three of them of experts
+
+PARSED_AT_ONCE = [] if ON_0_2 else ["--module", "deepseek_v3", "--config", "deepseek_v3_debugmodel"]
+"""A command line that the host takes anywhere."""
 
 # The host's own models with a config small enough for this machine, as far as they train on a CPU.
 MODELS: Mapping[str, str] = (
@@ -68,6 +73,15 @@ MODELS: Mapping[str, str] = (
         "gpt_oss": "gpt_oss_debugmodel",
     }
 )
+
+
+def precision(model: str) -> list[str]:
+    """In what a model computes around its experts, which are in bfloat16.
+
+    In what every CPU multiplies well; the host's gpt_oss cannot, nor 0.2 without FSDP.
+    """
+    dtype = "bfloat16" if model == "gpt_oss" or ON_0_2 else "float32"
+    return ["--training.mixed-precision-param", dtype]
 
 
 def write_text(folder: Path) -> None:
@@ -84,7 +98,7 @@ def write_text(folder: Path) -> None:
 
 def stock(model: str, folder: Path, *, steps: int) -> list[str]:
     """Train one of the host's own models without the plugin's experts, on :func:`write_text`'s."""
-    more = [*SHORT, "--training.steps", str(steps)]
+    more = [*SHORT, *precision(model), "--training.steps", str(steps)]
     if ON_0_2:
         # The settings of a job, which the host reads itself; its router cannot count on the CPU.
         own = ["--model.name", model, "--model.flavor", MODELS[model], "--count-on-cpu"]
@@ -103,7 +117,7 @@ def with_backend(model: str, backend: str, folder: Path, *, steps: int) -> list[
     """:func:`stock` with our experts: by door 2, or where the host has one door, by a flavor."""
     if ON_0_2:
         flavor = ["--model.flavor", f"short_sdpa_{backend}", "--training.steps", str(steps)]
-        return job(folder / "like_stock.toml", *SHORT, *flavor)
+        return job(folder / "like_stock.toml", *SHORT, *precision(model), *flavor)
     experts = f'ezpz_moe.overrides.experts={{"compute_backend": "{backend}"}}'
     return [*stock(model, folder, steps=steps), experts]
 
@@ -111,4 +125,5 @@ def with_backend(model: str, backend: str, folder: Path, *, steps: int) -> list[
 def by_flavor(folder: Path, *, steps: int) -> list[str]:
     """:func:`stock` of deepseek_v3 by the job with the same settings, and so by door 1."""
     same = ["--model.flavor", "base"] if ON_0_2 else []
-    return job(folder / "like_stock.toml", *SHORT, *same, "--training.steps", str(steps))
+    more = [*SHORT, *precision("deepseek_v3"), "--training.steps", str(steps)]
+    return job(folder / "like_stock.toml", *more, *same)

@@ -1,20 +1,16 @@
-"""Runs the host's trainer in this process, once per scenario, and records what it computed.
+"""Runs the host's trainer in this process, and records what it computed.
 
-    torchrun --nproc-per-node N tests/run_trainer.py SCENARIOS.json OUT
+    python tests/run_trainer.py OUT ARGUMENTS
 
-SCENARIOS.json maps a name to the arguments of ``torchtitan.train``. Every rank
-writes OUT.<name>.<rank>: losses and gradient norms of every step, the gradients of the first step
-(thinned out where they are large) and a digest of every parameter as it is made and after the last
-step, all whole whatever their sharding, and which backend every experts module has chosen. The host
-is imported once, because that takes longer than training a tiny model, and each scenario trains in
-a fork of its own, because the host keeps global state. The host is torchtitan after 0.3, 0.3 or
-0.2.
+ARGUMENTS are those of ``torchtitan.train``. Every rank writes OUT.<rank>: losses and gradient
+norms of every step, the gradients of the first step (thinned out where they are large) and a
+digest of every parameter as it is made and after the last step, all whole whatever their sharding,
+and which backend every experts module has chosen. ``trainer_runs.py`` starts the ranks as forks of
+a process that has imported the host. The host is torchtitan after 0.3, 0.3 or 0.2.
 """
 
 import hashlib
 import importlib
-import json
-import multiprocessing
 import os
 import sys
 import time
@@ -24,7 +20,6 @@ from pathlib import Path
 import torch
 
 from ezpz_moe.hosts import TITAN_0_2, binding, generation
-from ezpz_moe.hosts.cpu import import_host_on_cpu
 
 ONE_UNIT = 2.0**-7
 """Distance of neighbouring bfloat16 numbers, whose significand has 8 bits, relative to 1."""
@@ -35,46 +30,38 @@ SKEWED_EXPERTS = (0, 1, 6)
 """Two of the first half of eight experts and one of the second, as two ranks share them out."""
 
 
-def main(scenarios: str, out: str) -> None:
-    import_host_on_cpu()
-    host = importlib.import_module(f"torchtitan.{'train' if is_titan_0_2() else 'trainer'}")
-    host.time = _Clock()
+def main(out: str, *arguments: str) -> None:
     from torchtitan.tools.logging import init_logger
 
+    host = importlib.import_module(f"torchtitan.{'train' if is_titan_0_2() else 'trainer'}")
+    host.time = _Clock()
     init_logger()
-    fork = multiprocessing.get_context("fork")
-    for name, arguments in json.loads(Path(scenarios).read_text()).items():
-        child = fork.Process(target=_train_and_save, args=(name, f"{out}.{name}", arguments))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise SystemExit(f"scenario {name!r} failed with exit code {child.exitcode}")
-
-
-def _train_and_save(name: str, out: str, arguments: list[str]) -> None:
-    store = _open_store(name)
+    rank = int(os.environ["RANK"])
+    store = _open_store(Path(f"{out}.port"), rank)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(store.port)}
-    record = run(arguments)
-    torch.save(record, f"{out}.{torch.distributed.get_rank()}")
+    record = run(list(arguments))
+    torch.save(record, f"{out}.{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _open_store(scenario: str) -> torch.distributed.TCPStore:
-    """A store for the ranks of one scenario: torchrun's holds the addresses of those before.
+def _open_store(file: Path, rank: int) -> torch.distributed.TCPStore:
+    """The store of the ranks of one run, whose port they find in ``file``.
 
     Rank 0 opens it at a port of the system's choice, as one that the process group will share,
     so that no other process can take the port in between.
     """
-    address, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
-    agents = torch.distributed.TCPStore(address, int(os.environ["MASTER_PORT"]))
+    address = os.environ["MASTER_ADDR"]
     if rank == 0:
         own = torch.distributed.TCPStore(
             address, 0, is_master=True, multi_tenant=True, wait_for_workers=False
         )
-        agents.set(f"port of {scenario}", str(own.port))
+        file.with_suffix(".new").write_text(str(own.port))
+        file.with_suffix(".new").rename(file)
         return own
-    return torch.distributed.TCPStore(address, int(agents.get(f"port of {scenario}")))
+    while not file.exists():
+        time.sleep(0.005)
+    return torch.distributed.TCPStore(address, int(file.read_text()))
 
 
 class _Clock:
@@ -92,16 +79,18 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for five flags of our own.
+    """Train as ``torchtitan.train`` would, but for six flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
     route; ``--same-sequences`` has a step train on the same sequences however they are cut into
     microbatches and shared out to ranks (torchtitan 0.3);
-    ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf.
+    ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
+    ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
+    later).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
-    trainer, Experts, MoE = _built_trainer(sys.argv[1:])
+    trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
     if "--count-on-cpu" in own_flags:
         for part in trainer.model_parts:
             binding("router").count_on_cpu(part)
@@ -171,13 +160,13 @@ def _same_sequences(trainer, dataloader):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += ("--same-sequences", "--infinite-logit")
+    own += ("--same-sequences", "--infinite-logit", "--layers")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]
 
 
-def _built_trainer(arguments: list[str]) -> tuple:
+def _built_trainer(arguments: list[str], layers: str | None) -> tuple:
     """The host's trainer, and its classes of routed experts and MoE layers."""
     from torchtitan.config import ConfigManager
 
@@ -189,7 +178,17 @@ def _built_trainer(arguments: list[str]) -> tuple:
         return Trainer(config), GroupedExperts, MoE
     from torchtitan.models.common.moe import MoE
 
+    if layers is not None:
+        _shrink(config.model_spec.model, int(layers))
     return config.build(), binding("experts").HostExperts, MoE
+
+
+def _shrink(model, layers: int) -> None:
+    """Leave the first layers, and in these experts of a hidden dimension of 64, in place."""
+    model.layers = model.layers[:layers]
+    for _, experts, _, _ in model.traverse(binding("experts").HostExperts.Config):
+        if hasattr(experts, "hidden_dim"):  # or its width is that of its linears
+            experts.hidden_dim = 64
 
 
 def _round_once_more(noise: torch.Generator, module, inputs, output):

@@ -348,5 +348,5 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
     assert run(tmp_path / "first", "--data", folder / "text.txt", *flags, "--json", file) == 0
     loss = json.loads(file.read_text())["loss"]
     assert loss < 7.0, "the model has learnt too little to tell"
-    # The trainer computes in bfloat16, whose relative rounding is 2^-9.
+    # The experts compute in bfloat16, whose relative rounding is 2^-9.
     assert loss == pytest.approx(record["losses"][0], rel=2.0**-9)

@@ -259,7 +259,12 @@ def test_a_checkpoint_that_is_not_there(monkeypatch, in_training, tmp_path):
     assert f"{missing!r} does not exist" in conflict(checkpoint__initial_load_path=missing)
 
 
-def test_a_backend_that_the_machine_cannot_run_gives_all_reasons(monkeypatch, in_training):
+@pytest.mark.parametrize(
+    ("cpu", "dtype"), [("float32,bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_a_backend_that_the_machine_cannot_run_gives_all_reasons(
+    monkeypatch, in_training, cpu_with, cpu, dtype
+):
     from ezpz_moe.compute import get_backend
 
     monkeypatch.setattr(utils, "device_type", "cpu")
@@ -270,10 +275,11 @@ def test_a_backend_that_the_machine_cannot_run_gives_all_reasons(monkeypatch, in
         return ["too hot", "too cold"]
 
     monkeypatch.setattr(type(get_backend("for_loop")), "why_not", why_not)
+    cpu_with(cpu)
     message = conflict("debugmodel_sdpa_for_loop")
     assert "compute_backend 'for_loop' cannot run on cpu: too hot." in message
     assert "too cold." in message
-    assert asked == [("cpu", torch.bfloat16, (256,))]
+    assert asked == [("cpu", dtype, (256,))]
 
 
 def test_the_stock_trainer_without_an_accelerator(monkeypatch, in_training):

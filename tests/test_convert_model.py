@@ -139,6 +139,8 @@ fqns = ["experts"]
 
 @pytest.mark.train
 def test_the_debug_jobs_of_every_family_train(tmp_path):
+    import dialect
+
     from ezpz_moe.assets import EMBEDDED_TOKENIZER
 
     (tmp_path / "text").mkdir()
@@ -158,7 +160,7 @@ def test_the_debug_jobs_of_every_family_train(tmp_path):
         new.write_text(
             new.read_text().replace("gpt_oss_debugmodel_flex", "gpt_oss_debugmodel_sdpa")
         )
-        scenarios[model] = ["--module", "ezpz_moe", "--config", str(new)]
+        scenarios[model] = dialect.job(new, *dialect.precision(model), "--layers=2")
     for model, (record,) in train(scenarios, tmp_path, ranks=1).items():
         assert len(record["losses"]) == 2, model
         assert record["losses"][1] < record["losses"][0], model

@@ -16,6 +16,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import fork_server
 import psutil
 import pytest
 import torch
@@ -45,8 +46,10 @@ def job(tmp_path) -> Path:
 
 
 def start(
-    job: Path | str, nproc: int, *flags: str, program: str = START, **popen
+    job: Path | str, nproc: int, *flags: str, program: str = START, python: str | None = None
 ) -> subprocess.Popen:
+    """The launcher and its workers: forks, which know of one thread, or by ``python`` real."""
+    python = python or fork_server.python()
     scratch = Path(job).parent / "scratch"
     scratch.mkdir(exist_ok=True)
     environment = {
@@ -55,10 +58,11 @@ def start(
         if name not in ("LOG_RANK", "OMP_NUM_THREADS")
     }
     return subprocess.Popen(
-        [sys.executable, "-c", program, str(job), str(nproc), *flags],
+        [python, "-c", program, str(job), str(nproc), *flags],
         cwd=Path(job).parent,
         env={
             **environment,
+            "PYTHON_EXEC": python,
             "TMPDIR": str(scratch),
             "CUDA_VISIBLE_DEVICES": "",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns where no name server answers
@@ -66,7 +70,6 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **popen,
     )
 
 
@@ -330,7 +333,7 @@ def test_a_mistake_in_the_job_costs_no_import_of_torch(job):
 @pytest.mark.train
 def test_two_ranks_train_and_rank_0_is_shown(job):
     """The flags after the job win; the workers leave nothing behind."""
-    code, out, err = run(job, 2, "--training.steps", "2")
+    code, out, err = finish(start(job, 2, "--training.steps", "2", python=sys.executable))
     assert code == 0, err
     assert re.findall(r"step:\s+(\d+)", out) == ["1", "2"]
     threads = max(1, torch.get_num_threads() // 2)
@@ -402,7 +405,7 @@ def test_a_crash_of_the_trainer_is_reported_by_torchrun(job):
 
 @pytest.mark.train
 def test_interrupting_ends_the_workers_without_tracebacks(job):
-    process = start(job, 2, "--training.steps", "1000")
+    process = start(job, 2, "--training.steps", "1000", python=sys.executable)
     lines = []
     for line in process.stdout:
         lines.append(line)

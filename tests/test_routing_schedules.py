@@ -44,7 +44,7 @@ STEPS = ["--training.steps", "4", "--training.local-batch-size", "1"]
 def folder(tmp_path_factory) -> Path:
     folder = job_folder(tmp_path_factory.mktemp("schedules"))
     job = (folder / "job.toml").read_text()
-    (folder / "job.toml").write_text(job.replace("lr = 1e-3", "lr = 1e-3\nweight_decay = 0.5"))
+    (folder / "job.toml").write_text(job.replace("lr = 1e-2", "weight_decay = 0.5\nlr = 1e-2"))
     (folder / "scheduled.toml").write_text(SCHEDULED)
     (folder / "frozen.toml").write_text(FROZEN)
     return folder

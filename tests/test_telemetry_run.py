@@ -7,7 +7,7 @@ import struct
 from textwrap import dedent
 
 import pytest
-from dialect import ON_0_2, job
+from dialect import ON_0_2, job, precision
 from trainer_runs import LOG, job_folder, train
 
 from ezpz_moe.routing_schema import AlertThresholds
@@ -151,7 +151,7 @@ PROVOKED = {
 def provoked(tmp_path_factory):
     """The folder of runs whose alerts are provoked: by the name of the run."""
     folder = job_folder(tmp_path_factory.mktemp("alerts"))
-    text = (folder / "job.toml").read_text().replace("lr = 1e-3", "lr = 2e-2")
+    text = (folder / "job.toml").read_text().replace("lr = 1e-2", "lr = 2e-2")
     scenarios = {}
     for name, (tables, _) in PROVOKED.items():
         (folder / f"{name}.toml").write_text(f'inherits = "tiny"\n{dedent(tables)}')
@@ -181,8 +181,9 @@ def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path)
     (folder / "watched.toml").write_text('base = "gpt_oss/debugmodel"\n[telemetry]\nevery = 2\n')
     text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
     (folder / "job.toml").write_text(text)
+    flags = [*precision("gpt_oss"), "--infinite-logit", "--layers=2"]
     with pytest.raises(AssertionError) as failure:
-        train({"run": job(folder / "job.toml", "--infinite-logit")}, folder, ranks=1)
+        train({"run": job(folder / "job.toml", *flags)}, folder, ranks=1)
     message = (
         r"router's logits in layer \d+ are not finite for \d+ tokens of the 1 steps up to step 1"
     )

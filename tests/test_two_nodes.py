@@ -175,6 +175,7 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_two_machines_train_with_experts_on_both(undisturbed):
     run, _ = undisturbed
     assert run.exit_codes == [0, 0], run.logs
@@ -212,6 +213,7 @@ def _last_checkpoint(folder: Path) -> int:
     return max(int(file.parent.name.removeprefix("step-")) for file in whole)
 
 
+@pytest.mark.full
 def test_the_resumed_run_continues_from_the_last_checkpoint(cut, resumed, undisturbed):
     """With the losses and gradient norms that it would have had."""
     run, _ = resumed
@@ -223,6 +225,7 @@ def test_the_resumed_run_continues_from_the_last_checkpoint(cut, resumed, undist
         }
 
 
+@pytest.mark.full
 def test_the_resumed_run_ends_with_the_same_bits(resumed, undisturbed, tmp_path):
     weights = [_weights(folder, tmp_path / "weights") for _, folder in (resumed, undisturbed)]
     assert weights[0].keys() == weights[1].keys()

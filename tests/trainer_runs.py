@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import IO
 
 import dialect
+import fork_server
 import torch
 
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
 LOG = "log.txt"
+PATIENCE = 600
+"""Seconds for a run, before it counts as a hang."""
 EP_2 = [
     *("--parallelism.expert-parallel-degree", "2"),
     *("--parallelism.spmd-backend", "partial_dtensor"),
@@ -66,43 +71,90 @@ def train(
     With another host's ``python`` each scenario names its dump folder itself. What the processes
     said is in ``folder / LOG``.
     """
-    (folder / "scenarios.json").write_text(json.dumps(_prepared(scenarios, folder)))
-    command = [
-        *(python, *TORCHRUN, "--nproc-per-node", str(ranks), str(HERE / "run_trainer.py")),
-        *(str(folder / "scenarios.json"), str(folder / "records")),
-    ]
-    result = subprocess.run(
-        command,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",  # the same sums on every machine
-            "EZPZ_MOE_CACHE": str(folder / "cache"),
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    (folder / LOG).write_text(result.stdout + result.stderr)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    with (folder / LOG).open("w+") as log:
+        for name, arguments in scenarios.items():
+            out = folder / f"records.{name}"
+            command = [fork_server.python(python), str(HERE / "run_trainer.py"), str(out)]
+            command += _dumped(folder / name, arguments)
+            codes = _codes_of_ranks(command, ranks, folder, log)
+            if any(codes):
+                log.seek(0)
+                raise AssertionError(f"scenario {name!r}: {codes}\n{log.read()[-8000:]}")
     return {
         name: [torch.load(folder / f"records.{name}.{rank}") for rank in range(ranks)]
         for name in scenarios
     }
 
 
-def _prepared(scenarios: Scenarios, folder: Path) -> dict[str, list[str]]:
-    """Each scenario with a dump folder, unless it names one."""
+class Runs:
+    """Runs by name, each trained when it is first asked for: no test pays for another's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[Hashable, tuple[list[str], int]] = {}
+        self._records: dict[Hashable, list[Record]] = {}
+
+    def add(self, key: Hashable, arguments: list[str], *, ranks: int = 1) -> None:
+        """Say how ``key`` is trained."""
+        self._known[key] = arguments, ranks
+
+    def __getitem__(self, key: Hashable) -> list[Record]:
+        """One record per rank."""
+        if key not in self._records:
+            arguments, ranks = self._known[key]
+            name = key if isinstance(key, str) else " ".join(map(str, key))
+            self._records[key] = train({name: arguments}, self._folder, ranks=ranks)[name]
+        return self._records[key]
+
+
+class OneRank(Runs):
+    """:class:`Runs` of one process each, with its record alone."""
+
+    def __getitem__(self, key: Hashable) -> Record:
+        (record,) = super().__getitem__(key)
+        return record
+
+
+def _codes_of_ranks(command: list[str], ranks: int, folder: Path, log: IO[str]) -> list[int]:
+    """Exit codes of ``ranks`` processes; when one fails or none ends, all are ended."""
+    running = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **_of_rank(rank, ranks, folder)},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+    give_up = time.monotonic() + PATIENCE
+    while None in (codes := [each.poll() for each in running]):
+        if any(codes) or time.monotonic() > give_up:
+            for each in running:
+                each.kill()
+        time.sleep(0.01)
+    return codes
+
+
+def _of_rank(rank: int, ranks: int, folder: Path) -> dict[str, str]:
+    """The variables that torchrun would set for one of the processes, and those of our tests."""
     return {
-        name: [*_dump_folder(folder / name, arguments), *arguments]
-        for name, arguments in scenarios.items()
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "OMP_NUM_THREADS": "1",  # the same sums on every machine
+        "EZPZ_MOE_CACHE": str(folder / "cache"),
+        "EZPZ_MOE_NATIVE_DTYPES": "float32,bfloat16",  # the same kernels on every machine
     }
 
 
-def _dump_folder(folder: Path, arguments: list[str]) -> list[str]:
+def _dumped(folder: Path, arguments: list[str]) -> list[str]:
+    """``arguments`` with a dump folder, unless they name one."""
     named = {"--dump-folder", "--job.dump-folder"} & set(arguments)
-    return [] if named else [dialect.DUMP_FOLDER, str(folder)]
+    return arguments if named else [dialect.DUMP_FOLDER, str(folder), *arguments]
 
 
 def telemetry(folder: Path, name: str) -> list[dict]:

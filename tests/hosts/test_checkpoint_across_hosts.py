@@ -66,7 +66,7 @@ def folder(tmp_path_factory, ranks) -> Path:
     write_documents(folder / "documents.jsonl", count=6 * 2 * ranks)
     job = (folder / "job.toml").read_text()
     job = job.replace('flavor = "tiny_sdpa"', 'flavor = "tiny_sdpa_for_loop"')
-    more = 'dataset_path = "documents.jsonl"\nmixed_precision_param = "float32"\n'
+    more = 'dataset_path = "documents.jsonl"\n'
     (folder / "job.toml").write_text(job.replace("[training]\n", f"[training]\n{more}"))
     return folder
 

@@ -1,9 +1,11 @@
 """The job that everybody tries first: doctor holds, and the host's own command trains it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from dialect import batch, job
 from trainer_runs import TORCHRUN
@@ -19,14 +21,18 @@ def test_doctor_finds_nothing_broken(capsys):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("module", ["torchtitan.train", "ezpz_moe.train"])
-def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "forked"), [("torchtitan.train", False), ("ezpz_moe.train", True)]
+)
+def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, forked, tmp_path):
     """Without an accelerator the host's own command starts again as ours."""
     flags = [*batch(size=2, seq_len=128), "--training.steps", "8"]
     flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
+    python = fork_server.python() if forked else sys.executable
     result = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", module, *job(JOB, *flags)],
+        [python, *TORCHRUN, "-m", module, *job(JOB, *flags)],
         cwd=tmp_path,
+        env={**os.environ, "PYTHON_EXEC": python},
         capture_output=True,
         text=True,
         timeout=900,

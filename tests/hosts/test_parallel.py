@@ -10,7 +10,7 @@ load a seed checkpoint, because the host draws other initial values under other 
 
 import pytest
 from dialect import ON_0_2, ON_MAIN, batch
-from trainer_runs import BACKENDS, COMPUTED_BY, compare_gradients, door_1, job_folder, train
+from trainer_runs import BACKENDS, COMPUTED_BY, Runs, compare_gradients, door_1, job_folder, train
 
 HOST = "grouped_mm"
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint")
@@ -63,6 +63,18 @@ SAME_PRECISION = [parallelism for parallelism in ALL if parallelism not in IN_FL
 # Main counts positions anew in every microbatch: RoPE turns by other angles, and rounds otherwise.
 SAME_ROUNDING = set(SAME_PRECISION) - ({"pipeline parallel"} if ON_MAIN else set())
 
+SHORT = {
+    "single": BACKENDS,
+    "tensor parallel": ["for_loop"],
+    "pipeline parallel": ["batched_mm_padded"],
+    "fully sharded": ["batched_mm_padded"],
+    "expert parallel": ["batched_mm_padded"],
+    "fully sharded, skewed": COMPUTED_BY.keys() - {"batched_mm_padded"},
+    "expert parallel, skewed": COMPUTED_BY.keys() - {"batched_mm_padded"},
+    "hybrid sharded": ["for_loop"],
+}
+"""Each parallelism with some of the backends: the rest is the full check's."""
+
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
 
 
@@ -73,35 +85,35 @@ def backends_of(parallelism: str) -> list[str]:
 
 def over_backends_of(parallelisms):
     """Each of ``parallelisms`` with its backends; one that says so if there are none."""
-    pairs = [(p, backend) for p in parallelisms for backend in backends_of(p)]
+    pairs = [
+        pytest.param(p, backend, marks=() if backend in SHORT[p] else pytest.mark.full)
+        for p in parallelisms
+        for backend in backends_of(p)
+    ]
     return pytest.mark.parametrize(("parallelism", "backend"), pairs or [("none", "none")])
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory) -> Runs:
     """(parallelism, backend) -> one record per rank."""
-    folder = job_folder(tmp_path_factory.mktemp("seeds"))
+    folder = job_folder(tmp_path_factory.mktemp("parallel"))
     seeds = {name: door_1(folder, "tiny_sdpa", *SEED) for name in ("even", "skewed")}
     seeds["skewed"] += SKEWED
     train(seeds, folder, ranks=1)
     even, skewed = ([*START, str(folder / name / "checkpoint" / "step-0")] for name in seeds)
     even += EVEN
-    records = {}
+    runs = Runs(folder)
     for ranks, start, parallelisms in (
         (1, even, {"single": []}),
         (2, even, TWO_RANKS),
         (2, skewed, TWO_RANKS_SKEWED),
         (4, even, FOUR_RANKS),
     ):
-        folder = job_folder(tmp_path_factory.mktemp(f"ranks{ranks}"))
-        names = {f"{p} {b}": (p, b) for p in parallelisms for b in (HOST, *backends_of(p))}
-        scenarios = {
-            name: door_1(folder, f"tiny_sdpa_{b}", *start, *parallelisms[p])
-            for name, (p, b) in names.items()
-        }
-        results = train(scenarios, folder, ranks=ranks)
-        records |= {names[name]: result for name, result in results.items()}
-    return records
+        for name, flags in parallelisms.items():
+            for backend in (HOST, *backends_of(name)):
+                job = door_1(folder, f"tiny_sdpa_{backend}", *start, *flags)
+                runs.add((name, backend), job, ranks=ranks)
+    return runs
 
 
 def gradients(ranks) -> dict:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.spawn
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
+import fork_server
 import pytest
 from dialect import ON_0_2
 
@@ -35,6 +37,15 @@ COUNTS = "not run: the router counts tokens, which have no value"
 EXPERTS = ("--parallelism.expert_parallel_degree", "4")
 
 pytestmark = pytest.mark.train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forks() -> Iterator[None]:
+    """A rank's process is one that has imported the host already."""
+    executable = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(fork_server.python())
+    yield
+    multiprocessing.set_executable(executable)
 
 
 needs_all_ranks = pytest.mark.skipif(

@@ -62,7 +62,7 @@ def remap(*arguments: object) -> int:
 def test_there_and_back_keeps_every_bit(
     tmp_path, source, job, weights, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(huggingface, "_FILE_BYTES", 4 * 2**20)
+    monkeypatch.setattr(huggingface, "_FILE_BYTES", 2**18)
     target = tmp_path / "hf"
     assert remap(source, target, "--to", "hf", "--model", job) == 0
     assert "no optimizer" in capsys.readouterr().out

@@ -6,10 +6,10 @@ On another host these do not run, except for those of the table of keys, which n
 import dataclasses
 import os
 import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import fork_server
 import pytest
 import torch
 from trainer_runs import TORCHRUN
@@ -40,8 +40,13 @@ def ezpz_moe(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        [fork_server.python(), *arguments],
+        env={
+            **os.environ,
+            "PYTHON_EXEC": fork_server.python(),
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+        },
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -1,11 +1,13 @@
 """What the unmodified trainer computes with the backends, in real runs on this machine.
 
-- the host's own experts and ``compute_backend = "grouped_mm"``: the same bits, for ten steps;
+- the host's own experts and ``compute_backend = "grouped_mm"``: the same bits, for five steps;
 - the other backends: the same within what one more rounding to bfloat16 does to the host itself;
 - a checkpoint of one backend goes on under another;
 - activation checkpointing, torch.compile and gradient accumulation change nothing else;
 - the host's own deepseek_v3, qwen3 and gpt_oss take the backends, as far as they train on a CPU.
 """
+
+from pathlib import Path
 
 import pytest
 from dialect import (
@@ -22,92 +24,102 @@ from dialect import (
 from trainer_runs import (
     BACKENDS,
     COMPUTED_BY,
+    OneRank,
     assert_same_bits,
     assert_within_twice,
     compare_gradients,
     door_1,
     job_folder,
-    train,
 )
 
 ALL = ("grouped_mm", *BACKENDS)
 ON_ANY_MODEL = BACKENDS if ON_0_2 else (*BACKENDS, "auto")
+STEPS = 5
+"""Of the host's own model: enough for moments of several steps to have updated every parameter."""
 NOISE = "host, one more rounding"
 DRAWS = 4
 """Of that rounding. One alone can be close to zero, and says nothing of what is usual then."""
+AOT = ("--compile.enable", "--compile.backend", "aot_eager")
+SHORT = {
+    "deepseek_v3": ON_ANY_MODEL,
+    "qwen3": ("batched_mm_padded",),
+    "gpt_oss": ("for_loop", "grouped_mm_fused"),
+}
+"""Each model with some of the backends: the rest is the full check's."""
+TRACED_IN_SHORT = {"for_loop", "capacity"}
+CHECKPOINTED_IN_SHORT = {"full": {"for_loop", "capacity", "choice"}}
+CHECKPOINTED_IN_SHORT["selective"] = COMPUTED_BY.keys() - CHECKPOINTED_IN_SHORT["full"]
 
 pytestmark = pytest.mark.train
 
 
+def case(*values: str, short: bool):
+    return pytest.param(*values, marks=() if short else pytest.mark.full)
+
+
+ON_MODELS = [case(m, b, short=b in SHORT[m]) for m in MODELS for b in ON_ANY_MODEL]
+
+
+def tiny(folder: Path, backend: str, *flags: str, checkpointing: str = "none") -> list[str]:
+    return door_1(folder, f"tiny_sdpa_{backend}", *flags, checkpointing=checkpointing)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory) -> OneRank:
     """Every single-process run of this file, by name."""
     folder = job_folder(tmp_path_factory.mktemp("single"))
     write_text(folder)
-    ten_steps = stock("deepseek_v3", folder, steps=10)
-    saved = (DUMP_FOLDER, str(folder / "saved"), "--training.steps", "8", "--checkpoint.enable")
-
-    def tiny(backend: str, *flags: str, checkpointing: str = "none") -> list[str]:
-        return door_1(folder, f"tiny_sdpa_{backend}", *flags, checkpointing=checkpointing)
-
-    scenarios = {
-        "deepseek_v3 host": ten_steps,
-        "flavor": by_flavor(folder, steps=10),
-        "saved": tiny("for_loop", *saved, "--checkpoint.interval", "5"),
-    }
+    runs = OneRank(folder)
+    several_steps = stock("deepseek_v3", folder, steps=STEPS)
+    runs.add("deepseek_v3 host", several_steps)
+    runs.add("flavor", by_flavor(folder, steps=STEPS))
     for draw in range(DRAWS):
-        scenarios[f"deepseek_v3 {NOISE} {draw}"] = [*ten_steps, f"--rounding-noise={draw}"]
+        runs.add(f"deepseek_v3 {NOISE} {draw}", [*several_steps, f"--rounding-noise={draw}"])
     for backend in ("grouped_mm", *ON_ANY_MODEL):
-        run = with_backend("deepseek_v3", backend, folder, steps=10)
-        scenarios[f"deepseek_v3 {backend}"] = run
-    for backend in ALL:
-        scenarios |= {
-            f"resumed {backend}": tiny(
-                backend, *saved, "--checkpoint.load-only", "--checkpoint.load-step", "5"
-            ),
-            f"accumulated {backend}": tiny(backend, *batch(whole=4)),
-            f"one batch {backend}": tiny(backend, *batch(size=4)),
-        }
-    for backend in ("grouped_mm", *COMPUTED_BY):
-        scenarios |= {
-            f"plain {backend}": tiny(backend),
-            f"compiled {backend}": tiny(backend, "--compile.enable"),
-        }
-    for backend in COMPUTED_BY:
-        scenarios |= {
-            f"full {backend}": tiny(backend, checkpointing="full"),
-            f"selective {backend}": tiny(backend, checkpointing="selective"),
-        }
+        run = with_backend("deepseek_v3", backend, folder, steps=STEPS)
+        runs.add(f"deepseek_v3 {backend}", run)
     for model in sorted(MODELS.keys() - {"deepseek_v3"}):
         one_step = stock(model, folder, steps=1)
-        scenarios[f"{model} host"] = one_step
-        scenarios[f"{model} {NOISE} 0"] = [*one_step, "--rounding-noise=0"]
-        scenarios |= {
-            f"{model} {backend}": with_backend(model, backend, folder, steps=1)
-            for backend in ON_ANY_MODEL
-        }
-    records = train(scenarios, folder, ranks=1)
-    return {name: ranks[0] for name, ranks in records.items()}
+        runs.add(f"{model} host", one_step)
+        runs.add(f"{model} {NOISE} 0", [*one_step, "--rounding-noise=0"])
+        for backend in ON_ANY_MODEL:
+            runs.add(f"{model} {backend}", with_backend(model, backend, folder, steps=1))
+    _add_tiny(runs, folder)
+    return runs
+
+
+def _add_tiny(runs: OneRank, folder: Path) -> None:
+    saved = (DUMP_FOLDER, str(folder / "saved"), "--training.steps", "5", "--checkpoint.enable")
+    runs.add("saved", tiny(folder, "for_loop", *saved, "--checkpoint.interval", "3"))
+    load = (*saved, "--checkpoint.load-only", "--checkpoint.load-step", "3")
+    for backend in ALL:
+        runs.add(f"resumed {backend}", tiny(folder, backend, *load))
+        runs.add(f"accumulated {backend}", tiny(folder, backend, *batch(whole=4)))
+        runs.add(f"one batch {backend}", tiny(folder, backend, *batch(size=4)))
+    for backend in ("grouped_mm", *COMPUTED_BY):
+        runs.add(f"plain {backend}", tiny(folder, backend))
+        runs.add(f"compiled {backend}", tiny(folder, backend, "--compile.enable"))
+        runs.add(f"traced {backend}", tiny(folder, backend, *AOT))
+        for mode in ("full", "selective"):
+            runs.add(f"{mode} {backend}", tiny(folder, backend, checkpointing=mode))
 
 
 @pytest.mark.parametrize("run", ["deepseek_v3 grouped_mm", "flavor"])
 def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
-    """Through door 2 and through door 1: ten losses, and every parameter after them."""
+    """Through door 2 and through door 1: every loss, and every parameter after them."""
     assert set(runs["deepseek_v3 host"]["experts"]) == {EXPERTS}
     assert set(runs[run]["experts"]) == {f"Ezpz{EXPERTS}"}
-    assert len(runs[run]["losses"]) == 10
+    assert len(runs[run]["losses"]) == STEPS
     assert_same_bits(runs[run], runs["deepseek_v3 host"])
 
 
-@pytest.mark.parametrize("backend", ON_ANY_MODEL)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "backend"), ON_MODELS)
 def test_every_moe_layer_computes_with_the_chosen_backend(runs, model, backend):
     host, ours = runs[f"{model} host"], runs[f"{model} {backend}"]
     assert ours["backends"] == [backend] * len(host["experts"])
 
 
-@pytest.mark.parametrize("backend", ON_ANY_MODEL)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "backend"), ON_MODELS)
 def test_the_first_step_agrees_with_the_host(runs, model, backend):
     """The loss has the host's bits; gradients differ by less than one more rounding makes."""
     host, noisy, ours = (runs[f"{model} {name}"] for name in ("host", f"{NOISE} 0", backend))
@@ -116,7 +128,7 @@ def test_the_first_step_agrees_with_the_host(runs, model, backend):
 
 
 @pytest.mark.parametrize("backend", ON_ANY_MODEL)
-def test_ten_losses_agree_with_the_hosts(runs, backend):
+def test_later_losses_agree_with_the_hosts(runs, backend):
     host, ours = (runs[f"deepseek_v3 {name}"]["losses"] for name in ("host", backend))
     draws = [runs[f"deepseek_v3 {NOISE} {draw}"]["losses"] for draw in range(DRAWS)]
     tolerance = 0.0
@@ -128,12 +140,12 @@ def test_ten_losses_agree_with_the_hosts(runs, backend):
 
 @pytest.mark.parametrize("backend", ALL)
 def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
-    """Five steps with for_loop, then the sixth with each backend: its forward has the same bits."""
-    resumed, whole = runs[f"resumed {backend}"], runs["saved"]
-    assert len(resumed["losses"]) == 3
-    assert resumed["losses"][0] == whole["losses"][5]
+    """Three steps with for_loop, then the fourth with each: its forward has the same bits."""
+    whole, resumed = runs["saved"], runs[f"resumed {backend}"]
+    assert len(resumed["losses"]) == 2
+    assert resumed["losses"][0] == whole["losses"][3]
     if backend == "for_loop":
-        assert resumed["losses"] == whole["losses"][5:]
+        assert resumed["losses"] == whole["losses"][3:]
         assert resumed["parameters"] == whole["parameters"]
 
 
@@ -142,17 +154,31 @@ def test_the_flavor_says_who_computes(runs, backend):
     assert set(runs[f"plain {backend}"]["backends"]) == {COMPUTED_BY[backend]}
 
 
-@pytest.mark.parametrize("backend", COMPUTED_BY)
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [
+        case(mode, backend, short=backend in in_short)
+        for mode, in_short in CHECKPOINTED_IN_SHORT.items()
+        for backend in COMPUTED_BY
+    ],
+)
 def test_activation_checkpointing_changes_no_bit(runs, mode, backend):
     assert_same_bits(runs[f"{mode} {backend}"], runs[f"plain {backend}"])
 
 
 @pytest.mark.parametrize(
+    "backend", [case(each, short=each in TRACED_IN_SHORT) for each in COMPUTED_BY]
+)
+def test_tracing_changes_no_bit(runs, backend):
+    """Compiled for operators that are then called one by one: none is lost, none is doubled."""
+    assert_same_bits(runs[f"traced {backend}"], runs[f"plain {backend}"])
+
+
+@pytest.mark.parametrize(
     ("run", "other", "backend"),
     [
-        *(("compiled", "plain", backend) for backend in COMPUTED_BY),
-        *(("accumulated", "one batch", backend) for backend in BACKENDS),
+        *(case("compiled", "plain", backend, short=False) for backend in COMPUTED_BY),
+        *(case("accumulated", "one batch", backend, short=True) for backend in BACKENDS),
     ],
 )
 def test_gradients_deviate_like_the_hosts(runs, run, other, backend):

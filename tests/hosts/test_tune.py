@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from dialect import ON_GROUPED_LINEAR
 
@@ -17,8 +17,8 @@ from ezpz_moe.errors import EXIT_CODE
 from ezpz_moe.tune import tune
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
-GATE_AND_UP, DOWN = (8, 256, 512), (8, 256, 256)
-PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if ON_GROUPED_LINEAR else ("swiglu", {(8, 256, 256)})
+GATE_AND_UP, DOWN = (8, 64, 128), (8, 64, 64)
+PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if ON_GROUPED_LINEAR else ("swiglu", {(8, 64, 64)})
 """What a backend is asked for: grouped linears ask for one product after the other."""
 
 
@@ -33,8 +33,9 @@ def job(tmp_path: Path) -> Path:
 
 def _run(job: Path, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "ezpz_moe.cli", command, job.name, *flags],
+        [fork_server.python(), "-m", "ezpz_moe.cli", command, job.name, *flags],
         cwd=job.parent,
+        env={**os.environ, "PYTHON_EXEC": fork_server.python()},
         capture_output=True,
         text=True,
         timeout=900,
