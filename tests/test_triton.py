@@ -45,7 +45,7 @@ CONTRACT = {
 def _through_the_interpreter(chosen: str) -> list[tuple[str, str]]:
     """Names and outcomes of the contract's tests of ``triton`` that ``-k chosen`` chooses."""
     files = [str(TESTS / name) for name in ("test_contract.py", "test_contract_autograd.py")]
-    options = ("-v", "-p", "no:cacheprovider", "-m", "not full", "-k", f"triton and ({chosen})")
+    options = ("-v", "-p", "no:cacheprovider", "-k", f"triton and ({chosen})")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         capture_output=True,
