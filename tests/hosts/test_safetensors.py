@@ -122,12 +122,16 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     (tmp_path / "broken" / "model.safetensors").write_text("version https://git-lfs.github.com")
     new = tmp_path / "new"
     back = (new, "--to", GENERATION, "--model")
+    deep = Path(job).with_name("deep.toml")  # a flavor with layers that the checkpoint has not
+    deep.write_text('inherits = "tiny"\nn_layers = 5\n')
+    deeper = deep.with_name("deeper.toml")
+    deeper.write_text(Path(job).read_text().replace('"tiny_sdpa"', '"deep_sdpa"'))
     for arguments, message in (
         ((source, new, "--to", "hf"), "the model is needed: --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),
-        ((source, new, "--to", "hf", "--model", "debugmodel"), "is nothing in the checkpoint"),
+        ((source, new, "--to", "hf", "--model", deeper), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
-        ((hf, *back, "debugmodel"), "Is this the model's flavor?"),
+        ((hf, *back, deeper), "Is this the model's flavor?"),
         ((tmp_path / "less", *back, job), "1 of 85 tensors are missing"),
         ((tmp_path / "quantized", *back, job), "is quantized (torch.float8_e4m3fn). The trainer"),
         ((tmp_path / "broken", *back, job), "model.safetensors: cannot be read"),
