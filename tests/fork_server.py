@@ -171,6 +171,7 @@ def _run(arguments: list[str]) -> int:
             exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         elif arguments[0] == "-m":
             sys.argv = arguments[1:]
+            _tell_host(arguments[2:])
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
@@ -180,6 +181,15 @@ def _run(arguments: list[str]) -> int:
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _tell_host(arguments: list[str]) -> None:
+    """Give torchtitan 0.2 its command line: it remembers that of when it was imported."""
+    from torchtitan.config import ConfigManager
+
+    for default in ConfigManager.parse_args.__defaults__ or ():
+        if isinstance(default, list):
+            default[:] = arguments
 
 
 def import_host() -> None:

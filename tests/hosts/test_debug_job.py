@@ -21,9 +21,7 @@ def test_doctor_finds_nothing_broken(capsys):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(
-    ("module", "steps"), [("torchtitan.train", 1), ("ezpz_moe.train", 8)]
-)
+@pytest.mark.parametrize(("module", "steps"), [("torchtitan.train", 1), ("ezpz_moe.train", 8)])
 def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, steps, tmp_path):
     """Without an accelerator the host's own command starts again as ours."""
     flags = [*batch(size=2, seq_len=128), "--training.steps", str(steps)]

@@ -10,6 +10,8 @@ from ezpz_moe.hosts.reliance import Reliance, broken
 
 check_host()
 
+pytestmark = pytest.mark.smoke
+
 
 def reliance(thing: str, **more) -> Reliance:
     return Reliance(thing, used_for="a test", if_broken="it fails", **more)

@@ -28,6 +28,8 @@ JOBS = Path(__file__).parents[2] / "flavors" / "jobs"
 KEYS_0_2 = TITAN_0_2.slot("job_keys").KEYS
 LIST_0_2 = Path(__file__).parents[1] / "data" / "titan_0_2_2_keys.txt"
 
+pytestmark = pytest.mark.smoke
+
 on_0_2 = pytest.mark.skipif(
     generation() is not TITAN_0_2,
     reason=f"the installed host is {generation().host}; make test-hosts runs these",
@@ -80,6 +82,7 @@ def test_every_legal_key_has_a_type_that_can_be_said():
 
 
 @on_0_2
+@pytest.mark.full
 def test_the_hosts_own_command_line_without_a_file(tmp_path):
     result = ezpz_moe(
         *("train", "debugmodel_sdpa_batched_mm_padded", "--training.steps", "1"),
@@ -108,6 +111,7 @@ def test_a_file_without_a_job_section_trains_and_validates_on_the_users_text(job
 
 
 @on_0_2
+@pytest.mark.full
 def test_the_hosts_own_path_trains_where_the_model_does_not_ask_for_the_device(tmp_path):
     result = ezpz_moe(
         *("train", "qwen3_debugmodel_sdpa", "--training.steps", "1", "--training.seq_len", "32"),
@@ -168,7 +172,13 @@ MISTAKES = {
 
 
 @on_0_2
-@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(each, marks=() if each == "an unknown key" else pytest.mark.full)
+        for each in MISTAKES
+    ],
+)
 def test_a_mistake_is_one_message_and_exit_code_2(job_file, case):
     text, flags, message = MISTAKES[case]
     path = job_file(text)
@@ -202,6 +212,7 @@ def test_the_same_mistake_is_found_before_the_workers_start(job_file):
 
 
 @on_0_2
+@pytest.mark.full
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_job_can_be_shown(path):
     result = ezpz_moe("show", str(path))
@@ -226,6 +237,7 @@ def test_sizes_that_the_host_has_too_have_its_arguments():
         stock = dataclasses.asdict(deepseekv3_args[name])
         ours = dataclasses.asdict(binding("models").model_args(load_flavor(name)))
         added = {"host_model", "compute_backend", "chosen_by", "max_positions"}
+        added |= {"expert_precision", "computed_in"}
         assert ours.keys() - stock.keys() == added
         changed = {key for key in stock if stock[key] != ours[key]}
         assert changed <= (differ if name == "debugmodel" else {"vocab_size"}), name

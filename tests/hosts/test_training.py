@@ -104,7 +104,9 @@ def _add_tiny(runs: OneRank, folder: Path) -> None:
             runs.add(f"{mode} {backend}", tiny(folder, backend, checkpointing=mode))
 
 
-@pytest.mark.parametrize("run", ["deepseek_v3 grouped_mm", "flavor"])
+@pytest.mark.parametrize(
+    "run", ["deepseek_v3 grouped_mm", pytest.param("flavor", marks=pytest.mark.smoke)]
+)
 def test_grouped_mm_trains_with_the_hosts_bits(runs, run):
     """Through door 2 and through door 1: every loss, and every parameter after them."""
     assert set(runs["deepseek_v3 host"]["experts"]) == {EXPERTS}
@@ -138,7 +140,9 @@ def test_later_losses_agree_with_the_hosts(runs, backend):
         assert abs(ours[step] - loss) <= tolerance, step
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(
+    "backend", ["grouped_mm", pytest.param("for_loop", marks=pytest.mark.smoke), *BACKENDS[1:]]
+)
 def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
     """Three steps with for_loop, then the fourth with each: its forward has the same bits."""
     whole, resumed = runs["saved"], runs[f"resumed {backend}"]
@@ -149,6 +153,7 @@ def test_a_checkpoint_goes_on_under_another_backend(runs, backend):
         assert resumed["parameters"] == whole["parameters"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", COMPUTED_BY)
 def test_the_flavor_says_who_computes(runs, backend):
     assert set(runs[f"plain {backend}"]["backends"]) == {COMPUTED_BY[backend]}
