@@ -40,6 +40,7 @@ def experts(
                 f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
                 f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
             )
+        _host.refuse_twins_of("ezpz_moe.overrides.experts")
         replacement = _experts.selected(
             config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
         )
@@ -51,4 +52,6 @@ def experts(
 @_host.for_attention
 def sdpa(config):
     """The same attention with causal SDPA as its kernel: no per-document mask."""
+    with exit_on_user_error():
+        _host.refuse_twins_of("ezpz_moe.overrides.sdpa")
     return dataclasses.replace(config, inner_attention=_attention.causal_attention(config))

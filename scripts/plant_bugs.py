@@ -39,7 +39,6 @@ SECONDS = 600  # a bug may make a test hang; the slowest selection takes a tenth
 # Imported once: every run of pytest is a fork of this process. Nothing of our own is among them,
 # nor the host, which a fork imports with the device that it is told.
 _PYTEST = ("-q", "-x", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider")
-_SHORT = ("-m", "not full")
 _SLOW_TO_IMPORT = ("datasets", "hypothesis", "torch._dynamo", "torch.distributed.checkpoint")
 
 
@@ -143,7 +142,7 @@ def _run_pytest(arguments: Sequence[str], checkout: Path, output: io.TextIOBase)
     sys.dont_write_bytecode = True
     code = 3  # as pytest's for an error of its own
     try:
-        code = pytest.main([*_PYTEST, *_SHORT, *arguments])
+        code = pytest.main([*_PYTEST, *arguments])
     finally:
         sys.stdout.flush()
         os._exit(code)

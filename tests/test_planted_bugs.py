@@ -45,7 +45,6 @@ TEST = "from sound import double\n\n\ndef test_double():\n    assert double(3) =
 def test_a_bug_is_caught_or_missed(plant_bugs, tmp_path, old, new, caught, said) -> None:
     (tmp_path / "sound.py").write_text(SOUND)
     (tmp_path / "test_it.py").write_text(TEST)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    full\n")
     bug = plant_bugs.Bug("bug", "sound.py", old, new, "test_it.py")
     found, what = plant_bugs.judge(bug, tmp_path, {})
     assert (found, what.startswith(said)) == (caught, True), what

@@ -127,6 +127,7 @@ def initialized(config) -> nn.Module:
 
 def mla_dense(flavor: str) -> nn.Module:
     """The dense model of an MLA flavor: all of its layers have the dense FFN."""
+    check_host()  # before torchtitan is imported: it chooses the device
     from torchtitan.models.common import ComplexRoPE
     from torchtitan.models.deepseek_v3 import _build_dsv3_layers
 

@@ -21,17 +21,12 @@ def test_doctor_finds_nothing_broken(capsys):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(
-    ("module", "forked"),
-    [
-        ("torchtitan.train", False),
-        pytest.param("ezpz_moe.train", True, marks=pytest.mark.full),
-    ],
-)
-def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, forked, tmp_path):
+@pytest.mark.parametrize(("module", "steps"), [("torchtitan.train", 1), ("ezpz_moe.train", 8)])
+def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, steps, tmp_path):
     """Without an accelerator the host's own command starts again as ours."""
-    flags = [*batch(size=2, seq_len=128), "--training.steps", "8"]
+    flags = [*batch(size=2, seq_len=128), "--training.steps", str(steps)]
     flags += ["--lr_scheduler.warmup_steps", "2", "--metrics.disable_color_printing"]
+    forked = module == "ezpz_moe.train"  # the other has to import the host by itself
     python = fork_server.python() if forked else sys.executable
     result = subprocess.run(
         [python, *TORCHRUN, "-m", module, *job(JOB, *flags)],
@@ -46,9 +41,9 @@ def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, forked, t
     assert result.returncode == 0, output[-4000:]
     lines = [line for line in output.splitlines() if "step:" in line]
     losses = [float(line.partition("loss:")[2].split()[0]) for line in lines]
-    assert len(losses) == 8
+    assert len(losses) == steps
     assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet
-    assert losses[-1] < losses[0] - 0.7
+    assert steps == 1 or losses[-1] < losses[0] - 0.7
     said = [line for line in output.splitlines() if "ezpz_moe: compute_backend" in line]
     assert len(said) == 1
     assert "compute_backend for_loop" in said[0]

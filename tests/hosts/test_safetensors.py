@@ -126,6 +126,10 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     deeper.write_text('[model]\nname = "ezpz_moe"\nflavor = "deeper"\n')
     new = tmp_path / "new"
     back = (new, "--to", GENERATION, "--model")
+    deep = Path(job).with_name("deep.toml")  # a flavor with layers that the checkpoint has not
+    deep.write_text('inherits = "tiny"\nn_layers = 5\n')
+    deeper = deep.with_name("deeper.toml")
+    deeper.write_text(Path(job).read_text().replace('"tiny_sdpa"', '"deep_sdpa"'))
     for arguments, message in (
         ((source, new, "--to", "hf"), "the model is needed: --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.models import _supported_models
@@ -23,10 +24,11 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools import utils
 
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.hosts.backends import backend_of
+from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
@@ -152,12 +154,20 @@ def _with_backends(model_class: Any) -> Any:
             select_backend(self, args.compute_backend, args.chosen_by, args.computed_in)
             if utils.device_type == "cpu":
                 count_on_cpu(self)
+            self._whole = whole_model(self)
+
+        def init_weights(self, buffer_device: torch.device | None = None) -> None:
+            with exit_on_user_error():
+                initialize_as_one_rank(self, self._whole, _as_the_host_does, buffer_device)
 
         def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
             if self._attention == "sdpa":
                 # The validator of 0.2.2 asks every model, and takes this error for "none".
                 raise TypeError("SDPA takes no attention masks")
             return super().get_attention_masks(*args, **kwargs)
+
+    def _as_the_host_does(model: Any, buffer_device: torch.device | None) -> None:
+        model_class.init_weights(model, buffer_device=buffer_device)
 
     SelectedModel.__name__ = SelectedModel.__qualname__ = f"Ezpz{model_class.__name__}"
     return SelectedModel

@@ -101,6 +101,13 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     Reliance(
+        "torchtitan.protocols.model:ModelProtocol.init_weights",
+        used_for="a flavor's model begins on several CPU ranks as on one",
+        if_broken=NO_FLAVOR,
+        takes=("buffer_device",),
+        vital=True,
+    ),
+    Reliance(
         "torchtitan.protocols.model:BaseModelArgs",
         used_for="the arguments of any model of the host's",
         if_broken=NO_FLAVOR,

@@ -47,6 +47,7 @@ from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.titan_0_3 import precision
 from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
+from ezpz_moe.hosts.titan_0_3.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan_0_3.models import model_spec
 from ezpz_moe.job import KEYS, Job
 from ezpz_moe.routing_schema import Telemetry
@@ -106,6 +107,7 @@ def trainer_config(job: Job) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
+    spec.model = starting_as_one_rank(spec.model)
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
     precision.agreeing(spec, flavor)
     sections = _fields(Trainer.Config()) | _sections(job, spec)

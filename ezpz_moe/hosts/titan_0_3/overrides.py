@@ -13,6 +13,7 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs
+from ezpz_moe.hosts.titan_0_3.initial_values import refuse_twins
 
 for_experts = override(
     target=binding("experts").HostExperts.Config,
@@ -38,6 +39,17 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
             f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "
             f"compute_backend {backend} copies token counts to the host"
         )
+
+
+def refuse_twins_of(door: str) -> None:
+    """Refuse a run whose several CPU ranks would begin alike; where no job is found, do nothing.
+
+    Raises:
+        EzpzError: it would.
+    """
+    job = _job_being_overridden()
+    if job is not None:
+        refuse_twins(job, f"--override.imports {door}")
 
 
 def warn_of_emulation() -> None:

@@ -23,6 +23,13 @@ _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ez
 
 OF_EVERY_GENERATION = (
     Reliance(
+        "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
+        used_for="several CPU ranks begin with the values of one: which part of them is whose",
+        if_broken=NO_FLAVOR,
+        takes=("global_shape", "mesh", "placements"),
+        vital=True,
+    ),
+    Reliance(
         "torchtitan.train",
         used_for="`ezpz-moe train` and `python -m ezpz_moe.train` run this module",
         if_broken=_NOTHING_TRAINS,
@@ -106,6 +113,13 @@ _EXPERTS = (
         "torchtitan.protocols.module:Module._init_self_parameters",
         used_for="the selector is a Module too; it logs the backend when its weights are made",
         if_broken=NO_BACKEND,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.protocols.model:BaseModel.init_states",
+        used_for="the root of a job's model begins on several CPU ranks as on one",
+        if_broken=NO_FLAVOR,
+        takes=("buffer_device",),
         vital=True,
     ),
 )
