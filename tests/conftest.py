@@ -74,6 +74,19 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch):
     native.native_halves.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def forked_processes() -> Iterator[None]:
+    """What multiprocessing spawns is a fork of a process that has imported torch and the host."""
+    import multiprocessing.spawn
+
+    import fork_server
+
+    executable = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(fork_server.python())
+    yield
+    multiprocessing.set_executable(executable)
+
+
 @pytest.fixture
 def job_file(tmp_path: Path):
     """Writes a file into the test's folder and returns its path."""

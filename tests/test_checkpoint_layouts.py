@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -116,8 +117,9 @@ def test_every_shard_is_carried_there_and_back(tmp_path, dim, experts, shards) -
     source = tmp_path / "source"
     values = {"folder": str(source), "dim": dim, "tests": str(Path(__file__).parent)}
     script.write_text(SHARDED.format(experts=experts, **values))
-    command = [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(script)]
-    subprocess.run(command, check=True, timeout=300)
+    python = fork_server.python()
+    command = [python, *TORCHRUN, "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHON_EXEC": python})
     assert inspect(source).files == 2
     remap(source, tmp_path / "main", "main")
     new = loaded(tmp_path / "main")

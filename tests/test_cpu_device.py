@@ -1,12 +1,14 @@
 """The CPU as the host's device: the host sees it, torch stays as it was, the memory is real."""
 
 import mmap
+import os
 import subprocess
 import sys
 import tempfile
 import textwrap
 from types import SimpleNamespace
 
+import fork_server
 import psutil
 import pytest
 import torch
@@ -19,12 +21,16 @@ MIB = 2**20
 
 
 def run(code: str, *launcher: str) -> str:
-    """What a Python script prints, run by itself or by a launcher such as ``-m module``."""
+    """What a Python script prints, run by itself or in forks by a launcher as ``-m module``."""
+    python = fork_server.python() if launcher else sys.executable
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(textwrap.dedent(code))
         script.flush()
-        command = [sys.executable, *launcher, script.name]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        command = [python, *launcher, script.name]
+        env = {**os.environ, "PYTHON_EXEC": python}
+        result = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -3,9 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from ezpz_moe.preflight import RankReport, in_a_process
 check_host()
 if generation() is not TITAN_0_3:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("forked_processes")
 
 HERE = Path(__file__).parent
 
@@ -96,7 +98,7 @@ def estimated_and_real(tmp_path: Path, text: str) -> tuple[int, int]:
     """Bytes of a job's activations: as they are told, and as a step saves them."""
     job = tmp_path / "job.toml"
     job.write_text(text)
-    command = [sys.executable, str(HERE / "saved_for_backward.py"), str(job)]
+    command = [fork_server.python(), str(HERE / "saved_for_backward.py"), str(job)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing.spawn
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
-import fork_server
 import pytest
 from dialect import ON_0_2
 
@@ -36,16 +34,7 @@ pipeline_parallel_degree = 2
 COUNTS = "not run: the router counts tokens, which have no value"
 EXPERTS = ("--parallelism.expert_parallel_degree", "4")
 
-pytestmark = pytest.mark.train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _forks() -> Iterator[None]:
-    """A rank's process is one that has imported the host already."""
-    executable = multiprocessing.spawn.get_executable()
-    multiprocessing.set_executable(fork_server.python())
-    yield
-    multiprocessing.set_executable(executable)
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("forked_processes")]
 
 
 needs_all_ranks = pytest.mark.skipif(

@@ -16,6 +16,7 @@ from ezpz_moe.routing_schema import Balance
 
 pytestmark = [
     pytest.mark.ranks,
+    pytest.mark.usefixtures("forked_processes"),
     pytest.mark.skipif(ON_MAIN, reason="refused: main folds sequences"),
 ]
 
@@ -74,7 +75,7 @@ def part(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def parts(tmp_path_factory, forked_processes):
     """What each rank finds."""
     folder = tmp_path_factory.mktemp("parts")
     torch.multiprocessing.spawn(part, (folder,), nprocs=RANKS)
