@@ -5,6 +5,7 @@ minutes and gigabytes, and nothing here may need them. No network is needed eith
 of a cluster often lack: what the wheel is built with and depends on is that of the running tests.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,10 @@ print(ezpz_moe.__file__)
 
 
 def run(*command: str | Path, **options) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, **options
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
