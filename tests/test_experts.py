@@ -217,6 +217,14 @@ def test_door_2_replaces_every_moe_layer(model):
         ({"compute_backend": "for_lop"}, "Did you mean 'for_loop'"),
         ({"compute_backnd": "for_loop"}, "unknown key 'compute_backnd'. Did you mean"),
         ({}, "compute_backend is missing"),
+        (
+            {"compute_backend": "for_loop", "expert_precision": "fp32"},
+            "expert_precision = 'fp32': should be one of host, bfloat16, float32",
+        ),
+        (
+            {"compute_backend": "grouped_mm", "expert_precision": "float32"},
+            "does not go with compute_backend 'grouped_mm'",
+        ),
     ],
 )
 def test_door_2_refuses_with_one_message_and_exit_code_2(kwargs, message, capsys):
@@ -224,6 +232,41 @@ def test_door_2_refuses_with_one_message_and_exit_code_2(kwargs, message, capsys
         overrides("experts", kwargs, SPECS["qwen3"]().model)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"),
+    [(None, torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
+)
+def test_door_2_has_the_experts_compute_in_what_it_asks_for(asked, dtype):
+    config = SPECS["qwen3"]().model
+    overrides("experts", {"compute_backend": "for_loop", "expert_precision": asked}, config)
+    experts = built(next(config.traverse(GroupedExperts.Config))[1])
+    with mock.patch.object(type(experts._backend), "swiglu", autospec=True) as swiglu:
+        swiglu.side_effect = lambda backend, w1, w2, w3, x, counts: x
+        experts(torch.ones(4, experts.w1_EFD.shape[2]), torch.ones(experts.num_experts).long())
+    assert {each.dtype for each in swiglu.call_args.args[1:5]} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "param", "warnings"),
+    [("float32", "bfloat16", 1), ("float32", "float32", 0), ("float32,bfloat16", "bfloat16", 0)],
+)
+def test_door_2_warns_once_that_training_is_emulated(cpu_with, monkeypatch, cpu, param, warnings):
+    from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
+
+    from ezpz_moe.hosts.titan_0_3 import overrides as door
+
+    cpu_with(cpu)
+    said = []
+    monkeypatch.setattr(door.logger, "warning", said.append)
+    door._warn_once.cache_clear()
+    config = deepseek_v3_debugmodel()
+    config.training.mixed_precision_param = param
+    overrides("experts", {"compute_backend": "for_loop"}, config)
+    said = [line for line in said if line.startswith("ezpz_moe: ")]
+    assert len(said) == warnings
+    assert all("--training.mixed-precision-param float32" in line for line in said)
 
 
 def test_door_2_turns_cuda_graphs_off_for_a_backend_with_host_syncs(monkeypatch):

@@ -1,5 +1,6 @@
 """Which precision a job and its experts have: by flag, job, flavor, or the CPU; with every host."""
 
+import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
@@ -111,6 +112,44 @@ def test_the_flag_wins_over_the_rule(cpu_with, tmp_path, monkeypatch, flag):
     door = ["--module", "ezpz_moe", "--config", "mine"]
     config = ConfigManager().parse_args([*door, "--training.mixed-precision-param", flag])
     assert binding("precision").in_words(config, flavor).partition(":")[0] == words(flag, flag)
+
+
+@pytest.mark.parametrize(("cpu", "lines"), [(EMULATED, 1), (NATIVE, 0)])
+def test_the_run_says_once_why_it_trains_in_float32(
+    cpu_with, tmp_path, monkeypatch, in_training, cpu, lines
+):
+    from torchtitan.tools.logging import logger
+
+    cpu_with(cpu)
+    said = []
+    monkeypatch.setattr(logger, "info", said.append)
+    if not dialect.ON_0_2:
+        binding("precision")._log.cache_clear()
+    config = binding("job").trainer_config(job(tmp_path, FOR_LOOP))
+    if not dialect.ON_0_2:
+        dataclasses.replace(config)  # as the host copies it with the flags of its command line
+    said = [line for line in said if "mixed_precision_param" in line]
+    assert len(said) == lines
+    assert all('mixed_precision_param = "bfloat16"' in line for line in said)
+
+
+@pytest.mark.skipif(not dialect.ON_0_2, reason="0.3 has no autocast: FSDP casts on one rank too")
+@pytest.mark.parametrize("param", [torch.bfloat16, torch.float32])
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_under_0_2s_autocast_experts_compute_in_their_own_dtype(param):
+    from ezpz_moe.hosts.titan_0_2.experts import EzpzGroupedExperts
+
+    def output() -> torch.Tensor:
+        torch.manual_seed(0)
+        experts = EzpzGroupedExperts(32, 48, 4, False, "for_loop", "float32")
+        with torch.no_grad():
+            experts.init_weights(0.02)
+        return experts(torch.randn(8, 32), torch.tensor([2, 2, 2, 2]))
+
+    with torch.autocast("cpu", dtype=param):
+        under = output()
+    assert torch.equal(under, output())
+    assert under.dtype is torch.float32
 
 
 # --- ranks of different machines ------------------------------------------------------------------
