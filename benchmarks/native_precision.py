@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
@@ -39,8 +40,6 @@ def measure_layer() -> dict[str, float]:
         [ROWS // EXPERTS] * EXPERTS, dim=DIM, hidden_dim=HIDDEN, dtype=torch.bfloat16
     )
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
-    import time
-
     start = time.perf_counter()
     run(swiglu, case)
     return {"ms": (time.perf_counter() - start) * 1e3, "peak MiB": _peak_mebibytes()}
