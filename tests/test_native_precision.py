@@ -39,14 +39,14 @@ def test_the_cpu_is_asked_of_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_an_accelerator_and_the_wider_dtypes_are_native(cpu_with, dtype):
     cpu_with("float32")
-    assert native.product_dtype("cpu", dtype) is torch.float32
-    assert native.product_dtype("cuda", dtype) is dtype
-    assert native.product_dtype("cpu", torch.float64) is torch.float64
+    assert native.is_emulated("cpu", dtype)
+    assert not native.is_emulated("cuda", dtype)
+    assert not native.is_emulated("cpu", torch.float64)
 
 
 def test_a_word_that_is_no_dtype_is_refused(cpu_with):
     cpu_with("float32,bf16")
-    with pytest.raises(ValueError, match=r"EZPZ_MOE_NATIVE_DTYPES = 'float32,bf16': 'bf16'"):
+    with pytest.raises(EzpzError, match=r"EZPZ_MOE_NATIVE_DTYPES = 'float32,bf16': 'bf16'"):
         native.native_halves()
 
 

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from ezpz_moe.errors import EzpzError
+
 VARIABLE = "EZPZ_MOE_NATIVE_DTYPES"
 """Overrides what torch says of the CPU: "float32" or "float32,bfloat16,float16"."""
 
@@ -26,7 +28,7 @@ def native_halves() -> frozenset[torch.dtype]:
     ``native_halves.cache_clear()``.
 
     Raises:
-        ValueError: :data:`VARIABLE` names something else than dtypes.
+        EzpzError: :data:`VARIABLE` names something else than dtypes.
     """
     if (named := os.environ.get(VARIABLE)) is not None:
         return _named(named)
@@ -48,11 +50,6 @@ def is_emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
     return dtype in HALVES and torch.device(device).type == "cpu" and dtype not in native_halves()
 
 
-def product_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernels multiply tensors of ``dtype`` on ``device``."""
-    return torch.float32 if is_emulated(device, dtype) else dtype
-
-
 def emulation_note(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """One line for people where ``dtype`` is slow on ``device``, or None."""
     if not is_emulated(device, dtype):
@@ -68,7 +65,7 @@ def _named(names: str) -> frozenset[torch.dtype]:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     chosen = [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(
+        raise EzpzError(
             f"{VARIABLE} = {names!r}: {unknown[0]!r} is no dtype that a CPU may multiply. "
             f"Write some of {', '.join(known)}, separated by commas."
         )
