@@ -17,6 +17,7 @@ import tomli
 
 RELEASES = ("0.2.1", "0.2.2", "0.3.0")
 OTHERS = RELEASES[:-1]  # the last is what `make test` runs with
+PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile")
 PARENT = sysconfig.get_path("purelib")
 
 nox.options.sessions = ["release"]
@@ -39,7 +40,7 @@ def release(session: nox.Session, host: str) -> None:
 def smoke(session: nox.Session, host: str) -> None:
     """Run what tells quickest that a release of torchtitan no longer works."""
     _install(session, host)
-    session.run("python", "-m", "pytest", "-m", "smoke and not full", "tests/hosts")
+    session.run(*PYTEST, "-m", "smoke and not full", "tests/hosts")
 
 
 @nox.session
@@ -60,8 +61,7 @@ def _test(session: nox.Session, env: dict[str, str] | None = None) -> None:
     """Run the tests, and record how they went; the recording fails where a test did."""
     report = Path(session.create_tmp(), "hosts.xml")
     session.run(
-        *("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile", "tests/hosts"),
-        *("-m", "full or not full"),
+        *(*PYTEST, "-m", "full or not full", "tests/hosts"),
         *("--junitxml", str(report)),
         env=env,
         success_codes=[0, 1],

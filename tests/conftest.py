@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def _runs_are_removed(
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("EZPZ_MOE_DEBUG", "EZPZ_MOE_FLAVORS", "RANK"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _draws_are_the_same_in_every_run() -> None:
+    if "torch" in sys.modules:  # not imported for a test that does without it
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
