@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe import display
+from ezpz_moe.commands.arguments import print_emulated
 from ezpz_moe.commands.train import Train
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ class Tune(Train):
             display.print_line("Nothing was measured: no routed row came to these processes.")
             return 0
         from ezpz_moe.compute.tuning import cache_folder
+        from ezpz_moe.verify import default_device
 
         display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
+        print_emulated(default_device(), (each.question.dtype for each, _ in measured))
         display.print_line(f"Kept in {cache_folder()}")
         return 0
 

@@ -13,7 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from dialect import DUMP_FOLDER, ON_0_2, ON_MAIN, batch, job
+from dialect import DUMP_FOLDER, ON_0_2, ON_MAIN, batch, job, with_backend, write_text
+from trainer_runs import OneRank, Runs
 
 HERE = Path(__file__).parent.parent
 
@@ -231,3 +232,19 @@ def test_weights_that_are_offloaded_to_the_cpu_count_as_made_there(config, monke
     config.training.enable_cpu_offload = True
     with pytest.raises(EzpzError, match="weights are made on the CPU"):
         refuse(config)
+
+
+@pytest.mark.train
+@pytest.mark.ranks
+@pytest.mark.skipif(ON_0_2, reason="torchtitan 0.2 has no overrides")
+def test_from_the_seed_checkpoint_that_it_names_an_override_trains_as_on_one_rank(tmp_path) -> None:
+    write_text(tmp_path)
+    run = with_backend("deepseek_v3", "for_loop", tmp_path, steps=1)
+    dumped = [DUMP_FOLDER, str(tmp_path / "seeded"), "--checkpoint.enable"]
+    alone, together = OneRank(tmp_path), Runs(tmp_path)
+    alone.add("one rank", run)
+    alone.add("seed", [*dumped, "--checkpoint.create-seed-checkpoint", *run])
+    together.add("two ranks", [*dumped, *TP_2, *run], ranks=2)
+    assert alone["seed"] == {}  # nothing is trained
+    for record in together["two ranks"]:
+        assert record["losses"] == pytest.approx(alone["one rank"]["losses"], abs=1e-4)

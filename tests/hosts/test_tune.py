@@ -12,7 +12,7 @@ from dialect import ON_GROUPED_LINEAR
 
 from ezpz_moe import cli
 from ezpz_moe.compute.agreement import ALONE_VARIABLE
-from ezpz_moe.compute.tuning import CACHE_VARIABLE
+from ezpz_moe.compute.tuning import CACHE_VARIABLE, Measured, Question, Situation
 from ezpz_moe.errors import EXIT_CODE
 from ezpz_moe.tune import tune
 
@@ -119,3 +119,13 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_starts(
     said = _error(capsys, "tune", str(job))
     assert str(tmp_path / "file") in said
     assert f"Set {CACHE_VARIABLE} to another folder" in said
+
+
+def test_a_dtype_that_this_cpu_emulates_is_told(job, monkeypatch, capsys, cpu_with) -> None:
+    """As of a flavor that asks for bfloat16 where jobs would train in float32."""
+    cpu_with("float32")
+    question = Question("mm", ("for_loop",), "cpu", "bfloat16", (8, 64, 64), recompute=False)
+    measured = [(Situation(question, rows=1024, skew=0), Measured({"for_loop": 1.0}))]
+    monkeypatch.setattr("ezpz_moe.tune.tune", lambda *arguments, **named: (0, measured))
+    assert cli.main(["tune", str(job)]) == 0
+    assert "bfloat16 is emulated on this CPU" in " ".join(capsys.readouterr().out.split())
