@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.telemetry.figures import coefficient_of_variation, dead_experts
 from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
 

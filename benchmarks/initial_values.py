@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.initial_values import WholeModel

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.compute import get_backend, tuning
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.installed import host_name

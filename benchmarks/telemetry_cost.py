@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from ezpz_moe import display
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.cli import display
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.telemetry.charts import load_pixels
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append

@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Callable[[], Any]:
 
 
 def __dir__() -> list[str]:
-    from ezpz_moe.flavors import flavor_names
+    from ezpz_moe.config.flavors import flavor_names
 
     return flavor_names()
 
@@ -34,8 +34,8 @@ def _trainer_config(name: str):
     """The trainer's config of a flavor or job file. A user's mistake exits with code 2."""
     with exit_on_user_error():
         try:
+            from ezpz_moe.config.job import find_job
             from ezpz_moe.hosts import binding, check_host
-            from ezpz_moe.job import find_job
 
             check_host()
             return binding("job").trainer_config(find_job(name))

@@ -10,8 +10,8 @@ The host logs every replaced node, and warns when it found none.
 import dataclasses
 from typing import get_args
 
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import binding
 
 _attention, _experts, _host = map(binding, ("attention", "experts", "overrides"))

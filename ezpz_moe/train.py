@@ -4,7 +4,7 @@
 with the same arguments. Two things come first: the check that torch and torchtitan can do what the
 binding needs, and, on a machine without an accelerator, the CPU as the host's device. One thing
 comes last: a run that has ended well stays so. Start it under torchrun, as the host's own;
-:mod:`ezpz_moe.launch` does.
+:mod:`ezpz_moe.tools.launch` does.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import sys
 import tables
 import tyro
 
-from ezpz_moe import display
-from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
+from ezpz_moe.cli import display
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.model_summary import ModelSummary
 

@@ -22,7 +22,7 @@ import tyro
 
 from ezpz_moe.hosts import GENERATIONS, generation
 from ezpz_moe.hosts.installed import HOST_RUNS, RECORD, HostRun, host_name, version
-from ezpz_moe.verify import default_device
+from ezpz_moe.tools.verify import default_device
 
 
 def run_of(report: Path) -> HostRun:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import check_host
-from ezpz_moe.job import Job
 
 check_host()  # before torchtitan is imported: it chooses the device
 

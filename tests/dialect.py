@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.hosts import (
     TITAN_0_2,
     TITAN_GROUPED_LINEAR,

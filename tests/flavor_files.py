@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ezpz_moe.config.flavors import LISTED_VARIANTS, Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import LISTED_VARIANTS, Flavor, flavor_names, load_flavor
 
 SMALL = ("debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel")
 """The shipped sizes that are quickly built, even on the meta device."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dialect import ON_0_2
 
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding
 
 if ON_0_2:

@@ -14,14 +14,14 @@ from matplotlib import image
 from torch import nn
 
 from ezpz_moe import cli
-from ezpz_moe.analysis import drift, similarity, text
-from ezpz_moe.analysis.record import record
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.checkpoints.tensors import write_checkpoint
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_2, TITAN_0_3, binding, check_host, presumed_generation
 from ezpz_moe.hosts.documents import COLUMN, read_documents
+from ezpz_moe.tools.analysis import drift, similarity, text
+from ezpz_moe.tools.analysis.record import record
+from ezpz_moe.tools.checkpoints.tensors import write_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(
@@ -295,7 +295,7 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr("ezpz_moe.analysis.record._load", lambda *_: None)
+    monkeypatch.setattr("ezpz_moe.tools.analysis.record._load", lambda *_: None)
     (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
     flags = ("--config", "few", "--seq-len", LENGTH, "--data", folder / "text.txt")
     said = refused(capsys, folder / "run", *flags)

@@ -19,10 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ezpz_moe.accounting import FFN_MATRICES, OF_MOE_LAYERS, Anatomy, dense_model
+from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import flavor_names, load_flavor
 from ezpz_moe.hosts import TITAN_0_2, TITAN_0_3, check_host, generation
+from ezpz_moe.hosts.accounting import FFN_MATRICES, OF_MOE_LAYERS, Anatomy, dense_model
 
 check_host()  # before torchtitan is imported: it chooses the device
 if generation() is not TITAN_0_3:

@@ -168,7 +168,13 @@ def test_compute_imports_torch_and_no_trainer() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["ezpz_moe", "ezpz_moe.backend_names", "ezpz_moe.cli", "ezpz_moe.flavors", "ezpz_moe.job"],
+    [
+        "ezpz_moe",
+        "ezpz_moe.compute.names",
+        "ezpz_moe.cli",
+        "ezpz_moe.config.flavors",
+        "ezpz_moe.config.job",
+    ],
 )
 def test_the_front_imports_no_torch(module: str) -> None:
     assert not {"torch", "torchtitan"} & _modules_after(f"import {module}")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ezpz_moe import __version__, cli
-from ezpz_moe.bench import plan
-from ezpz_moe.bench.plan import RETAIN
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.tools.bench import plan
+from ezpz_moe.tools.bench.plan import RETAIN
 
 TINY = ["bench", "--device", "cpu", "--shape", "4,32,48,16", "--repeats", "2"]
 FEW = ["--backends", "for_loop", "for_loop(recompute=true)", "--against", "dense", "indexed"]

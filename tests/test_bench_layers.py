@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezpz_moe.bench import contenders
-from ezpz_moe.bench.contender import Contender
-from ezpz_moe.bench.routings import STANDARD, counts_of, skew
-from ezpz_moe.bench.shapes import MODELS, Shape, parse_shape
 from ezpz_moe.compute.reference import Case, error_bounds, random_case, relative_error, truth
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import generation
+from ezpz_moe.tools.bench import contenders
+from ezpz_moe.tools.bench.contender import Contender
+from ezpz_moe.tools.bench.routings import STANDARD, counts_of, skew
+from ezpz_moe.tools.bench.shapes import MODELS, Shape, parse_shape
 
 
 def test_a_model_scaled_down() -> None:

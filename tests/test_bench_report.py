@@ -9,11 +9,11 @@ import pytest
 from bench_cases import figures, measured
 from pydantic import TypeAdapter
 
-from ezpz_moe.bench.goals import GOALS, judged
-from ezpz_moe.bench.plots import _picture, draw
-from ezpz_moe.bench.report import document, left_out, remarks, rows, title
-from ezpz_moe.bench.results import Measured
-from ezpz_moe.bench.shapes import Shape
+from ezpz_moe.tools.bench.goals import GOALS, judged
+from ezpz_moe.tools.bench.plots import _picture, draw
+from ezpz_moe.tools.bench.report import document, left_out, remarks, rows, title
+from ezpz_moe.tools.bench.results import Measured
+from ezpz_moe.tools.bench.shapes import Shape
 
 MIXTRAL = Shape("8,1024,3584,2048", 8, 1024, 3584, 2048)
 OLMOE = Shape("olmoe/4", 64, 512, 256, 8192)

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from trainer_runs import TORCHRUN
 
-from ezpz_moe.checkpoints import inspect, remap, storage
-from ezpz_moe.checkpoints.plan import make_plan
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.tools.checkpoints.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 

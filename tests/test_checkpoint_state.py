@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_cases import OTHERS, THREE, loaded, trained
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints import remap
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 

@@ -16,8 +16,8 @@ from checkpoint_cases import EXPERTS, assert_same_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints import inspect, remap, remapping, storage
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import inspect, remap, remapping, storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -250,7 +250,7 @@ def test_what_the_commands_print(tmp_path, capsys) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from ezpz_moe.checkpoints import remap
+from ezpz_moe.tools.checkpoints import remap
 
 def kibibytes(what):
     lines = Path("/proc/self/status").read_text().splitlines()

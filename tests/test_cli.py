@@ -15,13 +15,14 @@ import pytest
 import tomli
 from contract_cases import ON_THE_CPU
 
-from ezpz_moe import __version__, cli, launch
-from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe import __version__, cli
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.flavors import flavor_names
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
-from ezpz_moe.flavors import flavor_names
-from ezpz_moe.nodes import Placement
+from ezpz_moe.tools import launch
+from ezpz_moe.tools.nodes import Placement
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 
@@ -59,7 +60,7 @@ def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch, capsys) ->
     def interrupted(check):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ezpz_moe.verify.compare", interrupted)
+    monkeypatch.setattr("ezpz_moe.tools.verify.compare", interrupted)
     assert cli.main(["verify", "--device", "cpu"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "ezpz-moe: stopped by SIGINT\n"
 
@@ -93,7 +94,7 @@ def test_a_reader_who_has_read_enough_causes_no_traceback() -> None:
     ],
 )
 def test_flavors_lists_all_with_their_figures(capsys, monkeypatch, names: list[str]) -> None:
-    monkeypatch.setattr("ezpz_moe.flavors.flavor_names", lambda: names)
+    monkeypatch.setattr("ezpz_moe.config.flavors.flavor_names", lambda: names)
     assert cli.main(["flavors"]) == 0
     captured = capsys.readouterr()
     rows = table(captured.out)

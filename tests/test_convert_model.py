@@ -9,13 +9,13 @@ from convert_cases import DATA, OLD, fates, written
 from trainer_runs import train
 
 from ezpz_moe import cli
-from ezpz_moe.convert import convert, flavor_path, write
-from ezpz_moe.convert_model import new_model
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import load_job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-from ezpz_moe.job import load_job
+from ezpz_moe.tools.convert import convert, flavor_path, write
+from ezpz_moe.tools.convert_model import new_model
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ fqns = ["experts"]
 def test_the_debug_jobs_of_every_family_train(tmp_path):
     import dialect
 
-    from ezpz_moe.assets import EMBEDDED_TOKENIZER
+    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 
     (tmp_path / "text").mkdir()
     text = json.dumps({"text": "Attention is all you need, and a mixture of experts. " * 40})

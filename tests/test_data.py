@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import check_host
 

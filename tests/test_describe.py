@@ -6,9 +6,9 @@ import logging
 import pytest
 
 from ezpz_moe import cli
-from ezpz_moe.accounting import BACKWARD
 from ezpz_moe.errors import DEBUG_VARIABLE
 from ezpz_moe.hosts import TITAN_0_3, generation
+from ezpz_moe.hosts.accounting import BACKWARD
 
 if generation() is not TITAN_0_3:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)

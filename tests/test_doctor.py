@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe import cli, doctor, hosts
+from ezpz_moe import cli, hosts
 from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts import check_host
+from ezpz_moe.tools import doctor
 
 check_host()  # before torchtitan is imported: it chooses the device
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
+from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope
-from ezpz_moe.flavors import flavor_names, load_flavor
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "flavors"
@@ -43,7 +43,8 @@ def size_of(flavor: Flavor) -> Dimensions:
 
 def test_reading_flavors_imports_neither_torch_nor_the_host() -> None:
     code = (
-        "import sys; from ezpz_moe.flavors import *; [load_flavor(n) for n in flavor_names()]; "
+        "import sys; from ezpz_moe.config.flavors import *\n"
+        "[load_flavor(n) for n in flavor_names()]\n"
         "print(sorted({'torch', 'torchtitan'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

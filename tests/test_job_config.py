@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from config_cases import config, conflict
 
+from ezpz_moe.config.job import Job, load_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, TITAN_MAIN, binding, check_host, generation
-from ezpz_moe.job import Job, load_job
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -20,7 +20,7 @@ from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher  # n
 from torchtitan.tools import utils  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER  # noqa: E402
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.job import JobConfig, trainer_config  # noqa: E402
 
 dialect = binding("dialect")

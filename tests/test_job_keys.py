@@ -20,9 +20,9 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.trainer import Trainer  # noqa: E402
 
+from ezpz_moe.config.job import KEYS, Job, load_job  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.job import trainer_config  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.job_keys import Key  # noqa: E402
-from ezpz_moe.job import KEYS, Job, load_job  # noqa: E402
 
 FLAVOR = "debugmodel_sdpa"
 ROWS = {f"{section}.{name}": row for section, keys in KEYS.items() for name, row in keys.items()}

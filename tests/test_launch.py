@@ -23,9 +23,9 @@ import torch
 
 import ezpz_moe.hosts
 import ezpz_moe.train
-from ezpz_moe import launch
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import untested
+from ezpz_moe.tools import launch
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -33,7 +33,7 @@ TINY = Path(__file__).parent / "data" / "tiny"
 START = """
 import sys
 from ezpz_moe.errors import exit_on_user_error
-from ezpz_moe.launch import train
+from ezpz_moe.tools.launch import train
 with exit_on_user_error():
     sys.exit(train(sys.argv[1], sys.argv[3:], nproc=int(sys.argv[2])))
 """

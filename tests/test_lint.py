@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezpz_moe import cli, lint
+from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import GENERATIONS, TITAN_0_2, TITAN_0_3, TITAN_MAIN, presumed_generation
-from ezpz_moe.lint import words
+from ezpz_moe.tools import lint
+from ezpz_moe.tools.lint import words
 
 # Flags of each generation, as its `flags` gives them.
 TAKEN = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from flavor_files import SMALL, in_turn
 
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -26,7 +26,7 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
     MinimalAsyncEPTokenDispatcher,
 )
 
-from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
+from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.models import host_spec, model_spec  # noqa: E402
 from ezpz_moe.hosts.titan_0_3.parameters import summarize  # noqa: E402
 

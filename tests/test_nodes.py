@@ -23,10 +23,10 @@ import pytest
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from ezpz_moe import launch, nodes
-from ezpz_moe.commands.train import Train
+from ezpz_moe.cli.train import Train
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.nodes import Node, Placement, loss_report, meet
+from ezpz_moe.tools import launch, nodes
+from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_a_rank_that_is_taken_is_refused(port):
 
 WAITING_NODE = """
 import sys
-from ezpz_moe.nodes import Placement, meet
+from ezpz_moe.tools.nodes import Placement, meet
 nnodes, rank, address, port = sys.argv[1:]
 with meet(Placement(int(nnodes), int(rank), address, int(port)), 1):
     print("met", flush=True)

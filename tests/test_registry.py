@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.errors import EzpzError
 
 TESTS = Path(__file__).parent

@@ -94,8 +94,10 @@ def test_what_a_job_cannot_do_without_is_vital(each: Generation) -> None:
 
 def test_a_binding_that_imports_something_new_is_found(tmp_path) -> None:
     file = tmp_path / "new.py"
-    file.write_text("import torchtitan.a\nfrom torchtitan.b import c\nfrom ezpz_moe import job\n")
-    assert set(names(file)) == {"torchtitan.a", "torchtitan.b.c", "ezpz_moe.job"}
+    file.write_text(
+        "import torchtitan.a\nfrom torchtitan.b import c\nfrom ezpz_moe.config import job\n"
+    )
+    assert set(names(file)) == {"torchtitan.a", "torchtitan.b.c", "ezpz_moe.config.job"}
     line = Reliance("torchtitan.b", used_for="x", if_broken="x", has=("c",))
     assert in_lines([line]) >= {"torchtitan.b", "torchtitan.b.c"}
     assert "torchtitan.a" not in in_lines([line])

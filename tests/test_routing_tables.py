@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
 
 EVERYTHING = """
 [router]

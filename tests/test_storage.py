@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe.checkpoints import storage
-from ezpz_moe.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 
 def test_a_data_file_that_lacks_its_last_byte_is_cut_off(tmp_path: Path) -> None:

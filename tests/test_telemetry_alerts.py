@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from telemetry_cases import layer, record, run
 
-from ezpz_moe.routing_schema import AlertThresholds, Balance, Router
+from ezpz_moe.config.routing_schema import AlertThresholds, Balance, Router
 from ezpz_moe.telemetry.alerts import Alerts
 
 EVEN = [1000] * 8

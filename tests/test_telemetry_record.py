@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from telemetry_cases import at, layer, record, run
 
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append, read
 
 

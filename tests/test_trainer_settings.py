@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.job import Job
-from ezpz_moe.trainer_settings import last_checkpoint, pipeline_degree
+from ezpz_moe.config.job import Job
+from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
 
 
 @pytest.mark.parametrize(

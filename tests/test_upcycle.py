@@ -31,11 +31,11 @@ from upcycle_cases import (
 )
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints.tensors import find_checkpoint, write_checkpoint
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_3, binding, presumed_generation
-from ezpz_moe.upcycling import Perturbation, weights
+from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, write_checkpoint
+from ezpz_moe.tools.upcycling import Perturbation, weights
 
 pytestmark = pytest.mark.skipif(
     presumed_generation() is not TITAN_0_3, reason="builds models of torchtitan 0.3"
@@ -300,7 +300,7 @@ def test_flags_out_of_range(qwen3, tmp_path, capsys, flags, said):
     ],
 )
 def test_a_router_whose_weights_are_others(qwen3, tmp_path, table, said):
-    from ezpz_moe.upcycling.target import check_routing
+    from ezpz_moe.tools.upcycling.target import check_routing
 
     text = (tmp_path / "small.toml").read_text()
     (tmp_path / "other.toml").write_text(f"{text}[router]\n{table}\n")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from ezpz_moe.checkpoints import storage
-from ezpz_moe.checkpoints.tensors import read_whole, write_checkpoint
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 D, F, LAYERS, VOCABULARY, EXPERTS = 32, 24, 2, 64, 8
 

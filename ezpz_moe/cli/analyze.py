@@ -11,25 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, import_host
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.analysis.record import Recording
-    from ezpz_moe.analysis.report import LayerReport, Settings
-    from ezpz_moe.analysis.text import Sequence as TextSequence
-    from ezpz_moe.job import Job
+    from ezpz_moe.config.job import Job
+    from ezpz_moe.tools.analysis.record import Recording
+    from ezpz_moe.tools.analysis.report import LayerReport, Settings
+    from ezpz_moe.tools.analysis.text import Sequence as TextSequence
 
 
 @dataclass(frozen=True)
-class Analyze:
+class Analyze(Command):
     """Run a trained model on a text and tell what its routers do with it.
 
     How much a token's ID says about its experts, what a capacity factor would drop and where,
     whether neighbouring tokens share experts, how alike the experts' weights are, and what another
     checkpoint routes differently.
     """
+
+    group = "after a run"
 
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
     """A checkpoint's folder; a run's, whose newest is taken; or the job that made the run."""
@@ -61,7 +64,7 @@ class Analyze:
     def run(self) -> int:
         self._check()
         job, checkpoint = self._model()
-        from ezpz_moe.checkpoints.tensors import find_checkpoint
+        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         other = find_checkpoint(self.against) if self.against else None
         slot = import_host()
@@ -71,7 +74,7 @@ class Analyze:
 
         import torch
 
-        from ezpz_moe.analysis.report import Settings, report
+        from ezpz_moe.tools.analysis.report import Settings, report
 
         settings = Settings(self.capacity_factor, self.segment, self.cache)
         tokens_SL = torch.stack([each.tokens_L for each in text])
@@ -100,7 +103,7 @@ class Analyze:
             self.json_.write_text(json.dumps(_finite(document), indent=1) + "\n")
             display.print_line(f"Written: {self.json_}")
         if self.plot:
-            from ezpz_moe.analysis.plots import draw
+            from ezpz_moe.tools.analysis.plots import draw
 
             for file in draw(layers, settings, self.plot):
                 display.print_line(f"Drawn: {file}")
@@ -121,8 +124,8 @@ class Analyze:
 
     def _model(self) -> tuple[Job, Path]:
         """The job that says what the model is, and the checkpoint."""
-        from ezpz_moe.checkpoints.tensors import find_checkpoint
-        from ezpz_moe.job import find_job, load_job
+        from ezpz_moe.config.job import find_job, load_job
+        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         if self.run_.endswith(".toml"):
             job = load_job(self.run_)
@@ -139,8 +142,8 @@ class Analyze:
         return find_job(self.config), find_checkpoint(Path(self.run_))
 
     def _text(self, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
-        from ezpz_moe.analysis.text import sequences
         from ezpz_moe.hosts.documents import COLUMN, read_documents
+        from ezpz_moe.tools.analysis.text import sequences
 
         length = self.seq_len or job.values.get("training.seq_len", 2048)
         if length < self.segment:
@@ -160,9 +163,9 @@ class Analyze:
     def _record(self, job: Job, checkpoint: Path, text: list[TextSequence]) -> Recording:
         import torch
 
-        from ezpz_moe.analysis.record import record
-        from ezpz_moe.flavors import load_flavor
-        from ezpz_moe.verify import default_device
+        from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.tools.analysis.record import record
+        from ezpz_moe.tools.verify import default_device
 
         def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
             return display.tracked(items, f"Running {checkpoint.name}", len(items))
@@ -177,8 +180,11 @@ class Analyze:
         )
 
 
+COMMAND = Analyze
+
+
 def _tokenizer(job: Job) -> str:
-    from ezpz_moe.assets import EMBEDDED_TOKENIZER
+    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 
     assets = job.values.get("model.hf_assets_path")
     return job.resolve(assets) if assets else str(EMBEDDED_TOKENIZER)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.errors import EzpzError
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType, print_emulated
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Backends:
+class Backends(Command):
     """List the expert backends: usable here, or every reason why not."""
+
+    group = "backends"
 
     device: Device = None
     """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
@@ -19,7 +22,7 @@ class Backends:
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):
-            from ezpz_moe.verify import default_device, properties, reasons_against
+            from ezpz_moe.tools.verify import default_device, properties, reasons_against
 
             device = self.device or default_device()
             reasons = reasons_against(device, self.dtype)
@@ -32,3 +35,6 @@ class Backends:
         print_emulated(device, [self.dtype])
         display.print_reasons(reasons)
         return 0
+
+
+COMMAND = Backends

@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType, print_emulated
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.bench.plan import Allocator, Plan
-    from ezpz_moe.bench.results import Measured
+    from ezpz_moe.tools.bench.plan import Allocator, Plan
+    from ezpz_moe.tools.bench.results import Measured
 
 _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Command):
     """Time and weigh one expert layer: every backend, the host's own layer, and the limit.
 
     Forward, and forward with backward; contenders take turns. docs/benchmark.md says what each
     column means.
     """
+
+    group = "backends"
 
     shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
     """olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or experts, model dimension, expert
@@ -62,7 +65,7 @@ class Bench:
         self._check()
         with display.progress().status("Asking torch and torchtitan ..."):
             plan = self._plan()
-            from ezpz_moe.bench.plan import check, environment, run
+            from ezpz_moe.tools.bench.plan import check, environment, run
 
             check(plan)
             about = environment(plan.device)
@@ -105,8 +108,8 @@ class Bench:
             raise EzpzError(f"--plot {self.plot}: name a file that ends in .png.")
 
     def _plan(self) -> Plan:
-        from ezpz_moe.bench.routings import check_routing
-        from ezpz_moe.bench.shapes import parse_shape
+        from ezpz_moe.tools.bench.routings import check_routing
+        from ezpz_moe.tools.bench.shapes import parse_shape
 
         for routing in self.routing:
             check_routing(routing)
@@ -119,7 +122,7 @@ class Bench:
                 f"--allocator {self.allocator}: is about the C library's memory on the CPU, and "
                 f"--device is {device}. Leave it out."
             )
-        from ezpz_moe.bench.plan import Plan
+        from ezpz_moe.tools.bench.plan import Plan
 
         return Plan(
             shapes=tuple(dict.fromkeys(shapes)),
@@ -140,7 +143,7 @@ class Bench:
         import torch
 
         from ezpz_moe.compute.contract import missing_device
-        from ezpz_moe.verify import default_device
+        from ezpz_moe.tools.verify import default_device
 
         name = self.device or default_device()
         try:
@@ -157,16 +160,19 @@ class Bench:
         self, results: list[Measured], about: Mapping[str, Any], verdicts: list[str]
     ) -> None:
         if self.json:
-            from ezpz_moe.bench.report import document
+            from ezpz_moe.tools.bench.report import document
 
             command = shlex.join(["ezpz-moe", *sys.argv[1:]])
             self.json.write_text(document(results, about, command, verdicts))
             display.print_line(f"Written: {self.json}")
         if self.plot:
-            from ezpz_moe.bench.plots import draw
+            from ezpz_moe.tools.bench.plots import draw
 
             for file in draw(results, self.plot):
                 display.print_line(f"Drawn: {file}")
+
+
+COMMAND = Bench
 
 
 def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -185,8 +191,8 @@ def _print(measured: Measured, told: set[str]) -> list[str]:
 
     Returns what is said of goals.
     """
-    from ezpz_moe.bench.goals import judged
-    from ezpz_moe.bench.report import left_out, remarks, rows, title
+    from ezpz_moe.tools.bench.goals import judged
+    from ezpz_moe.tools.bench.report import left_out, remarks, rows, title
 
     display.print_line("")
     display.print_table(rows(measured), title=title(measured))

@@ -8,13 +8,14 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Turn a job of torchtitan 0.2 into one that torchtitan 0.3 trains, and report every key.
 
     With --lint: find the trainer's flags in shell, PBS and Slurm scripts that the installed host
@@ -23,6 +24,8 @@ class Convert:
     Exit code 1 when something that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
     be written.
     """
+
+    group = "weights"
 
     files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
     """The job, which is only read, and the file to write, which must not exist; without it there
@@ -43,9 +46,12 @@ class Convert:
         return _convert(*self.files)
 
 
+COMMAND = Convert
+
+
 def _convert(old: Path, new: Path | None = None) -> int:
-    from ezpz_moe.convert import convert, write
-    from ezpz_moe.job import shown
+    from ezpz_moe.config.job import shown
+    from ezpz_moe.tools.convert import convert, write
 
     conversion = convert(old, new or old)
     display.print_table(
@@ -69,7 +75,7 @@ def _convert(old: Path, new: Path | None = None) -> int:
 def _lint(scripts: tuple[Path, ...]) -> int:
     with display.progress().status("Asking the host for its flags ..."):
         from ezpz_moe.hosts import presumed_generation
-        from ezpz_moe.lint import lint, taken_flags
+        from ezpz_moe.tools.lint import lint, taken_flags
 
         import_host()
         taken = taken_flags()

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Suppress
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Config, import_host, refuse_no_ranks
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
+from ezpz_moe.cli.command import Command
 
 if TYPE_CHECKING:
-    from ezpz_moe.describe import Description
-    from ezpz_moe.memory import StageMemory
+    from ezpz_moe.tools.describe import Description
+    from ezpz_moe.tools.memory import StageMemory
 
 
 @dataclass(frozen=True)
-class Describe:
+class Describe(Command):
     """Describe a model by component: parameters, FLOPs of a token, memory of a rank.
 
     All other flags go to the trainer as they are, such as --training.seq-len.
     """
+
+    group = "models"
 
     config: Config
     """A flavor's name, or the path of a job's TOML. It comes first."""
@@ -40,7 +43,7 @@ class Describe:
             refuse_no_ranks(self.world_size)
         with display.progress().status("Building the model without memory to count ..."):
             import_host()
-            from ezpz_moe.describe import as_json, describe
+            from ezpz_moe.tools.describe import as_json, describe
 
             flags = list(self.host_flags)
             described = describe(self.config, flags, self.world_size, self.device)
@@ -57,6 +60,9 @@ class Describe:
             display.print_line(f"\nMemory of a rank, with {described.ranks} in all{fewest}:")
             display.print_table(_memory_rows(described.memory))
         return 0
+
+
+COMMAND = Describe
 
 
 def _title(described: Description) -> str:

@@ -8,16 +8,19 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import refuse_no_ranks
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import refuse_no_ranks
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Command):
     """Check what is installed, what the binding relies on in it, and a job if one is given.
 
     Exit code 1 when something is broken.
     """
+
+    group = "before a run"
 
     config: Annotated[Positional[str | None], arg(metavar="FLAVOR|JOB.toml")] = None
     """A flavor's name, or the path of a job's TOML."""
@@ -28,7 +31,7 @@ class Doctor:
         if self.world_size is not None:
             refuse_no_ranks(self.world_size)
         with display.progress().status("Looking at torch and the host ..."):
-            from ezpz_moe import doctor
+            from ezpz_moe.tools import doctor
 
             logging.getLogger().setLevel(logging.ERROR)  # what the host remarks is for training
             facts = doctor.facts()
@@ -41,3 +44,6 @@ class Doctor:
         if self.config is not None and not can_train:
             display.print_line(f"{self.config} was not checked: no run starts with this host.")
         return 0 if all(finding.holds for finding in findings) else 1
+
+
+COMMAND = Doctor

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Flavors:
+class Flavors(Command):
     """List the model flavors, smallest first: parameters, experts, backend."""
 
+    group = "models"
+
     def run(self) -> int:
-        from ezpz_moe.flavors import flavor_names, load_flavor
+        from ezpz_moe.config.flavors import flavor_names, load_flavor
 
         flavors = [load_flavor(name) for name in flavor_names()]
         with display.progress().status("Building the models on the meta device to count ..."):
@@ -37,3 +40,6 @@ class Flavors:
             ]
         display.print_table(rows)
         return 0
+
+
+COMMAND = Flavors

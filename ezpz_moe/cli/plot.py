@@ -8,16 +8,19 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Plot:
+class Plot(Command):
     """Draw a run's expert load: over steps, its variation, loss against balance, on one HTML page.
 
     The run needs a [telemetry] table in its flavor, and may go on while it is drawn.
     Pictures of an earlier call are replaced.
     """
+
+    group = "after a run"
 
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """The run's dump_folder, or its telemetry.jsonl."""
@@ -37,3 +40,6 @@ class Plot:
         for path in plotted.paths:
             display.print_line(f"{path} written")
         return 0
+
+
+COMMAND = Plot

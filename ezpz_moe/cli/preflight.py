@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 from tyro.conf import Suppress
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Config, refuse_no_ranks
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config, refuse_no_ranks
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Preflight:
+class Preflight(Command):
     """Build the ranks of a big run on this machine, without accelerators: what each would hold.
 
     One rank for each pipeline stage: the first, whose shards are the largest. All other flags go
     to the trainer as they are. Exit code 1 when a rank meets an error.
     """
+
+    group = "before a run"
 
     config: Config
     """A flavor's name, or the path of a job's TOML. It comes first."""
@@ -25,9 +28,9 @@ class Preflight:
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        from ezpz_moe.job import find_job
-        from ezpz_moe.preflight import preflight
-        from ezpz_moe.trainer_settings import pipeline_degree
+        from ezpz_moe.config.job import find_job
+        from ezpz_moe.tools.preflight import preflight
+        from ezpz_moe.tools.trainer_settings import pipeline_degree
 
         refuse_no_ranks(self.world_size)
         flags = list(self.host_flags)
@@ -54,3 +57,6 @@ class Preflight:
         for error, ranks in errors.items():
             display.print_line(f"rank {', '.join(map(str, ranks))}: {error}")
         return 1 if errors else 0
+
+
+COMMAND = Preflight

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Config, import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config, import_host
+from ezpz_moe.cli.command import Command
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(Command):
     """Show the resolved config of a flavor or job: the model, and what the trainer is told.
 
     Names of the trainer's settings are also its flags: --training.steps 100.
     """
+
+    group = "models"
 
     config: Config
     """A flavor's name, or the path of a job's TOML."""
@@ -21,8 +24,8 @@ class Show:
     """Also show the settings that are torchtitan's own defaults."""
 
     def run(self) -> int:
-        from ezpz_moe.flavors import load_flavor
-        from ezpz_moe.job import find_job
+        from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.config.job import find_job
 
         job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
@@ -38,3 +41,6 @@ class Show:
         display.print_table(rows, title=job.source)
         display.print_table(map(asdict, told), title="torchtitan's config")
         return 0
+
+
+COMMAND = Show

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Suppress
 
-from ezpz_moe.commands.arguments import Config
+from ezpz_moe.cli.arguments import Config
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.nodes import Placement
+    from ezpz_moe.tools.nodes import Placement
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Command):
     """Train a flavor or job with torchtitan. All other flags go to the trainer as they are."""
+
+    group = "runs"
 
     config: Config
     """A flavor's name, or the path of a job's TOML. It comes first."""
@@ -33,14 +36,14 @@ class Train:
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        from ezpz_moe.launch import train
+        from ezpz_moe.tools.launch import train
 
         return train(
             self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
         )
 
     def _placement(self) -> Placement | None:
-        from ezpz_moe.nodes import Placement
+        from ezpz_moe.tools.nodes import Placement
 
         if self.nnodes == 1 and self.node_rank in (None, 0):
             return None
@@ -50,3 +53,6 @@ class Train:
                 "--master-addr, the name of node 0."
             )
         return Placement(self.nnodes, self.node_rank or 0, self.master_addr or "", self.master_port)
+
+
+COMMAND = Train

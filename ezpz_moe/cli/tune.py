@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import print_emulated
-from ezpz_moe.commands.train import Train
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import print_emulated
+from ezpz_moe.cli.train import Train
 
 if TYPE_CHECKING:
     from ezpz_moe.compute.tuning import Measured, Situation
@@ -21,7 +21,7 @@ class Tune(Train):
     """
 
     def run(self) -> int:
-        from ezpz_moe.tune import tune
+        from ezpz_moe.tools.tune import tune
 
         code, measured = tune(
             self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
@@ -32,12 +32,15 @@ class Tune(Train):
             display.print_line("Nothing was measured: no routed row came to these processes.")
             return 0
         from ezpz_moe.compute.tuning import cache_folder
-        from ezpz_moe.verify import default_device
+        from ezpz_moe.tools.verify import default_device
 
         display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
         print_emulated(default_device(), (each.question.dtype for each, _ in measured))
         display.print_line(f"Kept in {cache_folder()}")
         return 0
+
+
+COMMAND = Tune
 
 
 def _row(situation: Situation, measured: Measured) -> dict[str, str]:

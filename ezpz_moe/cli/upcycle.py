@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.upcycling.dense import Dense
-    from ezpz_moe.upcycling.target import Target
+    from ezpz_moe.tools.upcycling.dense import Dense
+    from ezpz_moe.tools.upcycling.target import Target
 
 
 @dataclass(frozen=True)
-class Upcycle:
+class Upcycle(Command):
     """Make a mixture of experts of a dense model: every expert starts as a copy of its FFN.
 
     A dense FFN that is G times as wide as an expert is cut into G parts. The result is a checkpoint
     of the model alone, from which a run starts with --checkpoint.initial_load_path.
     """
+
+    group = "weights"
 
     source: Annotated[Positional[Path], arg(metavar="DENSE")]
     """The dense model: a checkpoint's folder, a run's, or one with Hugging Face's safetensors."""
@@ -44,13 +47,13 @@ class Upcycle:
 
     def run(self) -> int:
         self._check()
-        from ezpz_moe.flavors import load_flavor
-        from ezpz_moe.job import find_job
+        from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.config.job import find_job
 
         job = find_job(self.model)
         flavor = load_flavor(job.flavor, near=job.folder)
         slot = import_host()
-        from ezpz_moe.upcycling import Perturbation, upcycle
+        from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
         target = slot("upcycling").target(flavor)
         done = upcycle(
@@ -86,10 +89,13 @@ class Upcycle:
             raise EzpzError(f"--reinit {self.reinit}: a share is between 0 and 1.")
 
     def _dense(self, target: Target) -> Dense:
-        from ezpz_moe.checkpoints.huggingface import is_safetensors
-        from ezpz_moe.upcycling.dense import Checkpoint, Safetensors
+        from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
+        from ezpz_moe.tools.upcycling.dense import Checkpoint, Safetensors
 
         if not is_safetensors(self.source):
             return Checkpoint(self.source, target)
         adapter = import_host()("huggingface").adapter(target.flavor)
         return Safetensors(self.source, target, adapter)
+
+
+COMMAND = Upcycle

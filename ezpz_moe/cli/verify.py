@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import Device, DType, print_emulated
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
 
 if TYPE_CHECKING:
-    from ezpz_moe.verify import Row
+    from ezpz_moe.tools.verify import Row
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(Command):
     """Compare every usable backend with float64: output and all four gradients."""
+
+    group = "backends"
 
     device: Device = None
     """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
@@ -25,7 +28,7 @@ class Verify:
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):
-            from ezpz_moe.verify import compare, default_device, plan, reasons_against, worst
+            from ezpz_moe.tools.verify import compare, default_device, plan, reasons_against, worst
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
@@ -47,6 +50,9 @@ class Verify:
                 display.print_reasons(against)
             display.print_failures([row for row in rows if not row.ok])
         return 0 if passed else 1
+
+
+COMMAND = Verify
 
 
 def _figures(row: Row) -> dict[str, str]:

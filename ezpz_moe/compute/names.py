@@ -2,8 +2,8 @@
 
 Nothing here imports torch.
 
-Every backend, our own included, is an entry point of the group ``ezpz_moe.backends``, so that a
-third-party package adds one in its own ``pyproject.toml`` and nothing here changes.
+Our own backends are the files in ``backends/``. Another package adds one with an entry point of the
+group ``ezpz_moe.backends`` in its ``pyproject.toml``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from ezpz_moe.errors import EzpzError, did_you_mean
@@ -19,25 +21,30 @@ GROUP = "ezpz_moe.backends"
 
 
 @cache
+def own_backends() -> dict[str, str]:
+    """Name -> module of the backends in this package."""
+    folder = Path(__file__).with_name("backends")
+    return {each.name: f"{__package__}.backends.{each.name}" for each in iter_modules([folder])}
+
+
+@cache
 def backend_entry_points() -> dict[str, EntryPoint]:
-    """Name -> entry point, our own backends first, each name once.
+    """Name -> where it is loaded from: our own backends, then those of other packages.
 
     Raises:
-        EzpzError: two packages register the same name, or our own are not registered.
+        EzpzError: two packages register the same name, or one registers a name of ours.
     """
-    found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=_ours_first):
+    found = {
+        name: EntryPoint(name, f"{module}:BACKEND", GROUP)
+        for name, module in own_backends().items()
+    }
+    for point in entry_points(group=GROUP):
         known = found.setdefault(point.name, point)
         if known.value != point.value:
             raise EzpzError(
                 f"expert backend {point.name!r} is registered twice: {_origin(known)} and "
                 f"{_origin(point)}. Uninstall one of the two packages."
             )
-    if not found:
-        raise EzpzError(
-            "no expert backend is registered, so ezpz_moe is importable but not installed. "
-            "Install it: pip install -e <checkout>, or pip install ezpz_moe."
-        )
     return found
 
 
@@ -90,10 +97,6 @@ def _value(node: ast.expr) -> Any:
     return value
 
 
-def _ours_first(point: EntryPoint) -> bool:
-    return not point.value.startswith("ezpz_moe.")
-
-
 def _origin(point: EntryPoint) -> str:
-    package = point.dist.name if point.dist else "an unknown package"
+    package = point.dist.name if point.dist else "ezpz_moe"
     return f"{point.value} (of {package})"

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ezpz_moe.backend_names import backend_entry_points, known_backend_names, name_and_options
 from ezpz_moe.compute.contract import Backend
+from ezpz_moe.compute.names import backend_entry_points, known_backend_names, name_and_options
 from ezpz_moe.errors import EzpzError, did_you_mean
 
 

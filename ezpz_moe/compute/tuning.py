@@ -22,7 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from ezpz_moe import __version__
-from ezpz_moe.cache import CACHE_VARIABLE, cache_root
+from ezpz_moe.compute.cache import CACHE_VARIABLE, cache_root
 from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)

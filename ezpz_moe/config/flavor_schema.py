@@ -8,9 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ezpz_moe.backend_names import name_and_options
-from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import (
+from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.routing_schema import (
     Balance,
     Experts,
     Router,
@@ -18,7 +17,8 @@ from ezpz_moe.routing_schema import (
     routing_conflicts,
     size_conflicts,
 )
-from ezpz_moe.schema import Data, mistake
+from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]

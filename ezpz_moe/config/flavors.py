@@ -23,12 +23,12 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.schema import Data
+from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.flavor_schema import Attention, Dimensions, Flavor, Rope
-from ezpz_moe.routing_schema import Balance, Router, Schedule, Telemetry
-from ezpz_moe.schema import Data
-from ezpz_moe.toml import read_toml
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 LISTED_VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
@@ -103,7 +103,7 @@ def _folders(near: Path | None) -> list[Path]:
 
 def _shipped_folder() -> Path:
     """The folder in the wheel, or the checkout's."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     in_wheel = package / "_flavors"
     return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
+from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
 from ezpz_moe.hosts import presumed_generation
 from ezpz_moe.hosts.titan_0_3.job_keys import Key
-from ezpz_moe.toml import read_toml
 
 MODEL_NAME = "ezpz_moe"
 

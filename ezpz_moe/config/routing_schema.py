@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ezpz_moe.schema import Data, mistake
+from ezpz_moe.config.schema import Data, mistake
 
 DEFAULT_JITTER = 0.01
 

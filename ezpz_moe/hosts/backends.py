@@ -2,8 +2,8 @@
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.contract import Backend
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 
 
 def backend_of(flavor: Flavor) -> Backend:

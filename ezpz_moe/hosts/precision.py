@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ezpz_moe.backend_names import name_and_options
+from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.compute.native import is_emulated
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
 
 PARAM = "training.mixed_precision_param"
 """The host's setting, in every generation: what FSDP or autocast computes in."""

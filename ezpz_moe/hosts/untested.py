@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from ezpz_moe.cache import cache_root
+from ezpz_moe.compute.cache import cache_root
 from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
 
 

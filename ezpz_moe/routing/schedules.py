@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ezpz_moe.routing_schema import Schedule
+from ezpz_moe.config.routing_schema import Schedule
 
 
 def value_at(schedule: Schedule, step: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ezpz_moe.routing_schema import AlertThresholds
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import headline, layer_rows, over_layers_rows, steps
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.figures import layer_figures, over_layers
 
 FILE_NAME = "telemetry.jsonl"

@@ -15,15 +15,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from ezpz_moe.convert_model import NewModel, new_model
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.toml import read_toml
+from ezpz_moe.config.toml_edit import Statement, assignment, commented, statements
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.setting import flat
 from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
-from ezpz_moe.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
-from ezpz_moe.toml import read_toml
-from ezpz_moe.toml_edit import Statement, assignment, commented, statements
+from ezpz_moe.tools.convert_model import NewModel, new_model
 
 Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
 

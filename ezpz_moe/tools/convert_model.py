@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ezpz_moe.flavor_schema import Flavor
-from ezpz_moe.flavors import flavor_names, load_flavor
+from ezpz_moe.config.flavor_schema import Flavor
+from ezpz_moe.config.flavors import flavor_names, load_flavor
+from ezpz_moe.config.job import shown
+from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.hosts.titan_0_2.moe_models import DIFFERENCES, MOE_MODELS, YARN_BEYOND
-from ezpz_moe.job import shown
-from ezpz_moe.toml_edit import assignment
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ezpz_moe.accounting import COMPONENTS, Anatomy, Cost, DenseModel, dense_model
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import find_job
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.accounting import COMPONENTS, Anatomy, Cost, DenseModel, dense_model
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.ranks import outside_of_a_run
-from ezpz_moe.job import find_job
-from ezpz_moe.memory import Device, StageMemory, stage_memories
+from ezpz_moe.tools.memory import Device, StageMemory, stage_memories
 
 
 @dataclass(frozen=True)

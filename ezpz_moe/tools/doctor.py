@@ -18,8 +18,9 @@ from torch import nn
 from ezpz_moe import hosts
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import find_job, job_for_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.installed import host, version
@@ -27,8 +28,7 @@ from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.hosts.untested import is_tested, tested_pairs
-from ezpz_moe.job import find_job, job_for_flavor
-from ezpz_moe.verify import default_device
+from ezpz_moe.tools.verify import default_device
 
 # Nobody needs all of them; a missing one takes away what stands beside it.
 OPTIONAL_PACKAGES = {

@@ -1,7 +1,7 @@
 """Start the trainer: torchrun on this machine, around ``python -m ezpz_moe.train``.
 
 The arguments are those of the host's own ``run_train.sh``. On several machines each starts its own
-torchrun, and when one is lost the others say which (:mod:`ezpz_moe.nodes`).
+torchrun, and when one is lost the others say which (:mod:`ezpz_moe.tools.nodes`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EXIT_CODE, EzpzError
 from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.job import find_job
-from ezpz_moe.nodes import Placement, loss_report, meet
-from ezpz_moe.trainer_settings import last_checkpoint, pipeline_degree
+from ezpz_moe.tools.nodes import Placement, loss_report, meet
+from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
 
 if TYPE_CHECKING:
     from pathlib import Path

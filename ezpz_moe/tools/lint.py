@@ -15,9 +15,9 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
+from ezpz_moe.config.job import KEYS, job_for_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts import GENERATIONS, binding, presumed_generation
-from ezpz_moe.job import KEYS, job_for_flavor
 
 _LAUNCHER = "run_train.sh"  # the host's own
 _ANY_FLAVOR = "debugmodel_sdpa"  # a flag does not depend on the model

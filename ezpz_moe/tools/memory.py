@@ -1,7 +1,7 @@
 """What each rank of a job holds: weights, gradients, optimizer states, activations, in bytes.
 
 Ranks of one pipeline stage are alike, so that one of each stage is looked at, as in
-:mod:`ezpz_moe.preflight`, each in a process of its own.
+:mod:`ezpz_moe.tools.preflight`, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ezpz_moe.accounting import COMPONENTS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.accounting import COMPONENTS
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
-from ezpz_moe.preflight import RankReport, concurrently, first_ranks, in_a_process
+from ezpz_moe.tools.preflight import RankReport, concurrently, first_ranks, in_a_process
 
 Device = Literal["accelerator", "cpu"]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SECONDS_TO_MEET = 600  # torchrun's own patience with nodes that start late
 SECONDS_TO_ANSWER = 5  # Linux asks three times in them: at 0, 1 and 3 seconds
 _KEY = "ezpz_moe/node/{}"
-_ALL = "ezpz_moe/nodes"  # node 0 writes it when all have come; with it the run begins
+_ALL = "ezpz_moe/tools/nodes"  # node 0 writes it when all have come; with it the run begins
 
 State = Literal["answers", "ended", "silent"]
 

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ezpz_moe.job import Job
+from ezpz_moe.config.job import Job
 
 _NEWEST = -1  # what ``checkpoint.load_step`` says unless told; as a step found: none
 

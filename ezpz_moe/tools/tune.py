@@ -10,13 +10,13 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
-from ezpz_moe.backend_names import name_and_options
+from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import Job, find_job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.job import Job, find_job
-from ezpz_moe.launch import train
-from ezpz_moe.nodes import Placement
+from ezpz_moe.tools.launch import train
+from ezpz_moe.tools.nodes import Placement
 
 if TYPE_CHECKING:
     from ezpz_moe.compute.tuning import Measured, Situation
@@ -30,14 +30,14 @@ def tune(
     """Train one step of ``config``, and keep what its ``auto`` has measured.
 
     Args:
-        config, host_flags, nproc, placement: as in :func:`ezpz_moe.launch.train`.
+        config, host_flags, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
 
     Returns:
         The exit code of the step, and what this machine's processes have measured: nothing
         unless it is 0, or where no routed row came to them.
 
     Raises:
-        EzpzError: as :func:`ezpz_moe.launch.train`; the job's experts are not computed by
+        EzpzError: as :func:`ezpz_moe.tools.launch.train`; the job's experts are not computed by
             ``auto``; or what is measured could not be kept. Nothing has been started then.
     """
     job = find_job(config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from dialect import ON_0_2
 
-from ezpz_moe import doctor
 from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.tools import doctor
 
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "{}"\n'
 SMALL = "debugmodel_sdpa_for_loop"

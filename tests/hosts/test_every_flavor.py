@@ -7,13 +7,13 @@ from dialect import EXPERTS
 from flavor_files import in_turn
 from torch import nn
 
-from ezpz_moe.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
-from ezpz_moe.checkpoints.names import generation_of
+from ezpz_moe.config.flavor_schema import Dimensions
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import Dimensions
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
+from ezpz_moe.tools.checkpoints.names import generation_of
 
 check_host()  # before torchtitan is imported: it chooses the device
 

@@ -9,11 +9,11 @@ import dialect
 import pytest
 import torch
 
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.precision import agreeing_on_precision
-from ezpz_moe.job import Job
 
 EMULATED, NATIVE = "float32", "float32,bfloat16"
 

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 from dialect import ON_0_2
 
-import ezpz_moe.preflight
+import ezpz_moe.tools.preflight
 from ezpz_moe import cli
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.ranks import share_of_model
-from ezpz_moe.preflight import RankReport, preflight
+from ezpz_moe.tools.preflight import RankReport, preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
 PIPELINE = f"""
@@ -129,7 +129,7 @@ def report_with_failing_step(config: str, world_size: int) -> RankReport:
 
     check_host()
     binding("preflight")._step = fail
-    return ezpz_moe.preflight._run(RUN_RANK, config, [], world_size, 0)
+    return ezpz_moe.tools.preflight._run(RUN_RANK, config, [], world_size, 0)
 
 
 @pytest.mark.parametrize("more", ["tensor_parallel_degree", "expert_parallel_degree"])
@@ -146,7 +146,7 @@ def test_heads_that_tensor_parallelism_cannot_divide() -> None:
 
 
 def test_a_process_that_is_killed_is_said_with_its_rank(monkeypatch, capsys, pipeline) -> None:
-    monkeypatch.setattr(ezpz_moe.preflight, "_run", die_as_rank_4)
+    monkeypatch.setattr(ezpz_moe.tools.preflight, "_run", die_as_rank_4)
     assert build(pipeline, world_size=4) == [RankReport(0)]
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", pipeline, "--world-size", "8"])
@@ -198,7 +198,7 @@ def test_other_ranks_than_the_first_are_refused_in_plain_words(pipeline) -> None
 
 def test_what_was_measured_is_shown_beside_an_error(monkeypatch, capsys) -> None:
     report = RankReport(0, parameters=10**6, state_bytes=2**30, step="failed", error="why")
-    monkeypatch.setattr(ezpz_moe.preflight, "preflight", lambda *args, **options: [report])
+    monkeypatch.setattr(ezpz_moe.tools.preflight, "preflight", lambda *args, **options: [report])
     assert cli.main(["preflight", FLAVOR, "--world-size", "4"]) == 1
     said = capsys.readouterr().out
     assert "0 0 1.0 M 1.00 GiB failed" in " ".join(said.split())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, tokens
 
-from ezpz_moe.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding
 
 

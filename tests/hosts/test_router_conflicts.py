@@ -4,9 +4,9 @@ import pytest
 import router_cases  # noqa: F401  (skips on torchtitan 0.2)
 from dialect import ON_MAIN
 
+from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
-from ezpz_moe.job import find_job
 
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
 REFUSED = {

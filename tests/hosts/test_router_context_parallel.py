@@ -11,8 +11,8 @@ import torch
 from dialect import ON_MAIN
 from router_cases import B, L, router_of, small_model, tokens
 
+from ezpz_moe.config.routing_schema import Balance
 from ezpz_moe.hosts import binding
-from ezpz_moe.routing_schema import Balance
 
 pytestmark = [
     pytest.mark.ranks,

@@ -14,13 +14,13 @@ import pytest
 import torch
 from trainer_runs import TORCHRUN
 
-from ezpz_moe.convert_model import new_model
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import allowed
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
 from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-from ezpz_moe.job import allowed
+from ezpz_moe.tools.convert_model import new_model
 
 check_host()  # before torchtitan is imported: it chooses the device
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dialect import ON_0_2, ON_GROUPED_LINEAR, ON_MAIN
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import (
     TITAN_0_3,
@@ -20,7 +21,6 @@ from ezpz_moe.hosts import (
 )
 from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
 from ezpz_moe.hosts.titan_main.job_keys import KEYS, REPLACED
-from ezpz_moe.job import Job
 
 check_host()  # before torchtitan is imported: it chooses the device
 

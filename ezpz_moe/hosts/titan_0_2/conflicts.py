@@ -13,8 +13,9 @@ import torch
 from torchtitan.tools import utils
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
@@ -27,7 +28,6 @@ from ezpz_moe.hosts.ranks import (
 from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.models import model_args
-from ezpz_moe.job import accepts, allowed
 
 
 def refuse_conflicts(config: Any, args: Any, source: str) -> None:

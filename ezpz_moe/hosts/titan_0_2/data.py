@@ -11,6 +11,7 @@ from typing import Any
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
@@ -21,7 +22,6 @@ from ezpz_moe.hosts.documents import (
     read_documents,
     text_of,
 )
-from ezpz_moe.job import Job
 
 _VALIDATION_DATASET = "c4_validation"  # the host's own default
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torchtitan.protocols.train_spec import get_train_spec
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_2.models import host_model, model_args
 
 GENERATION = "0.2"

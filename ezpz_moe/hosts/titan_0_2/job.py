@@ -24,13 +24,13 @@ from torchtitan.config.manager import ConfigManager
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.job import MODEL_NAME, Job, load_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.precision import PARAM, job_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_2.data import choose_text
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
 from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
-from ezpz_moe.job import MODEL_NAME, Job, load_job
 
 _FILE_FLAGS = ("--job.config_file", "--job.config-file")
 

@@ -24,9 +24,9 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools import utils
 
+from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
-from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype

@@ -10,11 +10,11 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 
+from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.titan_0_2.command import arguments
-from ezpz_moe.job import find_job
-from ezpz_moe.preflight import RankReport
+from ezpz_moe.tools.preflight import RankReport
 
 _STEP = "not run: the router counts tokens, which have no value"
 

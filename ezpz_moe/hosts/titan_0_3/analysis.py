@@ -17,8 +17,8 @@ from torchtitan.config.configs import TrainingConfig
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.models import model_spec

@@ -16,10 +16,10 @@ from torchtitan.config import ConfigManager
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.moe import MoE
 
-from ezpz_moe.accounting import Anatomy, Cost, mean_keys
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
 from ezpz_moe.hosts.titan_0_3.attention import left_window
 from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.hosts.titan_0_3.components import choices, weigh

@@ -5,7 +5,7 @@ Pure data: this file imports neither torch nor torchtitan.
 
 from __future__ import annotations
 
-from ezpz_moe.job import MODEL_NAME, Job
+from ezpz_moe.config.job import MODEL_NAME, Job
 
 VARIABLES = ("MODULE", "CONFIG")
 """What tells the host's ``run_train.sh`` the job."""

@@ -15,8 +15,8 @@ from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 
-from ezpz_moe.accounting import Cost, computing_experts
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.hosts.accounting import Cost, computing_experts
 from ezpz_moe.hosts.titan_0_3.models import host_spec
 
 _ZERO_COMPUTATION = "zero-computation experts"

@@ -19,9 +19,11 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import Attention
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import KEYS, accepts, allowed
+from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import Attention
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files
@@ -38,8 +40,6 @@ from ezpz_moe.hosts.titan_0_3.precision import experts_dtypes
 from ezpz_moe.hosts.titan_0_3.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan_0_3.router_conflicts import router_problems
 from ezpz_moe.hosts.titan_0_3.selector import Sizes
-from ezpz_moe.job import KEYS, accepts, allowed
-from ezpz_moe.routing_schema import Telemetry
 
 _dialect, _host_experts = binding("dialect"), binding("experts")
 

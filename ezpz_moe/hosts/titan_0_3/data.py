@@ -13,7 +13,7 @@ from typing import Any
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
     TEXT_FILE,

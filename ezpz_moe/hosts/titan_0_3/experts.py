@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import GroupedExperts
 
-from ezpz_moe.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan_0_3.selector import (
     HOST_PATH,

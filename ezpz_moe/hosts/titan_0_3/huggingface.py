@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_3.models import host_spec
 
 GENERATION = "0.3"

@@ -39,9 +39,11 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavors import Flavor, load_flavor
+from ezpz_moe.config.job import KEYS, Job
+from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.flavors import Flavor, load_flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
@@ -49,8 +51,6 @@ from ezpz_moe.hosts.titan_0_3 import precision
 from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan_0_3.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan_0_3.models import model_spec
-from ezpz_moe.job import KEYS, Job
-from ezpz_moe.routing_schema import Telemetry
 
 _dialect = binding("dialect")
 

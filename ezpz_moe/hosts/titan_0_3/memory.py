@@ -31,7 +31,7 @@ from ezpz_moe.hosts.titan_0_3.command import named
 from ezpz_moe.hosts.titan_0_3.components import components
 from ezpz_moe.hosts.titan_0_3.preflight import config_of_rank, parts_of_model
 from ezpz_moe.hosts.titan_0_3.zero_computation import route_evenly
-from ezpz_moe.preflight import RankReport
+from ezpz_moe.tools.preflight import RankReport
 
 RESIDUAL_STREAM = "residual stream"
 

@@ -24,11 +24,11 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.hosts.titan_0_3.router import local, moe_layers
 from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
 from ezpz_moe.hosts.titan_0_3.selector import Selector
 from ezpz_moe.routing.counters import ROWS, SUMS
-from ezpz_moe.routing_schema import Telemetry
 from ezpz_moe.telemetry import record as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.figures import use_of_rows

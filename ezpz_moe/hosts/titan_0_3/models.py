@@ -17,8 +17,8 @@ from torchtitan.models.common import ComplexRoPE
 from torchtitan.models.deepseek_v3 import _build_dsv3_layers, _output_linear_init
 from torchtitan.protocols.model_spec import ModelSpec
 
+from ezpz_moe.config.flavors import Dimensions, Flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.flavors import Dimensions, Flavor
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan_0_3.selector import select_backend

@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import nn
 
-from ezpz_moe.accounting import Cost
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan_0_3.components import choices, weigh
 from ezpz_moe.hosts.titan_0_3.models import model_spec

@@ -9,7 +9,8 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import Job
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.precision import (
     HOSTS_CAST,
@@ -21,7 +22,6 @@ from ezpz_moe.hosts.precision import (
     of_run,
     trains_in_float32,
 )
-from ezpz_moe.job import Job
 
 
 def values(job: Job) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 
+from ezpz_moe.config.routing_schema import Router, size_conflicts
 from ezpz_moe.hosts import binding
-from ezpz_moe.routing_schema import Router, size_conflicts
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.routing_schema import Balance, Schedule
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, moe_layers, routed
@@ -19,7 +20,6 @@ from ezpz_moe.hosts.titan_0_3.selector import RowCounts
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
-from ezpz_moe.routing_schema import Balance, Schedule
 
 _HOST_RATE = 1e-3
 

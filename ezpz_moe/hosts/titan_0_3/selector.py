@@ -14,8 +14,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.backends import drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words

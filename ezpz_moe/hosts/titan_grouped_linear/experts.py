@@ -19,8 +19,8 @@ from torchtitan.models.common.linear import GroupedLinear
 from torchtitan.models.common.moe import RoutedExperts
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts.precision import refuse_precision
 from ezpz_moe.hosts.titan_0_3.selector import (
     HOST_PATH,

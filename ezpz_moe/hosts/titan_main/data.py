@@ -18,7 +18,7 @@ from torchtitan.components.data import (
 )
 from torchtitan.hf_datasets.text_datasets import DATASETS, TextProcessor
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
     TEXT_FILE,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ezpz_moe.analysis.tokens import multi_hot
+from ezpz_moe.tools.analysis.tokens import multi_hot
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ezpz_moe.analysis.report import LayerReport, Settings
+from ezpz_moe.tools.analysis.report import LayerReport, Settings
 
 _COLUMNS = 4
 _DPI = 130

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ezpz_moe.analysis.similarity import cosines
-from ezpz_moe.analysis.text import Sequence as TextSequence
-from ezpz_moe.checkpoints import contents, storage
-from ezpz_moe.checkpoints.huggingface import check_model
-from ezpz_moe.checkpoints.tensors import read_whole
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts import binding
+from ezpz_moe.tools.analysis.similarity import cosines
+from ezpz_moe.tools.analysis.text import Sequence as TextSequence
+from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.huggingface import check_model
+from ezpz_moe.tools.checkpoints.tensors import read_whole
 
 Progress = Callable[[Sequence[TextSequence]], Iterable[TextSequence]]
 

@@ -1,4 +1,4 @@
-"""All measures of a recording, layer by layer. Suffixes: as in :mod:`ezpz_moe.analysis.record`."""
+"""All measures of a recording, layer by layer. Suffixes: as in :mod:`.record`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ezpz_moe.analysis import consistency, drops, similarity
-from ezpz_moe.analysis.drift import Drift, drift
-from ezpz_moe.analysis.tokens import Explained, concentration, explained_by_token, top_tokens
+from ezpz_moe.tools.analysis import consistency, drops, similarity
+from ezpz_moe.tools.analysis.drift import Drift, drift
+from ezpz_moe.tools.analysis.tokens import Explained, concentration, explained_by_token, top_tokens
 
 if TYPE_CHECKING:
-    from ezpz_moe.analysis.record import Recording, Routing
+    from ezpz_moe.tools.analysis.record import Recording, Routing
 
 _TOP_TOKENS = 5
 _PARTS = 8

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ezpz_moe.bench.shapes import Shape
 from ezpz_moe.compute.reference import Case
+from ezpz_moe.tools.bench.shapes import Shape
 
 
 class Prepared(NamedTuple):

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezpz_moe.bench.contender import Contender, Prepared, leaves, prepared
-from ezpz_moe.bench.peers import PEERS
-from ezpz_moe.bench.results import DENSE, INDEXED, PRODUCTS, STOCK
-from ezpz_moe.bench.shapes import Shape
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.reference import Case
 from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, prepared
+from ezpz_moe.tools.bench.peers import PEERS
+from ezpz_moe.tools.bench.results import DENSE, INDEXED, PRODUCTS, STOCK
+from ezpz_moe.tools.bench.shapes import Shape
 
 
 def backends(specs: Sequence[str]) -> list[Contender]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ezpz_moe.bench.results import DENSE, INDEXED, STOCK, Measured
+from ezpz_moe.tools.bench.results import DENSE, INDEXED, STOCK, Measured
 
 Quantity = Literal["speed", "time", "saved", "saved per R F", "TFLOP/s", "syncs"]
 Sizes = tuple[int, int, int, int]

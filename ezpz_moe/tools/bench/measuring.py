@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from ezpz_moe.bench.contender import Contender, Prepared
-from ezpz_moe.bench.results import Figures
 from ezpz_moe.compute import tuning
 from ezpz_moe.compute.backends import auto
 from ezpz_moe.compute.reference import Case, plain_loop
+from ezpz_moe.tools.bench.contender import Contender, Prepared
+from ezpz_moe.tools.bench.results import Figures
 
 # torch's profiler, which counts memory on the CPU, reports its own starting and stopping otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

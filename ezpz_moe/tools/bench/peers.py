@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezpz_moe.bench.contender import Contender, Prepared, leaves
-from ezpz_moe.bench.shapes import Shape
 from ezpz_moe.compute.reference import Case
+from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves
+from ezpz_moe.tools.bench.shapes import Shape
 
 Reasons = Callable[[torch.device, torch.dtype, Shape], list[str]]
 

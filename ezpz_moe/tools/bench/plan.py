@@ -21,17 +21,18 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
-from ezpz_moe import __version__, display
-from ezpz_moe.bench.contender import Contender
-from ezpz_moe.bench.contenders import backends, others
-from ezpz_moe.bench.measuring import measure, ticks
-from ezpz_moe.bench.results import PRODUCTS, STOCK, Measured
-from ezpz_moe.bench.routings import counts_of
-from ezpz_moe.bench.shapes import Shape
+from ezpz_moe import __version__
+from ezpz_moe.cli import display
 from ezpz_moe.compute.reference import Case, random_case
 from ezpz_moe.compute.tuning import allocator_variables, is_out_of_memory
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name, version
+from ezpz_moe.tools.bench.contender import Contender
+from ezpz_moe.tools.bench.contenders import backends, others
+from ezpz_moe.tools.bench.measuring import measure, ticks
+from ezpz_moe.tools.bench.results import PRODUCTS, STOCK, Measured
+from ezpz_moe.tools.bench.routings import counts_of
+from ezpz_moe.tools.bench.shapes import Shape
 
 Allocator = Literal["default", "retain"]
 
@@ -180,7 +181,7 @@ def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
 
 def _in_child(plan: Plan) -> Iterator[Measured]:
     """Measure in a process whose allocator keeps its memory; its progress is on our stderr."""
-    command = [sys.executable, "-m", "ezpz_moe.bench.worker"]
+    command = [sys.executable, "-m", "ezpz_moe.tools.bench.worker"]
     child = subprocess.Popen(
         command,
         env=os.environ | RETAIN,

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ezpz_moe.bench.results import DENSE, Measured
+from ezpz_moe.tools.bench.results import DENSE, Measured
 
 _DPI = 130
 _MIB = 2**20

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ezpz_moe import display
-from ezpz_moe.bench.results import DENSE, Figures, Measured
+from ezpz_moe.cli import display
+from ezpz_moe.tools.bench.results import DENSE, Figures, Measured
 
 
 def title(measured: Measured) -> str:

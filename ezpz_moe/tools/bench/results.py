@@ -9,8 +9,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ezpz_moe.bench.routings import skew
-from ezpz_moe.bench.shapes import Shape
+from ezpz_moe.tools.bench.routings import skew
+from ezpz_moe.tools.bench.shapes import Shape
 
 STOCK, PRODUCTS, INDEXED, DENSE = "stock", "stock_products", "indexed", "dense"
 

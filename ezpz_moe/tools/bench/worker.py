@@ -10,9 +10,9 @@ import sys
 
 from pydantic import TypeAdapter
 
-from ezpz_moe.bench.plan import Plan, run_here
-from ezpz_moe.bench.results import Measured
 from ezpz_moe.errors import exit_on_user_error
+from ezpz_moe.tools.bench.plan import Plan, run_here
+from ezpz_moe.tools.bench.results import Measured
 
 
 def main() -> None:

@@ -12,7 +12,7 @@
 ``huggingface`` the model alone, to and from safetensors
 """
 
-from ezpz_moe.checkpoints.contents import Contents, inspect
-from ezpz_moe.checkpoints.remapping import Remapped, remap
+from ezpz_moe.tools.checkpoints.contents import Contents, inspect
+from ezpz_moe.tools.checkpoints.remapping import Remapped, remap
 
 __all__ = ["Contents", "Remapped", "inspect", "remap"]

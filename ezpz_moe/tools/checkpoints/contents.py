@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ezpz_moe.checkpoints import names, storage
-from ezpz_moe.checkpoints.folder import size_of
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import names, storage
+from ezpz_moe.tools.checkpoints.folder import size_of
 
 _STEP = "train_state.step"
 _TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}

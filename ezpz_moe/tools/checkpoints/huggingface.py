@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ezpz_moe.checkpoints import contents, storage
-from ezpz_moe.checkpoints.folder import atomic_folder, size_of
-from ezpz_moe.checkpoints.tensors import check_same, read_whole, write_checkpoint
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 2 * 2**30

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from ezpz_moe.checkpoints.layouts import Half, InTurn, Layout
+from ezpz_moe.tools.checkpoints.layouts import Half, InTurn, Layout
 
 TITAN_0_2, TITAN_0_3, MAIN = "0.2", "0.3", "main"
 GENERATIONS = (MAIN, TITAN_0_3, TITAN_0_2)

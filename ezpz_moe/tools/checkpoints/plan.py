@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ezpz_moe.checkpoints.layouts import Layout
-from ezpz_moe.checkpoints.names import MAIN, Renamed, renaming
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints.layouts import Layout
+from ezpz_moe.tools.checkpoints.names import MAIN, Renamed, renaming
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata

@@ -12,12 +12,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ezpz_moe.checkpoints import contents, storage
-from ezpz_moe.checkpoints.folder import atomic_folder, size_of
-from ezpz_moe.checkpoints.names import MAIN
-from ezpz_moe.checkpoints.plan import Entry, Step, make_plan
-from ezpz_moe.checkpoints.state import add_state
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.names import MAIN
+from ezpz_moe.tools.checkpoints.plan import Entry, Step, make_plan
+from ezpz_moe.tools.checkpoints.state import add_state
 
 _MODEL_ALONE = (
     "It holds the model alone, as the host saves the last step unless "

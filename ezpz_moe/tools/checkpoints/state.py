@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from ezpz_moe.checkpoints import storage
-from ezpz_moe.checkpoints.names import MAIN, TITAN_0_2, TITAN_0_3
-from ezpz_moe.checkpoints.plan import Convert, Plan, Step
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.names import MAIN, TITAN_0_2, TITAN_0_3
+from ezpz_moe.tools.checkpoints.plan import Convert, Plan, Step
 
 _POSITION = re.compile(r"dataloader\.dp_rank_\d+")
 _POSITION_OF_MAIN = re.compile(r"dataloader\.dp_rank_\d+\..*")

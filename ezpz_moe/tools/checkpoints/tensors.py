@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ezpz_moe.checkpoints import storage
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
 
 _DCP_FILE = "__0_0.distcp"
 _FOLDER = "checkpoint"  # the host's default of checkpoint.folder

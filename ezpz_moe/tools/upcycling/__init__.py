@@ -6,7 +6,7 @@
 ``upcycle``    carrying it out
 """
 
-from ezpz_moe.upcycling.upcycle import Upcycled, upcycle
-from ezpz_moe.upcycling.weights import Perturbation
+from ezpz_moe.tools.upcycling.upcycle import Upcycled, upcycle
+from ezpz_moe.tools.upcycling.weights import Perturbation
 
 __all__ = ["Perturbation", "Upcycled", "upcycle"]

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ezpz_moe.checkpoints import contents, names, storage
-from ezpz_moe.checkpoints.huggingface import open_file, read_tensors, some, weight_map
-from ezpz_moe.checkpoints.tensors import find_checkpoint, read_whole
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.upcycling.target import Target
+from ezpz_moe.tools.checkpoints import contents, names, storage
+from ezpz_moe.tools.checkpoints.huggingface import open_file, read_tensors, some, weight_map
+from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
+from ezpz_moe.tools.upcycling.target import Target
 
 
 class Dense(Protocol):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 
 PARTS = ("w1", "w2", "w3")
 

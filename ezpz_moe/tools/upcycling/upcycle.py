@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ezpz_moe.checkpoints.folder import atomic_folder
-from ezpz_moe.checkpoints.tensors import check_same, read_whole, write_checkpoint
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.upcycling import weights
-from ezpz_moe.upcycling.dense import Dense, check_left_over
-from ezpz_moe.upcycling.target import PARTS, Fit, Layer, Target, check_routing, fit
-from ezpz_moe.upcycling.weights import Perturbation
+from ezpz_moe.tools.checkpoints.folder import atomic_folder
+from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
+from ezpz_moe.tools.upcycling import weights
+from ezpz_moe.tools.upcycling.dense import Dense, check_left_over
+from ezpz_moe.tools.upcycling.target import PARTS, Fit, Layer, Target, check_routing, fit
+from ezpz_moe.tools.upcycling.weights import Perturbation
 
 Make = Callable[[], torch.Tensor]
 Progress = Callable[[list[str]], Iterable[str]]
@@ -60,7 +60,7 @@ def upcycle(
 
     Raises:
         EzpzError: the two models do not fit together, naming the tensors; what was written
-            differs; and as :func:`~ezpz_moe.checkpoints.folder.atomic_folder`.
+            differs; and as :func:`~ezpz_moe.tools.checkpoints.folder.atomic_folder`.
     """
     check_routing(target.flavor)
     fits = {layer.name: _fit(dense, target, layer) for layer in target.layers}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
-from ezpz_moe import display
-from ezpz_moe.commands.arguments import import_host
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.checkpoints.huggingface import Model
+    from ezpz_moe.tools.checkpoints.huggingface import Model
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Inspect:
 
     def run(self) -> int:
         with display.progress().status("Reading ..."):
-            from ezpz_moe.checkpoints import inspect
+            from ezpz_moe.tools.checkpoints import inspect
 
             contents = inspect(self.folder)
         shown = {
@@ -58,11 +59,11 @@ class Remap:
     """The model, which is needed to and from safetensors."""
 
     def run(self) -> int:
-        from ezpz_moe.checkpoints.huggingface import is_safetensors
+        from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
 
         if self.to == "hf" or is_safetensors(self.source):
             return self._through_the_host()
-        from ezpz_moe.checkpoints import remap
+        from ezpz_moe.tools.checkpoints import remap
 
         copied = partial(display.tracked, what="Writing and comparing")
         done = remap(self.source, self.target, self.to, progress=copied)
@@ -74,7 +75,7 @@ class Remap:
         return 0
 
     def _through_the_host(self) -> int:
-        from ezpz_moe.checkpoints.huggingface import convert
+        from ezpz_moe.tools.checkpoints.huggingface import convert
 
         with display.progress().status("Writing and comparing ..."):
             done = convert(self.source, self.target, self.to, _model(self.model))
@@ -92,9 +93,9 @@ def _model(config: str | None) -> Model:
     """What the installed host knows of the model of a flavor or job."""
     if config is None:
         raise EzpzError("To and from safetensors the model is needed: --model FLAVOR|JOB.toml.")
-    from ezpz_moe.checkpoints.huggingface import Model
-    from ezpz_moe.flavors import load_flavor
-    from ezpz_moe.job import find_job
+    from ezpz_moe.config.flavors import load_flavor
+    from ezpz_moe.config.job import find_job
+    from ezpz_moe.tools.checkpoints.huggingface import Model
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
@@ -105,10 +106,15 @@ def _model(config: str | None) -> Model:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Command):
     """Look at a checkpoint, or carry it to another generation of torchtitan."""
+
+    group = "weights"
 
     action: Annotated[Inspect, subcommand("inspect")] | Annotated[Remap, subcommand("remap")]
 
     def run(self) -> int:
         return self.action.run()
+
+
+COMMAND = Checkpoint
