@@ -26,7 +26,8 @@ from ezpz_moe.cli import display
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.telemetry.charts import load_pixels
-from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append
+from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
 
 @dataclass(frozen=True)

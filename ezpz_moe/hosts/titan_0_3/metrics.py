@@ -29,7 +29,7 @@ from ezpz_moe.hosts.titan_0_3.router import local, moe_layers
 from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
 from ezpz_moe.hosts.titan_0_3.selector import Selector
 from ezpz_moe.routing.counters import ROWS, SUMS
-from ezpz_moe.telemetry import record as telemetry_file
+from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.figures import use_of_rows
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord

@@ -26,10 +26,9 @@ from ezpz_moe.config.routing_schema import Balance, Router
 from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
+from ezpz_moe.routing.balance import inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
-from ezpz_moe.routing.injection import inject
-from ezpz_moe.routing.logits import activated, jittered, losing_infinities
-from ezpz_moe.routing.schedules import value_at
+from ezpz_moe.routing.gate import activated, jittered, losing_infinities
 
 
 class TokenMask:

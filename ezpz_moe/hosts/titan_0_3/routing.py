@@ -18,8 +18,7 @@ from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
 from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, moe_layers, routed
 from ezpz_moe.hosts.titan_0_3.selector import RowCounts
 from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
-from ezpz_moe.routing.bias import bias_change
-from ezpz_moe.routing.schedules import value_at
+from ezpz_moe.routing.balance import bias_change, value_at
 
 _HOST_RATE = 1e-3
 
