@@ -30,7 +30,7 @@ COUNTS, ROWS = torch.tensor([5, 0, 11, 16]), 36  # four tail rows
 # compute_backend -> tokens given, rows computed, tokens dropped
 EXPECTED = {
     "batched_mm_capacity(capacity_factor=1.0)": [32, 4 * 9, 2 + 7],
-    "batched_mm_padded(single_buffer=true)": [32, 4 * 16, 0],
+    "batched_mm_padded(max_padding=9)": [32, 4 * 16, 0],
     "batched_mm_padded(max_padding=0.2)": [32, 5 + 2 * 16, 0],
 }
 

@@ -13,6 +13,7 @@ from ezpz_moe.tools.bench.routings import skew
 from ezpz_moe.tools.bench.shapes import Shape
 
 STOCK, PRODUCTS, INDEXED, DENSE = "stock", "stock_products", "indexed", "dense"
+SINGLE_BUFFER = "single_buffer"
 
 Pass = Literal["forward", "both"]
 """Forward alone, or forward and backward."""
