@@ -33,9 +33,10 @@ TINY = Path(__file__).parent / "data" / "tiny"
 START = """
 import sys
 from ezpz_moe.errors import exit_on_user_error
+from ezpz_moe.cli.display import print_to_stderr
 from ezpz_moe.tools.launch import train
 with exit_on_user_error():
-    sys.exit(train(sys.argv[1], sys.argv[3:], nproc=int(sys.argv[2])))
+    sys.exit(train(sys.argv[1], sys.argv[3:], tell=print_to_stderr, nproc=int(sys.argv[2])))
 """
 
 
@@ -253,12 +254,12 @@ def test_a_run_that_has_ended_well_is_not_lost_in_the_interpreters_teardown():
 
 def test_a_wrong_number_of_processes_is_refused(monkeypatch, job):
     with pytest.raises(EzpzError, match="--nproc 0: at least one"):
-        launch.train(str(job), [], nproc=0)
+        launch.train(str(job), [], tell=print, nproc=0)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     with pytest.raises(EzpzError, match=r"--nproc 5: this machine has 4 xpu .* --nproc 4"):
-        launch.train(str(job), [], nproc=5)
+        launch.train(str(job), [], tell=print, nproc=5)
 
 
 @pytest.mark.parametrize(

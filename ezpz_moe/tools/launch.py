@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,8 +26,17 @@ if TYPE_CHECKING:
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 
 
+Tell = Callable[[str], None]
+"""Given what the user has to be told of how the run ended."""
+
+
 def train(
-    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+    config: str,
+    host_flags: list[str],
+    *,
+    tell: Tell,
+    nproc: int = 1,
+    placement: Placement | None = None,
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
@@ -38,13 +46,14 @@ def train(
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
+        tell: given torchrun's report of a failure, or that of the node that was lost.
         nproc: processes on this machine, one per accelerator.
         placement: this machine's place among several; None when there is only this one.
 
     Returns:
         An exit code: 0, 2 for a mistake of the user's that a worker has already reported, 1 for
-        any other failure (after torchrun's report, or that of the node that was lost), 128 + n
-        when signal n ended the run.
+        any other failure, of which ``tell`` has been given the report, 128 + n when signal n ended
+        the run.
 
     Raises:
         EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not come.
@@ -62,7 +71,7 @@ def train(
     if placement is None:
         # By this machine's own name, which not every laptop can look up, torchrun would wait long.
         here = ["--standalone", "--local-addr", "localhost"]
-        return _run(here, arguments, nproc, shown, str)
+        return _run(here, arguments, nproc, shown, str, tell)
     with meet(placement, nproc) as nodes:
 
         def lost(failure: ChildFailedError) -> str:
@@ -73,7 +82,7 @@ def train(
             checkpoint = last_checkpoint(job, host_flags)
             return f"ezpz-moe: error: {report}\n{_how_to_go_on(checkpoint)}"
 
-        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost)
+        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost, tell)
 
 
 def _run(
@@ -82,8 +91,9 @@ def _run(
     nproc: int,
     shown: str,
     report: Callable[[ChildFailedError], str],
+    tell: Tell,
 ) -> int:
-    """torchrun, with what is printed of a failure left to ``report``."""
+    """torchrun, with what is told of a failure left to ``report``."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -101,10 +111,10 @@ def _run(
         except ChildFailedError as failure:
             if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
                 return EXIT_CODE
-            print(report(failure), file=sys.stderr, flush=True)
+            tell(report(failure))
             return 1
         except SignalException as stop:
-            print(f"ezpz-moe: stopped by {stop.sigval.name}", file=sys.stderr, flush=True)
+            tell(f"ezpz-moe: stopped by {stop.sigval.name}")
             return 128 + stop.sigval
         finally:
             logging.disable(logging.NOTSET)

@@ -15,7 +15,7 @@ from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import Job, find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.tools.launch import train
+from ezpz_moe.tools.launch import Tell, train
 from ezpz_moe.tools.nodes import Placement
 
 if TYPE_CHECKING:
@@ -25,12 +25,17 @@ _AUTO = "auto"
 
 
 def tune(
-    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+    config: str,
+    host_flags: list[str],
+    *,
+    tell: Tell,
+    nproc: int = 1,
+    placement: Placement | None = None,
 ) -> tuple[int, list[tuple[Situation, Measured]]]:
     """Train one step of ``config``, and keep what its ``auto`` has measured.
 
     Args:
-        config, host_flags, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
+        config, host_flags, tell, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
 
     Returns:
         The exit code of the step, and what this machine's processes have measured: nothing
@@ -47,7 +52,8 @@ def tune(
     _check_folder()
     with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
         step = presumed_generation().slot("command").one_step(scratch)
-        code = train(config, [*step, *host_flags], nproc=nproc, placement=placement)
+        flags = [*step, *host_flags]
+        code = train(config, flags, tell=tell, nproc=nproc, placement=placement)
         measured = list(tuning.recorded()) if code == 0 else []
     for situation, times in measured:
         tuning.remember(situation, times)

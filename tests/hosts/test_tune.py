@@ -82,7 +82,7 @@ def test_while_it_tunes_each_process_decides_alone(job, tmp_path, monkeypatch) -
 
     monkeypatch.setattr("ezpz_moe.tools.tune.train", train)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    assert tune(str(job), []) == (0, [])
+    assert tune(str(job), [], tell=print) == (0, [])
     assert seen == ["1"]
     assert ALONE_VARIABLE not in os.environ
 

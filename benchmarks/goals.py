@@ -1,22 +1,33 @@
-"""What backends have to reach, as data, and whether they did. Nothing here imports torch.
+"""What backends have to reach, as data, and whether a file of ``ezpz-moe bench --json`` says so.
 
+    ezpz-moe bench --scale 4 --json figures.json
+    python benchmarks/goals.py figures.json
+
+A line for each goal that the file decides, with "met" or "MISSED"; exit code 1 if one is missed.
 Where a goal speaks of the stock layer and that is not measured, its three products stand for it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from ezpz_moe.tools.bench.results import DENSE, INDEXED, STOCK, Measured
+from pydantic import TypeAdapter
+
+from ezpz_moe.tools.bench.results import DENSE, INDEXED, SINGLE_BUFFER, STOCK, Measured
 
 Quantity = Literal["speed", "time", "saved", "saved per R F", "TFLOP/s", "syncs"]
 Sizes = tuple[int, int, int, int]
 
 BEST = "the best backend"
 RECOMPUTING = "for_loop(recompute=true)"
-PLAIN_PADDING = "batched_mm_padded(single_buffer=true)"
+_FORMER_NAMES = {"batched_mm_padded(single_buffer=true)": SINGLE_BUFFER}
+"""Of contenders, in files from before October 2026."""
 _AT_LEAST = ("speed", "TFLOP/s")
 
 
@@ -90,7 +101,7 @@ GOALS = (
     ),
     Goal(RECOMPUTING, "time", 1.25, "for_loop"),
     Goal("batched_mm_padded", "speed", 0.95, "grouped_mm", routing="balanced"),
-    Goal("batched_mm_padded", "speed", 5, PLAIN_PADDING, routing="zipf1", experts=128),
+    Goal("batched_mm_padded", "speed", 5, SINGLE_BUFFER, routing="zipf1", experts=128),
     Goal("batched_mm_padded", "time", 1.3, "grouped_mm", routing="zipf1", experts=128),
     Goal("batched_mm_padded", "saved per R F", 3, routing="zipf1", experts=128),
     Goal("auto", "speed", 0.95, BEST, device=None),
@@ -153,3 +164,37 @@ def _other(goal: Goal, measured: Measured) -> str | None:
         ]
         return min(rivals, key=lambda name: measured.figures[name].median(), default=None)
     return goal.against if goal.against in measured.figures else None
+
+
+def read(file: Path) -> list[Measured]:
+    """What a file of ``bench --json`` has measured."""
+    measured = json.loads(file.read_text())["measured"]
+    return [TypeAdapter(Measured).validate_python(_renamed(each)) for each in measured]
+
+
+def _renamed(value: Any) -> Any:
+    """The same with today's names of contenders, which are keys and entries of lists."""
+    match value:
+        case dict():
+            return {_FORMER_NAMES.get(key, key): _renamed(each) for key, each in value.items()}
+        case list():
+            return [_renamed(each) for each in value]
+        case str():
+            return _FORMER_NAMES.get(value, value)
+    return value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help="of bench --json")
+    verdicts = [
+        f"{each.shape.name} {each.routing} {each.dtype} {each.allocator}: {verdict}"
+        for each in read(parser.parse_args().file)
+        for verdict in judged(each)
+    ]
+    print("\n".join(verdicts) or "no goal is decided by this file")
+    return int(any(verdict.endswith("MISSED") for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
