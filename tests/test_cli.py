@@ -86,6 +86,51 @@ def test_a_reader_who_has_read_enough_causes_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+MADE_UP = '''
+import json
+from dataclasses import dataclass
+
+from tyro.conf import Suppress
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.command import Command
+
+
+@dataclass(frozen=True)
+class Echo(Command):
+    """Repeat the trainer's flags."""
+
+    group = "models"
+
+    word: str = "said"
+    """What goes before them."""
+    json: bool = False
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        said = {self.word: list(self.host_flags)}
+        display.print_line(str(said) if not self.json else json.dumps(said))
+        return 7
+
+
+COMMAND = Echo
+'''
+
+
+def test_a_command_is_one_file(tmp_path, monkeypatch, capsys) -> None:
+    """A file that nothing else knows of, as if it lay in the folder of the commands."""
+    (tmp_path / "echo.py").write_text(MADE_UP)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    try:
+        assert list(cli.commands())[:4] == ["describe", "flavors", "show", "echo"], "by group"
+        assert cli.main(["echo", "--word", "told", "--json", "--training.steps", "2"]) == 7
+        assert json.loads(capsys.readouterr().out) == {"told": ["--training.steps", "2"]}
+        assert exit_code("--help") == 0
+        assert "Repeat the trainer's flags." in capsys.readouterr().out
+    finally:
+        del sys.modules["ezpz_moe.cli.echo"], cli.echo
+
+
 @pytest.mark.parametrize(
     "names",
     [
