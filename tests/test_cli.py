@@ -16,6 +16,7 @@ import tomli
 from contract_cases import ON_THE_CPU
 
 from ezpz_moe import __version__, cli
+from ezpz_moe.cli import display
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.compute.names import known_backend_names
@@ -250,7 +251,7 @@ def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:
     assert cli.main(["train", "job.toml", *flags[:4], "--nproc", "2", *flags[4:]]) == 7
     ((arguments, keywords),) = calls
     assert arguments == ("job.toml", flags)
-    assert keywords == {"nproc": 2, "placement": None}
+    assert keywords == {"nproc": 2, "placement": None, "tell": display.print_to_stderr}
     assert os.environ[DEBUG_VARIABLE] == "0", "--debug.seed is the host's, not our --debug"
 
 
@@ -259,7 +260,8 @@ def test_train_hands_on_the_machines_place(monkeypatch) -> None:
     monkeypatch.setattr(launch, "train", lambda *args, **kw: calls.append(kw) or 0)
     where = ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node0", "--master-port", "7"]
     assert cli.main(["train", "job.toml", *where]) == 0
-    assert calls == [{"nproc": 1, "placement": Placement(4, 3, "node0", 7)}]
+    placement = Placement(4, 3, "node0", 7)
+    assert calls == [{"nproc": 1, "placement": placement, "tell": display.print_to_stderr}]
 
 
 @pytest.mark.parametrize(
