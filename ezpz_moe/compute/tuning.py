@@ -27,8 +27,6 @@ from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)
 
-"""Names the folder of what has been measured, in place of the user's cache folder."""
-
 _TURNS = 15  # of docs/benchmarks' turns 5 choose one that is over 5 % slower in 2.7 %, 15 in 1.1 %
 _SECONDS = 30  # after which no further turn begins
 

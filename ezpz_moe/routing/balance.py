@@ -8,6 +8,7 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
         ctx.of_loss = {"dtype": loss.dtype, "device": loss.device}
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones((), **ctx.of_loss)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
+from ezpz_moe.compute.cache import CACHE_VARIABLE
 from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import Job, find_job
@@ -82,5 +83,5 @@ def _check_folder() -> None:
     except OSError as error:
         raise EzpzError(
             f"{folder}, where measured times are kept, cannot be written: {error.strerror}. "
-            f"Set {tuning.CACHE_VARIABLE} to another folder."
+            f"Set {CACHE_VARIABLE} to another folder."
         ) from error

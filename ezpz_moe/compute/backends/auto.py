@@ -48,7 +48,9 @@ class _Layer:
     sizes: tuple[int, int, int]
 
     @classmethod
-    def of(cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor):
+    def of(
+        cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor
+    ) -> "_Layer":
         E, inner, outer = weights.shape
         return cls(product, among, recompute, rows_RX.device, rows_RX.dtype, (E, inner, outer))
 
