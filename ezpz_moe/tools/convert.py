@@ -1,6 +1,9 @@
 """A job of torchtitan 0.2 as one that torchtitan 0.3 trains with this package.
 
-:func:`convert` says of every key what becomes of it, and writes nothing. What a key is in 0.3 comes
+:func:`convert` says of every key what becomes of it, and writes nothing. Each assignment of the old
+file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which stands in no
+line. The new file is the old one's lines, each as its change has it, with what is added put behind
+the header of its section. What a key is in 0.3 comes
 from the table of its binding, ``hosts/titan_0_3/job_keys.py``, and what a model is from
 ``hosts/titan_0_2/moe_models.py``. No host is imported, so that any may be installed, or none.
 """
@@ -92,19 +95,14 @@ def convert(old: Path, new: Path) -> Conversion:
     """
     values = dict(flat(read_toml(old)))
     model = _new_model(values, flavor_path(new).stem)
-    lines: list[tuple[Statement, Change | None]] = []
-    for line in statements(old.read_bytes().decode("utf-8-sig")):
-        change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
-        lines.append((line, change))
-    added = list(_added(values, model)) if model and not model.refusal else []
-    flavor = model.flavor if model else values.get("model.flavor")
-    return Conversion(
-        changes=(*(change for _, change in lines if change), *added, *_differing(values)),
-        text=_rendered(lines, added, old.name),
-        flavor=flavor if isinstance(flavor, str) else "",
-        flavor_file=model.file if model else "",
-        refusal=model.refusal if model else "",
-    )
+    lines = list(_changed_lines(old, values, model))
+    added = list(_added(values, model))
+    changes = (*(change for _, change in lines if change), *added, *_differing(values))
+    text = _rendered(lines, added, old.name)
+    if model is None:  # its model is this package's already, and keeps its flavor
+        flavor = values.get("model.flavor")
+        return Conversion(changes, text, flavor if isinstance(flavor, str) else "")
+    return Conversion(changes, text, model.flavor, model.file, model.refusal)
 
 
 def flavor_path(new: Path) -> Path:
@@ -152,6 +150,14 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
     flavor = values.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
     seq_len = values.get("training.seq_len", _DEFAULT_SEQ_LEN)
     return new_model(model, flavor, seq_len=seq_len, name=name)
+
+
+def _changed_lines(
+    old: Path, values: Mapping[str, Any], model: NewModel | None
+) -> Iterator[tuple[Statement, Change | None]]:
+    """The old file's statements, the assignments with what becomes of them."""
+    for line in statements(old.read_bytes().decode("utf-8-sig")):
+        yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 
 
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
@@ -204,8 +210,13 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _added(values: Mapping[str, Any], model: NewModel) -> Iterator[Change]:
-    """What the old file leaves to defaults that are others now."""
+def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
+    """What the old file leaves to defaults that are others now.
+
+    Nothing of a job whose model is ours already, and where no new job can be written.
+    """
+    if model is None or model.refusal:
+        return
     for key, (default, switch) in CHANGED_DEFAULTS.items():
         if key not in values and (switch is None or values.get(switch) is True):
             new = model.flavor if key == "model.flavor" else default

@@ -3,12 +3,17 @@
 Main has w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments go the way of
 their weights; what else it keeps of a parameter, a count of steps or a rate, is one for both and
 has to be the same.
+
+A plan is made of three passes over the checkpoint's metadata, each by the new names of an entry:
+what the entries are then (:func:`_new_entries`), where they stand in the trainer's state
+(:func:`_new_paths`), and what is done with each stored piece (:func:`_steps`). An entry with a
+:class:`Layout` changes its shape with its generation; all others are only renamed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,10 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.layouts import Layout
-from ezpz_moe.tools.checkpoints.names import MAIN, Renamed, renaming
+from ezpz_moe.tools.checkpoints.names import MAIN, Renamed, Renaming, renaming
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
+Place: TypeAlias = tuple[Any, ...]
+"""Where an entry stands in the trainer's nested state: keys and indices."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Step:
     convert: Convert | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """The way to another generation's names.
 
@@ -52,10 +59,10 @@ class Plan:
         changed: how many names of the source are others in the target.
     """
 
-    entries: dict[str, Entry] = field(default_factory=dict)
-    paths: dict[str, tuple] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    changed: int = 0
+    entries: dict[str, Entry]
+    paths: dict[str, Place]
+    steps: list[Step]
+    changed: int
 
 
 def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
@@ -66,16 +73,38 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
-    plan = Plan()
+    return Plan(
+        entries=_new_entries(entries, rename, target),
+        paths=_new_paths(metadata.planner_data or {}, rename),
+        steps=list(_steps(metadata, rename, target)),
+        changed=sum(any(new.name != name for new in rename(name)) for name in entries),
+    )
+
+
+def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) -> dict[str, Entry]:
+    """Each entry under its new names, in its new shape; two of them may become one."""
+    made: dict[str, Entry] = {}
     for name, entry in entries.items():
-        new = rename(name)
-        plan.changed += any(each.name != name for each in new)
-        for each in new:
-            reshaped = _reshaped(name, entry, each, target)
-            plan.entries[each.name] = _joined(each.name, plan.entries.get(each.name), reshaped)
-    for name, path in (metadata.planner_data or {}).items():
-        for place, each in enumerate(rename(name)):
-            plan.paths[each.name] = tuple(_part(rename(p), place) for p in path)
+        for new in rename(name):
+            reshaped = _reshaped(name, entry, new, target)
+            made[new.name] = _joined(new.name, made.get(new.name), reshaped)
+    return made
+
+
+def _new_paths(
+    paths: Mapping[str, tuple[Any, ...]], rename: Renaming
+) -> dict[str, tuple[Any, ...]]:
+    """Where the entries stand then: a path has the parameter's name in it, and follows it."""
+    return {
+        new.name: tuple(_part(rename(part), place) for part in path)
+        for name, path in paths.items()
+        for place, new in enumerate(rename(name))
+    }
+
+
+def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
+    """What becomes of each stored entry: a shard of a tensor, or an object."""
+    entries: Mapping[str, Entry] = metadata.state_dict_metadata
     shards = {
         (name, chunk.offsets): chunk
         for name, entry in entries.items()
@@ -83,17 +112,15 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
         for chunk in entry.chunks
     }
     for index in metadata.storage_data:
-        for each in rename(index.fqn):
-            layout = _layout(entries[index.fqn], each, target)
+        for new in rename(index.fqn):
+            layout = _layout(entries[index.fqn], new, target)
             if layout is not None:
-                plan.steps += _shard_steps(
-                    index, shards[index.fqn, index.offset], each.name, layout, target
-                )
+                shard = shards[index.fqn, index.offset]
+                yield from _shard_steps(index, shard, new.name, layout, target)
             else:
                 # What is one for both w1 and w3 is compared with the other's, value by value.
-                convert = None if each.layout is None else _unchanged
-                plan.steps.append(Step(index, replace(index, fqn=each.name), convert))
-    return plan
+                convert = None if new.layout is None else _unchanged
+                yield Step(index, replace(index, fqn=new.name), convert)
 
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
