@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ezpz_moe.cli.checkpoint import _model
 from safetensors.torch import load_file, save_file
 from trainer_runs import job_folder
 
 from ezpz_moe import cli
+from ezpz_moe.cli.ckpt import _model
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
 from ezpz_moe.tools.checkpoints import huggingface, storage
