@@ -37,9 +37,7 @@ from ezpz_moe.hosts.titan_0_3.parameters import build_on_meta  # noqa: E402
 
 SHORT = (*SMALL, "236B")  # small ones of each family, and one with groups and a query of low rank
 SIZES = [
-    name if name in SHORT else pytest.param(name, marks=pytest.mark.full)
-    for name in flavor_names()
-    if not name.endswith(("sdpa", "for_loop", "padded"))
+    name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in flavor_names()
 ]
 
 BY_NAME = {

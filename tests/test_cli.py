@@ -135,7 +135,7 @@ def test_a_command_is_one_file(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["debugmodel", "16B_sdpa_for_loop"],
+        ["debugmodel", "16B"],
         pytest.param(flavor_names(), marks=pytest.mark.full, id="all"),
     ],
 )
@@ -145,7 +145,8 @@ def test_flavors_lists_all_with_their_figures(capsys, monkeypatch, names: list[s
     captured = capsys.readouterr()
     rows = table(captured.out)
     assert set(names) <= set(rows)
-    assert " ".join(rows["16B_sdpa_for_loop"]) == "16.34 B 3.29 B 64 6 1408 27 2048 sdpa for_loop"
+    assert " ".join(rows["16B"]) == "16.34 B 3.29 B 64 6 1408 27 2048 flex grouped_mm"
+    assert "BACKEND: " + ", ".join(known_backend_names()) in captured.out
     assert captured.err == ""
 
 

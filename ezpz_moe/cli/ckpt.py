@@ -106,7 +106,7 @@ def _model(config: str | None) -> Model:
 
 
 @dataclass(frozen=True)
-class Checkpoint(Command):
+class Ckpt(Command):
     """Look at a checkpoint, or carry it to another generation of torchtitan."""
 
     group = "weights"
@@ -117,4 +117,4 @@ class Checkpoint(Command):
         return self.action.run()
 
 
-COMMAND = Checkpoint
+COMMAND = Ckpt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
@@ -16,6 +17,8 @@ class Flavors(Command):
     group = "models"
 
     def run(self) -> int:
+        from ezpz_moe.compute.names import known_backend_names
+        from ezpz_moe.config.flavor_schema import Attention
         from ezpz_moe.config.flavors import flavor_names, load_flavor
 
         flavors = [load_flavor(name) for name in flavor_names()]
@@ -39,6 +42,11 @@ class Flavors(Command):
                 for model, flavor in sorted(counted, key=lambda pair: pair[0].total)
             ]
         display.print_table(rows)
+        attentions, backends = ", ".join(get_args(Attention)), ", ".join(known_backend_names())
+        display.print_line(
+            "Variants of each: FLAVOR[_ATTENTION][_BACKEND], such as 16B_sdpa_for_loop. "
+            f"ATTENTION: {attentions}. BACKEND: {backends}."
+        )
         return 0
 
 

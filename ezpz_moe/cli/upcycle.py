@@ -90,12 +90,12 @@ class Upcycle(Command):
 
     def _dense(self, target: Target) -> Dense:
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
-        from ezpz_moe.tools.upcycling.dense import Checkpoint, Safetensors
+        from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
 
         if not is_safetensors(self.source):
-            return Checkpoint(self.source, target)
+            return DenseCheckpoint(self.source, target)
         adapter = import_host()("huggingface").adapter(target.flavor)
-        return Safetensors(self.source, target, adapter)
+        return DenseSafetensors(self.source, target, adapter)
 
 
 COMMAND = Upcycle

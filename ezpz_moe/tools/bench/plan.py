@@ -83,13 +83,13 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Step:
+class Ticked:
     """A step of it begins, of this name."""
 
     name: str
 
 
-Message = Begun | Step | Measured
+Message = Begun | Ticked | Measured
 """A line of what a child process writes: :mod:`.worker`."""
 
 
@@ -235,7 +235,7 @@ def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
             match messages.validate_json(line):
                 case Begun(what, total):
                     tick = open_progress.enter_context(progress(what, total))
-                case Step(name):
+                case Ticked(name):
                     tick(name)
                 case Measured() as measured:
                     open_progress.close()

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from ezpz_moe.errors import exit_on_user_error
 from ezpz_moe.tools.bench.measuring import Tick
-from ezpz_moe.tools.bench.plan import Begun, Message, Plan, Step, run_here
+from ezpz_moe.tools.bench.plan import Begun, Message, Plan, Ticked, run_here
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 def _progress(told: TextIO, what: str, total: int) -> Iterator[Tick]:
     """The parent's progress, of which it is told."""
     _tell(told, Begun(what, total))
-    yield lambda name: _tell(told, Step(name))
+    yield lambda name: _tell(told, Ticked(name))
 
 
 def _tell(told: TextIO, message: Message) -> None:

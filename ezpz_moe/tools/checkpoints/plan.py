@@ -49,7 +49,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RemapPlan:
     """The way to another generation's names.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
     changed: int
 
 
-def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
+def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
     """The plan from generation ``source`` to ``target``.
 
     Raises:
@@ -73,7 +73,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
-    return Plan(
+    return RemapPlan(
         entries=_new_entries(entries, rename, target),
         paths=_new_paths(metadata.planner_data or {}, rename),
         steps=list(_steps(metadata, rename, target)),

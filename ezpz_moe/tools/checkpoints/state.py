@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.names import MAIN, TITAN_0_2, TITAN_0_3
-from ezpz_moe.tools.checkpoints.plan import Convert, Plan, Step
+from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
 
 _POSITION = re.compile(r"dataloader\.dp_rank_\d+")
 _POSITION_OF_MAIN = re.compile(r"dataloader\.dp_rank_\d+\..*")
@@ -42,7 +42,7 @@ NO_POSITION = (
 )
 
 
-def add_state(plan: Plan, folder: Path, metadata: Metadata, target: str) -> list[str]:
+def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) -> list[str]:
     """Add to ``plan`` what generation ``target`` misses, and return what people must know.
 
     Raises:
@@ -141,7 +141,7 @@ def _is_group(name: str) -> bool:
     return name.startswith("optimizer.param_groups.")
 
 
-def _add_schedule(plan: Plan, state: dict[str, Any]) -> None:
+def _add_schedule(plan: RemapPlan, state: dict[str, Any]) -> None:
     for key, value in sorted(state.items()):
         name = f"{_SCHEDULE}.{key}"
         if name not in plan.entries:

@@ -36,7 +36,7 @@ class Dense(Protocol):
         """What it has besides these."""
 
 
-class Checkpoint:
+class DenseCheckpoint:
     """A dense model in a DCP checkpoint.
 
     Raises:
@@ -69,7 +69,7 @@ class Checkpoint:
         return sorted(self._entries.keys() - set(used))
 
 
-class Safetensors:
+class DenseSafetensors:
     """A dense model in Hugging Face's safetensors, through the host's adapter for the flavor.
 
     Raises:
