@@ -85,7 +85,13 @@ def computed(contender: Contender, case: Case) -> tuple[torch.Tensor, list[torch
 
 COUNTS = [5, 0, 9, 4]
 # Whose inputs are w1, w2, w3 and x, as a backend's.
-AS_A_BACKEND = ["indexed", "stock_products", "for_loop", "for_loop(recompute=true)"]
+AS_A_BACKEND = [
+    "indexed",
+    "stock_products",
+    "single_buffer",
+    "for_loop",
+    "for_loop(recompute=true)",
+]
 
 
 @pytest.mark.parametrize("name", AS_A_BACKEND)
@@ -144,6 +150,7 @@ def test_without_names_everything_is_a_contender() -> None:
     names = [each.name for each in contenders.others([])]
     assert names[:4] == ["stock", "stock_products", "indexed", "dense"]
     assert len(names) == len(set(names)) == 10
+    assert "single_buffer" not in names, "many times as slow and large under skew"
     assert {each.name for each in contenders.backends([])} >= {"for_loop", "grouped_mm"}
     assert {"olmoe", "qwen3_30b"} <= MODELS.keys()
 

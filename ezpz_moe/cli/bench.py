@@ -49,7 +49,8 @@ class Bench(Command):
     """Such as for_loop 'for_loop(recompute=true)'. Default: every one that runs here."""
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """stock, stock_products, indexed, dense, transformers_eager, transformers_batched_mm,
-    transformers_grouped_mm, scattermoe, megablocks, sonicmoe. Default: every one that runs here."""
+    transformers_grouped_mm, scattermoe, megablocks, sonicmoe, single_buffer. Default: every one
+    that runs here, but single_buffer."""
     repeats: Annotated[int | None, arg(metavar="INT")] = None
     """Turns. Default: 5 on the CPU, else 30."""
     device: Device = None
