@@ -27,7 +27,7 @@ Sizes = tuple[int, int, int, int]
 BEST = "the best backend"
 RECOMPUTING = "for_loop(recompute=true)"
 _FORMER_NAMES = {"batched_mm_padded(single_buffer=true)": SINGLE_BUFFER}
-"""Of contenders, in files from before October 2026."""
+"""Contenders, as files written before December 2026 call them."""
 _AT_LEAST = ("speed", "TFLOP/s")
 
 
