@@ -13,8 +13,9 @@ from torch import nn
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import TITAN_0_3, check_host, generation
 from ezpz_moe.hosts.live import LiveStorages
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.tools.memory import StageMemory, held, microbatches_in_flight
-from ezpz_moe.tools.preflight import RankReport, in_a_process
+from ezpz_moe.tools.preflight import in_a_process
 
 check_host()
 if generation() is not TITAN_0_3:

@@ -300,7 +300,7 @@ def test_flags_out_of_range(qwen3, tmp_path, capsys, flags, said):
     ],
 )
 def test_a_router_whose_weights_are_others(qwen3, tmp_path, table, said):
-    from ezpz_moe.tools.upcycling.target import check_routing
+    from ezpz_moe.tools.upcycling.fit import check_routing
 
     text = (tmp_path / "small.toml").read_text()
     (tmp_path / "other.toml").write_text(f"{text}[router]\n{table}\n")

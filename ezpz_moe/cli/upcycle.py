@@ -16,8 +16,8 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.hosts.upcycling_target import Target
     from ezpz_moe.tools.upcycling.dense import Dense
-    from ezpz_moe.tools.upcycling.target import Target
 
 
 @dataclass(frozen=True)

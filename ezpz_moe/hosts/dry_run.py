@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ezpz_moe.tools.preflight import RankReport
+from ezpz_moe.hosts.rank_report import RankReport
 
 STATES_PER_PARAMETER = 4
 """Weight, gradient and AdamW's two moments, all in the weight's dtype."""

@@ -16,7 +16,8 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.accounting import COMPONENTS
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
-from ezpz_moe.tools.preflight import RankReport, concurrently, first_ranks, in_a_process
+from ezpz_moe.hosts.rank_report import RankReport
+from ezpz_moe.tools.preflight import concurrently, first_ranks, in_a_process
 
 Device = Literal["accelerator", "cpu"]
 

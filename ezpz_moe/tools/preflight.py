@@ -10,37 +10,16 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from functools import partial
 
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
 from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.rank_report import RankReport
 
 _PROCESSES = 2  # each imports torch and the host: about 1 GiB
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """What one rank would hold.
-
-    Attributes:
-        rank: global rank.
-        parameters: number of parameters in its shards; None, as the next two, after an error.
-        state_bytes: weights, gradients and optimizer states in bytes; activations are not in it.
-        step: what of a step was run with tensors that have no values, or why none was.
-        error: what the rank met; empty when it was built.
-        bytes_by_place: for ``describe``, bytes by (part of the model, component).
-    """
-
-    rank: int
-    parameters: int | None = None
-    state_bytes: int | None = None
-    step: str | None = None
-    error: str = ""
-    bytes_by_place: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 def preflight(

@@ -18,8 +18,9 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.ranks import share_of_model
-from ezpz_moe.tools.preflight import RankReport, preflight
+from ezpz_moe.tools.preflight import preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
 PIPELINE = f"""

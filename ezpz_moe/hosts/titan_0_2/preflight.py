@@ -13,8 +13,8 @@ from torchtitan.train import Trainer
 from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan_0_2.command import arguments
-from ezpz_moe.tools.preflight import RankReport
 
 _STEP = "not run: the router counts tokens, which have no value"
 

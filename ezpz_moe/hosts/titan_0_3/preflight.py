@@ -19,9 +19,9 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
 from ezpz_moe.hosts.titan_0_3.command import named
-from ezpz_moe.tools.preflight import RankReport
 
 _FAILED = (
     "{}: {} (in a step with tensors that have shapes and no values; the rank itself was built, and "

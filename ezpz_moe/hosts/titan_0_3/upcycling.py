@@ -7,7 +7,7 @@ from torchtitan.models.common.moe import MoE
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import binding
-from ezpz_moe.tools.upcycling.target import PARTS, Layer, Target
+from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 
 _INNER = "routed_experts.inner_experts"
 _EXPERTS = {"w1": f"{_INNER}.w1_EFD", "w2": f"{_INNER}.w2_EDF", "w3": f"{_INNER}.w3_EFD"}

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
 from ezpz_moe.tools.checkpoints.huggingface import open_file, read_tensors, some, weight_map
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
-from ezpz_moe.tools.upcycling.target import Target
 
 
 class Dense(Protocol):
