@@ -30,6 +30,16 @@ from ezpz_moe.config.schema import Data
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
 
+__all__ = [
+    "FOLDER_VARIABLE",
+    "LISTED_VARIANTS",
+    "Dimensions",
+    "Flavor",
+    "flavor_names",
+    "is_flavor",
+    "load_flavor",
+]
+
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 LISTED_VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
 

@@ -15,13 +15,13 @@ from trainer_runs import job_folder
 
 from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import huggingface, storage
 from ezpz_moe.tools.checkpoints.huggingface import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
-GENERATION = binding("huggingface").GENERATION
+GENERATION = host().checkpoint_names
 OTHER = "0.3" if GENERATION == "0.2" else "0.2"
 UP = {
     "0.2": "layers.1.moe.experts.w3",

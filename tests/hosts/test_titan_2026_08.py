@@ -8,25 +8,22 @@ import dataclasses
 
 import pytest
 import torch
-from dialect import ON_0_2, ON_GROUPED_LINEAR, ON_MAIN
+from dialect import ON_0_2, SINCE_2026_08, SINCE_2026_09
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import (
-    TITAN_0_3,
-    TITAN_GROUPED_LINEAR,
-    TITAN_MAIN,
-    check_host,
-    generation,
-)
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
-from ezpz_moe.hosts.titan_main.job_keys import KEYS, REPLACED
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.job_keys import KEYS as KEYS_0_3
+from ezpz_moe.hosts.titan.job_keys_2026_08 import KEYS, REPLACED
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
+from ezpz_moe.hosts.titan.v2026_09 import Titan2026_09
 
 check_host()  # before torchtitan is imported: it chooses the device
 
-on_main = pytest.mark.skipif(
-    not ON_MAIN,
-    reason=f"the installed host is {generation().host}; make test-hosts HOST=... runs these",
+since_2026_08 = pytest.mark.skipif(
+    not SINCE_2026_08,
+    reason=f"the installed host is {host().name}; make test-hosts HOST=... runs these",
 )
 FLAVOR = "debugmodel_sdpa_for_loop"
 T, L, N, H, KV_HEADS = 34, 17, 4, 8, 2
@@ -34,7 +31,7 @@ T, L, N, H, KV_HEADS = 34, 17, 4, 8, 2
 
 def config(flavor: str = FLAVOR, **values):
     """The config of a job; ``training__steps=3`` is ``[training] steps = 3``."""
-    from ezpz_moe.hosts.titan_0_3.job import trainer_config
+    from ezpz_moe.hosts.titan.job import trainer_config
 
     keys = {name.replace("__", "."): value for name, value in values.items()}
     return dataclasses.replace(trainer_config(Job(flavor=flavor, values=keys)))
@@ -66,15 +63,15 @@ def test_each_replaced_key_and_its_successor_are_keys():
 
 
 def test_each_generation_is_told_by_what_the_older_ones_lack():
-    assert (TITAN_GROUPED_LINEAR.evidence.why_broken() == "") == ON_GROUPED_LINEAR
-    assert (TITAN_MAIN.evidence.why_broken() == "") == ON_MAIN
-    assert (TITAN_0_3.evidence.why_broken() == "") == (not ON_0_2)
+    assert (Titan2026_09.evidence.why_broken() == "") == SINCE_2026_09
+    assert (Titan2026_08.evidence.why_broken() == "") == SINCE_2026_08
+    assert (Titan03.evidence.why_broken() == "") == (not ON_0_2)
 
 
 # Tokens in place of sequences -----------------------------------------------------------------
 
 
-@on_main
+@since_2026_08
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -114,7 +111,7 @@ def test_a_job_means_the_same_work_in_tokens(values, expected):
     assert sizes(**values) == expected
 
 
-@on_main
+@since_2026_08
 @pytest.mark.parametrize(("old", "new"), REPLACED.items())
 def test_a_key_beside_the_one_that_replaced_it(old, new):
     values = {old.replace(".", "__"): 2, new.replace(".", "__"): 2}
@@ -122,14 +119,14 @@ def test_a_key_beside_the_one_that_replaced_it(old, new):
         config(**values)
 
 
-@on_main
+@since_2026_08
 def test_a_batch_that_the_pipeline_cannot_cut():
     values = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 3}
     with pytest.raises(EzpzError, match=r"local_batch_size = 3 is no multiple of .* = 2"):
         config(parallelism__pipeline_parallel_microbatch_size=2, **values)
 
 
-@on_main
+@since_2026_08
 def test_sdpa_needs_whole_sequences():
     tokens = {
         "training__num_tokens_per_microbatch_per_dp_rank": 96,
@@ -152,13 +149,13 @@ def qkv(kv_heads: int) -> list[torch.Tensor]:
     ]
 
 
-@on_main
+@since_2026_08
 @pytest.mark.parametrize("left_window", [-1, 3])
 @pytest.mark.parametrize("kv_heads", [N, KV_HEADS])
 @pytest.mark.parametrize("with_transform", [False, True])
 def test_folded_attention_stays_within_a_sequence(left_window, kv_heads, with_transform):
     """Output and gradients are those of SDPA with a mask over all T tokens, in float64."""
-    from ezpz_moe.hosts.titan_main.attention import CausalAttention
+    from ezpz_moe.hosts.titan.attention_2026_08 import CausalAttention
 
     module = CausalAttention.Config(left_window=left_window, context_length=L).build()
 
@@ -187,7 +184,7 @@ def test_folded_attention_stays_within_a_sequence(left_window, kv_heads, with_tr
         torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
 
 
-@on_main
+@since_2026_08
 def test_attention_learns_the_length_that_is_trained_with():
     """The flag after the job decides, and what is shorter than a sequence is one."""
     job = config(training__seq_len=64)
@@ -203,11 +200,11 @@ def test_attention_learns_the_length_that_is_trained_with():
 # Data -----------------------------------------------------------------------------------------
 
 
-@on_main
+@since_2026_08
 def test_the_users_text_is_what_is_trained_on(tmp_path):
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-    from ezpz_moe.hosts.titan_main.data import EMBEDDED_TOKENIZER, dataloader_config
+    from ezpz_moe.hosts.titan.data_2026_08 import EMBEDDED_TOKENIZER, dataloader_config
 
     texts = [f"document number {n} " + "word " * 30 for n in range(8)]
     file = tmp_path / "a.txt"
@@ -235,9 +232,9 @@ def test_the_users_text_is_what_is_trained_on(tmp_path):
         numbers(0, 9)
 
 
-@on_main
+@since_2026_08
 def test_a_path_takes_the_place_of_the_hosts_own():
-    from ezpz_moe.hosts.titan_main.data import dataloader_config
+    from ezpz_moe.hosts.titan.data_2026_08 import dataloader_config
 
     loader = dataloader_config("C4_test", "some/where", job_folder=None, infinite=False)
     source = loader.dataset.dataset.source

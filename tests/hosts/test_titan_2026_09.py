@@ -15,13 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, binding, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.v2026_09 import Titan2026_09
 
 check_host()  # before torchtitan is imported: it chooses the device
 
-if generation() is not TITAN_GROUPED_LINEAR:
+if type(host()) is not Titan2026_09:
     pytest.skip(
-        f"the installed host is {generation().host}; make test-hosts HOST=... runs these",
+        f"the installed host is {host().name}; make test-hosts HOST=... runs these",
         allow_module_level=True,
     )
 
@@ -31,7 +33,7 @@ from torchtitan.models.common.linear import GroupedLinear  # noqa: E402
 from torchtitan.models.common.moe import MoE, RoutedExperts  # noqa: E402
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # noqa: E402
 
-experts = binding("experts")
+experts = titan().experts()
 selected = experts.selected
 
 SPECS = {
@@ -157,8 +159,8 @@ def test_other_backends_agree_with_the_host(backend):
     """Two bfloat16 computations of one value differ by a rounding of each on every product."""
     config = experts_config()
     both = output_and_gradients(selected(config, backend, "")), output_and_gradients(config)
-    for ours, host in zip(*both, strict=True):
-        assert (ours.double() - host.double()).norm() <= 2 * 2 * 2.0**-8 * host.double().norm()
+    for ours, theirs in zip(*both, strict=True):
+        assert (ours.double() - theirs.double()).norm() <= 2 * 2 * 2.0**-8 * theirs.double().norm()
     for weight in both[0][2:]:
         assert not weight[1].any()  # the expert without tokens
 

@@ -2,7 +2,7 @@
 
 For tensors that have shapes and no values, so that nothing is computed here.
 
-Legend of the suffixes: :mod:`ezpz_moe.hosts.titan_0_3.attention`.
+Legend of the suffixes: :mod:`ezpz_moe.hosts.titan.attention`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torchtitan.models.common.attention import BaseAttention
 
-from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION, CausalAttention, left_window
+from ezpz_moe.hosts.titan.attention import MASKED_ATTENTION, CausalAttention, left_window
 
 
 class AcceleratorKernels(TorchFunctionMode):

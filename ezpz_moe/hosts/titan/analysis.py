@@ -19,10 +19,10 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
-from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
-from ezpz_moe.hosts.titan_0_3.models import model_spec
-from ezpz_moe.hosts.titan_0_3.router import moe_layers
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.router import moe_layers
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
@@ -31,15 +31,14 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
     Raises:
         EzpzError: the host refuses the model or the length.
     """
-    dialect = binding("dialect")
     spec = model_spec(flavor)
-    training: Any = {dialect.LENGTH.rpartition(".")[2]: length}
+    training: Any = {titan().LENGTH.rpartition(".")[2]: length}
     try:
         config = Trainer.Config(model_spec=spec, training=TrainingConfig(**training))
         spec.model.update_from_config(config=config)
     except ValueError as error:
         raise EzpzError(f"{flavor.source}: torchtitan refuses this: {error}") from error
-    dialect.fit_model(config)
+    titan().fit_model(config)
     with torch.device("meta"):
         model = spec.model.build()
     model.to_empty(device=device)
@@ -51,7 +50,7 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
 
 def forward(model: Any, tokens_L: torch.Tensor, positions_L: torch.Tensor) -> torch.Tensor:
     """The logits [L, V] of one sequence."""
-    shape = binding("dialect").one_sequence(len(tokens_L))
+    shape = titan().one_sequence(len(tokens_L))
     tokens, positions = tokens_L.reshape(shape), positions_L.reshape(shape)
     inputs = {"positions": positions}
     if model.is_masked:

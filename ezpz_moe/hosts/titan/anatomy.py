@@ -18,14 +18,14 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
-from ezpz_moe.hosts.titan_0_3.attention import left_window
-from ezpz_moe.hosts.titan_0_3.command import named
-from ezpz_moe.hosts.titan_0_3.components import choices, weigh
-from ezpz_moe.hosts.titan_0_3.models import model_spec
-from ezpz_moe.hosts.titan_0_3.parameters import build_on_meta
-from ezpz_moe.hosts.titan_0_3.precision import in_words
+from ezpz_moe.hosts.titan.attention import left_window
+from ezpz_moe.hosts.titan.command import named
+from ezpz_moe.hosts.titan.components import choices, weigh
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.parameters import build_on_meta
+from ezpz_moe.hosts.titan.precision import in_words
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 SCORES = "attention scores"
 
@@ -65,7 +65,7 @@ def sequence_length(config: str, host_flags: list[str]) -> int:
         EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
     """
     trainer_config = ConfigManager().parse_args([*named(config), *host_flags])
-    return attrgetter(binding("dialect").LENGTH)(trainer_config)
+    return attrgetter(titan().LENGTH)(trainer_config)
 
 
 def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> str:
@@ -74,7 +74,7 @@ def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> st
     Raises:
         EzpzError: as :func:`sequence_length`.
     """
-    return in_words(ConfigManager().parse_args([*named(config), *host_flags]), flavor)
+    return in_words(ConfigManager().parse_args([*named(config), *host_flags]))
 
 
 def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
@@ -109,7 +109,7 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
         raise _unknown(path, attention)
     handle = kernel.register_forward_pre_hook(look)
     try:
-        attention(torch.empty(*binding("dialect").one_sequence(1), dim, device="meta"), None)
+        attention(torch.empty(*titan().one_sequence(1), dim, device="meta"), None)
     except _Seen as seen:
         q, _, v = seen.args[0]
         return q.shape[-2], q.shape[-1], v.shape[-1]

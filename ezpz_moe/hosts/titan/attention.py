@@ -18,7 +18,7 @@ from torchtitan.models.common.attention import (
     VarlenAttention,
 )
 
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 """The host's attention kernels for language models. Neither has a backward on the CPU."""
@@ -80,7 +80,7 @@ def use_sdpa(model_config) -> int:
         if isinstance(config.inner_attention, MASKED_ATTENTION)
     ]
     for config in attentions:
-        config.inner_attention = binding("attention").causal_attention(config)
+        config.inner_attention = titan().causal_attention(config)
     return len(attentions)
 
 

@@ -3,7 +3,7 @@
 The host's own SDPA class still takes [B, L, N, H] and would take a folded [T, N, H] for it without
 a word, so that tokens would attend across heads. Here the tokens are cut into sequences again.
 
-Legend of the suffixes: T = tokens (B L), otherwise :mod:`ezpz_moe.hosts.titan_0_3.attention`.
+Legend of the suffixes: T = tokens (B L), otherwise :mod:`ezpz_moe.hosts.titan.attention`.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torchtitan.models.common.attention import BaseAttention
 
-from ezpz_moe.hosts.titan_0_3 import attention as unfolded
-from ezpz_moe.hosts.titan_0_3.attention import MASKED_ATTENTION, use_sdpa
-
-__all__ = ["MASKED_ATTENTION", "CausalAttention", "causal_attention", "use_sdpa"]
+from ezpz_moe.hosts.titan import attention as unfolded
 
 
 class CausalAttention(unfolded.CausalAttention):
@@ -59,7 +56,7 @@ def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:
     """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``.
 
     When door 2 asks, the host has set the RoPE's length to that of training; for a job,
-    ``dialect.fit_model`` does it.
+    ``Titan2026_08.fit_model`` does it.
     """
     return CausalAttention.Config(
         left_window=unfolded.left_window(config), context_length=config.rope.max_context_length

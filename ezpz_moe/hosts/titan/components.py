@@ -17,7 +17,7 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.accounting import Cost, computing_experts
-from ezpz_moe.hosts.titan_0_3.models import host_spec
+from ezpz_moe.hosts.titan.models import host_spec
 
 _ZERO_COMPUTATION = "zero-computation experts"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)

@@ -20,28 +20,26 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import Attention
-from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.job import KEYS, accepts, allowed
+from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
+    is_dry_run,
     rank_problems,
     schedule_problems,
-    started_ranks,
+    started_rank_problems,
 )
 from ezpz_moe.hosts.reliance import broken
-from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
-from ezpz_moe.hosts.titan_0_3.precision import experts_dtypes
-from ezpz_moe.hosts.titan_0_3.relied_on_in_part import PICTURES
-from ezpz_moe.hosts.titan_0_3.router_conflicts import router_problems
-from ezpz_moe.hosts.titan_0_3.selector import Sizes
-
-_dialect, _host_experts = binding("dialect"), binding("experts")
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.precision import experts_dtypes
+from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
+from ezpz_moe.hosts.titan.router_conflicts import router_problems
+from ezpz_moe.hosts.titan.selector import Sizes
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
@@ -76,18 +74,17 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
 def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
     if not is_about_to_train():
         return ()
-    return (_ranks,) if _is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+    return (_ranks,) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
 
 
-def _is_dry_run(config: Trainer.Config) -> bool:
-    """Whether this process stands for a rank among many, of which there is no other."""
-    return config.comm.mode in ("fake_backend", "local_tensor")
-
-
-def machine_problems(config: Trainer.Config, flavor: Flavor, ranks: int | None) -> list[str]:
+def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
     """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
     problems = [problem for check in _ON_THIS_MACHINE for problem in check(config)]
-    return problems if ranks is None else [*_rank_problems(config, ranks), *problems]
+    return (
+        problems
+        if ranks is None
+        else [*rank_problems(config.parallelism, ranks, _batch(config)), *problems]
+    )
 
 
 def is_about_to_train() -> bool:
@@ -109,12 +106,12 @@ def _experts(config: Trainer.Config) -> list[Any]:
     """The configs of the routed experts, one for each MoE layer."""
     if config.model_spec is None:
         return []
-    experts_config = _host_experts.HostExperts.Config
+    experts_config = titan().experts().HostExperts.Config
     return [node for _, node, _, _ in config.model_spec.traverse(experts_config)]
 
 
 def _sizes(config: Trainer.Config) -> list[Sizes]:
-    return [_host_experts.sizes(node) for node in _experts(config)]
+    return [titan().experts().sizes(node) for node in _experts(config)]
 
 
 def _backends(config: Trainer.Config) -> list[str]:
@@ -198,7 +195,7 @@ def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
 
 def _ranges(config: Trainer.Config) -> Iterator[str]:
     """Flags of the host take any number; the job's table knows which make sense."""
-    for row in (row for section in KEYS.values() for row in section.values()):
+    for row in (row for section in titan().job_keys().values() for row in section.values()):
         value = None if row.path is None else _at(config, row.path)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not accepts(row, value):
@@ -219,43 +216,43 @@ def _at(node: Any, path: str) -> Any:
 
 
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
-    seq_len = _at(config, _dialect.LENGTH)
+    host = titan()
+    seq_len = _at(config, host.LENGTH)
     if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
-        longest = getattr(config.model_spec.model, _dialect.LONGEST)
+        longest = getattr(config.model_spec.model, host.LONGEST)
         if seq_len > longest:
             yield (
-                f"{_dialect.LENGTH} = {seq_len} is more than flavor {_flavor(config)!r} is made "
-                f"for: its RoPE ends at {_dialect.LONGEST} = {longest}."
+                f"{host.LENGTH} = {seq_len} is more than flavor {_flavor(config)!r} is made "
+                f"for: its RoPE ends at {host.LONGEST} = {longest}."
             )
     chunks = getattr(config.loss, "num_chunks", 1)
     ranks = config.parallelism.context_parallel_degree
-    tokens = _at(config, _dialect.CUT_BY_LOSS)
+    tokens = _at(config, host.CUT_BY_LOSS)
     if tokens % (chunks * ranks):
         product = f"{chunks} x {ranks}" if ranks > 1 else f"{chunks}"
         yield (
-            f"{_dialect.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks "
+            f"{host.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks "
             f"of the loss (loss.num_chunks"
             f"{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
             f" Choose a multiple of {chunks * ranks}."
         )
 
 
-def _pipeline_schedule(config: Trainer.Config) -> Iterator[str]:
-    return schedule_problems(config.parallelism)
-
-
 def _ranks(config: Trainer.Config) -> Iterator[str]:
-    ranks = started_ranks(is_dry_run=_is_dry_run(config))
-    return _rank_problems(config, ranks) if ranks else iter(())
+    return started_rank_problems(config, _batch(config))
 
 
-def _rank_problems(config: Trainer.Config, ranks: int) -> Iterator[str]:
-    batch = Batch(
-        step=(_dialect.STEP, _at(config, _dialect.STEP)),
-        microbatch=(_dialect.MICROBATCH, _at(config, _dialect.MICROBATCH)),
-        microbatches=_dialect.microbatches(config.parallelism),
+def _batch(config: Trainer.Config) -> Batch:
+    host = titan()
+    return Batch(
+        step=(host.STEP, _at(config, host.STEP)),
+        microbatch=(host.MICROBATCH, _at(config, host.MICROBATCH)),
+        microbatches=host.microbatches(config.parallelism),
     )
-    return rank_problems(config.parallelism, ranks, batch)
+
+
+def _of_this_host(config: Trainer.Config) -> Iterator[str]:
+    return titan().own_conflicts(config)
 
 
 def _files(config: Trainer.Config) -> Iterator[str]:
@@ -356,9 +353,9 @@ _ALWAYS: tuple[_Check, ...] = (
     _context_parallel_attention,
     _overridden_experts,
     _sequence_length,
-    _pipeline_schedule,
+    schedule_problems,
     _routers,
     _telemetry,
-    *_dialect.CHECKS,
+    _of_this_host,
 )
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

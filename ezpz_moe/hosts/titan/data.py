@@ -52,11 +52,17 @@ def dataloader_config(
     Raises:
         EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
     """
+    _register_our_texts()
     name, path = find_text(dataset, dataset_path, known=DATASETS, job_folder=job_folder)
     return TextDataLoader.Config(dataset=name, dataset_path=path, infinite=infinite)
 
 
-DATASETS[DEFAULT_DATASET] = DatasetConfig(
-    path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
-)
-DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)
+def _register_our_texts() -> None:
+    """Put them beside the host's own, once: whatever reads the config finds them there."""
+    DATASETS.setdefault(
+        DEFAULT_DATASET,
+        DatasetConfig(path=TOPICS_PATH, loader=load_topics, sample_processor=text_of),
+    )
+    DATASETS.setdefault(
+        TEXT_FILE, DatasetConfig(path="", loader=read_documents, sample_processor=text_of)
+    )

@@ -14,15 +14,14 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import GroupedExperts
 
 from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
+from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
-from ezpz_moe.hosts.titan_0_3.selector import (
-    HOST_PATH,
-    ExpertComputeBackend,
+from ezpz_moe.hosts.titan.selector import (
     Selector,
     Sizes,
     check_seam,
@@ -66,7 +65,8 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
             return super().forward(x_RD, num_tokens_per_expert_E)
         self._count(x_RD, num_tokens_per_expert_E)
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-        w1_EFD, w2_EDF, w3_EFD = (_local(weight).to(self._dtype) for weight in weights)
+        # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
+        w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
         y_RD = self._backend.swiglu(
             w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
         )
@@ -126,8 +126,3 @@ def selected(
     host_class = experts_class.__name__
     refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
     return derive(config, with_selector(experts_class, _SeamSelector).Config, **choice)
-
-
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
-    return weight.to_local() if isinstance(weight, DTensor) else weight

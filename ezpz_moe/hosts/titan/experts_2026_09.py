@@ -21,10 +21,9 @@ from torchtitan.models.common.moe import RoutedExperts
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
-from ezpz_moe.hosts.titan_0_3.selector import (
-    HOST_PATH,
-    ExpertComputeBackend,
+from ezpz_moe.hosts.titan.selector import (
     Selector,
     Sizes,
     check_seam,

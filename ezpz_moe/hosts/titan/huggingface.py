@@ -6,10 +6,7 @@ from typing import Any
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.titan_0_3.models import host_spec
-
-GENERATION = "0.3"
-"""Whose names the host's parameters have."""
+from ezpz_moe.hosts.titan.models import host_spec
 
 
 def adapter(flavor: Flavor) -> Any:

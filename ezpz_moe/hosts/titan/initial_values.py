@@ -17,7 +17,7 @@ from ezpz_moe.hosts.initial_values import (
     initialize_as_one_rank,
     whole_model,
 )
-from ezpz_moe.hosts.titan_0_3.mixed import mixed
+from ezpz_moe.hosts.titan.mixed import mixed
 
 
 class _Root(BaseModel):

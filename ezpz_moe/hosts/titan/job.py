@@ -41,18 +41,16 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor, load_flavor
-from ezpz_moe.config.job import KEYS, Job
+from ezpz_moe.config.job import Job
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
-from ezpz_moe.hosts.titan_0_3 import precision
-from ezpz_moe.hosts.titan_0_3.conflicts import is_about_to_train, refuse_conflicts
-from ezpz_moe.hosts.titan_0_3.initial_values import starting_as_one_rank
-from ezpz_moe.hosts.titan_0_3.models import model_spec
-
-_dialect = binding("dialect")
+from ezpz_moe.hosts.titan import precision
+from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
+from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,
@@ -83,7 +81,7 @@ class JobConfig(Trainer.Config):
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
             return  # a flag may still mend it
-        _dialect.fit_model(self)
+        titan().fit_model(self)
         precision.settle(self)
         where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
@@ -137,7 +135,9 @@ def _reporting_drops(flavor: Flavor) -> Flavor:
 
 def _metrics(telemetry: Telemetry | None) -> Any:
     """The host's defaults with ``telemetry``; it logs whenever the routers report, and between."""
-    metrics = binding("metrics").RouterMetrics.Config(telemetry=telemetry)
+    with titan().importing():  # what only such a flavor needs of the host
+        from ezpz_moe.hosts.titan.metrics import RouterMetrics
+    metrics = RouterMetrics.Config(telemetry=telemetry)
     if telemetry and telemetry.every:
         metrics.log_freq = gcd(telemetry.every, metrics.log_freq)
     return metrics
@@ -167,9 +167,7 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
 def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:
     dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
     try:
-        return binding("data").dataloader_config(
-            dataset, path, job_folder=job.folder, infinite=infinite
-        )
+        return titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
     except EzpzError as error:
         raise EzpzError(f"{job.source}: [{section}] {error}") from error
 
@@ -182,12 +180,13 @@ def _arguments(job: Job, **keys: str) -> dict[str, Any]:
 def _field_values(job: Job) -> dict[str, Any]:
     """Path in ``Trainer.Config`` -> value, for the keys that set fields."""
     try:
-        values = _dialect.work(job.values)
+        values = titan().work(job.values)
     except EzpzError as error:
         raise EzpzError(f"{job.source}: {error}") from error
+    keys = titan().job_keys()
     for key, value in job.values.items():
         section, _, name = key.rpartition(".")
-        row = KEYS[section][name]
+        row = keys[section][name]
         if row.path is not None:
             values[row.path] = job.resolve(value) if row.is_file else value
     return values
@@ -242,7 +241,7 @@ def _refuse_options_of_another_mode(
     job: Job, policy: ActivationCheckpointing.Config | None
 ) -> None:
     """An option that the chosen activation checkpointing does not have would be ignored."""
-    for name, row in KEYS["activation_checkpoint"].items():
+    for name, row in titan().job_keys()["activation_checkpoint"].items():
         if row.path is None or f"activation_checkpoint.{name}" not in job.values:
             continue
         option = row.path.rpartition(".")[2]

@@ -1,78 +1,37 @@
 """Every section and key of the trainer's TOML, and where torchtitan 0.3 keeps it.
 
-The sections are those of torchtitan 0.2's job config. One row per key:
+The sections are those of torchtitan 0.2's job config; :mod:`ezpz_moe.config.keys` says what a row
+is. What ``gone`` names in ``unless`` asks for what 0.3 does anyway, and is accepted, so that one
+file can serve both host generations. What is done with a key that is our ``own`` stands in
+:mod:`ezpz_moe.hosts.titan.job`.
 
-- ``to(path, type)``: the same setting in 0.3's ``Trainer.Config``, at ``path``;
-- ``new(path, type)``: a setting that 0.2 does not have, in the section where one looks for it;
-- ``own(type)``: read by this package (``ezpz_moe.hosts.titan_0_3.job`` says what it does);
-- ``gone(message)``: 0.3 has no such setting; the message says why and what to do instead.
-  ``unless`` lists the values that ask for what 0.3 does anyway. They are accepted, so that one
-  file can serve both host generations.
-
-Types are checked strictly: ``true`` is no integer, ``1`` is a float, ``"1"`` is neither.
 Pure data: this file imports neither torch nor torchtitan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import StringConstraints
+from annotated_types import Ge, Gt, MinLen
 
-
-@dataclass(frozen=True)
-class Key:
-    """One row of the table.
-
-    Attributes:
-        type: what the TOML may hold; None for a key that is gone.
-        path: dotted path in ``Trainer.Config``; None when no single field takes the value as it is.
-        message: for a key that is gone, what the user is told.
-        unless: values of a key that is gone which are accepted without effect.
-        since_0_3: torchtitan 0.2 does not have the key.
-        is_file: the value names an existing file or folder (see ``Job.resolve``).
-        flag: for a key that this package reads, the host's flag that says the same, if any.
-    """
-
-    type: Any = None
-    path: str | None = None
-    message: str = ""
-    unless: tuple[Any, ...] = ()
-    since_0_3: bool = False
-    is_file: bool = False
-    flag: str | None = None
-
-
-def to(path: str, type: Any, *, is_file: bool = False) -> Key:
-    return Key(type=type, path=path, is_file=is_file)
-
-
-def new(path: str, type: Any) -> Key:
-    return Key(type=type, path=path, since_0_3=True)
-
-
-def own(type: Any, *, flag: str | None = None) -> Key:
-    return Key(type=type, flag=flag)
-
-
-def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
-    return Key(message=message, unless=unless)
-
-
-Positive = Annotated[int, Ge(1)]
-NonNegative = Annotated[int, Ge(0)]
-MinusOneOrPositive = Literal[-1] | Positive
-Seconds = Annotated[int, Ge(1), Le(10**9)]
-Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
-Rate = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-Beta = Annotated[float, Ge(0), Lt(1)]
-Text = Annotated[str, StringConstraints(pattern=r"\A[^\x00]+\z")]  # no file name has a null
-Dtype = Literal["bfloat16", "float32"]
-CommBackend = Literal["standard", "deepep", "hybridep", "minimal_async_ep"]
+from ezpz_moe.config.keys import (
+    Beta,
+    CommBackend,
+    Dtype,
+    Fraction,
+    Keys,
+    MinusOneOrPositive,
+    NonNegative,
+    Positive,
+    Rate,
+    Seconds,
+    Seed,
+    Text,
+    gone,
+    new,
+    own,
+    to,
+)
 
 _ADAMW = "optimizer.param_groups.0"
 _ADAMW_KWARGS = f"{_ADAMW}.optimizer_kwargs"
@@ -95,7 +54,7 @@ _SUBCLASS = (
     "already loaded by `--module ezpz_moe`. Leave it out."
 )
 
-KEYS: Mapping[str, Mapping[str, Key]] = {
+KEYS: Keys = {
     "job": {
         "config_file": gone(
             "the file is named on the command line: --module ezpz_moe --config PATH. Leave it out."

@@ -1,7 +1,7 @@
-"""The trainer's TOML as torchtitan's main branch takes it: 0.3's table with what differs.
+"""The trainer's TOML as torchtitan of August 2026 takes it: 0.3's table with what differs.
 
-0.3's names for how much is computed at once stay, and mean the same work; main's own names are
-keys too. Pure data: this file imports neither torch nor torchtitan.
+0.3's names for how much is computed at once stay, and mean the same work; the new names are keys
+too. Pure data: this file imports neither torch nor torchtitan.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
-from ezpz_moe.hosts.titan_0_3.job_keys import (
+from ezpz_moe.config.keys import (
     Key,
+    Keys,
     MinusOneOrPositive,
     NonNegative,
     Positive,
@@ -19,6 +19,7 @@ from ezpz_moe.hosts.titan_0_3.job_keys import (
     new,
     own,
 )
+from ezpz_moe.hosts.titan.job_keys import KEYS as KEYS_0_3
 
 REPLACED: Mapping[str, str] = {
     "training.local_batch_size": "training.num_tokens_per_microbatch_per_dp_rank",
@@ -26,7 +27,7 @@ REPLACED: Mapping[str, str] = {
     "training.global_batch_size": "training.num_tokens_per_train_step",
     "parallelism.pipeline_parallel_microbatch_size": "parallelism.num_pp_microbatches",
 }
-"""0.3's key -> the field of main that says the same, in tokens."""
+"""0.3's key -> the field since August 2026 that says the same, in tokens."""
 
 _NO_WORKERS = (
     "this torchtitan reads data in threads, not in worker processes. Leave it out; "
@@ -45,7 +46,7 @@ def _dataloader(path: str) -> dict[str, Key]:
     }
 
 
-_OTHERWISE: Mapping[str, Mapping[str, Key]] = {
+_OTHERWISE: Keys = {
     "training": {
         "local_batch_size": own(Positive, flag=REPLACED["training.local_batch_size"]),
         "seq_len": own(Positive, flag=REPLACED["training.seq_len"]),
@@ -67,6 +68,6 @@ _OTHERWISE: Mapping[str, Mapping[str, Key]] = {
     "validation.dataloader": _dataloader("validator.dataloader"),
 }
 
-KEYS: Mapping[str, Mapping[str, Key]] = {
+KEYS: Keys = {
     section: {**keys, **_OTHERWISE.get(section, {})} for section, keys in KEYS_0_3.items()
 }

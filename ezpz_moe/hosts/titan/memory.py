@@ -21,17 +21,18 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import ranks
-from ezpz_moe.hosts.dry_run import become_rank, local
+from ezpz_moe.hosts.dry_run import become_rank
 from ezpz_moe.hosts.installed import host_name
-from ezpz_moe.hosts.live import LiveStorages, Place
+from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.rank_report import RankReport
-from ezpz_moe.hosts.titan_0_3.accelerator_kernels import AcceleratorKernels, give_shapes_only
-from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
-from ezpz_moe.hosts.titan_0_3.command import named
-from ezpz_moe.hosts.titan_0_3.components import components
-from ezpz_moe.hosts.titan_0_3.preflight import config_of_rank, parts_of_model
-from ezpz_moe.hosts.titan_0_3.zero_computation import route_evenly
+from ezpz_moe.hosts.titan.accelerator_kernels import AcceleratorKernels, give_shapes_only
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.command import named
+from ezpz_moe.hosts.titan.components import components
+from ezpz_moe.hosts.titan.live import LiveStorages, Place
+from ezpz_moe.hosts.titan.preflight import config_of_rank, parts_of_model
+from ezpz_moe.hosts.titan.zero_computation import route_evenly
 
 RESIDUAL_STREAM = "residual stream"
 

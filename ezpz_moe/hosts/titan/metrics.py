@@ -25,9 +25,10 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.routing_schema import Telemetry
-from ezpz_moe.hosts.titan_0_3.router import local, moe_layers
-from ezpz_moe.hosts.titan_0_3.routing import counting_meshes
-from ezpz_moe.hosts.titan_0_3.selector import Selector
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.router import moe_layers
+from ezpz_moe.hosts.titan.routing import counting_meshes
+from ezpz_moe.hosts.titan.selector import Selector
 from ezpz_moe.routing.counters import ROWS, SUMS
 from ezpz_moe.telemetry import record as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts

@@ -19,9 +19,10 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Dimensions, Flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.reliance import in_words
-from ezpz_moe.hosts.titan_0_3.selector import select_backend
+from ezpz_moe.hosts.titan.attention import use_sdpa
+from ezpz_moe.hosts.titan.selector import select_backend
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 _DEFAULT_COMM_BACKEND = "standard"
 
@@ -42,11 +43,13 @@ def model_spec(
     """
     spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
     if flavor.attention == "sdpa":
-        binding("attention").use_sdpa(spec.model)
+        use_sdpa(spec.model)
     chosen_by = why or f"flavor {flavor.name}"
     select_backend(spec.model, flavor.compute_backend, chosen_by, flavor.expert_precision)
     if flavor.is_routed:
-        binding("routing").route(spec, flavor)
+        with titan().importing():  # what only such a flavor needs of the host
+            from ezpz_moe.hosts.titan.routing import route
+        route(spec, flavor)
     return spec
 
 
@@ -77,7 +80,7 @@ def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Mode
     """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
     spec = deepseek_v3.model_registry("debugmodel")
     rope = size.rope.model_dump()
-    rope[binding("dialect").LONGEST] = rope.pop("max_seq_len")
+    rope[titan().LONGEST] = rope.pop("max_seq_len")
     layers = _build_dsv3_layers(
         **size.model_dump(exclude={"vocab_size", "rope"}),
         rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
@@ -121,7 +124,7 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
             f"{where}: torchtitan's {module_name} has no flavor {upstream!r}."
             f"{did_you_mean(upstream, known)} It has {', '.join(known)}."
         ) from error
-    if not any(True for _ in spec.model.traverse(binding("experts").HostExperts.Config)):
+    if not any(True for _ in spec.model.traverse(titan().experts().HostExperts.Config)):
         raise EzpzError(
             f"{where}: this model is dense: it has no routed experts to compute. "
             'Name a mixture-of-experts model, for example "qwen3/30B-A3B".'

@@ -1,7 +1,9 @@
-"""What door 2 needs of torchtitan 0.3: targets, and the job that an override belongs to."""
+"""What door 2 needs of torchtitan: targets, and the job that an override belongs to."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from torchtitan.config.override import override
 from torchtitan.models.common.attention import BaseAttention
@@ -10,19 +12,43 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.hosts import binding
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
-from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs
-from ezpz_moe.hosts.titan_0_3.initial_values import refuse_twins
+from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
+from ezpz_moe.hosts.titan.initial_values import refuse_twins
+from ezpz_moe.hosts.titan.v0_3 import titan
 
-for_experts = override(
-    target=binding("experts").HostExperts.Config,
-    description="Compute the routed experts with a backend of ezpz_moe.",
-)
-for_attention = override(
-    target=BaseAttention.Config,
-    description="Causal SDPA in place of FlexAttention or varlen attention.",
-)
+
+def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``factory`` as an override of the routed experts; ``factory`` itself."""
+    return override(
+        target=titan().experts().HostExperts.Config,
+        description="Compute the routed experts with a backend of ezpz_moe.",
+    )(factory)
+
+
+def for_attention(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``factory`` as an override of the attention; ``factory`` itself."""
+    return override(
+        target=BaseAttention.Config,
+        description="Causal SDPA in place of FlexAttention or varlen attention.",
+    )(factory)
+
+
+def selected(
+    config: Any, backend: str, chosen_by: str, expert_precision: ExpertPrecision | None = None
+) -> Any:
+    """The config of the same experts, computed by ``backend``.
+
+    Raises:
+        EzpzError: unknown backend, or these experts cannot be computed by it.
+    """
+    return titan().experts().selected(config, backend, chosen_by, expert_precision)
+
+
+def causal_attention(config: Any) -> Any:
+    """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
+    return titan().causal_attention(config)
 
 
 def turn_off_cuda_graphs_for(backend: str) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.titan_0_3.components import choices, weigh
-from ezpz_moe.hosts.titan_0_3.models import model_spec
+from ezpz_moe.hosts.titan.components import choices, weigh
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
@@ -51,7 +51,7 @@ def _summarize(flavor: Flavor) -> ModelSummary:
     chosen = choices(flavor)
     costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
     total = sum(costs.values(), Cost())
-    host_experts = binding("experts")
+    host_experts = titan().experts()
     _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
     sizes = host_experts.sizes(experts)
     return ModelSummary(

@@ -11,7 +11,6 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import Job
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.precision import (
     HOSTS_CAST,
     PARAM,
@@ -22,6 +21,7 @@ from ezpz_moe.hosts.precision import (
     of_run,
     trains_in_float32,
 )
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def values(job: Job) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def experts_dtypes(config: Trainer.Config) -> list[str]:
     return list(dict.fromkeys(dtypes))
 
 
-def in_words(config: Trainer.Config, flavor: Flavor) -> str:
-    """Which precision applies to a run of ``config``, whose model is ``flavor``'s."""
+def in_words(config: Trainer.Config) -> str:
+    """Which precision applies to a run of ``config``."""
     param = config.training.mixed_precision_param
     return of_run(param, " and ".join(experts_dtypes(config)), utils.device_type)
 
@@ -79,5 +79,5 @@ def _log(line: str) -> None:
 
 def _experts(config: Trainer.Config) -> Iterator[Any]:
     if config.model_spec is not None:
-        for _, node, _, _ in config.model_spec.traverse(binding("experts").HostExperts.Config):
+        for _, node, _, _ in config.model_spec.traverse(titan().experts().HostExperts.Config):
             yield node

@@ -17,11 +17,11 @@ from torchtitan.config import ConfigManager
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.rank_report import RankReport
-from ezpz_moe.hosts.titan_0_3.attention import has_masked_attention
-from ezpz_moe.hosts.titan_0_3.command import named
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.command import named
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 _FAILED = (
     "{}: {} (in a step with tensors that have shapes and no values; the rank itself was built, and "
@@ -82,8 +82,7 @@ def _step(config: Trainer.Config, model: Any) -> str:
 
     What the host compiles runs as it is written: a compiler would be given tensors of its own kind.
     """
-    dialect = binding("dialect")
-    shape = dialect.one_sequence(attrgetter(dialect.LENGTH)(config))
+    shape = titan().one_sequence(attrgetter(titan().LENGTH)(config))
     is_masked = has_masked_attention(config.model_spec)
     has_backward = not (is_masked and utils.device_type == "cpu")
     with (

@@ -3,77 +3,24 @@
 Vital is what a run comes across, among it every name that the modules behind ``job.py`` import.
 """
 
-from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on_in_part import (
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, NOTHING_TRAINS, Reliance
+from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
+from ezpz_moe.hosts.titan.relied_on_in_part import (
     ANALYSIS,
     COMPONENTS,
     NO_ROUTER,
     ROUTERS,
 )
 
-_NOTHING_TRAINS = "nothing can be trained with this host"
 SEAM_MOVED = (
     "the seam moved: backends other than grouped_mm cannot be bound{}; training with the stock "
     "path still works"
 )
 _NOT_COUNTED = "`ezpz-moe flavors`, `show` and `doctor JOB.toml` cannot count a model's parameters"
-_NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from safetensors"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
-OF_EVERY_GENERATION = (
-    Reliance(
-        "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-        used_for="several CPU ranks begin with the values of one: which part of them is whose",
-        if_broken=NO_FLAVOR,
-        takes=("global_shape", "mesh", "placements"),
-        vital=True,
-    ),
-    Reliance(
-        "torchtitan.train",
-        used_for="`ezpz-moe train` and `python -m ezpz_moe.train` run this module",
-        if_broken=_NOTHING_TRAINS,
-        vital=True,
-    ),
-    Reliance(
-        "torchtitan.hf_datasets.text_datasets:DATASETS",
-        used_for="the embedded text and the user's own files, beside the host's datasets",
-        if_broken=NO_FLAVOR,
-        vital=True,
-    ),
-    Reliance(
-        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.to_hf",
-        used_for="ckpt remap --to hf",
-        if_broken=_NO_SAFETENSORS,
-        takes=("state_dict",),
-    ),
-    Reliance(
-        "torchtitan.protocols.state_dict_adapter:StateDictAdapter.from_hf",
-        used_for="ckpt remap of safetensors",
-        if_broken=_NO_SAFETENSORS,
-        takes=("hf_state_dict",),
-    ),
-    Reliance(
-        "torchtitan.tools.logging:logger",
-        used_for="saying which backend computes the experts, among the host's own lines",
-        if_broken=NO_FLAVOR,
-        vital=True,
-    ),
-    Reliance(
-        "torchtitan.tools.utils:device_type",
-        used_for="telling the host to train on the CPU where no accelerator is; what it trains on",
-        if_broken=NO_FLAVOR,
-        vital=True,
-    ),
-)
 
-DATASET_CONFIG = Reliance(
-    "torchtitan.hf_datasets:DatasetConfig",
-    used_for="an entry of DATASETS",
-    if_broken=NO_FLAVOR,
-    fields=("path", "loader", "sample_processor"),
-    vital=True,
-)
 """Of torchtitan 0.2 and 0.3."""
 
 _EXPERTS = (
@@ -156,7 +103,7 @@ _JOB = (
     Reliance(
         "torchtitan.trainer:Trainer.Config",
         used_for="what a job becomes",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         fields=(
             *("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
             *("hf_assets_path", "optimizer", "dataloader", "validator", "activation_checkpoint"),
@@ -234,7 +181,7 @@ _MODELS = (
     Reliance(
         "torchtitan.protocols.model_spec:ModelSpec",
         used_for="a flavor's model; its parallelize_fn is wrapped for FSDP over gloo",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         has=("traverse",),
         fields=("name", "flavor", "model", "parallelize_fn", "pipelining_fn", "state_dict_adapter"),
         vital=True,
@@ -299,7 +246,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torch.distributed:set_timeout",
         used_for="the host calls it after the first step (torch older than 2.14 lacks it)",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         vital=True,
     ),
     *_EXPERTS,

@@ -1,10 +1,7 @@
-"""What the binding relies on in torchtitan's main branch: 0.3's lines, and what differs."""
+"""What the binding relies on in torchtitan of August 2026: 0.3's lines, and what differs."""
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import RELIED_ON as RELIED_ON_0_3
-from ezpz_moe.hosts.titan_0_3.relied_on import STATE_DICT_KEYS
-
-__all__ = ["RELIED_ON", "STATE_DICT_KEYS"]
+from ezpz_moe.hosts.titan.relied_on import RELIED_ON as RELIED_ON_0_3
 
 _CHANGED: tuple[Reliance, ...] = (
     Reliance(

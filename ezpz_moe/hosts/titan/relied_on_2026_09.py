@@ -1,8 +1,8 @@
-"""What the binding relies on in torchtitan since September 2026: main's lines, other experts."""
+"""What the binding relies on in torchtitan since September 2026: August's lines, other experts."""
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import SEAM_MOVED
-from ezpz_moe.hosts.titan_main.relied_on import RELIED_ON as RELIED_ON_BEFORE
+from ezpz_moe.hosts.titan.relied_on import SEAM_MOVED
+from ezpz_moe.hosts.titan.relied_on_2026_08 import RELIED_ON as RELIED_ON_BEFORE
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
 _LINEAR = "torchtitan.models.common.linear:GroupedLinear"

@@ -17,13 +17,13 @@ import torch
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import Module
 
 from ezpz_moe.config.routing_schema import Balance, Router
-from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
 from ezpz_moe.routing.counters import SUMS, count
@@ -289,8 +289,3 @@ def moe_layers(model_parts: Any) -> dict[int, Any]:
         for name, block in part.layers.items()
         if getattr(block, "moe_enabled", False) and isinstance(block.moe.router, _Router)
     }
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A rank's own part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,7 @@ from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 
 from ezpz_moe.config.routing_schema import Router, size_conflicts
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.titan.v0_3 import titan
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 
@@ -119,7 +119,7 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     parallelism, scope = config.parallelism, moe.router.balance.scope
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
-    is_folded = len(binding("dialect").one_sequence(1)) == 1
+    is_folded = len(titan().one_sequence(1)) == 1
     if is_folded and ranks_share and scope == "sequence":
         degrees = (
             f"parallelism.context_parallel_degree = {cp}"

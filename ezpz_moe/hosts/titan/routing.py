@@ -13,11 +13,12 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.routing_schema import Balance, Schedule
-from ezpz_moe.hosts import binding
-from ezpz_moe.hosts.titan_0_3.checkpointing import keeping_choices
-from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask, local, moe_layers, routed
-from ezpz_moe.hosts.titan_0_3.selector import RowCounts
-from ezpz_moe.hosts.titan_0_3.zero_computation import with_zero_computation
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.checkpointing import keeping_choices
+from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
+from ezpz_moe.hosts.titan.selector import RowCounts
+from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
 from ezpz_moe.routing.bias import bias_change
 from ezpz_moe.routing.schedules import value_at
 
@@ -89,7 +90,7 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
     tokens of the whole step: likewise a group's loss is divided by the groups of the whole step.
     """
     data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
-    sequences = binding("dialect").sequences(training, parallelism, data_ranks)
+    sequences = titan().sequences(training, parallelism, data_ranks)
     microbatches = sequences.of_step // sequences.of_microbatch // data_ranks
     groups, mesh = {
         "sequence": (sequences.of_step, "cp"),

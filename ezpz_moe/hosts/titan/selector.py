@@ -7,7 +7,7 @@ takes the place of its products.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torchtitan.protocols.module import Module
@@ -16,16 +16,10 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
-from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
+from ezpz_moe.hosts.titan.v0_3 import titan
 from ezpz_moe.routing.counters import count_rows
-
-ExpertComputeBackend: TypeAlias = str
-"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
-
-HOST_PATH: ExpertComputeBackend = "grouped_mm"
-"""The backend that is the host's own code, untouched."""
 
 REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
 """Where the share of dropped tokens is to be found."""
@@ -122,7 +116,7 @@ def select_backend(
     Raises:
         EzpzError: as the ``selected`` of the host's binding, or the model has no routed experts.
     """
-    experts = binding("experts")
+    experts = titan().experts()
     nodes = list(model_config.traverse(experts.HostExperts.Config))
     if not nodes:
         raise EzpzError(

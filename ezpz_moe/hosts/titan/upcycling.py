@@ -6,7 +6,8 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.titan.parameters import build_on_meta
+from ezpz_moe.hosts.titan.v0_3 import titan
 from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 
 _INNER = "routed_experts.inner_experts"
@@ -21,7 +22,7 @@ def target(flavor: Flavor) -> Target:
     Raises:
         EzpzError: the host cannot build it, or its experts are no SwiGLU FFN without biases.
     """
-    model = binding("parameters").build_on_meta(flavor)
+    model = build_on_meta(flavor)
     tensors = model.state_dict()
     moes = {name: each for name, each in model.named_modules() if isinstance(each, MoE)}
     return Target(
@@ -29,7 +30,7 @@ def target(flavor: Flavor) -> Target:
         tensors=tensors,
         layers=tuple(_layer(flavor, name, moe, tensors) for name, moe in moes.items()),
         tied=_TIED,
-        generation=binding("huggingface").GENERATION,
+        generation=titan().checkpoint_names,
     )
 
 

@@ -1,60 +1,305 @@
-"""How torchtitan 0.3 says what its main branch says otherwise: batches of sequences.
+"""torchtitan 0.3, and what every generation after it keeps: batches of sequences, grouped experts.
 
-``titan_main/dialect.py`` is the same file for main; compare the two.
+The methods at the end are for the other modules of this folder: what they ask of a newer
+generation. Compare ``v2026_08.py``, which answers most of them otherwise.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ezpz_moe.hosts.ranks import Sequences
+from ezpz_moe.hosts.host import Analysis, Anatomy, Host, Memory, Overrides, StateDictAdapter
+from ezpz_moe.hosts.reliance import Reliance
 
-LENGTH = "training.seq_len"
-"""Where the config says how many tokens a token may look back over."""
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-LONGEST = "max_seq_len"
-"""The name of that limit on the model's side: of a decoder, and of its RoPE."""
-
-CUT_BY_LOSS = "training.seq_len"
-"""What the chunked loss cuts into equal parts."""
-
-STEP = "training.global_batch_size"
-"""What all ranks compute between two steps of the optimizer; -1: as little as possible."""
-
-MICROBATCH = "training.local_batch_size"
-"""What one rank computes at once, in the unit of ``STEP``."""
-
-
-def microbatches(parallelism: Any) -> int:
-    """How many ``MICROBATCH`` a rank computes at least: a pipeline divides its one further."""
-    return 1
+    from ezpz_moe.config.flavor_schema import ExpertPrecision
+    from ezpz_moe.config.flavors import Flavor
+    from ezpz_moe.config.job import Job
+    from ezpz_moe.config.keys import Keys
+    from ezpz_moe.hosts.model_summary import ModelSummary
+    from ezpz_moe.hosts.rank_report import RankReport
+    from ezpz_moe.hosts.setting import Setting
+    from ezpz_moe.hosts.titan.job import JobConfig
+    from ezpz_moe.hosts.titan.selector import Sizes
+    from ezpz_moe.hosts.upcycling_target import Target
 
 
-def work(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields for the job's keys that are no field of the host: here all are."""
-    return {}
+@dataclass(frozen=True)
+class Sequences:
+    """The work counted in sequences: in a training step, and in a microbatch of one rank."""
+
+    of_step: int
+    of_microbatch: int
+    length: int
 
 
-def one_sequence(length: int) -> tuple[int, ...]:
-    """The shape of a sequence of tokens, as a batch of one: [B, L]."""
-    return (1, length)
+class Experts(Protocol):
+    """The module that gives a class of the host's experts the selector."""
+
+    @property
+    def HostExperts(self) -> Any:
+        """The host's class whose config nodes get it."""
+
+    @property
+    def EzpzGroupedExperts(self) -> Any:
+        """That class with the selector."""
+
+    def sizes(self, config: Any) -> Sizes:
+        """What such a node says of the experts' sizes."""
+
+    def selected(
+        self,
+        config: Any,
+        backend: str,
+        chosen_by: str,
+        expert_precision: ExpertPrecision | None = None,
+    ) -> Any:
+        """The node of the same experts, computed by ``backend``.
+
+        Raises:
+            EzpzError: unknown backend, or these experts cannot be computed by it.
+        """
 
 
-def sequences(training: Any, parallelism: Any, data_ranks: int) -> Sequences:
-    """How the work of a training step is cut; ``data_ranks`` have data of their own."""
-    whole, batch = training.global_batch_size, training.local_batch_size
-    piped = parallelism.pipeline_parallel_degree > 1
-    return Sequences(
-        of_step=batch * data_ranks if whole < 0 else whole,
-        of_microbatch=parallelism.pipeline_parallel_microbatch_size if piped else batch,
-        length=training.seq_len,
+class Titan03(Host):
+    """torchtitan 0.3."""
+
+    generation = "0.3"
+    name = "torchtitan 0.3"
+    evidence = Reliance(
+        "torchtitan.config.override:derive",
+        used_for="telling the generation of the host",
+        if_broken="this is older than torchtitan 0.3",
+        takes=("source", "target_cls"),
+        vital=True,
     )
+    checkpoint_names = "0.3"
+    launcher_variables = ("MODULE", "CONFIG")
+
+    @property
+    def relied_on(self) -> tuple[Reliance, ...]:
+        from ezpz_moe.hosts.titan.relied_on import RELIED_ON
+
+        return RELIED_ON
+
+    @property
+    def state_dict_keys(self) -> tuple[str, ...]:
+        from ezpz_moe.hosts.titan.relied_on import STATE_DICT_KEYS
+
+        return STATE_DICT_KEYS
+
+    def modules(self) -> tuple[str, ...]:
+        lineage = {each.generation for each in type(self).__mro__ if issubclass(each, Titan03)}
+        return tuple(_modules(lineage).values())
+
+    def job_keys(self) -> Keys:
+        from ezpz_moe.hosts.titan.job_keys import KEYS
+
+        return KEYS
+
+    def arguments(self, job: Job) -> list[str]:
+        from ezpz_moe.hosts.titan.command import named
+
+        return named(str(job.path or job.flavor))
+
+    def one_step(self, folder: str) -> list[str]:
+        return [
+            *("--training.steps", "1", "--dump-folder", folder),
+            *("--checkpoint.no-enable", "--validator.no-enable"),
+            *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
+        ]
+
+    def trainer_config(self, job: Job) -> JobConfig:
+        with self.importing():
+            from ezpz_moe.hosts.titan.job import trainer_config
+        return trainer_config(job)
+
+    def machine_problems(self, config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.conflicts import machine_problems
+        return machine_problems(config, ranks)
+
+    def settings(self, config: Any) -> list[Setting]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.settings import settings
+        return settings(config)
+
+    def flags(self, config: Any) -> frozenset[str]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.settings import flags
+        return flags(config)
+
+    def precision_in_words(self, config: Any, flavor: Flavor) -> str:
+        with self.importing():
+            from ezpz_moe.hosts.titan.precision import in_words
+        return in_words(config)
+
+    def summarize(self, flavor: Flavor) -> ModelSummary:
+        with self.importing():
+            from ezpz_moe.hosts.titan.parameters import summarize
+        return summarize(flavor)
+
+    def build_on_meta(self, flavor: Flavor) -> nn.Module:
+        with self.importing():
+            from ezpz_moe.hosts.titan.parameters import build_on_meta
+        return build_on_meta(flavor)
+
+    def experts_class(self) -> type[nn.Module]:
+        return self.experts().EzpzGroupedExperts
+
+    def stock_experts(self) -> Callable[[Tensor, Tensor, Tensor], nn.Module]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.stock import stock_experts
+        return stock_experts
+
+    def adapter(self, flavor: Flavor) -> StateDictAdapter:
+        with self.importing():
+            from ezpz_moe.hosts.titan.huggingface import adapter
+        return adapter(flavor)
+
+    def run_rank(
+        self, config: str, host_flags: list[str], world_size: int, rank: int
+    ) -> RankReport:
+        with self.importing():
+            from ezpz_moe.hosts.titan.preflight import run_rank
+        return run_rank(config, host_flags, world_size, rank)
+
+    def overrides(self) -> Overrides:
+        with self.importing():
+            from ezpz_moe.hosts.titan import overrides
+        return overrides
+
+    def anatomy(self) -> Anatomy:
+        with self.importing():
+            from ezpz_moe.hosts.titan import anatomy
+        return anatomy
+
+    def memory(self) -> Memory:
+        with self.importing():
+            from ezpz_moe.hosts.titan import memory
+        return memory
+
+    def analysis(self) -> Analysis:
+        with self.importing():
+            from ezpz_moe.hosts.titan import analysis
+        return analysis
+
+    def upcycling_target(self, flavor: Flavor) -> Target:
+        with self.importing():
+            from ezpz_moe.hosts.titan.upcycling import target
+        return target(flavor)
+
+    # --- for the modules of this folder: what newer generations answer otherwise ------------------
+
+    LENGTH: ClassVar[str] = "training.seq_len"
+    """Where the config says how many tokens a token may look back over."""
+
+    LONGEST: ClassVar[str] = "max_seq_len"
+    """The name of that limit on the model's side: of a decoder, and of its RoPE."""
+
+    CUT_BY_LOSS: ClassVar[str] = "training.seq_len"
+    """What the chunked loss cuts into equal parts."""
+
+    STEP: ClassVar[str] = "training.global_batch_size"
+    """What all ranks compute between two steps of the optimizer; -1: as little as possible."""
+
+    MICROBATCH: ClassVar[str] = "training.local_batch_size"
+    """What one rank computes at once, in the unit of ``STEP``."""
+
+    def microbatches(self, parallelism: Any) -> int:
+        """How many ``MICROBATCH`` a rank computes at least: a pipeline divides its one further."""
+        return 1
+
+    def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields for the job's keys that are no field of the host: here all are.
+
+        Raises:
+            EzpzError: the keys contradict each other.
+        """
+        return {}
+
+    def one_sequence(self, length: int) -> tuple[int, ...]:
+        """The shape of a sequence of tokens, as a batch of one: [B, L]."""
+        return (1, length)
+
+    def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
+        """How the work of a training step is cut; ``data_ranks`` have data of their own."""
+        whole, batch = training.global_batch_size, training.local_batch_size
+        piped = parallelism.pipeline_parallel_degree > 1
+        return Sequences(
+            of_step=batch * data_ranks if whole < 0 else whole,
+            of_microbatch=parallelism.pipeline_parallel_microbatch_size if piped else batch,
+            length=training.seq_len,
+        )
+
+    def fit_model(self, config: Any) -> None:
+        """Tell the model what only the whole config says: here nothing."""
+
+    def own_conflicts(self, config: Any) -> Iterator[str]:
+        """Conflicts in a run's config that only this host has: here none."""
+        return iter(())
+
+    def experts(self) -> Experts:
+        """The experts with a selectable backend."""
+        with self.importing():
+            from ezpz_moe.hosts.titan import experts
+        return experts
+
+    def causal_attention(self, config: Any) -> Any:
+        """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
+        with self.importing():
+            from ezpz_moe.hosts.titan.attention import causal_attention
+        return causal_attention(config)
+
+    def dataloader_config(
+        self,
+        dataset: str | None,
+        dataset_path: str | None,
+        *,
+        job_folder: Path | None,
+        infinite: bool = True,
+    ) -> Any:
+        """The config of the dataloader for ``dataset`` and ``dataset_path``.
+
+        Raises:
+            EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
+        """
+        with self.importing():
+            from ezpz_moe.hosts.titan.data import dataloader_config
+        return dataloader_config(dataset, dataset_path, job_folder=job_folder, infinite=infinite)
 
 
-def fit_model(config: Any) -> None:
-    """Tell the model what only the whole config says: here nothing."""
+def titan() -> Titan03:
+    """The host at hand, for what is in this folder.
+
+    Raises:
+        EzpzError: as :func:`ezpz_moe.hosts.detect.host`.
+    """
+    from ezpz_moe.hosts.detect import host  # which imports this module
+
+    found = host()
+    assert isinstance(found, Titan03)
+    return found
 
 
-CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = ()
-"""Conflicts that only this host has."""
+def _modules(lineage: set[str]) -> dict[str, str]:
+    """Name without date -> module of this folder, the newest that a generation has.
+
+    Args:
+        lineage: the generation and those that it builds on.
+    """
+    newest: dict[str, str] = {}
+    for each in sorted(found.name for found in iter_modules([str(Path(__file__).parent)])):
+        if re.match(r"v\d", each):  # a generation's class
+            continue
+        date = re.search(r"_(\d{4}_\d{2})$", each)
+        if date is None or date[1] in lineage:  # sorted: what has a date comes later
+            newest[each.removesuffix(date[0]) if date else each] = f"{__package__}.{each}"
+    return newest

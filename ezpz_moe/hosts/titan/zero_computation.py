@@ -24,8 +24,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from ezpz_moe.config.routing_schema import Router
-from ezpz_moe.hosts.titan_0_3.mixed import mixed, named_after
-from ezpz_moe.hosts.titan_0_3.router import TokenMask
+from ezpz_moe.hosts.titan.mixed import mixed, named_after
+from ezpz_moe.hosts.titan.router import TokenMask
 from ezpz_moe.routing.zero_computation import constant_output, weight_of
 
 
