@@ -53,8 +53,8 @@ class Remap:
     """A checkpoint's folder, or one with safetensors."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
-    to: Literal["0.2", "0.3", "main", "hf"]
-    """Whose names it gets: 0.3 until August 2026, main from September 2026 on, hf safetensors."""
+    to: Literal["0.2", "0.3", "2026_09", "main", "hf"]
+    """Whose names: 0.3 until August 2026, 2026_09 (once called main) since then, hf safetensors."""
     model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
     """The model, which is needed to and from safetensors."""
 
