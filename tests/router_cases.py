@@ -11,7 +11,7 @@ import torch
 from dialect import ON_0_2
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 
 if ON_0_2:
     pytest.skip("[router] needs torchtitan 0.3 or later", allow_module_level=True)

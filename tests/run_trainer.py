@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
 ONE_UNIT = 2.0**-7

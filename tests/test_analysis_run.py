@@ -19,7 +19,8 @@ from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host, presumed_host
 from ezpz_moe.hosts.documents import COLUMN, read_documents
-from ezpz_moe.hosts.titan.v0_3 import Titan03, titan
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 from ezpz_moe.tools.analysis import drift, similarity, text
 from ezpz_moe.tools.analysis.record import record

@@ -8,7 +8,7 @@ from config_cases import config, conflict
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
 check_host()  # before torchtitan is imported: it chooses the device

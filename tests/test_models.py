@@ -14,7 +14,7 @@ from flavor_files import SMALL, in_turn
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 
 check_host()  # before torchtitan is imported: it chooses the device
 

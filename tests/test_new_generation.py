@@ -1,7 +1,5 @@
 """A new generation of the host is a class, and its line in ``HOSTS``: a made-up one, added here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,9 +28,8 @@ class Titan2027_01(type(detect.host())):  # type: ignore[misc]
 
     def job_keys(self) -> Keys:
         keys = super().job_keys()
-        return keys | {
-            "training": keys["training"] | {"collect_every": to("training.gc_freq", Positive)}
-        }
+        new = {"collect_every": to("training.gc_freq", Positive)}
+        return keys | {"training": keys["training"] | new}
 
     def own_conflicts(self, config: Any) -> Iterator[str]:
         if config.training.gc_freq == 13:
@@ -40,20 +37,19 @@ class Titan2027_01(type(detect.host())):  # type: ignore[misc]
 
 
 @pytest.fixture
-def new(monkeypatch: pytest.MonkeyPatch) -> Iterator[Titan2027_01]:
-    monkeypatch.setattr(detect, "HOSTS", (Titan2027_01(), *detect.HOSTS))  # its line
-    for asked in (detect.host, detect.presumed_host):
-        asked.cache_clear()
-    yield detect.HOSTS[0]
-    for asked in (detect.host, detect.presumed_host):
-        asked.cache_clear()
+def new() -> Iterator[Titan2027_01]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect, "HOSTS", (Titan2027_01(), *detect.HOSTS))  # its line
+        detect.host.cache_clear(), detect.presumed_host.cache_clear()
+        yield detect.HOSTS[0]
+    detect.host.cache_clear(), detect.presumed_host.cache_clear()
+    detect.host()
 
 
 def test_a_new_generation_is_told_by_its_evidence_and_asked_for_what_differs(new, job_file):
     assert detect.presumed_host() is detect.host() is new
     detect.check_host()
-    job = find_job(str(job_file(JOB.format(7))))
-    assert new.trainer_config(job).training.gc_freq == 7
+    assert new.trainer_config(find_job(str(job_file(JOB.format(7))))).training.gc_freq == 7
     with pytest.raises(EzpzError, match="gc_freq = 13 brings bad luck"):
         new.trainer_config(find_job(str(job_file(JOB.format(13)))))
-    assert new.summarize(load_flavor(job.flavor)).num_experts == 8  # the rest is inherited
+    assert new.summarize(load_flavor("debugmodel_sdpa")).num_experts == 8  # inherited

@@ -17,7 +17,7 @@ from torch import nn
 
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 

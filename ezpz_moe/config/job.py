@@ -88,6 +88,15 @@ def load_job(path: str | Path, keys: Keys) -> Job:
     return Job(flavor=values["model.flavor"], path=path, values=values)
 
 
+def find_job(config: str, keys: Keys) -> Job:
+    """The job that ``--config`` names: the path of a job's TOML, or a flavor.
+
+    Raises:
+        EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
+    """
+    return load_job(config, keys) if config.endswith(".toml") else job_for_flavor(config)
+
+
 def job_for_flavor(name: str) -> Job:
     """The job that trains a flavor with the defaults of the host.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.at_hand import remember
 from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance, broken, in_words
 from ezpz_moe.hosts.titan.v0_3 import Titan03
@@ -62,6 +63,7 @@ def host() -> Host:
     reasons = []
     for candidate in HOSTS:
         if not (reason := candidate.evidence.why_broken()):
+            remember(candidate)
             return candidate
         reasons.append(f"{candidate.evidence.thing}: {reason}")
     raise _refusal(reasons)

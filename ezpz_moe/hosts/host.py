@@ -43,8 +43,6 @@ class Host(ABC):
         generation: its short name: a version of the first release, or year and month.
         name: its name for people.
         evidence: what this generation has and the older ones lack.
-        relied_on: what the binding needs of the host, with the evidence apart.
-        state_dict_keys: some keys of a checkpoint of ``debugmodel``: those of a layer with experts.
         checkpoint_names: the generation in ``tools/checkpoints/names.py`` whose names its
             parameters have.
         launcher_variables: what tells the host's own ``run_train.sh`` the job.
@@ -61,12 +59,12 @@ class Host(ABC):
     @property
     @abstractmethod
     def relied_on(self) -> tuple[Reliance, ...]:
-        """See the class."""
+        """What the binding needs of the host, beside the evidence."""
 
     @property
     @abstractmethod
     def state_dict_keys(self) -> tuple[str, ...]:
-        """See the class."""
+        """Some keys of a checkpoint of ``debugmodel``: those of a layer with experts."""
 
     @abstractmethod
     def modules(self) -> tuple[str, ...]:

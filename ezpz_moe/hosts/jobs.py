@@ -27,6 +27,6 @@ def find_job(config: str) -> Job:
     """The job that ``--config`` names: the path of a job's TOML, or a flavor.
 
     Raises:
-        EzpzError: as :func:`load_job` and :func:`ezpz_moe.config.job.job_for_flavor`.
+        EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
     """
-    return load_job(config) if config.endswith(".toml") else job_for_flavor(config)
+    return job.find_job(config, presumed_host().job_keys())

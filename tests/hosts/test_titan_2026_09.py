@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.v2026_09 import Titan2026_09
 
 check_host()  # before torchtitan is imported: it chooses the device

@@ -3,5 +3,5 @@
 A class has what differs from the one before, and its methods import the modules beside it. A module
 that a newer generation needs otherwise stands twice, the newer one with its date:
 ``attention.py`` and ``attention_2026_08.py``. What asks for one of these asks the host at hand,
-:func:`ezpz_moe.hosts.titan.v0_3.titan`.
+:func:`ezpz_moe.hosts.titan.base.titan`.
 """

@@ -20,9 +20,9 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.router import moe_layers
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:

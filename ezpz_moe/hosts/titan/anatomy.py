@@ -20,12 +20,12 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
 from ezpz_moe.hosts.titan.attention import left_window
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import choices, weigh
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.parameters import build_on_meta
 from ezpz_moe.hosts.titan.precision import in_words
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 SCORES = "attention scores"
 

@@ -18,7 +18,7 @@ from torchtitan.models.common.attention import (
     VarlenAttention,
 )
 
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 
 MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 """The host's attention kernels for language models. Neither has a backward on the CPU."""

@@ -35,11 +35,10 @@ from ezpz_moe.hosts.ranks import (
 )
 from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
-from ezpz_moe.hosts.titan.selector import Sizes
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (

@@ -21,9 +21,9 @@ from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
+from ezpz_moe.hosts.titan.base import Sizes
 from ezpz_moe.hosts.titan.selector import (
     Selector,
-    Sizes,
     check_seam,
     selectable,
     with_selector,

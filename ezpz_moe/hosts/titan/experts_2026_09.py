@@ -23,9 +23,9 @@ from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
+from ezpz_moe.hosts.titan.base import Sizes
 from ezpz_moe.hosts.titan.selector import (
     Selector,
-    Sizes,
     check_seam,
     selectable,
     with_selector,

@@ -47,10 +47,10 @@ from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.titan import precision
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan.models import model_spec
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,

@@ -21,8 +21,8 @@ from ezpz_moe.config.flavors import Dimensions, Flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.selector import select_backend
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 _DEFAULT_COMM_BACKEND = "standard"
 

@@ -14,9 +14,9 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,9 @@ from torch import nn
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.components import choices, weigh
 from ezpz_moe.hosts.titan.models import model_spec
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 
 def summarize(flavor: Flavor) -> ModelSummary:

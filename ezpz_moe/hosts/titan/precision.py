@@ -21,7 +21,7 @@ from ezpz_moe.hosts.precision import (
     of_run,
     trains_in_float32,
 )
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 
 
 def values(job: Job) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
 from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
-from ezpz_moe.hosts.titan.v0_3 import titan
 
 _FAILED = (
     "{}: {} (in a step with tensors that have shapes and no values; the rank itself was built, and "

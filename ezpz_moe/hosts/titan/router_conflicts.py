@@ -9,7 +9,7 @@ from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 
 from ezpz_moe.config.routing_schema import Router, size_conflicts
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 
 _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 

@@ -18,19 +18,11 @@ from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
-from ezpz_moe.hosts.titan.v0_3 import titan
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.routing.counters import count_rows
 
 REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
 """Where the share of dropped tokens is to be found."""
-
-
-class Sizes(NamedTuple):
-    """The sizes of one layer's routed experts."""
-
-    num_experts: int
-    dim: int
-    hidden_dim: int
 
 
 class RowCounts(Module):

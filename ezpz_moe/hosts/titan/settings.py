@@ -8,8 +8,6 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts.setting import Setting, flat
 
-__all__ = ["Setting", "flags", "flat", "settings"]
-
 
 def settings(config: Trainer.Config) -> list[Setting]:
     """Every field of the trainer's config, the model left out, in the host's order."""

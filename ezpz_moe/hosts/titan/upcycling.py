@@ -6,8 +6,8 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.parameters import build_on_meta
-from ezpz_moe.hosts.titan.v0_3 import titan
 from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 
 _INNER = "routed_experts.inner_experts"

@@ -1,25 +1,24 @@
 """torchtitan 0.3, and what every generation after it keeps: batches of sequences, grouped experts.
 
-The methods at the end are for the other modules of this folder: what they ask of a newer
-generation. Compare ``v2026_08.py``, which answers most of them otherwise.
+The methods at the end answer what the other modules of this folder ask. Compare ``v2026_08.py``,
+which answers most of it otherwise.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ezpz_moe.hosts.host import Analysis, Anatomy, Host, Memory, Overrides, StateDictAdapter
+from ezpz_moe.hosts.host import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
 from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.hosts.titan.base import Experts, Sequences, Titan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ezpz_moe.config.flavor_schema import ExpertPrecision
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
@@ -27,48 +26,10 @@ if TYPE_CHECKING:
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
     from ezpz_moe.hosts.titan.job import JobConfig
-    from ezpz_moe.hosts.titan.selector import Sizes
     from ezpz_moe.hosts.upcycling_target import Target
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """The work counted in sequences: in a training step, and in a microbatch of one rank."""
-
-    of_step: int
-    of_microbatch: int
-    length: int
-
-
-class Experts(Protocol):
-    """The module that gives a class of the host's experts the selector."""
-
-    @property
-    def HostExperts(self) -> Any:
-        """The host's class whose config nodes get it."""
-
-    @property
-    def EzpzGroupedExperts(self) -> Any:
-        """That class with the selector."""
-
-    def sizes(self, config: Any) -> Sizes:
-        """What such a node says of the experts' sizes."""
-
-    def selected(
-        self,
-        config: Any,
-        backend: str,
-        chosen_by: str,
-        expert_precision: ExpertPrecision | None = None,
-    ) -> Any:
-        """The node of the same experts, computed by ``backend``.
-
-        Raises:
-            EzpzError: unknown backend, or these experts cannot be computed by it.
-        """
-
-
-class Titan03(Host):
+class Titan03(Titan):
     """torchtitan 0.3."""
 
     generation = "0.3"
@@ -196,41 +157,24 @@ class Titan03(Host):
             from ezpz_moe.hosts.titan.upcycling import target
         return target(flavor)
 
-    # --- for the modules of this folder: what newer generations answer otherwise ------------------
+    # --- for the modules of this folder -----------------------------------------------------------
 
-    LENGTH: ClassVar[str] = "training.seq_len"
-    """Where the config says how many tokens a token may look back over."""
-
-    LONGEST: ClassVar[str] = "max_seq_len"
-    """The name of that limit on the model's side: of a decoder, and of its RoPE."""
-
-    CUT_BY_LOSS: ClassVar[str] = "training.seq_len"
-    """What the chunked loss cuts into equal parts."""
-
-    STEP: ClassVar[str] = "training.global_batch_size"
-    """What all ranks compute between two steps of the optimizer; -1: as little as possible."""
-
-    MICROBATCH: ClassVar[str] = "training.local_batch_size"
-    """What one rank computes at once, in the unit of ``STEP``."""
+    LENGTH = "training.seq_len"
+    LONGEST = "max_seq_len"
+    CUT_BY_LOSS = "training.seq_len"
+    STEP = "training.global_batch_size"
+    MICROBATCH = "training.local_batch_size"
 
     def microbatches(self, parallelism: Any) -> int:
-        """How many ``MICROBATCH`` a rank computes at least: a pipeline divides its one further."""
-        return 1
+        return 1  # a pipeline divides its one further
 
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields for the job's keys that are no field of the host: here all are.
-
-        Raises:
-            EzpzError: the keys contradict each other.
-        """
-        return {}
+        return {}  # all are fields of the host
 
     def one_sequence(self, length: int) -> tuple[int, ...]:
-        """The shape of a sequence of tokens, as a batch of one: [B, L]."""
-        return (1, length)
+        return (1, length)  # a batch of one: [B, L]
 
     def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
-        """How the work of a training step is cut; ``data_ranks`` have data of their own."""
         whole, batch = training.global_batch_size, training.local_batch_size
         piped = parallelism.pipeline_parallel_degree > 1
         return Sequences(
@@ -240,20 +184,17 @@ class Titan03(Host):
         )
 
     def fit_model(self, config: Any) -> None:
-        """Tell the model what only the whole config says: here nothing."""
+        """Nothing is only in the whole config."""
 
     def own_conflicts(self, config: Any) -> Iterator[str]:
-        """Conflicts in a run's config that only this host has: here none."""
         return iter(())
 
     def experts(self) -> Experts:
-        """The experts with a selectable backend."""
         with self.importing():
             from ezpz_moe.hosts.titan import experts
         return experts
 
     def causal_attention(self, config: Any) -> Any:
-        """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
         with self.importing():
             from ezpz_moe.hosts.titan.attention import causal_attention
         return causal_attention(config)
@@ -266,27 +207,9 @@ class Titan03(Host):
         job_folder: Path | None,
         infinite: bool = True,
     ) -> Any:
-        """The config of the dataloader for ``dataset`` and ``dataset_path``.
-
-        Raises:
-            EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
-        """
         with self.importing():
             from ezpz_moe.hosts.titan.data import dataloader_config
         return dataloader_config(dataset, dataset_path, job_folder=job_folder, infinite=infinite)
-
-
-def titan() -> Titan03:
-    """The host at hand, for what is in this folder.
-
-    Raises:
-        EzpzError: as :func:`ezpz_moe.hosts.detect.host`.
-    """
-    from ezpz_moe.hosts.detect import host  # which imports this module
-
-    found = host()
-    assert isinstance(found, Titan03)
-    return found
 
 
 def _modules(lineage: set[str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.reliance import Reliance
-from ezpz_moe.hosts.titan.v0_3 import Sequences, Titan03
+from ezpz_moe.hosts.titan.base import Sequences
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 
 if TYPE_CHECKING:
     from ezpz_moe.config.keys import Keys
@@ -54,13 +55,12 @@ class Titan2026_08(Titan03):
     MICROBATCH = "training.num_tokens_per_microbatch_per_dp_rank"
 
     def microbatches(self, parallelism: Any) -> int:
-        """How many ``MICROBATCH`` a rank computes at least: as many as its pipeline takes."""
         if parallelism.pipeline_parallel_degree == 1:
             return 1
         return parallelism.num_pp_microbatches
 
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields for 0.3's keys that say how much is computed at once.
+        """From 0.3's keys that say how much is computed at once.
 
         Raises:
             EzpzError: a key stands beside the one that replaced it, or the pipeline cannot cut the
@@ -91,11 +91,9 @@ class Titan2026_08(Titan03):
         return fields
 
     def one_sequence(self, length: int) -> tuple[int, ...]:
-        """The shape of a sequence of tokens, as tokens alone: [T]."""
-        return (length,)
+        return (length,)  # tokens alone: [T]
 
     def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
-        """How the work of a training step is cut; ``data_ranks`` have data of their own."""
         tokens = training.num_tokens_per_microbatch_per_dp_rank
         length = min(training.max_context_length, tokens)
         whole = training.num_tokens_per_train_step

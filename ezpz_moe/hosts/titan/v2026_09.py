@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ezpz_moe.hosts.reliance import Reliance
-from ezpz_moe.hosts.titan.v0_3 import Experts
+from ezpz_moe.hosts.titan.base import Experts
 from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
 if TYPE_CHECKING:

@@ -48,11 +48,8 @@ def choose_text(config: Any, job: Job) -> None:
 
 
 def _register_our_texts() -> None:
-    """Put them beside the host's own, once: whatever reads the config finds them there."""
-    DATASETS.setdefault(
-        DEFAULT_DATASET,
-        DatasetConfig(path=TOPICS_PATH, loader=load_topics, sample_processor=text_of),
+    """Put them beside the host's own: whatever trains with the config finds them there."""
+    DATASETS[DEFAULT_DATASET] = DatasetConfig(
+        path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )
-    DATASETS.setdefault(
-        TEXT_FILE, DatasetConfig(path="", loader=read_documents, sample_processor=text_of)
-    )
+    DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

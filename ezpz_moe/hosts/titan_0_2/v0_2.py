@@ -60,12 +60,9 @@ class Titan02(Host):
         return KEYS
 
     def arguments(self, job: Job) -> list[str]:
-        from ezpz_moe.config.job import MODEL_NAME
+        from ezpz_moe.hosts.titan_0_2.command import arguments
 
-        plugin = ["--job.custom_config_module", MODEL_NAME]
-        if job.path is not None:
-            return ["--job.config_file", str(job.path), *plugin]
-        return [*plugin, "--model.name", MODEL_NAME, "--model.flavor", job.flavor]
+        return arguments(job)
 
     def one_step(self, folder: str) -> list[str]:
         return [
