@@ -58,7 +58,7 @@ def tokens(dim: int, *, seed: int = 1) -> torch.Tensor:
 
 
 def flat(x_BLD):
-    """As the host hands tokens to a router: main folds the sequences."""
+    """As the host hands tokens to a router: since August 2026 sequences are folded."""
     return x_BLD.flatten(0, 1) if titan().one_sequence(1) == (1,) else x_BLD
 
 

@@ -1,4 +1,4 @@
-"""The experts of main, which has gate and up in one tensor, made of the older ones and back."""
+"""The experts since September 2026, gate and up in one tensor, made of the older ones and back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ W13, W2 = f"{ROUTED}.w13.weight", f"{ROUTED}.w2.weight"
 EQUAL = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
-def test_main_holds_w1_and_w3_in_one(tmp_path) -> None:
+def test_one_tensor_holds_w1_and_w3_in_one(tmp_path) -> None:
     state = trained()
     dcp.save(state, checkpoint_id=tmp_path / "source")
     done = remap(tmp_path / "source", tmp_path / "main", "2026_09")
@@ -187,7 +187,7 @@ def test_a_shard_of_both_halves_is_taken_apart(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value"), [("state.{}.step", torch.tensor(8.0)), ("param_groups.{}.lr", 2e-3)]
 )
-def test_what_is_one_in_main_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
+def test_what_is_one_since_2026_09_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
     state = trained()
     name = entry.format(THREE[2])
     assert name in state["optimizer"]

@@ -1,6 +1,6 @@
 """Rows that experts compute and drop, counted by their selector; and its warning, once.
 
-On torchtitan 0.3; ``hosts/test_drops_0_2.py`` and ``test_titan_grouped_linear.py`` have the others.
+On torchtitan 0.3; ``hosts/test_drops_0_2.py`` and ``test_titan_2026_09.py`` have the others.
 """
 
 from __future__ import annotations

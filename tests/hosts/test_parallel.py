@@ -62,7 +62,8 @@ ALL = ["single", *TWO_RANKS, *TWO_RANKS_SKEWED, *FOUR_RANKS]
 # What a kernel sees differs under these alone: other weights' memory, other numbers of rows.
 WITH_OPTIONS_TOO = {name for name in ALL if name.startswith(("fully sharded", "expert parallel"))}
 SAME_PRECISION = [parallelism for parallelism in ALL if parallelism not in IN_FLOAT32]
-# Main counts positions anew in every microbatch: RoPE turns by other angles, and rounds otherwise.
+# Since August 2026 positions count anew in every microbatch: RoPE turns by other angles, and rounds
+# otherwise.
 SAME_ROUNDING = set(SAME_PRECISION) - ({"pipeline parallel"} if SINCE_2026_08 else set())
 
 SHORT = {

@@ -94,7 +94,7 @@ if SINCE_2026_08:
             r'\[balance\] scope = "sequence" does not go with parallelism.tensor_parallel_degree',
         ),
     }
-else:  # main has no "full_dtensor"
+else:  # since August 2026 there is no "full_dtensor"
     REFUSED |= {
         "distributed tensors": (
             'routing = "sinkhorn"',

@@ -16,7 +16,7 @@ from ezpz_moe.config.routing_schema import Balance
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.usefixtures("forked_processes"),
-    pytest.mark.skipif(SINCE_2026_08, reason="refused: main folds sequences"),
+    pytest.mark.skipif(SINCE_2026_08, reason="refused: sequences are folded"),
 ]
 
 RANKS = 2

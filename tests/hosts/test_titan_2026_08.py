@@ -51,7 +51,7 @@ def sizes(**values) -> tuple[int, int, int, int]:
 # Without the host -----------------------------------------------------------------------------
 
 
-def test_no_key_of_0_3_is_unknown_on_main():
+def test_no_key_of_0_3_is_unknown_since_2026_08():
     assert KEYS.keys() == KEYS_0_3.keys()
     for section, keys in KEYS_0_3.items():
         assert keys.keys() <= KEYS[section].keys()

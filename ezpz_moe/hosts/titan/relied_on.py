@@ -21,8 +21,6 @@ _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
 
 
-"""Of torchtitan 0.2 and 0.3."""
-
 _EXPERTS = (
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts.Config",

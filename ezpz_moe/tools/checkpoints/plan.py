@@ -1,8 +1,8 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Main has w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments go the way of
-their weights; what else it keeps of a parameter, a count of steps or a rate, is one for both and
-has to be the same.
+Since September 2026 w1 and w3 are one tensor, w13 (:mod:`.layouts`). The optimizer's moments go
+the way of their weights; what else it keeps of a parameter, a count of steps or a rate, is one for
+both and has to be the same.
 """
 
 from __future__ import annotations
