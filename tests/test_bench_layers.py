@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ezpz_moe.compute.reference import Case, error_bounds, random_case, relative_error, truth
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import generation
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.bench import contenders
 from ezpz_moe.tools.bench.contender import Contender
 from ezpz_moe.tools.bench.routings import STANDARD, counts_of, skew
@@ -124,7 +124,7 @@ def test_dense_computes_all_rows_with_one_expert() -> None:
 def test_stock_is_the_hosts_own_class() -> None:
     (stock,) = contenders.others(["stock"])
     case = random_case(COUNTS, dim=32, hidden_dim=48, dtype=torch.bfloat16)
-    layer = generation().slot("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
     assert type(layer).__module__.startswith("torchtitan.")
     assert stock.why_not(torch.device("cpu"), torch.bfloat16, Shape("", 4, 32, 48, 18)) == []
 

@@ -24,7 +24,8 @@ import torch
 import ezpz_moe.hosts
 import ezpz_moe.train
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import untested
+from ezpz_moe.hosts import detect, untested
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.tools import launch
 
 TINY = Path(__file__).parent / "data" / "tiny"
@@ -123,21 +124,17 @@ def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypat
     assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
 
 
-NO_HOST = dataclasses.replace(
-    ezpz_moe.hosts.TITAN_0_3,
-    evidence=dataclasses.replace(
-        ezpz_moe.hosts.TITAN_0_3.evidence, thing="no_such_host.train:main"
-    ),
-)
+class NoHost(Titan03):
+    evidence = dataclasses.replace(Titan03.evidence, thing="no_such_host.train:main")
 
 
 @pytest.fixture
 def no_host(monkeypatch):
     """As where no generation of the host is installed."""
-    monkeypatch.setattr(ezpz_moe.hosts, "GENERATIONS", (NO_HOST,))
-    ezpz_moe.hosts.generation.cache_clear()
+    monkeypatch.setattr(detect, "HOSTS", (NoHost(),))
+    detect.host.cache_clear()
     yield
-    ezpz_moe.hosts.generation.cache_clear()
+    detect.host.cache_clear()
 
 
 def test_a_host_that_cannot_be_imported_says_why(no_host):

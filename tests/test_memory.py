@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, check_host, generation
-from ezpz_moe.hosts.live import LiveStorages
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.rank_report import RankReport
+from ezpz_moe.hosts.titan.live import LiveStorages
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.tools.memory import StageMemory, held, microbatches_in_flight
 from ezpz_moe.tools.preflight import in_a_process
 
 check_host()
-if generation() is not TITAN_0_3:
+if type(host()) is not Titan03:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("forked_processes")

@@ -53,8 +53,8 @@ class Remap:
     """A checkpoint's folder, or one with safetensors."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
-    to: Literal["0.2", "0.3", "main", "hf"]
-    """Whose names it gets: 0.3 until August 2026, main from September 2026 on, hf safetensors."""
+    to: Literal["0.2", "0.3", "2026_09", "main", "hf"]
+    """Whose names: 0.3 until August 2026, 2026_09 (once called main) since then, hf safetensors."""
     model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
     """The model, which is needed to and from safetensors."""
 
@@ -94,15 +94,15 @@ def _model(config: str | None) -> Model:
     if config is None:
         raise EzpzError("To and from safetensors the model is needed: --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
-    from ezpz_moe.config.job import find_job
+    from ezpz_moe.hosts.jobs import find_job
     from ezpz_moe.tools.checkpoints.huggingface import Model
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
-    slot = import_host()
-    host, model = slot("huggingface"), slot("parameters").build_on_meta(flavor)
+    host = import_host()
+    model = host.build_on_meta(flavor)
     buffers = frozenset(name for name, _ in model.named_buffers())
-    return Model(host.GENERATION, host.adapter(flavor), model.state_dict(), buffers)
+    return Model(host.checkpoint_names, host.adapter(flavor), model.state_dict(), buffers)
 
 
 @dataclass(frozen=True)

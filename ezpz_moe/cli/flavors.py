@@ -23,8 +23,7 @@ class Flavors(Command):
 
         flavors = [load_flavor(name) for name in flavor_names()]
         with display.progress().status("Building the models on the meta device to count ..."):
-            binding = import_host()
-            summarize = binding("parameters").summarize
+            summarize = import_host().summarize
             counted = [(summarize(flavor), flavor) for flavor in flavors]
             rows = [
                 {

@@ -48,14 +48,14 @@ class Upcycle(Command):
     def run(self) -> int:
         self._check()
         from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.config.job import find_job
+        from ezpz_moe.hosts.jobs import find_job
 
         job = find_job(self.model)
         flavor = load_flavor(job.flavor, near=job.folder)
-        slot = import_host()
+        host = import_host()
         from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
-        target = slot("upcycling").target(flavor)
+        target = host.upcycling_target(flavor)
         done = upcycle(
             self._dense(target),
             target,
@@ -94,7 +94,7 @@ class Upcycle(Command):
 
         if not is_safetensors(self.source):
             return DenseCheckpoint(self.source, target)
-        adapter = import_host()("huggingface").adapter(target.flavor)
+        adapter = import_host().adapter(target.flavor)
         return DenseSafetensors(self.source, target, adapter)
 
 

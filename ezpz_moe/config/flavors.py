@@ -30,6 +30,15 @@ from ezpz_moe.config.schema import Data
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
 
+__all__ = [
+    "FOLDER_VARIABLE",
+    "Dimensions",
+    "Flavor",
+    "flavor_names",
+    "is_flavor",
+    "load_flavor",
+]
+
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 
 _DIMENSION_KEYS = frozenset(Dimensions.model_fields)

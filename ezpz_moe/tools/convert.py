@@ -4,7 +4,7 @@
 file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which stands in no
 line. The new file is the old one's lines, each as its change has it, with what is added put behind
 the header of its section. What a key is in 0.3 comes
-from the table of its binding, ``hosts/titan_0_3/job_keys.py``, and what a model is from
+from the table of its binding, ``hosts/titan/job_keys.py``, and what a model is from
 ``hosts/titan_0_2/moe_models.py``. No host is imported, so that any may be installed, or none.
 """
 
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.job import MODEL_NAME, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.keys import sections
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import Statement, assignment, commented, statements
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.setting import flat
+from ezpz_moe.hosts.titan.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.tools.convert_model import NewModel, new_model
 
 Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
@@ -258,7 +259,7 @@ def _rendered_section(
     """
     section = block[0][0].section
     fates = {change.fate for _, change in block if change}
-    is_empty = not fates and section in SECTIONS | {""}
+    is_empty = not fates and section in sections(KEYS) | {""}
     lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
     is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
     for line, change in block:

@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EXIT_CODE, EzpzError
-from ezpz_moe.hosts import presumed_generation
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.tools.nodes import Placement, loss_report, meet
 from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
 
@@ -61,7 +61,7 @@ def train(
     """
     # Before torch is imported: most mistakes cost no waiting.
     job = find_job(config)
-    arguments = presumed_generation().slot("command").arguments(job) + host_flags
+    arguments = presumed_host().arguments(job) + host_flags
     _check_processes(nproc)
     _share_threads(nproc)
     nnodes = placement.nnodes if placement else 1

@@ -16,10 +16,13 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.rank_report import RankReport
 
 _PROCESSES = 2  # each imports torch and the host: about 1 GiB
+
+Look = Callable[[str, list[str], int, int], RankReport]
+"""What a process is for: of config, host_flags, world_size and rank, as ``Host.run_rank``."""
 
 
 def preflight(
@@ -37,10 +40,14 @@ def preflight(
         EzpzError: the ranks cannot be shared out among the stages, or a process died.
     """
     jobs = (
-        partial(in_a_process, ("preflight", "run_rank"), config, host_flags, world_size, rank)
+        partial(in_a_process, _run_rank, config, host_flags, world_size, rank)
         for rank in first_ranks(world_size, stages)
     )
     yield from concurrently(jobs)
+
+
+def _run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+    return host().run_rank(config, host_flags, world_size, rank)
 
 
 def first_ranks(world_size: int, stages: int) -> range:
@@ -64,9 +71,9 @@ def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankRepor
 
 
 def in_a_process(
-    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+    function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What ``function`` of the host's binding, as slot and name, reports of a rank.
+    """What ``function``, of a module so that the process finds it, reports of a rank.
 
     A pool of its own for each rank: one for all would not tell whose process died.
 
@@ -85,16 +92,15 @@ def in_a_process(
 
 
 def _run(
-    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+    function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
     """What a process is for. Everything that goes wrong there is the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     check_host()
-    slot, name = function
     try:
-        return getattr(binding(slot), name)(config, host_flags, world_size, rank)
+        return function(config, host_flags, world_size, rank)
     except EzpzError as error:
         return RankReport(rank, error=str(error))
     except Exception as error:

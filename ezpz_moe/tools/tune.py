@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from ezpz_moe.compute.cache import CACHE_VARIABLE
 from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import Job, find_job
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import presumed_generation
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.tools.launch import Tell, train
 from ezpz_moe.tools.nodes import Placement
 
@@ -52,7 +53,7 @@ def tune(
 
     _check_folder()
     with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
-        step = presumed_generation().slot("command").one_step(scratch)
+        step = presumed_host().one_step(scratch)
         flags = [*step, *host_flags]
         code = train(config, flags, tell=tell, nproc=nproc, placement=placement)
         measured = list(tuning.recorded()) if code == 0 else []

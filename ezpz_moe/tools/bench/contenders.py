@@ -102,20 +102,20 @@ def _dense(case: Case) -> Prepared:
 
 def _stock(case: Case) -> Prepared:
     """The installed torchtitan's own routed experts."""
-    from ezpz_moe.hosts import binding
+    from ezpz_moe.hosts.detect import host
 
     (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E
-    layer = binding("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
     return Prepared(lambda: layer(x_RD, counts_E), (*layer.parameters(), x_RD), (counts_E,))
 
 
 def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
-    from ezpz_moe.hosts import binding
+    from ezpz_moe.hosts.detect import host
 
     if dtype != torch.bfloat16:
         return [f"torchtitan's layer casts to bfloat16; for {dtype} {PRODUCTS} takes its place"]
     try:
-        binding("stock")
+        host().stock_experts()
     except EzpzError as error:
         return [str(error)]
     return _products_why_not(device, dtype, shape)

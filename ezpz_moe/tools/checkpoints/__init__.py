@@ -1,7 +1,7 @@
 """Checkpoints of the host's generations: what wrote one, and the same one for another generation.
 
 ``names``       what a parameter is called in each generation, the one table
-``layouts``     where main's tensors have the values of older ones
+``layouts``     where the newest tensors have the values of older ones
 ``storage``     checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry
 ``contents``    what a checkpoint holds
 ``tensors``     whole tensors of a DCP checkpoint, read and written; a run's newest checkpoint

@@ -22,7 +22,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        generation: of the host, by the names: "0.2", "0.3" or "main".
+        generation: of the host, by the names: "0.2", "0.3" or "2026_09".
         experts: of a layer.
         parameters: how many numbers the model's tensors hold, buffers included.
         dtypes: of the model's tensors.

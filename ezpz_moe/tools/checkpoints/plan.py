@@ -1,8 +1,8 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Main has w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments go the way of
-their weights; what else it keeps of a parameter, a count of steps or a rate, is one for both and
-has to be the same.
+Since September 2026 w1 and w3 are one tensor, w13 (:mod:`.layouts`). The optimizer's moments go
+the way of their weights; what else it keeps of a parameter, a count of steps or a rate, is one for
+both and has to be the same.
 
 A plan is made of three passes over the checkpoint's metadata, each by the new names of an entry:
 what the entries are then (:func:`_new_entries`), where they stand in the trainer's state
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.layouts import Layout
-from ezpz_moe.tools.checkpoints.names import MAIN, Renamed, Renaming, renaming
+from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, renaming
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
@@ -132,7 +132,7 @@ def _layout(entry: Entry, new: Renamed, target: str) -> Layout | None:
     """The layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
     if new.layout is None or not isinstance(entry, TensorStorageMetadata):
         return None
-    dims = new.layout.dims if target == MAIN else new.layout.dims + 1
+    dims = new.layout.dims if target == TITAN_2026_09 else new.layout.dims + 1
     return new.layout if len(entry.size) == dims else None
 
 
@@ -140,7 +140,7 @@ def _reshaped(name: str, entry: Entry, new: Renamed, target: str) -> Entry:
     if (layout := _layout(entry, new, target)) is None:
         return entry
     assert isinstance(entry, TensorStorageMetadata)
-    size = layout.size_in_main if target == MAIN else layout.size_before
+    size = layout.size_after if target == TITAN_2026_09 else layout.size_before
     try:
         boxes = [_box(chunk, layout, target) for chunk in entry.chunks]
     except EzpzError as error:
@@ -155,12 +155,12 @@ def _shard_steps(
     index: MetadataIndex, shard: ChunkStorageMetadata, name: str, layout: Layout, target: str
 ) -> Iterator[Step]:
     if (box := _box(shard, layout, target)) is not None:
-        convert = layout.to_main if target == MAIN else layout.from_main
+        convert = layout.to_newer if target == TITAN_2026_09 else layout.to_older
         yield Step(index, MetadataIndex(name, box.offsets), convert(shard))
 
 
 def _box(shard: ChunkStorageMetadata, layout: Layout, target: str) -> ChunkStorageMetadata | None:
-    return layout.box_in_main(shard) if target == MAIN else layout.box_before(shard)
+    return layout.box_after(shard) if target == TITAN_2026_09 else layout.box_before(shard)
 
 
 def _unchanged(value: Any) -> Any:

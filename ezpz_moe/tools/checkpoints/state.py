@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.checkpoints.names import MAIN, TITAN_0_2, TITAN_0_3
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
 from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
 
 _POSITION = re.compile(r"dataloader\.dp_rank_\d+")
-_POSITION_OF_MAIN = re.compile(r"dataloader\.dp_rank_\d+\..*")
+_POSITION_SINCE_2026_08 = re.compile(r"dataloader\.dp_rank_\d+\..*")
 _SCHEDULE = "lr_scheduler"
 _LAST_EPOCH = f"{_SCHEDULE}.last_epoch"
 
@@ -58,7 +58,7 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         ]
     if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
         _add_schedule(plan, _schedule(folder, metadata))
-    unreadable = positions and (positions == MAIN) != (target == MAIN)
+    unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
     return [NO_POSITION.format(target)] if unreadable else []
 
 
@@ -67,8 +67,8 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
 
 def _dataloader_form(names: Iterable[str]) -> str | None:
     for name in names:
-        if _POSITION_OF_MAIN.fullmatch(name):
-            return MAIN
+        if _POSITION_SINCE_2026_08.fullmatch(name):
+            return TITAN_2026_09
         if _POSITION.fullmatch(name):
             return TITAN_0_3
     return None
