@@ -140,7 +140,7 @@ def test_stock_says_what_is_wrong_with_the_host(monkeypatch) -> None:
     def refuse() -> None:
         raise EzpzError("torchtitan is not installed")
 
-    monkeypatch.setattr("ezpz_moe.hosts.generation", refuse)
+    monkeypatch.setattr("ezpz_moe.hosts.detect.host", refuse)
     (stock,) = contenders.others(["stock"])
     where = (torch.device("cpu"), torch.bfloat16, Shape("", 4, 32, 48, 18))
     assert stock.why_not(*where) == ["torchtitan is not installed"]

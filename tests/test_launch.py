@@ -89,7 +89,7 @@ def run(job: Path | str, nproc: int, *flags: str) -> tuple[int, str, str]:
 
 def with_pair(monkeypatch, tmp_path, *pair: str | None) -> None:
     """As if these torch and torchtitan were installed, by a user who has not met them."""
-    for module in (ezpz_moe.hosts, untested):
+    for module in (detect, untested):
         monkeypatch.setattr(module, "installed_pair", lambda: pair)
     monkeypatch.setenv("EZPZ_MOE_CACHE", str(tmp_path))
 
