@@ -5,7 +5,8 @@
 SCENARIOS.json maps a name to a number of ranks and the arguments of ``torchtitan.train``. Every
 rank writes OUT.<name>.<rank>.json: digests of all parameters of its part of the model, whole
 whatever their sharding, of every expert by itself, and of the generator's state afterwards. Nothing
-is trained. The host is imported once, and every rank is a fork.
+is trained. The host is imported once, and every rank is a fork of this process, which has no
+threads: a fork has none of them, and what they had locked stays locked in it for ever.
 """
 
 import hashlib
@@ -14,9 +15,12 @@ import json
 import multiprocessing
 import os
 import sys
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from run_trainer import open_store
 
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
@@ -31,11 +35,9 @@ def main(scenarios: str, out: str) -> None:
 
     init_logger()
     fork = multiprocessing.get_context("fork")
-    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     for name, (ranks, arguments) in json.loads(Path(scenarios).read_text()).items():
-        # The forks meet in a store of this process, as torchrun's workers do in torchrun's.
-        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        os.environ |= {"MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks), "RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(ranks), "RANK": "0"}
         sys.argv[1:] = arguments  # 0.2's door looks at it
         config = ConfigManager().parse_args(arguments)
         children = [
@@ -44,14 +46,24 @@ def main(scenarios: str, out: str) -> None:
         ]
         for child in children:
             child.start()
-        for child in children:
-            child.join()
+        _wait_for(children)
         if any(child.exitcode for child in children):
             raise SystemExit(f"scenario {name!r} failed")
 
 
+def _wait_for(ranks: list[BaseProcess]) -> None:
+    """When one fails, the others are ended, which would wait for it."""
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for ended in wait(running):
+            if running.pop(ended).exitcode:
+                for rank in running.values():
+                    rank.kill()
+
+
 def _build_and_save(Trainer: type, config: object, rank: int, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    store = open_store(Path(f"{out}.port"), rank)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(store.port)}
     trainer = Trainer(config)
     generator = _digest(torch.get_rng_state())
     whole = {

@@ -39,7 +39,7 @@ def main(out: str, *arguments: str) -> None:
     host.time = _Clock()
     init_logger()
     rank = int(os.environ["RANK"])
-    store = _open_store(Path(f"{out}.port"), rank)
+    store = open_store(Path(f"{out}.port"), rank)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(store.port)}
     record = run(list(arguments))
     torch.save(record, f"{out}.{rank}")
@@ -47,7 +47,7 @@ def main(out: str, *arguments: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _open_store(file: Path, rank: int) -> torch.distributed.TCPStore:
+def open_store(file: Path, rank: int) -> torch.distributed.TCPStore:
     """The store of the ranks of one run, whose port they find in ``file``.
 
     Rank 0 opens it at a port of the system's choice, as one that the process group will share,

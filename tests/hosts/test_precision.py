@@ -170,13 +170,14 @@ def _rank(rank: int, store: Path, precisions: list[str], outcomes) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize("other", ["bfloat16", "float32"])
 def test_ranks_that_differ_are_all_refused_and_others_go_on(tmp_path, other):
-    fork = multiprocessing.get_context("fork")
-    outcomes = fork.Queue()
+    spawn = multiprocessing.get_context("spawn")  # a fork of this process would lack its threads
+    outcomes = spawn.Queue()
     precisions = ["float32", other, "float32"]
     ranks = [
-        fork.Process(target=_rank, args=(rank, tmp_path / "store", precisions, outcomes))
+        spawn.Process(target=_rank, args=(rank, tmp_path / "store", precisions, outcomes))
         for rank in range(3)
     ]
     for rank in ranks:
