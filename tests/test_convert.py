@@ -317,7 +317,7 @@ def test_exit_code_0_when_nothing_with_an_effect_is_lost(job_file, tmp_path, cap
 def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys):
     assert cli.main(["convert", str(job_file(OLD)), str(tmp_path / "new.toml")]) == 1
     output = capsys.readouterr().out
-    assert "1 with an effect dropped: activation_checkpoint.selective_ac_option\n" in output
+    assert "1 dropped that had an effect: activation_checkpoint.selective_ac_option\n" in output
     assert (tmp_path / "new.toml").exists()
 
 
@@ -338,7 +338,7 @@ def test_a_number_of_files_that_means_nothing(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["convert", "a.toml", "b.toml", "c.toml"])
     assert stopped.value.code == 2
-    assert "not 3 files. For scripts add --lint." in capsys.readouterr().err
+    assert "not 3 files. To check scripts, add --lint." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["convert", "--lint"])  # as jobs/*.pbs where there are none
     assert "name the scripts" in capsys.readouterr().err

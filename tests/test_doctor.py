@@ -67,7 +67,7 @@ def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, mon
     code, said = run(capsys, "debugmodel_sdpa")
     assert code == 1
     assert "torchtitan's own configs still can. A run is refused." in said
-    assert "debugmodel_sdpa was not checked: no run starts with this host." in said
+    assert "debugmodel_sdpa was not checked: this host cannot start a run." in said
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_no_number_of_ranks(capsys, number) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["doctor", str(JOB), "--world-size", number])
     assert end.value.code == 2
-    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
+    assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Flavors(Command):
-    """List the model flavors, smallest first: parameters, experts, backend."""
+    """List the model flavors, smallest first, with their parameters, experts and backend."""
 
     group = "models"
 
@@ -19,7 +19,7 @@ class Flavors(Command):
         from ezpz_moe.config.flavors import flavor_names, load_flavor
 
         flavors = [load_flavor(name) for name in flavor_names()]
-        with display.progress().status("Building the models on the meta device to count ..."):
+        with display.progress().status("Building the models on the meta device, to count ..."):
             binding = import_host()
             summarize = binding("parameters").summarize
             counted = [(summarize(flavor), flavor) for flavor in flavors]

@@ -210,7 +210,7 @@ def test_no_number_of_ranks(number, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", FLAVOR, "--world-size", number])
     assert end.value.code == 2
-    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
+    assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:
