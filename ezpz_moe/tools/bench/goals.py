@@ -1,6 +1,6 @@
-"""What backends have to reach, as data, and whether they did. Nothing here imports torch.
+"""What backends have to reach, as data, and whether they did. This module does not import torch.
 
-Where a goal speaks of the stock layer and that is not measured, its three products stand for it.
+Where a goal refers to the stock layer and that is not measured, its three products stand in.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _AT_LEAST = ("speed", "TFLOP/s")
 
 @dataclass(frozen=True)
 class Goal:
-    """One figure that a contender has to reach, for everything that fits the conditions.
+    """One figure that a contender has to reach, in every measurement that meets the conditions.
 
     Attributes:
-        quantity: of forward and backward. "speed" and "time" are a multiple of the other one's,
-            "saved" of its bytes for backward; "saved per R F" counts elements for each of R F.
-        against: the other one; None where the figure stands for itself.
-        limit: the figure has to be at least that (speed, TFLOP/s), or else at most.
-        device, dtype, allocator, routing: where it holds; None for all.
-        shapes: (E, D, F, R) or names where it holds; none for all.
-        experts: the number of experts for which it holds.
+        quantity: of forward and backward. "speed" and "time" are multiples of the other
+        contender's, "saved" of its bytes for backward; "saved per R F" counts elements per R F.
+        against: the other contender; None if the figure stands on its own.
+        limit: the figure has to be at least this (speed, TFLOP/s), or else at most this.
+        device, dtype, allocator, routing: where the goal applies; None for everywhere.
+        shapes: (E, D, F, R) or names where it applies; empty for all.
+        experts: the number of experts for which it applies.
     """
 
     contender: str
@@ -46,7 +46,7 @@ class Goal:
     experts: int | None = None
 
     def holds_for(self, measured: Measured) -> bool:
-        """Whether something of this is to be judged."""
+        """Whether the goal applies to this measurement."""
         conditions = (
             (self.device, measured.device.partition(":")[0]),
             (self.dtype, measured.dtype),
@@ -101,7 +101,7 @@ GOALS = (
 
 
 def judged(measured: Measured) -> Iterator[str]:
-    """One line for every goal that this decides."""
+    """One line for every goal that this measurement decides."""
     for goal in GOALS:
         reached = _reached(goal, measured) if goal.holds_for(measured) else None
         if reached is None:
@@ -116,7 +116,7 @@ def judged(measured: Measured) -> Iterator[str]:
 
 
 def _reached(goal: Goal, measured: Measured) -> tuple[float, str] | None:
-    """The figure and what it is; None where it was not measured."""
+    """The figure and what it is; None if it was not measured."""
     name, against = goal.contender, _other(goal, measured)
     if name not in measured.figures or (goal.against and against is None):
         return None
@@ -142,7 +142,7 @@ def _reached(goal: Goal, measured: Measured) -> tuple[float, str] | None:
 
 
 def _other(goal: Goal, measured: Measured) -> str | None:
-    """Whom the goal compares with, by the name under which it was measured."""
+    """The contender that the goal compares with, by the name it was measured under."""
     if goal.against == STOCK:
         return measured.stock
     if goal.against == BEST:

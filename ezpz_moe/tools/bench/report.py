@@ -1,4 +1,4 @@
-"""Results as rows and lines for people, and as one JSON document. Nothing here imports torch."""
+"""Results as rows and lines for people, and as one JSON document. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ezpz_moe.tools.bench.results import DENSE, Figures, Measured
 
 
 def title(measured: Measured) -> str:
-    """What the table is of."""
+    """The table's title."""
     E, D, F, R = measured.shape.sizes
     variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
     return (
@@ -23,7 +23,7 @@ def title(measured: Measured) -> str:
 
 
 def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
-    """One row for each contender, the fastest first."""
+    """One row per contender, the fastest first."""
     stock = measured.stock
     by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
     for name in by_time:
@@ -43,18 +43,18 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
 
 
 def left_out(measured: Measured) -> Iterator[str]:
-    """Who is not measured, and why."""
+    """The contenders that were not measured, and why."""
     for name, reasons in measured.left_out.items():
         yield f"left out: {name}: {'; '.join(reasons)}"
 
 
 def remarks(measured: Measured) -> Iterator[str]:
-    """Who broke, and what the table does not show."""
+    """The contenders that broke, and what the table does not show."""
     for name, reason in measured.failed.items():
         yield f"FAILED: {name}: {reason}"
     for name, figures in measured.figures.items():
         if figures.dropped:
-            yield f"{name}: drops {figures.dropped:.1%} of the rows, and computes none for them"
+            yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
 
 
 def document(
@@ -71,7 +71,7 @@ def document(
 
 
 def _syncs(figures: Figures) -> str:
-    """Counted, or else what the contender says of itself."""
+    """The counted waits, or else what the contender declares."""
     if figures.syncs is not None:
         return str(figures.syncs)
     if figures.declares_syncs is None:
@@ -80,7 +80,7 @@ def _syncs(figures: Figures) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits: no clock has more to say."""
+    """Round to five digits: no clock is more precise."""
     match value:
         case Mapping():
             return {key: _rounded(each) for key, each in value.items()}

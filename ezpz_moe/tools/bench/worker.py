@@ -1,6 +1,6 @@
-"""Measures a plan that comes through stdin; every result is one line of JSON on stdout.
+"""Measure a plan read from stdin; every result is one line of JSON on stdout.
 
-The process that :mod:`.plan` starts with another allocator.
+:mod:`.plan` starts this process to measure with another allocator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ezpz_moe.tools.bench.results import Measured
 def main() -> None:
     plan = TypeAdapter(Plan).validate_json(sys.stdin.read())
     results = sys.stdout
-    # Whatever a library prints is none of the results.
+    # stdout carries results only; whatever a library prints goes to stderr.
     with exit_on_user_error(), contextlib.redirect_stdout(sys.stderr):
         for measured in run_here(plan):
             print(TypeAdapter(Measured).dump_json(measured).decode(), file=results, flush=True)
