@@ -324,12 +324,12 @@ def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys)
 @pytest.mark.parametrize("text", ["", "[model]\n"])
 def test_a_job_without_keys_is_the_old_hosts_default(text, job_file, capsys):
     assert cli.main(["convert", str(job_file(text))]) == 1
-    assert '"llama3" is none of' in capsys.readouterr().out
+    assert '"llama3" is not one of' in capsys.readouterr().out
 
 
 def test_a_new_job_that_no_command_would_take_for_one(job_file, tmp_path):
     new = tmp_path / "new.tml"
-    with pytest.raises(EzpzError, match=r"new\.tml: a job's name ends in \.toml"):
+    with pytest.raises(EzpzError, match=r"new\.tml: a job's name must end in \.toml"):
         write(convert(job_file(OLD), new), new)
     assert not new.exists()
 
@@ -349,7 +349,7 @@ def test_no_file_is_overwritten(there, job_file, tmp_path):
     path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')
     (tmp_path / there).write_text("# mine\n")
     new = tmp_path / "new.toml"
-    with pytest.raises(EzpzError, match=f"{there} exists already"):
+    with pytest.raises(EzpzError, match=f"{there} already exists"):
         write(convert(path, new), new)
     assert (tmp_path / there).read_text() == "# mine\n"
     assert {file.name for file in tmp_path.iterdir()} == {"job.toml", there}

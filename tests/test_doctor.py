@@ -61,7 +61,7 @@ def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, mon
     monkeypatch.delattr(GroupedExperts, "_grouped_mm")
     code, said = run(capsys, "debugmodel_sdpa")
     assert code == 1
-    assert "its keys and how they go together" in said
+    assert "its keys and how they combine" in said
     assert "A run is refused." not in said
     monkeypatch.delattr(GroupedExperts, "forward")
     code, said = run(capsys, "debugmodel_sdpa")

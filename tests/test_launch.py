@@ -252,7 +252,7 @@ def test_a_run_that_has_ended_well_is_not_lost_in_the_interpreters_teardown():
 
 
 def test_a_wrong_number_of_processes_is_refused(monkeypatch, job):
-    with pytest.raises(EzpzError, match="--nproc 0: at least one"):
+    with pytest.raises(EzpzError, match="--nproc 0: must be at least 1 process"):
         launch.train(str(job), [], nproc=0)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

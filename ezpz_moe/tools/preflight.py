@@ -1,7 +1,7 @@
-"""The ranks of a big run, built one by one on this machine: ``ezpz-moe preflight``.
+"""Build the ranks of a big run one by one on this machine: ``ezpz-moe preflight``.
 
-Ranks of one pipeline stage differ only in who they are, and the first of them has the largest
-shards; so one rank per stage is built, each in a process of its own.
+The ranks of one pipeline stage differ only in their number, and the first has the largest shards.
+So one rank per stage is built, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class RankReport:
 
     Attributes:
         rank: global rank.
-        parameters: number of parameters in its shards; None, as the next two, after an error.
-        state_bytes: weights, gradients and optimizer states in bytes; activations are not in it.
-        step: what of a step was run with tensors that have no values, or why none was.
-        error: what the rank met; empty when it was built.
+        parameters: number of parameters in its shards; None after an error, like the next two.
+        state_bytes: weights, gradients and optimizer states in bytes, without activations.
+        step: how much of a step ran, with tensors that have no values, or why none did.
+        error: what went wrong; empty if the rank was built.
         bytes_by_place: for ``describe``, bytes by (part of the model, component).
     """
 
@@ -55,7 +55,7 @@ def preflight(
         stages: the pipeline's degree.
 
     Raises:
-        EzpzError: the ranks cannot be shared out among the stages, or a process died.
+        EzpzError: the stages cannot share the ranks equally, or a process died.
     """
     jobs = (
         partial(in_a_process, ("preflight", "run_rank"), config, host_flags, world_size, rank)
@@ -68,18 +68,18 @@ def first_ranks(world_size: int, stages: int) -> range:
     """The first rank of every pipeline stage.
 
     Raises:
-        EzpzError: the ranks cannot be shared out among the stages.
+        EzpzError: the stages cannot share the ranks equally.
     """
     if world_size % stages:
         raise EzpzError(
-            f"--world-size {world_size}: has to be a multiple of "
+            f"--world-size {world_size}: must be a multiple of "
             f"parallelism.pipeline_parallel_degree = {stages}."
         )
     return range(0, world_size, world_size // stages)  # pipelines are the outermost dimension
 
 
 def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankReport]:
-    """Their reports in order; as many at a time as memory is likely to hold."""
+    """The jobs' reports in order; runs as many at a time as memory is likely to hold."""
     with ThreadPoolExecutor(_PROCESSES) as threads:
         yield from threads.map(lambda job: job(), jobs)
 
@@ -87,9 +87,9 @@ def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankRepor
 def in_a_process(
     function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What ``function`` of the host's binding, as slot and name, reports of a rank.
+    """What ``function`` of the host's binding, given as slot and name, reports about a rank.
 
-    A pool of its own for each rank: one for all would not tell whose process died.
+    Each rank has a pool of its own: a shared one would not tell whose process died.
 
     Raises:
         EzpzError: the process died.
@@ -99,16 +99,16 @@ def in_a_process(
             return pool.submit(_run, function, config, host_flags, world_size, rank).result()
         except BrokenProcessPool:
             raise EzpzError(
-                f"rank {rank} of {world_size}: the process that built it died. Most often the "
-                f"system killed it for its memory: {_PROCESSES} run at a time, each of 1 GiB and "
-                "more. Start this where more memory is free, such as in an interactive job."
+                f"rank {rank} of {world_size}: the process that built it died. Usually the system "
+                f"killed it because memory ran out: {_PROCESSES} run at a time, each with 1 GiB or "
+                "more. Run this where more memory is free, such as in an interactive job."
             ) from None
 
 
 def _run(
     function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What a process is for. Everything that goes wrong there is the report."""
+    """Runs in the new process. Whatever goes wrong becomes the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

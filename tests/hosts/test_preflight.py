@@ -214,5 +214,5 @@ def test_no_number_of_ranks(number, capsys) -> None:
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:
-    with pytest.raises(EzpzError, match=r"--world-size 7: has to be a multiple of .* = 2"):
+    with pytest.raises(EzpzError, match=r"--world-size 7: must be a multiple of .* = 2"):
         build(pipeline, world_size=7, stages=2)

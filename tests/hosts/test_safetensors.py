@@ -179,7 +179,7 @@ def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
         pytest.skip("this host's adapter of gpt_oss knows all of its parameters")
     with pytest.raises(SystemExit):
         remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", "--model", "gpt_oss_debugmodel")
-    assert "would not be whole" in capsys.readouterr().err
+    assert "would be incomplete" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

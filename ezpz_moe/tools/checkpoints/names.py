@@ -1,6 +1,6 @@
-"""What a parameter is called in each generation of the host: one table, and what follows from it.
+"""What each generation of the host calls a parameter: one table, and what follows from it.
 
-``main`` is upstream's form of September 2026. Before that, upstream's main branch has the names
+``main`` is upstream's form since September 2026. Before that, upstream's main branch used the names
 of 0.3.
 """
 
@@ -15,18 +15,18 @@ from ezpz_moe.tools.checkpoints.layouts import Half, InTurn, Layout
 
 TITAN_0_2, TITAN_0_3, MAIN = "0.2", "0.3", "main"
 GENERATIONS = (MAIN, TITAN_0_3, TITAN_0_2)
-"""The newest first, in which order a checkpoint's generation is looked for."""
+"""Newest first: the order in which a checkpoint's generation is searched for."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The same dotted part of parameters' names in every generation.
+    """One dotted part of parameter names, in every generation.
 
     Attributes:
         titan_0_2: in torchtitan 0.2.
         titan_0_3: from 0.3 on.
         main: since September 2026.
-        layout: how main's tensor holds the older one; None where they are the same.
+        layout: how main's tensor holds the older one; None if they are the same.
     """
 
     titan_0_2: str
@@ -48,14 +48,14 @@ PARTS = (
     Part("output.weight", "lm_head.weight", "lm_head.weight"),
     Part("moe.expert_bias", "moe.expert_bias_E", "moe.expert_bias_E"),
 )
-"""Of every model."""
+"""Used by every model."""
 
 EXPERTS = (
     Part("moe.experts.w1", f"{_INNER}.w1_EFD", f"{_ROUTED}.w13.weight", Half(0)),
     Part("moe.experts.w3", f"{_INNER}.w3_EFD", f"{_ROUTED}.w13.weight", Half(1)),
     Part("moe.experts.w2", f"{_INNER}.w2_EDF", f"{_ROUTED}.w2.weight"),
 )
-"""Of every model but gpt_oss."""
+"""Used by every model except gpt_oss."""
 
 _GPT_OSS_BIAS = Part("moe.experts.mlp2_bias", f"{_INNER}.mlp2_bias_ED", f"{_ROUTED}.w2.bias")
 GPT_OSS_EXPERTS = (
@@ -69,7 +69,7 @@ GPT_OSS_EXPERTS = (
     Part("moe.experts.mlp2_weight", f"{_INNER}.mlp2_weight_EDF", f"{_ROUTED}.w2.weight"),
     _GPT_OSS_BIAS,
 )
-"""Of gpt_oss, known by its biases."""
+"""Used by gpt_oss, which is recognized by its biases."""
 
 _WK = Part("attention.wk", f"{_QKV}.wk", f"{_QKV}.wk")
 ATTENTION = (
@@ -77,7 +77,7 @@ ATTENTION = (
     _WK,
     Part("attention.wv", f"{_QKV}.wv", f"{_QKV}.wv"),
 )
-"""Of a model with wk; latent attention (deepseek_v3) has a wq too, and it keeps its name."""
+"""Used by models with wk; latent attention (deepseek_v3) has a wq too, but keeps its name."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Renamed:
 
     Attributes:
         name: the new one.
-        layout: how main's tensor holds the older one; None where they are the same.
+        layout: how main's tensor holds the older one; None if they are the same.
     """
 
     name: str
@@ -97,7 +97,7 @@ Renaming = Callable[[str], tuple[Renamed, ...]]
 
 
 def generation_of(names: Iterable[str]) -> str | None:
-    """The generation whose names these are, by parts that only it has; None if there are none."""
+    """The generation that uses these names, known by parts that only it has; None for no match."""
     names = list(names)
     parts = _parts(names)
     for generation in GENERATIONS:
@@ -110,9 +110,9 @@ def generation_of(names: Iterable[str]) -> str | None:
 
 
 def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
-    """What a name of generation ``source`` becomes in ``target``: one name, of w13 often two.
+    """What a name of generation ``source`` becomes in ``target``: one name, often two from w13.
 
-    Names that are the same in both, and those of no parameter, stay as they are.
+    Names that are the same in both, and those that are not parameters, stay unchanged.
     """
     parts = [(_pattern(part.of(source)), part) for part in _parts(names)]
 
@@ -131,7 +131,7 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
 
 
 def _parts(names: Iterable[str]) -> list[Part]:
-    """What applies to a checkpoint with these names, of any generation."""
+    """The parts, of any generation, that apply to a checkpoint with these names."""
     names = list(names)
 
     def there(part: Part) -> bool:

@@ -1,8 +1,8 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Main has w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments go the way of
-their weights; what else it keeps of a parameter, a count of steps or a rate, is one for both and
-has to be the same.
+Main keeps w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments follow their
+weights. Whatever else it keeps for a parameter, such as a step count or a rate, exists once for
+both and has to be equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Step:
     """A stored entry of the source, and an entry that it becomes.
 
     Attributes:
-        convert: makes the new tensor or object of the old one; None keeps the stored bytes.
+        convert: turns the old tensor or object into the new one; None keeps the stored bytes.
     """
 
     source: MetadataIndex
@@ -43,13 +43,13 @@ class Step:
 
 @dataclass
 class Plan:
-    """The way to another generation's names.
+    """How to get to another generation's names.
 
     Attributes:
         entries: the new metadata of every tensor and object.
-        paths: where each stands in the trainer's nested state.
-        steps: for every stored entry of the source at least one.
-        changed: how many names of the source are others in the target.
+        paths: where each belongs in the trainer's nested state.
+        steps: at least one for every stored entry of the source.
+        changed: how many of the source's names change.
     """
 
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -62,7 +62,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     """The plan from generation ``source`` to ``target``.
 
     Raises:
-        EzpzError: shards that are none in the target; w1 and w3 of different shapes.
+        EzpzError: a shard has no counterpart in the target; w1 and w3 have different shapes.
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
@@ -90,14 +90,14 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
                     index, shards[index.fqn, index.offset], each.name, layout, target
                 )
             else:
-                # What is one for both w1 and w3 is compared with the other's, value by value.
+                # Both w1 and w3 bring this value, and main keeps one: the two are compared.
                 convert = None if each.layout is None else _unchanged
                 plan.steps.append(Step(index, replace(index, fqn=each.name), convert))
     return plan
 
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
-    """Of the one or two names of a part of a path, that of the place."""
+    """From the one or two names of a path's part, the one for ``place``."""
     return new[min(place, len(new) - 1)].name
 
 
@@ -118,8 +118,8 @@ def _reshaped(name: str, entry: Entry, new: Renamed, target: str) -> Entry:
         boxes = [_box(chunk, layout, target) for chunk in entry.chunks]
     except EzpzError as error:
         raise EzpzError(
-            f"{name}: {error}, so that no shard of torchtitan {target} can hold it. Save the "
-            "checkpoint on another number of ranks."
+            f"{name}: {error}, so no shard of torchtitan {target} can hold it. Save the "
+            "checkpoint on a different number of ranks."
         ) from error
     return _resized(entry, size(entry.size), [box for box in boxes if box is not None])
 
@@ -143,7 +143,7 @@ def _unchanged(value: Any) -> Any:
 def _resized(
     entry: TensorStorageMetadata, size: torch.Size, chunks: list[ChunkStorageMetadata]
 ) -> TensorStorageMetadata:
-    # Older torch has no strides in it.
+    # Older torch does not record strides.
     strides = getattr(entry.properties, "strides", None)
     properties = entry.properties
     if strides is not None:
@@ -160,5 +160,5 @@ def _joined(name: str, before: Entry | None, entry: Entry) -> Entry:
         or not isinstance(entry, TensorStorageMetadata)
         or (before.size, before.properties) != (entry.size, entry.properties)
     ):
-        raise EzpzError(f"{name}: w1 and w3, which it stacks, differ in shape or dtype.")
+        raise EzpzError(f"{name}: it stacks w1 and w3, but they differ in shape or dtype.")
     return replace(before, chunks=[*before.chunks, *entry.chunks])

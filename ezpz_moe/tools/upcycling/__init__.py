@@ -1,7 +1,7 @@
-"""A dense model's checkpoint as a mixture of experts': ``ezpz-moe upcycle``.
+"""Turn a dense model's checkpoint into a mixture of experts: ``ezpz-moe upcycle``.
 
 ``weights``    the formulas, tensor by tensor
-``target``     what the host says of the model to make, and what follows for the weights' scale
+``target``     how the host describes the model to build, and what follows for the weights' scale
 ``dense``      reading the dense model, from a DCP checkpoint or from safetensors
 ``upcycle``    carrying it out
 """
