@@ -49,7 +49,7 @@ def test_experts_are_dead_after_so_many_steps_and_are_said_once() -> None:
     assert at_records(messages, "got no token") == [11]  # 10 idle records of 10 steps
     (message,) = messages[10]
     assert message.startswith(
-        "step 110, layer 1: experts 6, 7 of 8 got no token for 100 steps "
+        "step 110, layer 1: experts 6, 7 of 8 got no tokens for 100 steps "
         "([telemetry] alert_dead_steps = 100). Remedy: "
     )
     assert '[balance] aux_loss = 0.01 or bias_update = "sign"' in message

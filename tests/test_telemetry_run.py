@@ -122,7 +122,7 @@ PROVOKED = {
         [telemetry]
         alert_dead_steps = 3
         """,
-        r"step 3, layer 2: experts 0, 1 of 8 got no token for 3 steps \(.* alert_dead_steps = 3\)",
+        r"step 3, layer 2: experts 0, 1 of 8 got no tokens for 3 steps \(.* alert_dead_steps = 3\)",
     ),
     "collapsed": (
         """
