@@ -1,4 +1,4 @@
-"""Balancing without a loss: a bias on the scores that experts are chosen by.
+"""Balancing without a loss: a bias on the scores by which experts are chosen.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
-    """What is added to the experts' biases after a step, float32; it adds up to zero.
+    """The change of the experts' biases after a step, float32; it sums to zero.
 
     ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
-    relative to the mean load, says how far, so that the bias comes to rest. Both are variants of
-    Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+    relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
+    of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
 
     Args:
         counts_E: assignments of the step to each expert, over all ranks.

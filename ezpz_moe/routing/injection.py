@@ -1,4 +1,4 @@
-"""A loss that trains without being part of the trainer's loss."""
+"""A loss that trains the model without being part of the trainer's loss."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class _Inject(torch.autograd.Function):
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:
-    """``carrier`` as it is; in backward, ``loss`` is differentiated along with whatever follows.
+    """``carrier`` unchanged; in backward, ``loss`` is differentiated along with whatever follows.
 
-    The gradient is that of ``following loss + loss``, as often as the carrier's backward runs: once
-    for each forward pass, recomputed or not. Source of the idea: Megatron-LM's
+    The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
+    once per forward pass, recomputed or not. Source of the idea: Megatron-LM's
     ``MoEAuxLossAutoScaler``.
 
     Args:
-        carrier: a tensor on the way to the trainer's loss, whose backward must run.
+        carrier: a tensor on the way to the trainer's loss; its backward must run.
         loss: scalar.
     """
     return _Inject.apply(carrier, loss)

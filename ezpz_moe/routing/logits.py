@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def jittered(x: Tensor, noise: float) -> Tensor:
-    """x, each element times its own draw from [1 - noise, 1 + noise], in x's dtype.
+    """Multiply each element of x by its own draw from [1 - noise, 1 + noise], in x's dtype.
 
-    The draws have at least float32: bfloat16 has four values within 1 % of 1, most of them below.
+    The draws have at least float32: bfloat16 has only four values within 1 % of 1, most of them
+    below.
 
     Source: Switch Transformers, arXiv 2101.03961, section 2.2 (exploration by input jitter).
 
@@ -23,19 +24,19 @@ def jittered(x: Tensor, noise: float) -> Tensor:
 
 
 def losing_infinities(logits_BLE: Tensor) -> Tensor:
-    """The logits, NaN where they are infinite, so that the loss shows it.
+    """The logits, with NaN where they are infinite: the loss then shows it.
 
-    -inf alone would just bar an expert, and an activation would make it a number like any other.
+    -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
     """
-    return logits_BLE + (logits_BLE - logits_BLE).detach()  # x + 0, but inf - inf is NaN
+    return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
 
 
 def activated(logits_BLE: Tensor, activation: str) -> Tensor:
     """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 
-    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, as the router
-    of BlockFFN does (arXiv 2507.08771, equation 3), here without a learned scale so that no
-    parameter is added. A token all of whose logits are negative gets equal logits.
+    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
+    of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
+    parameter. A token whose logits are all negative gets equal logits.
 
     Raises:
         ValueError: unknown activation.
@@ -47,4 +48,4 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
             return F.softplus(logits_BLE)
         case "relu_rmsnorm":
             return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
-    raise ValueError(f"activation: {activation!r} is none of identity, softplus, relu_rmsnorm")
+    raise ValueError(f"activation: {activation!r} is not one of identity, softplus, relu_rmsnorm")

@@ -8,7 +8,7 @@ from ezpz_moe.config.routing_schema import Schedule
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """The schedule's value in training step ``step``, of which the first is 1.
+    """The schedule's value in training step ``step``, counted from 1.
 
     >>> value_at(Schedule(start=2.0, end=1.0, steps=5), 3)
     1.5

@@ -1,8 +1,8 @@
-"""Experts that cost nothing: null, copy and constant ones, after the routed experts.
+"""Experts that cost nothing: null, copy and constant ones, numbered after the routed experts.
 
-A null expert's output is zero, a copy expert's is its input, a constant expert's is a learned mix
-of its input and a learned vector. Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv
-2410.07348 (zero, copy and constant experts, equations 3 to 5).
+A null expert outputs zero, a copy expert its input, a constant expert a learned mix of its input
+and a learned vector. Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348
+(zero, copy and constant experts, equations 3 to 5).
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
-    """weight_BL1: what a token gives to the experts ``first`` to ``last`` - 1."""
+    """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
 
@@ -24,7 +24,7 @@ def constant_output(
 ) -> Tensor:
     """y_BLD: the sum of the constant experts' outputs, each times its weight.
 
-    Expert c answers ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
+    Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """
     mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
     shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
