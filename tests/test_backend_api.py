@@ -42,7 +42,7 @@ def _arguments() -> dict[str, torch.Tensor]:
         (
             {"num_tokens_per_expert_E": COUNTS.float()},
             TypeError,
-            r"^num_tokens_per_expert has to be int32 or int64, not torch.float32",
+            r"^num_tokens_per_expert must be int32 or int64, not torch.float32",
         ),
         (
             {"num_tokens_per_expert_E": torch.ones(E + 1, dtype=torch.int64)},
@@ -87,15 +87,15 @@ def test_swiglu_names_the_wrong_argument(name: str, wrong: dict, error, message:
             TypeError,
             r"^B_EKN is torch.float16, but A_RK",
         ),
-        ({"offs_E": torch.tensor([4, 4, 7.0])}, TypeError, r"^offs_E has to be int32 or int64"),
+        ({"offs_E": torch.tensor([4, 4, 7.0])}, TypeError, r"^offs_E must be int32 or int64"),
         ({"offs_E": torch.tensor([4, 7])}, ValueError, r"^offs_E has 2 entries"),
         (
             {"offs_E": torch.tensor([4, 4, 9])},
             ValueError,
             r"^offs_E ends at 9, but A_RK has",
         ),
-        ({"offs_E": torch.tensor([4, 3, 7])}, ValueError, r"^offs_E has to start .* never fall"),
-        ({"offs_E": torch.tensor([-1, 3, 7])}, ValueError, r"^offs_E has to start at or above 0"),
+        ({"offs_E": torch.tensor([4, 3, 7])}, ValueError, r"^offs_E must start .* never fall"),
+        ({"offs_E": torch.tensor([-1, 3, 7])}, ValueError, r"^offs_E must start at or above 0"),
     ],
 )
 @over_backends

@@ -130,7 +130,7 @@ def test_a_backend_that_the_job_does_not_use_is_information(findings, job_file) 
     assert problems(found) == ""
     (grouped,) = (each for each in found if each.what.endswith("F = 252 with grouped_mm"))
     assert grouped.state == "note"
-    assert "torch._grouped_mm wants dimensions" in grouped.problem
+    assert "torch._grouped_mm needs dimensions" in grouped.problem
 
 
 @pytest.mark.skipif(
@@ -140,4 +140,4 @@ def test_the_jobs_own_backend_is_judged(findings, job_file) -> None:
     job_file('inherits = "debugmodel"\nmoe_hidden_dim = 252\n', "odd.toml")
     said = problems(findings("odd_sdpa"))
     assert "compute_backend 'grouped_mm' cannot run on" in said
-    assert "torch._grouped_mm wants dimensions" in said
+    assert "torch._grouped_mm needs dimensions" in said
