@@ -80,7 +80,7 @@ def test_cv_is_compared_with_its_lowest() -> None:
     # 0.5 - (0.5 - 0.207) * 0.8**n > 0.414: at n = 6.
     assert at_records(messages, "CV") == [27]
     (message,) = messages[26]
-    assert "load CV has risen to 0.423, over 0.414" in message
+    assert "load CV has risen to 0.423, above 0.414" in message
     assert "[telemetry] alert_cv_rise = 2 times its lowest, 0.207" in message
     assert "[balance] aux_loss" in message
 
@@ -124,7 +124,7 @@ def test_collapse_and_its_end() -> None:
     assert at_records(messages, "router collapse") == [2, 5]
     (message,) = messages[1]
     assert message.startswith(
-        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, under 2.8 "
+        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, below 2.8 "
         "([telemetry] alert_collapse = 0.25 of those beyond the 1 that a token uses). Remedy: "
     )
     assert "[balance] aux_loss and z_loss" in message

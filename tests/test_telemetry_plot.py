@@ -205,7 +205,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
     assert refusal(capsys, without).startswith(f"{without}: holds no telemetry.jsonl. A run whose")
     foreign = tmp_path / "notes.txt"
     foreign.write_bytes(b"\xff\xfe notes\n")
-    assert refusal(capsys, foreign).startswith(f"{foreign}, line 1: is no JSON")
+    assert refusal(capsys, foreign).startswith(f"{foreign}, line 1: is not JSON")
     empty = tmp_path / "telemetry.jsonl"
     empty.touch()
     assert refusal(capsys, tmp_path).startswith(f"{empty}: holds no records yet")

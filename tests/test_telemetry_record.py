@@ -134,9 +134,8 @@ def test_a_killed_run_costs_its_last_line_only(path: Path, caplog, left: int) ->
     with caplog.at_level(logging.WARNING):
         assert read(path) == [first]
     (said,) = caplog.messages
-    assert (
-        said
-        == f"{path}, line 2: is truncated, because the run was killed or is still writing it; left out."
+    assert said == (
+        f"{path}, line 2: is truncated, because the run was killed or is still writing it; left out."
     )
     append(path, third)  # the run is resumed
     caplog.clear()

@@ -133,7 +133,7 @@ PROVOKED = {
         bias_update = "none"
         [telemetry]
         """,
-        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, under 4\.2 ",
+        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, below 4\.2 ",
     ),
     "rising": (
         """
