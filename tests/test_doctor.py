@@ -136,7 +136,7 @@ def test_a_job_that_fits(capsys) -> None:
         (
             "[training]\nglobal_batch_size = 6\nlocal_batch_size = 4",
             ["--world-size", "2"],
-            "training.global_batch_size = 6 is no multiple of 8",
+            "training.global_batch_size = 6 is not a multiple of 8",
         ),
         ("[checkpoint]\ninitial_load_path = 'gone'", [], "initial_load_path = "),
         ("[training]\ndataset_path = 'gone.txt'", [], "dataset_path = 'gone.txt' does not exist"),

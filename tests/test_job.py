@@ -178,7 +178,7 @@ def test_a_key_that_is_gone_may_ask_for_what_the_host_does_anyway(job_file):
 def test_accepted_values_count_with_their_type(job_file):
     # In Python, 1 == True.
     path = job_file(MODEL + "[parallelism]\nexpert_tensor_parallel_degree = true\n")
-    assert "Set expert_parallel_degree alone" in problem(path)
+    assert "Set only expert_parallel_degree" in problem(path)
 
 
 def test_quantization_is_refused_with_its_remedy(job_file):

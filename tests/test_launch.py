@@ -154,7 +154,7 @@ def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path
     for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
         with_pair(monkeypatch, tmp_path, *pair)
         ezpz_moe.hosts.check_host()
-    line = "ezpz_moe: torch {} with torchtitan {} is untested here; `ezpz-moe verify` checks it"
+    line = "ezpz_moe: torch {} with torchtitan {} is untested; `ezpz-moe verify` checks it here"
     assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
 
 

@@ -173,8 +173,8 @@ def test_for_an_accelerator_this_machines_cpu_is_not_asked(cpu_with):
 @pytest.mark.parametrize(
     ("asked", "backend", "hosts_forward", "said"),
     [
-        ("float32", "grouped_mm", None, r"does not go with compute_backend 'grouped_mm'"),
-        ("bfloat16", "grouped_mm", None, r"does not go with compute_backend 'grouped_mm'"),
+        ("float32", "grouped_mm", None, r"cannot be combined with compute_backend 'grouped_mm'"),
+        ("bfloat16", "grouped_mm", None, r"cannot be combined with compute_backend 'grouped_mm'"),
         ("float32", "for_loop", "GptOssGroupedExperts", r"the forward of GptOssGroupedExperts"),
     ],
 )

@@ -135,7 +135,8 @@ def test_a_killed_run_costs_its_last_line_only(path: Path, caplog, left: int) ->
         assert read(path) == [first]
     (said,) = caplog.messages
     assert said == (
-        f"{path}, line 2: is truncated, because the run was killed or is still writing it; left out."
+        f"{path}, line 2: is truncated, because the run was killed or is still "
+        "writing it; left out."
     )
     append(path, third)  # the run is resumed
     caplog.clear()

@@ -82,7 +82,7 @@ class Generation:
             titan = installed_pair()[1]
             raise EzpzError(
                 f"ezpz_moe cannot do this with torchtitan {titan}: {in_words(error)}. "
-                "`ezpz-moe doctor` says what is broken and what that means."
+                "`ezpz-moe doctor` shows what is broken and what that means."
             ) from error
 
 
@@ -91,7 +91,7 @@ TITAN_0_3 = Generation(
     "torchtitan 0.3",
     Reliance(
         "torchtitan.config.override:derive",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is older than torchtitan 0.3",
         takes=("source", "target_cls"),
         vital=True,
@@ -102,7 +102,7 @@ TITAN_MAIN = Generation(
     "torchtitan after 0.3",
     Reliance(
         "torchtitan.config.configs:TrainingConfig",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is torchtitan 0.3 or older",
         fields=("max_context_length",),
         vital=True,
@@ -114,7 +114,7 @@ TITAN_GROUPED_LINEAR = Generation(
     "torchtitan since September 2026",
     Reliance(
         "torchtitan.models.common.linear:GroupedLinear",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is torchtitan of August 2026 or older",
         vital=True,
     ),
@@ -125,7 +125,7 @@ TITAN_0_2 = Generation(
     "torchtitan 0.2",
     Reliance(
         "torchtitan.protocols.train_spec:register_train_spec",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is neither torchtitan 0.2 nor 0.3",
         vital=True,
     ),

@@ -88,7 +88,7 @@ class Reliance:
         if not self.fields:
             return
         if not dataclasses.is_dataclass(found):
-            yield "is no dataclass"
+            yield "is not a dataclass"
             return
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:

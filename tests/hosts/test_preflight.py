@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("forked_processes")]
 
 
 needs_all_ranks = pytest.mark.skipif(
-    host_name() == "0.2.1", reason="the fake communication of torchtitan 0.2.1 is of rank 0 alone"
+    host_name() == "0.2.1", reason="torchtitan 0.2.1 can fake only rank 0"
 )
 
 
@@ -99,8 +99,12 @@ def test_flex_attention_gets_its_masks_as_in_training(more) -> None:
 @pytest.mark.parametrize(
     ("flavor", "flags", "reason"),
     [
-        ("debugmodel_varlen", (), "aten.nonzero.default reads values, of which the tensors have"),
-        ("debugmodel", ("--parallelism.context_parallel_degree", "2"), "context parallelism cuts"),
+        ("debugmodel_varlen", (), "aten.nonzero.default reads values, which the tensors do not"),
+        (
+            "debugmodel",
+            ("--parallelism.context_parallel_degree", "2"),
+            "context parallelism splits",
+        ),
     ],
 )
 def test_a_step_that_needs_values_or_ranks_is_not_run_and_no_error(flavor, flags, reason) -> None:

@@ -142,7 +142,7 @@ MISTAKES = {
         (),
         "dataset_path = 'nowhere.txt' does not exist",
     ),
-    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "holds no tokenizer"),
+    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "has no tokenizer"),
     "attention without a backward": (
         MODEL.replace("_sdpa", ""),
         (),
@@ -166,7 +166,7 @@ MISTAKES = {
     "a batch that the ranks cannot share": (
         MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
         (),
-        "training.global_batch_size = 6 is no multiple of 4",
+        "training.global_batch_size = 6 is not a multiple of 4",
     ),
 }
 

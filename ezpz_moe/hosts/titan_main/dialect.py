@@ -53,7 +53,7 @@ def work(values: Mapping[str, Any]) -> dict[str, Any]:
         size = values.get("parallelism.pipeline_parallel_microbatch_size", 1)
         if sequences % size:
             raise EzpzError(
-                f"training.local_batch_size = {sequences} is no multiple of "
+                f"training.local_batch_size = {sequences} is not a multiple of "
                 f"parallelism.pipeline_parallel_microbatch_size = {size}."
             )
         fields[_PP_MICROBATCHES] = sequences // size
@@ -89,7 +89,7 @@ def _whole_sequences(config: Any) -> Iterator[str]:
     tokens, length = config.training.num_tokens_per_microbatch_per_dp_rank, _sequence(config)
     if tokens % length and any(True for _ in _causal_attentions(config)):
         yield (
-            f"{MICROBATCH} = {tokens} is no multiple of {LENGTH} = {length}, and SDPA attends "
+            f"{MICROBATCH} = {tokens} is not a multiple of {LENGTH} = {length}, but SDPA attends "
             f"within whole sequences. Choose a multiple, or a flavor without _sdpa."
         )
 
