@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(
     caplog.set_level(logging.WARNING)
     _compute()
     assert _winners() == ["for_loop"]
-    assert "EZPZ_MOE_CACHE names another folder" in caplog.text
+    assert "set EZPZ_MOE_CACHE to another folder" in caplog.text
 
 
 def test_a_lasting_change_of_the_load_asks_again_and_one_odd_batch_does_not(clock: _Clock) -> None:

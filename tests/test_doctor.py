@@ -169,7 +169,7 @@ def test_dimensions_that_another_backend_cannot_take_break_nothing(capsys, tmp_p
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "odd_sdpa_for_loop"\n')
     code, said = run(capsys, str(tmp_path / "job.toml"))
     assert code == 0
-    assert "note D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
+    assert "note D = 256, F = 252 with grouped_mm: torch._grouped_mm needs dimensions" in said
     assert " 0 broken" in said
 
 

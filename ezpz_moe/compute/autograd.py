@@ -117,6 +117,7 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
 
     @forward.register_fake
     def _(A_RK, B_EKN, offs_E, *options):
+        # Shapes only: torch.compile traces with this instead of running the kernel.
         return A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
 
     @backward.register_fake

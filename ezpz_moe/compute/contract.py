@@ -273,6 +273,7 @@ def check_where_free(
     Args:
         check: :func:`counts_on_host` or :func:`counts_of_offsets`, which raise.
     """
+    # While torch.compile traces, the counts have no values yet.
     if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
         check(counts_E, rows_RX.shape[0])
 

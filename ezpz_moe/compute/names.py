@@ -72,6 +72,7 @@ def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
     if not bracket:
         return name, {}
     try:
+        # Options look like a Python call, so Python's parser reads them. Nothing is evaluated.
         call = ast.parse(compute_backend, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError

@@ -161,6 +161,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
     too_large: dict[str, None] = {}
     start = time.perf_counter()
     for turn in range(1 + _TURNS):
+        # One timed turn always completes, however slow it is.
         if turn > 1 and time.perf_counter() - start > _SECONDS:
             break
         for name, run in runs.items():
@@ -202,6 +203,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _key(asked: Question | Situation) -> str:
+    # Not hash(): Python seeds that anew in every process.
     return hashlib.sha256(json.dumps(asdict(asked)).encode()).hexdigest()[:16]
 
 
@@ -264,6 +266,7 @@ def remember(situation: Situation, measured: Measured) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(asdict(situation) | asdict(measured), indent=2) + "\n")
+        # Renaming is atomic: readers see the old file or the whole new one.
         unfinished.replace(path)
     except OSError as error:
         logger.warning(

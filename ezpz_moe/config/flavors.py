@@ -183,6 +183,7 @@ def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any]
     origin: dict[str, Path] = {}
     for path, data in reversed(chain):
         for key, value in data.items():
+            # A table such as [rope] merges key by key; any other value replaces the parent's.
             inherited = values.get(key)
             if isinstance(value, dict):
                 origin |= {f"{key}.{inner}": path for inner in value}

@@ -132,6 +132,7 @@ def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The valid ``"section.key"`` values of a file, and one line per problem."""
     values: dict[str, Any] = {}
     problems: list[str] = []
+    # Several keys that are gone for the same reason become one line.
     outdated: dict[tuple[str, str], list[str]] = {}
     for section, name, value in _settings(document):
         key = KEYS.get(section, {}).get(name)

@@ -77,6 +77,7 @@ class Router(Data):
     @field_validator("jitter_noise", mode="before")
     @classmethod
     def _is_asked_for(cls, value: object) -> object:
+        # jitter_noise = true means the default; without this, true would pass as the number 1.
         return DEFAULT_JITTER if value is True else 0.0 if value is False else value
 
     @model_validator(mode="after")

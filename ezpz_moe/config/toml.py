@@ -27,6 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise EzpzError(f"{str(path)!r}: cannot be read: {error}.") from error
     try:
+        # utf-8-sig also accepts the byte order mark that some Windows editors write.
         return tomli.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1

@@ -72,4 +72,5 @@ def is_recomputation() -> bool:
 
     torch.utils.checkpoint recognizes a recomputation by the same number.
     """
+    # A private function, which `ezpz-moe doctor` checks: torch has no public one.
     return torch._C._current_graph_task_id() != -1

@@ -10,6 +10,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier: Tensor, loss: Tensor) -> Tensor:
         ctx.of_loss = {"dtype": loss.dtype, "device": loss.device}
+        # A view, because autograd treats an input that is returned unchanged specially.
         return carrier.view_as(carrier)
 
     @staticmethod

@@ -251,6 +251,7 @@ def load_by_step(
     """
     found = [(r, layer) for r in records if (layer := _layer(r, number)) is not None]
     experts = max(len(layer.counts_E) for _, layer in found)
+    # A resumed run may have another number of experts, which does not fit into the same picture.
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
     groups = np.array_split(np.arange(len(found)), min(len(found), columns))
     first = found[0][0]
@@ -301,6 +302,7 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
         if np.isnan(load):
             continue
         red, green, blue, _ = _LOAD(_SCALE(load)) if load else (0, 0, 0, 1)
+        # Perceived brightness of the cell (the weights are those of ITU-R BT.601).
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         axes.text(
             expert,

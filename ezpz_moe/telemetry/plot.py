@@ -88,6 +88,7 @@ def _write(files: dict[str, bytes], out: Path) -> list[Path]:
     """Move the files into place once all are on the disk, the page last."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Inside `out`, because os.replace moves files only within one file system.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)

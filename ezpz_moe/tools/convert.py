@@ -131,6 +131,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
         if path.exists():
             raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
     try:
+        # Write both files before moving either: a full disk then leaves nothing behind.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
             for path, text in files.items():
                 Path(folder, path.name).write_text(text, encoding="utf-8", newline="")

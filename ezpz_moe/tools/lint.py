@@ -95,6 +95,7 @@ def words(line: str) -> Iterator[str]:
 
 def _flag(word: str) -> str:
     """The flag in a word: ``--a.b``, ``--a.b=1``, ``ARGS=--a.b``, ``${X:+--a.b}``; or nothing."""
+    # `ARGS=--a.b` and `${X:+--a.b}` hide a flag behind an assignment or a default.
     for mark in ("=", ":-", ":+"):
         before, _, after = word.partition(mark)
         if after.startswith("--") and not before.startswith("--"):

@@ -86,6 +86,7 @@ def stage_memories(
         for stage in range(job.stages)
     ]
     look = "activations" if device == "accelerator" else "activations_on_cpu"
+    # One forward through all layers serves every stage; _stage picks out its own part.
     functions = [(look, 0), *(("weights", rank) for rank in ranks)]
     forward, *shards = concurrently(
         partial(in_a_process, ("memory", name), config, host_flags, world_size, rank)

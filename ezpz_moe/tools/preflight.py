@@ -94,6 +94,7 @@ def in_a_process(
     Raises:
         EzpzError: the process died.
     """
+    # Spawned, not forked: the host keeps global state that a fork would inherit.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_run, function, config, host_flags, world_size, rank).result()

@@ -48,6 +48,7 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
         type=int,
         default=values.get("checkpoint.load_step", _NEWEST),
     )
+    # The trainer parses all its flags; only the ones above matter here.
     told = parser.parse_known_args(host_flags)[0]
     if not told.enable:
         return None

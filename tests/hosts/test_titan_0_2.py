@@ -151,7 +151,7 @@ MISTAKES = {
     "an attention that the model lacks": (
         MODEL.replace("sdpa", "varlen"),
         (),
-        "torchtitan 0.2's deepseek_v3 has flex and sdpa attention only",
+        "torchtitan 0.2's deepseek_v3 supports only flex and sdpa attention",
     ),
     "quantized experts": (
         MODEL,

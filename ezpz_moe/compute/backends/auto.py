@@ -171,8 +171,10 @@ def _look(
         choice.follow(winner)
         logger.info(f"ezpz_moe: auto: {winner} for {question} (measured by another rank)")
     skew_before, choice.skew = choice.skew, choice.look_at(counts)
+    # Nothing to ask: the class is unchanged, or other ranks chose before this rank's first look.
     if choice.skew == skew_before or (skew_before is None and choice.winner):
         return
+    # Measure each class once: a load that swings between two classes must not time them each time.
     if choice.skew not in choice.fastest:
         runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
         situation = tuning.Situation(question, _up_to(rows), choice.skew)
@@ -201,6 +203,7 @@ def _forward(
         else:
             y_RD, *saved = outputs
             if layer.recompute:
+                # Time what backward will really do, which is to compute gate and up again.
                 saved = [None for _ in saved]
             backend.compute(f"{layer.product}_backward", y_RD, *inputs, *saved)
 
@@ -308,6 +311,8 @@ class Auto(KernelBackend):
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor | None:
         """What the chosen backend makes of these counts; None before the first choice."""
         asked = (self.among, self.recompute, num_tokens_per_expert_E.shape[0])
+        # Telemetry does not know the layer's sizes, so any layer with these options answers for
+        # all.
         for layer, choice in _CHOICES.items():
             if choice.winner and (layer.among, layer.recompute, layer.sizes[0]) == asked:
                 used_2 = _kernels(choice.winner).rows_used(num_tokens_per_expert_E, num_rows)

@@ -55,6 +55,7 @@ class _Slots:
         row_EC = starts_E.unsqueeze(1) + place_C
         void_EC = row_EC >= ends_E.unsqueeze(1)
         self.void_S1 = void_EC.view(-1, 1)
+        # A void slot reads row 0, which is a valid index; take() then zeroes it.
         self.row_S = row_EC.masked_fill(void_EC, 0).flatten()
 
         row_R = torch.arange(R, device=device)
@@ -80,6 +81,8 @@ class _Slots:
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
     """``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
+        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
+        # view.
         return _weight_gradient(right_ECN, left_ECM, like_EMN.transpose(1, 2)).transpose(1, 2)
     return products.bmm(left_ECM.transpose(1, 2), right_ECN, torch.empty_like(like_EMN))
 

@@ -96,6 +96,7 @@ class _Plan:
 
 def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
     """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
+    # Each number is its own index in the result plus a shift that is constant within its cell.
     shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
     shift_t = torch.repeat_interleave(shift_c, length_c, output_size=total)
     return torch.arange(total, device=start_c.device) + shift_t
@@ -157,6 +158,8 @@ def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
     """``left.T @ right`` for every expert, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
+        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
+        # view.
         return _weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
     grad_EMN = torch.empty_like(like_EMN)
     for idle in left.plan.idle:
@@ -240,6 +243,7 @@ def _swiglu_backward(
     hidden_RF = activated_RF * up_RF
     grad_w2_EDF = _weight_gradient(grad_y, _Rows.padded(hidden_RF, plan), w2_EDF)
 
+    # hidden is no longer needed: its gradient takes over the memory.
     grad_hidden = _Rows(hidden_RF, plan)
     _multiply(grad_y, w2_EDF, grad_hidden)
     gradients = swiglu_gradients_(grad_hidden.unpadded(), activated_RF, gate_RF, up_RF)

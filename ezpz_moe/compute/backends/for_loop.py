@@ -123,6 +123,7 @@ def _swiglu_backward(
     hidden = _rows(hidden_nF, counts)
     grad_w2_EDF = _weight_gradient(_columns(grad_y_RD, counts), hidden, w2_EDF)
 
+    # hidden is no longer needed: its gradient takes over the memory.
     grad_hidden_nF, grad_hidden = hidden_nF, hidden
     _multiply(_rows(grad_y_RD, counts), w2_EDF.unbind(), grad_hidden)
     grad_gate_nF, grad_up_nF = swiglu_gradients_(grad_hidden_nF, activated_nF, gate_nF, up_nF)

@@ -29,6 +29,7 @@ _ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multipl
 @cache
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """What ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
+    # Ask by computing: which devices and dtypes work changes from one torch release to the next.
     A_RK = torch.ones(16, 16, device=device, dtype=dtype)
     B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
     offs_E = torch.tensor([8, 16], device=device, dtype=torch.int32)

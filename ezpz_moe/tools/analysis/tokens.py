@@ -52,6 +52,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
         raise ValueError("no token ID occurs twice")
     chosen_TE, index_T = chosen_TE[is_repeated_T], index_T[is_repeated_T]
     top_k = ids_TK.shape[1]
+    # Subtracting chosen_TE leaves each token out of its own prediction.
     by_token = _overlap(counts_VE[index_T] - chosen_TE, chosen_TE, top_k)
     by_frequency = _overlap(counts_VE.sum(0) - chosen_TE, chosen_TE, top_k)
     missing = 1 - by_frequency

@@ -73,6 +73,7 @@ def _measure(
             if turn > 0:
                 figures[name].forward_ms.append(forward_ms)
                 figures[name].both_ms.append(both_ms)
+        # Another contender begins the next turn, so none always runs on a warm or a cool machine.
         order.rotate()
     return figures, failed
 

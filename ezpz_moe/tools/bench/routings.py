@@ -62,6 +62,7 @@ def _shares(routing: str, experts: int) -> list[float]:
 
 def _whole(shares: Sequence[float], rows: int) -> list[int]:
     """``rows`` in proportion to the shares; leftovers of rounding go to the largest remainders."""
+    # Exact arithmetic: with floats the counts could miss the total by one.
     exact = [Fraction(share) for share in shares]
     wanted = [share * rows / sum(exact) for share in exact]
     counts = [int(each) for each in wanted]

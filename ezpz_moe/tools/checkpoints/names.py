@@ -101,6 +101,8 @@ def generation_of(names: Iterable[str]) -> str | None:
     names = list(names)
     parts = _parts(names)
     for generation in GENERATIONS:
+        # The oldest generation has none below it, so its names are compared with the next newer
+        # ones.
         older = GENERATIONS[GENERATIONS.index(generation) + 1 :] or (TITAN_0_3,)
         own = [part for part in parts if part.of(generation) not in map(part.of, older)]
         patterns = [_pattern(part.of(generation)) for part in own]
@@ -143,4 +145,5 @@ def _parts(names: Iterable[str]) -> list[Part]:
 
 
 def _pattern(part: str) -> re.Pattern:
+    # Match whole dotted parts only: `wq` must not match `wq_a`.
     return re.compile(rf"(?<![^.]){re.escape(part)}(?![^.])")

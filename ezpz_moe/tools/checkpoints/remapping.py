@@ -104,6 +104,7 @@ def _write(
         origin[step.target] = step.source.fqn
     for name in {entry.relative_path for entry in written.values()}:
         with (target / name).open("rb") as file:
+            # The new checkpoint has to survive a crash right after this command.
             os.fsync(file.fileno())
     return written
 

@@ -131,5 +131,6 @@ def same_bits(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    # As bytes, because NaN is not equal to itself.
     as_bytes = (each.contiguous().flatten().view(torch.uint8) for each in (a, b))
     return torch.equal(*as_bytes)

@@ -75,6 +75,7 @@ def upcycle(
     with atomic_folder(out, source=dense.folder, needed=needed) as folder:
         written = write_checkpoint(folder, ((name, make[name]()) for name in progress(order)))
         for name in progress(order):
+            # Computing the tensor again is cheaper than keeping all of them in memory.
             check_same(folder, dense.folder, name, read_whole(folder, written, name), make[name]())
     first = target.layers[0]
     return Upcycled(

@@ -135,6 +135,7 @@ def like(
 def generator(seed: int, *key: object) -> torch.Generator:
     """A separate generator for ``key``, the same on every machine."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    # One bit less keeps the seed within a signed 64-bit integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
