@@ -32,6 +32,7 @@ def decide(question: Question, known: int, winner: str) -> str:
     store = _store()
     if store is None:
         return winner
+    # Writes only if nobody has decided yet, and returns the decision that then holds.
     return store.compare_set(_key(question, known), "", winner).decode()
 
 

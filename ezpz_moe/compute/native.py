@@ -37,6 +37,7 @@ def native_halves() -> frozenset[torch.dtype]:
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
+    # Below, bool() answers False for a torch that does not know the question.
     available = torch.backends.mkldnn.is_available()
     return frozenset(
         dtype

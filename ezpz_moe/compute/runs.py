@@ -50,6 +50,7 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
     the padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
     only if they lie between two with rows.
     """
+    # Start with one run per expert, or per stretch of equally busy neighbours.
     first: list[int] = []
     stop: list[int] = []
     capacity: list[int] = []
@@ -72,6 +73,7 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
 
     offers = [offer(i, i + 1) for i in range(len(first) - 1)]
     heapq.heapify(offers)
+    # Spend the allowed padding on the cheapest merges first.
     left = max_padding * sum(counts)
     while offers and offers[0][0] <= left:
         added, i, stop_i, stop_j = heapq.heappop(offers)

@@ -98,6 +98,7 @@ def _folders(near: Path | None) -> list[Path]:
             )
         folders.append(folder)
     folders.append(_shipped_folder())
+    # EZPZ_MOE_FLAVORS may name the job's folder or the shipped one: search each folder once.
     return list(dict.fromkeys(folder.resolve() for folder in folders))
 
 
@@ -110,6 +111,7 @@ def _shipped_folder() -> Path:
 
 def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
     """File name without ``.toml`` -> the first flavor file of that name."""
+    # The first map that has a name wins, which is the order of the search.
     return ChainMap(
         *(
             {path.stem: path for path in sorted(folder.glob("*.toml")) if _is_flavor_file(path)}

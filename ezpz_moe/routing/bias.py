@@ -28,4 +28,5 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
         step_E = torch.sign(error_E)
     else:
         step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    # Moving all biases alike would change no choice, but would let them drift.
     return rate * (step_E - step_E.mean())

@@ -67,6 +67,7 @@ def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
     the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4; with a sequence
     as the group DeepSeek-V3, arXiv 2412.19437, equation 17, without its factor alpha.
     """
+    # Counting has no gradient: the loss acts through the probabilities alone.
     return f_GE.shape[-1] * (f_GE.detach() * P_GE).sum(-1)
 
 

@@ -176,6 +176,7 @@ def _end_last_line(file: Any) -> None:
 def _is_cut(line: bytes) -> bool:
     """Whether this is the beginning of one of our lines, but not complete JSON."""
     ours = b'{"format": '
+    # A line that was cut within this prefix is ours too.
     if not (line.startswith(ours) or ours.startswith(line)):
         return False
     try:

@@ -93,5 +93,6 @@ def _worst(record: StepRecord, figures_L: list[dict[str, float]], name: str) -> 
     if name not in WORST or len(set(values.values())) == 1:
         return {"worst": "-", "in layer": "-"}
     worst = float(WORST[name](list(values.values())))
+    # NaN is always the worst, and equals nothing, itself included.
     in_layer = next((n for n, v in values.items() if v == worst or math.isnan(v)), None)
     return {"worst": shown(worst), "in layer": str(in_layer)}

@@ -248,6 +248,7 @@ def _rendered_section(
     """
     section = block[0][0].section
     fates = {change.fate for _, change in block if change}
+    # `lives`: the header stays. `is_read`: so do comments and blank lines, for whoever reads on.
     is_empty = not fates and section in SECTIONS | {""}
     lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
     is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)

@@ -64,6 +64,7 @@ def describe(
     host = binding("anatomy")
     with outside_of_a_run():
         seq_len = host.sequence_length(config, host_flags)
+        # The precision is that of the run's device, not of the machine that describes it.
         with contextlib.nullcontext() if device == "cpu" else as_on_an_accelerator():
             precision = host.precision_in_words(config, host_flags, flavor)
         anatomy = host.anatomy(flavor, seq_len)

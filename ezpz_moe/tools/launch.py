@@ -159,6 +159,7 @@ def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
     Always local rank 0, which reports mistakes. A pipeline's loss is on the first rank of its last
     stage, on one of the machines.
     """
+    # Pipeline stages are the outermost dimension: the last one begins after all the others' ranks.
     loss_rank = nproc * nnodes // degree * (degree - 1) % nproc
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:

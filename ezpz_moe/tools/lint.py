@@ -88,6 +88,7 @@ def words(line: str) -> Iterator[str]:
         for word in lexer:
             if word.startswith("#"):
                 return
+            # A quoted string may hold a whole command line: split it again.
             yield from words(word) if set(word) & set(lexer.whitespace) else [word]
     except ValueError:  # an open quote, or a last backslash: the lexer holds an unfinished word
         yield from words(lexer.token)

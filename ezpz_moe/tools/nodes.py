@@ -181,6 +181,7 @@ def _open_port(backlog: int) -> Iterator[int]:
 def _at_all_addresses(port: int) -> Iterator[socket.socket]:
     """A socket bound like the store's: to IPv4 and, if the machine has it, to IPv6."""
     both = socket.has_dualstack_ipv6()
+    # One IPv6 socket without V6ONLY also accepts IPv4, as the store's does.
     with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if both:

@@ -48,6 +48,7 @@ def tune(
     with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
         step = presumed_generation().slot("command").one_step(scratch)
         code = train(config, [*step, *host_flags], nproc=nproc, placement=placement)
+        # A step that failed may have timed only some of the layers.
         measured = list(tuning.recorded()) if code == 0 else []
     for situation, times in measured:
         tuning.remember(situation, times)

@@ -101,6 +101,7 @@ def _layer(
     hit_rates = consistency.best_hit_rates(counts_NE).tolist()
     cache_size = min(E, max(1, round(settings.cache * top_k)))
     pairs = similarity.off_diagonal(cosines_EE)
+    # An expert whose weights are all zero has no cosine.
     pairs = pairs[~pairs.isnan()]
     return LayerReport(
         layer=name,

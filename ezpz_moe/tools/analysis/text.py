@@ -40,6 +40,7 @@ def sequences(
     positions: list[int] = []
     for document in documents:
         encoded = encode(document)
+        # The last token of a document is a label only: nothing follows it.
         tokens += encoded[:-1]
         labels += encoded[1:]
         positions += range(len(encoded) - 1)

@@ -74,6 +74,7 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
             hidden_size=dim, intermediate_size=hidden_dim, num_experts=E, hidden_act="silu"
         )
         config._experts_implementation = implementation
+        # Built without memory: load_state_dict(assign=True) then takes our tensors as they are.
         with torch.device("meta"):
             experts = OlmoeExperts(config)
         gate_up_proj = torch.cat([case.w1_EFD, case.w3_EFD], dim=1)
@@ -168,6 +169,7 @@ def _sonicmoe(case: Case) -> Prepared:
     rows_R = torch.arange(R, device=x_RD.device, dtype=torch.int32)
     ones_R = torch.ones(R, device=x_RD.device)
     options: dict[str, Any] = {}
+    # Only some versions want to be told the stream.
     if "stream_id" in inspect.signature(moe_general_routing_inputs).parameters:
         options["stream_id"] = torch.cuda.current_stream().cuda_stream
 

@@ -25,6 +25,7 @@ def title(measured: Measured) -> str:
 def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
     """One row per contender, the fastest first."""
     stock = measured.stock
+    # The median, because a few turns on a busy machine are much slower than the rest.
     by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
     for name in by_time:
         figures = measured.figures[name]

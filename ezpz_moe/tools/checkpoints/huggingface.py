@@ -186,6 +186,7 @@ def check_model(
     """
     expected = {name: tensor.shape for name, tensor in tensors.items()}
     if sizes != expected:
+        # One example is enough: a wrong flavor differs in almost every tensor.
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
         has, wants = (
             f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (sizes, expected)

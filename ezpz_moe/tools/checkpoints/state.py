@@ -106,6 +106,7 @@ def _everywhere(added: Convert) -> Convert:
         return state
 
     def convert(pickled: Any) -> Any:
+        # Unpickling trusts the checkpoint, as the trainer does when it resumes.
         return pickle.dumps(visit(pickle.loads(pickled)))
 
     return convert
@@ -131,6 +132,7 @@ def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
                 "has one for all."
             )
         rates[key] = values.pop()
+    # Let torch build the state: its format is then the installed torch's own.
     optimizer = torch.optim.SGD([torch.zeros(())], lr=rates["initial_lr"])
     state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict()
     state |= {"_step_count": last_epoch + 1, "_last_lr": [rates["lr"]]}

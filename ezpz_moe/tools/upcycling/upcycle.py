@@ -67,6 +67,7 @@ def upcycle(
     sources, tied = _copied(dense, target)
     in_ffns = {name for layer in target.layers for name in layer.dense.values()}
     check_left_over(dense, in_ffns | set(sources.values()), target.flavor.name)
+    # Functions, not tensors: each tensor is made when it is written, and once more to compare.
     make: dict[str, Make] = {name: partial(dense.read, source) for name, source in sources.items()}
     for layer in target.layers:
         make |= _made(dense, target, layer, fits[layer.name], perturbation)

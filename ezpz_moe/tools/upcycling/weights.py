@@ -82,6 +82,7 @@ def experts(
             expert = expert + perturbation.noise * expert.std() * draw
         if perturbation.reinit:
             expert = reinitialized(expert, layer, part, e, perturbation)
+        # The FFN is linear in w2, so a factor there scales the whole expert.
         written[e] = expert * scale if part == "w2" else expert
     return written
 

@@ -35,6 +35,7 @@ def _multiply(
     second: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes."""
+    # Without a second pair the kernel does not read these; it only needs valid pointers.
     A2_RK, B2_EKN = second or (A_RK, B_EKN)
     (R, K), (E, _, N) = A_RK.shape, B_EKN.shape
     strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_RN)
