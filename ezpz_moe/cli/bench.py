@@ -35,8 +35,8 @@ class Bench(Command):
     group = "backends"
 
     shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
-    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b or 7b, or these sizes: experts,
-    model dimension, expert dimension and routed rows."""
+    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or these four sizes:
+    experts, model dimension, expert dimension and routed rows."""
     scale: Annotated[int | None, arg(metavar="INT")] = None
     """Divide a model's D, F and tokens by this. Default: 4 on the CPU, else 1."""
     tokens: int = 4096
@@ -50,8 +50,8 @@ class Bench(Command):
     """Time these, such as for_loop 'for_loop(recompute=true)'. Default: all that run here."""
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Compare with stock, stock_products, indexed, dense, transformers_eager,
-    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks, sonicmoe. Default: all
-    that run here."""
+    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks or sonicmoe.
+    Default: all that run here."""
     repeats: Annotated[int | None, arg(metavar="INT")] = None
     """Take this many turns. Default: 5 on the CPU, else 30."""
     device: Device = None

@@ -27,8 +27,8 @@ class Convert(Command):
     group = "weights"
 
     files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
-    """The job to read, and the file to write, which must not exist; without it, only report. With
-    --lint: the scripts to read."""
+    """The job to read, and the file to write, which must not exist; without it, only report.
+    With --lint: the scripts to read."""
     lint: bool = False
     """Treat the files as scripts, and report the trainer flags in them."""
 

@@ -30,11 +30,10 @@ class Describe(Command):
     config: Config
     """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
-    """Assume this many ranks. Default for a job: the fewest that its degrees allow. For a flavor,
-    memory is shown only with this flag."""
+    """Assume this many ranks. Default for a job: the fewest that its degrees allow.
+    For a flavor, memory is shown only with this flag."""
     device: Literal["accelerator", "cpu"] = "accelerator"
-    """Count activations for the kernels of this device: their attention and norms save other
-    tensors."""
+    """Count the activations that this device's kernels save: attention and norms differ."""
     json: bool = False
     """Print JSON, with exact figures."""
     host_flags: Suppress[tuple[str, ...]] = ()
