@@ -24,7 +24,7 @@ _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ez
 OF_EVERY_GENERATION = (
     Reliance(
         "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-        used_for="several CPU ranks begin with the values of one: which part of them is whose",
+        used_for="several CPU ranks start with the values of one: which rank holds which part",
         if_broken=NO_FLAVOR,
         takes=("global_shape", "mesh", "placements"),
         vital=True,
@@ -37,7 +37,7 @@ OF_EVERY_GENERATION = (
     ),
     Reliance(
         "torchtitan.hf_datasets.text_datasets:DATASETS",
-        used_for="the embedded text and the user's own files, beside the host's datasets",
+        used_for="adding the embedded text and the user's own files to the host's datasets",
         if_broken=NO_FLAVOR,
         vital=True,
     ),
@@ -55,13 +55,13 @@ OF_EVERY_GENERATION = (
     ),
     Reliance(
         "torchtitan.tools.logging:logger",
-        used_for="saying which backend computes the experts, among the host's own lines",
+        used_for="logging which backend computes the experts, among the host's own lines",
         if_broken=NO_FLAVOR,
         vital=True,
     ),
     Reliance(
         "torchtitan.tools.utils:device_type",
-        used_for="telling the host to train on the CPU where no accelerator is; what it trains on",
+        used_for="telling the host to train on the CPU without an accelerator; its device",
         if_broken=NO_FLAVOR,
         vital=True,
     ),
@@ -105,7 +105,7 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.models.common.moe:MoE.Config",
-        used_for="whose parameters are counted by layer, and whose router a flavor changes",
+        used_for="counting parameters by layer, and changing the router",
         if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
         fields=("num_experts", "routed_experts", "router", "load_balance_coeff"),
     ),
@@ -117,7 +117,7 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.protocols.model:BaseModel.init_states",
-        used_for="the root of a job's model begins on several CPU ranks as on one",
+        used_for="the root of a job's model starts on several CPU ranks as on one",
         if_broken=NO_FLAVOR,
         takes=("buffer_device",),
         vital=True,
@@ -133,7 +133,7 @@ _DOORS = (
     ),
     Reliance(
         "torchtitan.config.override:derive",
-        used_for="the experts' config as ours, with every field copied",
+        used_for="turning the experts' config into ours, with every field copied",
         if_broken=NO_BACKEND,
         takes=("source", "target_cls"),
         vital=True,
@@ -155,7 +155,7 @@ _DOORS = (
 _JOB = (
     Reliance(
         "torchtitan.trainer:Trainer.Config",
-        used_for="what a job becomes",
+        used_for="the config that a job becomes",
         if_broken=_NOTHING_TRAINS,
         fields=(
             *("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
