@@ -102,7 +102,7 @@ def test_pictures_for_loggers_that_the_host_does_not_let_us_find(monkeypatch):
 
     monkeypatch.setattr(LoggerContainer, "__init__", renamed)
     message = conflict("watched_sdpa", metrics__log_freq=5, metrics__enable_tensorboard=True)
-    assert "LoggerContainer, and its __init__ sets no _loggers. Set images = false" in message
+    assert "LoggerContainer, but its __init__ sets no _loggers. Set images = false" in message
     assert config("watched_sdpa", metrics__log_freq=5)
 
 
