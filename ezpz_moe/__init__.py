@@ -12,8 +12,8 @@ def __getattr__(name: str):
     if name != "JobConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ezpz_moe.errors import exit_on_user_error
-    from ezpz_moe.hosts import binding, check_host
+    from ezpz_moe.hosts.detect import check_host, host
 
     with exit_on_user_error():
         check_host()
-        return binding("job").job_config()
+        return host().job_config()

@@ -34,11 +34,11 @@ def _trainer_config(name: str):
     """The trainer's config for a flavor or job file. A user's mistake exits with code 2."""
     with exit_on_user_error():
         try:
-            from ezpz_moe.config.job import find_job
-            from ezpz_moe.hosts import binding, check_host
+            from ezpz_moe.hosts.detect import check_host, host
+            from ezpz_moe.hosts.jobs import find_job
 
             check_host()
-            return binding("job").trainer_config(find_job(name))
+            return host().trainer_config(find_job(name))
         except ImportError as error:
             raise EzpzError(
                 f"--config {name}: ezpz_moe cannot be loaded, because {error!r}. "

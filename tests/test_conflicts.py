@@ -7,17 +7,19 @@ import torch
 from config_cases import config, conflict
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, TITAN_MAIN, binding, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.tools import utils  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs  # noqa: E402
+from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs  # noqa: E402
 
-dialect = binding("dialect")
-IS_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
+dialect = titan()
+SINCE_2026_08 = isinstance(host(), Titan2026_08)
 
 
 # With another setting -------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def test_a_global_batch_that_the_ranks_cannot_share(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     sizes = {"training__local_batch_size": 4, "training__seq_len": 8}
-    unit = 8 if IS_MAIN else 1
+    unit = 8 if SINCE_2026_08 else 1
     message = conflict(training__global_batch_size=12, **sizes)
     assert f"{dialect.STEP} = {12 * unit} is not a multiple of {8 * unit}" in message
     assert config(training__global_batch_size=16, **sizes)

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezpz_moe import cli
-from ezpz_moe.config.job import is_one_of, load_job
+from ezpz_moe.config.job import is_one_of
 from ezpz_moe.config.toml_edit import statements
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.detect import check_host, presumed_host
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.job_keys import KEYS
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.tools.convert import Change, _switched_off, convert, write
 
 LIST_0_2 = Path(__file__).parent / "data" / "titan_0_2_2_keys.txt"
@@ -281,13 +283,13 @@ def is_list(default: str) -> bool:
     return default.startswith("field(")
 
 
-@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
 def test_the_table_of_changed_defaults_is_complete(cpu_with):
     cpu_with("float32,bfloat16")  # of a CPU that emulates bfloat16 is the rule, not the host
     check_host()
     from ezpz_moe.config.job import job_for_flavor
-    from ezpz_moe.hosts.titan_0_3.job import trainer_config
-    from ezpz_moe.hosts.titan_0_3.settings import settings
+    from ezpz_moe.hosts.titan.job import trainer_config
+    from ezpz_moe.hosts.titan.settings import settings
 
     now = {each.path: each.value for each in settings(trainer_config(job_for_flavor("debugmodel")))}
     rows = {f"{s}.{name}": row for s, names in KEYS.items() for name, row in names.items()}

@@ -10,9 +10,10 @@ from trainer_runs import train
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import load_job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.detect import check_host, presumed_host
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
 from ezpz_moe.tools.convert import convert, flavor_path, write
 from ezpz_moe.tools.convert_model import new_model
@@ -50,13 +51,13 @@ def test_deepseek_v3_has_yarn_beyond_4096_tokens(seq_len, scaling, longest, tmp_
     )
 
 
-@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
 @pytest.mark.parametrize("size", ["debugmodel_flex_attn", "16B", "236B", "671B"])
 def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
     check_host()
     from torchtitan.models import deepseek_v3
 
-    from ezpz_moe.hosts.titan_0_3.models import host_spec
+    from ezpz_moe.hosts.titan.models import host_spec
 
     model = new_model("deepseek_v3", size, seq_len=8192, name="new")
     (tmp_path / "new.toml").write_text(model.file)

@@ -11,13 +11,13 @@ import pytest
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts.detect import check_host
 
 check_host()  # the host's device, before anything else imports the host
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.data import dataloader_config, read_documents  # noqa: E402
+from ezpz_moe.hosts.titan.data import dataloader_config, read_documents  # noqa: E402
 
 TEXTS = ["First document.\nIts second line.", "Zweites, mit Umlauten: äöü, 日本語 🙂.", "Third."]
 

@@ -7,10 +7,11 @@ import pytest
 
 from ezpz_moe import cli
 from ezpz_moe.errors import DEBUG_VARIABLE
-from ezpz_moe.hosts import TITAN_0_3, generation
 from ezpz_moe.hosts.accounting import BACKWARD
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 
-if generation() is not TITAN_0_3:
+if type(host()) is not Titan03:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
 
 

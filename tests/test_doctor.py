@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe import cli, hosts
+from ezpz_moe import cli
 from ezpz_moe.compute import get_backend
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts import detect
+from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.tools import doctor
 
 check_host()  # before torchtitan is imported: it chooses the device
@@ -94,22 +96,23 @@ def test_every_backend_says_whether_it_is_usable(
 
 
 def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:
-    relied_on = hosts.binding("relied_on")
-    monkeypatch.setattr(relied_on, "STATE_DICT_KEYS", ("layers.1.moe.experts.w1",))
+    keys = ("layers.1.moe.experts.w1",)
+    monkeypatch.setattr(type(detect.host()), "state_dict_keys", keys)
     code, said = run(capsys)
     assert code == 1
     assert "BROKEN layers.1.moe.experts.w1: the model's state dict has no such key" in said
 
 
 def test_a_host_that_no_binding_fits_is_compared_with_the_nearest(capsys, monkeypatch) -> None:
-    nowhere = dataclasses.replace(hosts.TITAN_0_3.evidence, thing="no_such_host:thing")
-    strange = dataclasses.replace(hosts.TITAN_0_3, evidence=nowhere)
-    monkeypatch.setattr(hosts, "GENERATIONS", (strange,))
-    hosts.generation.cache_clear()
+    class Strange(Titan03):
+        evidence = dataclasses.replace(Titan03.evidence, thing="no_such_host:thing")
+
+    monkeypatch.setattr(detect, "HOSTS", (Strange(),))
+    detect.host.cache_clear()
     try:
         code, said = run(capsys)
     finally:
-        hosts.generation.cache_clear()
+        detect.host.cache_clear()
     assert code == 1
     assert "none: ezpz_moe cannot work with torch" in said
     assert "BROKEN no_such_host:thing: No module named 'no_such_host'" in said

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.config.job import Job, job_for_flavor, load_job
+from ezpz_moe.config.job import Job, job_for_flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.jobs import load_job
 
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
@@ -221,7 +222,7 @@ def test_a_flavor_without_a_job():
 
 def test_reading_a_job_imports_neither_torch_nor_the_host():
     code = (
-        "import sys; from ezpz_moe.config.job import load_job; load_job(sys.argv[1]);"
+        "import sys; from ezpz_moe.hosts.jobs import load_job; load_job(sys.argv[1]);"
         "assert not {'torch', 'torchtitan'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(JOBS / "debug_cpu.toml")], check=True)

@@ -22,7 +22,7 @@ ONES_OF_TORCHS_PRODUCTS = (
     "for_loop",
     "for_loop(recompute=true)",
     "batched_mm_padded",
-    "batched_mm_padded(single_buffer=true)",
+    "batched_mm_padded(max_padding=1e9)",
     "batched_mm_capacity(capacity_factor=5)",
     "grouped_mm_fused",
 )

@@ -7,6 +7,7 @@ writes, on the path of a fresh interpreter.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +52,15 @@ def install(site: Path, package: str, source: str, entry_points: dict[str, str])
     return site
 
 
-def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(
+    site: Path, *arguments: str, folder: Path = TESTS.parent
+) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees the packages of ``site``, and this one's."""
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
-        cwd=TESTS.parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
@@ -141,6 +144,22 @@ def test_a_third_party_backend_is_found_listed_and_under_the_contract(tmp_path: 
     )  # fmt: skip
     assert contract.returncode == 0, contract.stdout
     assert " passed" in contract.stdout
+
+
+def test_a_backend_of_ours_is_one_file(tmp_path: Path) -> None:
+    """In a copy of this package: found by name, as a function and as a variant of every flavor."""
+    for folder in ("ezpz_moe", "flavors"):
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(TESTS.parent / folder, tmp_path / folder, ignore=leave)
+    (tmp_path / "ezpz_moe" / "compute" / "backends" / "twin.py").write_text(GOOD)
+    program = (
+        "from ezpz_moe.compute import get_backend, twin\n"
+        "from ezpz_moe.config.flavors import load_flavor\n"
+        "assert get_backend('twin').swiglu == twin\n"
+        "print(load_flavor('debugmodel_sdpa_twin').compute_backend)"
+    )
+    done = python(tmp_path, "-c", program, folder=tmp_path)
+    assert done.stdout == "twin\n", done.stderr
 
 
 def test_two_packages_with_one_name(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ezpz_moe.config.routing_schema import raised_top_k
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
-from ezpz_moe.routing.logits import activated, jittered, losing_infinities
-from ezpz_moe.routing.zero_computation import constant_output, weight_of
+from ezpz_moe.routing.gate import activated, constant_output, jittered, losing_infinities, weight_of
 
 CPU = torch.device("cpu")
 

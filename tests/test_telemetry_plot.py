@@ -15,8 +15,8 @@ from telemetry_cases import at, layer, record, run
 from ezpz_moe import cli
 from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry import page
+from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.plot import plot
-from ezpz_moe.telemetry.record import append
 
 PICTURES = ["load_last", "load_over_steps", "cv_over_steps", "loss_and_balance", "balance_losses"]
 FILES = [*(f"{name}.png" for name in PICTURES), "telemetry.html"]

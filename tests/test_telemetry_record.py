@@ -15,7 +15,8 @@ from telemetry_cases import at, layer, record, run
 
 from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append, read
+from ezpz_moe.telemetry.json_lines import append, read
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
 
 @pytest.fixture

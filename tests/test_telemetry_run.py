@@ -11,8 +11,8 @@ from dialect import ON_0_2, job, precision
 from trainer_runs import LOG, job_folder, train
 
 from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.plot import raised
-from ezpz_moe.telemetry.record import read
 
 pytestmark = [
     pytest.mark.train,

@@ -79,7 +79,7 @@ def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expect
 
 
 def test_the_hosts_defaults_are_where_we_look():
-    from ezpz_moe.hosts import check_host
+    from ezpz_moe.hosts.detect import check_host
 
     check_host()
     from torchtitan.components.checkpoint import CheckpointManager

@@ -33,12 +33,13 @@ from upcycle_cases import (
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, binding, presumed_generation
+from ezpz_moe.hosts.detect import host, presumed_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, write_checkpoint
 from ezpz_moe.tools.upcycling import Perturbation, weights
 
 pytestmark = pytest.mark.skipif(
-    presumed_generation() is not TITAN_0_3, reason="builds models of torchtitan 0.3"
+    type(presumed_host()) is not Titan03, reason="builds models of torchtitan 0.3"
 )
 
 
@@ -201,7 +202,7 @@ def test_the_parts_of_a_copy_have_the_same_router_row():
 def test_safetensors_give_the_same_as_a_checkpoint(qwen3, tmp_path, capsys):
     dense = qwen3(2 * F, tied=True)
     save(dense, tmp_path / "run" / "checkpoint" / "step-3")
-    adapter = binding("huggingface").adapter(load_flavor("small"))
+    adapter = host().adapter(load_flavor("small"))
     state = dense.state_dict()
     del state["lm_head.weight"]  # tied to the embeddings: such files do not have it
     keys = adapter.to_hf(state) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -300,7 +301,7 @@ def test_flags_out_of_range(qwen3, tmp_path, capsys, flags, said):
     ],
 )
 def test_a_router_whose_weights_are_others(qwen3, tmp_path, table, said):
-    from ezpz_moe.tools.upcycling.target import check_routing
+    from ezpz_moe.tools.upcycling.fit import check_routing
 
     text = (tmp_path / "small.toml").read_text()
     (tmp_path / "other.toml").write_text(f"{text}[router]\n{table}\n")
@@ -322,7 +323,7 @@ def test_the_host_takes_the_flags_that_are_said(qwen3, tmp_path, monkeypatch, ca
     """As they are said of a relative path with a space in it: in its flag the host takes none."""
     from torchtitan.config import ConfigManager
 
-    from ezpz_moe.hosts.titan_0_3.command import named
+    from ezpz_moe.hosts.titan.command import named
 
     save(qwen3(F), tmp_path / "dense")
     monkeypatch.chdir(tmp_path)

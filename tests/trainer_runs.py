@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +46,13 @@ Scenarios = Mapping[str, list[str]]
 
 
 def job_folder(folder: Path) -> Path:
-    """``folder`` with the tests' job and its flavor in it."""
-    return Path(shutil.copytree(TINY, folder, dirs_exist_ok=True))
+    """``folder`` with the tests' job and its flavor in it, in the tests' precision."""
+    folder = Path(shutil.copytree(TINY, folder, dirs_exist_ok=True))
+    key, dtype = dialect.precision("tiny")
+    job = folder / "job.toml"
+    name = key.rpartition(".")[2].replace("-", "_")
+    job.write_text(re.sub(f'{name} = "[a-z0-9]+"', f'{name} = "{dtype}"', job.read_text()))
+    return folder
 
 
 def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") -> list[str]:

@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes, arg, subcommand
 
 from ezpz_moe import __version__
+from ezpz_moe.cli import display
 from ezpz_moe.cli.command import GROUPS, Command
 from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with exit_on_user_error():
             return parsed.command.run()
     except KeyboardInterrupt:
-        print("ezpz-moe: stopped by SIGINT", file=sys.stderr, flush=True)
+        display.print_to_stderr("ezpz-moe: stopped by SIGINT")
         return 128 + signal.SIGINT
 
 

@@ -67,8 +67,8 @@ class Analyze(Command):
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         other = find_checkpoint(self.against) if self.against else None
-        slot = import_host()
-        text = self._text(job, slot("analysis").encoder(_tokenizer(job)))
+        host = import_host()
+        text = self._text(job, host.analysis().encoder(_tokenizer(job)))
         recording = self._record(job, checkpoint, text)
         compared = self._record(job, other, text) if other else None
 
@@ -124,7 +124,7 @@ class Analyze(Command):
 
     def _model(self) -> tuple[Job, Path]:
         """The job that describes the model, and the checkpoint."""
-        from ezpz_moe.config.job import find_job, load_job
+        from ezpz_moe.hosts.jobs import find_job, load_job
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         if self.run_.endswith(".toml"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from types import ModuleType
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
 from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.hosts.host import Host
 
 
 def print_emulated(device: str, dtypes: Iterable[str]) -> None:
@@ -39,10 +41,10 @@ def refuse_no_ranks(world_size: int) -> None:
         raise EzpzError(f"--world-size {world_size}: a run needs at least 1 rank.")
 
 
-def import_host() -> Callable[[str], ModuleType]:
-    """The host's binding, for looking at configs. Silences the host's remarks about training."""
-    from ezpz_moe.hosts import binding, check_host
+def import_host() -> Host:
+    """The host, for looking at configs. Silences the host's remarks about training."""
+    from ezpz_moe.hosts.detect import check_host, host
 
     check_host()
     logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
-    return binding
+    return host()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
     from ezpz_moe.tools.bench.plan import Allocator, Plan
-    from ezpz_moe.tools.bench.results import Measured
+    from ezpz_moe.tools.bench.results import Figures, Measured
 
 _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 
@@ -50,8 +50,8 @@ class Bench(Command):
     """Time these, such as for_loop 'for_loop(recompute=true)'. Default: all that run here."""
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Compare with stock, stock_products, indexed, dense, transformers_eager,
-    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks or sonicmoe.
-    Default: all that run here."""
+    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks, sonicmoe or
+    single_buffer. Default: all that run here, except single_buffer."""
     repeats: Annotated[int | None, arg(metavar="INT")] = None
     """Take this many turns. Default: 5 on the CPU, else 30."""
     device: Device = None
@@ -76,14 +76,13 @@ class Bench(Command):
         both: tuple[Allocator, ...] = ("default", "retain")
         allocators = both if self.allocator == "both" else (self.allocator,)
         results: list[Measured] = []
-        verdicts: list[str] = []
         told: set[str] = set()
         for measured in chain.from_iterable(
-            run(replace(plan, allocator=allocator)) for allocator in allocators
+            run(replace(plan, allocator=allocator), display.steps) for allocator in allocators
         ):
             results.append(measured)
-            verdicts += _print(measured, told)
-        self._write(results, about, verdicts)
+            _print(measured, told)
+        self._write(results, about)
         return int(any(each.failed for each in results))
 
     def _check(self) -> None:
@@ -158,14 +157,12 @@ class Bench(Command):
             raise EzpzError(f"--device {name}: {missing}")
         return name
 
-    def _write(
-        self, results: list[Measured], about: Mapping[str, Any], verdicts: list[str]
-    ) -> None:
+    def _write(self, results: list[Measured], about: Mapping[str, Any]) -> None:
         if self.json:
-            from ezpz_moe.tools.bench.report import document
+            from ezpz_moe.tools.bench.results import document
 
             command = shlex.join(["ezpz-moe", *sys.argv[1:]])
-            self.json.write_text(document(results, about, command, verdicts))
+            self.json.write_text(document(results, about, command))
             display.print_line(f"Written: {self.json}")
         if self.plot:
             from ezpz_moe.tools.bench.plots import draw
@@ -188,22 +185,70 @@ def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _print(measured: Measured, told: set[str]) -> list[str]:
-    """Print one layer's table, and why contenders are left out unless ``told`` has it already.
-
-    Returns the verdicts on the goals.
-    """
-    from ezpz_moe.tools.bench.goals import judged
-    from ezpz_moe.tools.bench.report import left_out, remarks, rows, title
-
+def _print(measured: Measured, told: set[str]) -> None:
+    """Print one layer's table, and why contenders are left out unless ``told`` has it already."""
     display.print_line("")
     display.print_table(rows(measured), title=title(measured))
     new = [line for line in left_out(measured) if line not in told]
     told.update(new)
     for line in (*new, *remarks(measured)):
         display.print_line(line)
-    what = f"{measured.shape.name} {measured.routing} {measured.dtype} {measured.allocator}"
-    verdicts = [f"{what}: {verdict}" for verdict in judged(measured)]
-    for line in verdicts:
-        display.print_line(line)
-    return verdicts
+
+
+def title(measured: Measured) -> str:
+    """The table's title."""
+    E, D, F, R = measured.shape.sizes
+    variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
+    return (
+        f"{measured.shape.name} (E={E} D={D} F={F} R={R}), {measured.routing}: "
+        f"{min(measured.counts)} to {max(measured.counts)} rows per expert, the busiest with "
+        f"{measured.skew:.3g}x the mean; {measured.dtype}, allocator {measured.allocator}"
+        + (f" ({variables})" if variables else "")
+    )
+
+
+def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
+    """One row per contender, the fastest first."""
+    from ezpz_moe.tools.bench.results import DENSE
+
+    stock = measured.stock
+    # The median, because a few turns on a busy machine are much slower than the rest.
+    by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
+    for name in by_time:
+        figures = measured.figures[name]
+        yield {
+            "contender": name,
+            "forward ms": f"{figures.median('forward'):.4g}",
+            "fwd+bwd ms": f"{figures.median():.4g}",
+            "quartiles": "{:.4g}-{:.4g}".format(*figures.quartiles()),
+            "TFLOP/s": f"{measured.tflops(name):.3g}",
+            f"speed / {stock or 'stock'}": display.number(measured.time_ratio(stock, name), ".2f"),
+            "time / dense": display.number(measured.time_ratio(name, DENSE), ".2f"),
+            "saved": display.memory(figures.saved_bytes),
+            "peak": "-" if figures.peak_bytes is None else display.memory(figures.peak_bytes),
+            "syncs": _syncs(figures),
+        }
+
+
+def left_out(measured: Measured) -> Iterator[str]:
+    """The contenders that were not measured, and why."""
+    for name, reasons in measured.left_out.items():
+        yield f"left out: {name}: {'; '.join(reasons)}"
+
+
+def remarks(measured: Measured) -> Iterator[str]:
+    """The contenders that broke, and what the table does not show."""
+    for name, reason in measured.failed.items():
+        yield f"FAILED: {name}: {reason}"
+    for name, figures in measured.figures.items():
+        if figures.dropped:
+            yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
+
+
+def _syncs(figures: Figures) -> str:
+    """The counted waits, or else what the contender declares."""
+    if figures.syncs is not None:
+        return str(figures.syncs)
+    if figures.declares_syncs is None:
+        return "-"
+    return "yes (declared)" if figures.declares_syncs else "no (declared)"

@@ -53,8 +53,9 @@ class Remap:
     """The checkpoint's folder, or a folder with safetensors."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
-    to: Literal["0.2", "0.3", "main", "hf"]
-    """Write these names: 0.3 until August 2026, main from September 2026 on, hf for safetensors."""
+    to: Literal["0.2", "0.3", "2026_09", "main", "hf"]
+    """Write these names: 0.3 until August 2026, 2026_09 (once called main) since then, hf for
+    safetensors."""
     model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
     """Name the model; needed to convert to or from safetensors."""
 
@@ -94,19 +95,19 @@ def _model(config: str | None) -> Model:
     if config is None:
         raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
-    from ezpz_moe.config.job import find_job
+    from ezpz_moe.hosts.jobs import find_job
     from ezpz_moe.tools.checkpoints.huggingface import Model
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
-    slot = import_host()
-    host, model = slot("huggingface"), slot("parameters").build_on_meta(flavor)
+    host = import_host()
+    model = host.build_on_meta(flavor)
     buffers = frozenset(name for name, _ in model.named_buffers())
-    return Model(host.GENERATION, host.adapter(flavor), model.state_dict(), buffers)
+    return Model(host.checkpoint_names, host.adapter(flavor), model.state_dict(), buffers)
 
 
 @dataclass(frozen=True)
-class Checkpoint(Command):
+class Ckpt(Command):
     """Inspect a checkpoint, or convert it for another generation of torchtitan."""
 
     group = "weights"
@@ -117,4 +118,4 @@ class Checkpoint(Command):
         return self.action.run()
 
 
-COMMAND = Checkpoint
+COMMAND = Ckpt

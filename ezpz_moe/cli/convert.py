@@ -73,7 +73,7 @@ def _convert(old: Path, new: Path | None = None) -> int:
 
 def _lint(scripts: tuple[Path, ...]) -> int:
     with display.progress().status("Asking the host for its flags ..."):
-        from ezpz_moe.hosts import presumed_generation
+        from ezpz_moe.hosts.detect import presumed_host
         from ezpz_moe.tools.lint import lint, taken_flags
 
         import_host()
@@ -89,6 +89,6 @@ def _lint(scripts: tuple[Path, ...]) -> int:
         for finding in findings
     )
     dead = sum(bool(finding.remedy) for finding in findings)
-    host = presumed_generation().host
+    host = presumed_host().name
     display.print_line(f"{len(findings)} trainer flags, {dead} dead on {host}")
     return 1 if dead else 0

@@ -6,6 +6,7 @@ before it reaches a file or another program.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -86,6 +87,11 @@ def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
 def print_line(line: str) -> None:
     """Print one line unwrapped, however long."""
     output().print(line, markup=False, soft_wrap=True)
+
+
+def print_to_stderr(lines: str) -> None:
+    """Why something ended, as it is."""
+    print(lines, file=sys.stderr, flush=True)
 
 
 def print_reasons(reasons: Mapping[str, Iterable[str]]) -> None:

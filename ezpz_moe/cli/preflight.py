@@ -28,7 +28,7 @@ class Preflight(Command):
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        from ezpz_moe.config.job import find_job
+        from ezpz_moe.hosts.jobs import find_job
         from ezpz_moe.tools.preflight import preflight
         from ezpz_moe.tools.trainer_settings import pipeline_degree
 

@@ -25,19 +25,19 @@ class Show(Command):
 
     def run(self) -> int:
         from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.config.job import find_job
+        from ezpz_moe.hosts.jobs import find_job
+        from ezpz_moe.hosts.setting import flat
 
         job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
         with display.progress().status("Building the config ..."):
-            binding = import_host()
-            settings = binding("settings")
+            host = import_host()
             fields = flavor.model_dump(exclude_none=True)
-            fields["counted"] = asdict(binding("parameters").summarize(flavor))
-            config = binding("job").trainer_config(job)
-            fields["precision"] = binding("precision").in_words(config, flavor)
-            told = [s for s in settings.settings(config) if self.all or s.changed]
-        rows = [{"flavor": path, "value": value} for path, value in settings.flat(fields)]
+            fields["counted"] = asdict(host.summarize(flavor))
+            config = host.trainer_config(job)
+            fields["precision"] = host.precision_in_words(config, flavor)
+            told = [s for s in host.settings(config) if self.all or s.changed]
+        rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
         display.print_table(rows, title=job.source)
         display.print_table(map(asdict, told), title="torchtitan's config")
         return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Suppress
 
+from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
@@ -38,9 +39,15 @@ class Train(Command):
     def run(self) -> int:
         from ezpz_moe.tools.launch import train
 
-        return train(
-            self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
-        )
+        return train(self.config, list(self.host_flags), **self._launch())
+
+    def _launch(self) -> dict[str, Any]:
+        """What the launcher has to know beside the job."""
+        return {
+            "nproc": self.nproc,
+            "placement": self._placement(),
+            "tell": display.print_to_stderr,
+        }
 
     def _placement(self) -> Placement | None:
         from ezpz_moe.tools.nodes import Placement

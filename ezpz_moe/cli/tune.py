@@ -24,9 +24,7 @@ class Tune(Train):
     def run(self) -> int:
         from ezpz_moe.tools.tune import tune
 
-        code, measured = tune(
-            self.config, list(self.host_flags), nproc=self.nproc, placement=self._placement()
-        )
+        code, measured = tune(self.config, list(self.host_flags), **self._launch())
         if code:
             return code
         if not measured:

@@ -16,8 +16,8 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.hosts.upcycling_target import Target
     from ezpz_moe.tools.upcycling.dense import Dense
-    from ezpz_moe.tools.upcycling.target import Target
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Upcycle(Command):
     def run(self) -> int:
         self._check()
         from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.config.job import find_job
+        from ezpz_moe.hosts.jobs import find_job
 
         job = find_job(self.model)
         flavor = load_flavor(job.flavor, near=job.folder)
-        slot = import_host()
+        host = import_host()
         from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
-        target = slot("upcycling").target(flavor)
+        target = host.upcycling_target(flavor)
         done = upcycle(
             self._dense(target),
             target,
@@ -90,12 +90,12 @@ class Upcycle(Command):
 
     def _dense(self, target: Target) -> Dense:
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
-        from ezpz_moe.tools.upcycling.dense import Checkpoint, Safetensors
+        from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
 
         if not is_safetensors(self.source):
-            return Checkpoint(self.source, target)
-        adapter = import_host()("huggingface").adapter(target.flavor)
-        return Safetensors(self.source, target, adapter)
+            return DenseCheckpoint(self.source, target)
+        adapter = import_host().adapter(target.flavor)
+        return DenseSafetensors(self.source, target, adapter)
 
 
 COMMAND = Upcycle

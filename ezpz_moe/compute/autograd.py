@@ -101,9 +101,9 @@ class KernelBackend(Backend):
         return y_RD
 
 
-def _operator(name: str, kernel: Callable) -> torch.library.CustomOpDef:
+def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDef:
     @wraps(kernel)
-    def in_the_given_dtype(*arguments):
+    def in_the_given_dtype(*arguments: Any) -> Any:
         # Autocast reaches into an operator, and would cast some of its products but not others.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return kernel(*arguments)
@@ -116,19 +116,21 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     backward = _operator(f"{name}_mm_backward", kernels.mm_backward)
 
     @forward.register_fake
-    def _(A_RK, B_EKN, offs_E, *options):
+    def _(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, *options: Any) -> Tensor:
         # Shapes only: torch.compile traces with this instead of running the kernel.
         return A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
 
     @backward.register_fake
-    def _(grad_C_RN, A_RK, B_EKN, offs_E, *options):
+    def _(
+        grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(A_RK), torch.empty_like(B_EKN)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.options = inputs[3:]
 
-    def differentiate(ctx, grad_C_RN):
+    def differentiate(ctx: Any, grad_C_RN: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_C_RN, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, *(None for _ in ctx.options)
 
@@ -140,8 +142,8 @@ def _swiglu_backward(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor,
     backward = _operator(f"{name}_swiglu_backward", kernels.swiglu_backward)
 
     @backward.register_fake
-    def _(grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, gate_RF, up_RF, *options):
-        return tuple(torch.empty_like(like) for like in (w1_EFD, w2_EDF, w3_EFD, x_RD))
+    def _(grad_y_RD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(like) for like in others[:4])  # the weights and x
 
     return backward
 
@@ -152,11 +154,13 @@ def _swiglu_that_saves(
     forward = _operator(f"{name}_swiglu", kernels.swiglu)
 
     @forward.register_fake
-    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+    def _(
+        w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
         R, F = x_RD.shape[0], w1_EFD.shape[1]
         return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, gate_RF, up_RF = output
         # gate and up are outputs only in order to be saved. Nobody differentiates them; unless
         # torch knows that, autograd fills two [R, F] tensors with zeros in every backward.
@@ -165,7 +169,9 @@ def _swiglu_that_saves(
         ctx.save_for_backward(*inputs[:5], gate_RF, up_RF)
         ctx.options = inputs[5:]
 
-    def differentiate(ctx, grad_y_RD, grad_gate_RF, grad_up_RF):
+    def differentiate(
+        ctx: Any, grad_y_RD: Tensor | None, grad_gate_RF: None, grad_up_RF: None
+    ) -> tuple[Tensor | None, ...]:
         without_gradient = (None, *(None for _ in ctx.options))
         if grad_y_RD is None:  # no gradient arrived from above
             return (None,) * 4 + without_gradient
@@ -179,7 +185,7 @@ def _swiglu_that_recomputes(
     name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., Tensor]:
     @wraps(kernels.swiglu)
-    def output(*arguments):
+    def output(*arguments: Any) -> Tensor:
         y_RD, _, _ = kernels.swiglu(*arguments)
         return y_RD
 
@@ -189,14 +195,14 @@ def _swiglu_that_recomputes(
     forward = _operator(f"{name}_swiglu_output", output)
 
     @forward.register_fake
-    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+    def _(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any) -> Tensor:
         return x_RD.new_empty(x_RD.shape)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.options = inputs[5:]
 
-    def differentiate(ctx, grad_y_RD):
+    def differentiate(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_y_RD, *ctx.saved_tensors, None, None, *ctx.options)
         return *gradients, None, *(None for _ in ctx.options)
 

@@ -17,6 +17,7 @@ gradients, even if the tail of x holds NaN;
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Backend(ABC):
         """The same backend, with options that drop nothing: its numbers can then be checked."""
         return self
 
-    def __deepcopy__(self, memo: dict) -> "Backend":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) uses the same backend
 
     def why_not(

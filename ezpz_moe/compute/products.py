@@ -8,6 +8,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. n = rows that belong t
 g = experts of a batched product, C = rows that each of them has.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -107,7 +108,7 @@ def _is_emulated(operand: Tensor) -> bool:
     return operand.dtype in HALVES and is_emulated(operand.device, operand.dtype)
 
 
-def _few_at_once(*batches_gXY: Tensor):
+def _few_at_once(*batches_gXY: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
     of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
     experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))

@@ -4,6 +4,7 @@ Written for reading, not for speed: slices, ``@`` and autograd, sharing nothing 
 Legend of the suffixes: :mod:`.contract`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,9 @@ def random_case(
     )
 
 
-def plain_loop(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+def plain_loop(
+    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor
+) -> Tensor:
     """The expert FFN as one would write it on a blackboard; tail rows are zero."""
     counts = counts_E.tolist()
     *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
@@ -83,7 +86,7 @@ def plain_loop(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, cou
     return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)])
 
 
-def run(swiglu, case: Case) -> dict[str, Tensor]:
+def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
     """The output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
     inputs = [
         tensor.detach().requires_grad_()

@@ -8,7 +8,6 @@ runs trades launches for padding. Plain Python on the host; no tensors here.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -34,12 +33,6 @@ class Run(NamedTuple):
     def padding(self) -> int:
         """Rows that are computed in vain."""
         return self.experts * self.capacity - (self.end - self.start)
-
-
-def single_run(counts: Sequence[int]) -> tuple[Run, ...]:
-    """All experts as one run, however much padding that takes; empty if there are no rows."""
-    capacity = max(counts, default=0)
-    return (Run(0, len(counts), capacity, 0, sum(counts)),) if capacity else ()
 
 
 @lru_cache(maxsize=256)  # backward asks the same as forward

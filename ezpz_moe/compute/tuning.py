@@ -27,8 +27,6 @@ from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)
 
-"""Names the folder for measurements, instead of the user's cache folder."""
-
 _TURNS = 15  # in docs/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %
 _SECONDS = 30  # no further turn begins after this
 

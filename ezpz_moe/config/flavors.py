@@ -30,8 +30,16 @@ from ezpz_moe.config.schema import Data
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
 
+__all__ = [
+    "FOLDER_VARIABLE",
+    "Dimensions",
+    "Flavor",
+    "flavor_names",
+    "is_flavor",
+    "load_flavor",
+]
+
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
-LISTED_VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
 
 _DIMENSION_KEYS = frozenset(Dimensions.model_fields)
 _TABLES: dict[str, type[Data]] = {
@@ -58,7 +66,7 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
     """
     folders = _folders(near)
     files = _public(_flavor_files(folders))
-    suffixes = _variant_suffixes()
+    suffixes = variant_suffixes()
     # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
     for stem in sorted(files, key=len, reverse=True):
         suffix = name.removeprefix(stem)
@@ -69,12 +77,11 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
 
 
 def flavor_names(*, near: Path | None = None) -> list[str]:
-    """Every flavor's name, each followed by the names of its three ``_sdpa`` variants."""
-    stems = sorted(_public(_flavor_files(_folders(near))))
-    return [stem + suffix for stem in stems for suffix in LISTED_VARIANTS]
+    """Every flavor's name, as its file has it. Any of :func:`variant_suffixes` may follow it."""
+    return sorted(_public(_flavor_files(_folders(near))))
 
 
-def _variant_suffixes() -> dict[str, dict[str, str]]:
+def variant_suffixes() -> dict[str, dict[str, str]]:
     """Each suffix ``[_<attention>][_<backend>]``, with the keys that it sets."""
     attentions = [("", {}), *((f"_{a}", {"attention": a}) for a in get_args(Attention))]
     backends = [("", {}), *((f"_{b}", {"compute_backend": b}) for b in known_backend_names())]

@@ -1,8 +1,8 @@
 """The trainer's TOML, read and checked key by key before anything heavy is imported.
 
 ``load_job`` reports all problems of a file at once. Which keys exist and what they mean is in the
-table ``job_keys`` of the installed host's binding. The host's files tell which host that is;
-nothing here imports torch or the host.
+table of a host, which the caller passes; :mod:`ezpz_moe.hosts.jobs` passes that of the installed
+host. Nothing here imports torch or the host.
 
 Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Input
 files and folders (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to the
@@ -21,22 +21,11 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
+from ezpz_moe.config.keys import Key, Keys, sections
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.hosts.titan_0_3.job_keys import Key
 
 MODEL_NAME = "ezpz_moe"
-
-KEYS: Mapping[str, Mapping[str, Key]] = presumed_generation().slot("job_keys").KEYS
-"""Section -> key -> what it may hold, for the installed host."""
-
-SECTIONS = {
-    ".".join(parts[: depth + 1])
-    for parts in (name.split(".") for name in KEYS)
-    for depth in range(len(parts))
-}
-"""The names of all sections: "quantize.linear.mx" also adds "quantize.linear" and "quantize"."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,12 @@ class Job:
         return str(path.absolute())
 
 
-def load_job(path: str | Path) -> Job:
+def load_job(path: str | Path, keys: Keys) -> Job:
     """Read a job file, and check it and that its flavor exists.
+
+    Args:
+        path: the TOML file.
+        keys: which keys the host takes.
 
     Raises:
         EzpzError: the file is missing, unreadable or not TOML, or has unknown, outdated or wrong
@@ -88,20 +81,20 @@ def load_job(path: str | Path) -> Job:
             f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
             f'that has [model] flavor = "{path.stem}".'
         )
-    values, problems = _checked(document)
+    values, problems = _checked(document, keys)
     problems += _model_problems(document, values, path.parent)
     if problems:
         raise EzpzError(_report(path, problems))
     return Job(flavor=values["model.flavor"], path=path, values=values)
 
 
-def find_job(config: str) -> Job:
+def find_job(config: str, keys: Keys) -> Job:
     """The job that ``--config`` names: the path of a job's TOML, or a flavor.
 
     Raises:
         EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
     """
-    return load_job(config) if config.endswith(".toml") else job_for_flavor(config)
+    return load_job(config, keys) if config.endswith(".toml") else job_for_flavor(config)
 
 
 def job_for_flavor(name: str) -> Job:
@@ -128,16 +121,17 @@ def allowed(key: Key) -> str:
     return _in_words(_adapter(key.type).json_schema())
 
 
-def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
     """The valid ``"section.key"`` values of a file, and one line per problem."""
+    known = sections(keys)
     values: dict[str, Any] = {}
     problems: list[str] = []
     # Several keys that are gone for the same reason become one line.
     outdated: dict[tuple[str, str], list[str]] = {}
-    for section, name, value in _settings(document):
-        key = KEYS.get(section, {}).get(name)
+    for section, name, value in _settings(document, known):
+        key = keys.get(section, {}).get(name)
         if key is None:
-            problems.append(_unknown(section, name, value))
+            problems.append(_unknown(section, name, value, keys))
         elif key.message:
             if not is_one_of(key.unless, value):
                 outdated.setdefault((section, key.message), []).append(name)
@@ -153,25 +147,28 @@ def _checked(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def _settings(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, str, Any]]:
-    """``(section, key, value)`` for everything in a file that is not a known section."""
+def _settings(
+    table: Mapping[str, Any], known: set[str], section: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """``(section, key, value)`` for everything in a file that is not a ``known`` section."""
     for name, value in table.items():
         path = f"{section}.{name}" if section else name
-        if path in SECTIONS and isinstance(value, dict):
-            yield from _settings(value, path)
+        if path in known and isinstance(value, dict):
+            yield from _settings(value, known, path)
         else:
             yield section, name, value
 
 
-def _unknown(section: str, name: str, value: Any) -> str:
+def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
     """Why ``section`` has no key ``name``, and what the user may have meant."""
+    known = sections(keys)
     path = f"{section}.{name}" if section else name
-    if path in SECTIONS:
+    if path in known:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
-        return f"[{name}]: unknown section.{did_you_mean(name, SECTIONS)}"
-    homes = [f"[{home}]" for home, keys in KEYS.items() if name in keys and not keys[name].message]
-    near = did_you_mean(name, KEYS.get(section, {}))
+        return f"[{name}]: unknown section.{did_you_mean(name, known)}"
+    homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
+    near = did_you_mean(name, keys.get(section, {}))
     if homes and not near:
         near = f" It belongs in {' or '.join(homes)}."
     where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
@@ -214,7 +211,7 @@ def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
 
 
 @cache
-def _adapter(type_: Any) -> TypeAdapter:
+def _adapter(type_: Any) -> TypeAdapter[Any]:
     return TypeAdapter(type_, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 

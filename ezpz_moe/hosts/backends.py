@@ -1,9 +1,17 @@
 """A flavor's backend, and what a run says of one that drops tokens: the same on every host."""
 
+from typing import TypeAlias
+
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.contract import Backend
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+
+ExpertComputeBackend: TypeAlias = str
+"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
+
+HOST_PATH: ExpertComputeBackend = "grouped_mm"
+"""The backend that is the host's own code, untouched."""
 
 
 def backend_of(flavor: Flavor) -> Backend:

@@ -18,15 +18,14 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgba
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ezpz_moe.telemetry.figures import coefficient_of_variation, relative_load
+from ezpz_moe.telemetry.heat_map import Array, Palette, draw_cells, filled
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
-
-Array = npt.NDArray[np.float64]
 
 DPI = 100
 _WIDTH = 10.0  # inches, for a picture without a size of its own
@@ -38,10 +37,9 @@ def _part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(first, last, 256)))
 
 
-_LOAD = _part_of("RdBu_r", 0.1, 0.9)  # without its darkest ends, which look like black
+# RdBu without its darkest ends, which look like the black of a dead expert.
+_LOAD = Palette(_part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
 _ORDER = _part_of("viridis_r", 0.1, 1.0)  # for layers and steps; without yellow, faint on white
-_SCALE = LogNorm(0.25, 4.0)
-_DEAD, _ABSENT = "black", "0.85"
 _LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe and Ito's palette
 _PIXELS_WIDE = 1024  # of the loggers' picture, as long as its cells stay visible
 _VALUES_FIT = 16  # experts in a row that leave room for a figure in each cell
@@ -60,8 +58,7 @@ def load_heat_map(record: StepRecord) -> bytes:
     size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    _draw_load(axes, load_LE, np.arange(experts + 1) - 0.5, np.arange(rows + 1) - 0.5)
-    axes.invert_yaxis()
+    draw_cells(axes, load_LE, _LOAD)
     _name_rows(axes, [layer.layer for layer in record.layers])
     axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True, min_n_ticks=1))
     if experts <= _VALUES_FIT and rows <= 4 * _VALUES_FIT:
@@ -76,7 +73,7 @@ def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
 
     It takes a millisecond; the other one would hold up a training step for most of a second.
     """
-    colours_LE3 = (255 * _coloured(_loads(record))[..., :3]).round().astype(np.uint8)
+    colours_LE3 = (255 * _LOAD.rgba(_loads(record))[..., :3]).round().astype(np.uint8)
     size = int(np.clip(_PIXELS_WIDE // colours_LE3.shape[1], 4, 32))
     return colours_LE3.repeat(size, axis=0).repeat(size, axis=1)
 
@@ -111,7 +108,7 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
     panels = panels[: len(layers)]
     for panel, layer in zip(panels, layers, strict=True):
         load_ES, edges = load_by_step(records, layer)
-        _draw_load(panel, load_ES, edges, np.arange(len(load_ES) + 1) - 0.5)
+        draw_cells(panel, load_ES, _LOAD, edges, first_on_top=False)
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
         panel.set_title(f"layer {layer}", fontsize="medium", loc="left")
@@ -211,11 +208,7 @@ def _layer(record: StepRecord, number: int) -> LayerRecord | None:
 
 def _loads(record: StepRecord) -> Array:
     """The load of each layer and expert: [L, E], NaN where a layer has fewer experts."""
-    loads = [relative_load(layer.counts_E) for layer in record.layers]
-    load_LE = np.full((len(loads), max(map(len, loads))), np.nan)
-    for row, load_E in enumerate(loads):
-        load_LE[row, : len(load_E)] = load_E
-    return load_LE
+    return filled([relative_load(layer.counts_E).tolist() for layer in record.layers])
 
 
 def cv_by_step(records: Sequence[StepRecord]) -> Array:
@@ -268,20 +261,6 @@ def _cell(number: int, largest: float, smallest: float, room: float) -> float:
     return min(largest, max(smallest, room / number), _LARGEST / number)
 
 
-def _draw_load(axes: Axes, load: Array, x_edges: npt.ArrayLike, y_edges: npt.ArrayLike) -> None:
-    """Draw cells with the load as their colour."""
-    axes.pcolorfast(x_edges, y_edges, _coloured(load))
-    axes.tick_params(length=2)
-
-
-def _coloured(load: Array) -> Array:
-    """RGBA of each load, from 0 to 1: [..., 4]."""
-    colours: Array = _LOAD(_SCALE(np.nan_to_num(load, nan=1.0)))
-    colours[load == 0] = to_rgba(_DEAD)
-    colours[np.isnan(load)] = to_rgba(_ABSENT)
-    return colours
-
-
 def _add_load_bar(
     figure: Figure, axes: Axes | list[Axes], records: Sequence[StepRecord], **place: Any
 ) -> None:
@@ -289,9 +268,8 @@ def _add_load_bar(
         0 in layer.counts_E and any(layer.counts_E) for r in records for layer in r.layers
     )
     label = f"load: assignments / layer's mean{' (black: dead)' * has_dead}"
-    scale = ScalarMappable(_SCALE, _LOAD)
     bar = figure.colorbar(
-        scale, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
+        _LOAD.bar, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
     )
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
     bar.minorticks_off()
@@ -301,7 +279,7 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
     for (row, expert), load in np.ndenumerate(load_LE):
         if np.isnan(load):
             continue
-        red, green, blue, _ = _LOAD(_SCALE(load)) if load else (0, 0, 0, 1)
+        ((red, green, blue, _),) = _LOAD.rgba(np.array([load]))
         # Perceived brightness of the cell (the weights are those of ITU-R BT.601).
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         axes.text(

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from ezpz_moe.telemetry.record import LayerRecord
+from ezpz_moe.telemetry.record import LayerRecord
 
 Counts = Sequence[int]
 

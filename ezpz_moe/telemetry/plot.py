@@ -11,7 +11,8 @@ from pathlib import Path
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry import charts, page
 from ezpz_moe.telemetry.alerts import Alerts
-from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
+from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.record import StepRecord
 
 FOLDER = "telemetry"
 PAGE = "telemetry.html"

@@ -1,8 +1,11 @@
 """Convert a job of torchtitan 0.2 to one that torchtitan 0.3 trains with this package.
 
-:func:`convert` decides for every key what becomes of it, and writes nothing. The binding's table
-``hosts/titan_0_3/job_keys.py`` says what a key is in 0.3, and ``hosts/titan_0_2/moe_models.py``
-what a model is. No host is imported: any may be installed, or none.
+:func:`convert` decides for every key what becomes of it, and writes nothing. Each assignment of the
+old file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which no line
+of the file mentions. The new file consists of the old one's lines, each as its change has it;
+additions follow the header of their section. The binding's table ``hosts/titan/job_keys.py`` says
+what a key is in 0.3, and ``hosts/titan_0_2/moe_models.py`` what a model is. No host is imported:
+any may be installed, or none.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import MODEL_NAME, SECTIONS, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.job import MODEL_NAME, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.keys import sections
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import Statement, assignment, commented, statements
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.setting import flat
+from ezpz_moe.hosts.titan.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
 from ezpz_moe.tools.convert_model import NewModel, new_model
 
 Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
@@ -92,19 +96,14 @@ def convert(old: Path, new: Path) -> Conversion:
     """
     values = dict(flat(read_toml(old)))
     model = _new_model(values, flavor_path(new).stem)
-    lines: list[tuple[Statement, Change | None]] = []
-    for line in statements(old.read_bytes().decode("utf-8-sig")):
-        change = _change(*_assigned(line, old), values, model) if line.is_assignment else None
-        lines.append((line, change))
-    added = list(_added(values, model)) if model and not model.refusal else []
-    flavor = model.flavor if model else values.get("model.flavor")
-    return Conversion(
-        changes=(*(change for _, change in lines if change), *added, *_differing(values)),
-        text=_rendered(lines, added, old.name),
-        flavor=flavor if isinstance(flavor, str) else "",
-        flavor_file=model.file if model else "",
-        refusal=model.refusal if model else "",
-    )
+    lines = list(_changed_lines(old, values, model))
+    added = list(_added(values, model))
+    changes = (*(change for _, change in lines if change), *added, *_differing(values))
+    text = _rendered(lines, added, old.name)
+    if model is None:  # its model is this package's already, and keeps its flavor
+        flavor = values.get("model.flavor")
+        return Conversion(changes, text, flavor if isinstance(flavor, str) else "")
+    return Conversion(changes, text, model.flavor, model.file, model.refusal)
 
 
 def flavor_path(new: Path) -> Path:
@@ -153,6 +152,14 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
     flavor = values.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
     seq_len = values.get("training.seq_len", _DEFAULT_SEQ_LEN)
     return new_model(model, flavor, seq_len=seq_len, name=name)
+
+
+def _changed_lines(
+    old: Path, values: Mapping[str, Any], model: NewModel | None
+) -> Iterator[tuple[Statement, Change | None]]:
+    """The old file's statements, the assignments with what becomes of them."""
+    for line in statements(old.read_bytes().decode("utf-8-sig")):
+        yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 
 
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
@@ -205,8 +212,13 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _added(values: Mapping[str, Any], model: NewModel) -> Iterator[Change]:
-    """What the old file left to defaults that have changed since."""
+def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
+    """What the old file left to defaults that have changed since.
+
+    Nothing for a job whose model is ours already, or if no new job can be written.
+    """
+    if model is None or model.refusal:
+        return
     for key, (default, switch) in CHANGED_DEFAULTS.items():
         if key not in values and (switch is None or values.get(switch) is True):
             new = model.flavor if key == "model.flavor" else default
@@ -249,7 +261,7 @@ def _rendered_section(
     section = block[0][0].section
     fates = {change.fate for _, change in block if change}
     # `lives`: the header stays. `is_read`: so do comments and blank lines, for whoever reads on.
-    is_empty = not fates and section in SECTIONS | {""}
+    is_empty = not fates and section in sections(KEYS) | {""}
     lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
     is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
     for line, change in block:

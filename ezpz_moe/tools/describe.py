@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import find_job
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.accounting import COMPONENTS, Anatomy, Cost, DenseModel, dense_model
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.ranks import outside_of_a_run
 from ezpz_moe.tools.memory import Device, StageMemory, stage_memories
@@ -61,16 +61,16 @@ def describe(
     """
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
-    host = binding("anatomy")
+    part = host().anatomy()
     with outside_of_a_run():
-        seq_len = host.sequence_length(config, host_flags)
+        seq_len = part.sequence_length(config, host_flags)
         # The precision is that of the run's device, not of the machine that describes it.
         with contextlib.nullcontext() if device == "cpu" else as_on_an_accelerator():
-            precision = host.precision_in_words(config, host_flags, flavor)
-        anatomy = host.anatomy(flavor, seq_len)
+            precision = part.precision_in_words(config, host_flags, flavor)
+        anatomy = part.anatomy(flavor, seq_len)
         described = Description(flavor.name, seq_len, precision, anatomy, dense_model(anatomy))
         if world_size is None and job.path is not None:
-            world_size = binding("memory").fewest_ranks(config, host_flags)
+            world_size = host().memory().fewest_ranks(config, host_flags)
         if world_size is None:
             return described
         memory = stage_memories(config, host_flags, world_size=world_size, device=device)

@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ezpz_moe import hosts
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import find_job, job_for_flavor
+from ezpz_moe.config.job import job_for_flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.installed import host, version
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
@@ -97,7 +99,7 @@ def host_findings() -> list[Finding]:
     """
     refusal = ""
     try:
-        generation = hosts.generation()
+        generation = detect.host()
     except EzpzError as error:
         if host() is None:
             raise
@@ -113,10 +115,10 @@ def can_train(findings: Iterable[Finding]) -> bool:
     return all(finding.holds for finding in findings if finding.vital)
 
 
-def nearest_generation() -> hosts.Generation:
+def nearest_generation() -> Host:
     """The generation most like a host that no binding fits: by its files, else by what holds."""
-    written = [each for each in hosts.GENERATIONS if each.is_written]
-    return written[0] if written else min(hosts.GENERATIONS, key=_share_broken)
+    written = [each for each in detect.HOSTS if each.is_written]
+    return written[0] if written else min(detect.HOSTS, key=_share_broken)
 
 
 def job_findings(config: str, world_size: int | None) -> list[Finding]:
@@ -139,22 +141,22 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
     with outside_of_a_run():
         try:
             job = find_job(config)
-            trainer_config = hosts.binding("job").trainer_config(job)
+            trainer_config = detect.host().trainer_config(job)
         except EzpzError as error:
             problem = str(error).removeprefix(f"{config}: ")
             return [Finding(config, settings, problem, "it is refused")]
         flavor = load_flavor(job.flavor, near=job.folder)
-        problems = hosts.binding("conflicts").machine_problems(trainer_config, flavor, world_size)
+        problems = detect.host().machine_problems(trainer_config, flavor, world_size)
     findings = [
         Finding(config, settings),
         Finding(
             config,
-            hosts.binding("precision").in_words(trainer_config, flavor),
+            detect.host().precision_in_words(trainer_config, flavor),
             is_note=True,
         ),
     ]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
-    summary = hosts.binding("parameters").summarize(flavor)
+    summary = detect.host().summarize(flavor)
     findings += _alignment(summary)
     if world_size is not None:
         findings.append(_memory(trainer_config, summary.total, world_size))
@@ -165,16 +167,16 @@ def _finding(line: Reliance) -> Finding:
     return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken, vital=line.vital)
 
 
-def _share_broken(generation: hosts.Generation) -> float:
+def _share_broken(generation: Host) -> float:
     return mean(bool(line.why_broken()) for line in generation.relied_on)
 
 
-def _binding_findings(generation: hosts.Generation, refusal: str) -> Iterator[Finding]:
+def _binding_findings(generation: Host, refusal: str) -> Iterator[Finding]:
     """What no single line shows: whether the binding loads, and builds a model and a config."""
     if refusal:  # every line holds, so it is about this machine's device
         yield Finding("the host", "training on this machine", refusal, NO_FLAVOR, vital=True)
         return
-    for module in generation.slots().values():
+    for module in generation.modules():
         _, problem = _tried(import_module, module)
         if problem:
             yield Finding(module, "a part of the binding", problem, "what it does cannot be done")
@@ -187,12 +189,12 @@ def _binding_findings(generation: hosts.Generation, refusal: str) -> Iterator[Fi
     yield Finding(f"the config of {_TRIED}", "what the trainer is told", problem, NO_FLAVOR)
 
 
-def _model(generation: hosts.Generation) -> nn.Module:
-    return generation.slot("parameters").build_on_meta(load_flavor(_TRIED))
+def _model(generation: Host) -> nn.Module:
+    return generation.build_on_meta(load_flavor(_TRIED))
 
 
-def _trainer_config(generation: hosts.Generation) -> Any:
-    return generation.slot("job").trainer_config(job_for_flavor(_TRIED))
+def _trainer_config(generation: Host) -> Any:
+    return generation.trainer_config(job_for_flavor(_TRIED))
 
 
 def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
@@ -203,9 +205,9 @@ def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
         return None, in_words(error)
 
 
-def _state_dict_findings(model: nn.Module, generation: hosts.Generation) -> Iterator[Finding]:
+def _state_dict_findings(model: nn.Module, generation: Host) -> Iterator[Finding]:
     found = model.state_dict()
-    for key in generation.slot("relied_on").STATE_DICT_KEYS:
+    for key in generation.state_dict_keys:
         yield Finding(
             key,
             "a checkpoint's key",
@@ -262,12 +264,12 @@ def _host_version() -> str:
 
 def _binding() -> str:
     try:
-        generation = hosts.generation()
+        generation = detect.host()
     except EzpzError as error:
         return f"none: {error}"
     evidence = generation.evidence
     fields = f" with {', '.join(evidence.fields)}" if evidence.fields else ""
-    return f"{generation.host} ({evidence.thing}{fields} is there)"
+    return f"{generation.name} ({evidence.thing}{fields} is there)"
 
 
 def _device() -> str:

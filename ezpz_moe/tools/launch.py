@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EXIT_CODE, EzpzError
-from ezpz_moe.hosts import presumed_generation
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.tools.nodes import Placement, loss_report, meet
 from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
 
@@ -27,8 +26,17 @@ if TYPE_CHECKING:
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 
 
+Tell = Callable[[str], None]
+"""Takes what the user must know about how the run ended."""
+
+
 def train(
-    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+    config: str,
+    host_flags: list[str],
+    *,
+    tell: Tell,
+    nproc: int = 1,
+    placement: Placement | None = None,
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
@@ -38,13 +46,13 @@ def train(
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
+        tell: given torchrun's report of a failure, or that of the node that was lost.
         nproc: processes on this machine, one per accelerator.
         placement: this machine's place among several; None if it is the only one.
 
     Returns:
         An exit code: 0; 2 for a user's mistake that a worker has already reported; 1 for any other
-            failure (after torchrun's report, or the report of the lost node); 128 + n when signal n
-            ended the run.
+            failure, whose report ``tell`` was given; 128 + n when signal n ended the run.
 
     Raises:
         EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not show up.
@@ -52,7 +60,7 @@ def train(
     """
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
-    arguments = presumed_generation().slot("command").arguments(job) + host_flags
+    arguments = presumed_host().arguments(job) + host_flags
     _check_processes(nproc)
     _share_threads(nproc)
     nnodes = placement.nnodes if placement else 1
@@ -63,7 +71,7 @@ def train(
         # By default torchrun uses this machine's name; where that cannot be resolved, it waits
         # long.
         here = ["--standalone", "--local-addr", "localhost"]
-        return _run(here, arguments, nproc, shown, str)
+        return _run(here, arguments, nproc, shown, str, tell)
     with meet(placement, nproc) as nodes:
 
         def lost(failure: ChildFailedError) -> str:
@@ -74,7 +82,7 @@ def train(
             checkpoint = last_checkpoint(job, host_flags)
             return f"ezpz-moe: error: {report}\n{_how_to_go_on(checkpoint)}"
 
-        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost)
+        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost, tell)
 
 
 def _run(
@@ -83,8 +91,9 @@ def _run(
     nproc: int,
     shown: str,
     report: Callable[[ChildFailedError], str],
+    tell: Tell,
 ) -> int:
-    """Run torchrun, and let ``report`` decide what to print about a failure."""
+    """Run torchrun, and let ``report`` decide what to tell about a failure."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -102,10 +111,10 @@ def _run(
         except ChildFailedError as failure:
             if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
                 return EXIT_CODE
-            print(report(failure), file=sys.stderr, flush=True)
+            tell(report(failure))
             return 1
         except SignalException as stop:
-            print(f"ezpz-moe: stopped by {stop.sigval.name}", file=sys.stderr, flush=True)
+            tell(f"ezpz-moe: stopped by {stop.sigval.name}")
             return 128 + stop.sigval
         finally:
             logging.disable(logging.NOTSET)

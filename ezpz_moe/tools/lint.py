@@ -15,9 +15,9 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from ezpz_moe.config.job import KEYS, job_for_flavor
+from ezpz_moe.config.job import job_for_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.hosts import GENERATIONS, binding, presumed_generation
+from ezpz_moe.hosts.detect import HOSTS, host, presumed_host
 
 _LAUNCHER = "run_train.sh"  # the host's own
 _ANY_FLAVOR = "debugmodel_sdpa"  # a flag does not depend on the model
@@ -72,8 +72,8 @@ def taken_flags() -> frozenset[str]:
     Raises:
         EzpzError: no host is installed that this package has a binding for.
     """
-    config = binding("job").trainer_config(job_for_flavor(_ANY_FLAVOR))
-    return binding("settings").flags(config)
+    config = host().trainer_config(job_for_flavor(_ANY_FLAVOR))
+    return host().flags(config)
 
 
 def words(line: str) -> Iterator[str]:
@@ -125,9 +125,9 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
         siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
         return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
     section, _, name = key.rpartition(".")
-    row = KEYS[section].get(name)
+    row = presumed_host().job_keys()[section].get(name)
     if row is None:  # the key belongs to a newer host
-        return f"{presumed_generation().host} has no such setting"
+        return f"{presumed_host().name} has no such setting"
     for now in (row.path, row.flag, key):
         if now in taken:
             return f"now {_dashed(now, no)}"
@@ -142,24 +142,24 @@ def _dashed(path: str, no: str = "") -> str:
 
 
 def _variable_remedy(name: str) -> str:
-    variables = presumed_generation().slot("command").VARIABLES
+    variables = presumed_host().launcher_variables
     if name in variables:
         return ""
-    return f"{_LAUNCHER} of {presumed_generation().host} takes {' and '.join(variables)}"
+    return f"{_LAUNCHER} of {presumed_host().name} takes {' and '.join(variables)}"
 
 
 @cache
 def _variables() -> frozenset[str]:
     """The variables of every generation's launcher."""
-    return frozenset(chain(*(each.slot("command").VARIABLES for each in GENERATIONS)))
+    return frozenset(chain(*(each.launcher_variables for each in HOSTS)))
 
 
 @cache
 def _keys_by_spelling() -> dict[str, str]:
     """A setting as any generation of the host spells it -> the job's key for it."""
     keys: dict[str, str] = {}
-    for generation in GENERATIONS:
-        for section, rows in generation.slot("job_keys").KEYS.items():
+    for each in HOSTS:
+        for section, rows in each.job_keys().items():
             for name, row in rows.items():
                 for spelled in (row.path, row.flag, f"{section}.{name}"):
                     if spelled:

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
 from ezpz_moe.hosts.accounting import COMPONENTS
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
-from ezpz_moe.tools.preflight import RankReport, concurrently, first_ranks, in_a_process
+from ezpz_moe.hosts.rank_report import RankReport
+from ezpz_moe.tools.preflight import concurrently, first_ranks, in_a_process
 
 Device = Literal["accelerator", "cpu"]
 
@@ -79,23 +80,35 @@ def stage_memories(
         EzpzError: the ranks do not fit the job, one cannot be built, or it is unknown how many
             microbatches the pipeline's schedule holds.
     """
-    job = binding("memory").pipeline(config, host_flags)
+    job = host().memory().pipeline(config, host_flags)
     ranks = first_ranks(world_size, job.stages)
     in_flight = [
         microbatches_in_flight(job.schedule, stage, job.stages, job.microbatches)
         for stage in range(job.stages)
     ]
-    look = "activations" if device == "accelerator" else "activations_on_cpu"
+    look = _activations if device == "accelerator" else _activations_on_cpu
     # One forward through all layers serves every stage; _stage picks out its own part.
-    functions = [(look, 0), *(("weights", rank) for rank in ranks)]
+    functions = [(look, 0), *((_weights, rank) for rank in ranks)]
     forward, *shards = concurrently(
-        partial(in_a_process, ("memory", name), config, host_flags, world_size, rank)
-        for name, rank in functions
+        partial(in_a_process, function, config, host_flags, world_size, rank)
+        for function, rank in functions
     )
     for report in (forward, *shards):
         if report.error:
             raise EzpzError(f"{config}: rank {report.rank} of {world_size}: {report.error}")
     return [_stage(*each, forward) for each in zip(shards, in_flight, strict=True)]
+
+
+def _weights(*arguments: Any) -> RankReport:
+    return host().memory().weights(*arguments)
+
+
+def _activations(*arguments: Any) -> RankReport:
+    return host().memory().activations(*arguments)
+
+
+def _activations_on_cpu(*arguments: Any) -> RankReport:
+    return host().memory().activations_on_cpu(*arguments)
 
 
 def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:

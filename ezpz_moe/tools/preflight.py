@@ -10,37 +10,19 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from functools import partial
 
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.rank_report import RankReport
 
 _PROCESSES = 2  # each imports torch and the host: about 1 GiB
 
-
-@dataclass(frozen=True)
-class RankReport:
-    """What one rank would hold.
-
-    Attributes:
-        rank: global rank.
-        parameters: number of parameters in its shards; None after an error, like the next two.
-        state_bytes: weights, gradients and optimizer states in bytes, without activations.
-        step: how much of a step ran, with tensors that have no values, or why none did.
-        error: what went wrong; empty if the rank was built.
-        bytes_by_place: for ``describe``, bytes by (part of the model, component).
-    """
-
-    rank: int
-    parameters: int | None = None
-    state_bytes: int | None = None
-    step: str | None = None
-    error: str = ""
-    bytes_by_place: Mapping[tuple[str, str], int] = field(default_factory=dict)
+Look = Callable[[str, list[str], int, int], RankReport]
+"""What a process is for: of config, host_flags, world_size and rank, as ``Host.run_rank``."""
 
 
 def preflight(
@@ -58,10 +40,14 @@ def preflight(
         EzpzError: the stages cannot share the ranks equally, or a process died.
     """
     jobs = (
-        partial(in_a_process, ("preflight", "run_rank"), config, host_flags, world_size, rank)
+        partial(in_a_process, _run_rank, config, host_flags, world_size, rank)
         for rank in first_ranks(world_size, stages)
     )
     yield from concurrently(jobs)
+
+
+def _run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
+    return host().run_rank(config, host_flags, world_size, rank)
 
 
 def first_ranks(world_size: int, stages: int) -> range:
@@ -85,9 +71,9 @@ def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankRepor
 
 
 def in_a_process(
-    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+    function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What ``function`` of the host's binding, given as slot and name, reports about a rank.
+    """What ``function`` reports about a rank. The process imports it, so it must be in a module.
 
     Each rank has a pool of its own: a shared one would not tell whose process died.
 
@@ -107,16 +93,15 @@ def in_a_process(
 
 
 def _run(
-    function: tuple[str, str], config: str, host_flags: list[str], world_size: int, rank: int
+    function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
     """Runs in the new process. Whatever goes wrong becomes the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     check_host()
-    slot, name = function
     try:
-        return getattr(binding(slot), name)(config, host_flags, world_size, rank)
+        return function(config, host_flags, world_size, rank)
     except EzpzError as error:
         return RankReport(rank, error=str(error))
     except Exception as error:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
+from ezpz_moe.compute.cache import CACHE_VARIABLE
 from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import Job, find_job
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import presumed_generation
-from ezpz_moe.tools.launch import train
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.tools.launch import Tell, train
 from ezpz_moe.tools.nodes import Placement
 
 if TYPE_CHECKING:
@@ -25,12 +27,17 @@ _AUTO = "auto"
 
 
 def tune(
-    config: str, host_flags: list[str], *, nproc: int = 1, placement: Placement | None = None
+    config: str,
+    host_flags: list[str],
+    *,
+    tell: Tell,
+    nproc: int = 1,
+    placement: Placement | None = None,
 ) -> tuple[int, list[tuple[Situation, Measured]]]:
     """Train one step of ``config``, and save what its ``auto`` measures.
 
     Args:
-        config, host_flags, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
+        config, host_flags, tell, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
 
     Returns:
         The exit code of the step, and what this machine's processes measured: nothing if the code
@@ -46,8 +53,9 @@ def tune(
 
     _check_folder()
     with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
-        step = presumed_generation().slot("command").one_step(scratch)
-        code = train(config, [*step, *host_flags], nproc=nproc, placement=placement)
+        step = presumed_host().one_step(scratch)
+        flags = [*step, *host_flags]
+        code = train(config, flags, tell=tell, nproc=nproc, placement=placement)
         # A step that failed may have timed only some of the layers.
         measured = list(tuning.recorded()) if code == 0 else []
     for situation, times in measured:
@@ -77,5 +85,5 @@ def _check_folder() -> None:
     except OSError as error:
         raise EzpzError(
             f"{folder}, where measured times are saved, cannot be written: {error.strerror}. "
-            f"Set {tuning.CACHE_VARIABLE} to another folder."
+            f"Set {CACHE_VARIABLE} to another folder."
         ) from error

@@ -65,7 +65,10 @@ def folder(tmp_path_factory, ranks) -> Path:
     folder = job_folder(tmp_path_factory.mktemp("hosts"))
     write_documents(folder / "documents.jsonl", count=6 * 2 * ranks)
     job = (folder / "job.toml").read_text()
-    job = job.replace('flavor = "tiny_sdpa"', 'flavor = "tiny_sdpa_for_loop"')
+    # Wider and learning slower than the tests' model, in which roundings grow beyond ROUNDING.
+    (folder / "wide.toml").write_text('inherits = "debugmodel"\nn_layers = 3\n')
+    job = job.replace('flavor = "tiny_sdpa"', 'flavor = "wide_sdpa_for_loop"')
+    job = job.replace("lr = 1e-2", "lr = 1e-3")
     more = 'dataset_path = "documents.jsonl"\n'
     (folder / "job.toml").write_text(job.replace("[training]\n", f"[training]\n{more}"))
     return folder

@@ -15,11 +15,12 @@ import ezpz_moe.tools.preflight
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.ranks import share_of_model
-from ezpz_moe.tools.preflight import RankReport, preflight
+from ezpz_moe.tools.preflight import preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
 PIPELINE = f"""
@@ -54,7 +55,7 @@ def build(config: str, *flags: str, world_size: int, stages: int = 1) -> list[Ra
 
 def total_parameters() -> int:
     check_host()
-    return binding("parameters").summarize(load_flavor(FLAVOR)).total
+    return host().summarize(load_flavor(FLAVOR)).total
 
 
 @needs_all_ranks
@@ -124,16 +125,17 @@ def test_a_step_that_fails_keeps_what_was_measured() -> None:
     assert report.error.startswith("RuntimeError: no such shape (in a step with tensors that have")
 
 
-RUN_RANK = ("preflight", "run_rank")
-
-
 def report_with_failing_step(config: str, world_size: int) -> RankReport:
     def fail(*args: object) -> str:
         raise RuntimeError("no such shape")
 
     check_host()
-    binding("preflight")._step = fail
-    return ezpz_moe.tools.preflight._run(RUN_RANK, config, [], world_size, 0)
+    from ezpz_moe.hosts.titan import preflight
+
+    preflight._step = fail
+    return ezpz_moe.tools.preflight._run(
+        ezpz_moe.tools.preflight._run_rank, config, [], world_size, 0
+    )
 
 
 @pytest.mark.parametrize("more", ["tensor_parallel_degree", "expert_parallel_degree"])

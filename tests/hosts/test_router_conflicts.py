@@ -2,11 +2,11 @@
 
 import pytest
 import router_cases  # noqa: F401  (skips on torchtitan 0.2)
-from dialect import ON_MAIN
+from dialect import SINCE_2026_08
 
-from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.jobs import find_job
 
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
 REFUSED = {
@@ -88,7 +88,7 @@ REFUSED = {
         "null_experts cannot be combined with router_num_expert_groups = 4",
     ),
 }
-if ON_MAIN:
+if SINCE_2026_08:
     REFUSED |= {
         "sequences in parts": (
             "jitter_noise = true",
@@ -97,7 +97,7 @@ if ON_MAIN:
             "parallelism.tensor_parallel_degree",
         ),
     }
-else:  # main has no "full_dtensor"
+else:  # since August 2026 there is no "full_dtensor"
     REFUSED |= {
         "distributed tensors": (
             'routing = "sinkhorn"',
@@ -118,12 +118,12 @@ def test_what_does_not_go_together_is_refused(tmp_path, case):
     job = tmp_path / "job.toml"
     job.write_text(f'[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n{of_job}\n')
     with pytest.raises(EzpzError, match=message) as refusal:
-        binding("job").trainer_config(find_job(str(job)))
+        host().trainer_config(find_job(str(job)))
     assert "mine_sdpa" in str(refusal.value)
 
 
 def test_balance_losses_are_reported_without_being_asked(tmp_path):
     (tmp_path / "mine.toml").write_text('inherits = "debugmodel"\n[balance]\naux_loss = 0.1\n')
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n')
-    config = binding("job").trainer_config(find_job(str(tmp_path / "job.toml")))
+    config = host().trainer_config(find_job(str(tmp_path / "job.toml")))
     assert config.metrics.telemetry.detail == "brief"

@@ -171,6 +171,7 @@ def test_activation_checkpointing_changes_no_bit(runs, mode, backend):
     assert_same_bits(runs[f"{mode} {backend}"], runs[f"plain {backend}"])
 
 
+@pytest.mark.skipif(ON_0_2, reason="there tracing changes bits of the host's own model")
 @pytest.mark.parametrize(
     "backend", [case(each, short=each in TRACED_IN_SHORT) for each in COMPUTED_BY]
 )
@@ -183,6 +184,7 @@ def test_tracing_changes_no_bit(runs, backend):
     ("run", "other", "backend"),
     [
         *(case("compiled", "plain", backend, short=False) for backend in COMPUTED_BY),
+        *(case("traced", "plain", backend, short=False) for backend in COMPUTED_BY if ON_0_2),
         *(case("accumulated", "one batch", backend, short=True) for backend in BACKENDS),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
-from dialect import ON_GROUPED_LINEAR
+from dialect import SINCE_2026_09
 
 from ezpz_moe import cli
 from ezpz_moe.compute.agreement import ALONE_VARIABLE
@@ -18,7 +18,7 @@ from ezpz_moe.tools.tune import tune
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 GATE_AND_UP, DOWN = (8, 64, 128), (8, 64, 64)
-PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if ON_GROUPED_LINEAR else ("swiglu", {(8, 64, 64)})
+PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if SINCE_2026_09 else ("swiglu", {(8, 64, 64)})
 """What a backend is asked for: grouped linears ask for one product after the other."""
 
 
@@ -82,7 +82,7 @@ def test_while_it_tunes_each_process_decides_alone(job, tmp_path, monkeypatch) -
 
     monkeypatch.setattr("ezpz_moe.tools.tune.train", train)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    assert tune(str(job), []) == (0, [])
+    assert tune(str(job), [], tell=print) == (0, [])
     assert seen == ["1"]
     assert ALONE_VARIABLE not in os.environ
 

@@ -49,7 +49,9 @@ class _Layer:
     sizes: tuple[int, int, int]
 
     @classmethod
-    def of(cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor):
+    def of(
+        cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor
+    ) -> "_Layer":
         E, inner, outer = weights.shape
         return cls(product, among, recompute, rows_RX.device, rows_RX.dtype, (E, inner, outer))
 
@@ -165,25 +167,40 @@ def _look(
     rows: int,
     one_pass: Callable[[KernelBackend], object],
 ) -> None:
-    """Follow the other ranks, and ask again if the load has changed its class of skew."""
+    """Look at the load of a layer, and change who computes it if that calls for another.
+
+    What other ranks have decided comes first, because it binds this one. A load of the class that
+    this rank has seen before raises no question, and neither does its first look where a winner is
+    known already. Otherwise it measures, once for each class, and proposes its fastest to all.
+    """
     question = layer.question
-    for winner in agreement.decisions(question, choice.decisions):
-        choice.follow(winner)
-        logger.info(f"ezpz_moe: auto: {winner} for {question} (measured by another rank)")
+    _follow_others(question, choice)
     skew_before, choice.skew = choice.skew, choice.look_at(counts)
     # Nothing to ask: the class is unchanged, or other ranks chose before this rank's first look.
-    if choice.skew == skew_before or (skew_before is None and choice.winner):
+    is_answered = skew_before is None and choice.winner
+    if choice.skew == skew_before or is_answered:
         return
     # Measure each class once: a load that swings between two classes must not time them each time.
     if choice.skew not in choice.fastest:
         runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
         situation = tuning.Situation(question, _up_to(rows), choice.skew)
         choice.fastest[choice.skew] = tuning.fastest(situation, runs, layer.device)
-    own = choice.fastest[choice.skew]
-    if own != choice.winner:
-        choice.follow(agreement.decide(question, choice.decisions, own))
-        if choice.winner != own:
-            logger.info(f"ezpz_moe: auto: {choice.winner} instead (another rank was first)")
+    if choice.fastest[choice.skew] != choice.winner:
+        _propose(question, choice, choice.fastest[choice.skew])
+
+
+def _follow_others(question: tuning.Question, choice: _Choice) -> None:
+    """Take over what other ranks have decided since the last look."""
+    for winner in agreement.decisions(question, choice.decisions):
+        choice.follow(winner)
+        logger.info(f"ezpz_moe: auto: {winner} for {question} (measured by another rank)")
+
+
+def _propose(question: tuning.Question, choice: _Choice, own: str) -> None:
+    """Decide for ``own`` on all ranks, unless another rank has just decided otherwise."""
+    choice.follow(agreement.decide(question, choice.decisions, own))
+    if choice.winner != own:
+        logger.info(f"ezpz_moe: auto: {choice.winner} instead (another rank was first)")
 
 
 def _up_to(rows: int) -> int:

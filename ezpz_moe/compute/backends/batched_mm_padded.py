@@ -41,11 +41,7 @@ from ezpz_moe.compute.contract import (
     laid_out_like,
 )
 from ezpz_moe.compute.elementwise import swiglu_gradients_
-from ezpz_moe.compute.runs import Run, runs_within, single_run
-
-
-def _runs(counts: list[int], max_padding: float, single_buffer: bool) -> tuple[Run, ...]:
-    return single_run(counts) if single_buffer else runs_within(tuple(counts), max_padding)
+from ezpz_moe.compute.runs import Run, runs_within
 
 
 class _Plan:
@@ -62,10 +58,8 @@ class _Plan:
         void_v: the rows of the buffer that are padding.
     """
 
-    def __init__(
-        self, counts: list[int], device: torch.device, max_padding: float, single_buffer: bool
-    ) -> None:
-        self.runs = _runs(counts, max_padding, single_buffer)
+    def __init__(self, counts: list[int], device: torch.device, max_padding: float) -> None:
+        self.runs = runs_within(tuple(counts), max_padding)
         ends = [0, *(run.stop for run in self.runs)]
         begins = [*(run.first for run in self.runs), len(counts)]
         self.idle = [slice(end, begin) for end, begin in zip(ends, begins, strict=True)]
@@ -169,11 +163,9 @@ def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
     return grad_EMN
 
 
-def _mm(
-    A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float, single_buffer: bool
-) -> Tensor:
+def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float) -> Tensor:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    plan = _Plan(counts, A_RK.device, max_padding)
     C = _Rows(A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]), plan)
     _multiply(_Rows.padded(A_RK, plan), B_EKN, C)
     return C.unpadded()
@@ -185,10 +177,9 @@ def _mm_backward(
     B_EKN: Tensor,
     offs_E: Tensor,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor]:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    plan = _Plan(counts, A_RK.device, max_padding)
     grad_C, grad_A = _Rows.padded(grad_C_RN, plan), _Rows(A_RK.new_empty(A_RK.shape), plan)
     _multiply(grad_C, B_EKN.transpose(1, 2), grad_A)
     grad_B_EKN = _weight_gradient(_Rows.padded(A_RK, plan), grad_C, B_EKN)
@@ -210,10 +201,9 @@ def _swiglu(
     x_RD: Tensor,
     num_tokens_per_expert_E: Tensor,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    plan = _Plan(counts, x_RD.device, max_padding)
     gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, _Rows.padded(x_RD, plan))
     hidden = _Rows.padded(F.silu(gate_RF).mul_(up_RF), plan)
     y = _Rows(x_RD.new_empty(x_RD.shape), plan)
@@ -231,10 +221,9 @@ def _swiglu_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    plan = _Plan(counts, x_RD.device, max_padding)
     x, grad_y = _Rows.padded(x_RD, plan), _Rows.padded(grad_y_RD, plan)
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x)
@@ -265,8 +254,6 @@ class BatchedMMPadded(KernelBackend):
 
     Attributes:
         max_padding: rows computed in vain, of all experts together, as a share of the rows.
-        single_buffer: pad every expert to the busiest one instead: one launch per product, but
-            unbounded padding.
     """
 
     name = "batched_mm_padded"
@@ -279,15 +266,14 @@ class BatchedMMPadded(KernelBackend):
     )
 
     max_padding: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
-    single_buffer: bool = False
 
     @property
-    def kernel_options(self) -> tuple[float, bool]:
-        return self.max_padding, self.single_buffer
+    def kernel_options(self) -> tuple[float]:
+        return (self.max_padding,)
 
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
         counts = counts_on_host(num_tokens_per_expert_E, num_rows)
-        runs = _runs(counts, self.max_padding, self.single_buffer)
+        runs = runs_within(tuple(counts), self.max_padding)
         computed = sum(counts) + sum(run.padding for run in runs)
         return torch.tensor([computed, 0])
 

@@ -12,6 +12,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +96,12 @@ class _OwnedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
         ctx.save_for_backward(owned_R1)
         return row_major(torch.where(owned_R1, rows_RX, 0))
 
     @staticmethod
-    def backward(ctx, grad_RX: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_RX: Tensor) -> tuple[Tensor, None]:
         (owned_R1,) = ctx.saved_tensors
         return _OwnedRows.apply(grad_RX, owned_R1), None
 

@@ -32,6 +32,7 @@ def choose_text(config: Any, job: Job) -> None:
     Raises:
         EzpzError: unknown dataset, or a file that cannot be read.
     """
+    _register_our_texts()
     sections = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
@@ -46,7 +47,9 @@ def choose_text(config: Any, job: Job) -> None:
             raise EzpzError(f"{job.source}: [{name}] {error}") from error
 
 
-DATASETS[DEFAULT_DATASET] = DatasetConfig(
-    path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
-)
-DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)
+def _register_our_texts() -> None:
+    """Put them beside the host's own: whatever trains with the config finds them there."""
+    DATASETS[DEFAULT_DATASET] = DatasetConfig(
+        path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
+    )
+    DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

@@ -10,9 +10,6 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan_0_2.models import host_model, model_args
 
-GENERATION = "0.2"
-"""Whose names the host's parameters have."""
-
 
 def adapter(flavor: Flavor) -> Any:
     """The flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.

@@ -54,7 +54,7 @@ def job_config() -> type[JobConfig]:
         EzpzError: the file is wrong, or asks for what this host does not have.
     """
     path = _job_file(sys.argv[1:])
-    job = Job(flavor="") if path is None else load_job(path)
+    job = Job(flavor="") if path is None else load_job(path, KEYS)
     extended = _extended(JobConfig, _nested(_fields()))
     refuse_missing(job)
     register_flavors(job, complete=complete)

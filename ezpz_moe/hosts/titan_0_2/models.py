@@ -27,10 +27,10 @@ from torchtitan.tools import utils
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.hosts.backends import backend_of
+from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
-from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
+from ezpz_moe.hosts.titan_0_2.experts import select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
 SIZED_LIKE = "deepseek_v3"

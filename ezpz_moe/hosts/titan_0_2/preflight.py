@@ -13,8 +13,9 @@ from torchtitan.train import Trainer
 from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan_0_2.command import arguments
-from ezpz_moe.tools.preflight import RankReport
+from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 
 _STEP = "not run: the router counts tokens, which have no value"
 
@@ -26,7 +27,7 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
         whatever the rank would have met.
     """
     become_rank(rank, world_size)
-    sys.argv[1:] = [*arguments(find_job(config)), *host_flags, *FAKE_COMMUNICATION]
+    sys.argv[1:] = [*arguments(find_job(config, KEYS)), *host_flags, *FAKE_COMMUNICATION]
     job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
     has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
     if rank:

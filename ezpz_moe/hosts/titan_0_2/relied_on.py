@@ -1,9 +1,8 @@
 """What the binding relies on in torchtitan 0.2. Vital as in 0.3."""
 
-from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import DATASET_CONFIG, OF_EVERY_GENERATION
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NOTHING_TRAINS, Reliance
+from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
 
-_NOTHING_TRAINS = "nothing can be trained with this host"
 _NO_PREFLIGHT = "`ezpz-moe preflight` cannot build the ranks of a run"
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -17,21 +16,21 @@ RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torchtitan.config:JobConfig",
         used_for="the config that a job becomes",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         fields=("job", "model", "training", "validation", "parallelism", "checkpoint"),
         vital=True,
     ),
     Reliance(
         "torchtitan.protocols.train_spec:register_train_spec",
         used_for='[model] name = "ezpz_moe"',
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         takes=("name", "train_spec"),
         vital=True,
     ),
     Reliance(
         "torchtitan.protocols.train_spec:TrainSpec",
         used_for="flavors as models; its parallelize_fn is wrapped for FSDP over gloo",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         fields=(
             "model_cls",
             "model_args",

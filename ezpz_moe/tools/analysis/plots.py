@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ezpz_moe.telemetry.heat_map import Array, Palette, draw_cells, filled
 from ezpz_moe.tools.analysis.report import LayerReport, Settings
 
 _COLUMNS = 4
@@ -47,8 +48,9 @@ def _load(layers: Layers, _: Settings) -> Figure:
     figure, axes = _one()
     loads = [[share * each.num_experts for share in each.load] for each in layers]
     most = max(2.0, *map(max, loads))
-    image = _heat_map(axes, loads, cmap="RdBu_r", norm=TwoSlopeNorm(1, vmin=0, vmax=most))
-    figure.colorbar(image, ax=axes, label="load / even load")
+    palette = Palette(colormaps["RdBu_r"], TwoSlopeNorm(1, vmin=0, vmax=most))
+    _expert_columns(axes, filled(loads), palette)
+    figure.colorbar(palette.bar, ax=axes, label="load / even load")
     _layer_rows(axes, layers)
     axes.set(title="Load of the experts", xlabel="expert")
     return figure
@@ -69,8 +71,11 @@ def _tokens(layers: Layers, _: Settings) -> Figure:
     left.set(title="Experts of a token predicted by", xlabel="share of its experts right")
     _legend_below(left)
     _layer_rows(left, layers)
-    image = _heat_map(right, [each.concentration for each in layers], cmap="viridis", vmin=0)
-    figure.colorbar(image, ax=right, label="1 - H(token | expert) / H(token)")
+    concentration_LE = filled([each.concentration for each in layers])
+    most = float(np.nan_to_num(concentration_LE).max(initial=1e-9))
+    palette = Palette(colormaps["viridis"], Normalize(0, most))
+    _expert_columns(right, concentration_LE, palette)
+    figure.colorbar(palette.bar, ax=right, label="1 - H(token | expert) / H(token)")
     right.set(title="Concentration of each expert's tokens", xlabel="expert")
     _layer_rows(right, layers)
     return figure
@@ -131,17 +136,17 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
     maps = [np.array(each.cosines, dtype=float) for each in layers]
     off = np.concatenate([m[~np.eye(len(m), dtype=bool)] for m in maps])
     limit = float(np.nanmax(np.abs(off), initial=1e-3))
-    image: Any = None
+    palette = Palette(colormaps["RdBu_r"], Normalize(-limit, limit))
     for axes, each, cosines in zip(grid, layers, maps, strict=False):
         np.fill_diagonal(cosines, np.nan)  # always 1, which would drown the others
-        image = axes.imshow(cosines, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes.set_facecolor("lightgrey")
+        draw_cells(axes, cosines, palette)
+        axes.set_aspect("equal")
         axes.set_title(f"layer {_short(each)}", fontsize=9)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
-    figure.colorbar(image, ax=list(grid), label="cosine of two experts' weights")
+    figure.colorbar(palette.bar, ax=list(grid), label="cosine of two experts' weights")
     figure.suptitle("Similarity of the experts")
     return figure
 
@@ -182,15 +187,10 @@ def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
     axes.legend(handles=shown[::step], fontsize=8)
 
 
-def _heat_map(axes: Any, rows: Sequence[Sequence[float | None]], **options: Any) -> Any:
-    """A row per layer; layers with fewer experts end earlier."""
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = [np.nan if value is None else value for value in row]
-    axes.set_facecolor("lightgrey")
-    image = axes.imshow(table, aspect="auto", interpolation="nearest", **options)
+def _expert_columns(axes: Any, values_LE: Array, palette: Palette) -> None:
+    """A row per layer and a column for each expert; layers with fewer experts end earlier."""
+    draw_cells(axes, values_LE, palette)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return image
 
 
 def _layer_rows(axes: Any, layers: Layers) -> None:

@@ -1,6 +1,6 @@
 """Run a checkpoint's model on a text, and record the experts that its routers choose.
 
-The model is the host's own, from the slot ``analysis`` of its binding; forward hooks read what its
+The model is the host's own, from its part ``analysis``; forward hooks read what its
 routers return. Legend of the suffixes: S = sequences, L = their length, K = experts of a token,
 E = experts, V = vocabulary.
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.analysis.similarity import cosines
 from ezpz_moe.tools.analysis.text import Sequence as TextSequence
 from ezpz_moe.tools.checkpoints import contents, storage
@@ -78,25 +78,25 @@ def record(
         EzpzError: the checkpoint is incomplete, or of another generation or model; the text has
             token IDs beyond the model's vocabulary; the host has no such slot.
     """
-    host = binding("analysis")
-    model = host.build(flavor, len(text[0].tokens_L), device=device)
+    part = host().analysis()
+    model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
-    host.at_step(model, _step(checkpoint))
+    part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
     model.eval()
     _check_vocabulary(text, model, flavor)
-    losses, chosen = [], _Chosen(host.routers(model))
+    losses, chosen = [], _Chosen(part.routers(model))
     with torch.inference_mode(), chosen, warnings.catch_warnings():
         # The host asks for float32 in the gate, which the CPU's autocast ignores with a warning.
         warnings.filterwarnings("ignore", message="In CPU autocast")
         for sequence in progress(text):
-            logits_LV = host.forward(
+            logits_LV = part.forward(
                 model, sequence.tokens_L.to(device), sequence.positions_L.to(device)
             )
             labels_L = sequence.labels_L.to(device)
             losses.append(nn.functional.cross_entropy(logits_LV.float(), labels_L).item())
-    similar = {name: cosines(weights).cpu() for name, weights in host.expert_weights(model).items()}
+    similar = {name: cosines(weights).cpu() for name, weights in part.expert_weights(model).items()}
     return Recording(sum(losses) / len(losses), chosen.routing(), similar)
 
 
@@ -117,10 +117,10 @@ class _Chosen:
             handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        host = binding("analysis")
+        part = host().analysis()
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            self._ids[name].append(host.chosen(output).flatten(0, -2).cpu())
+            self._ids[name].append(part.chosen(output).flatten(0, -2).cpu())
 
         return keep
 
@@ -135,7 +135,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     """Copy a checkpoint's tensors into the model, one at a time."""
     metadata = storage.read_metadata(checkpoint)
     storage.check_data(checkpoint, metadata)
-    generation = binding("huggingface").GENERATION
+    generation = host().checkpoint_names
     if (found := contents.generation(checkpoint, metadata)) != generation:
         raise EzpzError(
             f"{checkpoint}: has the names of torchtitan {found}. First run: ezpz-moe ckpt remap "

@@ -2,5 +2,5 @@
 
 :mod:`.shapes` and :mod:`.routings` define what is computed, :mod:`.contenders` and :mod:`.peers`
 who computes it, :mod:`.measuring` measures, :mod:`.plan` runs a whole comparison, and
-:mod:`.goals`, :mod:`.report` and :mod:`.plots` read :mod:`.results`.
+:mod:`.plots` draws its :mod:`.results`.
 """

@@ -1,4 +1,4 @@
-"""Our backends, the host's own layer, and two references, ready to be measured.
+"""Our backends, the host's own layer, and references, ready to be measured.
 
 All compute the expert layer from the same values, except ``dense``, which is the limit.
 
@@ -18,7 +18,7 @@ from ezpz_moe.compute.reference import Case
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, prepared
 from ezpz_moe.tools.bench.peers import PEERS
-from ezpz_moe.tools.bench.results import DENSE, INDEXED, PRODUCTS, STOCK
+from ezpz_moe.tools.bench.results import DENSE, INDEXED, PRODUCTS, SINGLE_BUFFER, STOCK
 from ezpz_moe.tools.bench.shapes import Shape
 
 
@@ -35,19 +35,20 @@ def backends(specs: Sequence[str]) -> list[Contender]:
 
 
 def others(names: Sequence[str]) -> list[Contender]:
-    """What the backends are compared with; without names, everything.
+    """What the backends are compared with; without names, everything but ``single_buffer``.
 
     Raises:
         EzpzError: there is no such contender.
     """
-    known = {each.name: each for each in (*_REFERENCES, *PEERS)}
+    without_a_name = {each.name: each for each in (*_REFERENCES, *PEERS)}
+    known = without_a_name | {_SINGLE_BUFFER.name: _SINGLE_BUFFER}
     for name in names:
         if name not in known:
             raise EzpzError(
                 f"--against {name!r}: no such contender. Known: {', '.join(known)}."
                 f"{did_you_mean(name, known)}"
             )
-    return [known[name] for name in names or known]
+    return [known[name] for name in names or without_a_name]
 
 
 def _backend(spec: str) -> Contender:
@@ -101,28 +102,45 @@ def _dense(case: Case) -> Prepared:
 
 def _stock(case: Case) -> Prepared:
     """The installed torchtitan's own routed experts."""
-    from ezpz_moe.hosts import binding
+    from ezpz_moe.hosts.detect import host
 
     (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E
-    layer = binding("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
     return Prepared(lambda: layer(x_RD, counts_E), (*layer.parameters(), x_RD), (counts_E,))
 
 
 def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
-    from ezpz_moe.hosts import binding
+    from ezpz_moe.hosts.detect import host
 
     if dtype != torch.bfloat16:
         return [f"torchtitan's layer casts to bfloat16; for {dtype}, {PRODUCTS} stands in for it"]
     try:
-        binding("stock")
+        host().stock_experts()
     except EzpzError as error:
         return [str(error)]
     return _products_why_not(device, dtype, shape)
 
+
+def _single_buffer(case: Case) -> Prepared:
+    """All experts as one run of ``batched_mm_padded``, however much padding that is."""
+    return prepared(get_backend(_UNBOUNDED).swiglu)(case)
+
+
+def _single_buffer_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    return get_backend(_UNBOUNDED).why_not(device, dtype, dims=(shape.D, shape.F))
+
+
+_UNBOUNDED = "batched_mm_padded(max_padding=1e9)"
 
 _REFERENCES = (
     Contender(STOCK, _stock, _stock_why_not),
     Contender(PRODUCTS, prepared(stock_products), _products_why_not),
     Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True),
     Contender(DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False),
+)
+
+# Every expert padded to the busiest one: what ``batched_mm_padded`` avoids. Under skew this takes
+# many times the others' time and memory, so it is measured on request only.
+_SINGLE_BUFFER = Contender(
+    SINGLE_BUFFER, _single_buffer, _single_buffer_why_not, declares_syncs=True
 )

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -22,19 +22,21 @@ import torch
 from pydantic import TypeAdapter
 
 from ezpz_moe import __version__
-from ezpz_moe.cli import display
 from ezpz_moe.compute.reference import Case, random_case
 from ezpz_moe.compute.tuning import allocator_variables, is_out_of_memory
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name, version
 from ezpz_moe.tools.bench.contender import Contender
 from ezpz_moe.tools.bench.contenders import backends, others
-from ezpz_moe.tools.bench.measuring import measure, ticks
+from ezpz_moe.tools.bench.measuring import Tick, measure, ticks
 from ezpz_moe.tools.bench.results import PRODUCTS, STOCK, Measured
 from ezpz_moe.tools.bench.routings import counts_of
 from ezpz_moe.tools.bench.shapes import Shape
 
 Allocator = Literal["default", "retain"]
+
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Tick]]
+"""Takes what begins and how many steps it has; while it is open, it shows them."""
 
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
 """glibc: never take a single block from the system, and never give memory back to it."""
@@ -72,12 +74,31 @@ def check(plan: Plan) -> None:
         _chosen(plan, dtype, shape)
 
 
-def run(plan: Plan) -> Iterator[Measured]:
+@dataclass(frozen=True)
+class Begun:
+    """What a child process measures next, and how many steps that takes."""
+
+    what: str
+    total: int
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """A step of it begins, with this name."""
+
+    name: str
+
+
+Message = Begun | Ticked | Measured
+"""A line of what a child process writes: :mod:`.worker`."""
+
+
+def run(plan: Plan, progress: Progress) -> Iterator[Measured]:
     """Measure one layer after the other, in a process with the plan's allocator."""
-    return _in_child(plan) if plan.allocator == "retain" else run_here(plan)
+    return (_in_child if plan.allocator == "retain" else run_here)(plan, progress)
 
 
-def run_here(plan: Plan) -> Iterator[Measured]:
+def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     """Measure in this process, whatever its allocator.
 
     Raises:
@@ -88,7 +109,7 @@ def run_here(plan: Plan) -> Iterator[Measured]:
         counts = counts_of(routing, shape.E, shape.R)
         case = _case(shape, counts, dtype, plan.device)
         what = f"{shape.name} {routing} {dtype} {plan.allocator}"
-        with display.steps(what, ticks(contenders, plan.repeats)) as tick:
+        with progress(what, ticks(contenders, plan.repeats)) as tick:
             figures, failed = measure(contenders, case, plan.repeats, tick)
         yield Measured(
             shape=shape,
@@ -179,8 +200,8 @@ def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
         ) from error
 
 
-def _in_child(plan: Plan) -> Iterator[Measured]:
-    """Measure in a process whose allocator retains memory; its progress goes to our stderr."""
+def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
+    """Measure in a process whose allocator retains memory; what it prints goes to our stderr."""
     command = [sys.executable, "-m", "ezpz_moe.tools.bench.worker"]
     child = subprocess.Popen(
         command,
@@ -195,8 +216,7 @@ def _in_child(plan: Plan) -> Iterator[Measured]:
         try:
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
             child.stdin.close()
-            for line in child.stdout:
-                yield TypeAdapter(Measured).validate_json(line)
+            yield from _read(child.stdout, progress)
         except BaseException:  # nobody will read the rest
             child.kill()
             raise
@@ -205,3 +225,18 @@ def _in_child(plan: Plan) -> Iterator[Measured]:
             f"measuring with --allocator {plan.allocator} ended with exit code "
             f"{child.returncode}; see the process's own output above."
         )
+
+
+def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
+    """What the child has measured; meanwhile passes its steps to ``progress``."""
+    messages: TypeAdapter[Message] = TypeAdapter(Message)
+    with contextlib.ExitStack() as open_progress:
+        for line in lines:
+            match messages.validate_json(line):
+                case Begun(what, total):
+                    tick = open_progress.enter_context(progress(what, total))
+                case Ticked(name):
+                    tick(name)
+                case Measured() as measured:
+                    open_progress.close()
+                    yield measured

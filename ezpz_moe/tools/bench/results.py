@@ -5,7 +5,9 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import json
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from ezpz_moe.tools.bench.routings import skew
 from ezpz_moe.tools.bench.shapes import Shape
 
 STOCK, PRODUCTS, INDEXED, DENSE = "stock", "stock_products", "indexed", "dense"
+SINGLE_BUFFER = "single_buffer"
 
 Pass = Literal["forward", "both"]
 """Forward alone, or forward and backward."""
@@ -126,3 +129,25 @@ class Measured:
                 "speed_of_indexed": self.time_ratio(INDEXED, name),
             }
         return document
+
+
+def document(results: Sequence[Measured], about: Mapping[str, Any], command: str) -> str:
+    """Everything as JSON."""
+    content = {
+        "command": command,
+        "environment": about,
+        "measured": [measured.as_json() for measured in results],
+    }
+    return json.dumps(_rounded(content), indent=1) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Round to five digits: no clock is more precise."""
+    match value:
+        case Mapping():
+            return {key: _rounded(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_rounded(each) for each in value]
+        case float():
+            return float(f"{value:.5g}")
+    return value

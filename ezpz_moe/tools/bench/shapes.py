@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ezpz_moe.errors import EzpzError, did_you_mean
 
 
-class Model(NamedTuple):
+class ModelSizes(NamedTuple):
     """A known model: experts, experts of a token, model and expert dimension."""
 
     E: int
@@ -23,12 +23,12 @@ class Model(NamedTuple):
 
 
 MODELS = {
-    "olmoe": Model(64, 8, 2048, 1024),
-    "qwen3_30b": Model(128, 8, 2048, 768),
-    "deepseek_v2_lite": Model(64, 6, 2048, 1408),
-    "mixtral": Model(8, 2, 4096, 14336),
-    "10b_2b": Model(36, 3, 2048, 1408),
-    "7b": Model(36, 3, 2048, 1280),
+    "olmoe": ModelSizes(64, 8, 2048, 1024),
+    "qwen3_30b": ModelSizes(128, 8, 2048, 768),
+    "deepseek_v2_lite": ModelSizes(64, 6, 2048, 1408),
+    "mixtral": ModelSizes(8, 2, 4096, 14336),
+    "10b_2b": ModelSizes(36, 3, 2048, 1408),
+    "7b": ModelSizes(36, 3, 2048, 1280),
 }
 
 

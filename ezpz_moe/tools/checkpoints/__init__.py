@@ -1,7 +1,7 @@
 """Checkpoints of the host's generations: which one wrote a checkpoint, and converting between them.
 
 ``names``       what each generation calls a parameter, in one table
-``layouts``     where main's tensors hold the values of older ones
+``layouts``     where the newest tensors hold the values of older ones
 ``storage``     checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry
 ``contents``    what a checkpoint holds
 ``tensors``     reading and writing whole tensors of a DCP checkpoint; a run's newest checkpoint

@@ -22,7 +22,7 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        generation: the host's, recognized by the names: "0.2", "0.3" or "main".
+        generation: the host's, recognized by the names: "0.2", "0.3" or "2026_09".
         experts: per layer.
         parameters: how many numbers the model's tensors hold, buffers included.
         dtypes: of the model's tensors.

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.names import current_name
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -74,6 +75,7 @@ def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
     """
     if to == "hf":
         return export(source, target, model)
+    to = current_name(to)
     if to != model.generation:
         raise EzpzError(
             f"{source}: the installed host writes the names of torchtitan {model.generation}, not "

@@ -1,7 +1,6 @@
 """What each generation of the host calls a parameter: one table, and what follows from it.
 
-``main`` is upstream's form since September 2026. Before that, upstream's main branch used the names
-of 0.3.
+2026_09 is upstream's form since September 2026. Before that, upstream used the names of 0.3.
 """
 
 from __future__ import annotations
@@ -13,9 +12,17 @@ from functools import cache
 
 from ezpz_moe.tools.checkpoints.layouts import Half, InTurn, Layout
 
-TITAN_0_2, TITAN_0_3, MAIN = "0.2", "0.3", "main"
-GENERATIONS = (MAIN, TITAN_0_3, TITAN_0_2)
+TITAN_0_2, TITAN_0_3, TITAN_2026_09 = "0.2", "0.3", "2026_09"
+GENERATIONS = (TITAN_2026_09, TITAN_0_3, TITAN_0_2)
 """Newest first: the order in which a checkpoint's generation is searched for."""
+
+_FORMER_NAMES = {"main": TITAN_2026_09}
+"""What a generation was called before."""
+
+
+def current_name(generation: str) -> str:
+    """A generation's name, also where it is called by a former one."""
+    return _FORMER_NAMES.get(generation, generation)
 
 
 @dataclass(frozen=True)
@@ -25,19 +32,22 @@ class Part:
     Attributes:
         titan_0_2: in torchtitan 0.2.
         titan_0_3: from 0.3 on.
-        main: since September 2026.
-        layout: how main's tensor holds the older one; None if they are the same.
+        titan_2026_09: since September 2026.
+        layout: how the newest tensor holds the older one; None if they are the same.
     """
 
     titan_0_2: str
     titan_0_3: str
-    main: str
+    titan_2026_09: str
     layout: Layout | None = None
 
     def of(self, generation: str) -> str:
         """This part in ``generation``."""
-        names = {TITAN_0_2: self.titan_0_2, TITAN_0_3: self.titan_0_3, MAIN: self.main}
-        return names[generation]
+        return {
+            TITAN_0_2: self.titan_0_2,
+            TITAN_0_3: self.titan_0_3,
+            TITAN_2026_09: self.titan_2026_09,
+        }[generation]
 
 
 _ROUTED = "moe.routed_experts"
@@ -86,7 +96,7 @@ class Renamed:
 
     Attributes:
         name: the new one.
-        layout: how main's tensor holds the older one; None if they are the same.
+        layout: how the newest tensor holds the older one; None if they are the same.
     """
 
     name: str
@@ -126,7 +136,7 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
         return tuple(_renamed(name, pattern, part) for pattern, part in matching)
 
     def _renamed(name: str, pattern: re.Pattern, part: Part) -> Renamed:
-        other_layout = MAIN in (source, target) and source != target
+        other_layout = TITAN_2026_09 in (source, target) and source != target
         return Renamed(pattern.sub(part.of(target), name), part.layout if other_layout else None)
 
     return rename

@@ -1,14 +1,19 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Main keeps w1 and w3 in one tensor, w13 (:mod:`.layouts`). The optimizer's moments follow their
-weights. Whatever else it keeps for a parameter, such as a step count or a rate, exists once for
-both and has to be equal.
+Since September 2026, w1 and w3 are one tensor, w13 (:mod:`.layouts`). The optimizer's moments
+follow their weights. Whatever else it keeps for a parameter, such as a step count or a rate, exists
+once for both and has to be equal.
+
+A plan is made in three passes over the checkpoint's metadata, each by an entry's new names: what
+the entries will be (:func:`_new_entries`), where they are in the trainer's state
+(:func:`_new_paths`), and what is done with each stored piece (:func:`_steps`). An entry with a
+:class:`Layout` changes its shape with its generation; all others are only renamed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,10 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.layouts import Layout
-from ezpz_moe.tools.checkpoints.names import MAIN, Renamed, renaming
+from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, renaming
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
+Place: TypeAlias = tuple[Any, ...]
+"""Where an entry stands in the trainer's nested state: keys and indices."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class Step:
     convert: Convert | None = None
 
 
-@dataclass
-class Plan:
+@dataclass(frozen=True)
+class RemapPlan:
     """How to get to another generation's names.
 
     Attributes:
@@ -52,13 +59,13 @@ class Plan:
         changed: how many of the source's names change.
     """
 
-    entries: dict[str, Entry] = field(default_factory=dict)
-    paths: dict[str, tuple] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    changed: int = 0
+    entries: dict[str, Entry]
+    paths: dict[str, Place]
+    steps: list[Step]
+    changed: int
 
 
-def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
+def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
     """The plan from generation ``source`` to ``target``.
 
     Raises:
@@ -66,16 +73,38 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
-    plan = Plan()
+    return RemapPlan(
+        entries=_new_entries(entries, rename, target),
+        paths=_new_paths(metadata.planner_data or {}, rename),
+        steps=list(_steps(metadata, rename, target)),
+        changed=sum(any(new.name != name for new in rename(name)) for name in entries),
+    )
+
+
+def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) -> dict[str, Entry]:
+    """Each entry under its new names, in its new shape; two of them may become one."""
+    made: dict[str, Entry] = {}
     for name, entry in entries.items():
-        new = rename(name)
-        plan.changed += any(each.name != name for each in new)
-        for each in new:
-            reshaped = _reshaped(name, entry, each, target)
-            plan.entries[each.name] = _joined(each.name, plan.entries.get(each.name), reshaped)
-    for name, path in (metadata.planner_data or {}).items():
-        for place, each in enumerate(rename(name)):
-            plan.paths[each.name] = tuple(_part(rename(p), place) for p in path)
+        for new in rename(name):
+            reshaped = _reshaped(name, entry, new, target)
+            made[new.name] = _joined(new.name, made.get(new.name), reshaped)
+    return made
+
+
+def _new_paths(
+    paths: Mapping[str, tuple[Any, ...]], rename: Renaming
+) -> dict[str, tuple[Any, ...]]:
+    """Where the entries stand then: a path has the parameter's name in it, and follows it."""
+    return {
+        new.name: tuple(_part(rename(part), place) for part in path)
+        for name, path in paths.items()
+        for place, new in enumerate(rename(name))
+    }
+
+
+def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
+    """What becomes of each stored entry: a shard of a tensor, or an object."""
+    entries: Mapping[str, Entry] = metadata.state_dict_metadata
     shards = {
         (name, chunk.offsets): chunk
         for name, entry in entries.items()
@@ -83,17 +112,15 @@ def make_plan(metadata: Metadata, source: str, target: str) -> Plan:
         for chunk in entry.chunks
     }
     for index in metadata.storage_data:
-        for each in rename(index.fqn):
-            layout = _layout(entries[index.fqn], each, target)
+        for new in rename(index.fqn):
+            layout = _layout(entries[index.fqn], new, target)
             if layout is not None:
-                plan.steps += _shard_steps(
-                    index, shards[index.fqn, index.offset], each.name, layout, target
-                )
+                shard = shards[index.fqn, index.offset]
+                yield from _shard_steps(index, shard, new.name, layout, target)
             else:
-                # Both w1 and w3 bring this value, and main keeps one: the two are compared.
-                convert = None if each.layout is None else _unchanged
-                plan.steps.append(Step(index, replace(index, fqn=each.name), convert))
-    return plan
+                # Both w1 and w3 bring this value, but only one is kept: the two are compared.
+                convert = None if new.layout is None else _unchanged
+                yield Step(index, replace(index, fqn=new.name), convert)
 
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
@@ -105,7 +132,7 @@ def _layout(entry: Entry, new: Renamed, target: str) -> Layout | None:
     """The layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
     if new.layout is None or not isinstance(entry, TensorStorageMetadata):
         return None
-    dims = new.layout.dims if target == MAIN else new.layout.dims + 1
+    dims = new.layout.dims if target == TITAN_2026_09 else new.layout.dims + 1
     return new.layout if len(entry.size) == dims else None
 
 
@@ -113,7 +140,7 @@ def _reshaped(name: str, entry: Entry, new: Renamed, target: str) -> Entry:
     if (layout := _layout(entry, new, target)) is None:
         return entry
     assert isinstance(entry, TensorStorageMetadata)
-    size = layout.size_in_main if target == MAIN else layout.size_before
+    size = layout.size_after if target == TITAN_2026_09 else layout.size_before
     try:
         boxes = [_box(chunk, layout, target) for chunk in entry.chunks]
     except EzpzError as error:
@@ -128,12 +155,12 @@ def _shard_steps(
     index: MetadataIndex, shard: ChunkStorageMetadata, name: str, layout: Layout, target: str
 ) -> Iterator[Step]:
     if (box := _box(shard, layout, target)) is not None:
-        convert = layout.to_main if target == MAIN else layout.from_main
+        convert = layout.to_newer if target == TITAN_2026_09 else layout.to_older
         yield Step(index, MetadataIndex(name, box.offsets), convert(shard))
 
 
 def _box(shard: ChunkStorageMetadata, layout: Layout, target: str) -> ChunkStorageMetadata | None:
-    return layout.box_in_main(shard) if target == MAIN else layout.box_before(shard)
+    return layout.box_after(shard) if target == TITAN_2026_09 else layout.box_before(shard)
 
 
 def _unchanged(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
-from ezpz_moe.tools.checkpoints.names import MAIN
+from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, current_name
 from ezpz_moe.tools.checkpoints.plan import Entry, Step, make_plan
 from ezpz_moe.tools.checkpoints.state import add_state
 
@@ -54,6 +54,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
         EzpzError: ``source`` holds no complete checkpoint; it already has those names; its layout
         is unknown; what was written differs; and as :func:`atomic_folder`.
     """
+    to = current_name(to)
     metadata = storage.read_metadata(source)
     storage.check_data(source, metadata)
     generation = contents.generation(source, metadata)
@@ -110,13 +111,13 @@ def _write(
 
 
 def _check_same(source: Path, step: Step, other: str, metadata: Metadata) -> None:
-    """Check that what main keeps once for w1 and w3 is equal for both."""
+    """Check that what is kept once for w1 and w3 since September 2026 is equal for both."""
     entry = metadata.storage_data[step.source]
     of_other = metadata.storage_data[replace(step.source, fqn=other)]
     if not storage.same_bits(storage.load(source, entry), storage.load(source, of_other)):
         raise EzpzError(
-            f"{source}: {other} and {step.source.fqn} differ, but torchtitan {MAIN} keeps one for "
-            f"both, {step.target.fqn}."
+            f"{source}: {other} and {step.source.fqn} differ, but torchtitan {TITAN_2026_09} keeps "
+            f"one for both, {step.target.fqn}."
         )
 
 

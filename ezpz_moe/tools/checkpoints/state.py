@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.checkpoints.names import MAIN, TITAN_0_2, TITAN_0_3
-from ezpz_moe.tools.checkpoints.plan import Convert, Plan, Step
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
+from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
 
 _POSITION = re.compile(r"dataloader\.dp_rank_\d+")
-_POSITION_OF_MAIN = re.compile(r"dataloader\.dp_rank_\d+\..*")
+_POSITION_SINCE_2026_08 = re.compile(r"dataloader\.dp_rank_\d+\..*")
 _SCHEDULE = "lr_scheduler"
 _LAST_EPOCH = f"{_SCHEDULE}.last_epoch"
 
@@ -42,7 +42,7 @@ NO_POSITION = (
 )
 
 
-def add_state(plan: Plan, folder: Path, metadata: Metadata, target: str) -> list[str]:
+def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) -> list[str]:
     """Add to ``plan`` what generation ``target`` needs, and return what the user must know.
 
     Raises:
@@ -58,7 +58,7 @@ def add_state(plan: Plan, folder: Path, metadata: Metadata, target: str) -> list
         ]
     if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
         _add_schedule(plan, _schedule(folder, metadata))
-    unreadable = positions and (positions == MAIN) != (target == MAIN)
+    unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
     return [NO_POSITION.format(target)] if unreadable else []
 
 
@@ -67,8 +67,8 @@ def add_state(plan: Plan, folder: Path, metadata: Metadata, target: str) -> list
 
 def _dataloader_form(names: Iterable[str]) -> str | None:
     for name in names:
-        if _POSITION_OF_MAIN.fullmatch(name):
-            return MAIN
+        if _POSITION_SINCE_2026_08.fullmatch(name):
+            return TITAN_2026_09
         if _POSITION.fullmatch(name):
             return TITAN_0_3
     return None
@@ -143,7 +143,7 @@ def _is_group(name: str) -> bool:
     return name.startswith("optimizer.param_groups.")
 
 
-def _add_schedule(plan: Plan, state: dict[str, Any]) -> None:
+def _add_schedule(plan: RemapPlan, state: dict[str, Any]) -> None:
     for key, value in sorted(state.items()):
         name = f"{_SCHEDULE}.{key}"
         if name not in plan.entries:

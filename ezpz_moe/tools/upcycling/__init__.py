@@ -1,7 +1,7 @@
 """Turn a dense model's checkpoint into a mixture of experts: ``ezpz-moe upcycle``.
 
 ``weights``    the formulas, tensor by tensor
-``target``     how the host describes the model to build, and what follows for the weights' scale
+``fit``        how the dense FFN becomes the experts, and the factor on their weights
 ``dense``      reading the dense model, from a DCP checkpoint or from safetensors
 ``upcycle``    carrying it out
 """

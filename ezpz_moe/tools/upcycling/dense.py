@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
 from ezpz_moe.tools.checkpoints.huggingface import open_file, read_tensors, some, weight_map
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
-from ezpz_moe.tools.upcycling.target import Target
 
 
 class Dense(Protocol):
@@ -36,7 +36,7 @@ class Dense(Protocol):
         """The names that it has besides ``used``."""
 
 
-class Checkpoint:
+class DenseCheckpoint:
     """A dense model in a DCP checkpoint.
 
     Raises:
@@ -69,7 +69,7 @@ class Checkpoint:
         return sorted(self._entries.keys() - set(used))
 
 
-class Safetensors:
+class DenseSafetensors:
     """A dense model in Hugging Face's safetensors, through the host's adapter for the flavor.
 
     Raises:

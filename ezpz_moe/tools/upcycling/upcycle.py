@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 from ezpz_moe.tools.upcycling import weights
 from ezpz_moe.tools.upcycling.dense import Dense, check_left_over
-from ezpz_moe.tools.upcycling.target import PARTS, Fit, Layer, Target, check_routing, fit
+from ezpz_moe.tools.upcycling.fit import Fit, check_routing, fit
 from ezpz_moe.tools.upcycling.weights import Perturbation
 
 Make = Callable[[], torch.Tensor]

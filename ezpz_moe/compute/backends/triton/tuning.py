@@ -15,7 +15,9 @@ import triton
 WORTH_TIMING = 2**32  # multiply-adds of one launch: some 10 us on a large GPU
 
 
-def _config(rows: int, columns: int, terms: int, stages: int, warps: int, group: int = 8):
+def _config(
+    rows: int, columns: int, terms: int, stages: int, warps: int, group: int = 8
+) -> triton.Config:
     blocks = {"BLOCK_R": rows, "BLOCK_N": columns, "BLOCK_K": terms, "GROUP": group}
     return triton.Config(blocks, num_stages=stages, num_warps=warps)
 
