@@ -27,7 +27,7 @@ Sizes = tuple[int, int, int, int]
 BEST = "the best backend"
 RECOMPUTING = "for_loop(recompute=true)"
 _FORMER_NAMES = {"batched_mm_padded(single_buffer=true)": SINGLE_BUFFER}
-"""Contenders, as files written before December 2026 call them."""
+"""Contenders' names in files written before December 2026 -> today's."""
 _AT_LEAST = ("speed", "TFLOP/s")
 
 
@@ -173,7 +173,7 @@ def read(file: Path) -> list[Measured]:
 
 
 def _renamed(value: Any) -> Any:
-    """The same with today's names of contenders, which are keys and entries of lists."""
+    """The value with today's names of contenders, which are keys and entries of lists."""
     match value:
         case dict():
             return {_FORMER_NAMES.get(key, key): _renamed(each) for key, each in value.items()}
@@ -186,13 +186,13 @@ def _renamed(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="of bench --json")
+    parser.add_argument("file", type=Path, help="written by ezpz-moe bench --json")
     verdicts = [
         f"{each.shape.name} {each.routing} {each.dtype} {each.allocator}: {verdict}"
         for each in read(parser.parse_args().file)
         for verdict in judged(each)
     ]
-    print("\n".join(verdicts) or "no goal is decided by this file")
+    print("\n".join(verdicts) or "this file decides no goal")
     return int(any(verdict.endswith("MISSED") for verdict in verdicts))
 
 

@@ -90,7 +90,7 @@ def print_line(line: str) -> None:
 
 
 def print_to_stderr(lines: str) -> None:
-    """Why something ended, as it is."""
+    """Print why something ended, unformatted."""
     print(lines, file=sys.stderr, flush=True)
 
 

@@ -26,13 +26,13 @@ class Key:
 
     Attributes:
         type: what the TOML may hold; None for a key that is gone.
-        path: dotted path in the trainer's config; None when no single field takes the value as it
-            is.
-        message: for a key that is gone, what the user is told.
+        path: dotted path in the trainer's config; None when no single field takes the value
+            unchanged.
+        message: for a key that is gone, the error's text.
         unless: values of a key that is gone which are accepted without effect.
         since_0_3: torchtitan 0.2 does not have the key.
         is_file: the value names an existing file or folder (see ``Job.resolve``).
-        flag: for a key that this package reads, the host's flag that says the same, if any.
+        flag: for a key that this package reads, the host's flag for the same, if any.
     """
 
     type: Any = None
@@ -64,9 +64,9 @@ def own(type: Any, *, flag: str | None = None) -> Key:
 
 
 def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
-    """A key that the host no longer has; ``unless`` lists the values that ask for what it does.
+    """A key that the host no longer has; ``unless`` lists values that ask for its behaviour.
 
-    Those are accepted, so that one file can serve several generations of the host.
+    Those are accepted, so one file can serve several generations of the host.
     """
     return Key(message=message, unless=unless)
 

@@ -157,7 +157,7 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
 def _changed_lines(
     old: Path, values: Mapping[str, Any], model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
-    """The old file's statements, the assignments with what becomes of them."""
+    """The old file's statements, and for assignments, what becomes of them."""
     for line in statements(old.read_bytes().decode("utf-8-sig")):
         yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 

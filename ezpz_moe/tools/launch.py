@@ -46,7 +46,7 @@ def train(
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
-        tell: given torchrun's report of a failure, or that of the node that was lost.
+        tell: takes torchrun's report of a failure, or that of the node that was lost.
         nproc: processes on this machine, one per accelerator.
         placement: this machine's place among several; None if it is the only one.
 

@@ -22,7 +22,7 @@ from ezpz_moe.hosts.rank_report import RankReport
 _PROCESSES = 2  # each imports torch and the host: about 1 GiB
 
 Look = Callable[[str, list[str], int, int], RankReport]
-"""What a process is for: of config, host_flags, world_size and rank, as ``Host.run_rank``."""
+"""What a process runs, with the arguments of ``Host.run_rank``."""
 
 
 def preflight(

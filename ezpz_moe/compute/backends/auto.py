@@ -167,11 +167,11 @@ def _look(
     rows: int,
     one_pass: Callable[[KernelBackend], object],
 ) -> None:
-    """Look at the load of a layer, and change who computes it if that calls for another.
+    """Look at the load of a layer, and switch its backend if another one suits the load better.
 
-    What other ranks have decided comes first, because it binds this one. A load of the class that
-    this rank has seen before raises no question, and neither does its first look where a winner is
-    known already. Otherwise it measures, once for each class, and proposes its fastest to all.
+    Decisions of other ranks come first, because they bind this one. Nothing more happens if the
+    load's class is the same as before, or if this is the first look and a winner is known already.
+    Otherwise measure, once for each class, and propose the fastest to all ranks.
     """
     question = layer.question
     _follow_others(question, choice)

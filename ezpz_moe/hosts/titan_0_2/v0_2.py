@@ -1,6 +1,6 @@
-"""torchtitan 0.2. Frozen: mistakes are mended, and new features need 0.3.
+"""torchtitan 0.2. Frozen: bugs get fixed, but new features need 0.3.
 
-What it lacks beside the newer hosts is what :class:`ezpz_moe.hosts.host.Host` says of such parts.
+For what it lacks, it has the defaults of :class:`ezpz_moe.hosts.host.Host`, which raise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the values of older generations' experts lie in those since September 2026, by shard.
+"""Where the experts of September 2026 and later hold the values of older ones, by shard.
 
 A DCP tensor is a set of boxes. Every stored shard is converted on its own, so no two have to be in
 memory at once. Legend: E = experts, F = their inner dimension, G = 2F rows of gate and up.

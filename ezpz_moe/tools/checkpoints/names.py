@@ -17,11 +17,11 @@ GENERATIONS = (TITAN_2026_09, TITAN_0_3, TITAN_0_2)
 """Newest first: the order in which a checkpoint's generation is searched for."""
 
 _FORMER_NAMES = {"main": TITAN_2026_09}
-"""What a generation was called before."""
+"""Former name of a generation -> its name of today."""
 
 
 def current_name(generation: str) -> str:
-    """A generation's name, also where it is called by a former one."""
+    """A generation's name of today, for that or a former one."""
     return _FORMER_NAMES.get(generation, generation)
 
 

@@ -32,7 +32,7 @@ from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, r
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
 Place: TypeAlias = tuple[Any, ...]
-"""Where an entry stands in the trainer's nested state: keys and indices."""
+"""Where an entry is in the trainer's nested state: keys and indices."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) ->
 def _new_paths(
     paths: Mapping[str, tuple[Any, ...]], rename: Renaming
 ) -> dict[str, tuple[Any, ...]]:
-    """Where the entries stand then: a path has the parameter's name in it, and follows it."""
+    """The entries' new places: a path contains the parameter's name, and changes with it."""
     return {
         new.name: tuple(_part(rename(part), place) for part in path)
         for name, path in paths.items()
