@@ -1,10 +1,10 @@
-"""What backends have to reach, as data, and whether a file of ``ezpz-moe bench --json`` says so.
+"""What backends have to reach, as data, and whether a file of ``ezpz-moe bench --json`` shows it.
 
     ezpz-moe bench --scale 4 --json figures.json
     python benchmarks/goals.py figures.json
 
 A line for each goal that the file decides, with "met" or "MISSED"; exit code 1 if one is missed.
-Where a goal speaks of the stock layer and that is not measured, its three products stand for it.
+Where a goal refers to the stock layer and that is not measured, its three products stand in.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Sizes = tuple[int, int, int, int]
 BEST = "the best backend"
 RECOMPUTING = "for_loop(recompute=true)"
 _FORMER_NAMES = {"batched_mm_padded(single_buffer=true)": SINGLE_BUFFER}
-"""Contenders, as files written before December 2026 call them."""
+"""Contenders' names in files written before December 2026 -> today's."""
 _AT_LEAST = ("speed", "TFLOP/s")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One figure that a contender has to reach, for everything that fits the conditions.
+    """One figure that a contender has to reach, in every measurement that meets the conditions.
 
     Attributes:
-        quantity: of forward and backward. "speed" and "time" are a multiple of the other one's,
-            "saved" of its bytes for backward; "saved per R F" counts elements for each of R F.
-        against: the other one; None where the figure stands for itself.
-        limit: the figure has to be at least that (speed, TFLOP/s), or else at most.
-        device, dtype, allocator, routing: where it holds; None for all.
-        shapes: (E, D, F, R) or names where it holds; none for all.
-        experts: the number of experts for which it holds.
+        quantity: of forward and backward. "speed" and "time" are multiples of the other
+        contender's, "saved" of its bytes for backward; "saved per R F" counts elements per R F.
+        against: the other contender; None if the figure stands on its own.
+        limit: the figure has to be at least this (speed, TFLOP/s), or else at most this.
+        device, dtype, allocator, routing: where the goal applies; None for everywhere.
+        shapes: (E, D, F, R) or names where it applies; empty for all.
+        experts: the number of experts for which it applies.
     """
 
     contender: str
@@ -57,7 +57,7 @@ class Goal:
     experts: int | None = None
 
     def holds_for(self, measured: Measured) -> bool:
-        """Whether something of this is to be judged."""
+        """Whether the goal applies to this measurement."""
         conditions = (
             (self.device, measured.device.partition(":")[0]),
             (self.dtype, measured.dtype),
@@ -112,7 +112,7 @@ GOALS = (
 
 
 def judged(measured: Measured) -> Iterator[str]:
-    """One line for every goal that this decides."""
+    """One line for every goal that this measurement decides."""
     for goal in GOALS:
         reached = _reached(goal, measured) if goal.holds_for(measured) else None
         if reached is None:
@@ -127,7 +127,7 @@ def judged(measured: Measured) -> Iterator[str]:
 
 
 def _reached(goal: Goal, measured: Measured) -> tuple[float, str] | None:
-    """The figure and what it is; None where it was not measured."""
+    """The figure and what it is; None if it was not measured."""
     name, against = goal.contender, _other(goal, measured)
     if name not in measured.figures or (goal.against and against is None):
         return None
@@ -153,7 +153,7 @@ def _reached(goal: Goal, measured: Measured) -> tuple[float, str] | None:
 
 
 def _other(goal: Goal, measured: Measured) -> str | None:
-    """Whom the goal compares with, by the name under which it was measured."""
+    """The contender that the goal compares with, by the name it was measured under."""
     if goal.against == STOCK:
         return measured.stock
     if goal.against == BEST:
@@ -173,7 +173,7 @@ def read(file: Path) -> list[Measured]:
 
 
 def _renamed(value: Any) -> Any:
-    """The same with today's names of contenders, which are keys and entries of lists."""
+    """The value with today's names of contenders, which are keys and entries of lists."""
     match value:
         case dict():
             return {_FORMER_NAMES.get(key, key): _renamed(each) for key, each in value.items()}
@@ -186,13 +186,13 @@ def _renamed(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="of bench --json")
+    parser.add_argument("file", type=Path, help="written by ezpz-moe bench --json")
     verdicts = [
         f"{each.shape.name} {each.routing} {each.dtype} {each.allocator}: {verdict}"
         for each in read(parser.parse_args().file)
         for verdict in judged(each)
     ]
-    print("\n".join(verdicts) or "no goal is decided by this file")
+    print("\n".join(verdicts) or "this file decides no goal")
     return int(any(verdict.endswith("MISSED") for verdict in verdicts))
 
 

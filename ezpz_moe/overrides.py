@@ -3,8 +3,8 @@
     torchrun ... -m torchtitan.train --module qwen3 --config qwen3_moe_debug \\
         --override.imports 'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'
 
-``ezpz_moe.overrides.sdpa`` beside it lets a model train where FlexAttention does not (CPU, XPU).
-The host logs every replaced node, and warns when it found none.
+Add ``ezpz_moe.overrides.sdpa`` where FlexAttention does not run (CPU, XPU). The host logs every
+node it replaces, and warns when it found none.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def experts(
     expert_precision: ExpertPrecision | None = None,
     **unknown,
 ):
-    """The same experts, computed by ``compute_backend`` in ``expert_precision``."""
+    """Keep the experts, but compute them with ``compute_backend`` in ``expert_precision``."""
     with exit_on_user_error():
         for key in unknown:
             raise EzpzError(
@@ -56,7 +56,7 @@ def experts(
 
 @_host.for_attention
 def sdpa(config):
-    """The same attention with causal SDPA as its kernel: no per-document mask."""
+    """Keep the attention, but with causal SDPA as its kernel: no per-document mask."""
     with exit_on_user_error():
         _host.refuse_twins_of("ezpz_moe.overrides.sdpa")
     return dataclasses.replace(config, inner_attention=_host.causal_attention(config))

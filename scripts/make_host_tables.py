@@ -10,6 +10,7 @@ code 1.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import asdict
@@ -75,9 +76,10 @@ def tested(runs: list[HostRun]) -> str:
 
 
 def relied_on(each: Host) -> str:
-    """What the binding to a host needs of it, and that to the generation before does not."""
+    """What the binding to a host needs of it, but the binding to the generation before does not."""
     before = type(each).__mro__[1]
-    older = set(before().relied_on) if issubclass(before, Host) and before is not Host else set()
+    is_a_host = issubclass(before, Host) and not inspect.isabstract(before)
+    older = set(before().relied_on) if is_a_host else set()
     return tables.markdown(
         {
             "thing": f"`{line.thing}`",

@@ -167,7 +167,7 @@ def test_a_scheduled_temperature_is_that_of_the_checkpoints_step(folder):
 def test_what_cannot_be_written_is_said(folder, capsys, flag):
     common = ("--data", folder / "text.txt", "--sequences", 2)
     message = refused(capsys, folder / "job.toml", *common, flag, "/proc/nowhere")
-    assert "cannot be written" in message
+    assert "cannot write the results" in message
     assert "/proc/nowhere" in message
 
 
@@ -293,10 +293,10 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     assert "is a file" in refused(capsys, job, *data, "--plot", folder / "text.txt")
     (folder / "other.toml").write_text('inherits = "small"\nmoe_hidden_dim = 16\n')
     other = refused(capsys, step, *data, "--config", "other", "--seq-len", LENGTH)
-    assert "is of another model than the flavor" in other
+    assert "is not the flavor's model" in other
     (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
     few = refused(capsys, step, *data, "--config", "few", "--seq-len", LENGTH)
-    assert "is of another model than the flavor" in few
+    assert "is not the flavor's model" in few
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, monkeypatch, capsys):

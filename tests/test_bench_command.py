@@ -115,7 +115,7 @@ def test_a_backend_that_breaks_is_an_exit_code(monkeypatch, capsys) -> None:
         (["--against", "sonicmoe"], ["sonicmoe", "--device cuda"]),
         (["--against", "dens"], ["Did you mean 'dense'"]),
         (["--device", "abacus"], ["--device 'abacus'"]),
-        (["--device", "meta"], ["nothing is computed"]),
+        (["--device", "meta"], ["computes nothing"]),
         (["--device", "hpu"], ["no usable hpu"]),
         (["--repeats", "0"], ["--repeats 0"]),
         (["--scale", "3"], ["--scale 3", "D = 2048"]),

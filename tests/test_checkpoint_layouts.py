@@ -163,7 +163,7 @@ def test_a_shard_that_would_be_none_is_refused(name, size, shards, source, targe
         name: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), boxes),
         MLP2_BIAS: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4, 8)), []),
     }
-    with pytest.raises(EzpzError, match=f"{name}: a shard of it .*{message}.* number of ranks"):
+    with pytest.raises(EzpzError, match=f"{name}: one of its shards .*{message}.* number of ranks"):
         make_plan(Metadata(entries, {}, {}), source, target)
 
 

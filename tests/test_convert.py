@@ -319,19 +319,19 @@ def test_exit_code_0_when_nothing_with_an_effect_is_lost(job_file, tmp_path, cap
 def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys):
     assert cli.main(["convert", str(job_file(OLD)), str(tmp_path / "new.toml")]) == 1
     output = capsys.readouterr().out
-    assert "1 with an effect dropped: activation_checkpoint.selective_ac_option\n" in output
+    assert "1 dropped that had an effect: activation_checkpoint.selective_ac_option\n" in output
     assert (tmp_path / "new.toml").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[model]\n"])
 def test_a_job_without_keys_is_the_old_hosts_default(text, job_file, capsys):
     assert cli.main(["convert", str(job_file(text))]) == 1
-    assert '"llama3" is none of' in capsys.readouterr().out
+    assert '"llama3" is not one of' in capsys.readouterr().out
 
 
 def test_a_new_job_that_no_command_would_take_for_one(job_file, tmp_path):
     new = tmp_path / "new.tml"
-    with pytest.raises(EzpzError, match=r"new\.tml: a job's name ends in \.toml"):
+    with pytest.raises(EzpzError, match=r"new\.tml: a job's name must end in \.toml"):
         write(convert(job_file(OLD), new), new)
     assert not new.exists()
 
@@ -340,7 +340,7 @@ def test_a_number_of_files_that_means_nothing(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["convert", "a.toml", "b.toml", "c.toml"])
     assert stopped.value.code == 2
-    assert "not 3 files. For scripts add --lint." in capsys.readouterr().err
+    assert "not 3 files. To check scripts, add --lint." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["convert", "--lint"])  # as jobs/*.pbs where there are none
     assert "name the scripts" in capsys.readouterr().err
@@ -351,7 +351,7 @@ def test_no_file_is_overwritten(there, job_file, tmp_path):
     path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')
     (tmp_path / there).write_text("# mine\n")
     new = tmp_path / "new.toml"
-    with pytest.raises(EzpzError, match=f"{there} exists already"):
+    with pytest.raises(EzpzError, match=f"{there} already exists"):
         write(convert(path, new), new)
     assert (tmp_path / there).read_text() == "# mine\n"
     assert {file.name for file in tmp_path.iterdir()} == {"job.toml", there}

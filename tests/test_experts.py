@@ -223,7 +223,7 @@ def test_door_2_replaces_every_moe_layer(model):
         ),
         (
             {"compute_backend": "grouped_mm", "expert_precision": "float32"},
-            "does not go with compute_backend 'grouped_mm'",
+            "cannot be combined with compute_backend 'grouped_mm'",
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path
     for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
         with_pair(monkeypatch, tmp_path, *pair)
         ezpz_moe.hosts.check_host()
-    line = "ezpz_moe: torch {} with torchtitan {} is untested here; `ezpz-moe verify` checks it"
+    line = "ezpz_moe: torch {} with torchtitan {} is untested; `ezpz-moe verify` checks it here"
     assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
 
 
@@ -250,7 +250,7 @@ def test_a_run_that_has_ended_well_is_not_lost_in_the_interpreters_teardown():
 
 
 def test_a_wrong_number_of_processes_is_refused(monkeypatch, job):
-    with pytest.raises(EzpzError, match="--nproc 0: at least one"):
+    with pytest.raises(EzpzError, match="--nproc 0: must be at least 1 process"):
         launch.train(str(job), [], tell=print, nproc=0)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

@@ -102,7 +102,7 @@ def test_what_replaced_a_flag(job_file, on):
             "now --compile.no-enable-async-tensor-parallel"
         ),
         "--activation_checkpoint.mode": (
-            "no flag any more: set [activation_checkpoint] mode in the job's TOML"
+            "no longer a flag: set [activation_checkpoint] mode in the job's TOML"
         ),
         "--model.flavor": "now --config",
     }
@@ -120,7 +120,7 @@ def test_a_flag_that_no_generation_has(job_file, on):
 
 def test_a_section_that_is_misspelled(job_file, on):
     found = on(job_file("x --trainnig.steps 3 --job-id.x 3 --other.tools=1\n", "a.sh"))
-    assert found == {"1 --trainnig.steps": "no section of torchtitan's: is it training?"}
+    assert found == {"1 --trainnig.steps": "unknown section: did you mean training?"}
 
 
 def test_a_new_flag_on_an_old_host(job_file, on):

@@ -191,7 +191,7 @@ def test_a_base_is_upstreams_model_unchanged() -> None:
         ("gpt_oss/20B", "Did you mean '20b'?"),
         ("qwen3/8B", "this model is dense"),
         ("llama3/8B", "this model is dense"),
-        ("common/8B", "common is no model"),
+        ("common/8B", "common is not a model"),
     ],
 )
 def test_a_base_that_upstream_does_not_have(tmp_path: Path, base: str, message: str) -> None:

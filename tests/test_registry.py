@@ -112,17 +112,17 @@ def test_options_are_written_as_a_call() -> None:
     [
         ("for-loop(recompute=true)", r"unknown compute_backend 'for-loop'.* mean 'for_loop'\?"),
         ("for_loop(recompte=true)", r"no option 'recompte'\. .*: recompute\. Did you mean 'reco"),
-        ("for_loop(recompute=maybe)", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=maybe)", r"write options as for_loop\(option=value"),
         ("for_loop(recompute=3)", r"recompute = 3: .*boolean"),
-        ("for_loop(true)", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true) + 1", r"options are written as for_loop\(option=value"),
-        ("for_loop(**{})", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=1j)", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=b'1')", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute={1})", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true)(recompute=true)", r"options are written as for_loop\(option"),
-        ("for_loop(recompute=true, recompute=false)", r"options are written.* each once"),
+        ("for_loop(true)", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true) + 1", r"write options as for_loop\(option=value"),
+        ("for_loop(**{})", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=1j)", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=b'1')", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute={1})", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true)(recompute=true)", r"write options as for_loop\(option"),
+        ("for_loop(recompute=true, recompute=false)", r"write options.* each once"),
         ("grouped_mm(recompute=true)", r"grouped_mm has no option 'recompute'\..*: none\."),
     ],
 )
@@ -200,6 +200,6 @@ def test_a_broken_package_breaks_its_own_name_only(tmp_path: Path) -> None:
 def test_an_entry_point_that_names_something_else(source: str, what: str, tmp_path: Path) -> None:
     site = install(tmp_path / "site", "acme_wrong", source, {"wrong": "acme_wrong:BACKEND"})
     message = ask(site, "wrong")
-    assert "acme_wrong:BACKEND has to be an ezpz_moe.compute.Backend" in message
+    assert "acme_wrong:BACKEND must be an ezpz_moe.compute.Backend" in message
     assert "'wrong'" in message
     assert what in message

@@ -108,7 +108,7 @@ def test_infinite_logits_become_nan_and_no_other_changes() -> None:
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'relu' is none of identity, softplus, relu_rmsnorm"):
+    with pytest.raises(ValueError, match="'relu' is not one of identity, softplus, relu_rmsnorm"):
         activated(torch.zeros(1, 1, 2), "relu")
 
 

@@ -114,7 +114,7 @@ def test_without_normalized_weights_the_output_is_what_is_said(tmp_path, monkeyp
     run(tmp_path / "dense", "mla", tmp_path / "out", "--router-std", 0.3)
     said = capsys.readouterr().out
     assert "does not compute exactly what the dense model does" in said
-    assert "they sum to 0.5 where all scores are equal, and to up to 1" in said
+    assert "they sum to 0.5 if all scores are equal, and to up to 1" in said
     moe, dense = in_float64(upcycled(tmp_path / "out", "mla")), dense.double()
     x_BLD = torch.randn(2, 16, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     layer = moe.layers["0"].moe
@@ -236,7 +236,7 @@ def test_the_newest_step_of_a_run_is_taken(qwen3, tmp_path):
     [
         (
             {"hidden": 36},
-            "layers.0.feed_forward.w1.weight is [36, 32], and "
+            "layers.0.feed_forward.w1.weight is [36, 32], but "
             "layers.0.moe.routed_experts.inner_experts.w1_EFD of flavor small is [8, 24, 32]",
         ),
         ({"hidden": 72}, "becomes 3 experts of hidden dimension 24"),
@@ -259,7 +259,7 @@ def test_a_copy_does_not_span_groups_of_experts(tmp_path, monkeypatch, capsys):
     (tmp_path / "mla.toml").write_text(groups + wide)
     save(mla_dense("mla"), tmp_path / "dense")
     said = refused(capsys, tmp_path / "dense", "mla", tmp_path / "out")
-    assert "the experts of a group of flavor mla, 2, has to be a multiple of 4" in said
+    assert "the experts of a group of flavor mla, 2, must be a multiple of 4" in said
 
 
 def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
@@ -268,15 +268,15 @@ def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
     (tmp_path / "dense").mkdir()
     write_checkpoint(tmp_path / "dense", state.items())
     said = refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
-    assert "norm.weight is [16] there, and norm.weight of flavor small is [32]" in said
+    assert "norm.weight is [16] there, but norm.weight of flavor small is [32]" in said
 
 
 def test_a_mixture_of_experts_is_no_dense_model(qwen3, tmp_path, capsys):
     save(qwen3(), tmp_path / "dense")
     run(tmp_path / "dense", "small", tmp_path / "out")
     said = refused(capsys, tmp_path / "out", "small", tmp_path / "again")
-    assert "is a mixture of experts already" in said
-    assert "exists already" in refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
+    assert "is already a mixture of experts" in said
+    assert "already exists" in refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_router_whose_weights_are_others(qwen3, tmp_path, table, said):
 def test_experts_with_biases_have_no_dense_ffn(tmp_path, capsys):
     said = refused(capsys, tmp_path, "gpt_oss_debugmodel", tmp_path / "out")
     assert "mlp1_bias_EG" in said
-    assert "no SwiGLU FFN" in said
+    assert "can only be copied to a SwiGLU FFN without biases" in said
 
 
 # Training ----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""``ezpz-moe``: arguments in, calls out. One file for each command; ``display`` formats their rows.
+"""``ezpz-moe``: parse the arguments and run a command. Each command is one file in this folder.
 
-Nothing heavy is imported before a command runs, so that help and argument mistakes are quick.
-Results go to stdout, progress and errors to stderr. Exit codes: 0; 1 when a check fails or a
-training run breaks; 2 for a mistake of the user's; 128 + n when signal n ended it.
+Nothing heavy is imported before a command runs: help and argument mistakes are quick. Results go
+to stdout, progress and errors to stderr. Exit codes: 0; 1 when a check fails or a training run
+breaks; 2 for a user's mistake; 128 + n when signal n ended it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ezpz-moe --version prints the version.
 
 
 def commands() -> dict[str, type[Command]]:
-    """Name -> command, group by group: the files of this folder that have a ``COMMAND``."""
+    """Every command by name, in the order of the help: the files here that have a ``COMMAND``."""
     modules = {
         each.name: importlib.import_module(f"{__name__}.{each.name}")
         for each in iter_modules(__path__)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         parsed = _parse(arguments)
-    except BrokenPipeError:  # `head` has read enough of the help; rich does the same for tables
+    except BrokenPipeError:  # `head` stopped reading the help; rich handles the same for tables
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if parsed.debug:
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    """The command with its arguments as ``command``, and ``debug``.
+    """Parse the command line into ``command``, with its arguments, and ``debug``.
 
-    Some commands hand the trainer what they do not know; elsewhere it is wrong.
+    Some commands hand flags that they do not know to the trainer; elsewhere those are mistakes.
     """
     known = commands()
     words = [argument for argument in arguments if not argument.startswith("-")]
@@ -88,7 +88,7 @@ def _arguments(known: dict[str, type[Command]]) -> type:
     return make_dataclass(
         "Arguments",
         [
-            ("command", Union[of_a_command]),  # noqa: UP007 - of as many as there are files
+            ("command", Union[of_a_command]),  # noqa: UP007 - the members are known only here
             ("debug", Annotated[bool, arg(help="Show tracebacks.")], field(default=False)),
         ],
         frozen=True,

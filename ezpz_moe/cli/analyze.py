@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Analyze(Command):
-    """Run a trained model on a text and tell what its routers do with it.
+    """Run a trained model on a text and report how its routers use the experts.
 
-    How much a token's ID says about its experts, what a capacity factor would drop and where,
-    whether neighbouring tokens share experts, how alike the experts' weights are, and what another
-    checkpoint routes differently.
+    Shows how well a token's ID predicts its experts, what a capacity factor would drop and where,
+    whether neighbouring tokens share experts, how similar the experts' weights are, and what
+    another checkpoint routes differently.
     """
 
     group = "after a run"
 
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
-    """A checkpoint's folder; a run's, whose newest is taken; or the job that made the run."""
+    """A checkpoint's folder, a run's folder (its newest checkpoint), or the job of the run."""
     data: Annotated[Path, arg(metavar="FILE")]
-    """The text: .txt, .jsonl, .json or .parquet, as a job's dataset_path."""
+    """Run this text: .txt, .jsonl, .json or .parquet, as for a job's dataset_path."""
     config: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
-    """The model, which a checkpoint does not name. Not needed with JOB.toml."""
+    """Name the model, which a checkpoint does not. Not needed with JOB.toml."""
     against: Annotated[Path | None, arg(metavar="CHECKPOINT|RUN")] = None
-    """A checkpoint of the same model, to compare the routing with."""
+    """Compare the routing with this checkpoint of the same model."""
     sequences: int = 64
-    """How many sequences of the text to run."""
+    """Run this many sequences of the text."""
     seq_len: Annotated[int | None, arg(metavar="INT")] = None
-    """Tokens of a sequence; the job's unless given."""
+    """Use this many tokens per sequence. Default: the job's."""
     capacity_factor: float = 1.25
-    """Of the experts whose drops are counted."""
+    """Count the drops of experts with this capacity factor."""
     segment: int = 16
-    """Tokens of a segment, for the local consistency."""
+    """Use this many tokens per segment, for the local consistency."""
     cache: float = 2.0
-    """Experts in a segment's cache, as a multiple of the experts of a token."""
+    """Size a segment's cache of experts, as a multiple of the experts that a token uses."""
     device: Device = None
-    """Where the model runs; the accelerator if there is one."""
+    """Run the model on this device. Default: the accelerator if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What it computes in; experts are in bfloat16 as the host has them."""
+    """Compute in this dtype; experts compute in bfloat16, as in the host."""
     json_: Annotated[Path | None, arg(name="json", metavar="FILE")] = None
-    """Write everything that was measured to this file."""
+    """Write all measurements to this file."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Draw it, into PNG files in this folder."""
+    """Draw the measurements as PNG files in this folder."""
 
     def run(self) -> int:
         self._check()
@@ -93,11 +93,11 @@ class Analyze(Command):
         try:
             self._write(facts, layers, settings)
         except OSError as error:
-            raise EzpzError(f"--json, --plot: cannot be written: {error}.") from error
+            raise EzpzError(f"--json, --plot: cannot write the results: {error}.") from error
         return 0
 
     def _write(self, facts: dict[str, Any], layers: list[LayerReport], settings: Settings) -> None:
-        """The file and the pictures that are asked for."""
+        """Write the file and the pictures that the user asked for."""
         if self.json_:
             document = facts | {"settings": asdict(settings), "layers": [asdict(x) for x in layers]}
             self.json_.write_text(json.dumps(_finite(document), indent=1) + "\n")
@@ -112,18 +112,18 @@ class Analyze(Command):
         counts = {"--sequences": self.sequences, "--segment": self.segment}
         for flag, number in (counts | {"--seq-len": self.seq_len}).items():
             if number is not None and number < 1:
-                raise EzpzError(f"{flag} {number}: has to be at least 1.")
+                raise EzpzError(f"{flag} {number}: must be at least 1.")
         factors = {"--capacity-factor": self.capacity_factor, "--cache": self.cache}
         for flag, factor in factors.items():
             if not 0 < factor < float("inf"):
-                raise EzpzError(f"{flag} {factor}: has to be a number above 0.")
+                raise EzpzError(f"{flag} {factor}: must be a number above 0.")
         if self.json_ and not self.json_.absolute().parent.is_dir():
             raise EzpzError(f"--json {self.json_}: there is no folder {self.json_.parent}.")
         if self.plot and self.plot.exists() and not self.plot.is_dir():
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
 
     def _model(self) -> tuple[Job, Path]:
-        """The job that says what the model is, and the checkpoint."""
+        """The job that describes the model, and the checkpoint."""
         from ezpz_moe.hosts.jobs import find_job, load_job
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
@@ -136,8 +136,8 @@ class Analyze(Command):
             return (find_job(self.config) if self.config else job), find_checkpoint(folder)
         if self.config is None:
             raise EzpzError(
-                f"{self.run_}: a checkpoint does not say which model it is of. Add --config "
-                "FLAVOR|JOB.toml, or give the job in place of the checkpoint."
+                f"{self.run_}: a checkpoint does not say which model it holds. Add --config "
+                "FLAVOR|JOB.toml, or pass the job instead of the checkpoint."
             )
         return find_job(self.config), find_checkpoint(Path(self.run_))
 
@@ -155,7 +155,7 @@ class Analyze(Command):
         text = list(islice(sequences(documents, encode, length), self.sequences))
         if not text:
             raise EzpzError(
-                f"{self.data}: has fewer than {length} tokens, so that it fills no sequence. Use "
+                f"{self.data}: has fewer than {length} tokens, too few to fill one sequence. Use "
                 "more text, or a smaller --seq-len."
             )
         return text
@@ -227,7 +227,7 @@ def _row(each: LayerReport, settings: Any) -> dict[str, str]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN with None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

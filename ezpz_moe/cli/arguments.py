@@ -1,4 +1,4 @@
-"""What commands share: their arguments' types, and the host to look at configs with."""
+"""What commands share: the types of their arguments, and access to the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_emulated(device: str, dtypes: Iterable[str]) -> None:
-    """A line for each dtype that the device computes slowly, before the minutes that it takes."""
+    """Print a line for each dtype that the device only emulates, before the user waits for it."""
     import torch
 
     from ezpz_moe.compute.native import emulation_note
@@ -32,17 +32,17 @@ Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
 
 
 def refuse_no_ranks(world_size: int) -> None:
-    """Raise if ``--world-size`` is no number of ranks.
+    """Refuse a ``--world-size`` that is not a number of ranks.
 
     Raises:
         EzpzError: it is less than 1.
     """
     if world_size < 1:
-        raise EzpzError(f"--world-size {world_size}: a run has at least 1 rank.")
+        raise EzpzError(f"--world-size {world_size}: a run needs at least 1 rank.")
 
 
 def import_host() -> Host:
-    """The host, to look at configs. What it remarks on them is for training."""
+    """The host, for looking at configs. Silences the host's remarks about training."""
     from ezpz_moe.hosts.detect import check_host, host
 
     check_host()

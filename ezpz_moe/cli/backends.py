@@ -11,14 +11,14 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Backends(Command):
-    """List the expert backends: usable here, or every reason why not."""
+    """List the expert backends: which can run here, and why the others cannot."""
 
     group = "backends"
 
     device: Device = None
-    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    """Ask about this device, such as cpu, cuda or xpu. Default: torch's accelerator, else cpu."""
     dtype: DType = "bfloat16"
-    """What the kernels compute in."""
+    """Compute in this dtype."""
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):

@@ -26,41 +26,42 @@ _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 
 @dataclass(frozen=True)
 class Bench(Command):
-    """Time and weigh one expert layer: every backend, the host's own layer, and the limit.
+    """Measure the time and memory of one expert layer: all backends, the host's layer, the limit.
 
-    Forward, and forward with backward; contenders take turns. docs/benchmark.md says what each
-    column means.
+    Times the forward pass alone and with the backward pass; contenders take turns.
+    docs/benchmark.md explains each column.
     """
 
     group = "backends"
 
     shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
-    """olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or experts, model dimension, expert
-    dimension and routed rows."""
+    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or these four sizes:
+    experts, model dimension, expert dimension and routed rows."""
     scale: Annotated[int | None, arg(metavar="INT")] = None
-    """Divides a model's D, F and tokens. Default: 4 on the CPU, else 1."""
+    """Divide a model's D, F and tokens by this. Default: 4 on the CPU, else 1."""
     tokens: int = 4096
-    """Tokens of a model, before the scale; each is routed to the model's top-k experts."""
+    """Give a model this many tokens, before the scale; each goes to the model's top-k experts."""
     routing: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("balanced", "zipf1")
-    """balanced, zipf0.5, zipf1 (any exponent), empty25 (a quarter of the experts), one_hot."""
+    """Route as balanced, zipf0.5, zipf1 (any exponent), empty25 (25 % of experts idle) or
+    one_hot."""
     dtype: tuple[DType, ...] = ("bfloat16",)
-    """What is computed in."""
+    """Compute in these dtypes."""
     backends: Annotated[tuple[str, ...], arg(metavar="SPEC ...")] = ()
-    """Such as for_loop 'for_loop(recompute=true)'. Default: every one that runs here."""
+    """Time these, such as for_loop 'for_loop(recompute=true)'. Default: all that run here."""
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
-    """stock, stock_products, indexed, dense, transformers_eager, transformers_batched_mm,
-    transformers_grouped_mm, scattermoe, megablocks, sonicmoe, single_buffer. Default: every one
-    that runs here, but single_buffer."""
+    """Compare with stock, stock_products, indexed, dense, transformers_eager,
+    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks, sonicmoe or
+    single_buffer. Default: all that run here, except single_buffer."""
     repeats: Annotated[int | None, arg(metavar="INT")] = None
-    """Turns. Default: 5 on the CPU, else 30."""
+    """Take this many turns. Default: 5 on the CPU, else 30."""
     device: Device = None
-    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
     allocator: Literal["default", "retain", "both"] = "default"
-    """On the CPU: as the environment has it, or keeping all memory that it ever had."""
+    """On the CPU, allocate as the environment says, or retain all memory that was ever obtained."""
     json: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write every turn, and what the figures depend on, to this file."""
+    """Write every turn, and all that the figures depend on, to this file."""
     plot: Annotated[Path | None, arg(metavar="FILE.png")] = None
-    """Draw bars per shape, and time and memory against skew."""
+    """Draw bars per shape, and time and memory over skew, to this file."""
 
     def run(self) -> int:
         self._check()
@@ -91,7 +92,7 @@ class Bench(Command):
             ("--repeats", self.repeats),
         ):
             if number is not None and number < 1:
-                raise EzpzError(f"{flag} {number}: has to be at least 1.")
+                raise EzpzError(f"{flag} {number}: must be at least 1.")
         for flag, names in (
             ("--shape", self.shape),
             ("--routing", self.routing),
@@ -119,8 +120,8 @@ class Bench(Command):
         shapes = tuple(parse_shape(each, scale=scale, tokens=self.tokens) for each in self.shape)
         if self.allocator != "default" and not on_cpu:
             raise EzpzError(
-                f"--allocator {self.allocator}: is about the C library's memory on the CPU, and "
-                f"--device is {device}. Leave it out."
+                f"--allocator {self.allocator}: only applies to the C library's memory on the CPU, "
+                f"but --device is {device}. Leave it out."
             )
         from ezpz_moe.tools.bench.plan import Plan
 
@@ -135,7 +136,7 @@ class Bench(Command):
         )
 
     def _device(self) -> str:
-        """The device, which exists here.
+        """Return the device, after checking that it exists here.
 
         Raises:
             EzpzError: it does not.
@@ -151,7 +152,7 @@ class Bench(Command):
         except RuntimeError as error:
             raise EzpzError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
         if device.type == "meta":
-            raise EzpzError("--device meta: nothing is computed there. Use cpu.")
+            raise EzpzError("--device meta: the meta device computes nothing. Use cpu.")
         if missing := missing_device(device):
             raise EzpzError(f"--device {name}: {missing}")
         return name
@@ -185,7 +186,7 @@ def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _print(measured: Measured, told: set[str]) -> None:
-    """One layer's table, and of who is left out what is not ``told`` yet."""
+    """Print one layer's table, and why contenders are left out unless ``told`` has it already."""
     display.print_line("")
     display.print_table(rows(measured), title=title(measured))
     new = [line for line in left_out(measured) if line not in told]
@@ -195,7 +196,7 @@ def _print(measured: Measured, told: set[str]) -> None:
 
 
 def title(measured: Measured) -> str:
-    """What the table is of."""
+    """The table's title."""
     E, D, F, R = measured.shape.sizes
     variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
     return (
@@ -207,10 +208,11 @@ def title(measured: Measured) -> str:
 
 
 def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
-    """One row for each contender, the fastest first."""
+    """One row per contender, the fastest first."""
     from ezpz_moe.tools.bench.results import DENSE
 
     stock = measured.stock
+    # The median, because a few turns on a busy machine are much slower than the rest.
     by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
     for name in by_time:
         figures = measured.figures[name]
@@ -229,22 +231,22 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
 
 
 def left_out(measured: Measured) -> Iterator[str]:
-    """Who is not measured, and why."""
+    """The contenders that were not measured, and why."""
     for name, reasons in measured.left_out.items():
         yield f"left out: {name}: {'; '.join(reasons)}"
 
 
 def remarks(measured: Measured) -> Iterator[str]:
-    """Who broke, and what the table does not show."""
+    """The contenders that broke, and what the table does not show."""
     for name, reason in measured.failed.items():
         yield f"FAILED: {name}: {reason}"
     for name, figures in measured.figures.items():
         if figures.dropped:
-            yield f"{name}: drops {figures.dropped:.1%} of the rows, and computes none for them"
+            yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
 
 
 def _syncs(figures: Figures) -> str:
-    """Counted, or else what the contender says of itself."""
+    """The counted waits, or else what the contender declares."""
     if figures.syncs is not None:
         return str(figures.syncs)
     if figures.declares_syncs is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Tell what a checkpoint holds and which generation of torchtitan wrote it."""
+    """Show what a checkpoint holds and which generation of torchtitan wrote it."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint's folder, such as outputs/checkpoint/step-100."""
@@ -43,20 +43,21 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Remap:
-    """Write a checkpoint under the names of another generation of torchtitan, bit for bit.
+    """Copy a checkpoint to the names of another generation of torchtitan, bit for bit.
 
-    Or the model alone as Hugging Face's safetensors (--to hf), and such safetensors as a checkpoint
-    of the installed torchtitan.
+    With --to hf, write the model alone as Hugging Face safetensors. From safetensors, write a
+    checkpoint of the installed torchtitan.
     """
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
-    """A checkpoint's folder, or one with safetensors."""
+    """The checkpoint's folder, or a folder with safetensors."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
     """The folder to write; it must not exist."""
     to: Literal["0.2", "0.3", "2026_09", "main", "hf"]
-    """Whose names: 0.3 until August 2026, 2026_09 (once called main) since then, hf safetensors."""
+    """Write these names: 0.3 until August 2026, 2026_09 (once called main) since then, hf for
+    safetensors."""
     model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
-    """The model, which is needed to and from safetensors."""
+    """Name the model; needed to convert to or from safetensors."""
 
     def run(self) -> int:
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
@@ -85,14 +86,14 @@ class Remap:
         )
         if done.left_out:
             names = ", ".join(done.left_out)
-            display.print_line(f"Left out, for the other format has no place for it: {names}")
+            display.print_line(f"Left out, because the other format has no place for it: {names}")
         return 0
 
 
 def _model(config: str | None) -> Model:
-    """What the installed host knows of the model of a flavor or job."""
+    """Ask the installed host about the model of a flavor or job."""
     if config is None:
-        raise EzpzError("To and from safetensors the model is needed: --model FLAVOR|JOB.toml.")
+        raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
     from ezpz_moe.hosts.jobs import find_job
     from ezpz_moe.tools.checkpoints.huggingface import Model
@@ -107,7 +108,7 @@ def _model(config: str | None) -> Model:
 
 @dataclass(frozen=True)
 class Ckpt(Command):
-    """Look at a checkpoint, or carry it to another generation of torchtitan."""
+    """Inspect a checkpoint, or convert it for another generation of torchtitan."""
 
     group = "weights"
 

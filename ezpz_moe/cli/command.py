@@ -1,4 +1,4 @@
-"""What a command is."""
+"""The base class of every command."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import fields
 from typing import ClassVar
 
 GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs")
-"""Of commands that belong together in the help, in its order."""
+"""Groups of related commands, in the order of the help."""
 
 
 class Command(ABC):
-    """A command: a frozen dataclass whose fields are its arguments, named in its file's COMMAND.
+    """A command: a frozen dataclass whose fields are its arguments, named by its file's COMMAND.
 
-    Its docstring is its help. With a field ``host_flags`` it takes the trainer's flags beside its
-    own; with a field ``json`` it prints or writes what it found as JSON.
+    Its docstring is its help. A field ``host_flags`` lets it take the trainer's flags as well as
+    its own; a field ``json`` means that it prints or writes its results as JSON.
     """
 
     group: ClassVar[str]
-    """Of :data:`GROUPS`."""
+    """One of :data:`GROUPS`."""
 
     @abstractmethod
     def run(self) -> int:
-        """Do it, and return the exit code.
+        """Run the command and return its exit code.
 
         Raises:
-            EzpzError: a mistake of the user's.
+            EzpzError: the user made a mistake.
         """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""``ezpz-moe convert``: a job, or with ``--lint`` the scripts that start one."""
+"""``ezpz-moe convert``: convert a job, or check the scripts that start one with ``--lint``."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from ezpz_moe.errors import EzpzError
 
 @dataclass(frozen=True)
 class Convert(Command):
-    """Turn a job of torchtitan 0.2 into one that torchtitan 0.3 trains, and report every key.
+    """Convert a torchtitan 0.2 job to one that torchtitan 0.3 trains, and report every key.
 
-    With --lint: find the trainer's flags in shell, PBS and Slurm scripts that the installed host
-    rejects.
+    With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
 
-    Exit code 1 when something that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
+    Exit code 1 when a setting that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
     be written.
     """
 
     group = "weights"
 
     files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
-    """The job, which is only read, and the file to write, which must not exist; without it there
-    is only the report. With --lint: scripts, which are only read."""
+    """The job to read, and the file to write, which must not exist; without it, only report.
+    With --lint: the scripts to read."""
     lint: bool = False
-    """The files are scripts: report the flags in them."""
+    """Treat the files as scripts, and report the trainer flags in them."""
 
     def run(self) -> int:
         if self.lint and self.files:
             return _lint(self.files)
         if self.lint:
-            raise EzpzError("convert --lint: name the scripts to look at.")
+            raise EzpzError("convert --lint: name the scripts to check.")
         if len(self.files) not in (1, 2):
             raise EzpzError(
                 f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
-                "files. For scripts add --lint."
+                "files. To check scripts, add --lint."
             )
         return _convert(*self.files)
 
@@ -63,7 +62,7 @@ def _convert(old: Path, new: Path | None = None) -> int:
         for change in conversion.changes
     )
     if lost := conversion.dropped:
-        display.print_line(f"{len(lost)} with an effect dropped: {', '.join(lost)}")
+        display.print_line(f"{len(lost)} dropped that had an effect: {', '.join(lost)}")
     if new is None:
         display.print_line(conversion.refusal)
     else:
@@ -91,5 +90,5 @@ def _lint(scripts: tuple[Path, ...]) -> int:
     )
     dead = sum(bool(finding.remedy) for finding in findings)
     host = presumed_host().name
-    display.print_line(f"{len(findings)} of the trainer's flags, {dead} dead on {host}")
+    display.print_line(f"{len(findings)} trainer flags, {dead} dead on {host}")
     return 1 if dead else 0

@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Describe(Command):
-    """Describe a model by component: parameters, FLOPs of a token, memory of a rank.
+    """Describe a model by component: parameters, FLOPs per token, memory per rank.
 
-    All other flags go to the trainer as they are, such as --training.seq-len.
+    All other flags go to the trainer unchanged, such as --training.seq-len.
     """
 
     group = "models"
 
     config: Config
-    """A flavor's name, or the path of a job's TOML. It comes first."""
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
-    """Ranks of the run. For a job, by default the fewest that its degrees allow; of a flavor the
-    memory is shown only with this."""
+    """Assume this many ranks. Default for a job: the fewest that its degrees allow.
+    For a flavor, memory is shown only with this flag."""
     device: Literal["accelerator", "cpu"] = "accelerator"
-    """Whose kernels the activations are of: those for attention and norms save different things."""
+    """Count the activations that this device's kernels save: attention and norms differ."""
     json: bool = False
-    """Print JSON, with every figure as it is."""
+    """Print JSON, with exact figures."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
         if self.world_size is not None:
             refuse_no_ranks(self.world_size)
-        with display.progress().status("Building the model without memory to count ..."):
+        with display.progress().status("Building the model without memory, to count ..."):
             import_host()
             from ezpz_moe.tools.describe import as_json, describe
 
@@ -57,7 +57,7 @@ class Describe(Command):
             display.print_line(line)
         if described.ranks is not None:
             fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
-            display.print_line(f"\nMemory of a rank, with {described.ranks} in all{fewest}:")
+            display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
             display.print_table(_memory_rows(described.memory))
         return 0
 
@@ -70,8 +70,8 @@ def _title(described: Description) -> str:
     zero = f" and {model.zero_experts} zero-computation experts" if model.zero_experts else ""
     return (
         f"{described.flavor}: {model.n_layers} layers, {model.n_moe_layers} of them with "
-        f"{model.num_experts} experts{zero}, of which a token uses {model.top_k}. FLOPs are of a "
-        f"token in a sequence of {described.seq_len}."
+        f"{model.num_experts} experts{zero}; a token uses {model.top_k}. FLOPs are per token, in a "
+        f"sequence of {described.seq_len}."
     )
 
 
@@ -94,25 +94,25 @@ def _remarks(described: Description) -> Iterator[str]:
     if model.zero_experts:
         yield (
             f"{model.computing_experts:.2f} of a token's {model.top_k} experts compute on average, "
-            f"when all {model.num_experts} + {model.zero_experts} are used alike."
+            f"if all {model.num_experts} + {model.zero_experts} are used equally."
         )
     yield (
-        f"Dense model of equal FLOPs: an FFN of hidden size {dense.hidden_dim} for each layer's "
-        f"experts, {display.count(dense.cost.parameters)} parameters; this one has "
+        f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
+        f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
         f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
     )
     yield (
         f"torchtitan's own count, for its tflops and MFU: {display.flops(model.host_flops)} "
-        "(attention over the whole sequence; norms and biases as products)."
+        "(counts attention over the whole sequence, and norms and biases as products)."
     )
     if "vision encoder" in model.costs:
-        yield "The vision encoder's FLOPs go by patches, not by tokens: they are not counted."
+        yield "Not counted: the vision encoder's FLOPs, which depend on patches, not tokens."
     if model.uncounted:
         yield f"Not counted: the FLOPs of {', '.join(model.uncounted)}."
 
 
 def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
-    """By component where all ranks are alike, else by the stages of the pipeline."""
+    """Rows by component if all ranks are alike, else by pipeline stage."""
     if len(stages) == 1:
         (stage,) = stages
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:

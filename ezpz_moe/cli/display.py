@@ -1,7 +1,7 @@
 """Tables and lines for the terminal, from plain values. Everything here only formats.
 
-Where stdout is no terminal the tables are plain text without a limit of width, so that nothing is
-wrapped or cut before it reaches a file or another program.
+When stdout is not a terminal, tables are plain text of unlimited width: nothing is wrapped or cut
+before it reaches a file or another program.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _UNLIMITED = 10_000
 
 
 def output() -> Console:
-    """Where results go."""
+    """The console for results."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_UNLIMITED)
 
 
 def progress() -> Console:
-    """Where progress goes: stderr, and nothing at all when that is no terminal."""
+    """The console for progress: stderr, and silent when that is not a terminal."""
     console = Console(stderr=True)
     console.quiet = not console.is_terminal
     return console
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
-    """Rows with the same keys, which are the headings. Columns of figures stand on the right.
+    """Print rows with the same keys, which become the headings. Columns of numbers align right.
 
-    Without rows nothing is printed.
+    Without rows, print nothing.
     """
     rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
     if not rows:
@@ -64,13 +64,13 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar while they are worked through."""
+    """The items, with a progress bar that shows how many are done."""
     return track(items, description=what, total=total, console=progress(), transient=True)
 
 
 @contextmanager
 def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar for ``total`` steps, and what to call with each one's name as it begins."""
+    """A progress bar for ``total`` steps; call the result with each step's name as it begins."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress(), transient=True) as bar:
         task = bar.add_task(what, total=total)
@@ -85,31 +85,31 @@ def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_line(line: str) -> None:
-    """One line as it is, however long."""
+    """Print one line unwrapped, however long."""
     output().print(line, markup=False, soft_wrap=True)
 
 
 def print_to_stderr(lines: str) -> None:
-    """Why something ended, as it is."""
+    """Print why something ended, unformatted."""
     print(lines, file=sys.stderr, flush=True)
 
 
 def print_reasons(reasons: Mapping[str, Iterable[str]]) -> None:
-    """One line per reason why a backend cannot run."""
+    """Print one line per reason why a backend cannot run."""
     for name, against in reasons.items():
         for reason in against:
             print_line(f"{name}: {reason}")
 
 
 def print_failures(rows: Iterable[Any]) -> None:
-    """One line per tensor that failed."""
+    """Print one line per tensor that failed."""
     for row in rows:
         where = f"{row.backend} {row.dtype} {row.routing!r} {row.tensor}"
         print_line(f"FAILED {where}: {row.verdict}")
 
 
 def print_findings(findings: Sequence[Any]) -> None:
-    """One line for each, and what is wrong with those with a problem, the broken ones last."""
+    """Print a row per finding, then a line per problem, the broken ones last."""
     print_table({"": each.state, "relied on": each.what, "for": each.used_for} for each in findings)
     with_problem = [each for each in findings if each.problem]
     for each in sorted(with_problem, key=lambda each: not each.holds):
@@ -122,7 +122,7 @@ def print_findings(findings: Sequence[Any]) -> None:
 
 
 def text(value: Any) -> str:
-    """A value for people: yes and no, a dash for nothing."""
+    """A value in words for people: yes and no, a dash for None."""
     match value:
         case None:
             return "-"
@@ -156,7 +156,7 @@ def count(parameters: int | None) -> str:
 
 
 def flops(number: float) -> str:
-    """118081536 -> "118.08 M"; with the prefixes of the SI, as "GFLOPs" has them."""
+    """118081536 -> "118.08 M", with the SI prefixes of "GFLOPs"."""
     for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f} {prefix}"
@@ -164,5 +164,5 @@ def flops(number: float) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A rounded figure, a dash where there is none."""
+    """A rounded figure, or a dash for None."""
     return "-" if value is None else format(value, form)

@@ -15,7 +15,7 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Check what is installed, what the binding relies on in it, and a job if one is given.
+    """Check the installation, what the plugin relies on in the host, and a job if one is given.
 
     Exit code 1 when something is broken.
     """
@@ -23,17 +23,17 @@ class Doctor(Command):
     group = "before a run"
 
     config: Annotated[Positional[str | None], arg(metavar="FLAVOR|JOB.toml")] = None
-    """A flavor's name, or the path of a job's TOML."""
+    """The name of a flavor, or the path to a job's TOML."""
     world_size: int | None = None
-    """Ranks of the job; without it, what depends on them is left out."""
+    """Check the job for this many ranks; without it, skip what depends on them."""
 
     def run(self) -> int:
         if self.world_size is not None:
             refuse_no_ranks(self.world_size)
-        with display.progress().status("Looking at torch and the host ..."):
+        with display.progress().status("Inspecting torch and the host ..."):
             from ezpz_moe.tools import doctor
 
-            logging.getLogger().setLevel(logging.ERROR)  # what the host remarks is for training
+            logging.getLogger().setLevel(logging.ERROR)  # the host's remarks are about training
             facts = doctor.facts()
             findings = doctor.host_findings()
             can_train = doctor.can_train(findings)
@@ -42,7 +42,7 @@ class Doctor(Command):
         display.print_table(({"installed": what, "": said} for what, said in facts.items()))
         display.print_findings(findings)
         if self.config is not None and not can_train:
-            display.print_line(f"{self.config} was not checked: no run starts with this host.")
+            display.print_line(f"{self.config} was not checked: this host cannot start a run.")
         return 0 if all(finding.holds for finding in findings) else 1
 
 

@@ -12,7 +12,7 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Flavors(Command):
-    """List the model flavors, smallest first: parameters, experts, backend."""
+    """List the model flavors, smallest first, with their parameters, experts and backend."""
 
     group = "models"
 
@@ -22,7 +22,7 @@ class Flavors(Command):
         from ezpz_moe.config.flavors import flavor_names, load_flavor
 
         flavors = [load_flavor(name) for name in flavor_names()]
-        with display.progress().status("Building the models on the meta device to count ..."):
+        with display.progress().status("Building the models on the meta device, to count ..."):
             summarize = import_host().summarize
             counted = [(summarize(flavor), flavor) for flavor in flavors]
             rows = [

@@ -14,10 +14,10 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Plot(Command):
-    """Draw a run's expert load: over steps, its variation, loss against balance, on one HTML page.
+    """Draw a run's expert load, its variation, and loss against balance, on one HTML page.
 
-    The run needs a [telemetry] table in its flavor, and may go on while it is drawn.
-    Pictures of an earlier call are replaced.
+    The run needs a [telemetry] table in its flavor, and may still be going on. Replaces the
+    pictures of an earlier call.
     """
 
     group = "after a run"
@@ -25,7 +25,7 @@ class Plot(Command):
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
     """The run's dump_folder, or its telemetry.jsonl."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Where the pictures and the page go; RUN_DIR/telemetry unless given."""
+    """Write the pictures and the page here. Default: RUN_DIR/telemetry."""
 
     def run(self) -> int:
         with display.progress().status("Drawing ..."):

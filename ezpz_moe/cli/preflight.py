@@ -13,18 +13,18 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Preflight(Command):
-    """Build the ranks of a big run on this machine, without accelerators: what each would hold.
+    """Build the ranks of a big run on this machine, without accelerators, and show what each holds.
 
-    One rank for each pipeline stage: the first, whose shards are the largest. All other flags go
-    to the trainer as they are. Exit code 1 when a rank meets an error.
+    Builds one rank per pipeline stage: the first, which has the largest shards. All other flags go
+    to the trainer unchanged. Exit code 1 when a rank fails.
     """
 
     group = "before a run"
 
     config: Config
-    """A flavor's name, or the path of a job's TOML. It comes first."""
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int
-    """Ranks of the run."""
+    """Assume this many ranks."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:

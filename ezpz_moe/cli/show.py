@@ -11,17 +11,17 @@ from ezpz_moe.cli.command import Command
 
 @dataclass(frozen=True)
 class Show(Command):
-    """Show the resolved config of a flavor or job: the model, and what the trainer is told.
+    """Show the resolved config of a flavor or job: the model, and the trainer's settings.
 
-    Names of the trainer's settings are also its flags: --training.steps 100.
+    The names of the trainer's settings are also its flags: --training.steps 100.
     """
 
     group = "models"
 
     config: Config
-    """A flavor's name, or the path of a job's TOML."""
+    """The name of a flavor, or the path to a job's TOML."""
     all: bool = False
-    """Also show the settings that are torchtitan's own defaults."""
+    """Also show the settings that keep torchtitan's defaults."""
 
     def run(self) -> int:
         from ezpz_moe.config.flavors import load_flavor

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train a flavor or job with torchtitan. All other flags go to the trainer as they are."""
+    """Train a flavor or job with torchtitan. All other flags go to the trainer unchanged."""
 
     group = "runs"
 
     config: Config
-    """A flavor's name, or the path of a job's TOML. It comes first."""
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     nproc: int = 1
-    """Processes on this machine, one per accelerator."""
+    """Start this many processes on this machine, one per accelerator."""
     nnodes: int = 1
-    """Machines. Start the same line on each, with its own --node-rank."""
+    """Train on this many machines. Run the same command on each, with its own --node-rank."""
     node_rank: int | None = None
-    """Which machine this is, from 0."""
+    """Number this machine, from 0."""
     master_addr: str | None = None
-    """Host name or address of node 0."""
+    """Name node 0, by host name or address."""
     master_port: int = 29500
-    """A free port of node 0."""
+    """Use this free port of node 0."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
@@ -42,7 +42,7 @@ class Train(Command):
         return train(self.config, list(self.host_flags), **self._launch())
 
     def _launch(self) -> dict[str, Any]:
-        """What the launcher has to know beside the job."""
+        """What the launcher must know in addition to the job."""
         return {
             "nproc": self.nproc,
             "placement": self._placement(),
@@ -57,7 +57,7 @@ class Train(Command):
         if self.nnodes > 1 and (self.node_rank is None or self.master_addr is None):
             raise EzpzError(
                 f"--nnodes {self.nnodes} needs --node-rank, this machine's number from 0, and "
-                "--master-addr, the name of node 0."
+                "--master-addr, the name or address of node 0."
             )
         return Placement(self.nnodes, self.node_rank or 0, self.master_addr or "", self.master_port)
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tune(Train):
-    """Time the backends that compute_backend = "auto" chooses from, in one step of a job.
+    """Time the backends that compute_backend = "auto" chooses from, during one step of a job.
 
-    The job's later runs know the fastest from their start. All other flags go to the trainer.
+    The job's later runs then know the fastest from the start. All other flags go to the trainer
+    unchanged.
     """
 
     def run(self) -> int:
@@ -27,14 +28,14 @@ class Tune(Train):
         if code:
             return code
         if not measured:
-            display.print_line("Nothing was measured: no routed row came to these processes.")
+            display.print_line("Nothing was measured: no routed rows reached these processes.")
             return 0
         from ezpz_moe.compute.tuning import cache_folder
         from ezpz_moe.tools.verify import default_device
 
         display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
         print_emulated(default_device(), (each.question.dtype for each, _ in measured))
-        display.print_line(f"Kept in {cache_folder()}")
+        display.print_line(f"Saved in {cache_folder()}")
         return 0
 
 

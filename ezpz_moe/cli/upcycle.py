@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Upcycle(Command):
-    """Make a mixture of experts of a dense model: every expert starts as a copy of its FFN.
+    """Turn a dense model into a mixture of experts, each of which starts as a copy of its FFN.
 
-    A dense FFN that is G times as wide as an expert is cut into G parts. The result is a checkpoint
-    of the model alone, from which a run starts with --checkpoint.initial_load_path.
+    Splits a dense FFN that is G times as wide as an expert into G parts. Writes a checkpoint of the
+    model alone; --checkpoint.initial_load_path starts a run from it.
     """
 
     group = "weights"
 
     source: Annotated[Positional[Path], arg(metavar="DENSE")]
-    """The dense model: a checkpoint's folder, a run's, or one with Hugging Face's safetensors."""
+    """The dense model: the folder of a checkpoint, of a run, or of Hugging Face safetensors."""
     model: Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
-    """The mixture of experts to make."""
+    """The mixture of experts to build."""
     target: Annotated[Positional[Path], arg(metavar="OUT")]
     """The folder to write; it must not exist."""
     noise: Annotated[float, arg(metavar="STD")] = 0.0
-    """Gaussian noise on every copy, in units of the weight's own standard deviation."""
+    """Add Gaussian noise to every copy, in units of the weight's own standard deviation."""
     reinit: Annotated[float, arg(metavar="FRACTION")] = 0.0
-    """Share of each expert's hidden channels to draw anew (Drop-Upcycling)."""
+    """Redraw this share of each expert's hidden channels (Drop-Upcycling)."""
     router_std: Annotated[float, arg(metavar="STD")] = 0.02
-    """Standard deviation of the router's weights."""
+    """Draw the router's weights with this standard deviation."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed all random draws."""
 
     def run(self) -> int:
         self._check()
@@ -66,7 +66,7 @@ class Upcycle(Command):
         parts = done.fit.granularity
         copies = f"{done.num_experts // parts} copies of the dense FFN"
         display.print_line(
-            f"{self.target}: of {done.source}, {done.layers} layers with {done.num_experts} "
+            f"{self.target}: made from {done.source}, {done.layers} layers with {done.num_experts} "
             f"experts, {copies}{f' in {parts} parts each' if parts > 1 else ''}; "
             f"{done.tensors} tensors written and compared"
         )
@@ -84,9 +84,9 @@ class Upcycle(Command):
     def _check(self) -> None:
         for flag, value in {"--noise": self.noise, "--router-std": self.router_std}.items():
             if not 0 <= value < float("inf"):
-                raise EzpzError(f"{flag} {value}: a standard deviation is a number >= 0.")
+                raise EzpzError(f"{flag} {value}: a standard deviation must be a number >= 0.")
         if not 0 <= self.reinit <= 1:
-            raise EzpzError(f"--reinit {self.reinit}: a share is between 0 and 1.")
+            raise EzpzError(f"--reinit {self.reinit}: a share must be between 0 and 1.")
 
     def _dense(self, target: Target) -> Dense:
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verify(Command):
-    """Compare every usable backend with float64: output and all four gradients."""
+    """Compare the output and all four gradients of every usable backend with float64."""
 
     group = "backends"
 
     device: Device = None
-    """Such as cpu, cuda or xpu. Default: the accelerator that torch finds, else the CPU."""
+    """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
     dtype: tuple[DType, ...] = ("bfloat16", "float32")
-    """What the kernels compute in; one or more."""
+    """Compute in these dtypes."""
     json: bool = False
-    """Print every compared tensor, as JSON."""
+    """Print every compared tensor as JSON."""
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):
@@ -56,7 +56,7 @@ COMMAND = Verify
 
 
 def _figures(row: Row) -> dict[str, str]:
-    """A row of the table of ``verify``."""
+    """One row of the table that ``verify`` prints."""
     figures = {"max abs": row.max_abs_error, "relative": row.relative_error, "bound": row.bound}
     return {
         "dtype": row.dtype,

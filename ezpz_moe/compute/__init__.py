@@ -1,16 +1,16 @@
 """Expert kernels: pure tensor code that imports torch and never a trainer.
 
-Ways to compute the routed experts of a Mixture-of-Experts layer, with one signature::
+Several ways to compute the routed experts of a Mixture-of-Experts layer, with one signature::
 
     from ezpz_moe.compute import for_loop
 
     y_RD = for_loop(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
-There is such a function for every file in :mod:`.backends`. :mod:`.contract` says what every
-backend promises, :mod:`.registry` finds them by name, :mod:`.reference` is the float64 truth that
+Every file in :mod:`.backends` has such a function. :mod:`.contract` says what every backend
+promises, :mod:`.registry` finds backends by name, and :mod:`.reference` is the float64 truth that
 they are measured against.
 
-What is exported is imported when it is first asked for: reading a flavor needs the backends' names
+Exports are imported when they are first used: reading a flavor needs the backends' names
 (:mod:`.names`) and must not wait for torch.
 """
 

@@ -1,4 +1,4 @@
-"""The folder where the plugin keeps what it may lose. Nothing here imports torch or the host."""
+"""The folder for what the plugin can afford to lose. Imports neither torch nor the host."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ CACHE_VARIABLE = "EZPZ_MOE_CACHE"
 
 
 def cache_root() -> Path:
-    """The user's, or what :data:`CACHE_VARIABLE` names; it need not be there yet."""
+    """The user's cache folder, or what :data:`CACHE_VARIABLE` names; it may not exist yet."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else user_cache_path("ezpz_moe")

@@ -1,9 +1,9 @@
-"""What ``compute_backend`` may say: the installed backends' names and how options are written.
+"""What ``compute_backend`` may say: the installed backends' names, and how to write options.
 
-Nothing here imports torch.
+This module does not import torch.
 
-Our own backends are the files in ``backends/``. Another package adds one with an entry point of the
-group ``ezpz_moe.backends`` in its ``pyproject.toml``.
+Our own backends are the files in ``backends/``. Other packages add one with an entry point in the
+group ``ezpz_moe.backends`` of their ``pyproject.toml``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ GROUP = "ezpz_moe.backends"
 
 @cache
 def own_backends() -> dict[str, str]:
-    """Name -> module of the backends in this package."""
+    """Name -> module, for the backends in this package."""
     folder = Path(__file__).with_name("backends")
     return {each.name: f"{__package__}.backends.{each.name}" for each in iter_modules([folder])}
 
 
 @cache
 def backend_entry_points() -> dict[str, EntryPoint]:
-    """Name -> where it is loaded from: our own backends, then those of other packages.
+    """Name -> where to load it from: our own backends, then those of other packages.
 
     Raises:
         EzpzError: two packages register the same name, or one registers a name of ours.
@@ -49,18 +49,18 @@ def backend_entry_points() -> dict[str, EntryPoint]:
 
 
 def known_backend_names() -> list[str]:
-    """The names that ``compute_backend`` may take."""
+    """The names that ``compute_backend`` accepts."""
     return list(backend_entry_points())
 
 
 def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
     """``"for_loop(recompute=true)"`` as ``("for_loop", {"recompute": True})``.
 
-    The name is one that is installed; whether it has such options, only the backend can tell.
+    The name has to be installed; only the backend can tell whether it has such options.
 
     Raises:
-        EzpzError: an unknown name; no ``name`` or ``name(option=value, ...)``; an option that is
-            given twice; a value that is no number, string or boolean.
+        EzpzError: an unknown name; neither ``name`` nor ``name(option=value, ...)``; an option
+        given twice; a value that is not a number, string or boolean.
     """
     name, bracket, _ = compute_backend.partition("(")
     known = known_backend_names()
@@ -72,23 +72,24 @@ def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
     if not bracket:
         return name, {}
     try:
+        # Options look like a Python call, so Python's parser reads them. Nothing is evaluated.
         call = ast.parse(compute_backend, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
         options = {str(each.arg): _value(each.value) for each in call.keywords if each.arg}
-        if len(options) < len(call.keywords):  # one twice, or ** before it
+        if len(options) < len(call.keywords):  # one twice, or ** in front of it
             raise ValueError
         return name, options
     except (SyntaxError, TypeError, ValueError):
         raise EzpzError(
-            f"compute_backend {compute_backend!r}: options are written as "
+            f"compute_backend {compute_backend!r}: write options as "
             f"{name}(option=value, other=value), each once, with values that are numbers, true or "
             f"false, or quoted strings."
         ) from None
 
 
 def _value(node: ast.expr) -> Any:
-    """A number, string or boolean; ``true`` and ``false`` as TOML writes them, too."""
+    """A number, string or boolean, including ``true`` and ``false`` as TOML writes them."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return node.id == "true"
     value = ast.literal_eval(node)

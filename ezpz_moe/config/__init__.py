@@ -1,1 +1,1 @@
-"""Flavors and jobs: what users write, read and checked. Nothing here imports torch or the host."""
+"""Flavors and jobs: reading and checking what users write. Imports neither torch nor the host."""

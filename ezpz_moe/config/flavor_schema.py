@@ -1,4 +1,4 @@
-"""What a flavor may say: the keys of its TOML, their types, ranges and how they fit together."""
+"""What a flavor may say: the keys of its TOML, their types, ranges and combinations."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ezpz_moe.errors import EzpzError
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
 
-# The upper bounds are far above any model, and low enough that no tensor's size overflows.
+# The upper bounds are far above any model, yet low enough that no tensor size overflows.
 _Width = Annotated[int, Field(ge=1, le=2**20)]
 _Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
 class Rope(Data):
-    """Rotary positions: the arguments of the host's ``ComplexRoPE``, without ``dim``."""
+    """Rotary positions: the arguments of the host's ``ComplexRoPE``, except ``dim``."""
 
     theta: Annotated[float, Field(gt=1)]
     max_seq_len: _Tokens
@@ -42,7 +42,7 @@ class Rope(Data):
 
 
 class Dimensions(Data):
-    """A size: the arguments of the host's ``build_mla_moe_layers``, the vocabulary and RoPE.
+    """A model's size: the arguments of the host's ``build_mla_moe_layers``, vocabulary and RoPE.
 
     Without ``router_num_expert_groups`` a token may go to any expert.
     """
@@ -82,7 +82,8 @@ class Flavor(Data):
 
     The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
     host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
-    ``expert_precision = None``: the host's cast to bfloat16, and float32 on a CPU that emulates it.
+    ``expert_precision = None`` keeps the host's cast to bfloat16, except on a CPU that only
+    emulates bfloat16: there it means float32.
     """
 
     name: str
@@ -113,26 +114,26 @@ class Flavor(Data):
     def _computes_in_that_precision(self) -> Self:
         if self.compute_backend == "grouped_mm" and self.expert_precision not in (None, "host"):
             raise mistake(
-                f"expert_precision = {self.expert_precision!r} does not go with compute_backend = "
-                f"'grouped_mm', whose bits are torchtitan's own. Choose another backend, such as "
-                f"'for_loop', or remove expert_precision"
+                f"expert_precision = {self.expert_precision!r} cannot be combined with "
+                "compute_backend = 'grouped_mm', which reproduces torchtitan's own results bit "
+                "for bit. Choose another backend, such as 'for_loop', or remove expert_precision"
             )
         return self
 
     @property
     def is_routed(self) -> bool:
-        """Whether it wants anything of the routers that the host's own do not do."""
+        """Whether the flavor asks the routers for anything that the host's own do not do."""
         own = self.router != Router() or self.balance != Balance()
         return own or self.telemetry is not None
 
     @property
     def reported(self) -> Telemetry | None:
-        """What is reported of the experts: with balance losses at least these."""
+        """What the run reports about experts; with balance losses it always reports something."""
         return self.telemetry or (Telemetry() if self.balance.has_losses else None)
 
     @property
     def is_watched(self) -> bool:
-        """Whether its routers must be told the step, or asked what they did."""
+        """Whether the routers have to know the step, or have to report what they did."""
         rate = self.balance.bias_rate
         moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
         return self.reported is not None or bool(moves)
@@ -185,7 +186,7 @@ def _group_conflicts(size: Dimensions) -> Iterator[str]:
             f"router_num_limited_groups ({limited}) must not exceed "
             f"router_num_expert_groups ({groups})"
         )
-    # The host ranks groups by their two best experts.
+    # The host scores a group by its two best experts, so each group needs two.
     if size.num_experts % groups or size.num_experts // groups < 2:
         yield (
             f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "

@@ -2,12 +2,12 @@
 
 A flavor is one TOML file, and its name is the file's name. :func:`load_flavor` resolves a name in
 four steps: find the file, follow ``inherits``, apply a variant's suffix, validate. Every mistake
-raises :class:`~ezpz_moe.errors.EzpzError` naming the file and the key. Nothing here imports torch
-or the host.
+raises :class:`~ezpz_moe.errors.EzpzError` with the file and the key. This module imports neither
+torch nor the host.
 
-Files are searched in the job's own folder, then in the folder that ``EZPZ_MOE_FLAVORS`` names, then
-among the shipped flavors; the first file of a name wins. A name with a leading underscore is a
-parent for ``inherits`` only.
+The search starts in the job's own folder, continues in the folder named by ``EZPZ_MOE_FLAVORS``
+and ends with the shipped flavors; the first file of a name wins. A name with a leading underscore
+is only a parent for ``inherits``.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _KEYS = (
 
 
 def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
-    """The flavor ``name``: a file's name, which ``[_<attention>][_<backend>]`` may follow.
+    """Load the flavor ``name``: a file's name, optionally with ``[_<attention>][_<backend>]``.
 
     Args:
         name: for example ``"10B_2B"`` or ``"10B_2B_sdpa_batched_mm_padded"``.
-        near: the folder that is searched first, the job file's.
+        near: the folder to search first, which is the job file's.
 
     Raises:
         EzpzError: there is no such flavor, or ``EZPZ_MOE_FLAVORS``, the flavor's file or a parent's
@@ -67,7 +67,7 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
     folders = _folders(near)
     files = _public(_flavor_files(folders))
     suffixes = variant_suffixes()
-    # The longest file name first: a file `16B_sdpa.toml` is more exact than a variant of `16B`.
+    # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
     for stem in sorted(files, key=len, reverse=True):
         suffix = name.removeprefix(stem)
         if name == stem + suffix and suffix in suffixes:
@@ -82,7 +82,7 @@ def flavor_names(*, near: Path | None = None) -> list[str]:
 
 
 def variant_suffixes() -> dict[str, dict[str, str]]:
-    """Each suffix ``[_<attention>][_<backend>]`` with the keys that it sets."""
+    """Each suffix ``[_<attention>][_<backend>]``, with the keys that it sets."""
     attentions = [("", {}), *((f"_{a}", {"attention": a}) for a in get_args(Attention))]
     backends = [("", {}), *((f"_{b}", {"compute_backend": b}) for b in known_backend_names())]
     return {
@@ -94,7 +94,7 @@ def variant_suffixes() -> dict[str, dict[str, str]]:
 
 
 def _folders(near: Path | None) -> list[Path]:
-    """Where flavors are searched, the first one first."""
+    """The folders to search for flavors, in order."""
     folders = [near] if near is not None else []
     if named := os.environ.get(FOLDER_VARIABLE):
         folder = Path(os.path.expanduser(named))
@@ -105,11 +105,12 @@ def _folders(near: Path | None) -> list[Path]:
             )
         folders.append(folder)
     folders.append(_shipped_folder())
+    # EZPZ_MOE_FLAVORS may name the job's folder or the shipped one: search each folder once.
     return list(dict.fromkeys(folder.resolve() for folder in folders))
 
 
 def _shipped_folder() -> Path:
-    """The folder in the wheel, or the checkout's."""
+    """The flavors' folder: in the wheel, or in a checkout."""
     package = Path(__file__).parents[1]
     in_wheel = package / "_flavors"
     return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
@@ -117,6 +118,7 @@ def _shipped_folder() -> Path:
 
 def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
     """File name without ``.toml`` -> the first flavor file of that name."""
+    # The first map that has a name wins, which is the order of the search.
     return ChainMap(
         *(
             {path.stem: path for path in sorted(folder.glob("*.toml")) if _is_flavor_file(path)}
@@ -126,9 +128,9 @@ def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
 
 
 def _is_flavor_file(path: Path) -> bool:
-    """False for a TOML of another kind: jobs and flavors may share a folder.
+    """Whether the TOML is a flavor: jobs and flavors may share a folder.
 
-    A file that cannot be read counts as a flavor, so that whoever names it learns what is wrong.
+    An unreadable file counts as a flavor. Whoever names it then learns what is wrong with it.
     """
     try:
         return is_flavor(read_toml(path))
@@ -137,7 +139,7 @@ def _is_flavor_file(path: Path) -> bool:
 
 
 def is_flavor(document: Mapping[str, Any]) -> bool:
-    """Whether a TOML has a key of a flavor; a job has none."""
+    """Whether a TOML has any key of a flavor; a job has none."""
     return not _KEYS.isdisjoint(document)
 
 
@@ -149,7 +151,7 @@ def _public(files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file and its ancestors, the file first, each with its keys except ``inherits``."""
+    """The file and its ancestors, youngest first, each with its keys except ``inherits``."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     parent: Path | None = path
     while parent is not None:
@@ -170,8 +172,8 @@ def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, An
 def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
     """The file that ``child`` inherits.
 
-    It is searched from the child's own folder on, so that a user's file never changes a shipped
-    flavor under its own name; and a file may inherit its namesake from a later folder.
+    The search starts at the child's own folder: a user's file never changes a shipped flavor that
+    inherits the same name. A file may inherit its namesake from a later folder.
     """
     if not isinstance(name, str):
         raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
@@ -185,11 +187,12 @@ def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
 
 
 def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The chain's values, a child's over its parent's, and the file that each key came from."""
+    """The merged values, children over parents, and the file that set each key."""
     values: dict[str, Any] = {}
     origin: dict[str, Path] = {}
     for path, data in reversed(chain):
         for key, value in data.items():
+            # A table such as [rope] merges key by key; any other value replaces the parent's.
             inherited = values.get(key)
             if isinstance(value, dict):
                 origin |= {f"{key}.{inner}": path for inner in value}
@@ -222,15 +225,15 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
 def _messages(
     errors: Sequence[ErrorDetails], path: Path, origin: Mapping[str, Path]
 ) -> Iterator[str]:
-    """One line for each wrong key, naming the file that sets it, and one for all missing keys."""
+    """One line per wrong key, with the file that sets it, and one line for all missing keys."""
     missing = []
     for error in errors:
         key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
-        # The file sets a key of a schedule along with the whole schedule.
+        # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
         file = origin.get(key) or origin.get(key.rpartition(".")[0], path)
         if error["type"] == "missing" and error["loc"][0] in ("router", "balance"):
             schedule, _, inner = key.rpartition(".")
-            yield f"{file}: {schedule}: the key {inner} is missing; a schedule is given as a whole."
+            yield f"{file}: {schedule}: the key {inner} is missing; a schedule must be complete."
         elif error["type"] == "missing":
             missing.append(key)
         elif error["type"] == "extra_forbidden":
@@ -267,7 +270,7 @@ def _expectation(error: ErrorDetails) -> str:
 def _shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return "a huge number"
 
 

@@ -1,12 +1,12 @@
-"""The trainer's TOML: read, and checked key by key, before anything heavy is imported.
+"""The trainer's TOML, read and checked key by key before anything heavy is imported.
 
-``load_job`` reports all problems of a file at once. Which keys there are, and what they mean, is
-the table of a host's, which the caller hands in; :mod:`ezpz_moe.hosts.jobs` does so with that of
-the installed host. Nothing here imports torch or the host.
+``load_job`` reports all problems of a file at once. Which keys exist and what they mean is in the
+table of a host, which the caller passes; :mod:`ezpz_moe.hosts.jobs` passes that of the installed
+host. Nothing here imports torch or the host.
 
-Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Files and
-folders that are read (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to
-the working directory if they exist there, else to the job file's folder.
+Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Input
+files and folders (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to the
+working directory if they exist there, else to the job file's folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         flavor: name of the model flavor.
-        path: the TOML file; None for a flavor that is run as it is.
+        path: the TOML file; None when a flavor runs without a job.
         values: ``"section.key"`` -> value, for the keys that the file sets.
     """
 
@@ -44,7 +44,7 @@ class Job:
 
     @property
     def folder(self) -> Path | None:
-        """Where the file is; flavors and data are looked up there too."""
+        """The folder of the job file; flavors and data are looked up there too."""
         return self.path.parent if self.path else None
 
     @property
@@ -53,7 +53,7 @@ class Job:
         return str(self.path) if self.path else f"flavor {self.flavor}"
 
     def resolve(self, location: str) -> str:
-        """The absolute path of something that is read; an address (``gs://...``) as it is."""
+        """The absolute path of an input; an address (``gs://...``) stays as it is."""
         if "://" in location:
             return location
         path = Path(location).expanduser()
@@ -63,21 +63,21 @@ class Job:
 
 
 def load_job(path: str | Path, keys: Keys) -> Job:
-    """Read and check a job file, and that its flavor exists.
+    """Read a job file, and check it and that its flavor exists.
 
     Args:
         path: the TOML file.
         keys: which keys the host takes.
 
     Raises:
-        EzpzError: the file is missing, unreadable or not TOML, or holds unknown, outdated or wrong
-            keys; then all of them are named.
+        EzpzError: the file is missing, unreadable or not TOML, or has unknown, outdated or wrong
+            keys; the message then names all of them.
     """
     path = Path(path)
     document = read_toml(path)
     if is_flavor(document) and "model" not in document:
         raise EzpzError(
-            f"{path}: is the file of a flavor, not of a job. Give the flavor's name, {path.stem}, "
+            f"{path}: is a flavor's file, not a job's. Pass the flavor's name, {path.stem}, "
             f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
             f'that has [model] flavor = "{path.stem}".'
         )
@@ -98,17 +98,17 @@ def find_job(config: str, keys: Keys) -> Job:
 
 
 def job_for_flavor(name: str) -> Job:
-    """The job that trains a flavor with the defaults of the host.
+    """The job that trains a flavor with the host's defaults.
 
     Raises:
-        EzpzError: no such flavor, or its file is wrong.
+        EzpzError: there is no such flavor, or its file is wrong.
     """
     load_flavor(name)
     return Job(flavor=name)
 
 
 def accepts(key: Key, value: Any) -> bool:
-    """Whether a key may hold ``value``."""
+    """Whether ``key`` may hold ``value``."""
     try:
         _adapter(key.type).validate_python(value)
     except ValidationError:
@@ -117,15 +117,16 @@ def accepts(key: Key, value: Any) -> bool:
 
 
 def allowed(key: Key) -> str:
-    """What a key may hold, in words."""
+    """What ``key`` may hold, in words."""
     return _in_words(_adapter(key.type).json_schema())
 
 
 def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
-    """The valid ``"section.key"`` values of a file, and a line for each problem."""
+    """The valid ``"section.key"`` values of a file, and one line per problem."""
     known = sections(keys)
     values: dict[str, Any] = {}
     problems: list[str] = []
+    # Several keys that are gone for the same reason become one line.
     outdated: dict[tuple[str, str], list[str]] = {}
     for section, name, value in _settings(document, known):
         key = keys.get(section, {}).get(name)
@@ -149,7 +150,7 @@ def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], l
 def _settings(
     table: Mapping[str, Any], known: set[str], section: str = ""
 ) -> Iterator[tuple[str, str, Any]]:
-    """``(section, key, value)`` of everything in a file that is not a ``known`` section."""
+    """``(section, key, value)`` for everything in a file that is not a ``known`` section."""
     for name, value in table.items():
         path = f"{section}.{name}" if section else name
         if path in known and isinstance(value, dict):
@@ -159,11 +160,11 @@ def _settings(
 
 
 def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
-    """Why ``name`` is no key of ``section``, and what may have been meant."""
+    """Why ``section`` has no key ``name``, and what the user may have meant."""
     known = sections(keys)
     path = f"{section}.{name}" if section else name
     if path in known:
-        return f"{name} = {shown(value)}: has to be a section, [{path}]."
+        return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{did_you_mean(name, known)}"
     homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
@@ -177,7 +178,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
 def _model_problems(
     document: Mapping[str, Any], values: Mapping[str, Any], folder: Path
 ) -> Iterator[str]:
-    """What is wrong with ``[model]`` apart from unknown keys and wrong types."""
+    """The problems of ``[model]`` other than unknown keys and wrong types."""
     model = document.get("model", {})
     if not isinstance(model, dict):
         return  # reported already
@@ -185,8 +186,8 @@ def _model_problems(
         yield f'[model] name is missing: write name = "{MODEL_NAME}".'
     elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
         yield (
-            f'[model] name = {shown(name)}: has to be "{MODEL_NAME}" for this trainer module. '
-            "Another model of torchtitan's is chosen by the flavor: a TOML file with "
+            f'[model] name = {shown(name)}: must be "{MODEL_NAME}" for this trainer module. '
+            "To train another of torchtitan's models, choose a flavor: a TOML file with "
             f'base = "{name}/<its flavor>"; see docs/flavors.md.'
         )
     if "flavor" not in model:
@@ -205,7 +206,7 @@ def _report(path: Path, problems: list[str]) -> str:
 
 
 def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
-    """Whether ``values`` has ``value``, of the same type: in Python False == 0."""
+    """Whether ``value`` is one of ``values``, type included: in Python False == 0."""
     return any(type(value) is type(other) and value == other for other in values)
 
 
@@ -234,7 +235,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         empty = "non-empty " if schema.get("minItems") else ""
         return f"a {empty}list, each entry {_in_words(schema['items'])}"
-    if "pattern" in schema:  # of the table's Text
+    if "pattern" in schema:  # the type Text of the table of keys
         return "a non-empty string"
     limits = " and ".join(f"{sign} {schema[k]}" for k, sign in _LIMITS.items() if k in schema)
     return f"{_NOUNS[schema['type']]} {limits}".rstrip()

@@ -7,7 +7,7 @@ Each host has such a table, ``Host.job_keys()``. Its rows are made by
 - ``own(type)``: read by this package;
 - ``gone(message)``: the host has no such setting; the message says why and what to do instead.
 
-Types are checked strictly: ``true`` is no integer, ``1`` is a float, ``"1"`` is neither.
+Types are checked strictly: ``true`` is not an integer, ``1`` is a float, ``"1"`` is neither.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Key:
 
     Attributes:
         type: what the TOML may hold; None for a key that is gone.
-        path: dotted path in the trainer's config; None when no single field takes the value as it
-            is.
-        message: for a key that is gone, what the user is told.
+        path: dotted path in the trainer's config; None when no single field takes the value
+            unchanged.
+        message: for a key that is gone, the error's text.
         unless: values of a key that is gone which are accepted without effect.
         since_0_3: torchtitan 0.2 does not have the key.
         is_file: the value names an existing file or folder (see ``Job.resolve``).
-        flag: for a key that this package reads, the host's flag that says the same, if any.
+        flag: for a key that this package reads, the host's flag for the same, if any.
     """
 
     type: Any = None
@@ -64,15 +64,15 @@ def own(type: Any, *, flag: str | None = None) -> Key:
 
 
 def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
-    """A key that the host no longer has; ``unless`` lists the values that ask for what it does.
+    """A key that the host no longer has; ``unless`` lists values that ask for its behaviour.
 
-    Those are accepted, so that one file can serve several generations of the host.
+    Those are accepted, so one file can serve several generations of the host.
     """
     return Key(message=message, unless=unless)
 
 
 def sections(keys: Keys) -> set[str]:
-    """Names of all sections; with "quantize.linear.mx" also "quantize.linear" and "quantize"."""
+    """All sections' names: "quantize.linear.mx" also adds "quantize.linear" and "quantize"."""
     return {
         ".".join(parts[: depth + 1])
         for parts in (name.split(".") for name in keys)

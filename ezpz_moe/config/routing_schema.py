@@ -1,4 +1,4 @@
-"""What a flavor may say of its router, its balance and its telemetry: the tables of those names.
+"""What a flavor may say in its tables ``[router]``, ``[balance]`` and ``[telemetry]``.
 
 docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
 """
@@ -25,10 +25,10 @@ _NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Schedule(Data):
-    """A value that moves from ``start`` to ``end`` within ``steps`` and stays there.
+    """A value that moves from ``start`` to ``end`` within ``steps``, and then stays there.
 
-    A mere number stands for a value that does not move. A schedule is one value: a flavor that
-    inherits it may replace it, not a part of it.
+    A plain number stands for a value that does not move. A schedule counts as one value: a flavor
+    that inherits it may replace it, but not a part of it.
     """
 
     start: _Positive
@@ -55,7 +55,7 @@ class Schedule(Data):
 
 
 class Router(Data):
-    """How a token's experts are chosen: ``[router]``."""
+    """``[router]``: how a token's experts are chosen."""
 
     routing: Literal["topk", "sinkhorn", "balanced"] = "topk"
     jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -77,6 +77,7 @@ class Router(Data):
     @field_validator("jitter_noise", mode="before")
     @classmethod
     def _is_asked_for(cls, value: object) -> object:
+        # jitter_noise = true means the default; without this, true would pass as the number 1.
         return DEFAULT_JITTER if value is True else 0.0 if value is False else value
 
     @model_validator(mode="after")
@@ -87,29 +88,29 @@ class Router(Data):
 
     @property
     def zero_computation_experts(self) -> int:
-        """How many of the router's choices cost no expert's computation."""
+        """How many of the router's choices need no expert computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
 
     def choices_of_token(self, num_experts: int, top_k: int) -> int:
-        """How many a token chooses where the model has ``num_experts`` and uses ``top_k``."""
+        """How many choices a token makes if the model has ``num_experts`` and uses ``top_k``."""
         return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
 
 
 def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
-    """How many choices a token has of E experts and Z zero-computation experts.
+    """How many choices a token makes among E experts and Z zero-computation experts.
 
-    ``round(k (E + Z) / E)``, so that about k of them compute when all are used alike.
+    ``round(k (E + Z) / E)``: about k of them compute when all are used equally.
 
     Args:
-        num_experts: experts of a layer that compute, E.
-        top_k: how many of them a token uses without the others, k.
+        num_experts: the experts of a layer that compute, E.
+        top_k: how many of them a token uses when there are no others, k.
         zero_experts: Z.
     """
     return round(top_k * (num_experts + zero_experts) / num_experts)
 
 
 class Balance(Data):
-    """What spreads the tokens over the experts: ``[balance]``."""
+    """``[balance]``: what spreads the tokens over the experts."""
 
     aux_loss: _NotNegative = 0.0
     mse_loss: _NotNegative = 0.0
@@ -124,17 +125,17 @@ class Balance(Data):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        # With "none" it may stand: an inherited rate cannot be removed.
+        # bias_update = "none" may keep a bias_rate: a flavor cannot remove a rate that it inherits.
         if self.bias_rate is not None and self.bias_update is None:
             raise mistake(
                 'bias_rate has no effect without bias_update = "sign" or "proportional"; '
-                "set it, or remove bias_rate"
+                "set bias_update, or remove bias_rate"
             )
         return self
 
 
 class AlertThresholds(Data):
-    """When a run warns of its routers. Every record has them, for who reads it later."""
+    """When a run warns about its routers. Every record repeats them for later readers."""
 
     alert_dead_steps: _Steps = 100
     alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
@@ -142,7 +143,7 @@ class AlertThresholds(Data):
 
 
 class Telemetry(AlertThresholds):
-    """What a run reports of its experts: ``[telemetry]``."""
+    """``[telemetry]``: what a run reports about its experts."""
 
     every: _Steps | None = None
     detail: Literal["brief", "per_layer", "per_expert"] = "brief"
@@ -150,30 +151,30 @@ class Telemetry(AlertThresholds):
 
     @property
     def thresholds(self) -> AlertThresholds:
-        """Those of the alerts, by themselves."""
+        """The alerts' thresholds on their own."""
         names = AlertThresholds.model_fields
         return AlertThresholds(**{name: getattr(self, name) for name in names})
 
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
-    """What the two tables exclude in each other."""
+    """What one of the two tables says that the other one excludes."""
     balancing = _changed(balance, ("aux_loss", "mse_loss"), table="balance.")
     if router.routing == "sinkhorn" and balancing:
         yield (
             f'router.routing = "sinkhorn" excludes {balancing}: its assignment is doubly '
-            "stochastic, so it is balanced already. Remove the loss (set it to 0 if it is "
+            "stochastic and thus balanced already. Remove the loss (set it to 0 if it is "
             'inherited), or route with "topk"'
         )
     bias = [] if balance.bias_update == "none" else ["bias_update"]
     if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
         yield (
             f'router.routing = "sinkhorn" chooses without the selection bias: {changed} would move '
-            'it on and on, unchecked. Remove it; if it is inherited, set it to "none"'
+            'it further and further, unchecked. Remove it; if it is inherited, set it to "none"'
         )
     keys = ["aux_loss", "mse_loss", "z_loss", *bias]
     if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
         yield (
-            f'router.routing = "balanced" does not choose by the scores: {changed} would have no '
+            f'router.routing = "balanced" ignores the scores: {changed} would have no '
             'effect. Remove it; if it is inherited, set a loss to 0 and bias_update to "none"'
         )
 
@@ -181,12 +182,12 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
 def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]:
     """What does not fit a layer in which a token chooses ``top_k`` of ``choices``.
 
-    Zero-computation experts are among the choices.
+    The choices include zero-computation experts.
     """
     zero_experts, skipped = router.zero_computation_experts, router.skip_first_n_experts
     if router.top_k is not None and top_k > choices:
         yield (
-            f"router.top_k = {router.top_k} exceeds the {choices} experts that there are: "
+            f"router.top_k = {router.top_k} exceeds the {choices} available experts: "
             f"{choices - zero_experts} routed and {zero_experts} zero-computation ones"
         )
     if skipped and choices - skipped < top_k:
@@ -217,17 +218,18 @@ def _router_conflicts(router: Router) -> Iterator[str]:
         yield f'{changed} needs routing = "topk", not "{router.routing}"'
     if router.top_k is not None and not router.zero_computation_experts:
         yield (
-            f"top_k = {router.top_k} is for zero-computation experts only; without them the "
-            "model's own top-k stands (router_top_k)"
+            f"top_k = {router.top_k} applies only with zero-computation experts; without them the "
+            "model's own top-k holds (router_top_k)"
         )
     if not router.dispatch_padding and router.pad_token_id is None:
-        yield "dispatch_padding = false needs pad_token_id, which says what padding is"
+        yield "dispatch_padding = false needs pad_token_id, which says which tokens are padding"
 
 
 def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
-    """``key = value`` of those keys that have not their default.
+    """``key = value`` for those of ``keys`` that differ from their default.
 
-    By value, not by presence: a flavor can set what it inherits to the default, but not remove it.
+    The value decides, not whether a key is present: a flavor can reset what it inherits to the
+    default, but it cannot remove it.
     """
     fields = type(data).model_fields
     values = {key: getattr(data, key) for key in keys}

@@ -1,4 +1,4 @@
-"""What the tables of a flavor have in common."""
+"""The base class of a flavor's tables."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic_core import PydanticCustomError
 
 
 class Data(BaseModel):
-    """Read-only data of exact types, without keys that it does not know."""
+    """Read-only data of exact types that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values: the host's configs, which hold such data, are written to logs."""
+        """Convert to plain values: the host's configs hold such data and are written to logs."""
         return self.model_dump(mode="json")
 
 
 def mistake(message: str) -> PydanticCustomError:
-    """An error whose text is ours alone."""
+    """A validation error whose text is entirely ours."""
     return PydanticCustomError("mistake", "{message}", {"message": message})

@@ -1,4 +1,4 @@
-"""TOML files, and what is said about one that cannot be read."""
+"""Reading TOML files, with an error that says why one cannot be read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The document in ``path``.
 
     Raises:
-        EzpzError: the file is missing, a folder, not readable, not UTF-8 or not TOML; the last two
-            with line and column.
+        EzpzError: the file is missing, a folder, unreadable, not UTF-8 or not TOML; the last two
+            come with line and column.
     """
     try:
         data = path.read_bytes()
@@ -27,6 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise EzpzError(f"{str(path)!r}: cannot be read: {error}.") from error
     try:
+        # utf-8-sig also accepts the byte order mark that some Windows editors write.
         return tomli.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1

@@ -1,7 +1,7 @@
-"""A TOML file as its statements, so that some can be changed and the others stay as written.
+"""A TOML file as its statements: some can be changed while the others stay as written.
 
-Comments, blank lines and the way that values are written belong to the user; a parsed document has
-lost them. tomli does the parsing here too: it is asked where a statement ends.
+Comments, blank lines and the way values are written belong to the user; parsing a document loses
+them. tomli still does the parsing here: it tells where a statement ends.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Statement:
     """A header, an assignment, or a line that is blank or a comment.
 
     Attributes:
-        text: as it stands in the file, with its line end.
-        section: the header that it stands under, itself for a header; "" before the first.
+        text: as it stands in the file, with its line ending.
+        section: the header above it, or itself for a header; "" before the first.
         parsed: what it says on its own.
     """
 
@@ -43,14 +43,14 @@ class Statement:
 
 
 def statements(text: str) -> Iterator[Statement]:
-    """The statements of a valid TOML document; their texts together are the document."""
+    """Split a valid TOML document into statements; joined, their texts are the document."""
     section, pending = "", ""
-    for line in io.StringIO(text, newline="\n"):  # TOML knows no other line ends than \n and \r\n
+    for line in io.StringIO(text, newline="\n"):  # TOML ends lines only with \n or \r\n
         pending += line
         try:
             parsed = tomli.loads(pending)
         except tomli.TOMLDecodeError:
-            continue  # a value that goes on in the next line
+            continue  # the value continues on the next line
         if parsed and pending.lstrip().startswith("["):
             section = _header_path(parsed)
         yield Statement(pending if pending.endswith("\n") else f"{pending}\n", section, parsed)
@@ -58,17 +58,17 @@ def statements(text: str) -> Iterator[Statement]:
 
 
 def commented(text: str) -> str:
-    """A statement, or any lines, as a comment."""
+    """Turn a statement, or any lines, into a comment."""
     return "".join(f"# {line}" for line in text.splitlines(keepends=True))
 
 
 def assignment(key: str, value: Any, comment: str = "") -> str:
-    """``key = value``, with a comment behind it. The value is a string, a number or a boolean."""
+    """``key = value``, followed by a comment. The value is a string, a number or a boolean."""
     return f"{key} = {json.dumps(value, ensure_ascii=False)}{comment and f' # {comment}'}\n"
 
 
 def _header_path(parsed: Any) -> str:
-    """``{"a": {"b": {}}}``, which is what ``[a.b]`` says on its own, as ``"a.b"``."""
+    """``{"a": {"b": {}}}``, which is what ``[a.b]`` parses to on its own, as ``"a.b"``."""
     names = []
     while parsed:
         table = parsed[-1] if isinstance(parsed, list) else parsed  # [[a]]

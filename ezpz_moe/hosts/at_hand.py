@@ -1,7 +1,6 @@
 """The host at hand, for the modules of its binding: they cannot ask ``detect``, which imports them.
 
-Whoever comes to them has asked :func:`ezpz_moe.hosts.detect.host` for the host, and that leaves it
-here.
+:func:`ezpz_moe.hosts.detect.host`, which is always called first, stores it here.
 """
 
 from __future__ import annotations

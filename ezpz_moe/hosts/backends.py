@@ -33,6 +33,6 @@ def drops_warning(compute_backend: str, reported: str) -> str:
         reported: where this host says how many, as the end of "Their share ...".
     """
     return (
-        f"compute_backend {compute_backend} drops tokens beyond its capacity: the experts' output "
-        f"for them is zero. Their share {reported}."
+        f"compute_backend {compute_backend} drops tokens beyond its capacity: for them, the "
+        f"experts output zero. Their share {reported}."
     )

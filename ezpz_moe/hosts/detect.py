@@ -1,6 +1,6 @@
 """Which host is installed.
 
-It is told by what the installed torchtitan has, the newest first, and never by its version: a
+It is recognized by what the installed torchtitan has, the newest first, and never by its version: a
 snapshot's version says little. Nothing here imports torch or the host by itself.
 """
 
@@ -51,8 +51,7 @@ def host() -> Host:
     """The installed host; torchtitan is imported for it.
 
     Raises:
-        EzpzError: it is of no generation that has a binding, cannot be imported, or is not
-            installed.
+        EzpzError: no binding fits its generation, it cannot be imported, or it is not installed.
     """
     try:
         _choose_device()

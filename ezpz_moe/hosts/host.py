@@ -1,4 +1,4 @@
-"""Everything that the plugin asks of a trainer: what has to be written for a new host.
+"""Everything that the plugin asks of a trainer: what to write for a new host.
 
 A host is one generation of torchtitan, and a class here: ``hosts/titan/v0_3.py`` and its newer
 sisters, ``hosts/titan_0_2/v0_2.py``. :mod:`ezpz_moe.hosts.detect` says which one is installed.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Host(ABC):
-    """One generation of the trainer, and how the plugin does with it what it does.
+    """One generation of the trainer, and how the plugin works with it.
 
     Attributes:
         generation: its short name: a version of the first release, or year and month.
@@ -59,7 +59,7 @@ class Host(ABC):
     @property
     @abstractmethod
     def relied_on(self) -> tuple[Reliance, ...]:
-        """What the binding needs of the host, beside the evidence."""
+        """What the binding needs of the host, in addition to the evidence."""
 
     @property
     @abstractmethod
@@ -191,7 +191,7 @@ class Host(ABC):
         """Door 2: a backend for any config of the host.
 
         Raises:
-            EzpzError: as the next four, this host has no such part.
+            EzpzError: this host has no such part; the next four raise the same.
         """
         self._lacks("overrides")
 
@@ -229,7 +229,7 @@ class Host(ABC):
             titan = installed_pair()[1]
             raise EzpzError(
                 f"ezpz_moe cannot do this with torchtitan {titan}: {in_words(error)}. "
-                "`ezpz-moe doctor` says what is broken and what that means."
+                "`ezpz-moe doctor` shows what is broken and what that means."
             ) from error
 
 
@@ -237,7 +237,7 @@ class Host(ABC):
 
 
 class TrainerConfig(Protocol):
-    """The config of a run; beside these sections it has whatever the host has."""
+    """The config of a run; apart from these sections it has whatever the host has."""
 
     training: Any
     parallelism: Any
@@ -285,7 +285,7 @@ class Overrides(Protocol):
         """In the run at hand, where ``backend`` copies to the host's memory."""
 
     def refuse_twins_of(self, door: str) -> None:
-        """Refuse a run whose several CPU ranks would begin alike.
+        """Refuse a run whose several CPU ranks would start with the same values.
 
         Raises:
             EzpzError: it would.

@@ -1,6 +1,6 @@
 """Jobs for the installed host: read with its table of keys, before torch or the host is imported.
 
-The host is told by its files (:func:`ezpz_moe.hosts.detect.presumed_host`).
+The host is recognized by its files (:func:`ezpz_moe.hosts.detect.presumed_host`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["find_job", "job_for_flavor", "load_job"]
 
 
 def load_job(path: str | Path) -> Job:
-    """Read and check a job file, and that its flavor exists.
+    """Read a job file, and check it and that its flavor exists.
 
     Raises:
         EzpzError: as :func:`ezpz_moe.config.job.load_job`.

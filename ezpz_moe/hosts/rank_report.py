@@ -1,4 +1,4 @@
-"""What a host tells of one rank of a big run that it has built."""
+"""What a host reports about one rank of a big run that it has built."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class RankReport:
 
     Attributes:
         rank: global rank.
-        parameters: number of parameters in its shards; None, as the next two, after an error.
-        state_bytes: weights, gradients and optimizer states in bytes; activations are not in it.
-        step: what of a step was run with tensors that have no values, or why none was.
-        error: what the rank met; empty when it was built.
+        parameters: number of parameters in its shards; None after an error, like the next two.
+        state_bytes: weights, gradients and optimizer states in bytes, without activations.
+        step: how much of a step ran, with tensors that have no values, or why none did.
+        error: what went wrong; empty if the rank was built.
         bytes_by_place: for ``describe``, bytes by (part of the model, component).
     """
 

@@ -106,14 +106,14 @@ def rank_problems(
             f"{par.pipeline_parallel_degree} x data_parallel_replicate "
             f"{par.data_parallel_replicate_degree} x data_parallel_shard "
             f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
-            f"tensor_parallel {par.tensor_parallel_degree} has to be {ranks} (-1: what is left)."
+            f"tensor_parallel {par.tensor_parallel_degree} must be {ranks} (-1: what is left)."
         )
         return
     if shard * inner % (par.expert_parallel_degree * within):
         yield (
             f"parallelism.expert_parallel_degree = {par.expert_parallel_degree}"
             f"{f' x expert_tensor_parallel {within}' if within > 1 else ''} does not divide "
-            f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
+            f"the {shard * inner} ranks that share the experts (data_parallel_shard x "
             f"context_parallel x tensor_parallel)."
         )
     yield from _batch_problems(batch, shard * par.data_parallel_replicate_degree)
@@ -124,7 +124,7 @@ def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
     least = size * batch.microbatches * data_ranks
     if step > 0 and step % least:
         yield (
-            f"{step_path} = {step} is no multiple of {least}, which is {path} = {size} x the "
+            f"{step_path} = {step} is not a multiple of {least}, which is {path} = {size} x the "
             f"data-parallel ranks"
             f"{' x the microbatches of the pipeline' if batch.microbatches > 1 else ''}."
         )

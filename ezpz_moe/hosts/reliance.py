@@ -1,6 +1,6 @@
 """What a binding relies on in the host, as data, and whether the installed host has it.
 
-Each generation lists its reliances, in a ``relied_on`` beside its class. The one list serves the
+Each generation lists its reliances, in a ``relied_on`` next to its class. The one list serves the
 check before a run, the host contract tests, and people.
 """
 
@@ -92,7 +92,7 @@ class Reliance:
         if not self.fields:
             return
         if not dataclasses.is_dataclass(found):
-            yield "is no dataclass"
+            yield "is not a dataclass"
             return
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:

@@ -7,7 +7,7 @@ _NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from 
 OF_EVERY_GENERATION = (
     Reliance(
         "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-        used_for="several CPU ranks begin with the values of one: which part of them is whose",
+        used_for="several CPU ranks start with the values of one: which rank holds which part",
         if_broken=NO_FLAVOR,
         takes=("global_shape", "mesh", "placements"),
         vital=True,
@@ -20,7 +20,7 @@ OF_EVERY_GENERATION = (
     ),
     Reliance(
         "torchtitan.hf_datasets.text_datasets:DATASETS",
-        used_for="the embedded text and the user's own files, beside the host's datasets",
+        used_for="adding the embedded text and the user's own files to the host's datasets",
         if_broken=NO_FLAVOR,
         vital=True,
     ),
@@ -38,13 +38,13 @@ OF_EVERY_GENERATION = (
     ),
     Reliance(
         "torchtitan.tools.logging:logger",
-        used_for="saying which backend computes the experts, among the host's own lines",
+        used_for="logging which backend computes the experts, among the host's own lines",
         if_broken=NO_FLAVOR,
         vital=True,
     ),
     Reliance(
         "torchtitan.tools.utils:device_type",
-        used_for="telling the host to train on the CPU where no accelerator is; what it trains on",
+        used_for="telling the host to train on the CPU without an accelerator; its device",
         if_broken=NO_FLAVOR,
         vital=True,
     ),

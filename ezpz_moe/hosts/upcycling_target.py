@@ -1,4 +1,4 @@
-"""The mixture of experts that ``ezpz-moe upcycle`` is to make, as the host describes it.
+"""The mixture of experts that ``ezpz-moe upcycle`` builds, as the host describes it.
 
 Legend: E = experts, F = hidden dimension of an expert, D = model dimension.
 """
@@ -17,17 +17,17 @@ PARTS = ("w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with experts, and what its parameters are called.
+    """A layer with experts, and its parameters' names.
 
     Attributes:
         name: for example "layers.3".
         dense: w1, w2, w3 of the FFN in the dense model.
         experts: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D] of the routed experts.
-        shared: w1, w2, w3 of the shared experts, of their summed width; empty if there are none.
+        shared: w1, w2, w3 of the shared experts, with their summed width; empty if there are none.
         gate: the router's weight [E, D].
         zeros: what starts at zero: the selection bias, the router's bias, the shared experts' gate.
-        num_experts, top_k, score_func, route_norm, route_scale: of the router.
-        num_groups: groups of experts that a token's choice is limited to; None without a limit.
+        num_experts, top_k, score_func, route_norm, route_scale: the router's.
+        num_groups: groups of experts that limit a token's choice; None without a limit.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """The model to make.
+    """The model to build.
 
     Attributes:
-        flavor: of it.
+        flavor: its flavor.
         tensors: its parameters and buffers on the meta device, by name.
         layers: those with experts.
-        tied: what a model with tied embeddings may lack -> what stands for it.
-        generation: whose names they are.
+        tied: what a model with tied embeddings may lack -> what replaces it.
+        generation: the one that uses these names.
     """
 
     flavor: Flavor

@@ -1,4 +1,4 @@
-"""How balance comes into training: a bias after each step, a loss in backward, schedules.
+"""How training balances the load: a bias after each step, a loss in backward, schedules.
 
 The losses themselves are in :mod:`.losses`.
 
@@ -17,11 +17,11 @@ from ezpz_moe.config.routing_schema import Schedule
 
 
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
-    """What is added to the experts' biases after a step, float32; it adds up to zero.
+    """The change of the experts' biases after a step, float32; it sums to zero.
 
     ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
-    relative to the mean load, says how far, so that the bias comes to rest. Both are variants of
-    Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+    relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
+    of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
 
     Args:
         counts_E: assignments of the step to each expert, over all ranks.
@@ -35,6 +35,7 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
         step_E = torch.sign(error_E)
     else:
         step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    # Moving all biases alike would change no choice, but would let them drift.
     return rate * (step_E - step_E.mean())
 
 
@@ -42,6 +43,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
         ctx.of_loss = {"dtype": loss.dtype, "device": loss.device}
+        # A view, because autograd treats an input that is returned unchanged specially.
         return carrier.view_as(carrier)
 
     @staticmethod
@@ -50,21 +52,21 @@ class _Inject(torch.autograd.Function):
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:
-    """``carrier`` as it is; in backward, ``loss`` is differentiated along with whatever follows.
+    """``carrier`` unchanged; in backward, ``loss`` is differentiated along with whatever follows.
 
-    The gradient is that of ``following loss + loss``, as often as the carrier's backward runs: once
-    for each forward pass, recomputed or not. Source of the idea: Megatron-LM's
+    The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
+    once per forward pass, recomputed or not. Source of the idea: Megatron-LM's
     ``MoEAuxLossAutoScaler``.
 
     Args:
-        carrier: a tensor on the way to the trainer's loss, whose backward must run.
+        carrier: a tensor on the way to the trainer's loss; its backward must run.
         loss: scalar.
     """
     return _Inject.apply(carrier, loss)
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """The schedule's value in training step ``step``, of which the first is 1.
+    """The schedule's value in training step ``step``, counted from 1.
 
     >>> value_at(Schedule(start=2.0, end=1.0, steps=5), 3)
     1.5

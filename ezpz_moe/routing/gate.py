@@ -1,9 +1,9 @@
-"""A token's way around the choice: to the logits before it, through experts without a layer after.
+"""What surrounds the choice of experts: the logits before it, and experts without a layer after it.
 
-These are experts that cost nothing, numbered after the routed ones. A null expert's output is zero,
-a copy expert's is its input, a constant expert's is a learned mix of its input and a learned
-vector. Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and
-constant experts, equations 3 to 5).
+The latter are experts that cost nothing, numbered after the routed ones. A null expert outputs
+zero, a copy expert its input, a constant expert a learned mix of its input and a learned vector.
+Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and constant
+experts, equations 3 to 5).
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 def jittered(x: Tensor, noise: float) -> Tensor:
-    """x, each element times its own draw from [1 - noise, 1 + noise], in x's dtype.
+    """Multiply each element of x by its own draw from [1 - noise, 1 + noise], in x's dtype.
 
-    The draws have at least float32: bfloat16 has four values within 1 % of 1, most of them below.
+    The draws have at least float32: bfloat16 has only four values within 1 % of 1, most of them
+    below.
 
     Source: Switch Transformers, arXiv 2101.03961, section 2.2 (exploration by input jitter).
 
@@ -31,19 +32,19 @@ def jittered(x: Tensor, noise: float) -> Tensor:
 
 
 def losing_infinities(logits_BLE: Tensor) -> Tensor:
-    """The logits, NaN where they are infinite, so that the loss shows it.
+    """The logits, with NaN where they are infinite: the loss then shows it.
 
-    -inf alone would just bar an expert, and an activation would make it a number like any other.
+    -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
     """
-    return logits_BLE + (logits_BLE - logits_BLE).detach()  # x + 0, but inf - inf is NaN
+    return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
 
 
 def activated(logits_BLE: Tensor, activation: str) -> Tensor:
     """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 
-    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, as the router
-    of BlockFFN does (arXiv 2507.08771, equation 3), here without a learned scale so that no
-    parameter is added. A token all of whose logits are negative gets equal logits.
+    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
+    of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
+    parameter. A token whose logits are all negative gets equal logits.
 
     Raises:
         ValueError: unknown activation.
@@ -55,11 +56,11 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
             return F.softplus(logits_BLE)
         case "relu_rmsnorm":
             return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
-    raise ValueError(f"activation: {activation!r} is none of identity, softplus, relu_rmsnorm")
+    raise ValueError(f"activation: {activation!r} is not one of identity, softplus, relu_rmsnorm")
 
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
-    """weight_BL1: what a token gives to the experts ``first`` to ``last`` - 1."""
+    """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
 
@@ -69,7 +70,7 @@ def constant_output(
 ) -> Tensor:
     """y_BLD: the sum of the constant experts' outputs, each times its weight.
 
-    Expert c answers ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
+    Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """
     mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
     shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2

@@ -1,6 +1,6 @@
-"""Tables of numbers as coloured cells: the one way in which every picture of ours draws them.
+"""Tables of numbers as coloured cells: all our pictures draw them this way.
 
-Import this only to draw: matplotlib takes its time.
+Import this only to draw: matplotlib is slow to import.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ABSENT = "0.85"
 
 @dataclass(frozen=True)
 class Palette:
-    """What colour a value has.
+    """The colours of values.
 
     Attributes:
         colours: from the least to the most.
         scale: value -> place among them.
-        zero: the colour of exactly 0, where that is told apart from a little.
+        zero: the colour of exactly 0; None if it is not told apart from small values.
     """
 
     colours: Colormap
@@ -45,12 +45,12 @@ class Palette:
 
     @property
     def bar(self) -> ScalarMappable:
-        """What a figure's colour bar is made of."""
+        """What a figure's colour bar is made from."""
         return ScalarMappable(self.scale, self.colours)
 
 
 def filled(rows: Sequence[Sequence[float | None]]) -> Array:
-    """Rows of different lengths as one table: NaN where a row has ended, or has None."""
+    """Rows of different lengths as one table: NaN after a row's end, and for None."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
         table[number, : len(row)] = [np.nan if value is None else value for value in row]
@@ -65,14 +65,14 @@ def draw_cells(
     *,
     first_on_top: bool = True,
 ) -> None:
-    """A cell for each value, with a row's number as its place on the y axis.
+    """Draw a cell for each value, with a row's number as its place on the y axis.
 
     Args:
         axes: where to draw.
         values: [rows, columns]; NaN where there is none.
         palette: their colours.
-        x_edges: the columns' edges, one more than there are; by default a cell lies around its
-            number.
+        x_edges: the columns' edges, one more than there are columns; by default each cell is
+            centred on its number.
         first_on_top: whether rows go downwards.
     """
     rows, columns = values.shape

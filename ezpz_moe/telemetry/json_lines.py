@@ -1,6 +1,6 @@
-"""The records of a run as JSON lines in ``telemetry.jsonl``, each with its figures beside it.
+"""A run's records as JSON lines in ``telemetry.jsonl``, each with its figures.
 
-docs/telemetry.md has every key of a line.
+docs/telemetry.md explains every key.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ADAPTER = TypeAdapter(StepRecord)
 
 
 def append(path: Path, record: StepRecord) -> None:
-    """Add the record to the file as one line, and flush it. The folder is made if need be.
+    """Append the record to the file as one line, and flush it. Creates the folder if needed.
 
-    A cut last line, which a killed run may have left, is removed first.
+    First removes a truncated last line, which a killed run may have left.
 
     Raises:
         EzpzError: the file cannot be written.
@@ -44,14 +44,14 @@ def append(path: Path, record: StepRecord) -> None:
 
 
 def read(path: Path) -> list[StepRecord]:
-    """The records of the file, in the order of their steps.
+    """The records in the file, in the order of their steps.
 
-    A run that is resumed from a checkpoint repeats steps: a line replaces the earlier ones of its
-    step and of later steps, which are of the abandoned attempt. A cut last line is left out with a
-    warning in the log. Keys that are not a record's, such as the figures, are not read.
+    A run that resumes from a checkpoint repeats steps: a line replaces the earlier ones of its step
+    and of later steps, which belong to the abandoned attempt. A truncated last line is left out
+    with a warning in the log. Ignores keys that do not belong to a record, such as the figures.
 
     Raises:
-        EzpzError: there is no such file, it cannot be read, or a line is no record.
+        EzpzError: there is no such file, it cannot be read, or a line is not a record.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -68,7 +68,8 @@ def read(path: Path) -> list[StepRecord]:
         _take(records, _parsed(line, f"{path}, line {number}"))
     if rest and _is_cut(rest):
         logger.warning(
-            "%s, line %d: is cut off, for the run was killed or is writing it; left out.",
+            "%s, line %d: is truncated, because the run was killed or is still writing it; left "
+            "out.",
             path,
             len(lines),
         )
@@ -78,21 +79,21 @@ def read(path: Path) -> list[StepRecord]:
 
 
 def _as_json(record: StepRecord) -> dict[str, Any]:
-    """The record and its figures. ``format`` comes first, so that a cut line is known as ours."""
+    """The record and its figures. ``format`` comes first, which identifies a truncated line."""
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     layers = [
         {**vars(layer), "figures": figures}
         for layer, figures in zip(record.layers, figures_L, strict=True)
     ]
     head = {"format": FORMAT, **vars(record), "thresholds": record.thresholds.to_dict()}
-    del head["layers"]  # they come last: a reader of the line sees what is short first
+    del head["layers"]  # they come last: whoever reads the line sees the short values first
     return _spelled({**head, "figures": over_layers(figures_L), "layers": layers})
 
 
 def _spelled(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become strings, which pydantic and jq read as numbers.
+    """Spell NaN and infinity, which JSON lacks, as strings that pydantic and jq read as numbers.
 
-    The names are those of the JSON mapping of Protocol Buffers.
+    The names come from the JSON mapping of Protocol Buffers.
     """
     match value:
         case dict():
@@ -108,7 +109,7 @@ def _spelled(value: Any) -> Any:
 
 
 def _end_last_line(file: Any) -> None:
-    """Make the file end with a whole line."""
+    """Make the file end with a complete line."""
     end = file.seek(0, 2)
     if not end:
         return
@@ -125,8 +126,9 @@ def _end_last_line(file: Any) -> None:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether this is the beginning of one of our lines and no whole JSON."""
+    """Whether this is the beginning of one of our lines, but not complete JSON."""
     ours = b'{"format": '
+    # A line that was cut within this prefix is ours too.
     if not (line.startswith(ours) or ours.startswith(line)):
         return False
     try:
@@ -143,16 +145,16 @@ def _take(records: list[StepRecord], record: StepRecord) -> None:
 
 
 def _parsed(line: bytes, where: str) -> StepRecord:
-    """The record of a line; ``where`` is for the error."""
+    """The record on a line; ``where`` is for the error."""
     try:
         content = json.loads(line)
     except ValueError as error:
-        raise EzpzError(f"{where}: is no JSON: {error}. {_FOREIGN}") from None
+        raise EzpzError(f"{where}: is not JSON: {error}. {_FOREIGN}") from None
     if not isinstance(content, dict) or "format" not in content:
         raise EzpzError(f'{where}: has no "format". {_FOREIGN}')
     if content["format"] != FORMAT:
         raise EzpzError(
-            f"{where}: format {content['format']!r}, and this ezpz_moe reads format {FORMAT}. "
+            f"{where}: has format {content['format']!r}, but this ezpz_moe reads format {FORMAT}. "
             "Read it with the ezpz_moe that wrote it, or with a newer one."
         )
     try:

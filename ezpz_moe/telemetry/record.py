@@ -1,6 +1,6 @@
-"""What the experts of a run did in some steps.
+"""What a run's experts did in some steps.
 
-Legend: E routed experts, Z zero-computation experts.
+Legend: E = routed experts, Z = zero-computation experts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _Counts = tuple[_Count, ...]
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One MoE layer in the steps of a record, summed up over them and over all ranks.
+    """One MoE layer in the steps of a record, summed over them and over all ranks.
 
-    ``layer``: its index in the model. ``tokens``: those routed, padding left out. ``counts_E``:
+    ``layer``: its index in the model. ``tokens``: those routed, without padding. ``counts_E``:
     assignments to each routed expert, ``zero_counts_Z`` to each zero-computation expert (usually
     there are none). ``top1_probability`` and ``margin``: means over the tokens of the highest
-    probability, and of what it is above the second. ``bias_norm``: the selection bias' Euclidean
-    norm. ``losses`` by name (``aux_loss``, ``mse_loss``, ``z_loss``), without their coefficients;
-    ``scaled_losses`` with them. ``padding_waste``: rows that the backend computed unasked over all
-    rows computed. ``drop_rate``: assignments dropped over assignments.
+    probability, and of its lead over the second. ``bias_norm``: the Euclidean norm of the selection
+    bias. ``losses`` by name (``aux_loss``, ``mse_loss``, ``z_loss``), without their coefficients;
+    ``scaled_losses`` with them. ``padding_waste``: padding rows over all rows that the backend
+    computed. ``drop_rate``: assignments dropped over assignments.
     """
 
     layer: _Count
@@ -44,7 +44,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The MoE layers in the ``steps`` train steps that end with ``step``.
+    """The MoE layers in the ``steps`` training steps that end with ``step``.
 
     ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` computed the experts;
     ``thresholds`` are those of the run's alerts.

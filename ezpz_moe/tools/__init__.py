@@ -1,1 +1,1 @@
-"""What the commands do. Tools return data; ``ezpz_moe.cli`` prints it."""
+"""The work behind the commands. Tools return data; ``ezpz_moe.cli`` prints it."""

@@ -1,11 +1,11 @@
-"""A job of torchtitan 0.2 as one that torchtitan 0.3 trains with this package.
+"""Convert a job of torchtitan 0.2 to one that torchtitan 0.3 trains with this package.
 
-:func:`convert` says of every key what becomes of it, and writes nothing. Each assignment of the old
-file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which stands in no
-line. The new file is the old one's lines, each as its change has it, with what is added put behind
-the header of its section. What a key is in 0.3 comes
-from the table of its binding, ``hosts/titan/job_keys.py``, and what a model is from
-``hosts/titan_0_2/moe_models.py``. No host is imported, so that any may be installed, or none.
+:func:`convert` decides for every key what becomes of it, and writes nothing. Each assignment of the
+old file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which no line
+of the file mentions. The new file consists of the old one's lines, each as its change has it;
+additions follow the header of their section. The binding's table ``hosts/titan/job_keys.py`` says
+what a key is in 0.3, and ``hosts/titan_0_2/moe_models.py`` what a model is. No host is imported:
+any may be installed, or none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ezpz_moe.tools.convert_model import NewModel, new_model
 
 Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
 
-_DEFAULT_MODEL = "llama3"  # of torchtitan 0.2, as the next one
+_DEFAULT_MODEL = "llama3"  # torchtitan 0.2's default, like the next one
 _DEFAULT_SEQ_LEN = 2048
 
 
@@ -41,12 +41,12 @@ class Change:
 
     Attributes:
         key: ``section.name``.
-        value: in the old file; None for what is added, and 0.2's default for what differs.
-        fate: ``needless`` is what 0.3 does anyway, or what had no effect in 0.2 either; ``dropped``
-            had an effect. Neither is in the new file. What ``differs`` is in neither file: 0.2 had
-            a default that 0.3 cannot be given.
+        value: in the old file; None for an added key, and 0.2's default for one that differs.
+        fate: ``needless``: 0.3 does it anyway, or it had no effect in 0.2 either; ``dropped``: it
+            had an effect. Neither is in the new file. ``differs``: in neither file, because 0.3
+            cannot be given 0.2's default.
         note: 0.3's own name of the setting, the new value, or why there is none.
-        new: the new value of what is replaced or added.
+        new: the new value of a replaced or added key.
     """
 
     key: str
@@ -65,11 +65,11 @@ class Conversion:
     """What :func:`convert` found.
 
     Attributes:
-        changes: one for each key, in the order of the file; then what is added, and what differs.
+        changes: one per key, in the file's order; then the added keys, and those that differ.
         text: the new job.
-        flavor: what it names in ``model.flavor``.
+        flavor: the name in its ``model.flavor``.
         flavor_file: text of the flavor file that it needs beside it; empty for none.
-        refusal: why there is no such job; empty when there is one.
+        refusal: why there is no such job; empty if there is one.
     """
 
     changes: tuple[Change, ...]
@@ -80,19 +80,19 @@ class Conversion:
 
     @property
     def dropped(self) -> list[str]:
-        """Keys that had an effect and have none any more."""
+        """Keys that had an effect and no longer have one."""
         return [change.key for change in self.changes if change.fate == "dropped"]
 
 
 def convert(old: Path, new: Path) -> Conversion:
-    """What torchtitan 0.3 takes of a job of torchtitan 0.2.
+    """What torchtitan 0.3 accepts from a job of torchtitan 0.2.
 
     Args:
         old: the job's TOML.
-        new: where the new job would be; nothing is written.
+        new: where the new job would go; nothing is written.
 
     Raises:
-        EzpzError: ``old`` cannot be read, is no TOML, or has a section in one line.
+        EzpzError: ``old`` cannot be read, is not TOML, or has a section in one line.
     """
     values = dict(flat(read_toml(old)))
     model = _new_model(values, flavor_path(new).stem)
@@ -107,29 +107,30 @@ def convert(old: Path, new: Path) -> Conversion:
 
 
 def flavor_path(new: Path) -> Path:
-    """Where the flavor file of a new job is. No other job's has this name."""
+    """Where a new job's flavor file goes. No other job uses this name."""
     return new.with_name(f"{new.stem}_model.toml")
 
 
 def write(conversion: Conversion, new: Path) -> list[Path]:
-    """Write the new job, and beside it the flavor file that it needs; returns their paths.
+    """Write the new job and the flavor file that it needs beside it; return their paths.
 
     Raises:
-        EzpzError: there is no such job, it names a flavor that is not found from there, or a file
-            is there already or cannot be written. Nothing is left behind then.
+        EzpzError: there is no such job, its flavor cannot be found from there, or a file already
+            exists or cannot be written. Nothing is left behind then.
     """
     if conversion.refusal:
-        raise EzpzError(f"{new} is not written: {conversion.refusal}")
+        raise EzpzError(f"{new} was not written: {conversion.refusal}")
     if new.suffix != ".toml":
-        raise EzpzError(f"{new}: a job's name ends in .toml, by which it is told from a flavor's.")
+        raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
     if not conversion.flavor_file:
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
-    files = {path: text for path, text in files.items() if text}  # the job last: it needs the other
+    files = {path: text for path, text in files.items() if text}  # the job needs the flavor: last
     for path in files:
         if path.exists():
-            raise EzpzError(f"{path} exists already. Remove it, or choose another name.")
+            raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
     try:
+        # Write both files before moving either: a full disk then leaves nothing behind.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
             for path, text in files.items():
                 Path(folder, path.name).write_text(text, encoding="utf-8", newline="")
@@ -144,7 +145,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
 
 
 def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
-    """What the job trains; None when its model is this package's already."""
+    """What the job trains; None if its model is already this package's."""
     model = values.get("model.name", _DEFAULT_MODEL)
     if model == MODEL_NAME:
         return None
@@ -156,7 +157,7 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
 def _changed_lines(
     old: Path, values: Mapping[str, Any], model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
-    """The old file's statements, the assignments with what becomes of them."""
+    """The old file's statements, and for assignments, what becomes of them."""
     for line in statements(old.read_bytes().decode("utf-8-sig")):
         yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 
@@ -166,7 +167,7 @@ def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     found = list(flat(line.parsed, line.section))
     if len(found) != 1:
         raise EzpzError(
-            f"{old}: {line.text.strip()}: is not one key with one value. Write each key in a "
+            f"{old}: {line.text.strip()}: is not one key with one value. Write each key on a "
             "line of its own, under its [section]."
         )
     return found[0]
@@ -182,7 +183,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
         return _model_change(key, value, model)
     if is_one_of(row.unless, value):
         return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
-    # An option of another mode of activation checkpointing is an error in 0.3.
+    # In 0.3, an option of another mode of activation checkpointing is an error.
     may_be_idle = row.message or section == "activation_checkpoint"
     if may_be_idle and (because := _switched_off(key, values)):
         return Change(key, value, "needless", f"it has no effect with {because}")
@@ -195,7 +196,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
 
 def _model_change(key: str, value: Any, model: NewModel) -> Change:
     if model.refusal:
-        return Change(key, value, "dropped", "no flavor is this model")
+        return Change(key, value, "dropped", "no flavor matches this model")
     if key == "model.name":
         return Change(key, value, "replaced", f"by {shown(MODEL_NAME)}", MODEL_NAME)
     note = "; ".join([f"by {shown(model.flavor)}", *model.remarks])
@@ -203,7 +204,7 @@ def _model_change(key: str, value: Any, model: NewModel) -> Change:
 
 
 def _switched_off(key: str, values: Mapping[str, Any]) -> str:
-    """The setting with which ``key`` has no effect in 0.2: ``name = value``, or nothing."""
+    """The setting that leaves ``key`` without effect in 0.2: ``name = value``, or nothing."""
     for prefix, other, default, off in NO_EFFECT:
         value = values.get(other, default)
         if key.startswith(prefix) and is_one_of(off, value):
@@ -212,9 +213,9 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
 
 
 def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
-    """What the old file leaves to defaults that are others now.
+    """What the old file left to defaults that have changed since.
 
-    Nothing of a job whose model is ours already, and where no new job can be written.
+    Nothing for a job whose model is ours already, or if no new job can be written.
     """
     if model is None or model.refusal:
         return
@@ -225,7 +226,7 @@ def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change
 
 
 def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
-    """What the old file leaves to defaults that 0.3 cannot be given."""
+    """What the old file left to defaults that 0.3 cannot be given."""
     for key, (default, now) in LOST_DEFAULTS.items():
         if key not in values and not _switched_off(key, values):
             yield Change(key, default, "differs", f"torchtitan 0.2's default; {now}")
@@ -237,7 +238,7 @@ def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
 def _rendered(
     lines: Sequence[tuple[Statement, Change | None]], added: Sequence[Change], source: str
 ) -> str:
-    """The old file's statements, with what has changed."""
+    """The old file's statements, with the changes made."""
     text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
     missing: dict[str, list[Change]] = {}
     for change in added:
@@ -252,13 +253,14 @@ def _rendered(
 def _rendered_section(
     block: Sequence[tuple[Statement, Change | None]], missing: dict[str, list[Change]]
 ) -> Iterator[str]:
-    """The lines of one section; of one that is left with nothing, only the user's comments.
+    """The lines of one section; if nothing is left of it, only the user's comments.
 
-    What the section misses comes behind its header, or behind its first key if it has no header,
-    and is taken out of ``missing``.
+    What the section lacks follows its header, or its first key if it has no header, and is removed
+    from ``missing``.
     """
     section = block[0][0].section
     fates = {change.fate for _, change in block if change}
+    # `lives`: the header stays. `is_read`: so do comments and blank lines, for whoever reads on.
     is_empty = not fates and section in sections(KEYS) | {""}
     lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
     is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
@@ -287,6 +289,6 @@ def _rendered_key(line: Statement, change: Change) -> str:
 
 
 def _assignment(change: Change, section: str) -> str:
-    """What is replaced or added, as it stands under the header ``section``."""
+    """A replaced or added key, as written under the header ``section``."""
     was = change.note if change.fate == "added" else f"was {shown(change.value)}"
     return assignment(change.key.removeprefix(f"{section}."), change.new, was)

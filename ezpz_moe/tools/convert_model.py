@@ -1,4 +1,4 @@
-"""A model of torchtitan 0.2 as a flavor: a shipped one if it is the same, else a new file."""
+"""Turn a model of torchtitan 0.2 into a flavor: the same shipped one, or else a new file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ezpz_moe.hosts.titan_0_2.moe_models import DIFFERENCES, MOE_MODELS, YARN_BE
 
 @dataclass(frozen=True)
 class NewModel:
-    """The flavor that a job names instead, or why there is none.
+    """The flavor that the job names instead, or why there is none.
 
     Attributes:
         flavor: its name.
-        remarks: what is to be said about it.
-        file: text of the flavor file; empty for a flavor that is there already.
-        refusal: why there is no such flavor; empty when there is one.
+        remarks: what the user should know about it.
+        file: text of the flavor file; empty for an existing flavor.
+        refusal: why there is no such flavor; empty if there is one.
     """
 
     flavor: str = ""
@@ -33,13 +33,13 @@ class NewModel:
 
 
 def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
-    """The flavor that is ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
+    """The flavor for ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
 
     Args:
         model: 0.2's name of a model.
         flavor: 0.2's name of one of its sizes.
-        seq_len: tokens of a sequence: deepseek_v3 depends on it there.
-        name: of the flavor, if it needs a file.
+        seq_len: tokens of a sequence: 0.2's deepseek_v3 depends on it.
+        name: the flavor's, if it needs a file.
     """
     flavors = MOE_MODELS.get(model) if isinstance(model, str) else None
     if flavors is None:
@@ -65,15 +65,15 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
 
 def _dense(what: str, known: Mapping[str, Any], model: Any) -> str:
     return (
-        f"{what} is none of torchtitan 0.2's mixtures of experts ({', '.join(known)}), and "
-        "ezpz_moe computes nothing else. Dense models train with torchtitan's own configs, where "
+        f"{what} is not one of torchtitan 0.2's mixtures of experts ({', '.join(known)}), and "
+        "ezpz_moe computes nothing else. Dense models train with torchtitan's own configs, if "
         f"0.3 has them: `--module {model} --config ...`."
     )
 
 
 def _longest(flavor: str) -> int:
     dimensions = load_flavor(flavor).dimensions
-    assert dimensions is not None  # of the table's shipped sizes
+    assert dimensions is not None  # the table names shipped sizes only
     return dimensions.rope.max_seq_len
 
 
@@ -86,7 +86,7 @@ def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, s
 
 
 def _shipped(wanted: Flavor) -> str:
-    """The name of a flavor that is there already and is the same model; empty for none."""
+    """The name of an existing flavor that is the same model; empty for none."""
     apart = {"name", "source", "attention"}
     model = wanted.model_dump(exclude=apart)
     for name in flavor_names():
@@ -98,7 +98,7 @@ def _shipped(wanted: Flavor) -> str:
 
 
 def _toml(keys: Mapping[str, Any]) -> str:
-    """Keys as TOML, tables last."""
+    """Keys as TOML, with tables last."""
     plain = [assignment(key, value) for key, value in keys.items() if not isinstance(value, dict)]
     tables = [
         f"\n[{key}]\n{_toml(value)}" for key, value in keys.items() if isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""What a flavor's model is made of and what it costs: ``ezpz-moe describe``."""
+"""What a flavor's model consists of and what it costs: ``ezpz-moe describe``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Description:
 
     Attributes:
         flavor: its name.
-        seq_len: tokens of a sequence.
+        seq_len: tokens per sequence.
         precision: what the run and its experts compute in, in words.
         anatomy: the components.
-        dense: the dense model of equal FLOPs.
-        ranks: of the run; None for a flavor of which nobody said how many train it.
-        memory: of a rank of each pipeline stage; empty without ranks.
+        dense: the dense model with equal FLOPs.
+        ranks: of the run; None for a flavor if nobody said how many ranks train it.
+        memory: per pipeline stage, for one of its ranks; empty without ranks.
     """
 
     flavor: str
@@ -47,14 +47,14 @@ class Description:
 def describe(
     config: str, host_flags: list[str], world_size: int | None, device: Device
 ) -> Description:
-    """Look at a flavor's model, and at a rank's memory, without allocating it.
+    """Inspect a flavor's model and a rank's memory, without allocating it.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
-        world_size: ranks of the run; None: of a job the fewest that its degrees allow, while of a
-            flavor the memory is not looked at.
-        device: whose kernels the memory is of.
+        world_size: ranks of the run. None means the fewest that a job's degrees allow; for a flavor
+            it means not to look at the memory.
+        device: whose kernels determine the memory.
 
     Raises:
         EzpzError: the flavor or the job is wrong, or the host's binding cannot do this.
@@ -64,6 +64,7 @@ def describe(
     part = host().anatomy()
     with outside_of_a_run():
         seq_len = part.sequence_length(config, host_flags)
+        # The precision is that of the run's device, not of the machine that describes it.
         with contextlib.nullcontext() if device == "cpu" else as_on_an_accelerator():
             precision = part.precision_in_words(config, host_flags, flavor)
         anatomy = part.anatomy(flavor, seq_len)
@@ -77,7 +78,7 @@ def describe(
 
 
 def as_json(description: Description) -> dict[str, Any]:
-    """The same as plain values; FLOPs are of one token."""
+    """The description as plain values; FLOPs are per token."""
     anatomy = description.anatomy
     return {
         "flavor": description.flavor,
@@ -104,7 +105,7 @@ def as_json(description: Description) -> dict[str, Any]:
 
 
 def _memory(stage: StageMemory) -> dict[str, Any]:
-    """In bytes."""
+    """A stage's memory in bytes."""
     return {
         "rank": stage.rank,
         "microbatches_in_flight": stage.in_flight,

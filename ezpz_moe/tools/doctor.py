@@ -1,7 +1,7 @@
 """What is installed, what the binding relies on, and whether a job fits: ``ezpz-moe doctor``.
 
-Seconds, no accelerator needed. Everything here gathers; printing is the command line's work. The
-host may be any, also one that no binding fits: then the nearest generation's list is reported.
+Takes seconds and needs no accelerator. This module gathers; the command line prints. It accepts
+any host, even one that no binding fits: then it reports the nearest generation's list.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.hosts.untested import is_tested, tested_pairs
 from ezpz_moe.tools.verify import default_device
 
-# Nobody needs all of them; a missing one takes away what stands beside it.
+# Nobody needs all of these; without a package, what stands beside it does not work.
 OPTIONAL_PACKAGES = {
     "triton": "torch.compile on accelerators",
     "torchao": "quantized experts of torchtitan's own configs",
@@ -42,7 +42,7 @@ OPTIONAL_PACKAGES = {
 }
 
 _TRIED = "debugmodel_sdpa"
-"""The flavor that tells whether the host still builds what the binding asks for."""
+"""The flavor that shows whether the host still builds what the binding asks for."""
 
 T = TypeVar("T")
 
@@ -52,12 +52,12 @@ class Finding:
     """One line that holds or is broken, or that only informs.
 
     Attributes:
-        what: the thing that was looked at.
-        used_for: what for.
-        problem: what is wrong with it; empty when it holds.
+        what: the thing that was checked.
+        used_for: its purpose.
+        problem: what is wrong with it; empty if it holds.
         meaning: what that means for the user.
-        is_note: whether nothing depends on it, so that a problem breaks nothing.
-        vital: whether no run starts without it.
+        is_note: whether nothing depends on it, so a problem breaks nothing.
+        vital: whether no run can start without it.
     """
 
     what: str
@@ -73,7 +73,7 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """One word for it."""
+        """The state in one word."""
         return "note" if self.is_note else "holds" if self.holds else "BROKEN"
 
 
@@ -92,7 +92,7 @@ def facts() -> dict[str, str]:
 
 
 def host_findings() -> list[Finding]:
-    """Everything that the binding relies on in the host, and what it makes of it.
+    """Everything that the binding relies on in the host, and whether it works.
 
     Raises:
         EzpzError: there is no host.
@@ -116,28 +116,28 @@ def can_train(findings: Iterable[Finding]) -> bool:
 
 
 def nearest_generation() -> Host:
-    """What a host that no binding fits is most alike: by its files, else by what holds."""
+    """The generation most like a host that no binding fits: by its files, else by what holds."""
     written = [each for each in detect.HOSTS if each.is_written]
     return written[0] if written else min(detect.HOSTS, key=_share_broken)
 
 
 def job_findings(config: str, world_size: int | None) -> list[Finding]:
-    """A job against the installed host: its keys, its conflicts, its files, its memory.
+    """Check a job against the installed host: its keys, conflicts, files and memory.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
-        world_size: number of ranks; without it the checks that depend on it are left out.
+        world_size: number of ranks; without it, the checks that depend on it are skipped.
     """
     try:
         return _job_findings(config, world_size)
     except EzpzError:
         raise
-    except Exception as error:  # the host's: no line tells what becomes of each of its models
+    except Exception as error:  # the host's: no check foresees how each of its models can fail
         return [Finding(config, "built by the host", in_words(error), "it cannot be trained")]
 
 
 def _job_findings(config: str, world_size: int | None) -> list[Finding]:
-    settings = "its keys and how they go together"
+    settings = "its keys and how they combine"
     with outside_of_a_run():
         try:
             job = find_job(config)
@@ -172,8 +172,8 @@ def _share_broken(generation: Host) -> float:
 
 
 def _binding_findings(generation: Host, refusal: str) -> Iterator[Finding]:
-    """What no single line tells: whether the binding loads, and makes a model and a config."""
-    if refusal:  # although every line holds: of this machine's device
+    """What no single line shows: whether the binding loads, and builds a model and a config."""
+    if refusal:  # every line holds, so it is about this machine's device
         yield Finding("the host", "training on this machine", refusal, NO_FLAVOR, vital=True)
         return
     for module in generation.modules():
@@ -198,7 +198,7 @@ def _trainer_config(generation: Host) -> Any:
 
 
 def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
-    """What ``make`` returns, or in words what it raised, which may be anything."""
+    """What ``make`` returns, or its error in words, which may be any exception."""
     try:
         return make(*args), ""
     except Exception as error:
@@ -217,9 +217,9 @@ def _state_dict_findings(model: nn.Module, generation: Host) -> Iterator[Finding
 
 
 def _alignment(summary) -> Iterator[Finding]:
-    """The model's dimensions against every backend that this device can run at all.
+    """Check the model's dimensions against every backend that this device can run at all.
 
-    The job's own is judged with the job; of the others it is good to know which it could have.
+    The job's own backend is checked with the job; for the others, the user learns which would work.
     """
     device, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
     for name, backend in _usable(device).items():
@@ -236,13 +236,13 @@ def _usable(device: torch.device) -> dict:
 
 
 def _memory(config, parameters: int, world_size: int) -> Finding:
-    """Weights, gradients and optimizer states of an average rank; activations come on top."""
+    """Weights, gradients and optimizer states of an average rank; activations are extra."""
     size = getattr(torch, config.training.dtype).itemsize
     held = parameters * share_of_model(config.parallelism, world_size)
     needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
     what = (
         f"{needed / 2**30:.1f} GiB of model states on each of {world_size} rank(s), "
-        f"activations apart"
+        f"without activations"
     )
     if config.training.enable_cpu_offload:
         return Finding(what, "kept in the host's memory, not the device's", is_note=True)
@@ -278,10 +278,10 @@ def _device() -> str:
 
 
 def _precision() -> str:
-    """What a job trains in here that does not say."""
+    """The precision of a job here that does not set one."""
     if trains_in_float32(default_device()):
         return f"float32 unless a job says otherwise: {REASON}"
-    return "as torchtitan has it: bfloat16 unless a job says otherwise"
+    return "as in torchtitan: bfloat16 unless a job says otherwise"
 
 
 def _device_memory() -> int:

@@ -1,7 +1,7 @@
 """Start the trainer: torchrun on this machine, around ``python -m ezpz_moe.train``.
 
-The arguments are those of the host's own ``run_train.sh``. On several machines each starts its own
-torchrun, and when one is lost the others say which (:mod:`ezpz_moe.tools.nodes`).
+The arguments are those of the host's own ``run_train.sh``. With several machines, each starts its
+own torchrun, and if one is lost the others say which (:mod:`ezpz_moe.tools.nodes`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 
 
 Tell = Callable[[str], None]
-"""Given what the user has to be told of how the run ended."""
+"""Takes what the user must know about how the run ended."""
 
 
 def train(
@@ -40,42 +40,42 @@ def train(
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
-    The workers' output comes through live; of several ranks of this machine, its first is shown,
+    The workers' output appears live. Of several ranks on this machine, it shows the first one,
     those in ``LOG_RANK``, and the one that has a pipeline's loss.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
-        tell: given torchrun's report of a failure, or that of the node that was lost.
+        tell: takes torchrun's report of a failure, or that of the node that was lost.
         nproc: processes on this machine, one per accelerator.
-        placement: this machine's place among several; None when there is only this one.
+        placement: this machine's place among several; None if it is the only one.
 
     Returns:
-        An exit code: 0, 2 for a mistake of the user's that a worker has already reported, 1 for
-        any other failure, of which ``tell`` has been given the report, 128 + n when signal n ended
-        the run.
+        An exit code: 0; 2 for a user's mistake that a worker has already reported; 1 for any other
+            failure, whose report ``tell`` was given; 128 + n when signal n ended the run.
 
     Raises:
-        EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not come.
+        EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not show up.
             Nothing has been started then.
     """
-    # Before torch is imported: most mistakes cost no waiting.
+    # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
     arguments = presumed_host().arguments(job) + host_flags
     _check_processes(nproc)
     _share_threads(nproc)
     nnodes = placement.nnodes if placement else 1
     shown = _shown_ranks(pipeline_degree(job, host_flags), nproc, nnodes)
-    # The trainer, which counts the ranks of all machines, warns when the loss is on a hidden one.
+    # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
     os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
     if placement is None:
-        # By this machine's own name, which not every laptop can look up, torchrun would wait long.
+        # By default torchrun uses this machine's name; where that cannot be resolved, it waits
+        # long.
         here = ["--standalone", "--local-addr", "localhost"]
         return _run(here, arguments, nproc, shown, str, tell)
     with meet(placement, nproc) as nodes:
 
         def lost(failure: ChildFailedError) -> str:
-            """Which node was lost and how to go on; torchrun's own report if none was."""
+            """Which node was lost and how to continue; torchrun's own report if none was."""
             report = loss_report(nodes, placement.node_rank, _last_words(failure))
             if report is None:
                 return str(failure)
@@ -93,7 +93,7 @@ def _run(
     report: Callable[[ChildFailedError], str],
     tell: Tell,
 ) -> int:
-    """torchrun, with what is told of a failure left to ``report``."""
+    """Run torchrun, and let ``report`` decide what to tell about a failure."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -104,7 +104,7 @@ def _run(
         if "," in shown:
             arguments += ["--role", "rank", "--tee", "3"]  # "[rank0]:" before each line
         arguments += ["--module", "ezpz_moe.train", *trainer_arguments]
-        # A failure comes back as an exception that holds torchrun's whole report: print it once.
+        # A failure arrives as an exception with torchrun's whole report: do not print it twice.
         logging.disable(logging.ERROR)
         try:
             torchrun.run(torchrun.parse_args(arguments))
@@ -130,20 +130,20 @@ def _last_words(failure: ChildFailedError) -> str:
 
 
 def _how_to_go_on(checkpoint: Path | None) -> str:
-    again = "To go on, start the same line again on every node"
+    again = "To continue, run the same command again on every node"
     if checkpoint is None:
         return f"{again}. There is no checkpoint to resume from: it begins at step 1."
     if not checkpoint.is_dir():
-        return f"{again}, without checkpoint.load_step: {checkpoint}, which it names, is not there."
+        return f"{again}, without checkpoint.load_step: it names {checkpoint}, which is missing."
     return f"{again}: it resumes from {checkpoint}."
 
 
 def _check_processes(nproc: int) -> None:
-    """One process per accelerator; on the CPU any number."""
+    """Allow one process per accelerator; on the CPU, any number."""
     import torch
 
     if nproc < 1:
-        raise EzpzError(f"--nproc {nproc}: at least one process is needed.")
+        raise EzpzError(f"--nproc {nproc}: must be at least 1 process.")
     if torch.accelerator.is_available() and nproc > (count := torch.accelerator.device_count()):
         raise EzpzError(
             f"--nproc {nproc}: this machine has {count} {torch.accelerator.current_accelerator()} "
@@ -152,9 +152,9 @@ def _check_processes(nproc: int) -> None:
 
 
 def _share_threads(nproc: int) -> None:
-    """On the CPU, share out the threads that torch would use alone; the user's choice stands.
+    """On the CPU, divide the threads that torch would use alone; the user's choice wins.
 
-    torchrun would give each of several processes one thread, as is right beside an accelerator.
+    torchrun would give each of several processes one thread, which suits only accelerators.
     """
     import torch
 
@@ -165,21 +165,22 @@ def _share_threads(nproc: int) -> None:
 def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
     """Comma-separated local ranks whose output is shown.
 
-    Local rank 0 always: it reports mistakes. The loss of a pipeline is on the first rank of its
-    last stage, on one of the machines.
+    Always local rank 0, which reports mistakes. A pipeline's loss is on the first rank of its last
+    stage, on one of the machines.
     """
+    # Pipeline stages are the outermost dimension: the last one begins after all the others' ranks.
     loss_rank = nproc * nnodes // degree * (degree - 1) % nproc
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:
         ranks = {0, *map(int, asked.split(","))}
     except ValueError:
         raise EzpzError(
-            f"{_SHOWN_RANKS}={asked!r}: ranks separated by commas, such as 0,1."
+            f"{_SHOWN_RANKS}={asked!r}: must be ranks separated by commas, such as 0,1."
         ) from None
     return ",".join(map(str, sorted(ranks)))
 
 
 def _on_all_nodes(local_ranks: str, nproc: int, nnodes: int) -> str:
-    """Local ranks, as a list with commas, counted over all machines."""
+    """Local ranks, counted over all machines, as a comma-separated list."""
     local = [int(rank) for rank in local_ranks.split(",")]
     return ",".join(str(node * nproc + rank) for node in range(nnodes) for rank in local)

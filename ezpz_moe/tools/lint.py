@@ -1,8 +1,8 @@
-"""The trainer's flags in shell, PBS and Slurm scripts: which the installed host still takes.
+"""Find trainer flags in shell, PBS and Slurm scripts, and say which the installed host accepts.
 
-A flag of the trainer's is ``--section.key``; those of srun, mpiexec and torchrun have no dot. So
-nothing needs to be known of the command that a word belongs to, and a flag is found in arrays,
-strings and here-documents too. What a flag became comes from the tables of the job's keys.
+A trainer flag is ``--section.key``; flags of srun, mpiexec and torchrun have no dot. So it does not
+matter which command a word belongs to, and flags are found in arrays, strings and here-documents
+too. What became of a flag is in the tables of the job's keys.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Finding:
 
     Attributes:
         place: ``file:line``.
-        flag: as it is written, without its value.
-        remedy: what to do about it; empty for a flag that the host takes.
+        flag: as written, without its value.
+        remedy: what to do about it; empty for a flag that the host accepts.
     """
 
     place: str
@@ -39,11 +39,11 @@ class Finding:
 
 
 def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
-    """Every flag of the trainer's in a script.
+    """Every trainer flag in a script.
 
     Args:
         path: the script.
-        taken: the host's flags, see :func:`taken_flags`.
+        taken: the host's flags; see :func:`taken_flags`.
 
     Raises:
         EzpzError: the file cannot be read.
@@ -60,7 +60,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
         if (flag := _flag(word)) and _section(flag) in _sections():
             findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
         elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
-            findings.append(Finding(place, flag, f"no section of torchtitan's: is it {near[0]}?"))
+            findings.append(Finding(place, flag, f"unknown section: did you mean {near[0]}?"))
         elif launched and (name := word.partition("=")[0]) != word and name in _variables():
             findings.append(Finding(place, f"{name}=", _variable_remedy(name)))
     return findings
@@ -70,24 +70,25 @@ def taken_flags() -> frozenset[str]:
     """The flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
 
     Raises:
-        EzpzError: there is no host that this package has a binding for.
+        EzpzError: no host is installed that this package has a binding for.
     """
     config = host().trainer_config(job_for_flavor(_ANY_FLAVOR))
     return host().flags(config)
 
 
 def words(line: str) -> Iterator[str]:
-    """The words of one line of a script, those inside quotes too, up to a comment.
+    """The words of one line of a script up to a comment, including those inside quotes.
 
-    A quote may begin or end in another line: what stands behind it is taken as words.
+    A quote may begin or end on another line: what follows it is split into words.
     """
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&`")
     lexer.whitespace_split = True
-    lexer.commenters = ""  # shlex sees one in ${#array[@]} too
+    lexer.commenters = ""  # shlex would also find a comment in ${#array[@]}
     try:
         for word in lexer:
             if word.startswith("#"):
                 return
+            # A quoted string may hold a whole command line: split it again.
             yield from words(word) if set(word) & set(lexer.whitespace) else [word]
     except ValueError:  # an open quote, or a last backslash: the lexer holds an unfinished word
         yield from words(lexer.token)
@@ -95,6 +96,7 @@ def words(line: str) -> Iterator[str]:
 
 def _flag(word: str) -> str:
     """The flag in a word: ``--a.b``, ``--a.b=1``, ``ARGS=--a.b``, ``${X:+--a.b}``; or nothing."""
+    # `ARGS=--a.b` and `${X:+--a.b}` hide a flag behind an assignment or a default.
     for mark in ("=", ":-", ":+"):
         before, _, after = word.partition(mark)
         if after.startswith("--") and not before.startswith("--"):
@@ -113,7 +115,7 @@ def _section(flag: str) -> str:
 
 
 def _remedy(spelled: str, taken: frozenset[str]) -> str:
-    """What to do about a flag; empty when the host takes it."""
+    """What to do about a flag; empty if the host accepts it."""
     section, _, name = spelled.rpartition(".")
     no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
     path = f"{section}.{name.removeprefix(no)}"
@@ -124,14 +126,14 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
         return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
     section, _, name = key.rpartition(".")
     row = presumed_host().job_keys()[section].get(name)
-    if row is None:  # a newer host's
+    if row is None:  # the key belongs to a newer host
         return f"{presumed_host().name} has no such setting"
     for now in (row.path, row.flag, key):
         if now in taken:
             return f"now {_dashed(now, no)}"
     if row.path and (whole := row.path.rpartition(".")[0]) in taken:
         return f"now one of the values of {_dashed(whole)}"
-    return row.message or f"no flag any more: set [{section}] {name} in the job's TOML"
+    return row.message or f"no longer a flag: set [{section}] {name} in the job's TOML"
 
 
 def _dashed(path: str, no: str = "") -> str:
@@ -167,5 +169,5 @@ def _keys_by_spelling() -> dict[str, str]:
 
 @cache
 def _sections() -> frozenset[str]:
-    """What a flag of the trainer's begins with."""
+    """The first parts of trainer flags."""
     return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)

@@ -1,7 +1,7 @@
 """What each rank of a job holds: weights, gradients, optimizer states, activations, in bytes.
 
-Ranks of one pipeline stage are alike, so that one of each stage is looked at, as in
-:mod:`ezpz_moe.tools.preflight`, each in a process of its own.
+The ranks of one pipeline stage are alike. So one per stage is enough, each in a process of its own,
+as in :mod:`ezpz_moe.tools.preflight`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ezpz_moe.tools.preflight import concurrently, first_ranks, in_a_process
 Device = Literal["accelerator", "cpu"]
 
 OPTIMIZER_STATES = STATES_PER_PARAMETER - 2
-"""Of AdamW for a parameter, beside its weight and its gradient."""
+"""AdamW's per parameter, besides the weight and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class StageMemory:
     """What a rank of one pipeline stage holds, in bytes by component.
 
     Attributes:
-        rank: the stage's first, whose shards are the largest.
-        weights: its shards; gradients are as large, AdamW's states twice.
-        activations: what forward leaves for backward, of all microbatches at a time.
-        in_flight: how many microbatches that are.
+        rank: the stage's first, which has the largest shards.
+        weights: its shards; gradients take the same, AdamW's states twice that.
+        activations: what forward leaves for backward, for all microbatches held at a time.
+        in_flight: how many microbatches these are.
     """
 
     rank: int
@@ -43,19 +43,19 @@ class StageMemory:
 
     @property
     def held(self) -> dict[str, int]:
-        """Bytes of everything, by what it is."""
+        """Bytes of everything, by kind."""
         return held(sum(self.weights.values()), sum(self.activations.values()))
 
     @property
     def held_by_component(self) -> dict[str, dict[str, int]]:
-        """Component -> bytes of everything, by what it is."""
+        """Component -> bytes of everything, by kind."""
         shown = [*COMPONENTS, *sorted(self.activations.keys() - set(COMPONENTS))]
         rows = {name: (self.weights.get(name, 0), self.activations.get(name, 0)) for name in shown}
         return {name: held(*row) for name, row in rows.items() if any(row)}
 
 
 def held(weights: int, activations: int) -> dict[str, int]:
-    """Bytes by what they hold: gradients are as large as weights, AdamW's states twice."""
+    """Bytes by kind: gradients take as much as weights, AdamW's states twice that."""
     return {
         "weights": weights,
         "gradients": weights,
@@ -68,7 +68,7 @@ def held(weights: int, activations: int) -> dict[str, int]:
 def stage_memories(
     config: str, host_flags: list[str], *, world_size: int, device: Device
 ) -> list[StageMemory]:
-    """Look at the first rank of every pipeline stage.
+    """Measure the first rank of every pipeline stage.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
@@ -77,8 +77,8 @@ def stage_memories(
         device: whose kernels compute attention and norms.
 
     Raises:
-        EzpzError: the ranks do not fit the job, one cannot be built, or the pipeline's schedule is
-            one whose microbatches in flight are not known.
+        EzpzError: the ranks do not fit the job, one cannot be built, or it is unknown how many
+            microbatches the pipeline's schedule holds.
     """
     job = host().memory().pipeline(config, host_flags)
     ranks = first_ranks(world_size, job.stages)
@@ -87,6 +87,7 @@ def stage_memories(
         for stage in range(job.stages)
     ]
     look = _activations if device == "accelerator" else _activations_on_cpu
+    # One forward through all layers serves every stage; _stage picks out its own part.
     functions = [(look, 0), *((_weights, rank) for rank in ranks)]
     forward, *shards = concurrently(
         partial(in_a_process, function, config, host_flags, world_size, rank)
@@ -111,13 +112,13 @@ def _activations_on_cpu(*arguments: Any) -> RankReport:
 
 
 def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """Microbatches whose activations a stage holds at most.
+    """The most microbatches whose activations a stage holds at a time.
 
-    Without a pipeline it is one. GPipe (arXiv 1811.06965) runs all forwards first; in 1F1B
+    One without a pipeline. GPipe (arXiv 1811.06965) runs all forwards first; in 1F1B
     (PipeDream-Flush, arXiv 2006.09503) a stage is ahead of the last one by their distance.
 
     Raises:
-        EzpzError: another schedule.
+        EzpzError: the schedule is another one.
     """
     if stages == 1:
         return 1
@@ -127,19 +128,19 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
         case "1f1b":
             return min(stages - stage, microbatches)
     raise EzpzError(
-        f"parallelism.pipeline_parallel_schedule = {schedule!r}: how many microbatches a rank "
-        "holds is known of 1F1B and GPipe only. `ezpz-moe preflight` measures the model states of "
-        "every schedule."
+        f"parallelism.pipeline_parallel_schedule = {schedule!r}: only for 1F1B and GPipe is it "
+        "known how many microbatches a rank holds. `ezpz-moe preflight` measures the model states "
+        "of every schedule."
     )
 
 
 def _stage(shards: RankReport, in_flight: int, forward: RankReport) -> StageMemory:
-    """Of the activations of all layers those of the stage's own."""
+    """Select the stage's own activations from those of all layers."""
     parts = {part for part, _ in shards.bytes_by_place}
     activations: Counter[str] = Counter()
     for (part, component), number in forward.bytes_by_place.items():
         if part in parts:
-            # The loss is computed, and its memory freed, for one microbatch after the other.
+            # The loss is computed, and its memory freed, one microbatch after the other.
             activations[component] += number * (1 if part == "lm_head" else in_flight)
     weights: Counter[str] = Counter()
     for (_, component), number in shards.bytes_by_place.items():

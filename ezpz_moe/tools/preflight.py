@@ -1,7 +1,7 @@
-"""The ranks of a big run, built one by one on this machine: ``ezpz-moe preflight``.
+"""Build the ranks of a big run one by one on this machine: ``ezpz-moe preflight``.
 
-Ranks of one pipeline stage differ only in who they are, and the first of them has the largest
-shards; so one rank per stage is built, each in a process of its own.
+The ranks of one pipeline stage differ only in their number, and the first has the largest shards.
+So one rank per stage is built, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ezpz_moe.hosts.rank_report import RankReport
 _PROCESSES = 2  # each imports torch and the host: about 1 GiB
 
 Look = Callable[[str, list[str], int, int], RankReport]
-"""What a process is for: of config, host_flags, world_size and rank, as ``Host.run_rank``."""
+"""What a process runs, with the arguments of ``Host.run_rank``."""
 
 
 def preflight(
@@ -37,7 +37,7 @@ def preflight(
         stages: the pipeline's degree.
 
     Raises:
-        EzpzError: the ranks cannot be shared out among the stages, or a process died.
+        EzpzError: the stages cannot share the ranks equally, or a process died.
     """
     jobs = (
         partial(in_a_process, _run_rank, config, host_flags, world_size, rank)
@@ -54,18 +54,18 @@ def first_ranks(world_size: int, stages: int) -> range:
     """The first rank of every pipeline stage.
 
     Raises:
-        EzpzError: the ranks cannot be shared out among the stages.
+        EzpzError: the stages cannot share the ranks equally.
     """
     if world_size % stages:
         raise EzpzError(
-            f"--world-size {world_size}: has to be a multiple of "
+            f"--world-size {world_size}: must be a multiple of "
             f"parallelism.pipeline_parallel_degree = {stages}."
         )
     return range(0, world_size, world_size // stages)  # pipelines are the outermost dimension
 
 
 def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankReport]:
-    """Their reports in order; as many at a time as memory is likely to hold."""
+    """The jobs' reports in order; runs as many at a time as memory is likely to hold."""
     with ThreadPoolExecutor(_PROCESSES) as threads:
         yield from threads.map(lambda job: job(), jobs)
 
@@ -73,28 +73,29 @@ def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankRepor
 def in_a_process(
     function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What ``function``, of a module so that the process finds it, reports of a rank.
+    """What ``function`` reports about a rank. The process imports it, so it must be in a module.
 
-    A pool of its own for each rank: one for all would not tell whose process died.
+    Each rank has a pool of its own: a shared one would not tell whose process died.
 
     Raises:
         EzpzError: the process died.
     """
+    # Spawned, not forked: the host keeps global state that a fork would inherit.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_run, function, config, host_flags, world_size, rank).result()
         except BrokenProcessPool:
             raise EzpzError(
-                f"rank {rank} of {world_size}: the process that built it died. Most often the "
-                f"system killed it for its memory: {_PROCESSES} run at a time, each of 1 GiB and "
-                "more. Start this where more memory is free, such as in an interactive job."
+                f"rank {rank} of {world_size}: the process that built it died. Usually the system "
+                f"killed it because memory ran out: {_PROCESSES} run at a time, each with 1 GiB or "
+                "more. Run this where more memory is free, such as in an interactive job."
             ) from None
 
 
 def _run(
     function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What a process is for. Everything that goes wrong there is the report."""
+    """Runs in the new process. Whatever goes wrong becomes the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What the trainer will be told, as far as this package has to know it before and after a run."""
+"""The trainer's settings that this package has to know before and after a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ezpz_moe.config.job import Job
 
-_NEWEST = -1  # what ``checkpoint.load_step`` says unless told; as a step found: none
+_NEWEST = -1  # the default of ``checkpoint.load_step``; as a step that was found: none
 
 
 def pipeline_degree(job: Job, host_flags: list[str]) -> int:
@@ -19,12 +19,12 @@ def pipeline_degree(job: Job, host_flags: list[str]) -> int:
 
 
 def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """The folder that the trainer would resume from; None when there is none, or it is not told to.
+    """The folder that the trainer would resume from; None if there is none, or it is told not to.
 
-    Where checkpoints are is said in the trainer's own way: ``checkpoint.folder`` in
-    ``dump_folder``, one ``step-N`` each, which is whole when it has its metadata. The trainer
-    takes the newest of them, or without a look the one that ``checkpoint.load_step`` names, which
-    need not be there.
+    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
+    ``step-N`` per checkpoint, which is complete once it has its metadata. The trainer takes the
+    newest of them, or without checking the one that ``checkpoint.load_step`` names, which may not
+    exist.
     """
     values, parser = job.values, _parser()
     enable, disable = "--checkpoint.enable", "--checkpoint.no-enable"
@@ -48,6 +48,7 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
         type=int,
         default=values.get("checkpoint.load_step", _NEWEST),
     )
+    # The trainer parses all its flags; only the ones above matter here.
     told = parser.parse_known_args(host_flags)[0]
     if not told.enable:
         return None
@@ -58,7 +59,7 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
 
 def _newest_step(folder: Path) -> int:
     whole = (file.parent.name for file in folder.glob("step-*/.metadata"))
-    # Beside them may be "step-20.partial", which a `ckpt remap` is writing, or a user's copy.
+    # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a user's copy.
     matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
     return max((int(match[1]) for match in matches if match), default=_NEWEST)
 
@@ -68,5 +69,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _spellings(key: str) -> list[str]:
-    """The host takes underscores and dashes alike."""
+    """The spellings of a flag: the host accepts both underscores and dashes."""
     return list(dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"]))

@@ -1,8 +1,8 @@
 """Measure ahead of time what ``compute_backend = "auto"`` measures in a job's first step.
 
-One step of the job in the real trainer, on the processes that it will run with, so that rows,
-sizes, threads and routing are the run's own. Each process measures, because any of them may be the
-first to be asked in the run. What is measured replaces what was known.
+Runs one step of the job in the real trainer, on the processes that will train it: rows, sizes,
+threads and routing are then the run's own. Each process measures, because any of them may be the
+first to be asked in the run. New measurements replace old ones.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def tune(
     nproc: int = 1,
     placement: Placement | None = None,
 ) -> tuple[int, list[tuple[Situation, Measured]]]:
-    """Train one step of ``config``, and keep what its ``auto`` has measured.
+    """Train one step of ``config``, and save what its ``auto`` measures.
 
     Args:
         config, host_flags, tell, nproc, placement: as in :func:`ezpz_moe.tools.launch.train`.
 
     Returns:
-        The exit code of the step, and what this machine's processes have measured: nothing
-        unless it is 0, or where no routed row came to them.
+        The exit code of the step, and what this machine's processes measured: nothing if the code
+        is not 0, or if they got no routed rows.
 
     Raises:
-        EzpzError: as :func:`ezpz_moe.tools.launch.train`; the job's experts are not computed by
-            ``auto``; or what is measured could not be kept. Nothing has been started then.
+        EzpzError: as :func:`ezpz_moe.tools.launch.train`; ``auto`` does not compute the job's
+        experts; or the measurements could not be saved. Nothing has been started then.
     """
     job = find_job(config)
     _check_flavor(job)
@@ -56,6 +56,7 @@ def tune(
         step = presumed_host().one_step(scratch)
         flags = [*step, *host_flags]
         code = train(config, flags, tell=tell, nproc=nproc, placement=placement)
+        # A step that failed may have timed only some of the layers.
         measured = list(tuning.recorded()) if code == 0 else []
     for situation, times in measured:
         tuning.remember(situation, times)
@@ -67,14 +68,14 @@ def _check_flavor(job: Job) -> None:
     backend = flavor.compute_backend
     if name_and_options(backend)[0] != _AUTO:
         raise EzpzError(
-            f"{job.source}: compute_backend = {backend!r} in flavor {flavor.name}, so that "
-            f"there is nothing to choose. Name a flavor that ends in _{_AUTO}, or set "
+            f"{job.source}: compute_backend = {backend!r} in flavor {flavor.name}, so there is "
+            f"nothing to choose. Name a flavor that ends in _{_AUTO}, or set "
             f'compute_backend = "{_AUTO}" in its file.'
         )
 
 
 def _check_folder() -> None:
-    """Raise if nothing can be kept."""
+    """Raise if measurements cannot be saved."""
     from ezpz_moe.compute import tuning
 
     folder = tuning.cache_folder()
@@ -83,6 +84,6 @@ def _check_folder() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise EzpzError(
-            f"{folder}, where measured times are kept, cannot be written: {error.strerror}. "
+            f"{folder}, where measured times are saved, cannot be written: {error.strerror}. "
             f"Set {CACHE_VARIABLE} to another folder."
         ) from error

@@ -1,9 +1,8 @@
-"""Every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
+"""Check every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
 
-Five routings, the output and all four gradients, each judged by the compute contract: its error
-bound, exact zeros where no token is, and the dtype of x. One that drops tokens is given a capacity
-at which it drops none. Results are plain rows; printing them is
-the command line's work.
+Covers five routings, the output and all four gradients. The compute contract is the judge: its
+error bound, exact zeros where there are no tokens, and the dtype of x. A backend that drops tokens
+gets a capacity at which it drops none. Results are plain rows, which the command line prints.
 
 Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -32,9 +31,9 @@ from ezpz_moe.compute.reference import (
 from ezpz_moe.compute.registry import options_of
 from ezpz_moe.errors import EzpzError
 
-DIM, HIDDEN_DIM = 128, 192  # unequal, so that a swapped matrix shows
+DIM, HIDDEN_DIM = 128, 192  # unequal, to expose a swapped matrix
 
-# Tokens of each of eight experts, and rows after them that no expert owns.
+# Tokens of each of eight experts, and rows after them that belong to no expert.
 ROUTINGS: dict[str, tuple[list[int], int]] = {
     "balanced": ([64] * 8, 0),
     "uneven, empty": ([0, 190, 1, 0, 77, 31, 213, 0], 0),
@@ -58,7 +57,7 @@ class Check:
 class Row:
     """How one tensor of a :class:`Check` compares with float64.
 
-    ``verdict`` is ``"ok"`` or what is wrong; a figure is None where it is not a number.
+    ``verdict`` is ``"ok"`` or what is wrong; a figure is None if it is not a finite number.
     """
 
     backend: str
@@ -84,7 +83,7 @@ def default_device() -> str:
 
 
 def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
-    """For every installed backend why it cannot run there; an empty list means usable.
+    """For every installed backend, why it cannot run there; an empty list means usable.
 
     Raises:
         EzpzError: torch knows no such device.
@@ -97,7 +96,7 @@ def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
 
 
 def properties(name: str) -> dict[str, Any]:
-    """What a backend says of itself; None for one whose package does not load."""
+    """What a backend says about itself; None if its package does not load."""
     keys = ("host_syncs", "static_shapes", "drops_tokens", "summary")
     try:
         backend = get_backend(name)
@@ -111,7 +110,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     """Every check of the usable backends on ``device``.
 
     Raises:
-        EzpzError: nothing can be compared there; when no backend is usable, with all reasons.
+        EzpzError: nothing can be compared there; if no backend is usable, with all reasons.
     """
     if not dtypes:
         raise EzpzError("--dtype: name at least one, for example bfloat16")
@@ -139,10 +138,11 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
 def compare(check: Check) -> list[Row]:
     """The rows of one check: the output and the four gradients. Syncs the device.
 
-    An exception of the backend is a verdict, so that the other checks still run.
+    An exception of the backend becomes a verdict, and the other checks still run.
     """
     case, true, bounds = _reference(check.device, check.dtype, check.routing)
     try:
+        # lossless, because dropped rows would count as errors.
         values = run(get_backend(check.backend).lossless.swiglu, case)
     except Exception as error:
         verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -170,7 +170,8 @@ def cosine(value: Tensor, true: Tensor) -> float:
 def _reference(
     device: str, dtype: str, routing: str
 ) -> tuple[Case, dict[str, Tensor], dict[str, float]]:
-    """The inputs, what float64 makes of them, and the errors allowed. Shared by the backends."""
+    """The inputs, what float64 computes from them, and the allowed errors. Shared by the
+    backends."""
     counts, tail = ROUTINGS[routing]
     case = random_case(
         counts,
@@ -187,7 +188,7 @@ def _reference(
 def _reasons(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     try:
         return get_backend(name).why_not(device, dtype, dims=(DIM, HIDDEN_DIM))
-    except EzpzError as error:  # a package that does not load concerns its own backend only
+    except EzpzError as error:  # a package that does not load affects only its own backend
         return [str(error)]
 
 
@@ -215,7 +216,7 @@ def _judged(
 
 
 def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
-    """What the contract demands exactly, beside the error bound."""
+    """What the contract demands exactly, besides the error bound."""
     if value.dtype != case.x_RD.dtype:
         yield f"is {value.dtype}"
     counts_E = case.num_tokens_per_expert_E

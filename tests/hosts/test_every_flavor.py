@@ -28,7 +28,7 @@ def why_refused(name: str) -> str:
         if host_name() == "0.2.1":
             return "torchtitan has no model module 'gpt_oss'"
         if "sdpa" in name:
-            return "gpt_oss has flex attention only"
+            return "gpt_oss supports only flex attention"
         if load_flavor(name).compute_backend != "grouped_mm":
             return "GptOssGroupedExperts is no SwiGLU"
     return ""

@@ -188,6 +188,6 @@ def test_ranks_that_differ_are_all_refused_and_others_go_on(tmp_path, other):
     if other == "float32":
         assert said == ["parallelizedparallelized"] * 3
     else:
-        assert said[0].startswith("1 of the 3 ranks, this one among them, would train with bf")
-        assert said[1].startswith("2 of the 3 ranks, this one among them, would train with float32")
+        assert said[0].startswith("1 of the 3 ranks, including this one, would train with bf")
+        assert said[1].startswith("2 of the 3 ranks, including this one, would train with float32")
         assert "[training] mixed_precision_param" in said[1]

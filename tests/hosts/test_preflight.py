@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("forked_processes")]
 
 
 needs_all_ranks = pytest.mark.skipif(
-    host_name() == "0.2.1", reason="the fake communication of torchtitan 0.2.1 is of rank 0 alone"
+    host_name() == "0.2.1", reason="torchtitan 0.2.1 can fake only rank 0"
 )
 
 
@@ -100,8 +100,12 @@ def test_flex_attention_gets_its_masks_as_in_training(more) -> None:
 @pytest.mark.parametrize(
     ("flavor", "flags", "reason"),
     [
-        ("debugmodel_varlen", (), "aten.nonzero.default reads values, of which the tensors have"),
-        ("debugmodel", ("--parallelism.context_parallel_degree", "2"), "context parallelism cuts"),
+        ("debugmodel_varlen", (), "aten.nonzero.default reads values, which the tensors do not"),
+        (
+            "debugmodel",
+            ("--parallelism.context_parallel_degree", "2"),
+            "context parallelism splits",
+        ),
     ],
 )
 def test_a_step_that_needs_values_or_ranks_is_not_run_and_no_error(flavor, flags, reason) -> None:
@@ -212,9 +216,9 @@ def test_no_number_of_ranks(number, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", FLAVOR, "--world-size", number])
     assert end.value.code == 2
-    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
+    assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:
-    with pytest.raises(EzpzError, match=r"--world-size 7: has to be a multiple of .* = 2"):
+    with pytest.raises(EzpzError, match=r"--world-size 7: must be a multiple of .* = 2"):
         build(pipeline, world_size=7, stages=2)

@@ -64,7 +64,7 @@ def test_every_line_says_what_it_is_for_and_what_its_absence_means(each):
         (reliance("textwrap:dedent", takes=("text", "by")), "does not take by, but text"),
         (reliance("textwrap", has=("dedent", "bedent")), "has no bedent"),
         (reliance(f"{__name__}:Fields", fields=("one", "three")), "has no field three"),
-        (reliance("pathlib:Path", fields=("one",)), "is no dataclass"),
+        (reliance("pathlib:Path", fields=("one",)), "is not a dataclass"),
         (reliance(f"{__name__}:Sets", sets=("own", "other")), "its __init__ sets no other"),
         (reliance("builtins:max", takes=("one",)), "ValueError: no signature found"),
         (reliance("json", takes=("one",), has=("loads",)), "TypeError: <module 'json'"),

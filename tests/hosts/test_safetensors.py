@@ -131,7 +131,7 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     deeper = deep.with_name("deeper.toml")
     deeper.write_text(Path(job).read_text().replace('"tiny_sdpa"', '"deep_sdpa"'))
     for arguments, message in (
-        ((source, new, "--to", "hf"), "the model is needed: --model"),
+        ((source, new, "--to", "hf"), "need the model: add --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),
         ((source, new, "--to", "hf", "--model", deeper), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
@@ -179,7 +179,7 @@ def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
         pytest.skip("this host's adapter of gpt_oss knows all of its parameters")
     with pytest.raises(SystemExit):
         remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", "--model", "gpt_oss_debugmodel")
-    assert "would not be whole" in capsys.readouterr().err
+    assert "would be incomplete" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

@@ -143,7 +143,7 @@ MISTAKES = {
         (),
         "dataset_path = 'nowhere.txt' does not exist",
     ),
-    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "holds no tokenizer"),
+    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "has no tokenizer"),
     "attention without a backward": (
         MODEL.replace("_sdpa", ""),
         (),
@@ -152,7 +152,7 @@ MISTAKES = {
     "an attention that the model lacks": (
         MODEL.replace("sdpa", "varlen"),
         (),
-        "torchtitan 0.2's deepseek_v3 has flex and sdpa attention only",
+        "torchtitan 0.2's deepseek_v3 supports only flex and sdpa attention",
     ),
     "quantized experts": (
         MODEL,
@@ -167,7 +167,7 @@ MISTAKES = {
     "a batch that the ranks cannot share": (
         MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
         (),
-        "training.global_batch_size = 6 is no multiple of 4",
+        "training.global_batch_size = 6 is not a multiple of 4",
     ),
 }
 

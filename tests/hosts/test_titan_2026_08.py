@@ -122,7 +122,7 @@ def test_a_key_beside_the_one_that_replaced_it(old, new):
 @since_2026_08
 def test_a_batch_that_the_pipeline_cannot_cut():
     values = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 3}
-    with pytest.raises(EzpzError, match=r"local_batch_size = 3 is no multiple of .* = 2"):
+    with pytest.raises(EzpzError, match=r"local_batch_size = 3 is not a multiple of .* = 2"):
         config(parallelism__pipeline_parallel_microbatch_size=2, **values)
 
 
@@ -132,7 +132,7 @@ def test_sdpa_needs_whole_sequences():
         "training__num_tokens_per_microbatch_per_dp_rank": 96,
         "training__max_context_length": 64,
     }
-    with pytest.raises(EzpzError, match=r"= 96 is no multiple of .*max_context_length = 64"):
+    with pytest.raises(EzpzError, match=r"= 96 is not a multiple of .*max_context_length = 64"):
         config(**tokens)
     assert config("debugmodel", **tokens)
     assert config(**tokens | {"training__max_context_length": 128})

@@ -120,6 +120,6 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
 
 def _unknown(path: str, attention: nn.Module) -> EzpzError:
     return EzpzError(
-        f"{path}: {type(attention).__name__} has no inner_attention that it hands its queries, "
-        "keys and values, so that their FLOPs cannot be told"
+        f"{path}: {type(attention).__name__} has no inner_attention that receives its queries, "
+        "keys and values, so their FLOPs cannot be determined"
     )

@@ -1,4 +1,4 @@
-"""What the modules of this folder ask of a generation, because a newer one answers otherwise.
+"""What the modules of this folder ask of a generation: where generations differ.
 
 They ask the host at hand, :func:`titan`. ``v0_3.py`` has the first answers, ``v2026_08.py`` and
 ``v2026_09.py`` those that differ.
@@ -41,14 +41,14 @@ class Experts(Protocol):
 
     @property
     def HostExperts(self) -> Any:
-        """The host's class whose config nodes get it."""
+        """The host's class whose config nodes get the selector."""
 
     @property
     def EzpzGroupedExperts(self) -> Any:
         """That class with the selector."""
 
     def sizes(self, config: Any) -> Sizes:
-        """What such a node says of the experts' sizes."""
+        """The experts' sizes, from such a node."""
 
     def selected(
         self,
@@ -83,11 +83,11 @@ class Titan(Host):
 
     @abstractmethod
     def microbatches(self, parallelism: Any) -> int:
-        """How many ``MICROBATCH`` a rank computes at least."""
+        """The least number of ``MICROBATCH`` that a rank computes."""
 
     @abstractmethod
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields for the job's keys that say how much is computed and are no field of the host.
+        """Fields for the job's keys about the amount of work that are not fields of the host.
 
         Raises:
             EzpzError: the keys contradict each other.
@@ -99,11 +99,11 @@ class Titan(Host):
 
     @abstractmethod
     def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
-        """How the work of a training step is cut; ``data_ranks`` have data of their own."""
+        """How the work of a training step is divided; ``data_ranks`` have data of their own."""
 
     @abstractmethod
     def fit_model(self, config: Any) -> None:
-        """Tell the model what only the whole config says."""
+        """Give the model what only the whole config contains."""
 
     @abstractmethod
     def own_conflicts(self, config: Any) -> Iterator[str]:

@@ -42,11 +42,11 @@ from ezpz_moe.hosts.titan.router_conflicts import router_problems
 
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
-        "the flavor has chosen its compute_backend already. Remove the override, or choose another "
+        "the flavor has already chosen its compute_backend. Remove the override, or choose another "
         "flavor."
     ),
     "torchtitan.overrides.fused_swiglu.fused_grouped_experts": (
-        "it fuses only torchtitan's own experts and would do nothing to a flavor's. Remove the "
+        "it fuses only torchtitan's own experts and would not affect a flavor's. Remove the "
         "override, or train the upstream config (`--module deepseek_v3 ...`) with it."
     ),
 }
@@ -131,7 +131,7 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
     degree = config.parallelism.pipeline_parallel_degree
     if degree > 1:
         yield (
-            f"training.disable_cuda_graphs = false does not go with "
+            f"training.disable_cuda_graphs = false cannot be combined with "
             f"parallelism.pipeline_parallel_degree = {degree}. {remedy}"
         )
     try:
@@ -139,7 +139,7 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
     except ValueError as error:
         if degree == 1:  # otherwise it repeats what has just been said
             yield (
-                f"training.disable_cuda_graphs = false does not go with "
+                f"training.disable_cuda_graphs = false cannot be combined with "
                 f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
                 f"and this expert_parallel_comm_backend. {remedy} (torchtitan: {error})"
             )
@@ -173,8 +173,9 @@ def _context_parallel_attention(config: Trainer.Config) -> Iterator[str]:
     degree, spmd = config.parallelism.context_parallel_degree, config.parallelism.spmd_backend
     if degree > 1 and spmd != "partial_dtensor" and _has_sdpa(config):
         yield (
-            f"parallelism.context_parallel_degree = {degree} does not go with the SDPA of flavor "
-            f"{_flavor(config)!r} and parallelism.spmd_backend = {spmd!r}. Set that to "
+            f"parallelism.context_parallel_degree = {degree} cannot be combined with the SDPA of "
+            f"flavor {_flavor(config)!r} and parallelism.spmd_backend = {spmd!r}. Set the latter "
+            "to "
             f'"partial_dtensor", or use a flavor without _sdpa.'
         )
 
@@ -221,7 +222,7 @@ def _sequence_length(config: Trainer.Config) -> Iterator[str]:
         longest = getattr(config.model_spec.model, host.LONGEST)
         if seq_len > longest:
             yield (
-                f"{host.LENGTH} = {seq_len} is more than flavor {_flavor(config)!r} is made "
+                f"{host.LENGTH} = {seq_len} exceeds what flavor {_flavor(config)!r} is made "
                 f"for: its RoPE ends at {host.LONGEST} = {longest}."
             )
     chunks = getattr(config.loss, "num_chunks", 1)
@@ -261,9 +262,9 @@ def _files(config: Trainer.Config) -> Iterator[str]:
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
     if no_accelerator() and utils.device_type != "cpu":
         yield (
-            f"this machine has no accelerator, and torchtitan by itself would train on "
+            f"this machine has no accelerator, and torchtitan on its own would train on "
             f"{utils.device_type}. Start the run with `ezpz-moe train` or `python -m "
-            f"ezpz_moe.train`: they train on the CPU then."
+            f"ezpz_moe.train`, which train on the CPU."
         )
         return
     device = torch.device(utils.device_type)
@@ -281,9 +282,10 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
     degree, spmd = config.parallelism.expert_parallel_degree, config.parallelism.spmd_backend
     if degree > 1 and spmd == "spmd_types":
         yield (
-            f"parallelism.expert_parallel_degree = {degree} on the CPU does not go with "
-            f"parallelism.spmd_backend = {spmd!r}: gloo has no all-to-all of unequal sizes in its "
-            f'list form. Set parallelism.spmd_backend to "partial_dtensor".'
+            f"parallelism.expert_parallel_degree = {degree} on the CPU cannot be combined with "
+            f"parallelism.spmd_backend = {spmd!r}: gloo has no list form of all-to-all with "
+            "unequal "
+            f'sizes. Set parallelism.spmd_backend to "partial_dtensor".'
         )
     if config.model_spec and has_masked_attention(config.model_spec):
         yield (
@@ -292,12 +294,12 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
         )
     if (degree := config.parallelism.context_parallel_degree) > 1:
         yield (
-            f"parallelism.context_parallel_degree = {degree}: torch has no attention over a "
-            f"sequence that CPUs share out. Set it to 1."
+            f"parallelism.context_parallel_degree = {degree}: on CPUs, torch cannot compute "
+            "attention over a sequence that ranks share. Set it to 1."
         )
     if config.profiler.enable_memory_snapshot:
         yield (
-            "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
+            "profiling.enable_memory_snapshot records an accelerator's allocator, but this machine "
             "has no accelerator. Set it to false."
         )
 
@@ -339,8 +341,8 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
     if settings.images and (metrics.enable_wandb or metrics.enable_tensorboard):
         for line, reason in broken(PICTURES).items():
             yield (
-                f"flavor {_flavor(config)!r}: [telemetry] images = true needs {line.thing}, and "
-                f"{reason}. Set images = false; telemetry.jsonl and `ezpz-moe plot` have the same."
+                f"flavor {_flavor(config)!r}: [telemetry] images = true needs {line.thing}, but "
+                f"{reason}. Set images = false; telemetry.jsonl and `ezpz-moe plot` show the same."
             )
 
 

@@ -17,7 +17,5 @@ def adapter(flavor: Flavor) -> Any:
     """
     spec = host_spec(flavor)
     if spec.state_dict_adapter is None:
-        raise EzpzError(
-            f"{flavor.source}: torchtitan has no adapter to Hugging Face for this model."
-        )
+        raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")
     return spec.state_dict_adapter(spec.model, None)

@@ -59,11 +59,12 @@ def refuse_twins(config: Trainer.Config, door: str) -> None:
     if ours or not (on_cpu and has_several_ranks()) or _loads_checkpoint(config):
         return
     raise EzpzError(
-        f"{door}: this run starts afresh on several ranks whose weights are made on the CPU. There "
-        "torch draws the same values for every rank's part, so that every expert has a twin, and "
-        "an override cannot mend it. Start from a checkpoint: run the same line once with one "
-        "rank, `--checkpoint.enable --checkpoint.create-seed-checkpoint` and no parallelism, then "
-        "with `--checkpoint.enable`. Or train a flavor (`--module ezpz_moe`), which starts right."
+        f"{door}: this run starts from scratch on several ranks whose weights are made on the CPU. "
+        "There torch draws the same values for every rank's part, so every expert would have a "
+        "twin, and an override cannot fix that. Start from a checkpoint: run the same command "
+        "once with one rank, `--checkpoint.enable --checkpoint.create-seed-checkpoint` and no "
+        "parallelism, then with `--checkpoint.enable`. Or train a flavor (`--module ezpz_moe`), "
+        "which starts correctly."
     )
 
 

@@ -200,7 +200,7 @@ def _cpu_values(job: Job) -> dict[str, Any]:
         return {}
     logger.info(
         f'ezpz_moe: {key} = "partial_dtensor" for expert parallelism on the CPU: '
-        "the all-to-all of the host's default does not run over gloo"
+        "gloo cannot run the all-to-all of the host's default"
     )
     return {key: "partial_dtensor"}
 

@@ -38,7 +38,7 @@ _ADAMW_KWARGS = f"{_ADAMW}.optimizer_kwargs"
 
 _QUANTIZE = (
     "quantization replaces the same expert products that `compute_backend` selects, so the two "
-    "do not go together. Leave it out; for quantized experts use an upstream config, such "
+    "cannot be combined. Leave it out; for quantized experts use an upstream config, such "
     "as `--module deepseek_v3 --config deepseek_v3_debugmodel_mxfp8`."
 )
 _FAULT_TOLERANCE = (
@@ -46,8 +46,8 @@ _FAULT_TOLERANCE = (
     "torchtitan.experiments.torchft. Leave it out."
 )
 _MEMORY_ESTIMATION = (
-    "torchtitan 0.3 has no memory estimation. Leave it out; the peak memory of a short run "
-    "stands in the log lines."
+    "torchtitan 0.3 has no memory estimation. Leave it out; a short run's log lines show the peak "
+    "memory."
 )
 _SUBCLASS = (
     "torchtitan 0.3 has no config modules: a plugin brings a config_registry, and this one is "
@@ -94,8 +94,8 @@ KEYS: Keys = {
         "tokenizer_path": gone("use hf_assets_path, the folder that holds tokenizer.json."),
         "converters": gone(_QUANTIZE, unless=([],)),
         "print_after_conversion": gone(
-            "there are no converters to print the model after; `ezpz-moe show` prints its config. "
-            "Leave it out.",
+            "there are no converters between which to print the model; `ezpz-moe show` prints its "
+            "config. Leave it out.",
             unless=(False,),
         ),
     },
@@ -202,8 +202,8 @@ KEYS: Keys = {
         ),
         "expert_parallel_degree": to("parallelism.expert_parallel_degree", Positive),
         "expert_tensor_parallel_degree": gone(
-            "in torchtitan 0.3 expert parallelism takes its ranks from FSDP and tensor "
-            "parallelism, which is what 1 means in 0.2. Set expert_parallel_degree alone.",
+            "in torchtitan 0.3, expert parallelism takes its ranks from FSDP and tensor "
+            "parallelism, which is what 1 means in 0.2. Set only expert_parallel_degree.",
             unless=(1,),
         ),
         "expert_parallel_comm_backend": own(CommBackend),

@@ -83,9 +83,9 @@ def _told(config: str, host_flags: list[str]) -> Trainer.Config:
     told = ConfigManager().parse_args([*named(config), *host_flags])
     if not hasattr(told.training, "local_batch_size"):
         raise EzpzError(
-            f"{config}: a rank's memory cannot be told with torchtitan {host_name()}: its batches "
-            "are of tokens, not of sequences. A flavor's parameters and FLOPs can: leave out "
-            "--world-size."
+            f"{config}: a rank's memory cannot be computed with torchtitan {host_name()}: its "
+            "batches consist of tokens, not of sequences. To get a flavor's parameters and FLOPs, "
+            "leave out --world-size."
         )
     return told
 

@@ -152,7 +152,7 @@ def _upstream_module(name: str, where: str) -> ModuleType:
             f"{where}: torchtitan's {name} cannot be imported here: {error}. Install what it needs."
         ) from error
     if not hasattr(module, "model_registry"):
-        raise EzpzError(f"{where}: torchtitan's {name} is no model.")
+        raise EzpzError(f"{where}: torchtitan's {name} is not a model.")
     return module
 
 

@@ -24,8 +24,8 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 
 _FAILED = (
-    "{}: {} (in a step with tensors that have shapes and no values; the rank itself was built, and "
-    "one with values need not meet this)"
+    "{}: {} (in a step with tensors that have shapes but no values; the rank itself was built, and "
+    "a step with values may not hit this)"
 )
 
 
@@ -46,7 +46,7 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
     try:
         return replace(built, step=_step(trainer_config, model))
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        return replace(built, step=f"not run: {error} reads values, of which the tensors have none")
+        return replace(built, step=f"not run: {error} reads values, which the tensors do not have")
     except Exception as error:
         return replace(built, step="failed", error=_FAILED.format(type(error).__name__, error))
 
@@ -71,9 +71,9 @@ def _why_no_step(config: Trainer.Config) -> str:
     if config.parallelism.pipeline_parallel_degree > 1:
         return "a pipeline stage needs its neighbours"
     if config.parallelism.expert_parallel_degree > 1:
-        return "the dispatch of expert parallelism reads token counts, which have no value"
+        return "the dispatch of expert parallelism reads token counts, which have no values"
     if config.parallelism.context_parallel_degree > 1:
-        return "context parallelism cuts the sequence before the model gets it"
+        return "context parallelism splits the sequence before the model gets it"
     return ""
 
 

@@ -50,7 +50,7 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.models.common.moe:MoE.Config",
-        used_for="whose parameters are counted by layer, and whose router a flavor changes",
+        used_for="counting parameters by layer, and changing the router",
         if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
         fields=("num_experts", "routed_experts", "router", "load_balance_coeff"),
     ),
@@ -62,7 +62,7 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.protocols.model:BaseModel.init_states",
-        used_for="the root of a job's model begins on several CPU ranks as on one",
+        used_for="the root of a job's model starts on several CPU ranks as on one",
         if_broken=NO_FLAVOR,
         takes=("buffer_device",),
         vital=True,
@@ -78,7 +78,7 @@ _DOORS = (
     ),
     Reliance(
         "torchtitan.config.override:derive",
-        used_for="the experts' config as ours, with every field copied",
+        used_for="turning the experts' config into ours, with every field copied",
         if_broken=NO_BACKEND,
         takes=("source", "target_cls"),
         vital=True,
@@ -100,7 +100,7 @@ _DOORS = (
 _JOB = (
     Reliance(
         "torchtitan.trainer:Trainer.Config",
-        used_for="what a job becomes",
+        used_for="the config that a job becomes",
         if_broken=NOTHING_TRAINS,
         fields=(
             *("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),

@@ -5,13 +5,13 @@ from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 _NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
 NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
 _NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; others still can"
-_NO_PICTURES = "a flavor with [telemetry] has to set images = false where loggers are enabled"
+_NO_PICTURES = "a flavor with [telemetry] must set images = false if loggers are enabled"
 _NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
 
 PICTURES = (
     Reliance(
         "torchtitan.components.metrics:LoggerContainer",
-        used_for="finding the loggers that take pictures of the load",
+        used_for="finding the loggers that accept pictures of the load",
         if_broken=_NO_PICTURES,
         sets=("_loggers",),
     ),
@@ -64,30 +64,30 @@ ROUTERS = (
     ),
     Reliance(
         "torchtitan.models.common.token_dispatcher:LocalTokenDispatcher._local_reorder",
-        used_for="sorts what is not computed to the end, where it is cut off",
+        used_for="sorts assignments that are not computed to the end, where they are cut off",
         if_broken=_NO_ZERO_COMPUTATION,
         takes=("x_TD", "topk_scores_TK", "topk_expert_ids_TK"),
     ),
     Reliance(
         "torchtitan.models.common.decoder_sharding:dense_param_placement",
-        used_for="how constant experts' parameters lie on ranks",
+        used_for="how ranks hold the constant experts' parameters",
         if_broken=_NO_ZERO_COMPUTATION,
         takes=("tp",),
     ),
     Reliance(
         "torchtitan.protocols.sharding:ShardingConfig",
-        used_for="how constant experts' parameters lie on ranks",
+        used_for="how ranks hold the constant experts' parameters",
         if_broken=_NO_ZERO_COMPUTATION,
         fields=("state_shardings",),
     ),
     Reliance(
         "torch._C:_current_graph_task_id",
-        used_for="telling a recomputation, which the routers' counters leave out",
+        used_for="recognizing a recomputation, which the routers' counters skip",
         if_broken=NO_ROUTER,
     ),
     Reliance(
         "torchtitan.components.optimizer:register_moe_load_balancing_hook",
-        used_for="stands where a hook of ours updates the bias in other ways",
+        used_for="a hook of ours replaces it, to update the bias in other ways",
         if_broken="balance.bias_update may have no effect",
         takes=("optimizers", "model_parts", "parallel_dims"),
     ),

@@ -60,21 +60,21 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     named = f"[router] {' and '.join(asked)}"
     if moe.router.num_expert_groups is not None and settings.zero_computation_experts:
         yield (
-            f"{named} does not go with router_num_expert_groups = "
+            f"{named} cannot be combined with router_num_expert_groups = "
             f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
         )
     own = _host_class(moe.routed_experts.token_dispatcher)
     if own not in _SORTING_DISPATCHERS:
         yield (
-            f"{named} does not go with the dispatcher {own}, which sends a fixed number of "
-            f"assignments for each token. Set parallelism.expert_parallel_comm_backend to "
+            f"{named} cannot be combined with the dispatcher {own}, which sends a fixed number of "
+            f"assignments per token. Set parallelism.expert_parallel_comm_backend to "
             f'"standard".'
         )
     if settings.constant_experts and config.parallelism.tensor_parallel_degree > 1:
         yield (
-            "[router] constant_experts do not go with parallelism.tensor_parallel_degree = "
-            f"{config.parallelism.tensor_parallel_degree}: the host lays out its own parameters "
-            "only. Use null_experts or copy_experts."
+            "[router] constant_experts cannot be combined with parallelism.tensor_parallel_degree "
+            f"= {config.parallelism.tensor_parallel_degree}: the host lays out only its own "
+            "parameters. Use null_experts or copy_experts."
         )
 
 
@@ -85,19 +85,19 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     vocabulary = decoder_vocab_size(config.model_spec)
     if settings.pad_token_id >= vocabulary:
         yield (
-            f"{named}: the model knows the tokens below {vocabulary}, so that nothing would be "
-            f"padding. Name the one that the tokenizer pads with."
+            f"{named}: the model knows only tokens below {vocabulary}, so nothing would be "
+            f"padding. Name the token that the tokenizer pads with."
         )
     parallelism = config.parallelism
     if parallelism.pipeline_parallel_degree > 1:
         yield (
-            f"{named} does not go with parallelism.pipeline_parallel_degree = "
+            f"{named} cannot be combined with parallelism.pipeline_parallel_degree = "
             f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens."
         )
     if parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1:
         yield (
-            f"{named} does not go with parallelism.tensor_parallel_degree and "
-            f"expert_parallel_degree both above 1: a router sees a part of its sequences then."
+            f"{named} cannot be combined with parallelism.tensor_parallel_degree and "
+            f"expert_parallel_degree both above 1: a router then sees only part of its sequences."
         )
 
 
@@ -108,8 +108,9 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
     if settings.routing != "topk" and is_distributed:
         yield (
-            f'[router] routing = "{settings.routing}" does not go with parallelism.spmd_backend = '
-            f"{backend!r}{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
+            f'[router] routing = "{settings.routing}" cannot be combined with '
+            f"parallelism.spmd_backend = {backend!r}"
+            f"{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
             f'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types".'
         )
 
@@ -127,8 +128,8 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             else "parallelism.tensor_parallel_degree and expert_parallel_degree both above 1"
         )
         yield (
-            f'[balance] scope = "sequence" does not go with {degrees} on this torchtitan, where '
-            'ranks share out the tokens of all sequences. Set [balance] scope to "batch".'
+            f'[balance] scope = "sequence" cannot be combined with {degrees} on this torchtitan, '
+            'where ranks share the tokens of all sequences. Set [balance] scope to "batch".'
         )
 
 
@@ -146,7 +147,7 @@ def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 def _forced(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     if settings.routing != "topk" and config.debug.moe_force_load_balance:
         yield (
-            f'[router] routing = "{settings.routing}" does not go with '
+            f'[router] routing = "{settings.routing}" cannot be combined with '
             "debug.moe_force_load_balance = true: both say which experts a token goes to. Remove "
             "one."
         )
@@ -158,8 +159,8 @@ def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
     if not drawn or policy is None:
         return
-    named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} does not go with"
-    why = "the gradient would be that of other random numbers than the forward pass has. Choose"
+    named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} cannot be combined with"
+    why = "the gradient would use other random numbers than the forward pass. Choose"
     if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws anew
         yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
     elif not policy.preserve_rng_state:

@@ -113,7 +113,7 @@ def select_backend(
     if not nodes:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
-            f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
+            f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for _, config, parent, attribute in nodes:
         setattr(parent, attribute, experts.selected(config, backend, chosen_by, expert_precision))
@@ -147,8 +147,8 @@ def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chos
         if backend != HOST_PATH:
             raise EzpzError(
                 f"compute_backend {backend!r} ({chosen_by}): this torchtitan has no "
-                f"{base.__name__}._grouped_mm, whose place the backend would take in "
-                f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` says what changed."
+                f"{base.__name__}._grouped_mm, which the backend would replace in "
+                f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` shows what changed."
             )
     elif host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
         raise EzpzError(

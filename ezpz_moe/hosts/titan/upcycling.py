@@ -40,9 +40,8 @@ def _layer(flavor: Flavor, name: str, moe: MoE, tensors: dict) -> Layer:
     routed = {key for key in own if key.startswith("routed_experts.")}
     if routed != set(_EXPERTS.values()):
         raise EzpzError(
-            f"{flavor.source}: {name} has experts of {', '.join(sorted(routed))}: they are no "
-            "SwiGLU FFN without biases, one tensor for each weight, that a dense FFN could be "
-            "copied to."
+            f"{flavor.source}: {name} has experts of {', '.join(sorted(routed))}: a dense FFN can "
+            "only be copied to a SwiGLU FFN without biases, with one tensor per weight."
         )
     parts = {part: own.pop(key) for part, key in _EXPERTS.items()}
     shared = {p: own.pop(key) for p in PARTS if (key := f"shared_experts.{p}.weight") in own}
@@ -50,7 +49,7 @@ def _layer(flavor: Flavor, name: str, moe: MoE, tensors: dict) -> Layer:
     if unknown := own.keys() - _ZEROS:
         raise EzpzError(
             f"{flavor.source}: {name} has {', '.join(sorted(unknown))}, and ezpz_moe does not know "
-            "what it is to be in an upcycled model."
+            "what these should be in an upcycled model."
         )
     router = moe.router
     return Layer(

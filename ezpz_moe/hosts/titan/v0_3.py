@@ -1,7 +1,7 @@
 """torchtitan 0.3, and what every generation after it keeps: batches of sequences, grouped experts.
 
 The methods at the end answer what the other modules of this folder ask. Compare ``v2026_08.py``,
-which answers most of it otherwise.
+where most answers differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Titan03(Titan):
     name = "torchtitan 0.3"
     evidence = Reliance(
         "torchtitan.config.override:derive",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is older than torchtitan 0.3",
         takes=("source", "target_cls"),
         vital=True,
@@ -184,7 +184,7 @@ class Titan03(Titan):
         )
 
     def fit_model(self, config: Any) -> None:
-        """Nothing is only in the whole config."""
+        """Does nothing: the model already has it all."""
 
     def own_conflicts(self, config: Any) -> Iterator[str]:
         return iter(())

@@ -31,7 +31,7 @@ class Titan2026_08(Titan03):
     name = "torchtitan after 0.3"
     evidence = Reliance(
         "torchtitan.config.configs:TrainingConfig",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is torchtitan 0.3 or older",
         fields=("max_context_length",),
         vital=True,
@@ -63,8 +63,8 @@ class Titan2026_08(Titan03):
         """From 0.3's keys that say how much is computed at once.
 
         Raises:
-            EzpzError: a key stands beside the one that replaced it, or the pipeline cannot cut the
-                batch into its microbatches.
+            EzpzError: a key is given together with the one that replaced it, or the pipeline
+                cannot cut the batch into its microbatches.
         """
         from ezpz_moe.hosts.titan.job_keys_2026_08 import REPLACED
 
@@ -80,7 +80,7 @@ class Titan2026_08(Titan03):
             size = values.get("parallelism.pipeline_parallel_microbatch_size", 1)
             if sequences % size:
                 raise EzpzError(
-                    f"training.local_batch_size = {sequences} is no multiple of "
+                    f"training.local_batch_size = {sequences} is not a multiple of "
                     f"parallelism.pipeline_parallel_microbatch_size = {size}."
                 )
             fields[_PP_MICROBATCHES] = sequences // size
@@ -111,7 +111,7 @@ class Titan2026_08(Titan03):
         tokens, length = config.training.num_tokens_per_microbatch_per_dp_rank, _sequence(config)
         if tokens % length and any(True for _ in _causal_attentions(self, config)):
             yield (
-                f"{self.MICROBATCH} = {tokens} is no multiple of {self.LENGTH} = {length}, and "
+                f"{self.MICROBATCH} = {tokens} is not a multiple of {self.LENGTH} = {length}, but "
                 "SDPA attends within whole sequences. Choose a multiple, or a flavor without _sdpa."
             )
 

@@ -20,7 +20,7 @@ class Titan2026_09(Titan2026_08):
     name = "torchtitan since September 2026"
     evidence = Reliance(
         "torchtitan.models.common.linear:GroupedLinear",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is torchtitan of August 2026 or older",
         vital=True,
     )

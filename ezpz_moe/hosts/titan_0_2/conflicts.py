@@ -114,7 +114,7 @@ def _batch(config: Any) -> Batch:
 def _sequence_length(config: Any, args: Any) -> Iterator[str]:
     if args.max_positions is not None and config.training.seq_len > args.max_positions:
         yield (
-            f"training.seq_len = {config.training.seq_len} is more than flavor "
+            f"training.seq_len = {config.training.seq_len} exceeds what flavor "
             f"{config.model.flavor!r} is made for: its RoPE ends at max_seq_len = "
             f"{args.max_positions}."
         )
@@ -163,7 +163,7 @@ def _cpu(config: Any, args: Any) -> Iterator[str]:
         )
     if config.profiling.enable_memory_snapshot:
         yield (
-            "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
+            "profiling.enable_memory_snapshot records an accelerator's allocator, but this machine "
             "has no accelerator. Set it to false."
         )
 

@@ -108,7 +108,7 @@ def select_backend(
     if not layers:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
-            f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
+            f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for moe in layers:
         if type(moe.experts) is GroupedExperts:
@@ -116,8 +116,8 @@ def select_backend(
         elif backend != HOST_PATH:
             raise EzpzError(
                 f"compute_backend {backend!r} ({chosen_by}): torchtitan 0.2's "
-                f"{type(moe.experts).__name__} is no SwiGLU and names torch._grouped_mm inside a "
-                f"function, where no other backend can take its place. Use "
+                f"{type(moe.experts).__name__} is not a SwiGLU and calls torch._grouped_mm inside "
+                "a function, where no other backend can replace it. Use "
                 f"compute_backend = {HOST_PATH!r}, or torchtitan 0.3."
             )
     if backend == HOST_PATH:

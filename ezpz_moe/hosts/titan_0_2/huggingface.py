@@ -19,7 +19,5 @@ def adapter(flavor: Flavor) -> Any:
     """
     own = get_train_spec(host_model(flavor)).state_dict_adapter
     if own is None:
-        raise EzpzError(
-            f"{flavor.source}: torchtitan has no adapter to Hugging Face for this model."
-        )
+        raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")
     return own(model_args(flavor), None)

@@ -107,7 +107,7 @@ def refuse_missing(job: Job) -> None:
     if missing:
         raise EzpzError(
             f"{job.source}: {', '.join(missing)}: the installed torchtitan 0.2 has no such "
-            "setting; a later 0.2 or 0.3 has. Leave it out."
+            "setting, but a later 0.2 or 0.3 does. Leave it out."
         )
 
 

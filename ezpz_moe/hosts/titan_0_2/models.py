@@ -179,8 +179,8 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     scaled = rope.scaling == "yarn" and rope.rope_factor > 1
     if scaled and rope.max_seq_len <= rope.original_seq_len:
         raise EzpzError(
-            f"{where}: rope: torchtitan 0.2 applies YaRN only where max_seq_len "
-            f"({rope.max_seq_len}) is more than original_seq_len ({rope.original_seq_len}). Raise "
+            f"{where}: rope: torchtitan 0.2 applies YaRN only if max_seq_len "
+            f"({rope.max_seq_len}) exceeds original_seq_len ({rope.original_seq_len}). Raise "
             'max_seq_len, or set scaling = "none".'
         )
     return DeepSeekV3ModelArgs(
@@ -271,7 +271,7 @@ def _choose_attention(args: Any, flavor: Flavor) -> None:
     if flavor.attention not in allowed:
         raise EzpzError(
             f"{flavor.source}: attention = {flavor.attention!r}: torchtitan 0.2's "
-            f"{host_model(flavor)} has {' and '.join(allowed)} attention only."
+            f"{host_model(flavor)} supports only {' and '.join(allowed)} attention."
         )
     args.attn_type = flavor.attention
     # SDPA takes no mask: causal over the whole packed sequence.

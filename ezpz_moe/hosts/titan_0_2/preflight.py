@@ -41,7 +41,7 @@ def _join_as(rank: int, world_size: int) -> None:
     """The host's own fake group is of rank 0 always; 0.2.2 takes one that is there instead."""
     if "is_initialized" not in init_distributed.__code__.co_names:
         raise EzpzError(
-            "the fake communication of torchtitan 0.2.1 is of rank 0 alone, so that only the first "
-            "pipeline stage can be built. Use torchtitan 0.2.2."
+            "torchtitan 0.2.1 can fake only rank 0, so only the first pipeline stage can be built. "
+            "Use torchtitan 0.2.2."
         )
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size)

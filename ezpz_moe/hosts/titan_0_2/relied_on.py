@@ -15,7 +15,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.config:JobConfig",
-        used_for="what a job becomes",
+        used_for="the config that a job becomes",
         if_broken=NOTHING_TRAINS,
         fields=("job", "model", "training", "validation", "parallelism", "checkpoint"),
         vital=True,
@@ -101,7 +101,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.protocols.model:ModelProtocol.init_weights",
-        used_for="a flavor's model begins on several CPU ranks as on one",
+        used_for="a flavor's model starts on several CPU ranks as on one",
         if_broken=NO_FLAVOR,
         takes=("buffer_device",),
         vital=True,
@@ -155,7 +155,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.components.metrics:MetricsProcessor",
-        used_for="a subclass of it says what a backend has dropped",
+        used_for="a subclass of it reports what a backend dropped",
         if_broken=NO_FLAVOR,
         has=("log",),
         sets=("model_parts",),
@@ -169,7 +169,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.distributed.utils:init_distributed",
-        used_for="preflight asks whether it takes a fake group that is there already",
+        used_for="preflight checks whether it accepts an existing fake group",
         if_broken=_NO_PREFLIGHT,
     ),
     Reliance(

@@ -1,6 +1,6 @@
-"""torchtitan 0.2. Frozen: mistakes are mended, and new features need 0.3.
+"""torchtitan 0.2. Frozen: bugs get fixed, but new features need 0.3.
 
-What it lacks beside the newer hosts is what :class:`ezpz_moe.hosts.host.Host` says of such parts.
+For what it lacks, it has the defaults of :class:`ezpz_moe.hosts.host.Host`, which raise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Titan02(Host):
     name = "torchtitan 0.2"
     evidence = Reliance(
         "torchtitan.protocols.train_spec:register_train_spec",
-        used_for="telling the generation of the host",
+        used_for="recognizing the host's generation",
         if_broken="this is neither torchtitan 0.2 nor 0.3",
         vital=True,
     )

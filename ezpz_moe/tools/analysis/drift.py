@@ -17,8 +17,8 @@ class Drift:
     """How the routing of the same tokens differs.
 
     Attributes:
-        changed: share of the tokens whose set of experts is another.
-        jaccard: mean over the tokens of |both sets| / |either set|; 1 where nothing changed.
+        changed: share of the tokens with a different set of experts.
+        jaccard: mean over the tokens of |both sets| / |either set|; 1 if nothing changed.
     """
 
     changed: float
@@ -26,7 +26,7 @@ class Drift:
 
 
 def drift(ids_TK: torch.Tensor, others_TK: torch.Tensor, num_experts: int) -> Drift:
-    """Compare the experts of each token as sets: their order says nothing.
+    """Compare the experts of each token as sets, because their order means nothing.
 
     Args:
         ids_TK, others_TK: the chosen experts of both, none twice for a token; K may differ.

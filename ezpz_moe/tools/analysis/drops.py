@@ -12,14 +12,14 @@ import torch
 
 
 def capacity(length: int, top_k: int, num_experts: int, factor: float) -> int:
-    """Tokens that an expert takes of a sequence: ``ceil(factor * L * K / E)``, arXiv 2006.16668."""
+    """How many tokens of a sequence an expert takes: ceil(factor L K / E), arXiv 2006.16668."""
     return math.ceil(factor * length * top_k / num_experts)
 
 
 def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Tensor:
-    """Which assignments find their expert full: bool [S, L, K].
+    """Which choices find their expert full: bool [S, L, K].
 
-    Each sequence is by itself, and its tokens come in their order. An expert takes the first
+    Each sequence counts by itself, and its tokens come in order. An expert takes the first
     ``capacity`` of them.
 
     Args:
@@ -29,16 +29,17 @@ def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Ten
     """
     _, length, top_k = ids_SLK.shape
     one_hot = torch.nn.functional.one_hot(ids_SLK.long(), num_experts)
+    # For each expert, how many earlier tokens of the sequence chose it.
     before_SLE = one_hot.sum(2).cumsum(1) - one_hot.sum(2)
     rank_SLK = before_SLE.gather(2, ids_SLK.long())
     return rank_SLK >= capacity(length, top_k, num_experts, factor)
 
 
 def by_position(dropped_SLK: torch.Tensor, parts: int) -> torch.Tensor:
-    """Share of the assignments dropped in each of ``parts`` equal stretches of the sequence.
+    """Share of the choices dropped in each of ``parts`` equal stretches of the sequence.
 
     Returns:
-        [P] in float64. Where P does not divide L, a stretch is a position longer than another.
+        [P] in float64. If P does not divide L, some stretches are one position longer.
     """
     at_L = dropped_SLK.double().mean(dim=(0, 2))
     return torch.stack([each.mean() for each in at_L.tensor_split(parts)])

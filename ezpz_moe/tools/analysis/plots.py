@@ -25,7 +25,7 @@ Layers = Sequence[LayerReport]
 
 
 def draw(layers: Layers, settings: Settings, folder: Path) -> Iterator[Path]:
-    """Draw every measure into ``folder``, which is made if it is not there; yields the files."""
+    """Draw every measure into ``folder``, creating it if needed; yields the files."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Layers, Settings], Figure]] = {
         "load": _load,
@@ -57,7 +57,7 @@ def _load(layers: Layers, _: Settings) -> Figure:
 
 
 def _tokens(layers: Layers, _: Settings) -> Figure:
-    """What the token ID tells, and how narrow each expert's tokens are."""
+    """What the token ID predicts, and how narrow each expert's tokens are."""
     figure = Figure(figsize=(11, 0.3 * len(layers) + 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = np.arange(len(layers))
@@ -68,7 +68,7 @@ def _tokens(layers: Layers, _: Settings) -> Figure:
         left.barh(rows + offset, [value or 0 for value in values], height=0.38, label=label)
     left.invert_yaxis()
     left.xaxis.set_major_formatter(PercentFormatter(1))
-    left.set(title="Experts of a token told in advance by", xlabel="share of its experts right")
+    left.set(title="Experts of a token predicted by", xlabel="share of its experts right")
     _legend_below(left)
     _layer_rows(left, layers)
     concentration_LE = filled([each.concentration for each in layers])
@@ -128,7 +128,7 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
 
 
 def _similarity(layers: Layers, _: Settings) -> Figure:
-    """Cosines between experts' weights, a map for each layer, on one scale."""
+    """Cosines between experts' weights, one map per layer, all on one scale."""
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.6 * rows + 0.8), layout="constrained")
@@ -138,7 +138,7 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
     limit = float(np.nanmax(np.abs(off), initial=1e-3))
     palette = Palette(colormaps["RdBu_r"], Normalize(-limit, limit))
     for axes, each, cosines in zip(grid, layers, maps, strict=False):
-        np.fill_diagonal(cosines, np.nan)  # 1, which would hide the others
+        np.fill_diagonal(cosines, np.nan)  # always 1, which would drown the others
         draw_cells(axes, cosines, palette)
         axes.set_aspect("equal")
         axes.set_title(f"layer {_short(each)}", fontsize=9)
@@ -152,7 +152,7 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
 
 
 def _drift(layers: Layers, _: Settings) -> Figure:
-    """Tokens that the other checkpoint routes otherwise."""
+    """Tokens that the other checkpoint routes differently."""
     figure, axes = _one()
     rows = np.arange(len(layers))
     changed = [each.drift.changed if each.drift else 0 for each in layers]
@@ -178,7 +178,7 @@ def _legend_below(axes: Any) -> None:
 
 
 def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
-    """A line for each layer, the first ones dark; a legend where it stays readable."""
+    """A line per layer, the first ones dark, with a legend short enough to read."""
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for each, (x, y), color in zip(layers, lines, colors, strict=True):
         axes.plot(x, y, color=color, label=f"layer {_short(each)}", marker=".")
@@ -188,7 +188,7 @@ def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _expert_columns(axes: Any, values_LE: Array, palette: Palette) -> None:
-    """A row for each layer and a column for each expert; layers with fewer experts end earlier."""
+    """A row per layer and a column for each expert; layers with fewer experts end earlier."""
     draw_cells(axes, values_LE, palette)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -200,7 +200,7 @@ def _layer_rows(axes: Any, layers: Layers) -> None:
 
 
 def _thin(labels: Sequence[Any], most: int = 30) -> None:
-    """Leave out labels that would overlap."""
+    """Hide labels that would overlap."""
     step = math.ceil(len(labels) / most)
     for number, label in enumerate(labels):
         label.set_visible(number % step == 0)

@@ -1,4 +1,4 @@
-"""A checkpoint's model run on a text, and the experts that its routers choose.
+"""Run a checkpoint's model on a text, and record the experts that its routers choose.
 
 The model is the host's own, from its part ``analysis``; forward hooks read what its
 routers return. Legend of the suffixes: S = sequences, L = their length, K = experts of a token,
@@ -49,7 +49,7 @@ class Recording:
 
     Attributes:
         loss: mean cross-entropy of the next token, in nats.
-        routing: by layer, from the first with experts on.
+        routing: by layer, starting with the first that has experts.
         cosines: [E, E] between the experts' weights, by layer.
     """
 
@@ -75,20 +75,20 @@ def record(
         device, dtype: where and in what the model computes; the host computes experts in bfloat16.
 
     Raises:
-        EzpzError: the checkpoint is not whole, of another generation or another model; the text has
+        EzpzError: the checkpoint is incomplete, or of another generation or model; the text has
             token IDs beyond the model's vocabulary; the host has no such slot.
     """
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
     part.at_step(model, _step(checkpoint))
-    for parameter in model.parameters():  # and no buffers: rotary positions may be complex
+    for parameter in model.parameters():  # but no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
     model.eval()
     _check_vocabulary(text, model, flavor)
     losses, chosen = [], _Chosen(part.routers(model))
     with torch.inference_mode(), chosen, warnings.catch_warnings():
-        # The host asks for float32 in the gate, in which the CPU's autocast has nothing to do.
+        # The host asks for float32 in the gate, which the CPU's autocast ignores with a warning.
         warnings.filterwarnings("ignore", message="In CPU autocast")
         for sequence in progress(text):
             logits_LV = part.forward(
@@ -101,7 +101,7 @@ def record(
 
 
 class _Chosen:
-    """The choices of routers while it is entered, sequence by sequence."""
+    """Records what the routers choose while entered, sequence by sequence."""
 
     def __init__(self, routers: dict[str, Any]) -> None:
         self._routers = routers
@@ -138,7 +138,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     generation = host().checkpoint_names
     if (found := contents.generation(checkpoint, metadata)) != generation:
         raise EzpzError(
-            f"{checkpoint}: has the names of torchtitan {found}. First: ezpz-moe ckpt remap "
+            f"{checkpoint}: has the names of torchtitan {found}. First run: ezpz-moe ckpt remap "
             f"{checkpoint} DIR --to {generation}"
         )
     entries, state = dict(contents.model_tensors(metadata)), model.state_dict()
@@ -149,7 +149,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _step(checkpoint: Path) -> int:
-    """The training step, which the folder's name tells; without one, after every schedule."""
+    """The training step in the folder's name; without one, a step after every schedule's end."""
     match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
     return int(match[1]) if match else sys.maxsize
 
@@ -159,7 +159,7 @@ def _check_vocabulary(text: Sequence[TextSequence], model: nn.Module, flavor: Fl
     largest = max(int(each.labels_L.max()) for each in text)
     if largest >= rows:
         raise EzpzError(
-            f"the tokenizer gives the ID {largest}, and flavor {flavor.name} has a vocabulary of "
-            f"{rows}: set hf_assets_path in the job to the tokenizer that the model was trained "
-            "with, and give the job with --config."
+            f"the tokenizer produces the ID {largest}, but flavor {flavor.name} has a vocabulary "
+            f"of {rows}: set hf_assets_path in the job to the tokenizer that the model was trained "
+            "with, and pass the job with --config."
         )

@@ -24,9 +24,9 @@ class Settings:
     """What the measures depend on.
 
     Attributes:
-        capacity_factor: of the experts whose drops are counted.
-        segment: m, tokens of a segment.
-        cache: how many experts the cache holds, as a multiple of the experts of a token.
+        capacity_factor: for counting drops.
+        segment: m, tokens per segment.
+        cache: how many experts the cache holds, as a multiple of the experts that a token uses.
     """
 
     capacity_factor: float = 1.25
@@ -40,16 +40,16 @@ class LayerReport:
 
     Attributes:
         load: share of all choices that each expert got.
-        explained: None where no token ID occurs twice.
+        explained: None if no token ID occurs twice.
         concentration: of each expert's tokens; None for an expert without any.
         top_tokens: each expert's most frequent token IDs, with their share of its tokens.
         dropped: share of the choices beyond the capacity.
         dropped_by_position: the same in eight equal stretches of the sequence.
         srp, sch: segment routing best performance; hit rate of a cache of ``cache_size`` experts.
         sch_by_size: hit rates of caches of 1 to E experts.
-        cosines: between the experts' weights; NaN for one whose weights are all zero.
-        mean_cosine, max_cosine: of the pairs of experts that have one; None without such pairs.
-        drift: against the other checkpoint.
+        cosines: between the experts' weights; NaN for an expert whose weights are all zero.
+        mean_cosine, max_cosine: over the pairs of experts that have a cosine; None without any.
+        drift: compared with the other checkpoint.
     """
 
     layer: str
@@ -101,6 +101,7 @@ def _layer(
     hit_rates = consistency.best_hit_rates(counts_NE).tolist()
     cache_size = min(E, max(1, round(settings.cache * top_k)))
     pairs = similarity.off_diagonal(cosines_EE)
+    # An expert whose weights are all zero has no cosine.
     pairs = pairs[~pairs.isnan()]
     return LayerReport(
         layer=name,

@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are, by their weights. Legend: E = experts."""
+"""How similar the experts of a layer are, by their weights. Legend: E = experts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """Cosine between every two experts' weights: [E, E] in float64.
 
-    All weights of an expert are one vector. Hidden channels are compared place by place: experts
-    with the same channels in another order are as far apart as any two. High values mean a common
-    origin, an upcycled model's, that training has not parted.
+    All weights of an expert form one vector. Hidden channels are compared position by position:
+    experts with the same channels in another order are as far apart as any two. High values mean a
+    common origin, such as upcycling, that training has not pulled apart.
 
     Args:
         weights: tensors [E, ...] of the layer, of any floating dtype.

@@ -1,4 +1,4 @@
-"""A text as the sequences that the trainer would make of it.
+"""A text, cut into the sequences that the trainer would make from it.
 
 Legend of the suffixes: L = length of a sequence.
 """
@@ -18,7 +18,7 @@ class Sequence:
     Attributes:
         tokens_L: token IDs.
         labels_L: the token that follows each within its document.
-        positions_L: where each is in its document, counted from the sequence's beginning.
+        positions_L: where each token is in its document, counted from the start of the sequence.
     """
 
     tokens_L: torch.Tensor
@@ -29,10 +29,10 @@ class Sequence:
 def sequences(
     documents: Iterable[str], encode: Callable[[str], list[int]], length: int
 ) -> Iterator[Sequence]:
-    """Documents, one after another, cut into sequences of ``length`` tokens; the rest is left out.
+    """Join documents and cut them into sequences of ``length`` tokens; a shorter rest is dropped.
 
     Args:
-        encode: a document's tokens, those that mark its beginning and end among them.
+        encode: turns a document into tokens, including those that mark its beginning and end.
         length: L.
     """
     tokens: list[int] = []
@@ -40,6 +40,7 @@ def sequences(
     positions: list[int] = []
     for document in documents:
         encoded = encode(document)
+        # The last token of a document is a label only: nothing follows it.
         tokens += encoded[:-1]
         labels += encoded[1:]
         positions += range(len(encoded) - 1)
@@ -53,7 +54,7 @@ def sequences(
 
 
 def _from_zero(positions: list[int]) -> list[int]:
-    """A document that the sequence cuts in two begins at 0 again."""
+    """Restart positions at 0 where the sequence cuts into a document."""
     first = positions[0]
     until = next((i for i, each in enumerate(positions) if i and each == 0), len(positions))
     return [each - first for each in positions[:until]] + positions[until:]

@@ -12,15 +12,15 @@ import torch
 
 @dataclass(frozen=True)
 class Explained:
-    """How well a token's experts can be told in advance.
+    """How well a token's experts can be predicted.
 
     Attributes:
         by_token: share of a token's experts that are among the k most frequent experts of the
             *other* occurrences of its ID.
         by_frequency: the same with the k most frequent experts of all other tokens.
         share: what knowing the ID adds, as a share of what was missing: 0 nothing, 1 everything;
-            below 0 where rare IDs mislead. None where by_frequency is 1.
-        tokens: how many tokens it was measured on: those whose ID occurs at least twice.
+            below 0 where rare IDs mislead. None if by_frequency is 1.
+        tokens: the number of tokens measured: those whose ID occurs at least twice.
     """
 
     by_token: float
@@ -32,8 +32,8 @@ class Explained:
 def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int) -> Explained:
     """How much of the routing the token ID alone explains.
 
-    Left out of its own prediction, a token that occurs once explains nothing, where a mutual
-    information counted on the same text would have it explain everything.
+    Each token is left out of its own prediction. A token that occurs once therefore explains
+    nothing, while mutual information, counted on the same text, would let it explain everything.
 
     Args:
         ids_TK: the chosen experts, integers below ``num_experts``, none twice for a token.
@@ -52,6 +52,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
         raise ValueError("no token ID occurs twice")
     chosen_TE, index_T = chosen_TE[is_repeated_T], index_T[is_repeated_T]
     top_k = ids_TK.shape[1]
+    # Subtracting chosen_TE leaves each token out of its own prediction.
     by_token = _overlap(counts_VE[index_T] - chosen_TE, chosen_TE, top_k)
     by_frequency = _overlap(counts_VE.sum(0) - chosen_TE, chosen_TE, top_k)
     missing = 1 - by_frequency
@@ -62,7 +63,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
 def _overlap(counts_TE: torch.Tensor, chosen_TE: torch.Tensor, top_k: int) -> float:
     """Mean share of the chosen experts among the ``top_k`` largest counts.
 
-    Of experts with equal counts that compete for the last places each gets its share of these, the
+    Experts with equal counts that compete for the last places share these equally, which is the
     mean over all ways to choose among them.
     """
     last_T1 = counts_TE.topk(top_k, dim=1).values[:, -1:]
@@ -76,8 +77,8 @@ def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int
     """How narrow each expert's tokens are: 1 - H(token | expert) / H(token).
 
     H is the entropy of the token IDs among the expert's tokens, and in the whole text. 0: the
-    expert sees the text as it is; 1: it sees a single ID. An expert with few tokens is narrow by
-    their number alone.
+    expert sees the text as it is; 1: it sees a single ID. An expert with few tokens is narrow
+    merely because they are few.
 
     Returns:
         [E] in float64; NaN for an expert without tokens, and where the text has a single ID.
@@ -96,7 +97,7 @@ def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int
 def top_tokens(
     ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int, *, count: int
 ) -> list[list[tuple[int, float]]]:
-    """For each expert its most frequent token IDs and their shares of its tokens."""
+    """The most frequent token IDs of each expert, with their shares of its tokens."""
     found = []
     for e in range(num_experts):
         of_expert = tokens_T[(ids_TK == e).any(1)]

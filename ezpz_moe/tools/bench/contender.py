@@ -1,4 +1,4 @@
-"""What it takes to be measured.
+"""What a contender has to provide to be measured.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -21,8 +21,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         forward: computes y_RD from the inputs, under autograd.
-        inputs: the weights and x, leaves that want a gradient.
-        constants: tensors that are given beside them: token counts, each row's expert.
+        inputs: the weights and x, leaves that require a gradient.
+        constants: further tensors that it needs: token counts, each row's expert.
     """
 
     forward: Callable[[], Tensor]
@@ -36,13 +36,12 @@ class Contender:
 
     Attributes:
         name: in tables; a backend's is its spec, options included.
-        prepare: makes it ready for a case: weights laid out as it wants them, outside the time
-            that is taken.
+        prepare: gets it ready for a case, with weights in the layout it needs; this is not timed.
         why_not: ``(device, dtype, shape)`` -> every reason why it cannot run; empty means usable.
         declares_syncs: whether it says that it waits for the device; None if it says nothing.
-        computes_layer: its output is the expert layer's, which is checked before it is timed.
-        may_drop: it may leave rows out, which are then zero.
-        is_backend: it is one of ours, or of a package that adds one.
+        computes_layer: whether its output is the expert layer's, which is checked before timing.
+        may_drop: whether it may leave rows out, which are then zero.
+        is_backend: whether it is one of ours, or of a package that adds one.
     """
 
     name: str
@@ -55,12 +54,12 @@ class Contender:
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same values and memory, as inputs that want a gradient."""
+    """The same values and memory, as inputs that require a gradient."""
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
 def prepared(swiglu: Callable[..., Tensor]) -> Callable[[Case], Prepared]:
-    """For what takes ``(w1, w2, w3, x, counts)`` as our backends do."""
+    """Prepare a function that takes ``(w1, w2, w3, x, counts)``, as our backends do."""
 
     def prepare(case: Case) -> Prepared:
         inputs = leaves(case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)

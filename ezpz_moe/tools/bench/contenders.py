@@ -1,6 +1,6 @@
 """Our backends, the host's own layer, and references, ready to be measured.
 
-All compute the expert layer from the same values, but ``dense``, which is the limit.
+All compute the expert layer from the same values, except ``dense``, which is the limit.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -23,11 +23,11 @@ from ezpz_moe.tools.bench.shapes import Shape
 
 
 def backends(specs: Sequence[str]) -> list[Contender]:
-    """The backends that are named; all installed ones without a name.
+    """The named backends; without names, all that are installed.
 
     Raises:
-        EzpzError: a named one does not exist, has no such option, or does not load. (An installed
-            one that is not named and does not load has that as its reason.)
+        EzpzError: a named backend does not exist, has no such option, or does not load. (If an
+            installed backend that is not named does not load, that becomes its reason.)
     """
     for spec in specs:
         get_backend(spec)
@@ -35,10 +35,10 @@ def backends(specs: Sequence[str]) -> list[Contender]:
 
 
 def others(names: Sequence[str]) -> list[Contender]:
-    """What the backends are measured against; without a name everything but ``single_buffer``.
+    """What the backends are compared with; without names, everything but ``single_buffer``.
 
     Raises:
-        EzpzError: no such contender.
+        EzpzError: there is no such contender.
     """
     without_a_name = {each.name: each for each in (*_REFERENCES, *PEERS)}
     known = without_a_name | {_SINGLE_BUFFER.name: _SINGLE_BUFFER}
@@ -54,7 +54,7 @@ def others(names: Sequence[str]) -> list[Contender]:
 def _backend(spec: str) -> Contender:
     try:
         backend = get_backend(spec)
-    except EzpzError as error:  # a package that does not load concerns its own backend only
+    except EzpzError as error:  # a package that does not load affects only its own backend
         reasons = [str(error)]
         return Contender(spec, _not_reached, lambda *_: reasons, is_backend=True)
     return Contender(
@@ -72,7 +72,7 @@ def _not_reached(case: Case) -> Prepared:
 
 
 def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
-    """The loop as one writes it first. Each ``w[e]`` has a gradient of the whole [E, F, D]."""
+    """The loop one writes first. Each ``w[e]`` gets a gradient as large as the whole [E, F, D]."""
     outputs, start = [], 0
     for e, count in enumerate(counts_E.tolist()):
         x_nD = x_RD[start : start + count]
@@ -82,7 +82,7 @@ def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts
 
 
 def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
-    """The three products of torchtitan's layer, in the dtype that is given."""
+    """The three products of torchtitan's layer, in the given dtype."""
     offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
     gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
     up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)
@@ -94,7 +94,7 @@ def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) ->
 
 
 def _dense(case: Case) -> Prepared:
-    """One FFN over all rows, with the weights of the first expert: as many FLOPs."""
+    """One FFN over all rows, with the first expert's weights: the same number of FLOPs."""
     of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
     w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
     return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
@@ -113,7 +113,7 @@ def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> li
     from ezpz_moe.hosts.detect import host
 
     if dtype != torch.bfloat16:
-        return [f"torchtitan's layer casts to bfloat16; for {dtype} {PRODUCTS} takes its place"]
+        return [f"torchtitan's layer casts to bfloat16; for {dtype}, {PRODUCTS} stands in for it"]
     try:
         host().stock_experts()
     except EzpzError as error:
@@ -140,7 +140,7 @@ _REFERENCES = (
 )
 
 # Every expert padded to the busiest one: what ``batched_mm_padded`` avoids. Under skew this takes
-# many times the others' time and memory, so that nobody measures it without asking.
+# many times the others' time and memory, so it is measured on request only.
 _SINGLE_BUFFER = Contender(
     SINGLE_BUFFER, _single_buffer, _single_buffer_why_not, declares_syncs=True
 )

@@ -1,4 +1,4 @@
-"""Times, bytes and waits of contenders at one layer.
+"""Measure the times, bytes and waits of contenders at one layer.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -22,14 +22,14 @@ from ezpz_moe.compute.reference import Case, plain_loop
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.results import Figures
 
-# torch's profiler, which counts memory on the CPU, reports its own starting and stopping otherwise.
+# torch's profiler counts memory on the CPU; keep it from logging that it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _TOLERANCE_OF_HALF = 3e-2
 
 Tick = Callable[[str], None]
-"""Told what is done next."""
+"""Called with the name of what is done next."""
 
 
 class WrongOutputError(RuntimeError):
@@ -39,11 +39,11 @@ class WrongOutputError(RuntimeError):
 def measure(
     contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
 ) -> tuple[dict[str, Figures], dict[str, str]]:
-    """The figures of all contenders, and what those raised that have none.
+    """The figures of all contenders, and the errors of those that failed.
 
-    They take turns, and each turn begins with another one, so that a busy machine slows all alike.
-    The runs that count bytes come first and warm up; so does the first turn. What ``auto`` has
-    chosen for another load, or in another hour, does not count: it measures anew.
+    They take turns, and each turn begins with another contender: a busy machine slows all alike.
+    The runs that count bytes come first and warm up, as does the first turn. Earlier choices of
+    ``auto``, for another load or in another hour, do not count: it measures again.
     """
     auto.forget()
     with tuning.elsewhere():
@@ -62,7 +62,7 @@ def _measure(
         try:
             ready[contender.name] = prepared = contender.prepare(case)
             figures[contender.name] = _untimed(contender, prepared, case.grad_y_RD, true_RD)
-        except Exception as error:  # one that breaks is told, and the others still run
+        except Exception as error:  # report a contender that breaks, and still run the others
             ready.pop(contender.name, None)
             failed[contender.name] = _in_a_line(error)
     order = deque(ready)
@@ -73,6 +73,7 @@ def _measure(
             if turn > 0:
                 figures[name].forward_ms.append(forward_ms)
                 figures[name].both_ms.append(both_ms)
+        # Another contender begins the next turn, so none always runs on a warm or a cool machine.
         order.rotate()
     return figures, failed
 
@@ -83,9 +84,9 @@ def ticks(contenders: Sequence[Contender], repeats: int) -> int:
 
 
 def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
-    """Of forward, and of forward and backward, in one run.
+    """Milliseconds of forward, and of forward and backward, from one run.
 
-    By the device's own clock where there is one. Until the gradients have been given back.
+    Uses the device's own clock where there is one. Ends when the gradients have been returned.
     """
     device = grad_y_RD.device
     if device.type == "cpu":
@@ -107,16 +108,16 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
 
 
 def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
-    """Bytes that forward gives autograd to save, and the output.
+    """Bytes that forward saves for backward, and the output.
 
-    Every storage counts once and whole. The inputs, the weights and the constants do not: they
-    live anyway.
+    Every storage counts once and in full. Inputs, weights and constants do not count: they stay in
+    memory anyway.
     """
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage  # kept, so that its address is not given away again
+        saved[storage._cdata] = storage  # keep it alive, or its address could be reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -127,10 +128,10 @@ def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes of the device that ``work`` holds at a time, beyond what is held already.
+    """The most bytes that ``work`` holds on the device at a time, beyond what is held already.
 
-    On the CPU as torch's profiler sees its allocator; not what the C library keeps or wastes, nor
-    what a library of kernels allocates by itself. None where the device does not tell.
+    On the CPU this is what torch's profiler sees of its allocator, not what the C library keeps or
+    wastes, or a kernel library allocates by itself. None if the device does not tell.
     """
     if device.type == "cpu":
         with profile(profile_memory=True, use_kineto=True) as profiled:
@@ -149,9 +150,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _most_at_a_time(profiled: profile) -> int:
-    """Of the bytes allocated while it was on.
+    """The peak of the bytes allocated while the profiler was on.
 
-    An address that was not is left out: its size is of an earlier profile that saw it allocated.
+    Ignores an address that was not: its size comes from an earlier profile that saw it allocated.
     """
     sizes: dict[int, int] = {}
     held = most = 0
@@ -176,7 +177,7 @@ def _allocations(profiled: profile) -> Iterator[Any]:
 
 
 def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
-    """How often ``work`` waits for the device; None where torch does not watch that."""
+    """How often ``work`` waits for the device; None if torch cannot tell."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -193,7 +194,7 @@ def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
 def _untimed(
     contender: Contender, prepared: Prepared, grad_y_RD: Tensor, true_RD: Tensor
 ) -> Figures:
-    """Everything but the times."""
+    """All figures except the times."""
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(prepared.forward(), prepared.inputs, grad_y_RD)
@@ -204,7 +205,7 @@ def _untimed(
     if contender.computes_layer:
         dropped = _dropped(y_RD, true_RD, contender.may_drop)
     del y_RD
-    both()  # what is compiled, tuned or loaded the first time is no part of the peak
+    both()  # what compiles, tunes or loads the first time must not count towards the peak
     device = grad_y_RD.device
     return Figures(
         forward_ms=[],
@@ -224,10 +225,10 @@ def _expected(case: Case) -> Tensor:
 
 
 def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
-    """The share of rows that are left out; 0 unless that is allowed. The others have to be right.
+    """The share of rows left out; 0 unless that is allowed. All other rows have to be right.
 
     Raises:
-        WrongOutputError: the output is farther from the plain loop's than rounding explains.
+        WrongOutputError: the output differs from the plain loop's by more than rounding explains.
     """
     if y_RD.shape != true_RD.shape:
         raise WrongOutputError(f"its output is {tuple(y_RD.shape)}, not {tuple(true_RD.shape)}")
@@ -236,13 +237,13 @@ def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
     y_RD, true_RD = y_RD.to(wide), true_RD.to(wide)
     kept_R1 = torch.ones_like(y_RD[:, :1])
     if may_drop:
-        kept_R1 = y_RD.any(dim=1, keepdim=True).to(wide)  # the inputs are random: none else is zero
+        kept_R1 = y_RD.any(dim=1, keepdim=True).to(wide)  # inputs are random: no other row is zero
     true_RD = true_RD * kept_R1
     error = (y_RD - true_RD).norm() / true_RD.norm()
     if not error <= limit:
         raise WrongOutputError(
-            f"its output is wrong: {error:.2g} away from the plain loop's, relative, and rounding "
-            f"explains {limit:g}"
+            f"its output is wrong: its relative distance from the plain loop's is {error:.2g}, and "
+            f"rounding explains only {limit:g}"
         )
     return 1 - kept_R1.mean().item()
 

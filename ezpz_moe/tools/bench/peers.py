@@ -1,11 +1,11 @@
 """Other projects' expert layers, where they are installed.
 
 Each gets every row as a token with one expert (top-1, weight 1), sorted by expert as our backends
-get them. What a peer does to its tokens beside the products (sorting, gathering, scattering) is in
-its time: its layer begins with it.
+get them. Whatever a peer does to its tokens besides the products (sorting, gathering, scattering)
+counts towards its time, because its layer begins there.
 
-Only transformers' have been run here, on the CPU. The others need CUDA and follow their published
-interface; like everything, they are timed only after their output was found right.
+Only transformers' layers have been run here, on the CPU. The others need CUDA and follow their
+published interface; like all contenders, they are timed only once their output is found right.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -53,7 +53,7 @@ def _on_cuda(module: str, install: str, capability: tuple[int, int] = (0, 0)) ->
         elif torch.cuda.is_available() and torch.cuda.get_device_capability(device) < capability:
             reasons.append(f"it needs a GPU of compute capability {capability[0]} or newer")
         if dtype not in (torch.bfloat16, torch.float16):
-            reasons.append("it is for half precision: --dtype bfloat16")
+            reasons.append("it needs half precision: --dtype bfloat16")
         return reasons
 
     return why_not
@@ -63,7 +63,7 @@ _TRANSFORMERS = _is_installed("transformers", "pip install transformers")
 
 
 def _transformers(implementation: str) -> Callable[[Case], Prepared]:
-    """OLMoE's experts of transformers, by one of its experts backends."""
+    """transformers' OLMoE experts, computed by one of its experts backends."""
 
     def prepare(case: Case) -> Prepared:
         from transformers.models.olmoe import OlmoeConfig
@@ -74,6 +74,7 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
             hidden_size=dim, intermediate_size=hidden_dim, num_experts=E, hidden_act="silu"
         )
         config._experts_implementation = implementation
+        # Built without memory: load_state_dict(assign=True) then takes our tensors as they are.
         with torch.device("meta"):
             experts = OlmoeExperts(config)
         gate_up_proj = torch.cat([case.w1_EFD, case.w3_EFD], dim=1)
@@ -92,7 +93,7 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
 
 
 def _copies_fit(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
-    """transformers' batched_mm copies the weights of every row, and again for their gradients."""
+    """Whether transformers' batched_mm has room to copy each row's weights, and their gradients."""
     if reasons := _TRANSFORMERS(device, dtype, shape):
         return reasons
     needed = 2 * 3 * shape.R * shape.D * shape.F * dtype.itemsize
@@ -104,8 +105,8 @@ def _copies_fit(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[
     if needed <= free // 2:
         return []
     return [
-        f"it copies the weights of its expert for every row, {needed / 2**30:.1f} GiB with their "
-        f"gradients, more than half of the memory that is free: choose a smaller shape"
+        f"it copies its expert's weights for every row, {needed / 2**30:.1f} GiB with their "
+        f"gradients, more than half of the free memory: choose a smaller shape"
     ]
 
 
@@ -168,6 +169,7 @@ def _sonicmoe(case: Case) -> Prepared:
     rows_R = torch.arange(R, device=x_RD.device, dtype=torch.int32)
     ones_R = torch.ones(R, device=x_RD.device)
     options: dict[str, Any] = {}
+    # Only some versions want to be told the stream.
     if "stream_id" in inspect.signature(moe_general_routing_inputs).parameters:
         options["stream_id"] = torch.cuda.current_stream().cuda_stream
 

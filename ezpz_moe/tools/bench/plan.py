@@ -1,8 +1,8 @@
-"""A whole comparison: what is to be measured, and running it here or in a process of its own.
+"""A whole comparison: what to measure, and running it here or in a process of its own.
 
-How the C library keeps memory is settled when a process starts, so that the ``retain`` allocator
-needs a process with :data:`RETAIN` in its environment. ``default`` is measured in this process,
-with the environment as it is.
+A process settles at its start how the C library keeps memory, so the ``retain`` allocator needs a
+process with :data:`RETAIN` in its environment. ``default`` is measured in this process, with the
+environment as it is.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from ezpz_moe.tools.bench.shapes import Shape
 Allocator = Literal["default", "retain"]
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Tick]]
-"""Given what begins and how many steps it has: tells of them while it is open."""
+"""Takes what begins and how many steps it has; while it is open, it shows them."""
 
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
-"""glibc: take no block from the system by itself, and give nothing back to it."""
+"""glibc: never take a single block from the system, and never give memory back to it."""
 
 _PEER_PACKAGES = ("transformers", "triton", "scattermoe", "megablocks", "sonic-moe")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: every shape with every routing in every dtype.
+    """What to measure: every shape with every routing in every dtype.
 
     Attributes:
-        backends: specs as ``get_backend`` takes them; none for all that are usable.
-        against: names of :func:`.contenders.others`; none for all that are usable.
+        backends: specs as ``get_backend`` takes them; empty for all that are usable.
+        against: names for :func:`.contenders.others`; empty for all that are usable.
         repeats: turns that count.
     """
 
@@ -65,7 +65,7 @@ class Plan:
 
 
 def check(plan: Plan) -> None:
-    """Refuse what cannot be measured before anything is.
+    """Refuse what cannot be measured, before measuring anything.
 
     Raises:
         EzpzError: as :func:`_chosen`.
@@ -76,7 +76,7 @@ def check(plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class Begun:
-    """What a child process measures next, and how many steps that has."""
+    """What a child process measures next, and how many steps that takes."""
 
     what: str
     total: int
@@ -84,7 +84,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Ticked:
-    """A step of it begins, of this name."""
+    """A step of it begins, with this name."""
 
     name: str
 
@@ -94,7 +94,7 @@ Message = Begun | Ticked | Measured
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[Measured]:
-    """Measure, one layer after the other, where the plan's allocator is."""
+    """Measure one layer after the other, in a process with the plan's allocator."""
     return (_in_child if plan.allocator == "retain" else run_here)(plan, progress)
 
 
@@ -102,7 +102,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     """Measure in this process, whatever its allocator.
 
     Raises:
-        EzpzError: as :func:`_chosen`; or the memory does not suffice for a shape.
+        EzpzError: as :func:`_chosen`; or there is not enough memory for a shape.
     """
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
         contenders, left_out = _chosen(plan, dtype, shape)
@@ -127,7 +127,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """What the figures depend on besides the code."""
     place = torch.device(device)
     if place.type == "cpu":
         name = f"{_cpu_name() or platform.machine()}, {os.cpu_count()} CPUs"
@@ -157,10 +157,10 @@ def _cpu_name() -> str | None:
 
 
 def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict[str, list[str]]]:
-    """Who is measured, and why the others are not.
+    """The contenders to measure, and why the others are left out.
 
     Raises:
-        EzpzError: a contender that is named is not usable, or no backend is.
+        EzpzError: a named contender is not usable, or no backend is.
     """
     candidates = [*others(plan.against), *backends(plan.backends)]
     place = torch.device(plan.device)
@@ -173,7 +173,7 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
                 f"{'; '.join(reasons)}"
             )
     if PRODUCTS not in named and not why_not.get(STOCK, ["is not among them"]):
-        why_not.pop(PRODUCTS, None)  # they stand for the stock layer where it cannot be measured
+        why_not.pop(PRODUCTS, None)  # they only stand in for a stock layer that cannot be measured
     usable = [each for each in candidates if why_not.get(each.name) == []]
     if not any(each.is_backend for each in usable):
         lines = [f"{name}: {reason}" for name, why in why_not.items() for reason in why]
@@ -201,7 +201,7 @@ def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
 
 
 def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
-    """Measure in a process whose allocator keeps its memory; what it prints is on our stderr."""
+    """Measure in a process whose allocator retains memory; what it prints goes to our stderr."""
     command = [sys.executable, "-m", "ezpz_moe.tools.bench.worker"]
     child = subprocess.Popen(
         command,
@@ -217,18 +217,18 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
             child.stdin.close()
             yield from _read(child.stdout, progress)
-        except BaseException:  # nobody waits for the rest
+        except BaseException:  # nobody will read the rest
             child.kill()
             raise
     if child.returncode:
         raise EzpzError(
             f"measuring with --allocator {plan.allocator} ended with exit code "
-            f"{child.returncode}; what its process said is above."
+            f"{child.returncode}; see the process's own output above."
         )
 
 
 def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
-    """What the child has measured; its steps are told of meanwhile."""
+    """What the child has measured; meanwhile passes its steps to ``progress``."""
     messages: TypeAdapter[Message] = TypeAdapter(Message)
     with contextlib.ExitStack() as open_progress:
         for line in lines:

@@ -1,6 +1,6 @@
-"""What a comparison has measured, as plain data, and the figures made from it.
+"""What a comparison measured, as plain data, and the figures derived from it.
 
-Nothing here imports torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Pass = Literal["forward", "both"]
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one contender.
+    """What was measured for one contender.
 
     Attributes:
         forward_ms, both_ms: milliseconds of forward, and of forward and backward, by turn.
-        saved_bytes: that forward keeps for backward, without the inputs and weights themselves.
-        peak_bytes: most that forward and backward hold at a time, beyond inputs and weights; None
-            where the device does not tell.
-        syncs: times that forward and backward wait for the device, counted; None where they
-            cannot be.
-        declares_syncs: whether the contender says that it waits; None where it says nothing.
+        saved_bytes: what forward keeps for backward, without the inputs and weights themselves.
+        peak_bytes: the most that forward and backward hold at a time, beyond inputs and weights;
+            None if the device does not tell.
+        syncs: how often forward and backward wait for the device, counted; None if that is not
+            possible.
+        declares_syncs: whether the contender says that it waits; None if it says nothing.
         dropped: share of the rows that are left out.
     """
 
@@ -51,7 +51,7 @@ class Figures:
         return statistics.median(self.turns(timed))
 
     def quartiles(self, timed: Pass = "both") -> tuple[float, float]:
-        """Between these lies the middle half of the turns."""
+        """The middle half of the turns lies between these."""
         turns = self.turns(timed)
         if len(turns) == 1:
             return turns[0], turns[0]
@@ -66,11 +66,11 @@ class Measured:
     Attributes:
         counts: rows of each expert.
         allocator: "default" or "retain", see :mod:`.plan`.
-        allocator_variables: what the environment of the process that measured said of memory.
+        allocator_variables: the memory settings in the environment of the measuring process.
         figures: by contender.
         left_out: contender -> why it is not among them.
         failed: contender -> what it raised.
-        backends: those of the figures that are ours, or of a package that adds one.
+        backends: the names in ``figures`` that are ours, or of a package that adds one.
     """
 
     shape: Shape
@@ -95,15 +95,15 @@ class Measured:
 
     @property
     def stock(self) -> str | None:
-        """Whose time stands for the host's: its layer's, or else that of its three products."""
+        """The contender whose time stands for the host's: its layer, or else its three products."""
         return next((name for name in (STOCK, PRODUCTS) if name in self.figures), None)
 
     def time_ratio(
         self, above: str | None, below: str | None, timed: Pass = "both"
     ) -> float | None:
-        """Median of the ratios of two times within each turn: the machine was as busy for both.
+        """Median over the turns of the ratio of two times: the machine is as busy for both.
 
-        None where one of the two was not measured.
+        None if one of the two was not measured.
         """
         if above is None or below is None or not {above, below} <= self.figures.keys():
             return None
@@ -115,7 +115,7 @@ class Measured:
         return self.shape.flops / self.figures[name].median() / 1e9
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with medians and ratios beside the turns."""
+        """Everything, with medians and ratios next to the turns."""
         document = asdict(self) | {"skew": self.skew, "stock": self.stock}
         for name, figures in document["figures"].items():
             mine = self.figures[name]
@@ -142,7 +142,7 @@ def document(results: Sequence[Measured], about: Mapping[str, Any], command: str
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits: no clock has more to say."""
+    """Round to five digits: no clock is more precise."""
     match value:
         case Mapping():
             return {key: _rounded(each) for key, each in value.items()}

@@ -1,4 +1,4 @@
-"""How the rows are shared out among the experts. Nothing here imports torch."""
+"""How rows are distributed over the experts. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fractions import Fraction
 from ezpz_moe.errors import EzpzError
 
 STANDARD = ("balanced", "empty25", "zipf0.5", "zipf1", "one_hot")
-"""From even to as uneven as can be."""
+"""From even to as uneven as possible."""
 
 _ZIPF = re.compile(r"zipf(\d+(?:\.\d+)?)")
 
@@ -19,21 +19,21 @@ def check_routing(routing: str) -> None:
     """Refuse a name that :func:`counts_of` does not know.
 
     Raises:
-        EzpzError: it is none.
+        EzpzError: the name is unknown.
     """
     if routing not in STANDARD and not _ZIPF.fullmatch(routing):
         raise EzpzError(
-            f"--routing {routing!r}: no known routing. Known: {', '.join(STANDARD)}; zipf takes "
+            f"--routing {routing!r}: unknown routing. Known: {', '.join(STANDARD)}; zipf takes "
             f"any exponent, for example zipf1.2."
         )
 
 
 def counts_of(routing: str, experts: int, rows: int) -> list[int]:
-    """Rows of each expert; they sum to ``rows``. The same for the same arguments.
+    """Rows of each expert; they sum to ``rows``. Equal arguments give equal counts.
 
     ``balanced``: the same for all. ``zipf<s>``: the expert of rank r gets a share of 1 / r^s.
-    ``empty25``: a quarter of the experts (at least one, and never all) gets none, the others the
-    same. ``one_hot``: one expert gets all. Which experts are busy is shuffled.
+    ``empty25``: a quarter of the experts (at least one, but never all) gets none, the others equal
+    shares. ``one_hot``: one expert gets all. Which experts are busy is shuffled.
 
     Raises:
         EzpzError: as :func:`check_routing`.
@@ -61,7 +61,8 @@ def _shares(routing: str, experts: int) -> list[float]:
 
 
 def _whole(shares: Sequence[float], rows: int) -> list[int]:
-    """``rows`` in proportion to the shares; what rounding leaves goes to the largest remainders."""
+    """``rows`` in proportion to the shares; leftovers of rounding go to the largest remainders."""
+    # Exact arithmetic: with floats the counts could miss the total by one.
     exact = [Fraction(share) for share in shares]
     wanted = [share * rows / sum(exact) for share in exact]
     counts = [int(each) for each in wanted]

@@ -1,6 +1,6 @@
-"""The sizes of one expert layer: those of known models, scaled down where asked, or one's own.
+"""The sizes of one expert layer: a known model's, scaled down if asked, or explicit ones.
 
-Nothing here imports torch.
+This module does not import torch.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. T = tokens, K = experts of a token.
 """
@@ -14,7 +14,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 
 
 class ModelSizes(NamedTuple):
-    """Of a known model: experts, experts of a token, model and expert dimension."""
+    """A known model: experts, experts of a token, model and expert dimension."""
 
     E: int
     K: int
@@ -37,7 +37,7 @@ class Shape:
     """One expert layer: E experts of dimension F over R routed rows of dimension D.
 
     Attributes:
-        name: what it is called, "olmoe/4" for instance: D, F and the tokens divided by 4.
+        name: for example "olmoe/4": D, F and the tokens are divided by 4.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of forward and backward: 6 R D F and 12 R D F."""
+        """FLOPs of forward and backward: 6 R D F and 12 R D F."""
         return 18 * self.R * self.D * self.F
 
 
@@ -60,20 +60,20 @@ def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
     """``"olmoe"`` with D, F and T = ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
 
     Raises:
-        EzpzError: neither a known model nor E,D,F,R; or a size that ``scale`` does not divide.
+        EzpzError: neither a known model nor E,D,F,R; or ``scale`` does not divide a size.
     """
     if "," in text:
         return _explicit(text)
     if text not in MODELS:
         raise EzpzError(
-            f"--shape {text!r}: no known model. Known: {', '.join(MODELS)}; or give the sizes as "
+            f"--shape {text!r}: unknown model. Known: {', '.join(MODELS)}; or give the sizes as "
             f"E,D,F,R, for example 8,1024,3584,2048.{did_you_mean(text, MODELS)}"
         )
     model = MODELS[text]
     for name, size in (("D", model.D), ("F", model.F), ("--tokens", tokens)):
         if size % scale or size < scale:
             raise EzpzError(
-                f"--shape {text} --scale {scale}: {name} = {size} is no multiple of {scale}. "
+                f"--shape {text} --scale {scale}: {name} = {size} is not a multiple of {scale}. "
                 f"Choose a scale that divides D = {model.D}, F = {model.F} and the {tokens} tokens."
             )
     D, F, T = (size // scale for size in (model.D, model.F, tokens))

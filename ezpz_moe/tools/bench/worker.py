@@ -1,6 +1,6 @@
-"""Measures a plan that comes through stdin; every step and result is one line of JSON on stdout.
+"""Measure a plan read from stdin; every step and result is one line of JSON on stdout.
 
-The process that :mod:`.plan` starts with another allocator.
+:mod:`.plan` starts this process to measure with another allocator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ezpz_moe.tools.bench.plan import Begun, Message, Plan, Ticked, run_here
 def main() -> None:
     plan = TypeAdapter(Plan).validate_json(sys.stdin.read())
     told = sys.stdout
-    # Whatever a library prints is none of the results.
+    # stdout carries results only; whatever a library prints goes to stderr.
     with exit_on_user_error(), redirect_stdout(sys.stderr):
         for measured in run_here(plan, partial(_progress, told)):
             _tell(told, measured)
@@ -29,7 +29,7 @@ def main() -> None:
 
 @contextmanager
 def _progress(told: TextIO, what: str, total: int) -> Iterator[Tick]:
-    """The parent's progress, of which it is told."""
+    """Pass the progress on to the parent."""
     _tell(told, Begun(what, total))
     yield lambda name: _tell(told, Ticked(name))
 

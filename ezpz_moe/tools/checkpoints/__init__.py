@@ -1,13 +1,13 @@
-"""Checkpoints of the host's generations: what wrote one, and the same one for another generation.
+"""Checkpoints of the host's generations: which one wrote a checkpoint, and converting between them.
 
-``names``       what a parameter is called in each generation, the one table
-``layouts``     where the newest tensors have the values of older ones
+``names``       what each generation calls a parameter, in one table
+``layouts``     where the newest tensors hold the values of older ones
 ``storage``     checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry
 ``contents``    what a checkpoint holds
-``tensors``     whole tensors of a DCP checkpoint, read and written; a run's newest checkpoint
-``folder``      a folder that is there when it is finished
+``tensors``     reading and writing whole tensors of a DCP checkpoint; a run's newest checkpoint
+``folder``      a folder that appears only when it is complete
 ``plan``        which entry becomes which under another generation's names
-``state``       what besides names differs: the position in the data, the learning rate's schedule
+``state``       what differs besides names: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
 ``huggingface`` the model alone, to and from safetensors
 """

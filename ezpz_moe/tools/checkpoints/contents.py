@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from its metadata alone (and the step from one small entry)."""
+"""What a checkpoint holds, read from its metadata alone (the step: from one small entry)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Contents:
     """What a checkpoint holds.
 
     Attributes:
-        generation: of the host, by the names: "0.2", "0.3" or "2026_09".
-        experts: of a layer.
+        generation: the host's, recognized by the names: "0.2", "0.3" or "2026_09".
+        experts: per layer.
         parameters: how many numbers the model's tensors hold, buffers included.
         dtypes: of the model's tensors.
-        optimizer: whether its state is there.
-        files: how many data files.
-        bytes: of all data files.
+        optimizer: whether the optimizer's state is included.
+        files: the number of data files.
+        bytes: of all data files together.
     """
 
     generation: str
@@ -46,7 +46,7 @@ def inspect(folder: Path) -> Contents:
     """What the checkpoint in ``folder`` holds, and which generation wrote it.
 
     Raises:
-        EzpzError: ``folder`` holds no DCP checkpoint, one that is not whole, or one of no known
+        EzpzError: ``folder`` holds no DCP checkpoint, an incomplete one, or one of an unknown
             generation.
     """
     metadata = storage.read_metadata(folder)
@@ -67,23 +67,23 @@ def inspect(folder: Path) -> Contents:
 
 
 def generation(folder: Path, metadata: Metadata) -> str:
-    """The generation that wrote it.
+    """The generation that wrote the checkpoint.
 
     Raises:
-        EzpzError: none that is known.
+        EzpzError: it is unknown.
     """
     if found := names.generation_of(metadata.state_dict_metadata):
         return found
-    raise EzpzError(f"{folder}: its names are those of no generation of torchtitan that we know.")
+    raise EzpzError(f"{folder}: its names match no generation of torchtitan that we know.")
 
 
 def has_optimizer(metadata: Metadata) -> bool:
-    """Whether a run can resume from it; else it is the model alone."""
+    """Whether a run can resume from the checkpoint; otherwise it holds the model alone."""
     return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
 
 
 def model_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
-    """The model's parameters and buffers, without the training's state."""
+    """The model's parameters and buffers, without the training state."""
     for name, entry in metadata.state_dict_metadata.items():
         of_model = name.partition(".")[0] not in _TRAINING_STATE
         if isinstance(entry, TensorStorageMetadata) and of_model:
@@ -95,7 +95,7 @@ def _is_expert(name: str) -> bool:
 
 
 def _step(folder: Path, metadata: Metadata) -> int | None:
-    """The training step; a checkpoint of the model alone has none but its folder's name."""
+    """The training step; for a checkpoint of the model alone, only the folder's name tells it."""
     for index, entry in metadata.storage_data.items():
         if index.fqn == _STEP:
             return int(storage.load(folder, entry))

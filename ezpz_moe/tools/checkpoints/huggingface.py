@@ -1,7 +1,7 @@
 """A model's tensors to and from Hugging Face's safetensors, through the host's own adapter.
 
-The adapter (``to_hf``, ``from_hf``) is asked for one parameter at a time, so that one parameter and
-what it becomes are in memory, besides the file that is being filled.
+The adapter (``to_hf``, ``from_hf``) converts one parameter at a time. Memory then holds one
+parameter and what it becomes, besides the file that is being filled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_che
 
 INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 2 * 2**30
-"""A file is closed when it holds so much; also what is in memory of it."""
+"""Close a file when it holds this much, which is also how much of it is in memory."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,10 +37,10 @@ class Model:
     """What the host knows of a model.
 
     Attributes:
-        generation: whose names its parameters have.
+        generation: the one that uses these parameter names.
         adapter: the host's, with ``to_hf`` and ``from_hf``.
         tensors: its parameters and buffers on the meta device, by name.
-        buffers: which of them are buffers.
+        buffers: the names that are buffers.
     """
 
     generation: str
@@ -49,7 +49,7 @@ class Model:
     buffers: frozenset[str]
 
     def keys(self, name: str) -> dict[str, torch.Size]:
-        """The tensors that a parameter is in Hugging Face's checkpoint, none if it has none."""
+        """The tensors that hold a parameter in Hugging Face's checkpoint; empty if none does."""
         to_hf = self.adapter.to_hf({name: self.tensors[name]})
         return {key: tensor.shape for key, tensor in to_hf.items()}
 
@@ -68,10 +68,10 @@ def is_safetensors(folder: Path) -> bool:
 
 
 def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
-    """:func:`export` to "hf", or :func:`import_` to the generation that the host has.
+    """:func:`export` to "hf", or :func:`import_` to the installed host's generation.
 
     Raises:
-        EzpzError: as these two; safetensors are to become a checkpoint of another host.
+        EzpzError: as these two; or safetensors should become a checkpoint of another host.
     """
     if to == "hf":
         return export(source, target, model)
@@ -79,24 +79,24 @@ def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
     if to != model.generation:
         raise EzpzError(
             f"{source}: the installed host writes the names of torchtitan {model.generation}, not "
-            f"{to}. Use --to {model.generation}, then ezpz-moe ckpt remap once more."
+            f"{to}. Use --to {model.generation}, then run ezpz-moe ckpt remap again."
         )
     return import_(source, target, model)
 
 
 def export(source: Path, target: Path, model: Model) -> Converted:
-    """Write the model of the DCP checkpoint in ``source`` as safetensors, compared when written.
+    """Write the model of the DCP checkpoint in ``source`` as safetensors, then compare.
 
     Raises:
-        EzpzError: the checkpoint has names of another generation or is of another model; what was
-            written differs; and as :func:`atomic_folder`.
+        EzpzError: the checkpoint has another generation's names or another model; what was written
+            differs; and as :func:`atomic_folder`.
     """
     metadata = storage.read_metadata(source)
     storage.check_data(source, metadata)
     if (generation := contents.generation(source, metadata)) != model.generation:
         raise EzpzError(
-            f"{source}: has the names of torchtitan {generation}, and the host's adapter knows "
-            f"those of {model.generation}. First: ezpz-moe ckpt remap {source} DIR --to "
+            f"{source}: has the names of torchtitan {generation}, but the host's adapter knows "
+            f"those of {model.generation}. First run: ezpz-moe ckpt remap {source} DIR --to "
             f"{model.generation}"
         )
     entries = dict(contents.model_tensors(metadata))
@@ -105,8 +105,8 @@ def export(source: Path, target: Path, model: Model) -> Converted:
     left_out = tuple(name for name in entries if not keys[name])
     if lacking := [name for name in left_out if name not in model.buffers]:
         raise EzpzError(
-            f"{source}: the host's adapter has nothing for {some(lacking)}, so that the model "
-            "would not be whole."
+            f"{source}: the host's adapter has no counterpart for {some(lacking)}, so the model "
+            "would be incomplete."
         )
     bytes_of = {
         name: entry.size.numel() * entry.properties.dtype.itemsize
@@ -124,7 +124,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
 def _write_safetensors(
     target: Path, source: Path, metadata: Metadata, bytes_of: Mapping[str, int], model: Model
 ) -> dict[str, str]:
-    """Write files and their index; which file has which tensor."""
+    """Write the files and their index; return which file has which tensor."""
     files: dict[str, str] = {}
     groups = _grouped(bytes_of)
     for number, names in enumerate(groups, start=1):
@@ -132,7 +132,7 @@ def _write_safetensors(
         written: Tensors = {}
         for name in names:
             written |= model.adapter.to_hf({name: read_whole(source, metadata, name)})
-        # Experts are views of one tensor, which safetensors does not write.
+        # Experts are views of one tensor, which safetensors refuses to write.
         copies = {key: tensor.clone() for key, tensor in written.items()}
         save_file(copies, target / file, {"format": "pt"})
         files |= dict.fromkeys(written, file)
@@ -152,9 +152,9 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
     keys = {name: model.keys(name) for name in model.tensors}
     if lacking := [name for name in keys if not keys[name]]:
         raise EzpzError(
-            f"{source}: the host's adapter has nothing for {some(lacking)}. Let the trainer load "
-            "it, which leaves them at their initial values: --checkpoint.initial_load_in_hf "
-            "--checkpoint.initial_load_path."
+            f"{source}: the host's adapter has no counterpart for {some(lacking)}. Let the trainer "
+            "load the model, which leaves them at their initial values: "
+            "--checkpoint.initial_load_in_hf --checkpoint.initial_load_path."
         )
     wanted = [key for name in keys for key in keys[name]]
     if missing := [key for key in wanted if key not in files]:
@@ -174,32 +174,33 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
 
 
 def some(names: list[str]) -> str:
-    """Up to three of the names, and how many others there are."""
+    """Up to three of the names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
 def check_model(
     source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Look whether a checkpoint has the flavor's tensors, by names and sizes.
+    """Check that a checkpoint has the flavor's tensors, by names and sizes.
 
     Raises:
-        EzpzError: it is of another model.
+        EzpzError: it belongs to another model.
     """
     expected = {name: tensor.shape for name, tensor in tensors.items()}
     if sizes != expected:
+        # One example is enough: a wrong flavor differs in almost every tensor.
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
         has, wants = (
             f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (sizes, expected)
         )
         raise EzpzError(
-            f"{source}: is of another model than the flavor: {name} is {has} in the checkpoint and "
+            f"{source}: is not the flavor's model: {name} is {has} in the checkpoint and "
             f"{wants} in the flavor's model."
         )
 
 
 def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
-    """Parameters that share a file, in their order."""
+    """Parameters grouped by file, in order."""
     groups: list[list[str]] = []
     room = 0
     for name, size in bytes_of.items():
@@ -218,12 +219,12 @@ def _native(
     keys: Mapping[str, torch.Size],
     model: Model,
 ) -> torch.Tensor:
-    """A parameter as the host has it, of its tensors in the safetensors."""
+    """A parameter in the host's form, made from its tensors in the safetensors."""
     tensors = dict(read_tensors(folder, files, keys))
     tensor = model.adapter.from_hf(tensors)[name]
     if tensor.shape != model.tensors[name].shape:
         raise EzpzError(
-            f"{folder}: gives {name} the shape {list(tensor.shape)}, and the flavor's model has "
+            f"{folder}: gives {name} the shape {list(tensor.shape)}, but the flavor's model has "
             f"{list(model.tensors[name].shape)}."
         )
     return tensor
@@ -232,7 +233,7 @@ def _native(
 def read_tensors(
     folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors ``keys`` of safetensors, file by file.
+    """Read the tensors ``keys`` from safetensors, file by file.
 
     Raises:
         EzpzError: one is quantized, or has another number of elements; a file cannot be read.
@@ -251,7 +252,7 @@ def read_tensors(
                         )
                     if math.prod(tensor.shape) != math.prod(shape):
                         raise EzpzError(
-                            f"{folder / file}: {key} has the shape {list(tensor.shape)}, and the "
+                            f"{folder / file}: {key} has the shape {list(tensor.shape)}, but the "
                             f"flavor's model wants {list(shape)}."
                         )
                     yield key, tensor
@@ -259,7 +260,7 @@ def read_tensors(
 
 @contextlib.contextmanager
 def open_file(file: Path) -> Iterator[Any]:
-    """A safetensors file, to read from.
+    """Open a safetensors file for reading.
 
     Raises:
         EzpzError: it cannot be read.
@@ -272,10 +273,10 @@ def open_file(file: Path) -> Iterator[Any]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor.
+    """Tensor name -> the file that holds it.
 
     Raises:
-        EzpzError: there is no file, or one cannot be read.
+        EzpzError: there is no such file, or one cannot be read.
     """
     files: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):

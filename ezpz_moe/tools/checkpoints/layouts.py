@@ -1,7 +1,7 @@
-"""Where the values of older generations' experts lie in those since September 2026, by shard.
+"""Where the experts of September 2026 and later hold the values of older ones, by shard.
 
-A DCP tensor is a set of boxes. Every stored shard becomes a shard by itself, so that no two have to
-be in memory at once. Legend: E = experts, F = their inner dimension, G = 2F rows of gate and up.
+A DCP tensor is a set of boxes. Every stored shard is converted on its own, so no two have to be in
+memory at once. Legend: E = experts, F = their inner dimension, G = 2F rows of gate and up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from ezpz_moe.errors import EzpzError
 
 _PAIR = 1
-"""The dimension of the newer [E, 2, F, ...] on which gate and up lie."""
+"""The dimension of the newer [E, 2, F, ...] that separates gate and up."""
 
 OfTensor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Layout(Protocol):
-    """A tensor of the older generations as it is since September 2026: before, and after."""
+    """How the newer generations hold a tensor of the older ones (September 2026 changed it)."""
 
     @property
     def dims(self) -> int:
@@ -32,27 +32,27 @@ class Layout(Protocol):
         """The size of the newer tensor."""
 
     def size_before(self, size: torch.Size) -> torch.Size:
-        """The size of the older one."""
+        """The size of the older tensor."""
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         """The box of the newer tensor that an older shard becomes.
 
         Raises:
-            EzpzError: it is no box there.
+            EzpzError: the shard is not a box there.
         """
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
-        """The older tensor's box in a newer shard; None if the shard has nothing of it.
+        """The older tensor's box in a newer shard; None if the shard holds nothing of it.
 
         Raises:
-            EzpzError: it is no box there.
+            EzpzError: the shard is not a box there.
         """
 
     def to_newer(self, box: ChunkStorageMetadata) -> OfTensor:
-        """Makes the newer shard of the older one, ``box``."""
+        """Return a function that makes the newer shard from the older one, ``box``."""
 
     def to_older(self, box: ChunkStorageMetadata) -> OfTensor:
-        """Makes the older shard of the newer one, ``box``."""
+        """Return a function that makes the older shard from the newer one, ``box``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Half:
 
     def to_older(self, box: ChunkStorageMetadata) -> OfTensor:
         place = self.place - box.offsets[_PAIR]
-        # A copy: saving a view would save all that it is a view of.
+        # Copy, because saving a view would save all of what it views.
         return lambda tensor: tensor.select(_PAIR, place).clone(
             memory_format=torch.contiguous_format
         )
@@ -89,7 +89,7 @@ class Half:
 
 @dataclass(frozen=True)
 class InTurn:
-    """gpt_oss's [E, G, D] or bias [E, G], rows of gate and up in turn: [E, 2, F, ...] after."""
+    """gpt_oss's [E, G, D] or bias [E, G], gate and up rows alternating: [E, 2, F, ...] since."""
 
     dims: int
 
@@ -101,13 +101,13 @@ class InTurn:
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         if box.offsets[1] % 2 or box.sizes[1] % 2:
-            raise EzpzError("a shard of it ends between the rows of a gate and its up")
+            raise EzpzError("one of its shards ends between the rows of a gate and its up")
         first = torch.Size((box.offsets[0], 0, box.offsets[1] // 2, *box.offsets[2:]))
         return ChunkStorageMetadata(first, self.size_after(box.sizes))
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         if box.sizes[_PAIR] != 2:
-            raise EzpzError("a shard of it has gate without up, or up without gate")
+            raise EzpzError("one of its shards has gate without up, or up without gate")
         return ChunkStorageMetadata(self.size_before(box.offsets), self.size_before(box.sizes))
 
     def to_newer(self, box: ChunkStorageMetadata) -> OfTensor:

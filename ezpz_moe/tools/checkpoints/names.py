@@ -1,6 +1,6 @@
-"""What a parameter is called in each generation of the host: one table, and what follows from it.
+"""What each generation of the host calls a parameter: one table, and what follows from it.
 
-2026_09 is upstream's form of September 2026. Before that, upstream has the names of 0.3.
+2026_09 is upstream's form since September 2026. Before that, upstream used the names of 0.3.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from ezpz_moe.tools.checkpoints.layouts import Half, InTurn, Layout
 
 TITAN_0_2, TITAN_0_3, TITAN_2026_09 = "0.2", "0.3", "2026_09"
 GENERATIONS = (TITAN_2026_09, TITAN_0_3, TITAN_0_2)
-"""The newest first, in which order a checkpoint's generation is looked for."""
+"""Newest first: the order in which a checkpoint's generation is searched for."""
 
 _FORMER_NAMES = {"main": TITAN_2026_09}
-"""What a generation was called before."""
+"""Former name of a generation -> its name of today."""
 
 
 def current_name(generation: str) -> str:
-    """A generation's name, also where it is called by a former one."""
+    """A generation's name of today, for that or a former one."""
     return _FORMER_NAMES.get(generation, generation)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The same dotted part of parameters' names in every generation.
+    """One dotted part of parameter names, in every generation.
 
     Attributes:
         titan_0_2: in torchtitan 0.2.
         titan_0_3: from 0.3 on.
         titan_2026_09: since September 2026.
-        layout: how the newest tensor holds the older one; None where they are the same.
+        layout: how the newest tensor holds the older one; None if they are the same.
     """
 
     titan_0_2: str
@@ -58,14 +58,14 @@ PARTS = (
     Part("output.weight", "lm_head.weight", "lm_head.weight"),
     Part("moe.expert_bias", "moe.expert_bias_E", "moe.expert_bias_E"),
 )
-"""Of every model."""
+"""Used by every model."""
 
 EXPERTS = (
     Part("moe.experts.w1", f"{_INNER}.w1_EFD", f"{_ROUTED}.w13.weight", Half(0)),
     Part("moe.experts.w3", f"{_INNER}.w3_EFD", f"{_ROUTED}.w13.weight", Half(1)),
     Part("moe.experts.w2", f"{_INNER}.w2_EDF", f"{_ROUTED}.w2.weight"),
 )
-"""Of every model but gpt_oss."""
+"""Used by every model except gpt_oss."""
 
 _GPT_OSS_BIAS = Part("moe.experts.mlp2_bias", f"{_INNER}.mlp2_bias_ED", f"{_ROUTED}.w2.bias")
 GPT_OSS_EXPERTS = (
@@ -79,7 +79,7 @@ GPT_OSS_EXPERTS = (
     Part("moe.experts.mlp2_weight", f"{_INNER}.mlp2_weight_EDF", f"{_ROUTED}.w2.weight"),
     _GPT_OSS_BIAS,
 )
-"""Of gpt_oss, known by its biases."""
+"""Used by gpt_oss, which is recognized by its biases."""
 
 _WK = Part("attention.wk", f"{_QKV}.wk", f"{_QKV}.wk")
 ATTENTION = (
@@ -87,7 +87,7 @@ ATTENTION = (
     _WK,
     Part("attention.wv", f"{_QKV}.wv", f"{_QKV}.wv"),
 )
-"""Of a model with wk; latent attention (deepseek_v3) has a wq too, and it keeps its name."""
+"""Used by models with wk; latent attention (deepseek_v3) has a wq too, but keeps its name."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Renamed:
 
     Attributes:
         name: the new one.
-        layout: how the newest tensor holds the older one; None where they are the same.
+        layout: how the newest tensor holds the older one; None if they are the same.
     """
 
     name: str
@@ -107,10 +107,12 @@ Renaming = Callable[[str], tuple[Renamed, ...]]
 
 
 def generation_of(names: Iterable[str]) -> str | None:
-    """The generation whose names these are, by parts that only it has; None if there are none."""
+    """The generation that uses these names, known by parts that only it has; None for no match."""
     names = list(names)
     parts = _parts(names)
     for generation in GENERATIONS:
+        # The oldest generation has none below it, so its names are compared with the next newer
+        # ones.
         older = GENERATIONS[GENERATIONS.index(generation) + 1 :] or (TITAN_0_3,)
         own = [part for part in parts if part.of(generation) not in map(part.of, older)]
         patterns = [_pattern(part.of(generation)) for part in own]
@@ -120,9 +122,9 @@ def generation_of(names: Iterable[str]) -> str | None:
 
 
 def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
-    """What a name of generation ``source`` becomes in ``target``: one name, of w13 often two.
+    """What a name of generation ``source`` becomes in ``target``: one name, often two from w13.
 
-    Names that are the same in both, and those of no parameter, stay as they are.
+    Names that are the same in both, and those that are not parameters, stay unchanged.
     """
     parts = [(_pattern(part.of(source)), part) for part in _parts(names)]
 
@@ -141,7 +143,7 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
 
 
 def _parts(names: Iterable[str]) -> list[Part]:
-    """What applies to a checkpoint with these names, of any generation."""
+    """The parts, of any generation, that apply to a checkpoint with these names."""
     names = list(names)
 
     def there(part: Part) -> bool:
@@ -153,4 +155,5 @@ def _parts(names: Iterable[str]) -> list[Part]:
 
 
 def _pattern(part: str) -> re.Pattern:
+    # Match whole dotted parts only: `wq` must not match `wq_a`.
     return re.compile(rf"(?<![^.]){re.escape(part)}(?![^.])")

@@ -1,11 +1,11 @@
 """Which entry of a checkpoint becomes which under another generation's names. Reads no data.
 
-Since September 2026 w1 and w3 are one tensor, w13 (:mod:`.layouts`). The optimizer's moments go
-the way of their weights; what else it keeps of a parameter, a count of steps or a rate, is one for
-both and has to be the same.
+Since September 2026, w1 and w3 are one tensor, w13 (:mod:`.layouts`). The optimizer's moments
+follow their weights. Whatever else it keeps for a parameter, such as a step count or a rate, exists
+once for both and has to be equal.
 
-A plan is made of three passes over the checkpoint's metadata, each by the new names of an entry:
-what the entries are then (:func:`_new_entries`), where they stand in the trainer's state
+A plan is made in three passes over the checkpoint's metadata, each by an entry's new names: what
+the entries will be (:func:`_new_entries`), where they are in the trainer's state
 (:func:`_new_paths`), and what is done with each stored piece (:func:`_steps`). An entry with a
 :class:`Layout` changes its shape with its generation; all others are only renamed.
 """
@@ -32,7 +32,7 @@ from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, r
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
 Place: TypeAlias = tuple[Any, ...]
-"""Where an entry stands in the trainer's nested state: keys and indices."""
+"""Where an entry is in the trainer's nested state: keys and indices."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Step:
     """A stored entry of the source, and an entry that it becomes.
 
     Attributes:
-        convert: makes the new tensor or object of the old one; None keeps the stored bytes.
+        convert: turns the old tensor or object into the new one; None keeps the stored bytes.
     """
 
     source: MetadataIndex
@@ -50,13 +50,13 @@ class Step:
 
 @dataclass(frozen=True)
 class RemapPlan:
-    """The way to another generation's names.
+    """How to get to another generation's names.
 
     Attributes:
         entries: the new metadata of every tensor and object.
-        paths: where each stands in the trainer's nested state.
-        steps: for every stored entry of the source at least one.
-        changed: how many names of the source are others in the target.
+        paths: where each belongs in the trainer's nested state.
+        steps: at least one for every stored entry of the source.
+        changed: how many of the source's names change.
     """
 
     entries: dict[str, Entry]
@@ -69,7 +69,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
     """The plan from generation ``source`` to ``target``.
 
     Raises:
-        EzpzError: shards that are none in the target; w1 and w3 of different shapes.
+        EzpzError: a shard has no counterpart in the target; w1 and w3 have different shapes.
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     rename = renaming(entries, source, target)
@@ -94,7 +94,7 @@ def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) ->
 def _new_paths(
     paths: Mapping[str, tuple[Any, ...]], rename: Renaming
 ) -> dict[str, tuple[Any, ...]]:
-    """Where the entries stand then: a path has the parameter's name in it, and follows it."""
+    """The entries' new places: a path contains the parameter's name, and changes with it."""
     return {
         new.name: tuple(_part(rename(part), place) for part in path)
         for name, path in paths.items()
@@ -118,13 +118,13 @@ def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
                 shard = shards[index.fqn, index.offset]
                 yield from _shard_steps(index, shard, new.name, layout, target)
             else:
-                # What is one for both w1 and w3 is compared with the other's, value by value.
+                # Both w1 and w3 bring this value, but only one is kept: the two are compared.
                 convert = None if new.layout is None else _unchanged
                 yield Step(index, replace(index, fqn=new.name), convert)
 
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
-    """Of the one or two names of a part of a path, that of the place."""
+    """From the one or two names of a path's part, the one for ``place``."""
     return new[min(place, len(new) - 1)].name
 
 
@@ -145,8 +145,8 @@ def _reshaped(name: str, entry: Entry, new: Renamed, target: str) -> Entry:
         boxes = [_box(chunk, layout, target) for chunk in entry.chunks]
     except EzpzError as error:
         raise EzpzError(
-            f"{name}: {error}, so that no shard of torchtitan {target} can hold it. Save the "
-            "checkpoint on another number of ranks."
+            f"{name}: {error}, so no shard of torchtitan {target} can hold it. Save the "
+            "checkpoint on a different number of ranks."
         ) from error
     return _resized(entry, size(entry.size), [box for box in boxes if box is not None])
 
@@ -170,7 +170,7 @@ def _unchanged(value: Any) -> Any:
 def _resized(
     entry: TensorStorageMetadata, size: torch.Size, chunks: list[ChunkStorageMetadata]
 ) -> TensorStorageMetadata:
-    # Older torch has no strides in it.
+    # Older torch does not record strides.
     strides = getattr(entry.properties, "strides", None)
     properties = entry.properties
     if strides is not None:
@@ -187,5 +187,5 @@ def _joined(name: str, before: Entry | None, entry: Entry) -> Entry:
         or not isinstance(entry, TensorStorageMetadata)
         or (before.size, before.properties) != (entry.size, entry.properties)
     ):
-        raise EzpzError(f"{name}: w1 and w3, which it stacks, differ in shape or dtype.")
+        raise EzpzError(f"{name}: it stacks w1 and w3, but they differ in shape or dtype.")
     return replace(before, chunks=[*before.chunks, *entry.chunks])

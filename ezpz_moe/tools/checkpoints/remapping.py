@@ -1,4 +1,4 @@
-"""A checkpoint under the names of another generation of the host, bit for bit."""
+"""Rewrite a checkpoint with another generation's names, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ezpz_moe.tools.checkpoints.state import add_state
 
 _MODEL_ALONE = (
     "It holds the model alone, as the host saves the last step unless "
-    "checkpoint.last_save_model_only is false: no run resumes from it, but one starts from it, "
-    "with --checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
+    "checkpoint.last_save_model_only is false: no run can resume from it, but a new one can start "
+    "from it, with --checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
 )
 
 Progress = Callable[[list[Step]], Iterable[Step]]
@@ -33,9 +33,9 @@ class Remapped:
     """What was done.
 
     Attributes:
-        changed: how many names are others.
+        changed: how many names changed.
         entries: how many tensors, shards of tensors and objects were written and compared.
-        notes: what could not be carried, and what to do.
+        notes: what could not be carried over, and what to do about it.
     """
 
     changed: int
@@ -46,13 +46,13 @@ class Remapped:
 def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> Remapped:
     """Write the checkpoint in ``source`` to ``target`` under the names of generation ``to``.
 
-    One stored entry (a tensor, or a rank's shard of it) is in memory at a time. Atomic: ``target``
-    appears when everything has been written and compared with the source. What a killed run leaves
-    ends in ``.partial``, and the next run removes it.
+    Memory holds one stored entry at a time: a tensor, or a rank's shard of one. Atomic: ``target``
+    appears once everything has been written and compared with the source. A killed run leaves a
+    folder that ends in ``.partial``, which the next run removes.
 
     Raises:
-        EzpzError: no whole checkpoint in ``source``; it has those names already; a layout that is
-            not known; what was written differs; and as :func:`atomic_folder`.
+        EzpzError: ``source`` holds no complete checkpoint; it already has those names; its layout
+        is unknown; what was written differs; and as :func:`atomic_folder`.
     """
     to = current_name(to)
     metadata = storage.read_metadata(source)
@@ -60,7 +60,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     generation = contents.generation(source, metadata)
     plan = make_plan(metadata, generation, to)
     if not plan.changed:
-        raise EzpzError(f"{source}: has the names of torchtitan {to} already.")
+        raise EzpzError(f"{source}: already has the names of torchtitan {to}.")
     notes = add_state(plan, source, metadata, to)
     if not contents.has_optimizer(metadata):
         notes.append(_MODEL_ALONE)
@@ -87,7 +87,7 @@ def _place(metadata: Metadata, step: Step) -> tuple[str, int]:
 def _write(
     source: Path, target: Path, metadata: Metadata, steps: Iterable[Step]
 ) -> dict[MetadataIndex, _StorageInfo]:
-    """Write the target's data files, of the same names, and return what is where in them."""
+    """Write the target's data files, under the same file names; return what is where in them."""
     written: dict[MetadataIndex, _StorageInfo] = {}
     origin: dict[MetadataIndex, str] = {}
     for step in steps:
@@ -105,17 +105,18 @@ def _write(
         origin[step.target] = step.source.fqn
     for name in {entry.relative_path for entry in written.values()}:
         with (target / name).open("rb") as file:
+            # The new checkpoint has to survive a crash right after this command.
             os.fsync(file.fileno())
     return written
 
 
 def _check_same(source: Path, step: Step, other: str, metadata: Metadata) -> None:
-    """What the optimizer keeps once for both w1 and w3 has to be one since September 2026."""
+    """Check that what is kept once for w1 and w3 since September 2026 is equal for both."""
     entry = metadata.storage_data[step.source]
     of_other = metadata.storage_data[replace(step.source, fqn=other)]
     if not storage.same_bits(storage.load(source, entry), storage.load(source, of_other)):
         raise EzpzError(
-            f"{source}: {other} and {step.source.fqn} differ, and torchtitan {TITAN_2026_09} keeps "
+            f"{source}: {other} and {step.source.fqn} differ, but torchtitan {TITAN_2026_09} keeps "
             f"one for both, {step.target.fqn}."
         )
 
@@ -134,15 +135,16 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
         if not same:
             raise EzpzError(
                 f"{target / new.relative_path}: {step.target.fqn} differs from "
-                f"{step.source.fqn} in {source}. Is the disk sound? Nothing was kept."
+                f"{step.source.fqn} in {source}. Is the disk failing? Nothing was kept."
             )
 
 
 def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[str, str]) -> None:
-    """The target's names and shapes lead back to the source's, and every shard has its data."""
+    """Check that the target's names and shapes lead back to the source's, and no shard lacks
+    data."""
     new = storage.read_metadata(target)
     plan = make_plan(new, *back)
-    # There may be more than in the source: what the target's generation misses was added.
+    # The target may have more than the source: whatever its generation needs was added.
     lost = [
         name
         for name, entry in metadata.state_dict_metadata.items()
@@ -156,7 +158,7 @@ def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[st
     ]
     if lost or without_data:
         raise EzpzError(
-            f"{target}: {', '.join(lost + without_data)} cannot be found again as in {source}. "
+            f"{target}: {', '.join(lost + without_data)} cannot be traced back to {source}. "
             "Nothing was kept; please report this."
         )
 
@@ -168,5 +170,5 @@ def _shape(entry: Entry | None) -> object:
 
 
 def _offsets(entry: Entry) -> list[torch.Size | None]:
-    """Where the shards of a tensor are; an object has one place."""
+    """Where a tensor's shards are; an object has one place."""
     return [c.offsets for c in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]

@@ -1,7 +1,7 @@
-"""What besides names differs between the generations' checkpoints of a training run.
+"""What differs between the generations' checkpoints of a training run, besides names.
 
-A generation ignores what it does not know, and fails on what it misses. So what the other one wrote
-stays, and what the target misses is added:
+A generation ignores what it does not know, and fails without what it needs. So what the other one
+wrote stays, and what the target needs is added:
 
 ===================  =========================================  ==================================
 entry                torchtitan 0.2                             from 0.3 on
@@ -38,15 +38,15 @@ _LAST_EPOCH = f"{_SCHEDULE}.last_epoch"
 
 NO_POSITION = (
     "The position in the data is in a form that torchtitan {0} cannot read: resume with "
-    "--checkpoint.exclude_from_loading dataloader, and the data starts anew."
+    "--checkpoint.exclude_from_loading dataloader, and the data starts over."
 )
 
 
 def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) -> list[str]:
-    """Add to ``plan`` what generation ``target`` misses, and return what people must know.
+    """Add to ``plan`` what generation ``target`` needs, and return what the user must know.
 
     Raises:
-        EzpzError: the rates of a 0.3 checkpoint are several, and 0.2 has one.
+        EzpzError: a 0.3 checkpoint has several rates, and 0.2 has room for one.
     """
     positions = _dataloader_form(metadata.state_dict_metadata)
     if (convert := _CONVERT_POSITION.get(target)) is not None:
@@ -75,7 +75,7 @@ def _dataloader_form(names: Iterable[str]) -> str | None:
 
 
 def _pairs(state: dict) -> dict:
-    """0.3's buffers for 0.2's: the pairs that 0.2 would have trained on, as one document."""
+    """0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
     if "token_buffer" not in state or "inputs_buffer" in state:
         return {}
     tokens = state["token_buffer"]
@@ -85,7 +85,7 @@ def _pairs(state: dict) -> dict:
 
 
 def _tokens(state: dict) -> dict:
-    """0.2's buffer for 0.3's. A document's last label is no input, and the next starts at 0."""
+    """0.2's buffer from 0.3's. A document's last label is no input, and the next starts at 0."""
     if "inputs_buffer" not in state or "token_buffer" in state:
         return {}
     positions = state["positions_buffer"]
@@ -98,7 +98,7 @@ def _tokens(state: dict) -> dict:
 
 
 def _everywhere(added: Convert) -> Convert:
-    """Add to every dict inside a pickled state: there is one for each of the loader's workers."""
+    """Add to every dict inside a pickled state: each of the loader's workers has one."""
 
     def visit(state: Any) -> Any:
         if isinstance(state, dict):
@@ -106,6 +106,7 @@ def _everywhere(added: Convert) -> Convert:
         return state
 
     def convert(pickled: Any) -> Any:
+        # Unpickling trusts the checkpoint, as the trainer does when it resumes.
         return pickle.dumps(visit(pickle.loads(pickled)))
 
     return convert
@@ -118,7 +119,7 @@ _CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tok
 
 
 def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
-    """The state that torch's LambdaLR has after ``last_epoch`` steps."""
+    """The state of torch's LambdaLR after ``last_epoch`` steps."""
     entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
     last_epoch = storage.load(folder, entries[_LAST_EPOCH])
     rates = {}
@@ -127,10 +128,11 @@ def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
         values = {float(storage.load(folder, entries[name])) for name in names}
         if len(values) != 1:
             raise EzpzError(
-                f"{folder}: its parameters have {len(values)} values of {key}, and torchtitan 0.2 "
+                f"{folder}: its parameters have {len(values)} values of {key}, but torchtitan 0.2 "
                 "has one for all."
             )
         rates[key] = values.pop()
+    # Let torch build the state: its format is then the installed torch's own.
     optimizer = torch.optim.SGD([torch.zeros(())], lr=rates["initial_lr"])
     state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict()
     state |= {"_step_count": last_epoch + 1, "_last_lr": [rates["lr"]]}
@@ -147,7 +149,7 @@ def _add_schedule(plan: RemapPlan, state: dict[str, Any]) -> None:
         if name not in plan.entries:
             plan.entries[name] = BytesStorageMetadata()
             plan.paths[name] = (_SCHEDULE, key)
-            # It is written where last_epoch is.
+            # Write it where last_epoch is.
             source, target = MetadataIndex(_LAST_EPOCH), MetadataIndex(name)
             plan.steps.append(Step(source, target, _always(value)))
 

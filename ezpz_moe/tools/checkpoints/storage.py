@@ -1,8 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry.
 
-A DCP checkpoint is a file ``.metadata`` and data files. A data file is a row of entries, each a
-``torch.save`` of one tensor (of a rank's shard of it) or of one object; ``.metadata`` says what is
-where.
+A DCP checkpoint is a file ``.metadata`` and data files. A data file is a sequence of entries, each
+a ``torch.save`` of one tensor (or a rank's shard of it) or of one object; ``.metadata`` says where
+each entry is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_metadata(folder: Path) -> Metadata:
     """The metadata of the checkpoint in ``folder``.
 
     Raises:
-        EzpzError: there is none, or it cannot be read.
+        EzpzError: it is missing, or cannot be read.
     """
     if not folder.is_dir():
         raise EzpzError(f"{folder}: there is no such folder.")
@@ -45,7 +45,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _what_else(folder: Path) -> str:
-    """A hint for a folder that holds no checkpoint itself."""
+    """A hint for a folder that does not hold a checkpoint itself."""
     if any(folder.glob("*.safetensors")):
         return " It holds safetensors, which ckpt remap reads with --model FLAVOR|JOB.toml."
     steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
@@ -56,7 +56,7 @@ def _what_else(folder: Path) -> str:
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
-    """Write it, and wait until it is on the disk."""
+    """Write the metadata, and wait until it is on the disk."""
     with (folder / METADATA).open("wb") as file:
         pickle.dump(metadata, file)
         file.flush()
@@ -69,10 +69,10 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def check_data(folder: Path, metadata: Metadata) -> None:
-    """Look whether every data file is there and as long as the metadata has it. Reads no data.
+    """Check that every data file exists and is as long as the metadata says. Reads no data.
 
     Raises:
-        EzpzError: one is not.
+        EzpzError: one is missing or too short.
     """
     ends: dict[str, int] = {}
     for entry in metadata.storage_data.values():
@@ -81,13 +81,13 @@ def check_data(folder: Path, metadata: Metadata) -> None:
     for name, end in sorted(ends.items()):
         file = folder / name
         if not file.is_file():
-            raise EzpzError(f"{file}: is missing. Was the checkpoint copied whole?")
+            raise EzpzError(f"{file}: is missing. Was the whole checkpoint copied?")
         if (size := file.stat().st_size) < end:
-            raise EzpzError(f"{file}: is cut off, at {size} of {end} bytes.")
+            raise EzpzError(f"{file}: is truncated, at {size} of {end} bytes.")
 
 
 def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
-    """The bytes of an entry, some MiB at a time.
+    """The bytes of an entry, a few MiB at a time.
 
     Raises:
         EzpzError: the file ends before the entry does.
@@ -97,7 +97,7 @@ def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
         left = entry.length
         while left:
             if not (block := file.read(min(left, _BLOCK))):
-                raise EzpzError(f"{folder / entry.relative_path}: is cut off.")
+                raise EzpzError(f"{folder / entry.relative_path}: is truncated.")
             left -= len(block)
             yield block
 
@@ -106,11 +106,11 @@ def load(folder: Path, entry: _StorageInfo) -> Any:
     """The tensor or object of an entry; the caller trusts the checkpoint, as the trainer does.
 
     Raises:
-        EzpzError: it is compressed, or is not what torch saves.
+        EzpzError: it is compressed, or torch did not save it.
     """
     file = folder / entry.relative_path
     if entry.transform_descriptors:
-        raise EzpzError(f"{file}: is compressed, which ezpz_moe does not read.")
+        raise EzpzError(f"{file}: is compressed, which ezpz_moe cannot read.")
     with file.open("rb") as stream:
         stream.seek(entry.offset)
         saved = io.BytesIO(stream.read(entry.length))
@@ -131,5 +131,6 @@ def same_bits(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    # As bytes, because NaN is not equal to itself.
     as_bytes = (each.contiguous().flatten().view(torch.uint8) for each in (a, b))
     return torch.equal(*as_bytes)

@@ -1,4 +1,4 @@
-"""Whole tensors of DCP checkpoints: read from their shards, and written one after another."""
+"""Whole tensors of DCP checkpoints: read from their shards, or written one after another."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def find_checkpoint(path: Path) -> Path:
     """The folder of one checkpoint: ``path`` itself, or the newest step below it.
 
     Args:
-        path: a ``step-N`` folder, the folder of these, or a run's dump folder.
+        path: a ``step-N`` folder, the folder that contains these, or a run's dump folder.
 
     Raises:
-        EzpzError: there is none.
+        EzpzError: there is no checkpoint.
     """
     if (path / storage.METADATA).is_file():
         return path
@@ -44,12 +44,12 @@ def find_checkpoint(path: Path) -> Path:
         }
         if steps:
             return steps[max(steps)]
-    storage.read_metadata(path)  # says what is there instead
+    storage.read_metadata(path)  # raises, and says what is there instead
     raise AssertionError(path)
 
 
 def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
-    """A tensor of a DCP checkpoint, put together from its shards.
+    """A tensor of a DCP checkpoint, assembled from its shards.
 
     Raises:
         EzpzError: a shard cannot be read.
@@ -64,7 +64,7 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:
-    """Write a DCP checkpoint of these tensors, each whole; its metadata as read back."""
+    """Write these whole tensors as a DCP checkpoint; return its metadata as read back."""
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     with (folder / _DCP_FILE).open("wb") as file:
@@ -86,10 +86,10 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
 def check_same(
     written: Path, source: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor
 ) -> None:
-    """Compare what was read back with what was to be written, bit by bit.
+    """Compare what was read back with what was written, bit by bit.
 
     Raises:
         EzpzError: they differ.
     """
     if not storage.same_bits(tensor, expected):
-        raise EzpzError(f"{written}: {name}, read back, differs from that in {source}.")
+        raise EzpzError(f"{written}: {name}, read back, differs from the one in {source}.")

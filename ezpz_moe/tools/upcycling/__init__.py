@@ -1,4 +1,4 @@
-"""A dense model's checkpoint as a mixture of experts': ``ezpz-moe upcycle``.
+"""Turn a dense model's checkpoint into a mixture of experts: ``ezpz-moe upcycle``.
 
 ``weights``    the formulas, tensor by tensor
 ``fit``        how the dense FFN becomes the experts, and the factor on their weights

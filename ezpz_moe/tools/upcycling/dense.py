@@ -20,27 +20,27 @@ class Dense(Protocol):
 
     Attributes:
         folder: where it is.
-        itemsize: bytes of its largest number.
+        itemsize: bytes of its widest number type.
     """
 
     folder: Path
     itemsize: int
 
     def shape(self, name: str) -> torch.Size | None:
-        """The shape of a tensor; None if it has none of that name."""
+        """The shape of a tensor; None if there is no tensor of that name."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor."""
+        """Read a tensor."""
 
     def left_over(self, used: Iterable[str]) -> list[str]:
-        """What it has besides these."""
+        """The names that it has besides ``used``."""
 
 
 class DenseCheckpoint:
     """A dense model in a DCP checkpoint.
 
     Raises:
-        EzpzError: there is none, it is not whole, of another generation, or not dense.
+        EzpzError: it is missing, incomplete, of another generation, or not dense.
     """
 
     def __init__(self, path: Path, target: Target) -> None:
@@ -50,12 +50,12 @@ class DenseCheckpoint:
         self._entries = dict(contents.model_tensors(self._metadata))
         if names.generation_of(self._entries) == names.TITAN_0_2 != target.generation:
             raise EzpzError(
-                f"{self.folder}: has the names of torchtitan {names.TITAN_0_2}. First: ezpz-moe "
-                f"ckpt remap {self.folder} DIR --to {target.generation}"
+                f"{self.folder}: has the names of torchtitan {names.TITAN_0_2}. First run: "
+                f"ezpz-moe ckpt remap {self.folder} DIR --to {target.generation}"
             )
         if any(".moe." in name for name in self._entries):
             raise EzpzError(
-                f"{self.folder}: is a mixture of experts already; upcycle takes a dense model."
+                f"{self.folder}: is already a mixture of experts; upcycle needs a dense model."
             )
         self.itemsize = max(each.properties.dtype.itemsize for each in self._entries.values())
 
@@ -104,9 +104,9 @@ class DenseSafetensors:
         return sorted(key for key in self._files.keys() - keys if self._is_parameter(key))
 
     def _key(self, name: str) -> str | None:
-        """What ``name`` is called there; every dense parameter is one tensor."""
+        """What the safetensors call ``name``; every dense parameter is one tensor."""
         if name not in self._keys:
-            # Of names that the flavor's model lacks, the dense FFN's, the adapter needs no shape.
+            # For names that the flavor's model lacks, the dense FFN's, the adapter needs no shape.
             value = self._target.tensors.get(name, torch.empty((1, 1), device="meta"))
             found = [key for key in self._adapter.to_hf({name: value}) if key in self._files]
             if len(found) != 1:
@@ -115,7 +115,7 @@ class DenseSafetensors:
         return self._keys[name]
 
     def _is_parameter(self, key: str) -> bool:
-        """Whether the host has a parameter for it: of rotary frequencies it computes its own."""
+        """Whether the host has a parameter for it: it computes rotary frequencies itself."""
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
         except KeyError:
@@ -123,7 +123,7 @@ class DenseSafetensors:
 
 
 def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
-    """Refuse a dense model of which something would be lost.
+    """Refuse a dense model if something of it would be lost.
 
     Raises:
         EzpzError: the flavor's model has no place for one of its tensors.
@@ -131,5 +131,5 @@ def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
     if lost := dense.left_over(used):
         raise EzpzError(
             f"{dense.folder}: has {some(lost)}, for which flavor {flavor} has no place. Is the "
-            "flavor of the same family, with as many layers?"
+            "flavor of the same family, with the same number of layers?"
         )

@@ -1,7 +1,7 @@
-"""What it takes for a dense FFN to become the experts of a :class:`Target`.
+"""How a dense FFN becomes the experts of a :class:`Target`.
 
-Legend: E = experts, k = experts that a token uses, F = hidden dimension of an expert, H = of the
-dense FFN, D = model dimension, G = H / F.
+Legend: E = experts, k = experts that a token uses, F = hidden dimension of an expert, H = hidden
+dimension of the dense FFN, D = model dimension, G = H / F.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Fit:
     """How the dense FFN becomes the experts of a layer.
 
     Attributes:
-        granularity: G, the parts that it is cut into.
+        granularity: G, the parts that it is split into.
         scale: the factor on the experts' w2.
-        weight_sum: what the weights of a token's k experts sum to, where all scores are equal.
+        weight_sum: the sum of the weights of a token's k experts if all scores are equal.
     """
 
     granularity: int
@@ -32,24 +32,24 @@ class Fit:
 
 
 def check_routing(flavor: Flavor) -> None:
-    """Refuse a router whose weights at the start are not those of the model's own top-k.
+    """Refuse a router whose initial weights differ from those of the model's own top-k.
 
     Raises:
-        EzpzError: the flavor's ``[router]`` makes the output something else than a weighted sum of
+        EzpzError: the flavor's ``[router]`` makes the output something other than a weighted sum of
             the copies.
     """
     router, where = flavor.router, f"{flavor.source}: [router]"
-    then = "Upcycle with a flavor without it; its checkpoint has the same names in both"
+    then = "Upcycle with a flavor without it; its checkpoint has the same names either way"
     if router.zero_computation_experts:
         raise EzpzError(
-            f"{where} null_experts, copy_experts, constant_experts: these take a part of a token's "
-            "weight that the copies of the dense FFN would need, and the router has rows for them. "
+            f"{where} null_experts, copy_experts, constant_experts: these take part of a token's "
+            "weight, which the copies of the dense FFN need, and the router has rows for them. "
             "Upcycle with a flavor without them."
         )
     if router.routing != "topk":
         raise EzpzError(
-            f'{where} routing = "{router.routing}": what its weights sum to is not known before '
-            f"the data. {then}."
+            f'{where} routing = "{router.routing}": what its weights sum to depends on the data. '
+            f"{then}."
         )
     if router.activation != "identity":
         raise EzpzError(
@@ -59,9 +59,9 @@ def check_routing(flavor: Flavor) -> None:
 
 
 def weight_sum(layer: Layer) -> float:
-    """What the weights of a token's k experts sum to where all scores are equal, without the scale.
+    """The sum of the weights of a token's k experts if all scores are equal, without the scale.
 
-    1 when they are normalized; k/E of a softmax over all experts; k/2 of sigmoids of zeros.
+    1 if they are normalized; k/E for a softmax over all experts; k/2 for sigmoids of zeros.
     """
     if layer.route_norm:
         return 1.0
@@ -89,10 +89,10 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
     for part in PARTS:
         if tuple(shapes[part]) != wanted[part]:
             raise EzpzError(
-                f"{source}: {layer.dense[part]} is {list(shapes[part])}, and {layer.experts[part]} "
+                f"{source}: {layer.dense[part]} is {list(shapes[part])}, but {layer.experts[part]} "
                 f"of flavor {flavor} is {list(target.tensors[layer.experts[part]].shape)}: the "
-                f"dense FFN's hidden dimension has to be a multiple of an expert's ({hidden}), and "
-                f"the model dimension the same ({dim})."
+                f"dense FFN's hidden dimension must be a multiple of an expert's ({hidden}), and "
+                f"the model dimension must be the same ({dim})."
             )
     in_group = layer.num_experts // (layer.num_groups or 1)
     for what, number in {
@@ -104,7 +104,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
             raise EzpzError(
                 f"{source}: {layer.dense['w1']} {list(shapes['w1'])} becomes {granularity} experts "
                 f"of hidden dimension {hidden}, and a token has to choose all of them or none: "
-                f"{what} of flavor {flavor}, {number}, has to be a multiple of {granularity}."
+                f"{what} of flavor {flavor}, {number}, must be a multiple of {granularity}."
             )
     total = weight_sum(layer)
     return Fit(granularity, granularity / (layer.route_scale * total), total)

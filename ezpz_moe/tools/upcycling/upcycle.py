@@ -1,4 +1,4 @@
-"""Writing the checkpoint of an upcycled model, one tensor at a time."""
+"""Write the checkpoint of an upcycled model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Upcycled:
         source: the checkpoint that was read.
         tensors: how many were written and compared.
         layers: how many got experts.
-        num_experts: of a layer.
+        num_experts: per layer.
         fit: how the dense FFN became experts, in the first of these layers.
-        is_preserved: whether the model computes the dense model's function, but for rounding.
-        notes: what to know of it, a sentence each.
+        is_preserved: whether the model computes the dense model's function, apart from rounding.
+        notes: what the user should know, one sentence each.
     """
 
     source: Path
@@ -56,18 +56,19 @@ def upcycle(
 ) -> Upcycled:
     """Write the dense model as the flavor's, as a DCP checkpoint of the model alone.
 
-    Every tensor is computed once more after writing and compared with what was written. In memory
-    are a dense tensor and twice the largest tensor of experts.
+    Every tensor is computed again after writing and compared with what was written. Memory holds
+    one dense tensor and twice the largest tensor of experts.
 
     Raises:
-        EzpzError: the two models do not fit together, naming the tensors; what was written
-            differs; and as :func:`~ezpz_moe.tools.checkpoints.folder.atomic_folder`.
+        EzpzError: the two models do not fit, with the tensors' names; what was written differs; and
+        as :func:`~ezpz_moe.tools.checkpoints.folder.atomic_folder`.
     """
     check_routing(target.flavor)
     fits = {layer.name: _fit(dense, target, layer) for layer in target.layers}
     sources, tied = _copied(dense, target)
     in_ffns = {name for layer in target.layers for name in layer.dense.values()}
     check_left_over(dense, in_ffns | set(sources.values()), target.flavor.name)
+    # Functions, not tensors: each tensor is made when it is written, and once more to compare.
     make: dict[str, Make] = {name: partial(dense.read, source) for name, source in sources.items()}
     for layer in target.layers:
         make |= _made(dense, target, layer, fits[layer.name], perturbation)
@@ -76,6 +77,7 @@ def upcycle(
     with atomic_folder(out, source=dense.folder, needed=needed) as folder:
         written = write_checkpoint(folder, ((name, make[name]()) for name in progress(order)))
         for name in progress(order):
+            # Computing the tensor again is cheaper than keeping all of them in memory.
             check_same(folder, dense.folder, name, read_whole(folder, written, name), make[name]())
     first = target.layers[0]
     return Upcycled(
@@ -94,14 +96,15 @@ def _fit(dense: Dense, target: Target, layer: Layer) -> Fit:
     found = {part: shape for part, shape in shapes.items() if shape is not None}
     if missing := [layer.dense[part] for part in PARTS if part not in found]:
         raise EzpzError(
-            f"{dense.folder}: has no {missing[0]}, of which flavor {target.flavor.name} would make "
-            f"{layer.experts[PARTS[0]]}. Is the flavor of the same family, with as many layers?"
+            f"{dense.folder}: has no {missing[0]}, which flavor {target.flavor.name} needs to make "
+            f"{layer.experts[PARTS[0]]}. Is the flavor of the same family, with the same number of "
+            "layers?"
         )
     return fit(target, layer, found, dense.folder)
 
 
 def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
-    """What is copied as it is, with its name in the dense model; a note on what is tied there."""
+    """What is copied unchanged, with its name in the dense model; and notes on tied tensors."""
     new = {name for layer in target.layers for name in _new_names(layer)}
     sources, notes = {}, []
     for name, tensor in target.tensors.items():
@@ -115,7 +118,7 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
         if shape != tensor.shape:
             has = "nothing" if shape is None else f"{list(shape)}"
             raise EzpzError(
-                f"{dense.folder}: {source} is {has} there, and {name} of flavor "
+                f"{dense.folder}: {source} is {has} there, but {name} of flavor "
                 f"{target.flavor.name} is {list(tensor.shape)}. Is the flavor of the same family "
                 "and sizes?"
             )
@@ -124,14 +127,14 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
 
 
 def _new_names(layer: Layer) -> Iterator[str]:
-    """What a layer has in place of the dense FFN."""
+    """What a layer has instead of the dense FFN."""
     yield from (*layer.experts.values(), *layer.shared.values(), layer.gate, *layer.zeros)
 
 
 def _made(
     dense: Dense, target: Target, layer: Layer, fit: Fit, perturbation: Perturbation
 ) -> Mapping[str, Make]:
-    """What makes each of these."""
+    """A function for each of these that makes its tensor."""
 
     def experts(part: str) -> torch.Tensor:
         return weights.experts(
@@ -169,10 +172,10 @@ def _made(
 
 
 def _notes(layer: Layer, fit: Fit, perturbation: Perturbation) -> Iterator[str]:
-    """What a user has to know of the function at step 0."""
+    """What the user should know about the function at step 0."""
     if fit.scale != 1:
         yield (
-            f"w2 of the experts is multiplied by {fit.scale:.6g}, for the weights of a token's "
+            f"w2 of the experts is multiplied by {fit.scale:.6g}, because the weights of a token's "
             f"{layer.top_k} experts sum to {fit.weight_sum * layer.route_scale:.6g}"
             + (f", and {fit.granularity} of them make one copy." if fit.granularity > 1 else ".")
         )
@@ -180,14 +183,14 @@ def _notes(layer: Layer, fit: Fit, perturbation: Perturbation) -> Iterator[str]:
         most = "1" if layer.score_func == "softmax" else f"{layer.top_k}"
         yield (
             "The weights of a token's experts are not normalized: they sum to "
-            f"{fit.weight_sum:.6g} where all scores are equal, and to up to {most} where the "
-            "router prefers some; the experts' output is too large by as much. A smaller "
+            f"{fit.weight_sum:.6g} if all scores are equal, and to up to {most} if the "
+            "router prefers some; the experts' output is too large by the same factor. A smaller "
             "--router-std brings it closer; router_route_norm = true in the flavor makes it exact."
         )
     if layer.shared:
         yield (
-            "Shared experts: w2 is zero, so that they add nothing at step 0; w1 and w3 are drawn "
+            "Shared experts: w2 is zero, so they add nothing at step 0; w1 and w3 are drawn "
             "with the dense weights' mean and standard deviation."
         )
     if not perturbation.is_none:
-        yield "The copies differ (--noise, --reinit), and so does the function from the dense one."
+        yield "The copies differ (--noise, --reinit), so the function differs from the dense one."

@@ -1,13 +1,13 @@
 """The weights of an upcycled layer, as functions of the dense FFN's.
 
-Legend of the suffixes: E = experts, F = hidden dimension of an expert, H = of the dense FFN,
-D = model dimension, G = H / F, the parts that the dense FFN is cut into.
+Legend of the suffixes: E = experts, F = hidden dimension of an expert, H = hidden dimension of the
+dense FFN, D = model dimension, G = H / F, the parts that the dense FFN is split into.
 
 The FFN is SwiGLU, ``w2 (silu(w1 x) * w3 x)``, a sum over its hidden channels: w1 and w3 [H, D]
-hold a channel in a row, w2 [D, H] in a column. Cut into G groups of channels, it is the sum of G
+hold a channel in a row, w2 [D, H] in a column. Split into G groups of channels, it is the sum of G
 experts.
-Everything random comes from a generator of its own, by seed, tensor and expert, so that a tensor
-can be computed again by itself.
+Every random tensor has a generator of its own, by seed, tensor and expert: each can be computed
+again by itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Perturbation:
 
     Attributes:
         noise: standard deviation of Gaussian noise, in units of the weight's own.
-        reinit: share of an expert's hidden channels that is drawn anew.
+        reinit: share of an expert's hidden channels that is redrawn.
         router_std: standard deviation of the router's weights.
-        seed: of all of it.
+        seed: for all random draws.
     """
 
     noise: float = 0.0
@@ -53,12 +53,12 @@ def experts(
     """The routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
 
     Sparse upcycling, arXiv 2212.05055; with ``granularity`` > 1 its fine-grained form with virtual
-    groups, arXiv 2410.07524: expert e is part e mod G, so that experts cG to cG + G - 1 are one
+    groups, arXiv 2410.07524: expert e is part e mod G, so experts cG to cG + G - 1 together are one
     copy of the dense FFN.
 
     Args:
         dense: w1 or w3 [H, D], or w2 [D, H], of a floating dtype.
-        layer: its name, from which the random numbers come.
+        layer: its name, which seeds the random numbers.
         part: "w1", "w2" or "w3".
         num_experts: E.
         granularity: G, which divides H and E.
@@ -82,6 +82,7 @@ def experts(
             expert = expert + perturbation.noise * expert.std() * draw
         if perturbation.reinit:
             expert = reinitialized(expert, layer, part, e, perturbation)
+        # The FFN is linear in w2, so a factor there scales the whole expert.
         written[e] = expert * scale if part == "w2" else expert
     return written
 
@@ -89,10 +90,10 @@ def experts(
 def reinitialized(
     expert: torch.Tensor, layer: str, part: str, e: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """An expert's weight with a share of its hidden channels drawn anew.
+    """An expert's weight with a share of its hidden channels redrawn.
 
     Drop-Upcycling, arXiv 2502.19261, section 3: the channels are the same in w1, w2 and w3, and the
-    new values are Gaussian with mean and standard deviation of those that they replace.
+    new values are Gaussian with the mean and standard deviation of those that they replace.
     """
     channel_dim = 1 if part == "w2" else 0
     count = int(expert.shape[channel_dim] * perturbation.reinit)
@@ -112,9 +113,9 @@ def reinitialized(
 def router(
     shape: torch.Size, layer: str, *, granularity: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """The router's weight [E, D] in float32: Gaussian, the G parts of one copy alike.
+    """The router's weight [E, D] in float32: Gaussian, with equal rows for the G parts of a copy.
 
-    Equal rows give the parts equal scores, so that a token chooses a copy of the dense FFN whole.
+    Equal rows give the parts equal scores, so a token chooses whole copies of the dense FFN.
     """
     copies = shape[0] // granularity
     draw = torch.randn(
@@ -126,18 +127,19 @@ def router(
 def like(
     dense: torch.Tensor, shape: torch.Size, layer: str, part: str, *, seed: int
 ) -> torch.Tensor:
-    """A weight of the dense one's mean and standard deviation, in its dtype."""
+    """A weight with the dense one's mean and standard deviation, in its dtype."""
     wide = _wide(dense)
     draw = torch.randn(shape, generator=generator(seed, layer, part, "shared"), dtype=wide.dtype)
     return (wide.mean() + wide.std() * draw).to(dense.dtype)
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
-    """A generator of its own for ``key``, the same on every machine."""
+    """A separate generator for ``key``, the same on every machine."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    # One bit less keeps the seed within a signed 64-bit integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 at least, in which sums and factors are computed."""
+    """In at least float32, which sums and factors need."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
