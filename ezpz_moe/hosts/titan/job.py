@@ -64,8 +64,10 @@ _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None
 class JobConfig(Trainer.Config):
     """The config of a job: the stock trainer's, plus checks. ``build()`` builds the stock trainer.
 
-    The host constructs it again with what its command line changes, so that the checks are made
-    for the settings that are trained with.
+    A job is constructed up to twice. First by ``trainer_config``, from the file: in a process that
+    is about to train, nothing is checked yet, because a flag may still correct the file. Then by
+    the host, as a copy with the flags of its command line: these settings are trained with, and are
+    checked. Where nothing will be trained (``show``, ``doctor``) the first one is checked.
     """
 
     origin: Annotated[str, tyro.conf.Suppress] = ""
@@ -75,12 +77,12 @@ class JobConfig(Trainer.Config):
     """Whether the job leaves ``training.mixed_precision_param`` to this CPU."""
 
     handed_over: Annotated[bool, tyro.conf.Suppress] = False
-    """Whether ``trainer_config`` has returned it. A copy of it is the host's, with the flags of its
-    command line; a mistake then ends the process, because the host would show a traceback."""
+    """False in the first construction, true in the host's copy, where a mistake ends the process:
+    the host would show a traceback."""
 
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
-            return  # a flag may still mend it
+            return  # the host's copy is checked
         titan().fit_model(self)
         precision.settle(self)
         where = f"{self.origin} and the command line" if self.handed_over else self.origin

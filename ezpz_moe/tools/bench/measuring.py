@@ -22,9 +22,6 @@ from ezpz_moe.compute.reference import Case, plain_loop
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.results import Figures
 
-# torch's profiler counts memory on the CPU; keep it from logging that it starts and stops.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _TOLERANCE_OF_HALF = 3e-2
 
@@ -134,6 +131,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
     wastes, or a kernel library allocates by itself. None if the device does not tell.
     """
     if device.type == "cpu":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its log says that it starts and stops
         with profile(profile_memory=True, use_kineto=True) as profiled:
             result = work()
         del result
