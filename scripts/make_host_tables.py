@@ -76,8 +76,8 @@ def tested(runs: list[HostRun]) -> str:
 
 def relied_on(each: Host) -> str:
     """What the binding to a host needs of it, and that to the generation before does not."""
-    before = type(each).__mro__[1]
-    older = set(before().relied_on) if issubclass(before, Host) and before is not Host else set()
+    before = type(each).__base__
+    older = {line for other in HOSTS if type(other) is before for line in other.relied_on}
     return tables.markdown(
         {
             "thing": f"`{line.thing}`",
