@@ -10,7 +10,6 @@ code 1.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from dataclasses import asdict
@@ -76,10 +75,9 @@ def tested(runs: list[HostRun]) -> str:
 
 
 def relied_on(each: Host) -> str:
-    """What the binding to a host needs of it, but the binding to the generation before does not."""
-    before = type(each).__mro__[1]
-    is_a_host = issubclass(before, Host) and not inspect.isabstract(before)
-    older = set(before().relied_on) if is_a_host else set()
+    """What the binding to a host needs of it, and that to the generation before does not."""
+    before = type(each).__base__
+    older = {line for other in HOSTS if type(other) is before for line in other.relied_on}
     return tables.markdown(
         {
             "thing": f"`{line.thing}`",

@@ -6,7 +6,7 @@ ARGUMENTS are those of ``torchtitan.train``. Every rank writes OUT.<rank>: losse
 norms of every step, the gradients of the first step (thinned out where they are large) and a
 digest of every parameter as it is made and after the last step, all whole whatever their sharding,
 and which backend every experts module has chosen. ``trainer_runs.py`` starts the ranks as forks of
-a process that has imported the host. The host is torchtitan after 0.3, 0.3 or 0.2.
+a process that has imported the host. The host is any that we bind.
 """
 
 import hashlib

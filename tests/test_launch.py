@@ -363,7 +363,7 @@ def test_a_mistake_that_the_workers_find_is_one_message(job):
     job.write_text(job.read_text().replace("[training]", '[training]\ndataset_path = "empty.txt"'))
     code, out, err = run(job, 1)
     assert code == 2
-    assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' holds no text\.\n", err)
+    assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' contains no text\.\n", err)
     assert "Traceback" not in out
     assert not (job.parent / "outputs").exists()
 

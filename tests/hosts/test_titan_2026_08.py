@@ -1,4 +1,4 @@
-"""What is special to torchtitan after 0.3: tokens in place of sequences, folded attention, data.
+"""What is special to torchtitan of August 2026: tokens in place of sequences, folded attention, data.
 
 On another host these do not run, except for those that need no host: what the table of keys and
 the list of reliances say.

@@ -1,4 +1,4 @@
-"""torchtitan of August 2026, after 0.3: batch and length are folded into one dimension of tokens.
+"""torchtitan of August 2026: batch and length are folded into one dimension of tokens.
 
 A job means the same work as on 0.3: ``local_batch_size`` sequences of ``seq_len`` tokens are a
 microbatch of ``local_batch_size * seq_len`` tokens.
@@ -28,7 +28,7 @@ class Titan2026_08(Titan03):
     """torchtitan of August 2026."""
 
     generation = "2026_08"
-    name = "torchtitan after 0.3"
+    name = "torchtitan of August 2026"
     evidence = Reliance(
         "torchtitan.config.configs:TrainingConfig",
         used_for="recognizing the host's generation",
