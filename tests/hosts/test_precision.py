@@ -88,7 +88,8 @@ def test_the_hosts_own_path_is_the_hosts(cpu_with, tmp_path):
 
 
 def test_another_precision_than_the_hosts_for_its_path_names_file_and_key(tmp_path):
-    with pytest.raises(EzpzError, match=r"mine\.toml: expert_precision = 'float32' cannot be combined"):
+    refused = r"mine\.toml: expert_precision = 'float32' cannot be combined with"
+    with pytest.raises(EzpzError, match=refused):
         precision_of(job(tmp_path, 'expert_precision = "float32"'))
 
 

@@ -1,4 +1,4 @@
-"""What is special to torchtitan of August 2026: tokens in place of sequences, folded attention, data.
+"""What only torchtitan of August 2026 has: tokens in place of sequences, folded attention, data.
 
 On another host these do not run, except for those that need no host: what the table of keys and
 the list of reliances say.
