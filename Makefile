@@ -3,7 +3,7 @@
 # make test-smoke   a few tests with every other release of torchtitan that we support
 # make test-hosts   all host tests with every release, side by side
 # make test-all     everything: also the tests marked "full", with coverage, and test-hosts
-# make lint         formatting, style and types
+# make lint         formatting, style, types, and which way imports go
 # make clean        remove caches and build products (the environment and outputs/ stay)
 #
 #   make train JOB=flavors/jobs/debug_cpu.toml ARGS="--training.steps 5"
@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 # Again whenever the dependencies change.
 $(INSTALLED): pyproject.toml
@@ -50,5 +51,5 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist .nox .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist .nox .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.telemetry.figures import coefficient_of_variation, dead_experts
-from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
+from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.record import StepRecord
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from turns import medians
 
-from ezpz_moe import display
-from ezpz_moe.bench.routings import counts_of
+from ezpz_moe.cli import display
+from ezpz_moe.tools.bench.routings import counts_of
 
 E, D, HIDDEN, R = 64, 512, 256, 8192
 

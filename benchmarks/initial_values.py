@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.initial_values import WholeModel
 
 RANKS = (1, 2, 4, 8)
@@ -32,7 +32,7 @@ RANKS = (1, 2, 4, 8)
 
 def main(flavor: str) -> None:
     check_host()
-    build_on_meta = binding("parameters").build_on_meta
+    build_on_meta = host().build_on_meta
     spawn = multiprocessing.get_context("fork")
     print(f"{flavor}, float32, on {CpuDeviceModule().get_device_name()}; torch {torch.__version__}")
     for ranks in RANKS:

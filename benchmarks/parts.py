@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from turns import medians
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.reference import random_case
 

@@ -33,9 +33,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from ezpz_moe import display
+from ezpz_moe.cli import display
 from ezpz_moe.compute import get_backend, tuning
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
@@ -81,7 +81,7 @@ def times_in_turns(trainer: Any, backends: Sequence[str], steps: int) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     order = deque(backends)
     waiting: list[str] = []
-    selected = binding("experts").EzpzGroupedExperts
+    selected = host().experts_class()
     (model,) = trainer.model_parts
     experts = [module for module in model.modules() if isinstance(module, selected)]
     one_step = trainer.train_step

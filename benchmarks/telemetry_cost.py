@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from ezpz_moe import display
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.cli import display
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.hosts.detect import check_host
 from ezpz_moe.telemetry.charts import load_pixels
-from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append
+from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Arguments:
 
 
 def build(flavor: str, folder: Path) -> torch.nn.Module:
-    spec = binding("models").model_spec(load_flavor(f"{flavor}_sdpa_for_loop", near=folder))
+    from ezpz_moe.hosts.titan.models import model_spec
+
+    spec = model_spec(load_flavor(f"{flavor}_sdpa_for_loop", near=folder))
     model = spec.model.build()
     model.init_weights(buffer_device=torch.device("cpu"))
     return model.train()

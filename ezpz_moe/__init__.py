@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """``JobConfig``, which torchtitan 0.2 asks of the module in ``job.custom_config_module``."""
+    """``JobConfig``, for torchtitan 0.2, which asks the module in ``job.custom_config_module``."""
     if name != "JobConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ezpz_moe.errors import exit_on_user_error
-    from ezpz_moe.hosts import binding, check_host
+    from ezpz_moe.hosts.detect import check_host, host
 
     with exit_on_user_error():
         check_host()
-        return binding("job").job_config()
+        return host().job_config()

@@ -1,8 +1,8 @@
-"""A user's mistake, said in one message: what is wrong, where, and what to do.
+"""A user's mistake as one message: what is wrong, where, and what to do.
 
-Everything that a user can get wrong raises :class:`EzpzError`. Library callers catch it as any
-exception; the places where the command line or the host enters this package turn it into one
-printed message and exit code 2 with :func:`exit_on_user_error`.
+Everything that a user can get wrong raises :class:`EzpzError`. Library callers catch it like any
+exception. Where the command line or the host enters this package, :func:`exit_on_user_error` turns
+it into one printed message and exit code 2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEBUG_VARIABLE = "EZPZ_MOE_DEBUG"
 
 
 class EzpzError(Exception):
-    """A mistake that the user can mend. ``str(error)`` is the whole message."""
+    """A mistake that the user can fix. ``str(error)`` is the whole message."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -32,8 +32,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def exit_on_user_error() -> Iterator[None]:
     """Print an :class:`EzpzError` once per node and exit with code 2.
 
-    Every rank meets the same mistake, so only local rank 0 prints. With ``EZPZ_MOE_DEBUG=1``
-    (what ``--debug`` sets) the exception goes on with its traceback.
+    Every rank meets the same mistake, so only local rank 0 prints. With ``EZPZ_MOE_DEBUG=1``,
+    which ``--debug`` sets, the exception propagates with its traceback.
     """
     try:
         yield

@@ -3,10 +3,24 @@
 >>> from ezpz_moe.experts import EzpzGroupedExperts, ExpertComputeBackend
 """
 
-from ezpz_moe.hosts import binding
+from typing import TYPE_CHECKING, Any
 
-_experts = binding("experts")
-ExpertComputeBackend = _experts.ExpertComputeBackend
-EzpzGroupedExperts = _experts.EzpzGroupedExperts
+if TYPE_CHECKING:
+    from ezpz_moe.hosts.backends import ExpertComputeBackend
+
+    EzpzGroupedExperts: Any
 
 __all__ = ["ExpertComputeBackend", "EzpzGroupedExperts"]
+
+
+def __getattr__(name: str) -> Any:
+    """Whichever is asked for: the host is imported for its class, and not before."""
+    if name == "EzpzGroupedExperts":
+        from ezpz_moe.hosts.detect import host
+
+        return host().experts_class()
+    if name == "ExpertComputeBackend":
+        from ezpz_moe.hosts.backends import ExpertComputeBackend
+
+        return ExpertComputeBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,27 +3,32 @@
     torchrun ... -m torchtitan.train --module qwen3 --config qwen3_moe_debug \\
         --override.imports 'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'
 
-``ezpz_moe.overrides.sdpa`` beside it lets a model train where FlexAttention does not (CPU, XPU).
-The host logs every replaced node, and warns when it found none.
+Add ``ezpz_moe.overrides.sdpa`` where FlexAttention does not run (CPU, XPU). The host logs every
+node it replaces, and warns when it found none.
 """
 
 import dataclasses
 from typing import get_args
 
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
 
-_attention, _experts, _host = map(binding, ("attention", "experts", "overrides"))
+# At import: the host takes from this module what its decorators have registered by then.
+_host = host().overrides()
 _KEYS = ("compute_backend", "expert_precision")
 _EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
 
 
 @_host.for_experts
 def experts(
-    config, *, compute_backend: str | None = None, expert_precision: str | None = None, **unknown
+    config,
+    *,
+    compute_backend: str | None = None,
+    expert_precision: ExpertPrecision | None = None,
+    **unknown,
 ):
-    """The same experts, computed by ``compute_backend`` in ``expert_precision``."""
+    """Keep the experts, but compute them with ``compute_backend`` in ``expert_precision``."""
     with exit_on_user_error():
         for key in unknown:
             raise EzpzError(
@@ -41,7 +46,7 @@ def experts(
                 f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
             )
         _host.refuse_twins_of("ezpz_moe.overrides.experts")
-        replacement = _experts.selected(
+        replacement = _host.selected(
             config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
         )
         _host.turn_off_cuda_graphs_for(compute_backend)
@@ -51,7 +56,7 @@ def experts(
 
 @_host.for_attention
 def sdpa(config):
-    """The same attention with causal SDPA as its kernel: no per-document mask."""
+    """Keep the attention, but with causal SDPA as its kernel: no per-document mask."""
     with exit_on_user_error():
         _host.refuse_twins_of("ezpz_moe.overrides.sdpa")
-    return dataclasses.replace(config, inner_attention=_attention.causal_attention(config))
+    return dataclasses.replace(config, inner_attention=_host.causal_attention(config))

@@ -1,10 +1,10 @@
-"""The host's trainer, started where it would not start by itself.
+"""Start the host's trainer, also where it would not start by itself.
 
 ``python -m ezpz_moe.train ARGUMENTS`` is ``python -m torchtitan.train ARGUMENTS``: the same module
-with the same arguments. Two things come first: the check that torch and torchtitan can do what the
-binding needs, and, on a machine without an accelerator, the CPU as the host's device. One thing
-comes last: a run that has ended well stays so. Start it under torchrun, as the host's own;
-:mod:`ezpz_moe.launch` does.
+with the same arguments. Two things happen first: a check that torch and torchtitan can do what the
+binding needs and, on a machine without an accelerator, the CPU becomes the host's device. One thing
+happens last: a run that ended well stays so. Start it under torchrun, like the host's own trainer;
+:mod:`ezpz_moe.tools.launch` does.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main() -> None:
         with exit_on_user_error():
             check_host()
             runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:  # Ctrl-C, which torchrun hands on: no traceback for each rank
+    except KeyboardInterrupt:  # torchrun passes Ctrl-C on; spare the user a traceback per rank
         raise SystemExit(128 + signal.SIGINT) from None
     except SystemExit as stop:
         # All ranks meet the same mistake, local rank 0 reports it, and torchrun ends every rank as
-        # soon as one has ended. Let that be rank 0, or its message could be lost.
+        # soon as one ends. Let rank 0 be that one, or its message could be lost.
         if stop.code == EXIT_CODE and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_RANK_0)
         raise
@@ -44,11 +44,11 @@ _has_ended_well = threading.Event()
 
 
 def _end_without_teardown() -> None:
-    """End the process before the interpreter is torn down, if its run has ended well.
+    """End the process before the interpreter tears down, if its run ended well.
 
-    A thread of gloo's may still hold tensors that Python knows of; when it lets go of them during
-    the teardown, torch aborts the process (pytorch/pytorch#179291), and a run that has trained to
-    its end would count as failed.
+    A gloo thread may still hold tensors that Python knows about. If it releases them during
+    teardown, torch aborts the process (pytorch/pytorch#179291), and a run that trained to its end
+    would count as failed.
     """
     if _has_ended_well.is_set():
         logging.shutdown()
@@ -58,7 +58,7 @@ def _end_without_teardown() -> None:
 
 
 if __name__ == "__main__":
-    # Handlers run last in, first out: those of the host and of wandb come before this one.
+    # atexit runs the last handler first: those of the host and of wandb come before this one.
     atexit.register(_end_without_teardown)
     main()
     _has_ended_well.set()

@@ -14,18 +14,18 @@ import sys
 import tables
 import tyro
 
-from ezpz_moe import display
-from ezpz_moe.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
-from ezpz_moe.hosts import binding
+from ezpz_moe.cli import display
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.model_summary import ModelSummary
 
 
 def summaries() -> dict[str, ModelSummary]:
-    """The shipped flavors without their variants, the smallest first."""
+    """The shipped flavors, the smallest first."""
     os.environ.pop(FOLDER_VARIABLE, None)
-    summarize = binding("parameters").summarize
+    summarize = host().summarize
     flavors = [load_flavor(name) for name in flavor_names()]
-    named = {f.name: summarize(f) for f in flavors if f.name == f.source.stem}
+    named = {flavor.name: summarize(flavor) for flavor in flavors}
     return dict(sorted(named.items(), key=lambda item: item[1].total))
 
 

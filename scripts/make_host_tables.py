@@ -20,9 +20,10 @@ from xml.etree import ElementTree
 import tables
 import tyro
 
-from ezpz_moe.hosts import GENERATIONS, generation
+from ezpz_moe.hosts.detect import HOSTS, host
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.installed import HOST_RUNS, RECORD, HostRun, host_name, version
-from ezpz_moe.verify import default_device
+from ezpz_moe.tools.verify import default_device
 
 
 def run_of(report: Path) -> HostRun:
@@ -35,7 +36,7 @@ def run_of(report: Path) -> HostRun:
     return HostRun(
         torch=str(version("torch")),
         torchtitan=str(host_name()),
-        generation=generation().host,
+        generation=host().name,
         device=default_device(),
         date=datetime.now(UTC).date().isoformat(),
         passed=total - failed - skipped,
@@ -48,7 +49,7 @@ def record(run: HostRun) -> list[HostRun]:
     """Write the run in place of an earlier one with the same pair, oldest generation first."""
     pair = (run.torch, run.torchtitan, run.device)
     others = [each for each in HOST_RUNS if (each.torch, each.torchtitan, each.device) != pair]
-    order = [each.host for each in reversed(GENERATIONS)]
+    order = [each.name for each in reversed(HOSTS)]
     runs = sorted(
         [*others, run], key=lambda each: (order.index(each.generation), each.torchtitan, each.torch)
     )
@@ -73,10 +74,10 @@ def tested(runs: list[HostRun]) -> str:
     )
 
 
-def relied_on(folder: str) -> str:
-    """What the binding in ``folder`` needs of its host."""
-    (binding,) = (each for each in GENERATIONS if each.folder == folder)
-    older = set(binding.like.relied_on) if binding.like else set()
+def relied_on(each: Host) -> str:
+    """What the binding to a host needs of it, and that to the generation before does not."""
+    before = type(each).__base__
+    older = {line for other in HOSTS if type(other) is before for line in other.relied_on}
     return tables.markdown(
         {
             "thing": f"`{line.thing}`",
@@ -86,7 +87,7 @@ def relied_on(folder: str) -> str:
             "used for": line.used_for,
             "if it is gone": line.if_broken,
         }
-        for line in binding.relied_on
+        for line in each.relied_on
         if line not in older
     )
 
@@ -102,7 +103,7 @@ def main(check: bool = False, record_of: Path | None = None) -> int:
     run = run_of(record_of) if record_of else None
     if run:
         runs = record(run)
-    reliances = {f"relied on, {each.folder}": relied_on(each.folder) for each in GENERATIONS}
+    reliances = {f"relied on, {each.generation}": relied_on(each) for each in HOSTS}
     stale = tables.update("docs/hosts.md", reliances, check=check)
     stale |= tables.update("docs/rebasing.md", {"tested": tested(runs)}, check=check)
     if run and run.failed:

@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 
 VOCABULARY_SIZE = 2048
 BOS = "<|begin_of_text|>"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ezpz_moe.bench.results import Figures, Measured
-from ezpz_moe.bench.shapes import Shape
+from ezpz_moe.tools.bench.results import Figures, Measured
+from ezpz_moe.tools.bench.shapes import Shape
 
 
 def figures(*both_ms: float, saved: int = 0, peak: int | None = 2**20, **others) -> Figures:

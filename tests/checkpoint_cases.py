@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ezpz_moe.checkpoints import storage
+from ezpz_moe.tools.checkpoints import storage
 
 EXPERTS = "layers.1.moe.routed_experts.inner_experts"
 THREE = [f"{EXPERTS}.{name}" for name in ("w1_EFD", "w2_EDF", "w3_EFD")]

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
-from ezpz_moe.job import Job
+from ezpz_moe.hosts.detect import check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
 
-from ezpz_moe.hosts.titan_0_3.job import JobConfig, trainer_config  # noqa: E402
+from ezpz_moe.hosts.titan.job import JobConfig, trainer_config  # noqa: E402
 
 
 def conflict(flavor: str = "debugmodel_sdpa", **values: Any) -> str:

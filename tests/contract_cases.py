@@ -63,7 +63,7 @@ RUNNING, RECOMPUTING_HERE = _running(INSTALLED), _running(RECOMPUTING)
 BACKENDS = [
     *RUNNING,
     *RECOMPUTING_HERE,
-    "batched_mm_padded(single_buffer=true)",
+    "batched_mm_padded(max_padding=1e9)",
     "batched_mm_padded(max_padding=2.0, recompute=true)",
     "auto(among='for_loop batched_mm_padded')",
 ]

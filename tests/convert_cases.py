@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ezpz_moe.convert import Change, convert, write
+from ezpz_moe.tools.convert import Change, convert, write
 
 QWEN3 = '[model]\nname = "qwen3"\nflavor = "debugmodel_moe"\nhf_assets_path = "tok"\n'
 DATA = '[training]\ndataset = "c4"\n'

@@ -6,22 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.hosts import (
-    TITAN_0_2,
-    TITAN_GROUPED_LINEAR,
-    TITAN_MAIN,
-    check_host,
-    generation,
-)
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
+from ezpz_moe.hosts.titan.v2026_09 import Titan2026_09
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
 check_host()  # asks the host for its generation: with its device, before anything else does
 
-ON_0_2 = generation() is TITAN_0_2
-ON_GROUPED_LINEAR = generation() is TITAN_GROUPED_LINEAR
-ON_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
+ON_0_2 = type(host()) is Titan02
+SINCE_2026_09 = type(host()) is Titan2026_09
+SINCE_2026_08 = isinstance(host(), Titan2026_08)
 
-EXPERTS = "RoutedExperts" if ON_GROUPED_LINEAR else "GroupedExperts"
+EXPERTS = "RoutedExperts" if SINCE_2026_09 else "GroupedExperts"
 """The host's class that gets the selector; ours is named after it."""
 
 DUMP_FOLDER = "--job.dump-folder" if ON_0_2 else "--dump-folder"
@@ -43,7 +40,7 @@ def batch(*, size: int | None = None, seq_len: int | None = None, whole: int | N
 
     ``size`` and ``whole`` without ``seq_len`` are of the tests' job.
     """
-    if ON_MAIN:
+    if SINCE_2026_08:
         length = seq_len or LENGTH
         sizes = {
             "num-tokens-per-microbatch-per-dp-rank": size and size * length,
@@ -90,7 +87,7 @@ def write_text(folder: Path) -> None:
     file = folder / "text" / "train.jsonl"
     file.parent.mkdir()
     file.write_text(lines)
-    if ON_MAIN:  # has no flag for it: its test text is at a fixed place
+    if SINCE_2026_08:  # has no flag for it: its test text is at a fixed place
         asset = folder / "tests" / "assets" / "c4_test" / "data.json"
         asset.parent.mkdir(parents=True)
         shutil.copy(file, asset)
@@ -108,7 +105,7 @@ def stock(model: str, folder: Path, *, steps: int) -> list[str]:
         return [*job_file, *own, *assets, *text, *more]
     config = ["--module", model, "--config", MODELS[model]]
     assets = ["--hf-assets-path", str(EMBEDDED_TOKENIZER)]
-    text = [] if ON_MAIN else ["--dataloader.dataset-path", str(folder / "text")]
+    text = [] if SINCE_2026_08 else ["--dataloader.dataset-path", str(folder / "text")]
     sdpa = ["--override.imports", "ezpz_moe.overrides.sdpa"]
     return [*config, *assets, *text, *more, *sdpa]
 

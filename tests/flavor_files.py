@@ -6,24 +6,27 @@ from pathlib import Path
 
 import pytest
 
+from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import LISTED_VARIANTS, Flavor, flavor_names, load_flavor
 
 SMALL = ("debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel")
 """The shipped sizes that are quickly built, even on the meta device."""
 
 
+VARIANTS = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
+"""Of each size, what is built: the host's attention and ours, with three backends."""
+
+
 def in_turn(*, shift: int = 0) -> list[object]:
     """Every shipped flavor, for ``parametrize``: of the small sizes each variant, of the others
     one, in turn; the rest is marked ``full``. With another ``shift`` they have other variants."""
-    names = flavor_names()
-    stems = [name for name in names if not name.endswith(LISTED_VARIANTS[1:])]
+    stems = flavor_names()
     chosen = {
-        stem + LISTED_VARIANTS[(number + shift) % len(LISTED_VARIANTS)]
-        for number, stem in enumerate(stems)
-    } | {stem + variant for stem in SMALL for variant in LISTED_VARIANTS}
+        stem + VARIANTS[(number + shift) % len(VARIANTS)] for number, stem in enumerate(stems)
+    } | {stem + variant for stem in SMALL for variant in VARIANTS}
     return [
-        name if name in chosen else pytest.param(name, marks=pytest.mark.full) for name in names
+        name if name in chosen else pytest.param(name, marks=pytest.mark.full)
+        for name in (stem + variant for stem in stems for variant in VARIANTS)
     ]
 
 

@@ -194,13 +194,14 @@ def _tell_host(arguments: list[str]) -> None:
 
 def import_host() -> None:
     """Import all that a run imports, so that no fork has to."""
-    from ezpz_moe.hosts import TITAN_0_2, check_host, generation
+    from ezpz_moe.hosts.detect import check_host, host
+    from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
     check_host()  # with its device
-    importlib.import_module(f"torchtitan.{'train' if generation() is TITAN_0_2 else 'trainer'}")
+    importlib.import_module(f"torchtitan.{'train' if type(host()) is Titan02 else 'trainer'}")
     for name in ("torch._inductor.compile_fx", "torch.distributed.checkpoint"):
         importlib.import_module(name)
-    for module in generation().slots().values():
+    for module in host().modules():
         importlib.import_module(module)
     from dialect import PARSED_AT_ONCE
     from torchtitan.config import ConfigManager

@@ -10,15 +10,15 @@ import pytest
 import torch
 from dialect import ON_0_2
 
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.hosts.titan.base import titan
 
 if ON_0_2:
     pytest.skip("[router] needs torchtitan 0.3 or later", allow_module_level=True)
 
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
-from ezpz_moe.hosts.titan_0_3.router import Groups
+from ezpz_moe.hosts.titan.router import Groups
 
 B, L = 3, 16
 
@@ -33,7 +33,9 @@ def small_model(folder: Path, tables: str, base: str = 'inherits = "tiny"'):
     """A small model with these tables in its flavor, whose file is put into ``folder``."""
     (folder / "tiny.toml").write_text('inherits = "debugmodel"\nn_layers = 2\n')
     (folder / "mine.toml").write_text(f'{base}\nattention = "sdpa"\n{tables}\n')
-    spec = binding("models").model_spec(load_flavor("mine", near=folder))
+    from ezpz_moe.hosts.titan.models import model_spec
+
+    spec = model_spec(load_flavor("mine", near=folder))
     torch.manual_seed(0)
     built = spec.model.build()
     built.init_weights(buffer_device=torch.device("cpu"))
@@ -56,8 +58,8 @@ def tokens(dim: int, *, seed: int = 1) -> torch.Tensor:
 
 
 def flat(x_BLD):
-    """As the host hands tokens to a router: main folds the sequences."""
-    return x_BLD.flatten(0, 1) if binding("dialect").one_sequence(1) == (1,) else x_BLD
+    """As the host hands tokens to a router: since August 2026 sequences are folded."""
+    return x_BLD.flatten(0, 1) if titan().one_sequence(1) == (1,) else x_BLD
 
 
 def routed(router, x_BLD):

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from run_trainer import open_store
 
-from ezpz_moe.hosts import TITAN_0_2, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
 
 def main(scenarios: str, out: str) -> None:
     check_host()
-    host = "train" if generation() is TITAN_0_2 else "trainer"
-    Trainer = importlib.import_module(f"torchtitan.{host}").Trainer
+    module = "train" if type(host()) is Titan02 else "trainer"
+    Trainer = importlib.import_module(f"torchtitan.{module}").Trainer
     from torchtitan.config import ConfigManager
     from torchtitan.tools.logging import init_logger
 

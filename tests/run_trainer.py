@@ -6,7 +6,7 @@ ARGUMENTS are those of ``torchtitan.train``. Every rank writes OUT.<rank>: losse
 norms of every step, the gradients of the first step (thinned out where they are large) and a
 digest of every parameter as it is made and after the last step, all whole whatever their sharding,
 and which backend every experts module has chosen. ``trainer_runs.py`` starts the ranks as forks of
-a process that has imported the host. The host is torchtitan after 0.3, 0.3 or 0.2.
+a process that has imported the host. The host is any that we bind.
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from ezpz_moe.hosts import TITAN_0_2, binding, generation
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
 ONE_UNIT = 2.0**-7
 """Distance of neighbouring bfloat16 numbers, whose significand has 8 bits, relative to 1."""
@@ -75,7 +77,7 @@ class _Clock:
 
 
 def is_titan_0_2() -> bool:
-    return generation() is TITAN_0_2
+    return type(host()) is Titan02
 
 
 def run(arguments: list[str]) -> dict:
@@ -92,8 +94,10 @@ def run(arguments: list[str]) -> dict:
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
     if "--count-on-cpu" in own_flags:
+        from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
+
         for part in trainer.model_parts:
-            binding("router").count_on_cpu(part)
+            count_on_cpu(part)
     modules = [module for part in trainer.model_parts for module in part.modules()]
     if "--skewed-routing" in own_flags:
         for module in modules:
@@ -180,13 +184,13 @@ def _built_trainer(arguments: list[str], layers: str | None) -> tuple:
 
     if layers is not None:
         _shrink(config.model_spec.model, int(layers))
-    return config.build(), binding("experts").HostExperts, MoE
+    return config.build(), titan().experts().HostExperts, MoE
 
 
 def _shrink(model, layers: int) -> None:
     """Leave the first layers, and in these experts of a hidden dimension of 64, in place."""
     model.layers = model.layers[:layers]
-    for _, experts, _, _ in model.traverse(binding("experts").HostExperts.Config):
+    for _, experts, _, _ in model.traverse(titan().experts().HostExperts.Config):
         if hasattr(experts, "hidden_dim"):  # or its width is that of its linears
             experts.hidden_dim = 64
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ezpz_moe.accounting import Anatomy, Cost, computing_experts, dense_model, mean_keys
+from ezpz_moe.config.routing_schema import raised_top_k
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import raised_top_k
+from ezpz_moe.hosts.accounting import Anatomy, Cost, computing_experts, dense_model, mean_keys
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 64])

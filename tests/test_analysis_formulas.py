@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ezpz_moe.analysis import consistency, drift, drops, similarity, tokens
+from ezpz_moe.tools.analysis import consistency, drift, drops, similarity, tokens
 
 E, K = 5, 2
 EXACT = 1e-12  # some hundred float64 sums and products of numbers below 100
@@ -192,8 +192,7 @@ def test_drift_compares_sets():
 
 def test_the_formulas_need_no_host():
     modules = "tokens, drops, consistency, similarity, drift, text, report"
-    program = (
-        f"import sys\nfrom ezpz_moe.analysis import {modules}\nprint('torchtitan' in sys.modules)"
-    )
+    program = f"from ezpz_moe.tools.analysis import {modules}; import sys\n"
+    program += "print('torchtitan' in sys.modules)"
     said = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert said == "False\n"

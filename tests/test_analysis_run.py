@@ -14,18 +14,21 @@ from matplotlib import image
 from torch import nn
 
 from ezpz_moe import cli
-from ezpz_moe.analysis import drift, similarity, text
-from ezpz_moe.analysis.record import record
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.checkpoints.tensors import write_checkpoint
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import TITAN_0_2, TITAN_0_3, binding, check_host, presumed_generation
+from ezpz_moe.hosts.detect import check_host, host, presumed_host
 from ezpz_moe.hosts.documents import COLUMN, read_documents
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
+from ezpz_moe.tools.analysis import drift, similarity, text
+from ezpz_moe.tools.analysis.record import record
+from ezpz_moe.tools.checkpoints.tensors import write_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(
-        presumed_generation() is not TITAN_0_3, reason="builds models of torchtitan 0.3"
+        type(presumed_host()) is not Titan03, reason="builds models of torchtitan 0.3"
     ),
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
 ]
@@ -75,7 +78,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """The model's tensors, large enough that attention and experts matter to the logits."""
     draw = torch.Generator().manual_seed(seed)
-    model = binding("parameters").build_on_meta(load_flavor("small"))
+    model = host().build_on_meta(load_flavor("small"))
     return {
         name: torch.ones(tensor.shape)
         if "norm" in name
@@ -87,7 +90,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def sequences(folder: Path, count: int) -> list[text.Sequence]:
-    encode = binding("analysis").encoder(str(EMBEDDED_TOKENIZER))
+    encode = host().analysis().encoder(str(EMBEDDED_TOKENIZER))
     documents = read_documents(str(folder / "text.txt"))[COLUMN]
     found = text.sequences(documents, encode, LENGTH)
     return list(found)[:count]
@@ -116,7 +119,7 @@ def test_the_text_is_packed_as_the_trainer_packs_it(folder):
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
     found = sequences(folder, 10_000)
-    config = binding("data").dataloader_config(
+    config = titan().dataloader_config(
         None, str(folder / "text.txt"), job_folder=None, infinite=False
     )
     loader = config.build(
@@ -164,7 +167,7 @@ def test_a_scheduled_temperature_is_that_of_the_checkpoints_step(folder):
 def test_what_cannot_be_written_is_said(folder, capsys, flag):
     common = ("--data", folder / "text.txt", "--sequences", 2)
     message = refused(capsys, folder / "job.toml", *common, flag, "/proc/nowhere")
-    assert "cannot be written" in message
+    assert "cannot write the results" in message
     assert "/proc/nowhere" in message
 
 
@@ -175,7 +178,9 @@ def test_loss_and_routing_are_those_of_the_hosts_model(folder):
     checkpoint = folder / "run" / "checkpoint" / "step-2"
     found = sequences(folder, 4)
     said = record(checkpoint, load_flavor("small"), found, device="cpu", dtype=torch.float32)
-    spec = binding("models").model_spec(load_flavor("small"))
+    from ezpz_moe.hosts.titan.models import model_spec
+
+    spec = model_spec(load_flavor("small"))
     model = spec.model.build()
     model.init_states(buffer_device=torch.device("cpu"))
     state = model.state_dict()
@@ -205,15 +210,15 @@ def test_loss_and_routing_are_those_of_the_hosts_model(folder):
 
 def test_bfloat16_leaves_the_rotary_positions_as_they_are(folder, monkeypatch):
     """Cast to a real dtype they would lose their imaginary part, and the model its positions."""
-    host, kept = binding("analysis"), {}
-    forward = host.forward
+    part, kept = host().analysis(), {}
+    forward = part.forward
 
     def looked_at(model, *inputs):
         kept.update(model.named_buffers())
         kept["weight"] = model.lm_head.weight
         return forward(model, *inputs)
 
-    monkeypatch.setattr(host, "forward", looked_at)
+    monkeypatch.setattr(part, "forward", looked_at)
     checkpoint = folder / "run" / "checkpoint" / "step-2"
     flavor = load_flavor("small")
     losses = {
@@ -288,24 +293,28 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     assert "is a file" in refused(capsys, job, *data, "--plot", folder / "text.txt")
     (folder / "other.toml").write_text('inherits = "small"\nmoe_hidden_dim = 16\n')
     other = refused(capsys, step, *data, "--config", "other", "--seq-len", LENGTH)
-    assert "is of another model than the flavor" in other
+    assert "is not the flavor's model" in other
     (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
     few = refused(capsys, step, *data, "--config", "few", "--seq-len", LENGTH)
-    assert "is of another model than the flavor" in few
+    assert "is not the flavor's model" in few
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr("ezpz_moe.analysis.record._load", lambda *_: None)
+    monkeypatch.setattr("ezpz_moe.tools.analysis.record._load", lambda *_: None)
     (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
     flags = ("--config", "few", "--seq-len", LENGTH, "--data", folder / "text.txt")
     said = refused(capsys, folder / "run", *flags)
     assert "flavor few has a vocabulary of 300" in said
 
 
-def test_a_host_without_the_slot_says_so():
-    for slot in ("analysis", "upcycling"):
-        with pytest.raises(EzpzError, match=rf"torchtitan 0\.2: its binding has no {slot}"):
-            TITAN_0_2.slot(slot)
+def test_a_host_without_the_part_says_so():
+    old = Titan02()
+    for part, ask in {
+        "analysis": old.analysis,
+        "upcycling": lambda: old.upcycling_target(None),
+    }.items():
+        with pytest.raises(EzpzError, match=rf"torchtitan 0\.2: its binding has no {part}"):
+            ask()
 
 
 def test_the_experts_of_an_upcycled_model_are_one(folder, capsys):

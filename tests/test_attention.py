@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts.detect import check_host
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -17,7 +17,7 @@ from torchtitan.models.common.attention import (  # noqa: E402
     ScaledDotProductAttention,
 )
 
-from ezpz_moe.hosts.titan_0_3.attention import CausalAttention, use_sdpa  # noqa: E402
+from ezpz_moe.hosts.titan.attention import CausalAttention, use_sdpa  # noqa: E402
 
 B, L, N, H, KV_HEADS = 2, 17, 4, 8, 2
 SCALE = 0.3

@@ -29,11 +29,11 @@ def _arguments() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"x_RD": torch.zeros(R, 2, D)}, ValueError, r"^x has to have 2 dimensions"),
+        ({"x_RD": torch.zeros(R, 2, D)}, ValueError, r"^x must have 2 dimensions"),
         ({"x_RD": torch.zeros(R, D + 1)}, ValueError, r"^x has shape \(8, 17\)"),
         ({"x_RD": torch.zeros(R, D).bfloat16()}, TypeError, r"^x is torch.bfloat16, but w1 is"),
         ({"x_RD": torch.zeros(R, D, device="meta")}, ValueError, r"^x is on meta, but w1 is on"),
-        ({"w1_EFD": torch.zeros(F, D)}, ValueError, r"^w1 has to have 3 dimensions"),
+        ({"w1_EFD": torch.zeros(F, D)}, ValueError, r"^w1 must have 3 dimensions"),
         ({"w2_EDF": torch.zeros(E, F, D)}, ValueError, r"^w2 has shape \(3, 32, 16\)"),
         ({"w2_EDF": torch.zeros(E, D, F).half()}, TypeError, r"^w2 is torch.float16, but w1 is"),
         ({"w3_EFD": torch.zeros(E, D, F)}, ValueError, r"^w3 has shape \(3, 16, 32\)"),
@@ -42,7 +42,7 @@ def _arguments() -> dict[str, torch.Tensor]:
         (
             {"num_tokens_per_expert_E": COUNTS.float()},
             TypeError,
-            r"^num_tokens_per_expert has to be int32 or int64, not torch.float32",
+            r"^num_tokens_per_expert must be int32 or int64, not torch.float32",
         ),
         (
             {"num_tokens_per_expert_E": torch.ones(E + 1, dtype=torch.int64)},
@@ -52,7 +52,7 @@ def _arguments() -> dict[str, torch.Tensor]:
         (
             {"num_tokens_per_expert_E": COUNTS.unsqueeze(0)},
             ValueError,
-            r"^num_tokens_per_expert has to have 1 dimensions",
+            r"^num_tokens_per_expert must have 1 dimensions",
         ),
         (
             {"num_tokens_per_expert_E": torch.tensor([4, 0, 5])},
@@ -75,8 +75,8 @@ def test_swiglu_names_the_wrong_argument(name: str, wrong: dict, error, message:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"A_RK": torch.zeros(D)}, ValueError, r"^A_RK has to have 2 dimensions"),
-        ({"B_EKN": torch.zeros(D, F)}, ValueError, r"^B_EKN has to have 3 dimensions"),
+        ({"A_RK": torch.zeros(D)}, ValueError, r"^A_RK must have 2 dimensions"),
+        ({"B_EKN": torch.zeros(D, F)}, ValueError, r"^B_EKN must have 3 dimensions"),
         (
             {"B_EKN": torch.zeros(E, D + 1, F)},
             ValueError,
@@ -87,15 +87,15 @@ def test_swiglu_names_the_wrong_argument(name: str, wrong: dict, error, message:
             TypeError,
             r"^B_EKN is torch.float16, but A_RK",
         ),
-        ({"offs_E": torch.tensor([4, 4, 7.0])}, TypeError, r"^offs_E has to be int32 or int64"),
+        ({"offs_E": torch.tensor([4, 4, 7.0])}, TypeError, r"^offs_E must be int32 or int64"),
         ({"offs_E": torch.tensor([4, 7])}, ValueError, r"^offs_E has 2 entries"),
         (
             {"offs_E": torch.tensor([4, 4, 9])},
             ValueError,
             r"^offs_E ends at 9, but A_RK has",
         ),
-        ({"offs_E": torch.tensor([4, 3, 7])}, ValueError, r"^offs_E has to start .* never fall"),
-        ({"offs_E": torch.tensor([-1, 3, 7])}, ValueError, r"^offs_E has to start at or above 0"),
+        ({"offs_E": torch.tensor([4, 3, 7])}, ValueError, r"^offs_E must start .* never fall"),
+        ({"offs_E": torch.tensor([-1, 3, 7])}, ValueError, r"^offs_E must start at or above 0"),
     ],
 )
 @over_backends
@@ -168,7 +168,13 @@ def test_compute_imports_torch_and_no_trainer() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["ezpz_moe", "ezpz_moe.backend_names", "ezpz_moe.cli", "ezpz_moe.flavors", "ezpz_moe.job"],
+    [
+        "ezpz_moe",
+        "ezpz_moe.compute.names",
+        "ezpz_moe.cli",
+        "ezpz_moe.config.flavors",
+        "ezpz_moe.config.job",
+    ],
 )
 def test_the_front_imports_no_torch(module: str) -> None:
     assert not {"torch", "torchtitan"} & _modules_after(f"import {module}")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ezpz_moe import __version__, cli
-from ezpz_moe.bench import plan
-from ezpz_moe.bench.plan import RETAIN
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.tools.bench import plan
+from ezpz_moe.tools.bench.plan import RETAIN
 
 TINY = ["bench", "--device", "cpu", "--shape", "4,32,48,16", "--repeats", "2"]
 FEW = ["--backends", "for_loop", "for_loop(recompute=true)", "--against", "dense", "indexed"]
@@ -48,7 +48,6 @@ def test_everything_that_runs_here(tmp_path: Path, capsys) -> None:
             assert name in captured.out
             assert len(each["both_ms"]) == len(each["forward_ms"]) == 2
             assert 0 < each["summary"]["forward_ms"] < each["summary"]["both_ms"]
-    assert any("for_loop" in line and line in captured.out for line in report["goals"])
 
 
 def test_what_is_named_is_measured_in_every_dtype(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_backend_that_breaks_is_an_exit_code(monkeypatch, capsys) -> None:
         (["--against", "sonicmoe"], ["sonicmoe", "--device cuda"]),
         (["--against", "dens"], ["Did you mean 'dense'"]),
         (["--device", "abacus"], ["--device 'abacus'"]),
-        (["--device", "meta"], ["nothing is computed"]),
+        (["--device", "meta"], ["computes nothing"]),
         (["--device", "hpu"], ["no usable hpu"]),
         (["--repeats", "0"], ["--repeats 0"]),
         (["--scale", "3"], ["--scale 3", "D = 2048"]),

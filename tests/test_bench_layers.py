@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezpz_moe.bench import contenders
-from ezpz_moe.bench.contender import Contender
-from ezpz_moe.bench.routings import STANDARD, counts_of, skew
-from ezpz_moe.bench.shapes import MODELS, Shape, parse_shape
 from ezpz_moe.compute.reference import Case, error_bounds, random_case, relative_error, truth
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import generation
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.tools.bench import contenders
+from ezpz_moe.tools.bench.contender import Contender
+from ezpz_moe.tools.bench.routings import STANDARD, counts_of, skew
+from ezpz_moe.tools.bench.shapes import MODELS, Shape, parse_shape
 
 
 def test_a_model_scaled_down() -> None:
@@ -85,7 +85,13 @@ def computed(contender: Contender, case: Case) -> tuple[torch.Tensor, list[torch
 
 COUNTS = [5, 0, 9, 4]
 # Whose inputs are w1, w2, w3 and x, as a backend's.
-AS_A_BACKEND = ["indexed", "stock_products", "for_loop", "for_loop(recompute=true)"]
+AS_A_BACKEND = [
+    "indexed",
+    "stock_products",
+    "single_buffer",
+    "for_loop",
+    "for_loop(recompute=true)",
+]
 
 
 @pytest.mark.parametrize("name", AS_A_BACKEND)
@@ -118,7 +124,7 @@ def test_dense_computes_all_rows_with_one_expert() -> None:
 def test_stock_is_the_hosts_own_class() -> None:
     (stock,) = contenders.others(["stock"])
     case = random_case(COUNTS, dim=32, hidden_dim=48, dtype=torch.bfloat16)
-    layer = generation().slot("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
     assert type(layer).__module__.startswith("torchtitan.")
     assert stock.why_not(torch.device("cpu"), torch.bfloat16, Shape("", 4, 32, 48, 18)) == []
 
@@ -134,7 +140,7 @@ def test_stock_says_what_is_wrong_with_the_host(monkeypatch) -> None:
     def refuse() -> None:
         raise EzpzError("torchtitan is not installed")
 
-    monkeypatch.setattr("ezpz_moe.hosts.generation", refuse)
+    monkeypatch.setattr("ezpz_moe.hosts.detect.host", refuse)
     (stock,) = contenders.others(["stock"])
     where = (torch.device("cpu"), torch.bfloat16, Shape("", 4, 32, 48, 18))
     assert stock.why_not(*where) == ["torchtitan is not installed"]
@@ -144,6 +150,7 @@ def test_without_names_everything_is_a_contender() -> None:
     names = [each.name for each in contenders.others([])]
     assert names[:4] == ["stock", "stock_products", "indexed", "dense"]
     assert len(names) == len(set(names)) == 10
+    assert "single_buffer" not in names, "many times as slow and large under skew"
     assert {each.name for each in contenders.backends([])} >= {"for_loop", "grouped_mm"}
     assert {"olmoe", "qwen3_30b"} <= MODELS.keys()
 

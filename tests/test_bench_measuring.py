@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ezpz_moe.bench import contenders
-from ezpz_moe.bench.contender import Contender, Prepared, leaves, prepared
-from ezpz_moe.bench.measuring import measure, peak_bytes, saved_bytes, syncs, ticks
 from ezpz_moe.compute import for_loop, get_backend, tuning
 from ezpz_moe.compute.reference import random_case
+from ezpz_moe.tools.bench import contenders
+from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, prepared
+from ezpz_moe.tools.bench.measuring import measure, peak_bytes, saved_bytes, syncs, ticks
 
 CPU = torch.device("cpu")
 COUNTS = [5, 0, 9, 4]

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezpz_moe.bench.contender import Contender
-from ezpz_moe.bench.peers import PEERS
-from ezpz_moe.bench.shapes import Shape
 from ezpz_moe.compute.reference import Case, error_bounds, random_case, relative_error, truth
+from ezpz_moe.tools.bench.contender import Contender
+from ezpz_moe.tools.bench.peers import PEERS
+from ezpz_moe.tools.bench.shapes import Shape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = Shape("", 4, 32, 48, 18)
@@ -194,7 +194,7 @@ def test_sonicmoe(monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["scattermoe", "megablocks", "sonicmoe"])
 def test_what_is_not_installed_says_how_to_install_it(name: str, monkeypatch) -> None:
-    monkeypatch.setattr("ezpz_moe.bench.peers.util.find_spec", lambda module: None)
+    monkeypatch.setattr("ezpz_moe.tools.bench.peers.util.find_spec", lambda module: None)
     reasons = peer(name).why_not(CPU, torch.float32, SMALL)
     assert len(reasons) == 3, "not installed, no GPU, another dtype"
     assert "pip install" in reasons[0]
@@ -203,7 +203,7 @@ def test_what_is_not_installed_says_how_to_install_it(name: str, monkeypatch) ->
 
 
 def test_what_is_installed_is_usable_on_its_device(monkeypatch) -> None:
-    monkeypatch.setattr("ezpz_moe.bench.peers.util.find_spec", lambda module: object())
+    monkeypatch.setattr("ezpz_moe.tools.bench.peers.util.find_spec", lambda module: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     usable = {
@@ -215,7 +215,7 @@ def test_what_is_installed_is_usable_on_its_device(monkeypatch) -> None:
 
 
 def test_batched_mm_of_transformers_is_refused_where_its_copies_do_not_fit(monkeypatch) -> None:
-    monkeypatch.setattr("ezpz_moe.bench.peers.util.find_spec", lambda module: object())
+    monkeypatch.setattr("ezpz_moe.tools.bench.peers.util.find_spec", lambda module: object())
     why_not = peer("transformers_batched_mm").why_not
     needed = 2 * 3 * SMALL.R * SMALL.D * SMALL.F * 2  # weights of every row, and their gradients
     free = type("Free", (), {"available": 2 * needed})
@@ -226,7 +226,7 @@ def test_batched_mm_of_transformers_is_refused_where_its_copies_do_not_fit(monke
 
 
 def test_peers_know_the_expert_of_each_row() -> None:
-    from ezpz_moe.bench.peers import expert_of_rows
+    from ezpz_moe.tools.bench.peers import expert_of_rows
 
     case: Case = random_case([2, 0, 3], dim=4, hidden_dim=4)
     assert expert_of_rows(case).tolist() == [0, 0, 2, 2, 2]

@@ -16,13 +16,16 @@ import pytest
 
 from ezpz_moe import cli, hosts
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host, cpu
-from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.hosts import cpu, detect
+from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.hosts.reliance import Reliance, is_written
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.components import optimizer  # noqa: E402
 from torchtitan.models import deepseek_v3  # noqa: E402
+
+from ezpz_moe.hosts.titan import job, parameters  # noqa: E402
 
 FLAVOR = "debugmodel_sdpa"
 
@@ -31,9 +34,9 @@ FLAVOR = "debugmodel_sdpa"
 def _restored(monkeypatch: pytest.MonkeyPatch):
     """What a command changes for its process is for its process only."""
     monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
-    hosts.binding("parameters")._summarize.cache_clear()
+    parameters._summarize.cache_clear()
     yield
-    hosts.generation.cache_clear()
+    detect.host.cache_clear()
 
 
 def doctor(capsys, *arguments: str) -> str:
@@ -96,7 +99,7 @@ def test_a_command_that_builds_a_model_says_why_it_cannot(capsys, command):
 
 def test_a_part_of_the_binding_that_cannot_be_imported(capsys, monkeypatch):
     """Its own line, and the rest of the report."""
-    module = "ezpz_moe.hosts.titan_0_3.settings"
+    module = "ezpz_moe.hosts.titan.settings"
     monkeypatch.setitem(sys.modules, module, None)
     said = doctor(capsys)
     assert f"BROKEN {module}: ModuleNotFoundError: " in said
@@ -104,14 +107,14 @@ def test_a_part_of_the_binding_that_cannot_be_imported(capsys, monkeypatch):
     assert " holds the config of debugmodel_sdpa" in said
     assert " 1 broken" in said
     with pytest.raises(EzpzError, match=r"cannot do this with torchtitan .*ModuleNotFoundError"):
-        hosts.TITAN_0_3.slot("settings")
+        detect.host().settings(None)
 
 
 def test_a_config_that_is_no_longer_made(capsys, monkeypatch):
     def trainer_config(job):
         raise TypeError("novel")
 
-    monkeypatch.setattr(hosts.binding("job"), "trainer_config", trainer_config)
+    monkeypatch.setattr(job, "trainer_config", trainer_config)
     said = doctor(capsys)
     assert "BROKEN the config of debugmodel_sdpa: TypeError: novel" in said
     assert " 1 broken" in said
@@ -121,7 +124,7 @@ def test_one_model_of_the_hosts_that_is_no_longer_built(capsys, monkeypatch):
     def summarize(flavor):
         raise RuntimeError("of two\n  lines")
 
-    monkeypatch.setattr(hosts.binding("parameters"), "summarize", summarize)
+    monkeypatch.setattr(parameters, "summarize", summarize)
     said = doctor(capsys, FLAVOR)
     assert "BROKEN debugmodel_sdpa: RuntimeError: of two lines" in said
     assert " 1 broken" in said
@@ -135,7 +138,7 @@ def test_a_host_that_cannot_be_told_its_device(capsys, monkeypatch):
 
     monkeypatch.setattr(cpu, "no_accelerator", lambda: True)
     monkeypatch.setattr(cpu, "import_host_on_cpu", import_host_on_cpu)
-    hosts.generation.cache_clear()
+    detect.host.cache_clear()
     said = doctor(capsys)
     assert "BROKEN the host: ezpz_moe cannot work with torch" in said
     assert "choosing its device: AttributeError: module 'torch.cpu' has no attribute" in said
@@ -148,11 +151,10 @@ def test_files_that_cannot_be_read_tell_no_generation(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").touch()
     evidence = Reliance("some_host.config:derive", used_for="x", if_broken="x")
-    some = hosts.Generation("titan_0_3", "some host", evidence)
-    assert not some.is_written
+    assert not is_written(evidence)
     for content, written in ((b"def derive(", False), (b"\0", False), (b"def derive(): 0", True)):
         (package / "config.py").write_bytes(content)
-        assert some.is_written == written
+        assert is_written(evidence) == written
 
 
 # --- hosts that cannot be imported, before the installed one ------------------------------------

@@ -1,4 +1,4 @@
-"""The experts of main, which has gate and up in one tensor, made of the older ones and back."""
+"""The experts since September 2026, gate and up in one tensor, made of the older ones and back."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from trainer_runs import TORCHRUN
 
-from ezpz_moe.checkpoints import inspect, remap, storage
-from ezpz_moe.checkpoints.plan import make_plan
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.tools.checkpoints.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -42,10 +42,10 @@ W13, W2 = f"{ROUTED}.w13.weight", f"{ROUTED}.w2.weight"
 EQUAL = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
-def test_main_holds_w1_and_w3_in_one(tmp_path) -> None:
+def test_one_tensor_holds_w1_and_w3_in_one(tmp_path) -> None:
     state = trained()
     dcp.save(state, checkpoint_id=tmp_path / "source")
-    done = remap(tmp_path / "source", tmp_path / "main", "main")
+    done = remap(tmp_path / "source", tmp_path / "main", "2026_09")
     assert done.changed == 3 * (1 + 3 + 2), "a weight, three states and two settings of each"
     new, old = loaded(tmp_path / "main"), state["optimizer"]
     w1, w2, w3 = THREE
@@ -64,7 +64,7 @@ def test_main_holds_w1_and_w3_in_one(tmp_path) -> None:
 def test_gpt_oss_has_gate_and_up_in_turn(tmp_path) -> None:
     state = trained(GPT_OSS)
     dcp.save(state, checkpoint_id=tmp_path / "source")
-    done = remap(tmp_path / "source", tmp_path / "main", "main")
+    done = remap(tmp_path / "source", tmp_path / "main", "2026_09")
     assert done.changed == 4 * (1 + 3 + 2), "a weight, three states and two settings of each"
     new, moments = loaded(tmp_path / "main"), ("exp_avg", "exp_avg_sq")
     old = state | {
@@ -121,7 +121,7 @@ def test_every_shard_is_carried_there_and_back(tmp_path, dim, experts, shards) -
     command = [python, *TORCHRUN, "--nproc-per-node", "2", str(script)]
     subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHON_EXEC": python})
     assert inspect(source).files == 2
-    remap(source, tmp_path / "main", "main")
+    remap(source, tmp_path / "main", "2026_09")
     new = loaded(tmp_path / "main")
     if experts == "GATED":
         state = trained(GATED)
@@ -143,14 +143,14 @@ def test_every_shard_is_carried_there_and_back(tmp_path, dim, experts, shards) -
             (4, 6, 8),
             [((0, 0, 0), (4, 3, 8)), ((0, 3, 0), (4, 3, 8))],
             "0.3",
-            "main",
+            "2026_09",
             "between the rows of a gate and its up",
         ),
         (
             f"{ROUTED}.w13.bias",
             (4, 2, 3),
             [((0, 0, 0), (4, 1, 3)), ((0, 1, 0), (4, 1, 3))],
-            "main",
+            "2026_09",
             "0.3",
             "gate without up",
         ),
@@ -163,7 +163,7 @@ def test_a_shard_that_would_be_none_is_refused(name, size, shards, source, targe
         name: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), boxes),
         MLP2_BIAS: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4, 8)), []),
     }
-    with pytest.raises(EzpzError, match=f"{name}: a shard of it .*{message}.* number of ranks"):
+    with pytest.raises(EzpzError, match=f"{name}: one of its shards .*{message}.* number of ranks"):
         make_plan(Metadata(entries, {}, {}), source, target)
 
 
@@ -173,7 +173,7 @@ def test_a_shard_of_both_halves_is_taken_apart(tmp_path) -> None:
     step = {f"state.{W13}.step": torch.tensor(3.0), f"state.{W13}.exp_avg": -w13}
     dcp.save({W13: w13, W2: w2, "optimizer": step}, checkpoint_id=tmp_path / "step-3")
     contents = inspect(tmp_path / "step-3")
-    assert (contents.generation, contents.experts) == ("main", 5)
+    assert (contents.generation, contents.experts) == ("2026_09", 5)
     remap(tmp_path / "step-3", tmp_path / "old", "0.2")
     old = loaded(tmp_path / "old")
     for name, expected in {"w1": w13[:, 0], "w3": w13[:, 1], "w2": w2}.items():
@@ -187,14 +187,14 @@ def test_a_shard_of_both_halves_is_taken_apart(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value"), [("state.{}.step", torch.tensor(8.0)), ("param_groups.{}.lr", 2e-3)]
 )
-def test_what_is_one_in_main_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
+def test_what_is_one_since_2026_09_must_be_the_same_of_w1_and_w3(tmp_path, entry, value) -> None:
     state = trained()
     name = entry.format(THREE[2])
     assert name in state["optimizer"]
     state["optimizer"][name] = value
     dcp.save(state, checkpoint_id=tmp_path / "source")
     with pytest.raises(EzpzError, match="keeps one for both") as error:
-        remap(tmp_path / "source", tmp_path / "target", "main")
+        remap(tmp_path / "source", tmp_path / "target", "2026_09")
     assert f"optimizer.{name}" in str(error.value)
     assert f"optimizer.{entry.format(THREE[0])}" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_cases import OTHERS, THREE, loaded, trained
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints import remap
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import inspect, remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -66,11 +66,12 @@ def test_a_position_that_the_target_cannot_read_is_said(tmp_path, capsys) -> Non
     source = save_run(tmp_path / "source", {"token_buffer": [], "sample_idx": 3})
     assert cli.main(["ckpt", "remap", str(source), str(tmp_path / "main"), "--to", "main"]) == 0
     assert "--checkpoint.exclude_from_loading dataloader" in capsys.readouterr().out
+    assert inspect(tmp_path / "main").generation == "2026_09"  # what was once called main
     assert not remap(source, tmp_path / "old", "0.2").notes
     grain = {"dataloader": {"dp_rank_0": {"parent_state": {"next_index": 3}}, "version": 1}}
     dcp.save(trained() | grain, checkpoint_id=tmp_path / "grain")
     assert remap(tmp_path / "grain", tmp_path / "grain_old", "0.2").notes
-    assert not remap(tmp_path / "grain", tmp_path / "grain_main", "main").notes
+    assert not remap(tmp_path / "grain", tmp_path / "grain_main", "2026_09").notes
 
 
 def with_rates(**of_w1) -> dict:

@@ -16,8 +16,8 @@ from checkpoint_cases import EXPERTS, assert_same_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints import inspect, remap, remapping, storage
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import inspect, remap, remapping, storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -156,7 +156,7 @@ def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
     assert inspect(source).step == 7
 
 
-@pytest.mark.parametrize("damage", ["is missing", "is cut off, at 100 of"])
+@pytest.mark.parametrize("damage", ["is missing", "is truncated, at 100 of"])
 @pytest.mark.parametrize("command", [inspect, lambda folder: remap(folder, folder / "a", "0.3")])
 def test_a_checkpoint_that_is_not_whole(tmp_path, damage, command) -> None:
     source = save(tmp_path / "source", FAMILIES["qwen3"])
@@ -185,7 +185,7 @@ def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EzpzError, match=r"target is not written: .*No space left on device"):
+    with pytest.raises(EzpzError, match=r"target was not written: .*No space left on device"):
         remap(source, tmp_path / "target", "0.3")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -226,10 +226,10 @@ def test_mistakes_are_said(tmp_path, capsys) -> None:
         (["inspect", str(tmp_path / "broken")], ".metadata: cannot be read"),
         (
             ["remap", str(source), str(tmp_path / "other"), "--to", "0.2"],
-            "of torchtitan 0.2 already",
+            "already has the names of torchtitan 0.2",
         ),
-        (["remap", str(source), str(tmp_path / "broken"), "--to", "0.3"], "exists already"),
-        (["remap", str(source), str(source / ".metadata" / "a"), "--to", "0.3"], "is not written"),
+        (["remap", str(source), str(tmp_path / "broken"), "--to", "0.3"], "already exists"),
+        (["remap", str(source), str(source / ".metadata" / "a"), "--to", "0.3"], "was not written"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["ckpt", *arguments])
@@ -250,7 +250,7 @@ def test_what_the_commands_print(tmp_path, capsys) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from ezpz_moe.checkpoints import remap
+from ezpz_moe.tools.checkpoints import remap
 
 def kibibytes(what):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,13 +15,15 @@ import pytest
 import tomli
 from contract_cases import ON_THE_CPU
 
-from ezpz_moe import __version__, cli, launch
-from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe import __version__, cli
+from ezpz_moe.cli import display
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.flavors import flavor_names
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
-from ezpz_moe.flavors import flavor_names
-from ezpz_moe.nodes import Placement
+from ezpz_moe.tools import launch
+from ezpz_moe.tools.nodes import Placement
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 
@@ -59,7 +61,7 @@ def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch, capsys) ->
     def interrupted(check):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ezpz_moe.verify.compare", interrupted)
+    monkeypatch.setattr("ezpz_moe.tools.verify.compare", interrupted)
     assert cli.main(["verify", "--device", "cpu"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "ezpz-moe: stopped by SIGINT\n"
 
@@ -85,20 +87,66 @@ def test_a_reader_who_has_read_enough_causes_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+MADE_UP = '''
+import json
+from dataclasses import dataclass
+
+from tyro.conf import Suppress
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.command import Command
+
+
+@dataclass(frozen=True)
+class Echo(Command):
+    """Repeat the trainer's flags."""
+
+    group = "models"
+
+    word: str = "said"
+    """What goes before them."""
+    json: bool = False
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        said = {self.word: list(self.host_flags)}
+        display.print_line(str(said) if not self.json else json.dumps(said))
+        return 7
+
+
+COMMAND = Echo
+'''
+
+
+def test_a_command_is_one_file(tmp_path, monkeypatch, capsys) -> None:
+    """A file that nothing else knows of, as if it lay in the folder of the commands."""
+    (tmp_path / "echo.py").write_text(MADE_UP)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    try:
+        assert list(cli.commands())[:4] == ["describe", "flavors", "show", "echo"], "by group"
+        assert cli.main(["echo", "--word", "told", "--json", "--training.steps", "2"]) == 7
+        assert json.loads(capsys.readouterr().out) == {"told": ["--training.steps", "2"]}
+        assert exit_code("--help") == 0
+        assert "Repeat the trainer's flags." in capsys.readouterr().out
+    finally:
+        del sys.modules["ezpz_moe.cli.echo"], cli.echo
+
+
 @pytest.mark.parametrize(
     "names",
     [
-        ["debugmodel", "16B_sdpa_for_loop"],
+        ["debugmodel", "16B"],
         pytest.param(flavor_names(), marks=pytest.mark.full, id="all"),
     ],
 )
 def test_flavors_lists_all_with_their_figures(capsys, monkeypatch, names: list[str]) -> None:
-    monkeypatch.setattr("ezpz_moe.flavors.flavor_names", lambda: names)
+    monkeypatch.setattr("ezpz_moe.config.flavors.flavor_names", lambda: names)
     assert cli.main(["flavors"]) == 0
     captured = capsys.readouterr()
     rows = table(captured.out)
     assert set(names) <= set(rows)
-    assert " ".join(rows["16B_sdpa_for_loop"]) == "16.34 B 3.29 B 64 6 1408 27 2048 sdpa for_loop"
+    assert " ".join(rows["16B"]) == "16.34 B 3.29 B 64 6 1408 27 2048 flex grouped_mm"
+    assert "BACKEND: " + ", ".join(known_backend_names()) in captured.out
     assert captured.err == ""
 
 
@@ -204,7 +252,7 @@ def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:
     assert cli.main(["train", "job.toml", *flags[:4], "--nproc", "2", *flags[4:]]) == 7
     ((arguments, keywords),) = calls
     assert arguments == ("job.toml", flags)
-    assert keywords == {"nproc": 2, "placement": None}
+    assert keywords == {"nproc": 2, "placement": None, "tell": display.print_to_stderr}
     assert os.environ[DEBUG_VARIABLE] == "0", "--debug.seed is the host's, not our --debug"
 
 
@@ -213,7 +261,8 @@ def test_train_hands_on_the_machines_place(monkeypatch) -> None:
     monkeypatch.setattr(launch, "train", lambda *args, **kw: calls.append(kw) or 0)
     where = ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node0", "--master-port", "7"]
     assert cli.main(["train", "job.toml", *where]) == 0
-    assert calls == [{"nproc": 1, "placement": Placement(4, 3, "node0", 7)}]
+    placement = Placement(4, 3, "node0", 7)
+    assert calls == [{"nproc": 1, "placement": placement, "tell": display.print_to_stderr}]
 
 
 @pytest.mark.parametrize(

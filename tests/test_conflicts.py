@@ -7,17 +7,19 @@ import torch
 from config_cases import config, conflict
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, TITAN_MAIN, binding, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.tools import utils  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.conflicts import captures_cuda_graphs  # noqa: E402
+from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs  # noqa: E402
 
-dialect = binding("dialect")
-IS_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
+dialect = titan()
+SINCE_2026_08 = isinstance(host(), Titan2026_08)
 
 
 # With another setting -------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def test_cuda_graphs_and_what_the_host_cannot_capture(values):
     values = {f"parallelism__{key}": value for key, value in values.items()}
     message = conflict("debugmodel", training__disable_cuda_graphs=False, **values)
     (key,) = values
-    assert f"does not go with {key.replace('__', '.')} = 2" in message
+    assert f"cannot be combined with {key.replace('__', '.')} = 2" in message
     assert message.count("training.disable_cuda_graphs = false") == 1
 
 
@@ -102,7 +104,7 @@ def test_pictures_for_loggers_that_the_host_does_not_let_us_find(monkeypatch):
 
     monkeypatch.setattr(LoggerContainer, "__init__", renamed)
     message = conflict("watched_sdpa", metrics__log_freq=5, metrics__enable_tensorboard=True)
-    assert "LoggerContainer, and its __init__ sets no _loggers. Set images = false" in message
+    assert "LoggerContainer, but its __init__ sets no _loggers. Set images = false" in message
     assert config("watched_sdpa", metrics__log_freq=5)
 
 
@@ -186,8 +188,8 @@ def test_sdpa_of_a_sequence_that_ranks_share(spmd_backend):
     values = {"context_parallel_degree": 2, "spmd_backend": spmd_backend}
     keys = {f"parallelism__{key}": value for key, value in values.items()}
     message = conflict(**keys)
-    assert "context_parallel_degree = 2 does not go with the SDPA of flavor" in message
-    assert f'spmd_backend = {spmd_backend!r}. Set that to "partial_dtensor"' in message
+    assert "context_parallel_degree = 2 cannot be combined with the SDPA of flavor" in message
+    assert f'spmd_backend = {spmd_backend!r}. Set the latter to "partial_dtensor"' in message
     assert config("debugmodel", **keys), "FlexAttention"
     assert config(**keys | {"parallelism__spmd_backend": "partial_dtensor"})
 
@@ -198,7 +200,7 @@ def test_a_sequence_shared_by_cpus(monkeypatch, in_training):
     message = conflict(
         parallelism__context_parallel_degree=2, parallelism__spmd_backend="partial_dtensor"
     )
-    assert "context_parallel_degree = 2: torch has no attention" in message
+    assert "context_parallel_degree = 2: on CPUs, torch cannot compute attention" in message
 
 
 def test_a_memory_snapshot_on_the_cpu(monkeypatch, in_training):
@@ -242,15 +244,15 @@ def test_a_global_batch_that_the_ranks_cannot_share(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     sizes = {"training__local_batch_size": 4, "training__seq_len": 8}
-    unit = 8 if IS_MAIN else 1
+    unit = 8 if SINCE_2026_08 else 1
     message = conflict(training__global_batch_size=12, **sizes)
-    assert f"{dialect.STEP} = {12 * unit} is no multiple of {8 * unit}" in message
+    assert f"{dialect.STEP} = {12 * unit} is not a multiple of {8 * unit}" in message
     assert config(training__global_batch_size=16, **sizes)
 
 
 def test_a_tokenizer_that_is_not_there(monkeypatch, in_training, tmp_path):
     monkeypatch.setattr(utils, "device_type", "cpu")
-    assert "holds no tokenizer" in conflict(model__hf_assets_path=str(tmp_path))
+    assert "has no tokenizer" in conflict(model__hf_assets_path=str(tmp_path))
 
 
 def test_a_checkpoint_that_is_not_there(monkeypatch, in_training, tmp_path):

@@ -37,11 +37,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ezpz_moe.bench.measuring import peak_bytes
 from ezpz_moe.compute import Backend, tuning
 from ezpz_moe.compute.autograd import KernelBackend
 from ezpz_moe.compute.contract import laid_out_like
 from ezpz_moe.compute.reference import Case, error_bounds, plain_loop, random_case, run, truth
+from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN = PATTERNS["uneven"]
 TAIL = PATTERNS["tail_and_empty_last"]

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezpz_moe import cli
-from ezpz_moe.convert import Change, _switched_off, convert, write
+from ezpz_moe.config.job import is_one_of
+from ezpz_moe.config.toml_edit import statements
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.detect import check_host, presumed_host
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.job_keys import KEYS
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
-from ezpz_moe.job import is_one_of, load_job
-from ezpz_moe.toml_edit import statements
+from ezpz_moe.tools.convert import Change, _switched_off, convert, write
 
 LIST_0_2 = Path(__file__).parent / "data" / "titan_0_2_2_keys.txt"
 DEFAULTS_0_2 = dict(line.split(" = ", maxsplit=1) for line in LIST_0_2.read_text().splitlines())
@@ -281,13 +283,13 @@ def is_list(default: str) -> bool:
     return default.startswith("field(")
 
 
-@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
 def test_the_table_of_changed_defaults_is_complete(cpu_with):
     cpu_with("float32,bfloat16")  # of a CPU that emulates bfloat16 is the rule, not the host
     check_host()
-    from ezpz_moe.hosts.titan_0_3.job import trainer_config
-    from ezpz_moe.hosts.titan_0_3.settings import settings
-    from ezpz_moe.job import job_for_flavor
+    from ezpz_moe.config.job import job_for_flavor
+    from ezpz_moe.hosts.titan.job import trainer_config
+    from ezpz_moe.hosts.titan.settings import settings
 
     now = {each.path: each.value for each in settings(trainer_config(job_for_flavor("debugmodel")))}
     rows = {f"{s}.{name}": row for s, names in KEYS.items() for name, row in names.items()}
@@ -317,19 +319,19 @@ def test_exit_code_0_when_nothing_with_an_effect_is_lost(job_file, tmp_path, cap
 def test_exit_code_1_when_something_is_lost_and_what(job_file, tmp_path, capsys):
     assert cli.main(["convert", str(job_file(OLD)), str(tmp_path / "new.toml")]) == 1
     output = capsys.readouterr().out
-    assert "1 with an effect dropped: activation_checkpoint.selective_ac_option\n" in output
+    assert "1 dropped that had an effect: activation_checkpoint.selective_ac_option\n" in output
     assert (tmp_path / "new.toml").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[model]\n"])
 def test_a_job_without_keys_is_the_old_hosts_default(text, job_file, capsys):
     assert cli.main(["convert", str(job_file(text))]) == 1
-    assert '"llama3" is none of' in capsys.readouterr().out
+    assert '"llama3" is not one of' in capsys.readouterr().out
 
 
 def test_a_new_job_that_no_command_would_take_for_one(job_file, tmp_path):
     new = tmp_path / "new.tml"
-    with pytest.raises(EzpzError, match=r"new\.tml: a job's name ends in \.toml"):
+    with pytest.raises(EzpzError, match=r"new\.tml: a job's name must end in \.toml"):
         write(convert(job_file(OLD), new), new)
     assert not new.exists()
 
@@ -338,7 +340,7 @@ def test_a_number_of_files_that_means_nothing(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["convert", "a.toml", "b.toml", "c.toml"])
     assert stopped.value.code == 2
-    assert "not 3 files. For scripts add --lint." in capsys.readouterr().err
+    assert "not 3 files. To check scripts, add --lint." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["convert", "--lint"])  # as jobs/*.pbs where there are none
     assert "name the scripts" in capsys.readouterr().err
@@ -349,7 +351,7 @@ def test_no_file_is_overwritten(there, job_file, tmp_path):
     path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')
     (tmp_path / there).write_text("# mine\n")
     new = tmp_path / "new.toml"
-    with pytest.raises(EzpzError, match=f"{there} exists already"):
+    with pytest.raises(EzpzError, match=f"{there} already exists"):
         write(convert(path, new), new)
     assert (tmp_path / there).read_text() == "# mine\n"
     assert {file.name for file in tmp_path.iterdir()} == {"job.toml", there}

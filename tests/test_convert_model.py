@@ -9,13 +9,14 @@ from convert_cases import DATA, OLD, fates, written
 from trainer_runs import train
 
 from ezpz_moe import cli
-from ezpz_moe.convert import convert, flavor_path, write
-from ezpz_moe.convert_model import new_model
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import TITAN_0_3, check_host, presumed_generation
+from ezpz_moe.hosts.detect import check_host, presumed_host
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-from ezpz_moe.job import load_job
+from ezpz_moe.tools.convert import convert, flavor_path, write
+from ezpz_moe.tools.convert_model import new_model
 
 
 @pytest.mark.parametrize(
@@ -50,13 +51,13 @@ def test_deepseek_v3_has_yarn_beyond_4096_tokens(seq_len, scaling, longest, tmp_
     )
 
 
-@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's binding")
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
 @pytest.mark.parametrize("size", ["debugmodel_flex_attn", "16B", "236B", "671B"])
 def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
     check_host()
     from torchtitan.models import deepseek_v3
 
-    from ezpz_moe.hosts.titan_0_3.models import host_spec
+    from ezpz_moe.hosts.titan.models import host_spec
 
     model = new_model("deepseek_v3", size, seq_len=8192, name="new")
     (tmp_path / "new.toml").write_text(model.file)
@@ -68,11 +69,11 @@ def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ('name = "llama3"\nflavor = "8B"', '"llama3" is none of'),
+        ('name = "llama3"\nflavor = "8B"', '"llama3" is not one of'),
         ('name = "qwen3"\nflavor = "0.6B"', "(debugmodel_moe, 30B-A3B, 235B-A22B)"),
         ('name = "llama4"\nflavor = "17bx16e"', "torchtitan 0.3 has no llama4"),
-        ("name = 3", "3 is none of"),
-        ('hf_assets_path = "x"', '"llama3" is none of'),
+        ("name = 3", "3 is not one of"),
+        ('hf_assets_path = "x"', '"llama3" is not one of'),
     ],
 )
 def test_a_model_that_no_flavor_is(model, said, job_file, tmp_path, capsys):
@@ -141,7 +142,7 @@ fqns = ["experts"]
 def test_the_debug_jobs_of_every_family_train(tmp_path):
     import dialect
 
-    from ezpz_moe.assets import EMBEDDED_TOKENIZER
+    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 
     (tmp_path / "text").mkdir()
     text = json.dumps({"text": "Attention is all you need, and a mixture of experts. " * 40})

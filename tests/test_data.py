@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts.detect import check_host
 
 check_host()  # the host's device, before anything else imports the host
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.data import dataloader_config, read_documents  # noqa: E402
+from ezpz_moe.hosts.titan.data import dataloader_config, read_documents  # noqa: E402
 
 TEXTS = ["First document.\nIts second line.", "Zweites, mit Umlauten: äöü, 日本語 🙂.", "Third."]
 
@@ -168,12 +168,12 @@ BROKEN = {
     "folder": (lambda f: str(f), "is a folder .*name one file"),
     "suffix": (lambda f: write(f, "a.csv", "text\nx\n"), r"'\.csv'; known: \.txt, \.jsonl, \.json"),
     "no-suffix": (lambda f: write(f, "a", "x"), r"unknown kind of file ''"),
-    "empty": (lambda f: write(f, "a.txt", ""), "holds no text"),
-    "blank": (lambda f: write(f, "a.txt", " \n\t\n"), "holds no text"),
-    "bom-only": (lambda f: write(f, "a.txt", "\ufeff"), "holds no text"),
+    "empty": (lambda f: write(f, "a.txt", ""), "contains no text"),
+    "blank": (lambda f: write(f, "a.txt", " \n\t\n"), "contains no text"),
+    "bom-only": (lambda f: write(f, "a.txt", "\ufeff"), "contains no text"),
     "binary": (lambda f: write(f, "a.txt", b"abc\xff\xfe"), "not UTF-8 text: byte 3"),
-    "jsonl-empty": (lambda f: write(f, "a.jsonl", "\n\n"), "holds no text"),
-    "jsonl-blank": (lambda f: write(f, "a.jsonl", '{"text": " "}'), "holds no text"),
+    "jsonl-empty": (lambda f: write(f, "a.jsonl", "\n\n"), "contains no text"),
+    "jsonl-blank": (lambda f: write(f, "a.jsonl", '{"text": " "}'), "contains no text"),
     "jsonl-broken": (
         lambda f: write(f, "a.jsonl", '{"text": "x"}\n\n{"text": "y"\n'),
         "broken: line 3, column 13",
@@ -186,8 +186,8 @@ BROKEN = {
     "jsonl-null": (lambda f: write(f, "a.jsonl", '{"text": null}'), "line 1: 'text' is null"),
     "jsonl-list": (lambda f: write(f, "a.jsonl", '["x"]'), "line 1: a list, not an object"),
     "jsonl-surrogate": (lambda f: write(f, "a.jsonl", '{"text": "\\ud800"}'), "line 1: surrogates"),
-    "json-empty": (lambda f: write(f, "a.json", ""), "holds no text"),
-    "json-none": (lambda f: write(f, "a.json", "[]"), "holds no text"),
+    "json-empty": (lambda f: write(f, "a.json", ""), "contains no text"),
+    "json-none": (lambda f: write(f, "a.json", "[]"), "contains no text"),
     "json-object": (lambda f: write(f, "a.json", '{"text": "x"}'), "an object, not a list"),
     "json-string": (lambda f: write(f, "a.json", '["x"]'), "item 1: a string, not an object"),
     "json-broken": (lambda f: write(f, "a.json", '[\n{"text" "x"}]'), "broken: line 2, column 9"),

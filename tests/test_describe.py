@@ -6,11 +6,12 @@ import logging
 import pytest
 
 from ezpz_moe import cli
-from ezpz_moe.accounting import BACKWARD
 from ezpz_moe.errors import DEBUG_VARIABLE
-from ezpz_moe.hosts import TITAN_0_3, generation
+from ezpz_moe.hosts.accounting import BACKWARD
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 
-if generation() is not TITAN_0_3:
+if type(host()) is not Titan03:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
 
 
@@ -32,7 +33,7 @@ def test_the_table_and_the_json_say_the_same(capsys) -> None:
 
     assert cli.main(["describe", "gpt_oss_debugmodel", *flags]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "4 layers, 4 of them with 8 experts, of which a token uses 4." in said
+    assert "4 layers, 4 of them with 8 experts; a token uses 4." in said
     assert f"total {told['total']['parameters'] / 1e6:.1f} M" in said
     assert f"{told['total']['flops'] / 1e6:.2f} M 100.0%" in said
     assert f"hidden size {told['dense_model_of_equal_flops']['ffn_hidden_dim']} " in said
@@ -43,7 +44,7 @@ def test_the_table_and_the_json_say_the_same(capsys) -> None:
     ("arguments", "message"),
     [
         (["16C"], "unknown flavor '16C'"),
-        (["16B", "--world-size", "0"], "--world-size 0: a run has at least 1 rank."),
+        (["16B", "--world-size", "0"], "--world-size 0: a run needs at least 1 rank."),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe import cli, doctor, hosts
+from ezpz_moe import cli
 from ezpz_moe.compute import get_backend
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts import detect
+from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools import doctor
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -60,13 +63,13 @@ def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, mon
     monkeypatch.delattr(GroupedExperts, "_grouped_mm")
     code, said = run(capsys, "debugmodel_sdpa")
     assert code == 1
-    assert "its keys and how they go together" in said
+    assert "its keys and how they combine" in said
     assert "A run is refused." not in said
     monkeypatch.delattr(GroupedExperts, "forward")
     code, said = run(capsys, "debugmodel_sdpa")
     assert code == 1
     assert "torchtitan's own configs still can. A run is refused." in said
-    assert "debugmodel_sdpa was not checked: no run starts with this host." in said
+    assert "debugmodel_sdpa was not checked: this host cannot start a run." in said
 
 
 @pytest.mark.parametrize(
@@ -93,22 +96,23 @@ def test_every_backend_says_whether_it_is_usable(
 
 
 def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:
-    relied_on = hosts.binding("relied_on")
-    monkeypatch.setattr(relied_on, "STATE_DICT_KEYS", ("layers.1.moe.experts.w1",))
+    keys = ("layers.1.moe.experts.w1",)
+    monkeypatch.setattr(type(detect.host()), "state_dict_keys", keys)
     code, said = run(capsys)
     assert code == 1
     assert "BROKEN layers.1.moe.experts.w1: the model's state dict has no such key" in said
 
 
 def test_a_host_that_no_binding_fits_is_compared_with_the_nearest(capsys, monkeypatch) -> None:
-    nowhere = dataclasses.replace(hosts.TITAN_0_3.evidence, thing="no_such_host:thing")
-    strange = dataclasses.replace(hosts.TITAN_0_3, evidence=nowhere)
-    monkeypatch.setattr(hosts, "GENERATIONS", (strange,))
-    hosts.generation.cache_clear()
+    class Strange(Titan03):
+        evidence = dataclasses.replace(Titan03.evidence, thing="no_such_host:thing")
+
+    monkeypatch.setattr(detect, "HOSTS", (Strange(),))
+    detect.host.cache_clear()
     try:
         code, said = run(capsys)
     finally:
-        hosts.generation.cache_clear()
+        detect.host.cache_clear()
     assert code == 1
     assert "none: ezpz_moe cannot work with torch" in said
     assert "BROKEN no_such_host:thing: No module named 'no_such_host'" in said
@@ -135,7 +139,7 @@ def test_a_job_that_fits(capsys) -> None:
         (
             "[training]\nglobal_batch_size = 6\nlocal_batch_size = 4",
             ["--world-size", "2"],
-            "training.global_batch_size = 6 is no multiple of 8",
+            "training.global_batch_size = 6 is not a multiple of 8",
         ),
         ("[checkpoint]\ninitial_load_path = 'gone'", [], "initial_load_path = "),
         ("[training]\ndataset_path = 'gone.txt'", [], "dataset_path = 'gone.txt' does not exist"),
@@ -168,7 +172,7 @@ def test_dimensions_that_another_backend_cannot_take_break_nothing(capsys, tmp_p
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "odd_sdpa_for_loop"\n')
     code, said = run(capsys, str(tmp_path / "job.toml"))
     assert code == 0
-    assert "note D = 256, F = 252 with grouped_mm: torch._grouped_mm wants dimensions" in said
+    assert "note D = 256, F = 252 with grouped_mm: torch._grouped_mm needs dimensions" in said
     assert " 0 broken" in said
 
 
@@ -186,4 +190,4 @@ def test_no_number_of_ranks(capsys, number) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["doctor", str(JOB), "--world-size", number])
     assert end.value.code == 2
-    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
+    assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err

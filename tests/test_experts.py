@@ -13,7 +13,7 @@ import torch
 from contract_cases import OTHERS_WITHOUT_DROPS
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
 
 check_host()
 
@@ -23,8 +23,8 @@ from torchtitan.models.common.moe import GroupedExperts, MoE  # noqa: E402
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts  # noqa: E402
 
 from ezpz_moe.compute import backend_names, get_backend  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.experts import selected  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.selector import select_backend  # noqa: E402
+from ezpz_moe.hosts.titan.experts import selected  # noqa: E402
+from ezpz_moe.hosts.titan.selector import select_backend  # noqa: E402
 
 SPECS = {
     "deepseek_v3": lambda: deepseek_v3.model_registry("debugmodel"),
@@ -89,16 +89,16 @@ def test_one_node_is_replaced_for_each_moe_layer(model):
 @pytest.mark.parametrize("kind", [GroupedExperts, GptOssGroupedExperts])
 def test_state_dict_and_initial_values_are_the_hosts(kind, backend):
     config = experts_config(kind)
-    host, ours = built(config).state_dict(), built(selected(config, backend, "")).state_dict()
-    assert list(ours) == list(host)
-    assert all(torch.equal(ours[name], host[name]) for name in host)
+    theirs, ours = built(config).state_dict(), built(selected(config, backend, "")).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("kind", [GroupedExperts, GptOssGroupedExperts])
 def test_grouped_mm_is_the_hosts_path_bit_for_bit(kind):
     config = experts_config(kind)
-    for host, ours in zip(*_outputs(config, "grouped_mm"), strict=True):
-        assert torch.equal(host, ours)
+    for theirs, ours in zip(*_outputs(config, "grouped_mm"), strict=True):
+        assert torch.equal(theirs, ours)
 
 
 @pytest.mark.parametrize("backend", OTHERS_WITHOUT_DROPS)
@@ -121,8 +121,8 @@ def test_the_chosen_backend_is_the_one_that_runs(kind, backend):
 def test_other_backends_agree_with_the_host(kind, backend):
     """Two bfloat16 computations of one value differ by a rounding of each on every product."""
     products = {GroupedExperts: 3, GptOssGroupedExperts: 2}[kind]
-    for host, ours in zip(*_outputs(experts_config(kind), backend), strict=True):
-        difference = (ours.double() - host.double()).norm() / host.double().norm()
+    for theirs, ours in zip(*_outputs(experts_config(kind), backend), strict=True):
+        difference = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         assert difference <= 2 * products * 2.0**-8
 
 
@@ -187,7 +187,7 @@ def test_without_the_seam_the_hosts_own_path_and_whole_ffns_are_left(monkeypatch
     assert selected(experts_config(GroupedExperts), "for_loop", "a test")
     with pytest.raises(EzpzError, match=r"no GroupedExperts._grouped_mm, .* Use 'grouped_mm'"):
         selected(gpt_oss, "for_loop", "a test")
-    moved = [line for line in generation().relied_on if line.thing.endswith("._grouped_mm")]
+    moved = [line for line in host().relied_on if line.thing.endswith("._grouped_mm")]
     assert ["the seam moved" in line.if_broken for line in moved] == [True]
     assert moved[0].why_broken() == "GroupedExperts has no _grouped_mm"
     check_host()  # which refuses what nothing can be trained without
@@ -223,7 +223,7 @@ def test_door_2_replaces_every_moe_layer(model):
         ),
         (
             {"compute_backend": "grouped_mm", "expert_precision": "float32"},
-            "does not go with compute_backend 'grouped_mm'",
+            "cannot be combined with compute_backend 'grouped_mm'",
         ),
     ],
 )
@@ -255,7 +255,7 @@ def test_door_2_has_the_experts_compute_in_what_it_asks_for(asked, dtype):
 def test_door_2_warns_once_that_training_is_emulated(cpu_with, monkeypatch, cpu, param, warnings):
     from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
 
-    from ezpz_moe.hosts.titan_0_3 import overrides as door
+    from ezpz_moe.hosts.titan import overrides as door
 
     cpu_with(cpu)
     said = []
@@ -272,7 +272,7 @@ def test_door_2_warns_once_that_training_is_emulated(cpu_with, monkeypatch, cpu,
 def test_door_2_turns_cuda_graphs_off_for_a_backend_with_host_syncs(monkeypatch):
     from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
 
-    module = "ezpz_moe.hosts.titan_0_3.overrides"
+    module = "ezpz_moe.hosts.titan.overrides"
     monkeypatch.setattr(
         f"{module}.captures_cuda_graphs", lambda config: not config.training.disable_cuda_graphs
     )

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from flavor_files import VARIANTS
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.backend_names import known_backend_names
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.config.flavors import flavor_names, load_flavor, variant_suffixes
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope
-from ezpz_moe.flavors import flavor_names, load_flavor
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "flavors"
@@ -43,7 +45,8 @@ def size_of(flavor: Flavor) -> Dimensions:
 
 def test_reading_flavors_imports_neither_torch_nor_the_host() -> None:
     code = (
-        "import sys; from ezpz_moe.flavors import *; [load_flavor(n) for n in flavor_names()]; "
+        "import sys; from ezpz_moe.config.flavors import *\n"
+        "[load_flavor(n) for n in flavor_names()]\n"
         "print(sorted({'torch', 'torchtitan'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -53,13 +56,21 @@ def test_reading_flavors_imports_neither_torch_nor_the_host() -> None:
 # Names --------------------------------------------------------------------------------------------
 
 
-def test_names_are_the_files_and_their_variants() -> None:
+def test_names_are_the_files() -> None:
     files = {path.stem for path in SHIPPED.glob("*.toml") if path.stem != "_mla"}
-    variants = ("", "_sdpa", "_sdpa_for_loop", "_sdpa_batched_mm_padded")
-    assert sorted(flavor_names()) == sorted(f + v for f in files for v in variants)
+    assert flavor_names() == sorted(files)
 
 
-@pytest.mark.parametrize("name", flavor_names())
+def test_variants_are_a_rule() -> None:
+    suffixes = variant_suffixes()
+    assert suffixes[""] == {}
+    assert suffixes["_sdpa_for_loop"] == {"attention": "sdpa", "compute_backend": "for_loop"}
+    assert len(suffixes) == (1 + len(get_args(Attention))) * (1 + len(known_backend_names()))
+
+
+@pytest.mark.parametrize(
+    "name", [name + variant for name in flavor_names() for variant in VARIANTS]
+)
 def test_every_name_loads_as_itself(name: str) -> None:
     flavor = load_flavor(name)
     assert flavor.name == name
@@ -201,7 +212,7 @@ def test_the_jobs_folder_comes_before_the_users_and_the_shipped(
     assert load_flavor("mine", near=near).source == near / "mine.toml"
     assert load_flavor("7B", near=near).source == user / "7B.toml"
     assert load_flavor("16B", near=near).source == SHIPPED / "16B.toml"
-    assert {"mine", "mine_sdpa_for_loop", "16B"} <= set(flavor_names())
+    assert {"mine", "16B"} <= set(flavor_names())
     assert len(set(flavor_names(near=near))) == len(flavor_names(near=near))
 
 

@@ -14,10 +14,10 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS
-from ezpz_moe.job import load_job
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.job_keys import KEYS
 
 FLAVORS = Path(__file__).parents[1] / "flavors"
 JOB_FILES = sorted((FLAVORS / "jobs").glob("*.toml"))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ezpz_moe.config.job import Job, job_for_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.job import Job, job_for_flavor, load_job
+from ezpz_moe.hosts.jobs import load_job
 
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
@@ -104,7 +105,7 @@ def test_a_key_outside_of_any_section_is_sent_home(job_file):
 
 def test_a_flavors_file_is_told_from_a_job(job_file):
     message = problem(job_file('inherits = "debugmodel"\n[telemetry]\nevery = 2\n'))
-    assert "is the file of a flavor, not of a job" in message
+    assert "is a flavor's file, not a job's" in message
     assert "unknown" not in message
     message = problem(job_file('inherits = "debugmodel"\n' + MODEL))
     assert "inherits (outside of any section): unknown key." in message, "a job with a wrong key"
@@ -117,7 +118,7 @@ def test_an_unknown_section_names_the_nearest(job_file):
 
 @pytest.mark.parametrize("text", ["training = 3\n" + MODEL, MODEL + "[[training]]\nsteps = 3\n"])
 def test_a_section_that_is_none(job_file, text):
-    assert "has to be a section, [training]" in problem(job_file(text))
+    assert "must be a section, [training]" in problem(job_file(text))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_a_key_that_is_gone_may_ask_for_what_the_host_does_anyway(job_file):
 def test_accepted_values_count_with_their_type(job_file):
     # In Python, 1 == True.
     path = job_file(MODEL + "[parallelism]\nexpert_tensor_parallel_degree = true\n")
-    assert "Set expert_parallel_degree alone" in problem(path)
+    assert "Set only expert_parallel_degree" in problem(path)
 
 
 def test_quantization_is_refused_with_its_remedy(job_file):
@@ -197,7 +198,7 @@ def test_quantization_is_refused_with_its_remedy(job_file):
 def test_another_models_name_says_how_to_choose_it(job_file):
     path = job_file('[model]\nname = "deepseek_v3"\nflavor = "16B"\n')
     message = problem(path)
-    assert '[model] name = "deepseek_v3": has to be "ezpz_moe"' in message
+    assert '[model] name = "deepseek_v3": must be "ezpz_moe"' in message
     assert 'base = "deepseek_v3/<its flavor>"' in message
 
 
@@ -221,7 +222,7 @@ def test_a_flavor_without_a_job():
 
 def test_reading_a_job_imports_neither_torch_nor_the_host():
     code = (
-        "import sys; from ezpz_moe.job import load_job; load_job(sys.argv[1]);"
+        "import sys; from ezpz_moe.hosts.jobs import load_job; load_job(sys.argv[1]);"
         "assert not {'torch', 'torchtitan'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(JOBS / "debug_cpu.toml")], check=True)

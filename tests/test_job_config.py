@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from config_cases import config, conflict
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, TITAN_MAIN, binding, check_host, generation
-from ezpz_moe.job import Job, load_job
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -20,21 +23,21 @@ from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher  # n
 from torchtitan.tools import utils  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.job import JobConfig, trainer_config  # noqa: E402
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER  # noqa: E402
+from ezpz_moe.hosts.titan.job import JobConfig, trainer_config  # noqa: E402
 
-dialect = binding("dialect")
-IS_MAIN = generation() in (TITAN_MAIN, TITAN_GROUPED_LINEAR)
+dialect = titan()
+SINCE_2026_08 = isinstance(host(), Titan2026_08)
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
 
 
 def text(dataloader: Any) -> tuple[str, str | None]:
     """The name and the path of what is trained on."""
-    source = dataloader.dataset.dataset.source if IS_MAIN else dataloader
+    source = dataloader.dataset.dataset.source if SINCE_2026_08 else dataloader
     if not hasattr(source, "dataset"):  # one of the host's own sources
         return source.path, None
-    return source.dataset, source.path if IS_MAIN else source.dataset_path
+    return source.dataset, source.path if SINCE_2026_08 else source.dataset_path
 
 
 def value_at(config: Any, path: str) -> Any:
@@ -42,7 +45,7 @@ def value_at(config: Any, path: str) -> Any:
 
 
 def is_endless(dataloader: Any) -> bool:
-    return dataloader.repeat if IS_MAIN else dataloader.infinite
+    return dataloader.repeat if SINCE_2026_08 else dataloader.infinite
 
 
 # The config ---------------------------------------------------------------------------------------

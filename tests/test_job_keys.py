@@ -14,18 +14,23 @@ import pytest
 from pydantic import ConfigDict, TypeAdapter
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts.detect import check_host, presumed_host
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.job import trainer_config  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.job_keys import Key  # noqa: E402
-from ezpz_moe.job import KEYS, Job, load_job  # noqa: E402
+from ezpz_moe.config.job import Job  # noqa: E402
+from ezpz_moe.config.keys import Key  # noqa: E402
+from ezpz_moe.hosts.jobs import load_job  # noqa: E402
+from ezpz_moe.hosts.titan.job import trainer_config  # noqa: E402
 
 FLAVOR = "debugmodel_sdpa"
-ROWS = {f"{section}.{name}": row for section, keys in KEYS.items() for name, row in keys.items()}
+ROWS = {
+    f"{section}.{name}": row
+    for section, keys in presumed_host().job_keys().items()
+    for name, row in keys.items()
+}
 FIELDS = {name: row for name, row in ROWS.items() if row.path is not None}
 GONE = {name: row for name, row in ROWS.items() if row.message}
 
@@ -226,7 +231,7 @@ def test_a_key_that_is_gone_says_what_to_do(name: str, tmp_path: Path):
 
 
 def test_the_config_is_the_hosts_where_the_job_says_nothing():
-    # The documented exceptions of ezpz_moe.hosts.titan_0_3.job, and no other.
+    # The documented exceptions of ezpz_moe.hosts.titan.job, and no other.
     host = dict(leaves(Trainer.Config()))
     ours = config_leaves({})
     changed = {path for path in host if ours.get(path, ...) != host[path]}

@@ -23,9 +23,10 @@ import torch
 
 import ezpz_moe.hosts
 import ezpz_moe.train
-from ezpz_moe import launch
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import untested
+from ezpz_moe.hosts import detect, untested
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools import launch
 
 TINY = Path(__file__).parent / "data" / "tiny"
 
@@ -33,9 +34,10 @@ TINY = Path(__file__).parent / "data" / "tiny"
 START = """
 import sys
 from ezpz_moe.errors import exit_on_user_error
-from ezpz_moe.launch import train
+from ezpz_moe.cli.display import print_to_stderr
+from ezpz_moe.tools.launch import train
 with exit_on_user_error():
-    sys.exit(train(sys.argv[1], sys.argv[3:], nproc=int(sys.argv[2])))
+    sys.exit(train(sys.argv[1], sys.argv[3:], tell=print_to_stderr, nproc=int(sys.argv[2])))
 """
 
 
@@ -87,7 +89,7 @@ def run(job: Path | str, nproc: int, *flags: str) -> tuple[int, str, str]:
 
 def with_pair(monkeypatch, tmp_path, *pair: str | None) -> None:
     """As if these torch and torchtitan were installed, by a user who has not met them."""
-    for module in (ezpz_moe.hosts, untested):
+    for module in (detect, untested):
         monkeypatch.setattr(module, "installed_pair", lambda: pair)
     monkeypatch.setenv("EZPZ_MOE_CACHE", str(tmp_path))
 
@@ -122,21 +124,17 @@ def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypat
     assert "pip install 'torch==2.15.0' 'torchtitan==0.3.0'" in message
 
 
-NO_HOST = dataclasses.replace(
-    ezpz_moe.hosts.TITAN_0_3,
-    evidence=dataclasses.replace(
-        ezpz_moe.hosts.TITAN_0_3.evidence, thing="no_such_host.train:main"
-    ),
-)
+class NoHost(Titan03):
+    evidence = dataclasses.replace(Titan03.evidence, thing="no_such_host.train:main")
 
 
 @pytest.fixture
 def no_host(monkeypatch):
     """As where no generation of the host is installed."""
-    monkeypatch.setattr(ezpz_moe.hosts, "GENERATIONS", (NO_HOST,))
-    ezpz_moe.hosts.generation.cache_clear()
+    monkeypatch.setattr(detect, "HOSTS", (NoHost(),))
+    detect.host.cache_clear()
     yield
-    ezpz_moe.hosts.generation.cache_clear()
+    detect.host.cache_clear()
 
 
 def test_a_host_that_cannot_be_imported_says_why(no_host):
@@ -154,7 +152,7 @@ def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path
     for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
         with_pair(monkeypatch, tmp_path, *pair)
         ezpz_moe.hosts.check_host()
-    line = "ezpz_moe: torch {} with torchtitan {} is untested here; `ezpz-moe verify` checks it"
+    line = "ezpz_moe: torch {} with torchtitan {} is untested; `ezpz-moe verify` checks it here"
     assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
 
 
@@ -252,13 +250,13 @@ def test_a_run_that_has_ended_well_is_not_lost_in_the_interpreters_teardown():
 
 
 def test_a_wrong_number_of_processes_is_refused(monkeypatch, job):
-    with pytest.raises(EzpzError, match="--nproc 0: at least one"):
-        launch.train(str(job), [], nproc=0)
+    with pytest.raises(EzpzError, match="--nproc 0: must be at least 1 process"):
+        launch.train(str(job), [], tell=print, nproc=0)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     with pytest.raises(EzpzError, match=r"--nproc 5: this machine has 4 xpu .* --nproc 4"):
-        launch.train(str(job), [], nproc=5)
+        launch.train(str(job), [], tell=print, nproc=5)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +363,7 @@ def test_a_mistake_that_the_workers_find_is_one_message(job):
     job.write_text(job.read_text().replace("[training]", '[training]\ndataset_path = "empty.txt"'))
     code, out, err = run(job, 1)
     assert code == 2
-    assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' holds no text\.\n", err)
+    assert re.fullmatch(r"ezpz-moe: error: .*empty\.txt' contains no text\.\n", err)
     assert "Traceback" not in out
     assert not (job.parent / "outputs").exists()
 

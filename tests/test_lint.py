@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezpz_moe import cli, lint
+from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import GENERATIONS, TITAN_0_2, TITAN_0_3, TITAN_MAIN, presumed_generation
-from ezpz_moe.lint import words
+from ezpz_moe.hosts.detect import HOSTS, presumed_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
+from ezpz_moe.tools import lint
+from ezpz_moe.tools.lint import words
 
 # Flags of each generation, as its `flags` gives them.
 TAKEN = {
-    TITAN_0_2: {"training.steps", "training.dataset", "training.seq_len", "optimizer.beta1"},
-    TITAN_0_3: {
+    Titan02: {"training.steps", "training.dataset", "training.seq_len", "optimizer.beta1"},
+    Titan03: {
         "training.steps",
         "training.local_batch_size",
         "training.enable_cpu_offload",
@@ -28,7 +32,7 @@ TAKEN = {
         "module",
         "config",
     },
-    TITAN_MAIN: {"training.steps", "training.num_tokens_per_microbatch_per_dp_rank", "config"},
+    Titan2026_08: {"training.steps", "training.num_tokens_per_microbatch_per_dp_rank", "config"},
 }
 
 
@@ -36,9 +40,8 @@ TAKEN = {
 def on(monkeypatch):
     """Makes a generation the installed one, and lints a script for it."""
 
-    def run(script: Path, generation=TITAN_0_3) -> dict[str, str]:
-        monkeypatch.setattr(lint, "KEYS", generation.slot("job_keys").KEYS)
-        monkeypatch.setattr(lint, "presumed_generation", lambda: generation)
+    def run(script: Path, generation=Titan03) -> dict[str, str]:
+        monkeypatch.setattr(lint, "presumed_host", generation)
         findings = lint.lint(script, frozenset(TAKEN[generation]))
         return {f"{each.place.rpartition(':')[2]} {each.flag}": each.remedy for each in findings}
 
@@ -99,7 +102,7 @@ def test_what_replaced_a_flag(job_file, on):
             "now --compile.no-enable-async-tensor-parallel"
         ),
         "--activation_checkpoint.mode": (
-            "no flag any more: set [activation_checkpoint] mode in the job's TOML"
+            "no longer a flag: set [activation_checkpoint] mode in the job's TOML"
         ),
         "--model.flavor": "now --config",
     }
@@ -117,7 +120,7 @@ def test_a_flag_that_no_generation_has(job_file, on):
 
 def test_a_section_that_is_misspelled(job_file, on):
     found = on(job_file("x --trainnig.steps 3 --job-id.x 3 --other.tools=1\n", "a.sh"))
-    assert found == {"1 --trainnig.steps": "no section of torchtitan's: is it training?"}
+    assert found == {"1 --trainnig.steps": "unknown section: did you mean training?"}
 
 
 def test_a_new_flag_on_an_old_host(job_file, on):
@@ -126,7 +129,7 @@ def test_a_new_flag_on_an_old_host(job_file, on):
         "--training.max-context-length 4\n",
         "a.sh",
     )
-    found = on(script, TITAN_0_2)
+    found = on(script, Titan02)
     assert found["1 --dataloader.dataset"] == "now --training.dataset"
     assert found["1 --optimizer.param-groups.0.optimizer-kwargs.betas.0"] == (
         "now --optimizer.beta1"
@@ -134,8 +137,8 @@ def test_a_new_flag_on_an_old_host(job_file, on):
     assert found["1 --training.max-context-length"] == "now --training.seq-len"
 
 
-def test_sizes_in_tokens_on_main(job_file, on):
-    found = on(job_file("x --training.local_batch_size 8\n", "a.sh"), TITAN_MAIN)
+def test_sizes_in_tokens_since_2026_08(job_file, on):
+    found = on(job_file("x --training.local_batch_size 8\n", "a.sh"), Titan2026_08)
     assert found == {
         "1 --training.local_batch_size": "now --training.num-tokens-per-microbatch-per-dp-rank"
     }
@@ -143,7 +146,7 @@ def test_sizes_in_tokens_on_main(job_file, on):
 
 @pytest.mark.parametrize(
     ("generation", "remedy"),
-    [(TITAN_0_2, ""), (TITAN_0_3, "run_train.sh of torchtitan 0.3 takes MODULE and CONFIG")],
+    [(Titan02, ""), (Titan03, "run_train.sh of torchtitan 0.3 takes MODULE and CONFIG")],
 )
 def test_the_launchers_variable(generation, remedy, job_file, on):
     script = job_file('export CONFIG_FILE="${CONFIG_FILE:-x}"\nNGPU=8 ./run_train.sh\n', "a.sh")
@@ -155,7 +158,7 @@ def test_a_variable_of_the_same_name_without_the_launcher(job_file, on):
 
 
 def test_every_generation_has_its_variables():
-    assert all(generation.slot("command").VARIABLES for generation in GENERATIONS)
+    assert all(each.launcher_variables for each in HOSTS)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +210,14 @@ def test_bytes_that_are_not_utf8(job_file, on):
 # With the installed host -------------------------------------------------------------------------
 
 ALIVE = {
-    TITAN_0_2: "--job.config_file a.toml --training.dataset=c4 --model.flavor x",
-    TITAN_0_3: "--dataloader.dataset=c4 --training.no-disable-cuda-graphs --training.seq_len 9",
-    TITAN_MAIN: "--training.max-context-length 9",
+    Titan02: "--job.config_file a.toml --training.dataset=c4 --model.flavor x",
+    Titan03: "--dataloader.dataset=c4 --training.no-disable-cuda-graphs --training.seq_len 9",
+    Titan2026_08: "--training.max-context-length 9",
 }
 
 
 def test_the_command_with_the_hosts_own_flags(job_file, capsys):
-    script = job_file(f"python -m torchtitan.train {ALIVE[presumed_generation()]}\n", "a.sh")
+    script = job_file(f"python -m torchtitan.train {ALIVE[type(presumed_host())]}\n", "a.sh")
     assert cli.main(["convert", "--lint", str(script)]) == 0
     assert "flags, 0 dead on torchtitan" in capsys.readouterr().out
     dead = job_file("x --training.steps 1 --metrics.enable_color_printing\n", "b.sh")
@@ -225,7 +228,7 @@ def test_the_command_with_the_hosts_own_flags(job_file, capsys):
     assert "1 dead" in output
 
 
-@pytest.mark.skipif(presumed_generation() is not TITAN_0_3, reason="of 0.3's command line")
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's command line")
 def test_the_flags_are_those_of_the_command_line():
     taken = lint.taken_flags()
     from torchtitan.config import ConfigManager

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import TITAN_0_3, check_host, generation
-from ezpz_moe.hosts.live import LiveStorages
-from ezpz_moe.memory import StageMemory, held, microbatches_in_flight
-from ezpz_moe.preflight import RankReport, in_a_process
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.rank_report import RankReport
+from ezpz_moe.hosts.titan.live import LiveStorages
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools import memory, preflight
+from ezpz_moe.tools.memory import StageMemory, held, microbatches_in_flight
+from ezpz_moe.tools.preflight import in_a_process
 
 check_host()
-if generation() is not TITAN_0_3:
+if type(host()) is not Titan03:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
@@ -41,7 +44,7 @@ SMALL = 'inherits = "debugmodel"\nn_layers = 2\n'
 
 
 def look(name: str, config: str, ranks: int = 1, *flags: str) -> RankReport:
-    return in_a_process(("memory", name), config, list(flags), ranks, 0)
+    return in_a_process(getattr(memory, f"_{name}"), config, list(flags), ranks, 0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_a_fused_kernel_saves_its_output_and_its_log_sum_exp_but_no_scores() -> 
 def test_weights_are_preflights_and_of_every_component() -> None:
     config, flags = "debugmodel_sdpa", ("--parallelism.expert-parallel-degree=2",)
     weights = look("weights", config, 4, *flags)
-    built = in_a_process(("preflight", "run_rank"), config, list(flags), 4, 0)
+    built = in_a_process(preflight._run_rank, config, list(flags), 4, 0)
     assert (weights.error, built.error) == ("", "")
     assert 4 * sum(weights.bytes_by_place.values()) == built.state_bytes
     assert {component for _, component in weights.bytes_by_place} == {
@@ -150,7 +153,7 @@ def test_microbatches_in_flight(schedule: str, held_by_stage: list[int]) -> None
 def test_microbatches_of_few_of_no_pipeline_and_of_an_unknown_schedule() -> None:
     assert microbatches_in_flight("1F1B", 0, 8, 2) == 2
     assert microbatches_in_flight("Interleaved1F1B", 0, 1, 8) == 1
-    with pytest.raises(EzpzError, match=r"'Interleaved1F1B'.*1F1B and GPipe only"):
+    with pytest.raises(EzpzError, match=r"'Interleaved1F1B': only for 1F1B and GPipe"):
         microbatches_in_flight("Interleaved1F1B", 0, 2, 8)
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from flavor_files import SMALL, in_turn
 
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.hosts.titan.base import titan
 
 check_host()  # before torchtitan is imported: it chooses the device
 
@@ -26,11 +27,9 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
     MinimalAsyncEPTokenDispatcher,
 )
 
-from ezpz_moe.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.models import host_spec, model_spec  # noqa: E402
-from ezpz_moe.hosts.titan_0_3.parameters import summarize  # noqa: E402
-
-CausalAttention = binding("attention").CausalAttention
+from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
+from ezpz_moe.hosts.titan.models import host_spec, model_spec  # noqa: E402
+from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
 
 UPSTREAM_SIZES = ("debugmodel", "16B", "236B", "671B")
 BASES = ("qwen3_debugmodel", "qwen3_30B_A3B", "gpt_oss_debugmodel", "gpt_oss_20b")
@@ -87,7 +86,11 @@ def test_every_flavor_builds_with_its_experts_and_attention(name: str) -> None:
     attentions = [node.inner_attention for _, node, _, _ in config.traverse(BaseAttention.Config)]
     assert len(attentions) == len(config.layers)
     if flavor.attention == "sdpa":
-        assert {type(attention) for attention in attentions} == {CausalAttention.Config}
+        (of_the_host,) = {
+            type(titan().causal_attention(node))
+            for _, node, _, _ in config.traverse(BaseAttention.Config)
+        }
+        assert {type(attention) for attention in attentions} == {of_the_host}
     elif flavor.attention == "flex":
         assert {type(attention) for attention in attentions} == {FlexAttention.Config}
 
@@ -188,7 +191,7 @@ def test_a_base_is_upstreams_model_unchanged() -> None:
         ("gpt_oss/20B", "Did you mean '20b'?"),
         ("qwen3/8B", "this model is dense"),
         ("llama3/8B", "this model is dense"),
-        ("common/8B", "common is no model"),
+        ("common/8B", "common is not a model"),
     ],
 )
 def test_a_base_that_upstream_does_not_have(tmp_path: Path, base: str, message: str) -> None:

@@ -22,7 +22,7 @@ ONES_OF_TORCHS_PRODUCTS = (
     "for_loop",
     "for_loop(recompute=true)",
     "batched_mm_padded",
-    "batched_mm_padded(single_buffer=true)",
+    "batched_mm_padded(max_padding=1e9)",
     "batched_mm_capacity(capacity_factor=5)",
     "grouped_mm_fused",
 )
@@ -173,9 +173,14 @@ def test_for_an_accelerator_this_machines_cpu_is_not_asked(cpu_with):
 @pytest.mark.parametrize(
     ("asked", "backend", "hosts_forward", "said"),
     [
-        ("float32", "grouped_mm", None, r"does not go with compute_backend 'grouped_mm'"),
-        ("bfloat16", "grouped_mm", None, r"does not go with compute_backend 'grouped_mm'"),
-        ("float32", "for_loop", "GptOssGroupedExperts", r"the forward of GptOssGroupedExperts"),
+        ("float32", "grouped_mm", None, r"cannot be combined with compute_backend 'grouped_mm'"),
+        ("bfloat16", "grouped_mm", None, r"cannot be combined with compute_backend 'grouped_mm'"),
+        (
+            "float32",
+            "for_loop",
+            "GptOssGroupedExperts",
+            r"GptOssGroupedExperts uses torchtitan's own forward",
+        ),
     ],
 )
 def test_a_precision_that_nothing_brings_about_is_refused(asked, backend, hosts_forward, said):

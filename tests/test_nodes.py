@@ -23,10 +23,10 @@ import pytest
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from ezpz_moe import launch, nodes
-from ezpz_moe.commands.train import Train
+from ezpz_moe.cli.train import Train
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.nodes import Node, Placement, loss_report, meet
+from ezpz_moe.tools import launch, nodes
+from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_the_users_network_for_gloo_stands(port, monkeypatch):
 
 def test_nodes_that_do_not_come_are_named(port):
     (error,) = come(Placement(4, 0, "127.0.0.1", port), seconds=1)
-    assert "of 4 nodes these have not come: 1, 2, 3." in error
+    assert "of 4 nodes these have not arrived: 1, 2, 3." in error
 
 
 def test_a_node_0_that_gives_up_ends_the_others(port):
@@ -170,7 +170,7 @@ def test_a_node_0_that_gives_up_ends_the_others(port):
         waiting = pool.submit(come, Placement(3, 1, "127.0.0.1", port), seconds=600)
         come(Placement(3, 0, "127.0.0.1", port), seconds=5)
         (error,) = waiting.result(timeout=60)
-    assert error == "node 0 has gone before all nodes had come; what it printed says why."
+    assert error == "node 0 has left before all nodes arrived; its own output says why."
 
 
 def test_a_rank_that_is_taken_is_refused(port):
@@ -182,7 +182,7 @@ def test_a_rank_that_is_taken_is_refused(port):
 
 WAITING_NODE = """
 import sys
-from ezpz_moe.nodes import Placement, meet
+from ezpz_moe.tools.nodes import Placement, meet
 nnodes, rank, address, port = sys.argv[1:]
 with meet(Placement(int(nnodes), int(rank), address, int(port)), 1):
     print("met", flush=True)
@@ -246,11 +246,11 @@ def test_the_run_does_not_begin_with_a_node_that_has_ended(port):
         other = come_one(third, met)
         error = waiting.result()
     assert error == (
-        f"these nodes have come and do not answer node 0: node 1 ({socket.gethostname()}, "
-        "127.0.0.1, rank 1). They have ended since, or a firewall is between. Start the same line "
-        "again on every node."
+        f"these nodes have arrived but do not answer node 0: node 1 ({socket.gethostname()}, "
+        "127.0.0.1, rank 1). They have ended since, or a firewall is in between. Run the same "
+        "command again on every node."
     )
-    assert other == "node 0 has gone before all nodes had come; what it printed says why."
+    assert other == "node 0 has left before all nodes arrived; its own output says why."
 
 
 def test_a_node_that_is_started_again_after_the_beginning_is_refused(port):
@@ -268,7 +268,7 @@ def test_a_node_that_is_started_again_after_the_beginning_is_refused(port):
 def test_different_numbers_of_nodes_are_refused(port):
     numbers = (3, 2, 3)
     results = come(*(Placement(n, rank, "127.0.0.1", port) for rank, n in enumerate(numbers)))
-    assert "--nnodes 2 here, and 3 on node 0. Start the same line on each node." in results
+    assert "--nnodes is 2 here but 3 on node 0. Run the same command on each node." in results
 
 
 def test_a_node_0_that_is_not_there_is_an_error(port):
@@ -281,7 +281,7 @@ def test_a_node_0_that_is_not_there_is_an_error(port):
 def test_an_unknown_name_of_node_0_is_not_waited_for(port, rank):
     (error,) = come(Placement(2, rank, "no-such-host.invalid", port), seconds=600)
     assert "cannot be reached at --master-addr no-such-host.invalid" in error
-    assert error.endswith("Give a name that this machine can look up, or an address.")
+    assert error.endswith("Use a name that this machine can resolve, or an address.")
 
 
 def test_what_cannot_be_a_name_is_an_error(port):
@@ -308,21 +308,21 @@ def test_node_0_has_to_be_where_the_others_look_for_it(port, address, reason):
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_beyond_the_nodes_is_refused(rank):
-    with pytest.raises(EzpzError, match=f"--node-rank {rank}: --nnodes 2 has the nodes 0 to 1"):
+    with pytest.raises(EzpzError, match=f"--node-rank {rank}: with --nnodes 2 it must be 0 to 1"):
         Placement(2, rank, "node0", 29500)
 
 
 @pytest.mark.parametrize("nnodes", [0, -1])
 def test_fewer_than_one_machine_are_refused(nnodes):
-    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: must be at least 1 machine"):
         Placement(nnodes, 0, "node0", 29500)
-    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: at least one machine is needed"):
+    with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: must be at least 1 machine"):
         Train("debugmodel", nnodes=nnodes).run()
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
 def test_a_port_that_cannot_be_is_refused(port):
-    with pytest.raises(EzpzError, match=f"--master-port {port}: ports are 1 to 65535"):
+    with pytest.raises(EzpzError, match=f"--master-port {port}: must be 1 to 65535"):
         Placement(2, 0, "node0", port)
 
 
@@ -345,7 +345,7 @@ def three_nodes(monkeypatch, *states: str):
 
 
 SILENT = "it does not answer, so it is down or cut off."
-ENDED = "its launcher has ended; what it printed says why."
+ENDED = "its launcher has ended; its own output says why."
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ ENDED = "its launcher has ended; what it printed says why."
             [
                 f"lost node 1 (host1, 10.0.0.1, ranks 2 to 3): {SILENT}",
                 f"lost node 2 (host2, 10.0.0.2, ranks 4 to 5): {SILENT}",
-                "None of the other nodes answers: this one's own network may be down.",
+                "No other node answers: this node's own network may be down.",
             ],
         ),
     ],
@@ -411,11 +411,11 @@ def test_the_last_words_are_those_of_the_first_failure(message, expected):
     [
         (None, ". There is no checkpoint to resume from: it begins at step 1."),
         ("step-5", ": it resumes from step-5."),
-        ("step-7", ", without checkpoint.load_step: step-7, which it names, is not there."),
+        ("step-7", ", without checkpoint.load_step: it names step-7, which is missing."),
     ],
 )
 def test_how_the_run_goes_on(checkpoint, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("step-5").mkdir()
     said = launch._how_to_go_on(checkpoint and Path(checkpoint))
-    assert said == f"To go on, start the same line again on every node{expected}"
+    assert said == f"To continue, run the same command again on every node{expected}"

@@ -36,7 +36,7 @@ class _Products:
 
 @over_patterns
 @pytest.mark.parametrize(
-    "options", ["", "(max_padding=0)", "(max_padding=1.5)", "(single_buffer=true)"]
+    "options", ["", "(max_padding=0)", "(max_padding=1.5)", "(max_padding=1e9)"]
 )
 def test_it_computes_the_rows_that_it_says(
     options: str, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
@@ -52,11 +52,9 @@ def test_it_computes_the_rows_that_it_says(
         )
     assert products.rows == 3 * computed
     given = sum(pattern.counts)
-    if options == "(single_buffer=true)":
-        assert computed == len(pattern.counts) * max(pattern.counts)
+    assert given <= computed <= (1 + backend.max_padding) * given
+    if options == "(max_padding=1e9)":
         assert products.launches == 3 * bool(given)
-    else:
-        assert given <= computed <= (1 + backend.max_padding) * given
 
 
 def test_more_padding_is_fewer_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,16 @@ writes, on the path of a fresh interpreter.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ezpz_moe.backend_names import known_backend_names
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
+from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.errors import EzpzError
 
 TESTS = Path(__file__).parent
@@ -51,13 +52,15 @@ def install(site: Path, package: str, source: str, entry_points: dict[str, str])
     return site
 
 
-def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(
+    site: Path, *arguments: str, folder: Path = TESTS.parent
+) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that sees the packages of ``site``, and this one's."""
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
-        cwd=TESTS.parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
@@ -109,17 +112,17 @@ def test_options_are_written_as_a_call() -> None:
     [
         ("for-loop(recompute=true)", r"unknown compute_backend 'for-loop'.* mean 'for_loop'\?"),
         ("for_loop(recompte=true)", r"no option 'recompte'\. .*: recompute\. Did you mean 'reco"),
-        ("for_loop(recompute=maybe)", r"options are written as for_loop\(option=value"),
+        ("for_loop(recompute=maybe)", r"write options as for_loop\(option=value"),
         ("for_loop(recompute=3)", r"recompute = 3: .*boolean"),
-        ("for_loop(true)", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true) + 1", r"options are written as for_loop\(option=value"),
-        ("for_loop(**{})", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=1j)", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=b'1')", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute={1})", r"options are written as for_loop\(option=value"),
-        ("for_loop(recompute=true)(recompute=true)", r"options are written as for_loop\(option"),
-        ("for_loop(recompute=true, recompute=false)", r"options are written.* each once"),
+        ("for_loop(true)", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true) + 1", r"write options as for_loop\(option=value"),
+        ("for_loop(**{})", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=1j)", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=b'1')", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute={1})", r"write options as for_loop\(option=value"),
+        ("for_loop(recompute=true)(recompute=true)", r"write options as for_loop\(option"),
+        ("for_loop(recompute=true, recompute=false)", r"write options.* each once"),
         ("grouped_mm(recompute=true)", r"grouped_mm has no option 'recompute'\..*: none\."),
     ],
 )
@@ -141,6 +144,22 @@ def test_a_third_party_backend_is_found_listed_and_under_the_contract(tmp_path: 
     )  # fmt: skip
     assert contract.returncode == 0, contract.stdout
     assert " passed" in contract.stdout
+
+
+def test_a_backend_of_ours_is_one_file(tmp_path: Path) -> None:
+    """In a copy of this package: found by name, as a function and as a variant of every flavor."""
+    for folder in ("ezpz_moe", "flavors"):
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(TESTS.parent / folder, tmp_path / folder, ignore=leave)
+    (tmp_path / "ezpz_moe" / "compute" / "backends" / "twin.py").write_text(GOOD)
+    program = (
+        "from ezpz_moe.compute import get_backend, twin\n"
+        "from ezpz_moe.config.flavors import load_flavor\n"
+        "assert get_backend('twin').swiglu == twin\n"
+        "print(load_flavor('debugmodel_sdpa_twin').compute_backend)"
+    )
+    done = python(tmp_path, "-c", program, folder=tmp_path)
+    assert done.stdout == "twin\n", done.stderr
 
 
 def test_two_packages_with_one_name(tmp_path: Path) -> None:
@@ -181,6 +200,6 @@ def test_a_broken_package_breaks_its_own_name_only(tmp_path: Path) -> None:
 def test_an_entry_point_that_names_something_else(source: str, what: str, tmp_path: Path) -> None:
     site = install(tmp_path / "site", "acme_wrong", source, {"wrong": "acme_wrong:BACKEND"})
     message = ask(site, "wrong")
-    assert "acme_wrong:BACKEND has to be an ezpz_moe.compute.Backend" in message
+    assert "acme_wrong:BACKEND must be an ezpz_moe.compute.Backend" in message
     assert "'wrong'" in message
     assert what in message

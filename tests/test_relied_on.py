@@ -1,22 +1,23 @@
 """The lists of what is relied on have a line for each name of the host's that a binding imports.
 
-Nothing is imported here: a binding can be read with any host, or with none.
+Nothing of the host is imported here: a binding can be read with any host, or with none.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ezpz_moe import hosts
-from ezpz_moe.hosts import GENERATIONS, Generation
+from ezpz_moe.hosts.detect import HOSTS
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance
 
-FOR_SOME_FLAVORS = ("routing", "metrics")
-"""Slots that are bound only for a flavor with [router], [balance] or [telemetry]."""
+FOR_SOME_FLAVORS = ("ezpz_moe.hosts.titan.routing", "ezpz_moe.hosts.titan.metrics")
+"""What is imported only for a flavor with [router], [balance] or [telemetry]."""
 
 ROOT = Path(hosts.__file__).parent.parent.parent
 
@@ -25,43 +26,65 @@ def source(module: str) -> Path:
     return Path(ROOT, *module.split(".")).with_suffix(".py")
 
 
-def names(path: Path) -> Iterator[str]:
-    """What a file imports, dotted: ``from a.b import c`` is a.b.c."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def names(*nodes: ast.AST) -> Iterator[str]:
+    """What code imports, dotted: ``from a.b import c`` is a.b.c."""
+    for node in (inner for each in nodes for inner in ast.walk(each)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def bound(path: Path, slots: Mapping[str, str]) -> Iterator[str]:
-    """The modules that a file asks for as ``binding("slot")``."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def asked(*nodes: ast.AST) -> Iterator[str]:
+    """The attributes that code takes of a host: ``titan().x``, and in its own class ``self.x``."""
+    for node in (inner for each in nodes for inner in ast.walk(each)):
         match node:
-            case ast.Call(func=ast.Name(id="binding"), args=[ast.Constant(value=slot)]):
-                yield slots[slot]
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="titan"))):
+                yield node.attr
+            case ast.Attribute(value=ast.Name(id="self" | "host")):
+                yield node.attr
 
 
-def behind(
-    modules: Iterable[str], slots: Mapping[str, str], *, without: Iterable[str] = ()
-) -> set[str]:
-    """``modules`` and all modules below ``ezpz_moe.hosts`` that they bring along."""
-    left_out = {slots[slot] for slot in without if slot in slots}
-    found: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module not in found and module.startswith("ezpz_moe.hosts.") and source(module).exists():
-            found.add(module)
-            path = source(module)
-            for name in names(path):
-                waiting += [name, name.rpartition(".")[0]]
-            waiting += set(bound(path, slots)) - left_out
-    return found
+def code_of(host: Host, method: str) -> list[ast.AST]:
+    """A method as this host has it, with the functions beside its class that it calls."""
+    owner = next((each for each in type(host).__mro__ if method in vars(each)), None)
+    if owner is None or owner is Host or not owner.__module__.startswith("ezpz_moe."):
+        return []
+    tree = ast.parse(source(owner.__module__).read_text())
+    functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    (own,) = (each for each in tree.body if getattr(each, "name", None) == owner.__name__)
+    found = [each for each in own.body if getattr(each, "name", None) == method]
+    used = {each.id for node in found for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return [*found, *(functions[name] for name in used & functions.keys())]
+
+
+def behind(host: Host, *methods: str, without: Iterable[str] = ()) -> set[str]:
+    """All modules below ``ezpz_moe.hosts`` that methods of a host bring along."""
+    modules: set[str] = set()
+    seen: set[str] = set()
+    code = [node for method in methods for node in code_of(host, method)]
+    while code:
+        imported, others = set(names(*code)), set(asked(*code)) - seen
+        imported |= {name.rpartition(".")[0] for name in imported}
+        new = {
+            name
+            for name in imported - modules - set(without)
+            if name.startswith("ezpz_moe.hosts.") and source(name).exists() and not is_class(name)
+        }
+        modules |= new
+        seen |= others
+        code = [ast.parse(source(module).read_text()) for module in new]
+        code += [node for method in others for node in code_of(host, method)]
+    return modules
+
+
+def is_class(module: str) -> bool:
+    """Whether it is the file of a host's class, whose methods count one by one."""
+    return module == Host.__module__ or module in {each.__module__ for each in map(type, HOSTS)}
 
 
 def of_the_host(modules: Iterable[str]) -> set[str]:
-    imported = {name for module in modules for name in names(source(module))}
+    imported = {name for module in modules for name in names(ast.parse(source(module).read_text()))}
     return {name for name in imported if name.partition(".")[0] == "torchtitan"}
 
 
@@ -75,27 +98,28 @@ def in_lines(lines: Iterable[Reliance]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("each", GENERATIONS, ids=lambda each: each.folder)
-def test_each_imported_name_has_a_line(each: Generation) -> None:
-    slots = each.slots()
-    imported = of_the_host(behind(slots.values(), slots))
-    assert len(imported) > 20, "the imports were not found"
-    assert imported - in_lines(each.relied_on) == set()
+@pytest.mark.parametrize("each", HOSTS, ids=lambda each: each.generation)
+def test_each_imported_name_has_a_line(each: Host) -> None:
+    found = behind(each, *dir(type(each)))
+    assert found >= {name for name in each.modules() if of_the_host([name])}, "not all were found"
+    assert of_the_host(found) - in_lines(each.relied_on) == set()
 
 
-@pytest.mark.parametrize("each", GENERATIONS, ids=lambda each: each.folder)
-def test_what_a_job_cannot_do_without_is_vital(each: Generation) -> None:
+@pytest.mark.parametrize("each", HOSTS, ids=lambda each: each.generation)
+def test_what_a_job_cannot_do_without_is_vital(each: Host) -> None:
     """An import that fails there ends every run, so that it has to be refused before."""
-    slots = each.slots()
-    imported = of_the_host(behind([slots["job"]], slots, without=FOR_SOME_FLAVORS))
+    imported = of_the_host(behind(each, "trainer_config", without=FOR_SOME_FLAVORS))
     assert len(imported) > 20, "the imports were not found"
     assert imported - in_lines(line for line in each.relied_on if line.vital) == set()
 
 
-def test_a_binding_that_imports_something_new_is_found(tmp_path) -> None:
-    file = tmp_path / "new.py"
-    file.write_text("import torchtitan.a\nfrom torchtitan.b import c\nfrom ezpz_moe import job\n")
-    assert set(names(file)) == {"torchtitan.a", "torchtitan.b.c", "ezpz_moe.job"}
+def test_a_binding_that_imports_something_new_is_found() -> None:
+    new = "import torchtitan.a\nfrom torchtitan.b import c\nfrom ezpz_moe.config import job\n"
+    assert set(names(ast.parse(new))) == {
+        "torchtitan.a",
+        "torchtitan.b.c",
+        "ezpz_moe.config.job",
+    }
     line = Reliance("torchtitan.b", used_for="x", if_broken="x", has=("c",))
     assert in_lines([line]) >= {"torchtitan.b", "torchtitan.b.c"}
     assert "torchtitan.a" not in in_lines([line])

@@ -12,11 +12,12 @@ from router_cases import B, L, routed, router_of, small_model, tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.hosts.titan_0_3.metrics import RouterMetrics
-from ezpz_moe.hosts.titan_0_3.router import Groups
+from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.hosts.titan.metrics import RouterMetrics
+from ezpz_moe.hosts.titan.router import Groups
 from ezpz_moe.routing.counters import SUMS
-from ezpz_moe.routing_schema import Telemetry
-from ezpz_moe.telemetry.record import StepRecord, read
+from ezpz_moe.telemetry.json_lines import read
+from ezpz_moe.telemetry.record import StepRecord
 
 BALANCE = "[balance]\naux_loss = 0.5\nmse_loss = 3.0\nz_loss = 0.25\n"
 ONE_RANK = SimpleNamespace(

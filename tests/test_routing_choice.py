@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from routing_cases import U, compiled
 from torch import Tensor
 
+from ezpz_moe.config.routing_schema import raised_top_k
 from ezpz_moe.routing.assignment import balanced_experts, perturbed, sinkhorn
-from ezpz_moe.routing.logits import activated, jittered, losing_infinities
-from ezpz_moe.routing.zero_computation import constant_output, weight_of
-from ezpz_moe.routing_schema import raised_top_k
+from ezpz_moe.routing.gate import activated, constant_output, jittered, losing_infinities, weight_of
 
 CPU = torch.device("cpu")
 
@@ -109,7 +108,7 @@ def test_infinite_logits_become_nan_and_no_other_changes() -> None:
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'relu' is none of identity, softplus, relu_rmsnorm"):
+    with pytest.raises(ValueError, match="'relu' is not one of identity, softplus, relu_rmsnorm"):
         activated(torch.zeros(1, 1, 2), "relu")
 
 

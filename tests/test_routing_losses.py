@@ -16,7 +16,7 @@ from routing_cases import LOSSES, MASKS, Case, make_case, of_groups, over_runs, 
 from torch import Tensor
 
 from ezpz_moe.routing import losses
-from ezpz_moe.routing.injection import inject
+from ezpz_moe.routing.balance import inject
 
 SIZES = {
     "usual": (3, 7, 5, 2),

@@ -9,14 +9,14 @@ sequences that end in padding of different lengths.
 from pathlib import Path
 
 import pytest
-from dialect import ON_0_2, ON_MAIN
+from dialect import ON_0_2, SINCE_2026_08
 from trainer_runs import EP_2, Runs, at_once, door_1, job_folder, telemetry, train
 
 pytestmark = [
     pytest.mark.train,
     pytest.mark.ranks,
     pytest.mark.skipif(
-        ON_0_2 or ON_MAIN, reason="the sequences are handed to the trainer of torchtitan 0.3"
+        ON_0_2 or SINCE_2026_08, reason="the sequences are handed to the trainer of torchtitan 0.3"
     ),
 ]
 

@@ -13,7 +13,7 @@ SINKHORN = '[router]\nrouting = "sinkhorn"\n'
 
 def no_effect_balanced(what: str) -> str:
     return (
-        f'router.routing = "balanced" does not choose by the scores: {what} would have no effect. '
+        f'router.routing = "balanced" ignores the scores: {what} would have no effect. '
         'Remove it; if it is inherited, set a loss to 0 and bias_update to "none".'
     )
 
@@ -24,14 +24,14 @@ def no_effect_balanced(what: str) -> str:
         (
             f"{SINKHORN}[balance]\naux_loss = 0.01\nmse_loss = 0.1",
             'router.routing = "sinkhorn" excludes balance.aux_loss = 0.01 and balance.mse_loss = '
-            "0.1: its assignment is doubly stochastic, so it is balanced already. Remove the loss "
+            "0.1: its assignment is doubly stochastic and thus balanced already. Remove the loss "
             '(set it to 0 if it is inherited), or route with "topk".',
         ),
         (
             f'{SINKHORN}[balance]\nbias_update = "sign"',
             'router.routing = "sinkhorn" chooses without the selection bias: balance.bias_update = '
-            '"sign" would move it on and on, unchecked. Remove it; if it is inherited, set it to '
-            '"none".',
+            '"sign" would move it further and further, unchecked. Remove it; if it is inherited, '
+            'set it to "none".',
         ),
         (
             f"{BALANCED}[balance]\naux_loss = 0.01",
@@ -48,7 +48,7 @@ def no_effect_balanced(what: str) -> str:
         (
             "[balance]\nbias_rate = 0.01",
             '[balance] bias_rate has no effect without bias_update = "sign" or "proportional"; set '
-            "it, or remove bias_rate.",
+            "bias_update, or remove bias_rate.",
         ),
         (
             "[router]\nnoise = 0.5",
@@ -77,16 +77,17 @@ def no_effect_balanced(what: str) -> str:
         ),
         (
             "[router]\ntop_k = 6",
-            "[router] top_k = 6 is for zero-computation experts only; without them the model's own "
-            "top-k stands (router_top_k).",
+            "[router] top_k = 6 applies only with zero-computation experts; without them the "
+            "model's own top-k holds (router_top_k).",
         ),
         (
             "[router]\ndispatch_padding = false",
-            "[router] dispatch_padding = false needs pad_token_id, which says what padding is.",
+            "[router] dispatch_padding = false needs pad_token_id, which says which tokens are "
+            "padding.",
         ),
         (
             "[router]\nnull_experts = 2\ntop_k = 11",
-            "router.top_k = 11 exceeds the 10 experts that there are: 8 routed and 2 "
+            "router.top_k = 11 exceeds the 10 available experts: 8 routed and 2 "
             "zero-computation ones.",
         ),
         (
@@ -106,7 +107,11 @@ def test_what_does_not_go_together(tmp_path: Path, text: str, message: str) -> N
 def test_all_that_does_not_go_together_is_said_at_once(tmp_path: Path) -> None:
     message = said(tmp_path, "[router]\nnoise = 0.5\ntop_k = 5\ndispatch_padding = false")
     assert len(message.splitlines()) == 1
-    for part in ("noise = 0.5 has no effect", "top_k = 5 is for", "dispatch_padding = false needs"):
+    for part in (
+        "noise = 0.5 has no effect",
+        "top_k = 5 applies only",
+        "dispatch_padding = false needs",
+    ):
         assert part in message
 
 

@@ -90,7 +90,7 @@ def test_a_value_of_the_wrong_kind(
         ),
         (
             "[balance]\nbias_rate = { start = 1, steps = 2 }",
-            "balance.bias_rate: the key end is missing; a schedule is given as a whole.",
+            "balance.bias_rate: the key end is missing; a schedule must be complete.",
         ),
     ],
 )

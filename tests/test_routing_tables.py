@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
 
 EVERYTHING = """
 [router]
@@ -173,8 +173,7 @@ def test_a_mistake_is_found_in_the_file_that_makes_it(tmp_path: Path) -> None:
     child = "[router]\npad_token_id = -1\n[balance]\nz_loss = -1"
     assert said(tmp_path, child, inherits="parent").splitlines() == [
         "parent.toml: router.temperature.end = 0: should be greater than 0.",
-        "parent.toml: router.temperature: the key steps is missing; a schedule is given as a "
-        "whole.",
+        "parent.toml: router.temperature: the key steps is missing; a schedule must be complete.",
         "parent.toml: unknown key 'router.temperature.step'. Did you mean 'steps'?",
         "parent.toml: router.activation = 'relu': should be 'identity', 'softplus' or "
         "'relu_rmsnorm'.",

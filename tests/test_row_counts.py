@@ -1,6 +1,6 @@
 """Rows that experts compute and drop, counted by their selector; and its warning, once.
 
-On torchtitan 0.3; ``hosts/test_drops_0_2.py`` and ``test_titan_grouped_linear.py`` have the others.
+On torchtitan 0.3; ``hosts/test_drops_0_2.py`` and ``test_titan_2026_09.py`` have the others.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import torch
 from dialect import ON_0_2
 from torch.utils.checkpoint import checkpoint
 
-from ezpz_moe.hosts import TITAN_GROUPED_LINEAR, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan.v2026_09 import Titan2026_09
 
 check_host()
 
-if ON_0_2 or generation() is TITAN_GROUPED_LINEAR:
+if ON_0_2 or type(host()) is Titan2026_09:
     pytest.skip("the tests of this host's experts have their own", allow_module_level=True)
 
 from torchtitan.models.common.moe import GroupedExperts  # noqa: E402
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts  # noqa: E402
 
-from ezpz_moe.hosts.titan_0_3.experts import selected  # noqa: E402
+from ezpz_moe.hosts.titan.experts import selected  # noqa: E402
 
 COUNTS, ROWS = torch.tensor([5, 0, 11, 16]), 36  # four tail rows
 
 # compute_backend -> tokens given, rows computed, tokens dropped
 EXPECTED = {
     "batched_mm_capacity(capacity_factor=1.0)": [32, 4 * 9, 2 + 7],
-    "batched_mm_padded(single_buffer=true)": [32, 4 * 16, 0],
+    "batched_mm_padded(max_padding=9)": [32, 4 * 16, 0],
     "batched_mm_padded(max_padding=0.2)": [32, 5 + 2 * 16, 0],
 }
 

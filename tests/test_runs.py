@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ezpz_moe.compute.runs import Run, runs_within, single_run
+from ezpz_moe.compute.runs import Run, runs_within
 
 counts_of_experts = st.lists(st.integers(0, 40), min_size=1, max_size=24).map(tuple)
 bounds = st.sampled_from([0.0, 0.1, 0.25, 1.0, 5.0])
@@ -72,12 +72,13 @@ def test_skew_costs_few_launches(order: str, launches: int) -> None:
     """Zipf-1 over 128 experts, where one run would compute 24 rows for each with a token."""
     share = sum(1 / rank for rank in range(1, 129))
     counts = [int(8192 / rank / share) for rank in range(1, 129)]
-    assert single_run(counts)[0].padding > 22 * sum(counts)
+    (single,) = runs_within(tuple(counts), 1e9)
+    assert single.padding > 22 * sum(counts)
     if order == "shuffled":
         random.Random(0).shuffle(counts)
     assert len(runs_within(tuple(counts), 0.25)) <= launches
 
 
-def test_a_single_run_is_all_experts() -> None:
-    assert single_run([0, 3, 0, 5, 0]) == (Run(0, 5, 5, 0, 8),)
-    assert single_run([0, 0]) == single_run([]) == ()
+def test_without_a_bound_all_experts_with_rows_are_one_run() -> None:
+    assert runs_within((0, 3, 0, 5, 0), 1e9) == (Run(1, 4, 5, 0, 8),)
+    assert runs_within((0, 0), 1e9) == runs_within((), 1e9) == ()

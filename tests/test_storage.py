@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezpz_moe.checkpoints import storage
-from ezpz_moe.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 
 def test_a_data_file_that_lacks_its_last_byte_is_cut_off(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_a_data_file_that_lacks_its_last_byte_is_cut_off(tmp_path: Path) -> None
     (file,) = storage.data_files(tmp_path)
     size = file.stat().st_size
     os.truncate(file, size - 1)
-    with pytest.raises(EzpzError, match=f"is cut off, at {size - 1} of {size} bytes"):
+    with pytest.raises(EzpzError, match=f"is truncated, at {size - 1} of {size} bytes"):
         storage.check_data(tmp_path, metadata)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from telemetry_cases import layer, record, run
 
-from ezpz_moe.routing_schema import AlertThresholds, Balance, Router
+from ezpz_moe.config.routing_schema import AlertThresholds, Balance, Router
 from ezpz_moe.telemetry.alerts import Alerts
 
 EVEN = [1000] * 8
@@ -49,7 +49,7 @@ def test_experts_are_dead_after_so_many_steps_and_are_said_once() -> None:
     assert at_records(messages, "got no token") == [11]  # 10 idle records of 10 steps
     (message,) = messages[10]
     assert message.startswith(
-        "step 110, layer 1: experts 6, 7 of 8 got no token for 100 steps "
+        "step 110, layer 1: experts 6, 7 of 8 got no tokens for 100 steps "
         "([telemetry] alert_dead_steps = 100). Remedy: "
     )
     assert '[balance] aux_loss = 0.01 or bias_update = "sign"' in message
@@ -80,7 +80,7 @@ def test_cv_is_compared_with_its_lowest() -> None:
     # 0.5 - (0.5 - 0.207) * 0.8**n > 0.414: at n = 6.
     assert at_records(messages, "CV") == [27]
     (message,) = messages[26]
-    assert "load CV has risen to 0.423, over 0.414" in message
+    assert "load CV has risen to 0.423, above 0.414" in message
     assert "[telemetry] alert_cv_rise = 2 times its lowest, 0.207" in message
     assert "[balance] aux_loss" in message
 
@@ -124,7 +124,7 @@ def test_collapse_and_its_end() -> None:
     assert at_records(messages, "router collapse") == [2, 5]
     (message,) = messages[1]
     assert message.startswith(
-        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, under 2.8 "
+        "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, below 2.8 "
         "([telemetry] alert_collapse = 0.25 of those beyond the 1 that a token uses). Remedy: "
     )
     assert "[balance] aux_loss and z_loss" in message

@@ -13,10 +13,10 @@ import pytest
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe import cli
-from ezpz_moe.routing_schema import AlertThresholds
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry import page
+from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.plot import plot
-from ezpz_moe.telemetry.record import append
 
 PICTURES = ["load_last", "load_over_steps", "cv_over_steps", "loss_and_balance", "balance_losses"]
 FILES = [*(f"{name}.png" for name in PICTURES), "telemetry.html"]
@@ -90,7 +90,7 @@ def test_the_command_writes_and_tells(run_dir: Path, capsys) -> None:
     assert rows["min / mean"][-2:] == ["0", "2"]  # the dead expert, in layer 2
     assert rows["dead experts (sum)"][-3:] == ["1", "1", "2"]
     (alert,) = [line for line in lines if "got no token" in line]
-    assert alert.startswith("ALERT step 200, layer 2: expert 3 of 4 got no token for 100 steps")
+    assert alert.startswith("ALERT step 200, layer 2: expert 3 of 4 got no tokens for 100 steps")
 
 
 def test_the_page_needs_nothing_else(run_dir: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None
     records = run(layers=2, steps=220, every=20, dead=1)
     plotted = plot(written(tmp_path / "run", [replace(each, thresholds=own) for each in records]))
     (alert,) = plotted.alerts
-    assert alert.startswith("step 140, layer 2: expert 7 of 8 got no token for 40 steps")
+    assert alert.startswith("step 140, layer 2: expert 7 of 8 got no tokens for 40 steps")
     said = "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01"
     assert said in Page(plotted.paths[-1].read_text()).text
 
@@ -205,7 +205,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
     assert refusal(capsys, without).startswith(f"{without}: holds no telemetry.jsonl. A run whose")
     foreign = tmp_path / "notes.txt"
     foreign.write_bytes(b"\xff\xfe notes\n")
-    assert refusal(capsys, foreign).startswith(f"{foreign}, line 1: is no JSON")
+    assert refusal(capsys, foreign).startswith(f"{foreign}, line 1: is not JSON")
     empty = tmp_path / "telemetry.jsonl"
     empty.touch()
     assert refusal(capsys, tmp_path).startswith(f"{empty}: holds no records yet")

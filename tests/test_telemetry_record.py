@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from telemetry_cases import at, layer, record, run
 
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.routing_schema import AlertThresholds
-from ezpz_moe.telemetry.record import LayerRecord, StepRecord, append, read
+from ezpz_moe.telemetry.json_lines import append, read
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
 
 @pytest.fixture
@@ -134,7 +135,10 @@ def test_a_killed_run_costs_its_last_line_only(path: Path, caplog, left: int) ->
     with caplog.at_level(logging.WARNING):
         assert read(path) == [first]
     (said,) = caplog.messages
-    assert said == f"{path}, line 2: is cut off, for the run was killed or is writing it; left out."
+    assert said == (
+        f"{path}, line 2: is truncated, because the run was killed or is still "
+        "writing it; left out."
+    )
     append(path, third)  # the run is resumed
     caplog.clear()
     assert read(path) == [first, third]
@@ -166,13 +170,13 @@ def test_no_records_yet(path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("step 1 loss 2", "is no JSON"),
-        ("", "is no JSON"),
+        ("step 1 loss 2", "is not JSON"),
+        ("", "is not JSON"),
         ("[1]", 'has no "format"'),
         ('{"step": 1}', 'has no "format"'),
-        ('{"format": 2}', "format 2, and this ezpz_moe reads format 1"),
+        ('{"format": 2}', "has format 2, but this ezpz_moe reads format 1"),
         ('{"format": 1}', "step: Field required"),
-        ('{"format": 1, "step": 1, "ste', "is no JSON"),  # cut, but not the last line
+        ('{"format": 1, "step": 1, "ste', "is not JSON"),  # cut, but not the last line
     ],
 )
 def test_what_is_no_record_is_refused_with_its_line(path: Path, line: str, reason: str) -> None:

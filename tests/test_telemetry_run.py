@@ -10,9 +10,9 @@ import pytest
 from dialect import ON_0_2, job, precision
 from trainer_runs import LOG, job_folder, train
 
-from ezpz_moe.routing_schema import AlertThresholds
+from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.plot import raised
-from ezpz_moe.telemetry.record import read
 
 pytestmark = [
     pytest.mark.train,
@@ -122,7 +122,7 @@ PROVOKED = {
         [telemetry]
         alert_dead_steps = 3
         """,
-        r"step 3, layer 2: experts 0, 1 of 8 got no token for 3 steps \(.* alert_dead_steps = 3\)",
+        r"step 3, layer 2: experts 0, 1 of 8 got no tokens for 3 steps \(.* alert_dead_steps = 3\)",
     ),
     "collapsed": (
         """
@@ -133,7 +133,7 @@ PROVOKED = {
         bias_update = "none"
         [telemetry]
         """,
-        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, under 4\.2 ",
+        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, below 4\.2 ",
     ),
     "rising": (
         """

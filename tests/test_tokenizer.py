@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import check_host
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.hosts.detect import check_host
 
 check_host()  # the host's device, before anything else imports the host
 

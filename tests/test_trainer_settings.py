@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.job import Job
-from ezpz_moe.trainer_settings import last_checkpoint, pipeline_degree
+from ezpz_moe.config.job import Job
+from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expect
 
 
 def test_the_hosts_defaults_are_where_we_look():
-    from ezpz_moe.hosts import check_host
+    from ezpz_moe.hosts.detect import check_host
 
     check_host()
     from torchtitan.components.checkpoint import CheckpointManager

@@ -198,7 +198,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(full) > 1
     assert not [config for config in half if config in full]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.warns(UserWarning, match="compute it once before capturing"):
+    with pytest.warns(UserWarning, match="compute the layer once before capturing"):
         assert timed(torch.bfloat16, 32768) == half[:1]
 
 

@@ -201,7 +201,7 @@ def test_the_node_that_is_left_says_which_one_was_lost_and_after_what_time(cut, 
     assert noticed.startswith("This node noticed by: RuntimeError: ")
     assert f"Timed out waiting {TIMEOUT * 1000}ms" in noticed
     assert go_on == (
-        "To go on, start the same line again on every node: it resumes from "
+        "To continue, run the same command again on every node: it resumes from "
         f"outputs/checkpoint/step-{_last_checkpoint(folder)}."
     )
     assert "Root Cause (first observed failure)" not in run.logs[node]

@@ -185,7 +185,7 @@ def test_an_initialiser_with_a_generator_of_its_own_is_refused_by_name() -> None
 def test_a_parameter_that_the_built_model_did_not_have_is_refused_by_name() -> None:
     model, whole = part_and_whole()
     model.adapter = nn.Parameter(torch.zeros(2))
-    with pytest.raises(EzpzError, match="parameters adapter came to the model"):
+    with pytest.raises(EzpzError, match="parameters adapter were added after the model was built"):
         whole.give_values_to(model, initialize)
 
 

@@ -1,4 +1,4 @@
-"""``ezpz_moe.verify``: usable backends pass, and every way to be wrong has its verdict."""
+"""``ezpz_moe.tools.verify``: usable backends pass, and every way to be wrong has its verdict."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from contract_cases import ON_THE_CPU
 
-from ezpz_moe import verify
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.verify import Check, compare, cosine, plan, reasons_against, worst
+from ezpz_moe.tools import verify
+from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, worst
 
 TAIL = Check("for_loop", "cpu", "float32", "tail")
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from ezpz_moe.checkpoints import storage
-from ezpz_moe.checkpoints.tensors import read_whole, write_checkpoint
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding, check_host
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 D, F, LAYERS, VOCABULARY, EXPERTS = 32, 24, 2, 64, 8
 
@@ -114,7 +115,9 @@ def _decoder(config, layers):
 
 def initialized(config) -> nn.Module:
     """The model with weights large enough that each of its parts matters to the logits."""
-    binding("attention").use_sdpa(config)
+    from ezpz_moe.hosts.titan.attention import use_sdpa
+
+    use_sdpa(config)
     torch.manual_seed(0)
     model = config.build()
     model.init_states(buffer_device=torch.device("cpu"))
@@ -140,7 +143,9 @@ def mla_dense(flavor: str) -> nn.Module:
         moe_comm_backend="standard",
         non_blocking_capacity_factor=None,
     )
-    config = binding("models").host_spec(load_flavor(flavor)).model
+    from ezpz_moe.hosts.titan.models import host_spec
+
+    config = host_spec(load_flavor(flavor)).model
     return initialized(dataclasses.replace(config, layers=layers))
 
 
@@ -157,7 +162,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def upcycled(folder: Path, flavor: str) -> nn.Module:
     """The flavor's real model with the weights that were written."""
-    model = binding("models").model_spec(load_flavor(flavor)).model.build()
+    from ezpz_moe.hosts.titan.models import model_spec
+
+    model = model_spec(load_flavor(flavor)).model.build()
     model.init_states(buffer_device=torch.device("cpu"))
     model.load_state_dict(tensors(folder))
     return model.eval()
@@ -167,7 +174,7 @@ def in_float64(model: nn.Module) -> nn.Module:
     """The model in float64, its experts too, which the host computes in bfloat16."""
     model.double()
     for module in model.modules():
-        if isinstance(module, binding("experts").HostExperts):
+        if isinstance(module, titan().experts().HostExperts):
             module.forward = partial(written_out_experts, module)
     return model
 

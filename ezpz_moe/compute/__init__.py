@@ -1,32 +1,43 @@
 """Expert kernels: pure tensor code that imports torch and never a trainer.
 
-Ways to compute the routed experts of a Mixture-of-Experts layer, with one signature::
+Several ways to compute the routed experts of a Mixture-of-Experts layer, with one signature::
+
+    from ezpz_moe.compute import for_loop
 
     y_RD = for_loop(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
-:mod:`.contract` says what every backend promises, :mod:`.registry` finds them by name,
-:mod:`.backends` holds one file for each, :mod:`.reference` the float64 truth that they are
-measured against.
+Every file in :mod:`.backends` has such a function. :mod:`.contract` says what every backend
+promises, :mod:`.registry` finds backends by name, and :mod:`.reference` is the float64 truth that
+they are measured against.
+
+Exports are imported when they are first used: reading a flavor needs the backends' names
+(:mod:`.names`) and must not wait for torch.
 """
 
-from ezpz_moe.compute.backends import batched_mm_capacity as _batched_mm_capacity
-from ezpz_moe.compute.backends import batched_mm_padded as _batched_mm_padded
-from ezpz_moe.compute.backends import for_loop as _for_loop
-from ezpz_moe.compute.backends import grouped_mm as _grouped_mm
-from ezpz_moe.compute.contract import Backend
-from ezpz_moe.compute.registry import backend_names, get_backend
+from __future__ import annotations
 
-for_loop = _for_loop.BACKEND.swiglu
-grouped_mm = _grouped_mm.BACKEND.swiglu
-batched_mm_capacity = _batched_mm_capacity.BACKEND.swiglu
-batched_mm_padded = _batched_mm_padded.BACKEND.swiglu
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Backend",
-    "backend_names",
-    "batched_mm_capacity",
-    "batched_mm_padded",
-    "for_loop",
-    "get_backend",
-    "grouped_mm",
-]
+from ezpz_moe.compute.names import own_backends
+
+_EXPORTED = {
+    "Backend": "ezpz_moe.compute.contract",
+    "backend_names": "ezpz_moe.compute.registry",
+    "get_backend": "ezpz_moe.compute.registry",
+}
+
+__all__ = [*_EXPORTED, *own_backends()]
+
+
+def __getattr__(name: str) -> Any:
+    """An exported class or function, or a backend's ``swiglu``."""
+    if name in _EXPORTED:
+        return getattr(import_module(_EXPORTED[name]), name)
+    if name in own_backends():
+        return import_module(own_backends()[name]).BACKEND.swiglu
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,10 @@
-"""From four plain kernels to differentiable torch operators.
+"""Turn four plain kernels into differentiable torch operators.
 
-A kernel is a function from tensors to new tensors: it knows nothing of autograd, reads the token
-counts on the host where it wants to, and writes its results into buffers of its own. Registered
-as a custom operator it is *one opaque node*: ``torch.compile(fullgraph=True)`` does not look at
-the counts inside, activation checkpointing recomputes it as a whole, and a second
-differentiation is refused by torch with the operator's name.
+A kernel is a function from tensors to new tensors: it knows nothing of autograd, may read the token
+counts on the host, and writes its results into buffers of its own. Registered as a custom operator,
+it is *one opaque node*: ``torch.compile(fullgraph=True)`` does not look at the counts inside,
+activation checkpointing recomputes it as a whole, and torch refuses a second differentiation with
+an error that names the operator.
 """
 
 import inspect
@@ -23,18 +23,19 @@ from ezpz_moe.compute.contract import Backend
 class Kernels:
     """The four kernels of a backend. Legend of the suffixes: :mod:`.contract`.
 
-    Every returned tensor is new, with the shape and strides of ``torch.empty_like`` of what it
-    is the gradient of (``B_EKN`` may be a transposed view: its gradient is laid out like it).
-    After its tensors each takes the backend's ``kernel_options``: numbers, annotated as such.
+    Every returned tensor is new, with the shape and strides of ``torch.empty_like`` of the tensor
+    that it is the gradient of (``B_EKN`` may be a transposed view: its gradient has the same
+    layout). After its tensors, each kernel takes the backend's ``kernel_options``: numbers,
+    annotated as such.
 
     Attributes:
         mm: ``(A_RK, B_EKN, offs_E) -> C_RN``.
         mm_backward: ``(grad_C_RN, A_RK, B_EKN, offs_E) -> (grad_A_RK, grad_B_EKN)``.
         swiglu: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
-            ``x @ w1.T`` and ``x @ w3.T``, all that backward needs saved beside the inputs.
+            ``x @ w1.T`` and ``x @ w3.T``, which is all that backward needs besides the inputs.
         swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
-            -> (grad_w1, grad_w2, grad_w3, grad_x)``. ``gate_RF`` and ``up_RF`` are None where
-            they were not saved: the kernel computes them again.
+            -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
+            were not saved, and the kernel computes them again.
     """
 
     mm: Callable[..., Tensor]
@@ -49,7 +50,7 @@ class Operators:
     Attributes:
         mm: the grouped product, differentiable.
         swiglu: the expert FFN, differentiable; saves gate and up.
-        swiglu_output: the same without gate and up, which its backward computes again.
+        swiglu_output: the same without gate and up, which backward computes again.
     """
 
     def __init__(self, name: str, kernels: Kernels) -> None:
@@ -62,11 +63,11 @@ class Operators:
 
 @dataclass(frozen=True)
 class KernelBackend(Backend):
-    """A backend made of :class:`Kernels`. Saved for backward: the inputs and two [R, F].
+    """A backend made of :class:`Kernels`. Saves the inputs and two [R, F] for backward.
 
     Attributes:
-        recompute: save the inputs alone; backward computes gate and up again, two products of
-            the eleven that forward and backward then have.
+        recompute: save only the inputs; backward then computes gate and up again, two products of
+            eleven in forward and backward together.
     """
 
     operators: ClassVar[Operators]
@@ -100,10 +101,10 @@ class KernelBackend(Backend):
         return y_RD
 
 
-def _operator(name: str, kernel: Callable) -> torch.library.CustomOpDef:
+def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDef:
     @wraps(kernel)
-    def in_the_given_dtype(*arguments):
-        # Autocast reaches into an operator and would cast some of its products, but not others.
+    def in_the_given_dtype(*arguments: Any) -> Any:
+        # Autocast reaches into an operator, and would cast some of its products but not others.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return kernel(*arguments)
 
@@ -115,18 +116,21 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     backward = _operator(f"{name}_mm_backward", kernels.mm_backward)
 
     @forward.register_fake
-    def _(A_RK, B_EKN, offs_E, *options):
+    def _(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, *options: Any) -> Tensor:
+        # Shapes only: torch.compile traces with this instead of running the kernel.
         return A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
 
     @backward.register_fake
-    def _(grad_C_RN, A_RK, B_EKN, offs_E, *options):
+    def _(
+        grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(A_RK), torch.empty_like(B_EKN)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.options = inputs[3:]
 
-    def differentiate(ctx, grad_C_RN):
+    def differentiate(ctx: Any, grad_C_RN: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_C_RN, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, *(None for _ in ctx.options)
 
@@ -138,8 +142,8 @@ def _swiglu_backward(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor,
     backward = _operator(f"{name}_swiglu_backward", kernels.swiglu_backward)
 
     @backward.register_fake
-    def _(grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, gate_RF, up_RF, *options):
-        return tuple(torch.empty_like(like) for like in (w1_EFD, w2_EDF, w3_EFD, x_RD))
+    def _(grad_y_RD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(like) for like in others[:4])  # the weights and x
 
     return backward
 
@@ -150,22 +154,26 @@ def _swiglu_that_saves(
     forward = _operator(f"{name}_swiglu", kernels.swiglu)
 
     @forward.register_fake
-    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+    def _(
+        w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
         R, F = x_RD.shape[0], w1_EFD.shape[1]
         return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, gate_RF, up_RF = output
-        # gate and up are outputs only so that they can be saved: nobody differentiates them, and
-        # without this autograd would fill two [R, F] tensors of zeros for every backward.
+        # gate and up are outputs only in order to be saved. Nobody differentiates them; unless
+        # torch knows that, autograd fills two [R, F] tensors with zeros in every backward.
         ctx.mark_non_differentiable(gate_RF, up_RF)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:5], gate_RF, up_RF)
         ctx.options = inputs[5:]
 
-    def differentiate(ctx, grad_y_RD, grad_gate_RF, grad_up_RF):
+    def differentiate(
+        ctx: Any, grad_y_RD: Tensor | None, grad_gate_RF: None, grad_up_RF: None
+    ) -> tuple[Tensor | None, ...]:
         without_gradient = (None, *(None for _ in ctx.options))
-        if grad_y_RD is None:  # nothing arrived from above
+        if grad_y_RD is None:  # no gradient arrived from above
             return (None,) * 4 + without_gradient
         return *backward(grad_y_RD, *ctx.saved_tensors, *ctx.options), *without_gradient
 
@@ -177,24 +185,24 @@ def _swiglu_that_recomputes(
     name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., Tensor]:
     @wraps(kernels.swiglu)
-    def output(*arguments):
+    def output(*arguments: Any) -> Tensor:
         y_RD, _, _ = kernels.swiglu(*arguments)
         return y_RD
 
-    # The operator's schema is read from it: what the kernel takes, and y alone.
+    # torch reads the operator's schema from it: the kernel's arguments, and y as the only result.
     signature = inspect.signature(kernels.swiglu).replace(return_annotation=Tensor)
     output.__signature__ = signature  # type: ignore[attr-defined]
     forward = _operator(f"{name}_swiglu_output", output)
 
     @forward.register_fake
-    def _(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *options):
+    def _(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any) -> Tensor:
         return x_RD.new_empty(x_RD.shape)
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.options = inputs[5:]
 
-    def differentiate(ctx, grad_y_RD):
+    def differentiate(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_y_RD, *ctx.saved_tensors, None, None, *ctx.options)
         return *gradients, None, *(None for _ in ctx.options)
 

@@ -1,4 +1,4 @@
-"""The contract that every expert backend keeps, and the checks of its arguments.
+"""The contract that every expert backend keeps, and checks of its arguments.
 
 Shape suffixes, as torchtitan writes them:
     R = routed tokens, sorted by expert; E = local experts; D = model dimension;
@@ -6,17 +6,18 @@ Shape suffixes, as torchtitan writes them:
 
 What a backend promises, whatever the routing:
 
-- output and all four gradients (x, w1, w2, w3) equal the float64 reference within twice the
-  error of the plain loop in the same dtype, plus 1e-6 of the tensor's scale;
+- output and all four gradients (x, w1, w2, w3) equal the float64 reference within twice the error
+of the plain loop in the same dtype, plus 1e-6 of the tensor's scale;
 - rows beyond the sum of the counts (*tail rows*) get exactly zero, as outputs and as input
-  gradients, even when the tail of x holds NaN;
+gradients, even if the tail of x holds NaN;
 - an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it);
-- the result has x's dtype; inputs are not changed; a rerun gives the same bits;
+- the result has x's dtype; inputs do not change; a rerun gives the same bits;
 - a second differentiation is right or refused, never silently wrong.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,17 @@ _INTEGERS = (torch.int32, torch.int64)
 class Backend(ABC):
     """One way to compute routed experts. Stateless; a subclass is one file in ``backends/``.
 
-    A backend with options is a frozen dataclass whose fields they are, all with defaults:
+    A backend with options is a frozen dataclass; the options are its fields, all with defaults.
     ``compute_backend = "for_loop(recompute=true)"`` sets one.
 
     Attributes:
         name: what ``compute_backend`` says, without options.
         summary: one line for tables and logs.
-        host_syncs: forward copies the token counts to the host, so that a CUDA graph cannot
-            capture it.
-        static_shapes: no intermediate has a shape that depends on the routing.
-        drops_tokens: tokens beyond a capacity are left out.
-        pads: rows are computed that carry no token.
+        host_syncs: whether forward copies the token counts to the host, which a CUDA graph cannot
+            capture.
+        static_shapes: whether no intermediate has a shape that depends on the routing.
+        drops_tokens: whether tokens beyond a capacity are left out.
+        pads: whether it computes rows that carry no token.
     """
 
     name: str
@@ -49,11 +50,11 @@ class Backend(ABC):
 
     @property
     def lossless(self) -> "Backend":
-        """The same backend with options under which it drops nothing: its numbers can be judged."""
+        """The same backend, with options that drop nothing: its numbers can then be checked."""
         return self
 
-    def __deepcopy__(self, memo: dict) -> "Backend":
-        return self  # stateless: a copied model (pipeline stages) computes with the same backend
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
+        return self  # stateless: a copied model (pipeline stages) uses the same backend
 
     def why_not(
         self, device: torch.device, dtype: torch.dtype, *, dims: Sequence[int] = ()
@@ -61,12 +62,12 @@ class Backend(ABC):
         """Every reason why this backend cannot run, each with its remedy; empty means usable.
 
         Args:
-            device: where the experts are computed; it has to exist on this machine.
+            device: where to compute the experts; it has to exist on this machine.
             dtype: what the kernels compute in.
             dims: sizes of the products' dimensions (D and F, as far as known).
         """
         if not dtype.is_floating_point:
-            return [f"{dtype} is no floating-point type: use torch.bfloat16 or torch.float32"]
+            return [f"{dtype} is not a floating-point type: use torch.bfloat16 or torch.float32"]
         missing = missing_device(device)
         return [missing] if missing else self._why_not(device, dtype, dims)
 
@@ -78,8 +79,8 @@ class Backend(ABC):
         Args:
             A_RK: rows sorted by expert.
             B_EKN: one matrix per expert, any strides (commonly a transposed view).
-            offs_E: int32 or int64, inclusive cumulative row counts: expert e owns the rows
-                ``offs[e - 1] : offs[e]``. As torch._grouped_mm takes it.
+            offs_E: int32 or int64, inclusive cumulative row counts, as for torch._grouped_mm:
+            expert e owns the rows ``offs[e - 1] : offs[e]``.
 
         Returns:
             C_RN in A's dtype.
@@ -117,15 +118,15 @@ class Backend(ABC):
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
     ) -> torch.Tensor | None:
-        """What :meth:`swiglu` makes of these counts, for telemetry, if it pads or drops.
+        """What :meth:`swiglu` makes of these counts, for telemetry, if the backend pads or drops.
 
         Args:
             num_tokens_per_expert_E: int32 or int64 counts, on any device.
             num_rows: R, tail rows included.
 
         Returns:
-            int64 [2]: rows computed, and tokens dropped; None: the backend does not say. No device
-            sync where ``host_syncs`` is false, else one copy of the counts.
+            int64 [2]: rows computed, and tokens dropped; None if the backend does not say. No
+            device sync if ``host_syncs`` is false, else one copy of the counts.
         """
         return None
 
@@ -153,7 +154,7 @@ class Backend(ABC):
 
 
 def missing_device(device: torch.device) -> str | None:
-    """Why ``device`` does not exist here, or None. Meta tensors and the CPU always do."""
+    """Why ``device`` does not exist here, or None. Meta tensors and the CPU always exist."""
     if device.type in ("cpu", "meta"):
         return None
     module = getattr(torch, device.type, None)
@@ -168,7 +169,7 @@ def missing_device(device: torch.device) -> str | None:
 
 
 def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> None:
-    """Ranks, sizes, dtypes and devices of :meth:`Backend.grouped_mm`. No device sync."""
+    """Check ranks, sizes, dtypes and devices for :meth:`Backend.grouped_mm`. No device sync."""
     _check_rank("A_RK", A_RK, 2)
     _check_rank("B_EKN", B_EKN, 3)
     _check_same("B_EKN", B_EKN, "A_RK", A_RK)
@@ -187,7 +188,7 @@ def check_swiglu(
     x_RD: torch.Tensor,
     num_tokens_per_expert_E: torch.Tensor,
 ) -> None:
-    """Ranks, sizes, dtypes and devices of :meth:`Backend.swiglu`. No device sync."""
+    """Check ranks, sizes, dtypes and devices for :meth:`Backend.swiglu`. No device sync."""
     _check_rank("x", x_RD, 2)
     _check_rank("w1", w1_EFD, 3)
     E, F_, D = w1_EFD.shape
@@ -199,7 +200,7 @@ def check_swiglu(
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; "
-                f"with w1 of shape (E, F, D) = {(E, F_, D)} it has to be {shape}"
+                f"with w1 of shape (E, F, D) = {(E, F_, D)} it must be {shape}"
             )
         _check_same(name, tensor, "w1", w1_EFD)
     _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
@@ -208,26 +209,26 @@ def check_swiglu(
 def _to_host(counts_E: torch.Tensor) -> list[int]:
     if counts_E.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "this expert backend copies the token counts to the host, and a CUDA graph cannot "
-            "capture that: turn CUDA graphs off (torchtitan: --training.disable_cuda_graphs), or "
+            "this expert backend copies the token counts to the host, which a CUDA graph cannot "
+            "capture: turn CUDA graphs off (torchtitan: --training.disable_cuda_graphs), or "
             "choose a backend without host syncs (grouped_mm)"
         )
     return counts_E.tolist()
 
 
 def is_transposed(weights_EXY: torch.Tensor) -> bool:
-    """Whether the last two dimensions lie in memory the other way round, as in the host's ``B_t``.
+    """Whether the last two dimensions are swapped in memory, as in the host's ``B_t``.
 
-    A product is written where they do not: on the CPU ``torch.bmm`` in bfloat16 is two thousand
-    times slower into a transposed ``out``.
+    Products are written into tensors that are not: on the CPU, ``torch.bmm`` in bfloat16 is two
+    thousand times slower with a transposed ``out``.
     """
     return weights_EXY.stride(1) == 1 < weights_EXY.stride(2)
 
 
 def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """``gradient`` with the strides that ``torch.empty_like(model)`` has; copied if it has others.
+    """``gradient`` with the strides of ``torch.empty_like(model)``; copied if it has others.
 
-    They are asked of a tensor without memory: a gradient of weights is large.
+    The strides are taken from a tensor without memory, because a gradient of weights is large.
     """
     if gradient.stride() == torch.empty_like(model, device="meta").stride():
         return gradient
@@ -235,7 +236,7 @@ def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
-    """The counts as Python integers. ONE device-to-host copy when they are on a device.
+    """The counts as Python integers. ONE device-to-host copy if they are on a device.
 
     Raises:
         ValueError: a negative count, or more tokens than rows.
@@ -251,15 +252,15 @@ def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list
 
 
 def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
-    """Inclusive cumulative offsets as counts. ONE device-to-host copy.
+    """Turn inclusive cumulative offsets into counts. ONE device-to-host copy.
 
     Raises:
-        ValueError: offsets that fall, or that go beyond the rows.
+        ValueError: the offsets fall, or go beyond the rows.
     """
     offsets = _to_host(offs_E)
     counts = [end - start for start, end in zip([0, *offsets], offsets, strict=False)]
     if any(count < 0 for count in counts):
-        raise ValueError(f"offs_E has to start at or above 0 and never fall: {offsets}")
+        raise ValueError(f"offs_E must start at or above 0 and never fall: {offsets}")
     if offsets and offsets[-1] > num_rows:
         raise ValueError(f"offs_E ends at {offsets[-1]}, but A_RK has only {num_rows} rows")
     return counts
@@ -268,17 +269,18 @@ def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
 def check_where_free(
     check: Callable[[torch.Tensor, int], object], counts_E: torch.Tensor, rows_RX: torch.Tensor
 ) -> None:
-    """Look at the counts' values where that needs no device sync: for a backend without any.
+    """Check the counts' values if that needs no device sync: for backends that have none.
 
     Args:
         check: :func:`counts_on_host` or :func:`counts_of_offsets`, which raise.
     """
+    # While torch.compile traces, the counts have no values yet.
     if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
         check(counts_E, rows_RX.shape[0])
 
 
 def offsets_on_device(offs_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
-    """The offsets on the rows' device, contiguous. Copied to no host: on the CPU they are checked.
+    """The offsets on the rows' device, contiguous. Checked on the CPU, and never copied to it.
 
     Raises:
         ValueError: on the CPU, what :func:`counts_of_offsets` raises.
@@ -288,7 +290,7 @@ def offsets_on_device(offs_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tens
 
 
 def offsets_of_counts(counts_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
-    """Inclusive cumulative offsets, int64, on the rows' device; as :func:`offsets_on_device`.
+    """Inclusive cumulative offsets, int64, on the rows' device; like :func:`offsets_on_device`.
 
     Raises:
         ValueError: on the CPU, what :func:`counts_on_host` raises.
@@ -299,7 +301,7 @@ def offsets_of_counts(counts_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Te
 
 def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
     if tensor.dim() != rank:
-        raise ValueError(f"{name} has to have {rank} dimensions, not shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(tensor.shape)}")
 
 
 def _check_same(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor) -> None:
@@ -315,7 +317,7 @@ def _check_same(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor
 def _check_counts(name: str, counts_E: torch.Tensor, num_experts: int) -> None:
     _check_rank(name, counts_E, 1)
     if counts_E.dtype not in _INTEGERS:
-        raise TypeError(f"{name} has to be int32 or int64, not {counts_E.dtype}")
+        raise TypeError(f"{name} must be int32 or int64, not {counts_E.dtype}")
     if counts_E.shape[0] != num_experts:
         raise ValueError(
             f"{name} has {counts_E.shape[0]} entries, but the weights have {num_experts} experts"

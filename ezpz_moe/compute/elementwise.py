@@ -1,4 +1,4 @@
-"""The elementwise part of a SwiGLU's backward, as every backend with kernels of torch's has it."""
+"""The elementwise part of SwiGLU's backward, for every backend that uses torch's kernels."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ def swiglu_gradients_(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up in ``activated * up``, where ``activated = silu(gate)``.
 
-    Nothing is allocated, because fresh memory is what an allocator charges for: the gradient of
-    gate takes the place of ``grad_hidden``, that of up the place of ``activated``.
+    Allocates nothing, because fresh memory costs an allocator the most: the gradient of gate
+    replaces ``grad_hidden``, and that of up replaces ``activated``.
     """
     grad_up = activated.mul_(grad_hidden)
     grad_gate = grad_hidden.mul_(up)

@@ -1,9 +1,9 @@
-"""In which dtypes a device multiplies matrices natively: asked of torch, never of a CPU's name.
+"""The dtypes in which a device multiplies matrices natively: torch tells, never a CPU's name.
 
-A CPU without bfloat16 instructions (AVX2: most laptops, many servers) still takes bfloat16, and
+A CPU without bfloat16 instructions (AVX2: most laptops, many servers) still accepts bfloat16, but
 torch multiplies it there 10 to 40 times slower than float32. So the kernels multiply in float32
 there (:mod:`.products`), and jobs train in float32 unless they say otherwise (the host bindings).
-Accelerators are not asked: what they cannot multiply they refuse, and ``why_not`` says so.
+Accelerators are not asked: they refuse what they cannot multiply, and ``why_not`` says so.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from ezpz_moe.errors import EzpzError
 
 VARIABLE = "EZPZ_MOE_NATIVE_DTYPES"
-"""Overrides what torch says of the CPU: "float32" or "float32,bfloat16,float16"."""
+"""Overrides what torch says about the CPU: "float32" or "float32,bfloat16,float16"."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes that a CPU may lack; it always has float32 and float64."""
@@ -24,19 +24,20 @@ HALVES = (torch.bfloat16, torch.float16)
 def native_halves() -> frozenset[torch.dtype]:
     """Which of :data:`HALVES` this machine's CPU multiplies natively.
 
-    Cached, because kernels ask for every product: a test that sets :data:`VARIABLE` calls
+    Cached, because kernels ask at every product: a test that sets :data:`VARIABLE` must call
     ``native_halves.cache_clear()``.
 
     Raises:
-        EzpzError: :data:`VARIABLE` names something else than dtypes.
+        EzpzError: :data:`VARIABLE` names something other than dtypes.
     """
     if (named := os.environ.get(VARIABLE)) is not None:
         return _named(named)
-    # Absent from a torch that is built without oneDNN, which then has no such products.
+    # A torch built without oneDNN lacks these questions, and has no such products either.
     questions = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
+    # Below, bool() answers False for a torch that does not know the question.
     available = torch.backends.mkldnn.is_available()
     return frozenset(
         dtype
@@ -46,12 +47,12 @@ def native_halves() -> frozenset[torch.dtype]:
 
 
 def is_emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether ``device`` computes products in ``dtype`` by other means than instructions for it."""
+    """Whether ``device`` computes products in ``dtype`` without instructions for it."""
     return dtype in HALVES and torch.device(device).type == "cpu" and dtype not in native_halves()
 
 
 def emulation_note(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """One line for people where ``dtype`` is slow on ``device``, or None."""
+    """One line for the user if ``dtype`` is slow on ``device``, else None."""
     if not is_emulated(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")
@@ -66,7 +67,7 @@ def _named(names: str) -> frozenset[torch.dtype]:
     chosen = [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise EzpzError(
-            f"{VARIABLE} = {names!r}: {unknown[0]!r} is no dtype that a CPU may multiply. "
+            f"{VARIABLE} = {names!r}: {unknown[0]!r} is not a dtype that a CPU may multiply. "
             f"Write some of {', '.join(known)}, separated by commas."
         )
     return frozenset(known[name] for name in chosen) & frozenset(HALVES)

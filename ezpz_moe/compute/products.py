@@ -1,13 +1,14 @@
-"""The matrix products of the backends that are made of torch's own: mm, bmm and the grouped mm.
+"""Matrix products for the backends built from torch's own: mm, bmm and the grouped mm.
 
-Where the dtype is emulated (:mod:`.native`) they multiply in float32, expert by expert or few
-experts at a time, and round each result once. No float32 copy of a whole weight stack is ever
-held: only of what one call of torch multiplies. Elsewhere they are torch's functions unchanged.
+If the dtype is emulated (:mod:`.native`) they multiply in float32, expert by expert or a few
+experts at a time, and round each result once. They never hold a float32 copy of a whole weight
+stack, only of what one call of torch multiplies. Otherwise they are torch's functions unchanged.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. n = rows that belong to an expert;
 g = experts of a batched product, C = rows that each of them has.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ezpz_moe.compute.native import HALVES, is_emulated
 
 _ELEMENTS_AT_ONCE = 2**19
-"""Of operands and result, that a batched product holds in float32: 2 MiB, or one expert's."""
+"""Operands and result of a batched product in float32: at most 2 MiB, or one expert's."""
 
 
 def mm(A_nK: Tensor, B_KN: Tensor, out_nN: Tensor) -> None:
@@ -38,7 +39,7 @@ def mm_sum(A_nK: Tensor, B_KN: Tensor, A2_nL: Tensor, B2_LN: Tensor, out_nN: Ten
 
 
 def bmm(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor | None = None) -> Tensor:
-    """``out[i] = A[i] @ B[i]``; returns ``out``, which is new where none is given."""
+    """``out[i] = A[i] @ B[i]``; returns ``out``, which is new if none is given."""
     if out_gCN is None:
         out_gCN = _new(A_gCK, B_gKN)
     if _is_emulated(A_gCK):
@@ -52,7 +53,7 @@ def bmm(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor | None = None) -> Tensor:
 def bmm_sum(
     A_gCK: Tensor, B_gKN: Tensor, A2_gCL: Tensor, B2_gLN: Tensor, out_gCN: Tensor | None = None
 ) -> Tensor:
-    """``out[i] = A[i] @ B[i] + A2[i] @ B2[i]``; returns ``out``, new where none is given."""
+    """``out[i] = A[i] @ B[i] + A2[i] @ B2[i]``; returns ``out``, which is new if none is given."""
     if out_gCN is None:
         out_gCN = _new(A_gCK, B_gKN)
     if _is_emulated(A_gCK):
@@ -103,17 +104,17 @@ def _new(A_gCK: Tensor, B_gKN: Tensor) -> Tensor:
 
 
 def _is_emulated(operand: Tensor) -> bool:
-    # The dtype first: asked for every product, this has to cost nothing beside a small one.
+    # Check the dtype first: this runs at every product, and must cost nothing next to a small one.
     return operand.dtype in HALVES and is_emulated(operand.device, operand.dtype)
 
 
-def _few_at_once(*batches_gXY: Tensor):
-    """The batches cut into equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
+def _few_at_once(*batches_gXY: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
     of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
     experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))
     return zip(*(batch.split(experts) for batch in batches_gXY), strict=True)
 
 
 def _rows_of_experts(offs_E: Tensor) -> list[slice]:
-    """On the CPU alone, where the offsets are read without waiting for a device."""
+    """Each expert's rows. Used on the CPU only, where reading the offsets waits for no device."""
     return [slice(start, end) for start, end in pairwise([0, *offs_E.tolist()])]

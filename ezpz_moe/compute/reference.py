@@ -1,9 +1,10 @@
-"""The truth that backends are measured against: a plain loop in float64, and its error bound.
+"""The truth that backends are measured against: a plain loop in float64, and the error bound.
 
-Written for reading, not for speed: slices, ``@`` and autograd, nothing shared with a backend.
+Written for reading, not for speed: slices, ``@`` and autograd, sharing nothing with a backend.
 Legend of the suffixes: :mod:`.contract`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ NAMES = ("y", "grad_w1", "grad_w2", "grad_w3", "grad_x")
 
 @dataclass(frozen=True)
 class Case:
-    """One expert layer's inputs and the gradient that arrives at its output."""
+    """One expert layer's inputs, and the gradient that arrives at its output."""
 
     w1_EFD: Tensor
     w2_EDF: Tensor
@@ -25,7 +26,8 @@ class Case:
     grad_y_RD: Tensor
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Case":
-        """The same case elsewhere and with another floating-point dtype; counts stay integers."""
+        """The same case on another device, in another floating-point dtype; counts stay
+        integers."""
         return Case(
             self.w1_EFD.to(device, dtype),
             self.w2_EDF.to(device, dtype),
@@ -48,8 +50,8 @@ def random_case(
 ) -> Case:
     """Random inputs of an expert layer; the ``tail`` rows of x hold NaN.
 
-    Weights are scaled by the square root of their inner dimension, so that every product keeps
-    the scale of its input, whatever the sizes.
+    Weights are scaled by the square root of their inner dimension: every product then keeps the
+    scale of its input, whatever the sizes.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,7 +71,9 @@ def random_case(
     )
 
 
-def plain_loop(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+def plain_loop(
+    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor
+) -> Tensor:
     """The expert FFN as one would write it on a blackboard; tail rows are zero."""
     counts = counts_E.tolist()
     *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
@@ -82,8 +86,8 @@ def plain_loop(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, cou
     return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)])
 
 
-def run(swiglu, case: Case) -> dict[str, Tensor]:
-    """Output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
+def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
+    """The output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
     inputs = [
         tensor.detach().requires_grad_()
         for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
@@ -94,14 +98,14 @@ def run(swiglu, case: Case) -> dict[str, Tensor]:
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """Output and gradients in float64, on the CPU: some accelerators have no float64."""
+    """The output and gradients in float64, on the CPU: some accelerators have no float64."""
     return run(plain_loop, case.to("cpu", torch.float64))
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm; the plain norm where true is zero.
+    """``|value - true| / |true|`` in the Frobenius norm; just ``|value|`` if true is zero.
 
-    ``value`` may be on any device, ``true`` is on the CPU in float64.
+    ``value`` may be on any device; ``true`` is on the CPU in float64.
     """
     difference = torch.linalg.vector_norm(value.cpu().double() - true).item()
     scale = torch.linalg.vector_norm(true).item()
@@ -109,6 +113,6 @@ def relative_error(value: Tensor, true: Tensor) -> float:
 
 
 def error_bounds(case: Case, true: dict[str, Tensor]) -> dict[str, float]:
-    """Largest relative error allowed: twice that of the plain loop in the case's dtype, + 1e-6."""
+    """The largest relative errors allowed: twice the plain loop's in the case's dtype, + 1e-6."""
     plain = run(plain_loop, case)
     return {name: 2 * relative_error(plain[name], true[name]) + 1e-6 for name in NAMES}

@@ -1,4 +1,4 @@
-"""Backends by name. One door for ours and for those of other packages."""
+"""Find backends by name, both ours and those of other packages."""
 
 import dataclasses
 import json
@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ezpz_moe.backend_names import backend_entry_points, known_backend_names, name_and_options
 from ezpz_moe.compute.contract import Backend
+from ezpz_moe.compute.names import backend_entry_points, known_backend_names, name_and_options
 from ezpz_moe.errors import EzpzError, did_you_mean
 
 
@@ -19,11 +19,11 @@ def backend_names() -> list[str]:
 
 @cache
 def get_backend(compute_backend: str) -> Backend:
-    """The backend called ``"name"``, or ``"name(option=value, ...)"`` with its options set.
+    """The backend ``"name"``, or ``"name(option=value, ...)"`` with its options set.
 
     Raises:
-        EzpzError: no such backend or option, a value that the option does not take, or the
-            package that brings the backend does not load.
+        EzpzError: there is no such backend or option, the option does not accept the value, or the
+            backend's package does not load.
     """
     name, options = name_and_options(compute_backend)
     backend = _installed(name)
@@ -31,7 +31,7 @@ def get_backend(compute_backend: str) -> Backend:
 
 
 def options_of(backend: Backend) -> dict[str, Any]:
-    """The backend's options and their values."""
+    """The backend's options, with their values."""
     return dataclasses.asdict(backend) if dataclasses.is_dataclass(backend) else {}
 
 
@@ -42,18 +42,18 @@ def _installed(name: str) -> Backend:
     except Exception as error:
         raise EzpzError(
             f"compute_backend {name!r} ({point.value}) cannot be loaded: "
-            f"{type(error).__name__}: {error}. Mend or uninstall the package that brings it."
+            f"{type(error).__name__}: {error}. Repair or uninstall the package that provides it."
         ) from error
     if not isinstance(backend, Backend) or backend.name != name:
         raise EzpzError(
-            f"compute_backend {name!r}: the entry point {point.value} has to be an "
+            f"compute_backend {name!r}: the entry point {point.value} must be an "
             f"ezpz_moe.compute.Backend whose name is {name!r}, not {backend!r}."
         )
     return backend
 
 
 def _with_options(backend: Backend, options: dict[str, Any], compute_backend: str) -> Backend:
-    """The same backend with these fields, of the types and in the ranges that it declares."""
+    """The same backend with these options, which must have the declared types and ranges."""
     known = list(options_of(backend))
     for option in options:
         if option not in known:
@@ -62,7 +62,7 @@ def _with_options(backend: Backend, options: dict[str, Any], compute_backend: st
                 f"Its options: {', '.join(known) or 'none'}.{did_you_mean(option, known)}"
             )
     try:
-        # As JSON: with strict types, Python's values would have to be an instance already.
+        # Via JSON: in strict mode, Python values would already have to be instances of the types.
         return TypeAdapter(type(backend)).validate_json(json.dumps(options), strict=True)
     except ValidationError as error:
         wrong = error.errors()[0]

@@ -1,14 +1,13 @@
 """Runs of neighbouring experts that one batched product computes, with bounded padding.
 
-A batched product takes one weight tensor with one stride: without copies of the weights these are
-experts next to each other. All of them get as many rows as the busiest of the run has, so that
-merging runs trades launches for padding. Plain Python on the host; no tensors here.
+A batched product takes one weight tensor with one stride: without copying weights, these are
+experts next to each other. Each of them gets as many rows as the busiest in the run, so merging
+runs trades launches for padding. Plain Python on the host; no tensors here.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -32,24 +31,19 @@ class Run(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Rows that are computed for nothing."""
+        """Rows that are computed in vain."""
         return self.experts * self.capacity - (self.end - self.start)
 
 
-def single_run(counts: Sequence[int]) -> tuple[Run, ...]:
-    """All experts as one run, however much padding that is; none where there are no rows."""
-    capacity = max(counts, default=0)
-    return (Run(0, len(counts), capacity, 0, sum(counts)),) if capacity else ()
-
-
-@lru_cache(maxsize=256)  # backward asks for what forward asked for
+@lru_cache(maxsize=256)  # backward asks the same as forward
 def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
     """Few runs that cover every expert with rows, in the experts' order.
 
-    Neighbours are merged, the pair that adds least padding first, until another would bring the
-    padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
-    only where they lie between two with rows.
+    Merges neighbours, first the pair that adds the least padding, until the next merge would bring
+    the padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
+    only if they lie between two with rows.
     """
+    # Start with one run per expert, or per stretch of equally busy neighbours.
     first: list[int] = []
     stop: list[int] = []
     capacity: list[int] = []
@@ -60,21 +54,24 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
             first.append(expert)
             stop.append(expert + 1)
             capacity.append(count)
-    # Merging i with the run after it, j, grows i; j is gone then, and its stop 0.
+    # Merging i with the next run, j, grows i; j then no longer exists, and its stop is 0.
     before, after = [*range(-1, len(first) - 1)], [*range(1, len(first)), -1]
 
     def offer(i: int, j: int) -> tuple[int, int, int, int]:
-        """(padding that merging adds, i, and what tells whether i or j has grown since)."""
+        """(padding that merging adds, i, and two values that tell whether i or j has grown
+        since)."""
         experts = stop[j] - first[i]
         computed = (stop[i] - first[i]) * capacity[i] + (stop[j] - first[j]) * capacity[j]
         return experts * max(capacity[i], capacity[j]) - computed, i, stop[i], stop[j]
 
     offers = [offer(i, i + 1) for i in range(len(first) - 1)]
     heapq.heapify(offers)
+    # Spend the allowed padding on the cheapest merges first.
     left = max_padding * sum(counts)
     while offers and offers[0][0] <= left:
         added, i, stop_i, stop_j = heapq.heappop(offers)
         j = after[i]
+        # This offer is out of date: i or j was merged after it was made.
         if stop[i] != stop_i or stop[j] != stop_j:
             continue
         left -= added

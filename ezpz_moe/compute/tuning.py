@@ -1,6 +1,6 @@
 """Which backend is fastest: measured on a layer's own rows, and remembered on disk.
 
-What the times depend on is a :class:`Situation`. :mod:`.agreement` has what ranks make of it.
+A :class:`Situation` is what the times depend on. :mod:`.agreement` makes ranks agree on a choice.
 """
 
 import hashlib
@@ -22,22 +22,20 @@ import torch
 from pydantic import TypeAdapter
 
 from ezpz_moe import __version__
-from ezpz_moe.cache import CACHE_VARIABLE, cache_root
+from ezpz_moe.compute.cache import CACHE_VARIABLE, cache_root
 from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)
 
-"""Names the folder of what has been measured, in place of the user's cache folder."""
-
-_TURNS = 15  # of docs/benchmarks' turns 5 choose one that is over 5 % slower in 2.7 %, 15 in 1.1 %
-_SECONDS = 30  # after which no further turn begins
+_TURNS = 15  # in docs/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %
+_SECONDS = 30  # no further turn begins after this
 
 _OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What layers have in common, on whatever rank, that are computed by the same backend.
+    """What layers computed by the same backend have in common, on whatever rank.
 
     Attributes:
         product: ``"swiglu"`` or ``"mm"``.
@@ -45,7 +43,7 @@ class Question:
         device: :func:`device_name`.
         dtype: what the kernels compute in.
         sizes: (E, D, F), or (E, K, N) of one product.
-        recompute: backward computes gate and up again.
+        recompute: whether backward computes gate and up again.
         torch, ezpz_moe: their versions.
     """
 
@@ -67,16 +65,16 @@ class Question:
 
     @property
     def key(self) -> str:
-        """The same for equal questions only, in every process."""
+        """A key that only equal questions share, in every process."""
         return _key(self)
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What the fastest backend depends on.
+    """What determines the fastest backend.
 
     Attributes:
-        question: who is asked for.
+        question: what is to be computed.
         rows: R, rounded up to a power of two.
         skew: class of the load, :func:`skew_class`.
     """
@@ -90,13 +88,13 @@ class Situation:
 
     @property
     def busiest(self) -> str:
-        """Load of the busiest expert over the mean, in the middle of the class."""
+        """Load of the busiest expert over the mean, at the middle of the class."""
         return f"{2 ** (self.skew / 2):.2g}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of forward and backward by backend, the fastest first; None: out of memory."""
+    """Milliseconds of forward and backward by backend, fastest first; None means out of memory."""
 
     milliseconds: dict[str, float | None]
 
@@ -113,7 +111,7 @@ class Measured:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What times on a device depend on; on a CPU it matters much who hands out its memory."""
+    """What times on a device depend on; on a CPU, the memory allocator matters much."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
@@ -125,14 +123,14 @@ def device_name(device: torch.device) -> str:
 
 
 def allocator_variables() -> dict[str, str]:
-    """What this process's environment says of memory."""
+    """The memory settings in this process's environment."""
     return {key: value for key, value in os.environ.items() if key.startswith(_OF_ALLOCATORS)}
 
 
 def skew_class(busiest_over_mean: float) -> int:
     """0 for an even load; one more for every half power of two of the busiest expert's.
 
-    So fine, because a batched product is the fastest for an even load and no longer at 1.3.
+    That fine because a batched product is fastest for an even load, but no longer at 1.3.
     """
     return round(2 * math.log2(max(busiest_over_mean, 1)))
 
@@ -140,12 +138,12 @@ def skew_class(busiest_over_mean: float) -> int:
 def fastest(
     situation: Situation, runs: Mapping[str, Callable[[], object]], device: torch.device
 ) -> str:
-    """The fastest of ``runs``, each a forward and backward pass of one backend; logged.
+    """The fastest of ``runs``, each one backend's forward and backward pass; logs the choice.
 
     Raises:
         torch.OutOfMemoryError: none of them fits in memory.
     """
-    measured, source = _remembered(situation), "measured by a former run"
+    measured, source = _remembered(situation), "measured by an earlier run"
     if measured is None:
         start = time.perf_counter()
         measured = measure(runs, device)
@@ -156,11 +154,12 @@ def fastest(
 
 
 def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> Measured:
-    """Time each of ``runs``. They take turns, so that a busy machine slows all of them alike."""
+    """Time each of ``runs``. They take turns: a busy machine then slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     too_large: dict[str, None] = {}
     start = time.perf_counter()
     for turn in range(1 + _TURNS):
+        # One timed turn always completes, however slow it is.
         if turn > 1 and time.perf_counter() - start > _SECONDS:
             break
         for name, run in runs.items():
@@ -173,7 +172,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
                     raise
                 too_large[name] = None
                 continue
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up
                 times[name].append(elapsed)
     medians = {
         name: statistics.median(each) for name, each in times.items() if name not in too_large
@@ -184,12 +183,12 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory did not suffice. For that the CPU's allocator has no class of its own."""
+    """Whether memory ran out. The CPU's allocator has no exception class of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """By the host's clock, over all that ``run`` has put on the device."""
+    """Time all that ``run`` puts on the device, by the host's clock."""
     synchronize = getattr(torch.get_device_module(device), "synchronize", lambda: None)
     synchronize()
     start = time.perf_counter()
@@ -198,21 +197,22 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-# --- what former runs have measured ---------------------------------------------------------------
+# --- what earlier runs measured -------------------------------------------------------------------
 
 
 def _key(asked: Question | Situation) -> str:
+    # Not hash(): Python seeds that anew in every process.
     return hashlib.sha256(json.dumps(asdict(asked)).encode()).hexdigest()[:16]
 
 
 def cache_folder() -> Path:
-    """Where a file for each situation is kept; it need not be there yet."""
+    """The folder with a file for each situation; it may not exist yet."""
     return cache_root() / "auto"
 
 
 @contextmanager
 def elsewhere() -> Iterator[str]:
-    """Meanwhile nothing of former runs is known; what is measured is kept in a folder that goes."""
+    """Forget earlier runs for a while; new measurements go to a folder that is then removed."""
     with (
         tempfile.TemporaryDirectory(prefix="ezpz-moe-tune-") as folder,
         variable(CACHE_VARIABLE, folder),
@@ -222,7 +222,7 @@ def elsewhere() -> Iterator[str]:
 
 @contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
-    """The environment with one variable set."""
+    """Set one environment variable for a while."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -234,7 +234,7 @@ def variable(name: str, value: str) -> Iterator[None]:
 
 
 def recorded() -> Iterator[tuple[Situation, Measured]]:
-    """Everything that is kept."""
+    """All measurements on disk."""
     situations, measurements = TypeAdapter(Situation), TypeAdapter(Measured)
     for path in sorted(cache_folder().glob("*.json")):
         text = path.read_bytes()
@@ -252,21 +252,22 @@ def _remembered(situation: Situation) -> Measured | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning(f"ezpz_moe: {path}: not readable ({error}); measuring again")
+        logger.warning(f"ezpz_moe: {path}: cannot be read ({error}); measuring again")
         return None
     return measured if set(measured.milliseconds) == set(situation.question.candidates) else None
 
 
 def remember(situation: Situation, measured: Measured) -> None:
-    """Keep for later runs. Whole or not at all: several ranks may write the same file."""
+    """Save for later runs, whole or not at all: several ranks may write the same file."""
     path = _path(situation)
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(asdict(situation) | asdict(measured), indent=2) + "\n")
+        # Renaming is atomic: readers see the old file or the whole new one.
         unfinished.replace(path)
     except OSError as error:
         logger.warning(
-            f"ezpz_moe: {path}: not written ({error}), so that the next run measures again; "
-            f"{CACHE_VARIABLE} names another folder"
+            f"ezpz_moe: {path}: cannot be written ({error}), so the next run measures again; "
+            f"set {CACHE_VARIABLE} to another folder"
         )

@@ -1,9 +1,17 @@
 """A flavor's backend, and what a run says of one that drops tokens: the same on every host."""
 
+from typing import TypeAlias
+
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.contract import Backend
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
+
+ExpertComputeBackend: TypeAlias = str
+"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
+
+HOST_PATH: ExpertComputeBackend = "grouped_mm"
+"""The backend that is the host's own code, untouched."""
 
 
 def backend_of(flavor: Flavor) -> Backend:
@@ -25,6 +33,6 @@ def drops_warning(compute_backend: str, reported: str) -> str:
         reported: where this host says how many, as the end of "Their share ...".
     """
     return (
-        f"compute_backend {compute_backend} drops tokens beyond its capacity: the experts' output "
-        f"for them is zero. Their share {reported}."
+        f"compute_backend {compute_backend} drops tokens beyond its capacity: for them, the "
+        f"experts output zero. Their share {reported}."
     )

@@ -69,7 +69,7 @@ def import_host_on_cpu() -> None:
         raise EzpzError(
             f"this machine has no accelerator, but torchtitan was imported with the device type "
             f"{utils.device_type!r}. Start the run with `ezpz-moe train` or "
-            "`python -m ezpz_moe.train`, which choose the device before torchtitan is imported."
+            "`python -m ezpz_moe.train`, which choose the device before importing torchtitan."
         )
 
 
@@ -80,7 +80,7 @@ def _start_again() -> None:
         return
     module = command.index(_HOST_COMMAND[1])
     print(
-        "ezpz_moe: no accelerator here, so starting again as ezpz_moe.train, on the CPU",
+        "ezpz_moe: this machine has no accelerator; restarting as ezpz_moe.train, on the CPU",
         file=sys.stderr,
         flush=True,
     )
@@ -103,7 +103,7 @@ class CpuDeviceModule(ModuleType):
     def memory(self) -> Any:
         raise EzpzError(
             "memory snapshots (`[profiling] enable_memory_snapshot`) record an accelerator's "
-            "allocator and this machine has no accelerator: set enable_memory_snapshot = false."
+            "allocator, but this machine has no accelerator: set enable_memory_snapshot = false."
         )
 
     def current_device(self) -> int:

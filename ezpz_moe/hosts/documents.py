@@ -74,7 +74,7 @@ def find_text(
         )
     if name == TEXT_FILE:
         if not dataset_path:
-            raise EzpzError(f"dataset = {name!r} needs dataset_path, the file's path.")
+            raise EzpzError(f"dataset = {name!r} needs dataset_path, the path of the file.")
         dataset_path = str(_find(dataset_path, job_folder))
         read_documents(dataset_path)
     elif dataset_path:  # a folder or file of the host's dataset, or a name that is not on this disk
@@ -98,7 +98,7 @@ def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
     if documents < ranks:
         raise EzpzError(
             f"dataset = {dataset!r} ('{path}') has {_count(documents, 'document')} "
-            f"for {ranks} data-parallel ranks, and each needs at least one. Use "
+            f"for {ranks} data-parallel ranks, but each needs at least one. Use "
             "fewer ranks or more documents (in a .txt file, blank lines separate them)."
         )
 
@@ -135,7 +135,7 @@ def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
             f"({error.reason}). Convert it, for example with iconv."
         ) from error
     if not any(text.strip() for text in dataset[COLUMN]):
-        raise EzpzError(f"dataset_path = '{file}' holds no text.")
+        raise EzpzError(f"dataset_path = '{file}' contains no text.")
     return dataset
 
 
@@ -164,8 +164,8 @@ def _read_json(file: Path) -> Dataset:
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
         raise EzpzError(
-            f"dataset_path = '{file}' holds {_kind(rows)}, not a list of objects. "
-            "For one JSON object per line name the file .jsonl."
+            f"dataset_path = '{file}' contains {_kind(rows)}, not a list of objects. "
+            "For one JSON object per line, name the file .jsonl."
         )
     return _from_rows(((f"item {number}", row) for number, row in enumerate(rows, 1)), file)
 

@@ -13,11 +13,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from ezpz_moe.preflight import RankReport
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.rank_report import RankReport
 
 STATES_PER_PARAMETER = 4
 """Weight, gradient and AdamW's two moments, all in the weight's dtype."""
@@ -77,8 +76,3 @@ def _ending_with(
         raise _Parallelized(parts_of(parallelize(*args, **kwargs)))
 
     return parallelize_and_end
-
-
-def local(parameter: nn.Parameter) -> torch.Tensor:
-    """What of a parameter this rank holds."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

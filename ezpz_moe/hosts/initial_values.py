@@ -160,8 +160,8 @@ class _Replay(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             raise EzpzError(
                 f"the initialiser of {' and '.join(self._open) or 'the model'} ({func}) draws from "
-                "a generator of its own, so that several CPU ranks cannot begin with the values of "
-                "one. Draw from torch's default generator, or train with one rank."
+                "a generator of its own, so several CPU ranks cannot start with the values of "
+                "a single rank. Draw from torch's default generator, or train with one rank."
             )
         return func(*args, **kwargs)
 
@@ -225,8 +225,8 @@ def copy_part(name: str, whole: Tensor, shard: Tensor) -> None:
     if part.shape != local.shape:
         raise EzpzError(
             f"parameter {name} {tuple(whole.shape)} has the shape {tuple(local.shape)} on this "
-            f"rank, and nothing says which part of it that is, so that several CPU ranks cannot "
-            "begin with the values of one. Share it out as a DTensor, or train with one rank."
+            f"rank, but nothing says which part of it that is, so several CPU ranks cannot "
+            "start with the values of a single rank. Shard it as a DTensor, or train with one rank."
         )
     local.copy_(part)
 
@@ -234,8 +234,8 @@ def copy_part(name: str, whole: Tensor, shard: Tensor) -> None:
 def _refuse_unknown(shards: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
     if unknown := shards.keys() - known.keys():
         raise EzpzError(
-            f"parameters {', '.join(sorted(unknown))} came to the model after it was built, so "
-            "that several CPU ranks cannot begin with the values of one. Train with one rank."
+            f"parameters {', '.join(sorted(unknown))} were added after the model was built, so "
+            "several CPU ranks cannot start with the values of a single rank. Train with one rank."
         )
 
 

@@ -12,8 +12,8 @@ def missing_files(hf_assets_path: str, initial_load_path: str | None) -> Iterato
     """What is not there, each in one sentence; an address (``gs://...``) is not looked up."""
     if not any((Path(hf_assets_path) / name).is_file() for name in _TOKENIZERS):
         yield (
-            f"hf_assets_path = {hf_assets_path!r} holds no tokenizer (tokenizer.json, or "
-            "vocab.json or vocab.txt). Download the model's, or leave the key out for the "
+            f"hf_assets_path = {hf_assets_path!r} has no tokenizer (tokenizer.json, or "
+            "vocab.json or vocab.txt). Download the model's, or leave the key out to use the "
             "embedded one."
         )
     checkpoint = initial_load_path

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ezpz_moe.backend_names import name_and_options
+from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.compute.native import is_emulated
+from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
 
 PARAM = "training.mixed_precision_param"
 """The host's setting, in every generation: what FSDP or autocast computes in."""
@@ -84,13 +84,14 @@ def refuse_precision(
     where = f"expert_precision = {asked!r} ({chosen_by})"
     if is_host_path(backend) and asked not in (None, "host"):
         raise EzpzError(
-            f"{where}: does not go with compute_backend {backend!r}, whose bits are torchtitan's "
-            "own. Choose another backend, such as 'for_loop', or remove expert_precision."
+            f"{where}: cannot be combined with compute_backend {backend!r}, which reproduces "
+            "torchtitan's own results bit for bit. Choose another backend, such as 'for_loop', or "
+            "remove expert_precision."
         )
     if hosts_forward and asked == "float32":
         raise EzpzError(
-            f"{where}: the forward of {hosts_forward} is torchtitan's own and casts to "
-            f"{HOSTS_CAST}; a backend computes its products alone. Remove expert_precision: on a "
+            f"{where}: {hosts_forward} uses torchtitan's own forward, which casts to "
+            f"{HOSTS_CAST}; a backend computes only its products. Remove expert_precision: on a "
             f"CPU that emulates {HOSTS_CAST} those products are in float32 anyway."
         )
 
@@ -104,8 +105,8 @@ def of_run(mixed_precision_param: str, experts: str, device_type: str) -> str:
 def job_line() -> str:
     """For the log of a run that trains in float32 by the rule: the reason and the way back."""
     return (
-        f'ezpz_moe: {PARAM} = "float32": {REASON}. Back with [training] mixed_precision_param = '
-        f'"bfloat16"'
+        f'ezpz_moe: {PARAM} = "float32": {REASON}. To go back, set '
+        f'[training] mixed_precision_param = "bfloat16"'
     )
 
 
@@ -170,8 +171,8 @@ def _refuse_other_precisions(own: str) -> None:
     store.wait(["all arrived"])
     if (alike := store.add(own, 0)) != ranks:
         raise EzpzError(
-            f"{alike} of the {ranks} ranks, this one among them, would train with {own}, and "
-            f"{ranks - alike} otherwise: their CPUs differ in the dtypes that they multiply. Say "
-            "it for all: [training] mixed_precision_param in the job, and expert_precision in the "
-            "flavor."
+            f"{alike} of the {ranks} ranks, including this one, would train with {own}, but "
+            f"{ranks - alike} would not: their CPUs multiply different dtypes. Choose one "
+            "precision for all: set [training] mixed_precision_param in the job, and "
+            "expert_precision in the flavor."
         )

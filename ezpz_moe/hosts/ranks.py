@@ -1,7 +1,7 @@
 """How the ranks of a run share the model and the batch, whichever the host.
 
-``parallelism`` is the section of that name in the host's config: its degrees, by which the ranks
-are laid out, are named alike in every generation. Each check yields its problems' messages.
+``config`` is the host's, and ``parallelism`` its section of that name: the degrees, by which the
+ranks are laid out, are named alike in every generation. Each check yields its problems' messages.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ class Batch:
     microbatches: int = 1
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """The same work counted in sequences: in a training step, and in a microbatch of one rank."""
+def is_dry_run(config: Any) -> bool:
+    """Whether this process stands for a rank among many, of which there is no other.
 
-    of_step: int
-    of_microbatch: int
-    length: int
+    Then neither files nor devices of theirs are here.
+    """
+    return config.comm.mode in ("fake_backend", "local_tensor")
 
 
-def started_ranks(*, is_dry_run: bool) -> int | None:
-    """How many ranks this process is told that there are; None where it is told nothing."""
+def started_rank_problems(
+    config: Any, batch: Batch, *, expert_tensor_parallel: int = 1
+) -> Iterator[str]:
+    """:func:`rank_problems` of the ranks that this process is told of; none if it is told none."""
     # Both variables are the host's; it says itself that a dry run needs NGPU.
-    ranks = os.environ.get("NGPU" if is_dry_run else "WORLD_SIZE")
-    return int(ranks) if ranks else None
+    ranks = os.environ.get("NGPU" if is_dry_run(config) else "WORLD_SIZE")
+    if not ranks:
+        return iter(())
+    return rank_problems(
+        config.parallelism, int(ranks), batch, expert_tensor_parallel=expert_tensor_parallel
+    )
 
 
 @contextlib.contextmanager
@@ -78,9 +83,18 @@ def fewest_ranks(parallelism: Any) -> int:
     return outer * shard * inner
 
 
-def rank_problems(parallelism: Any, ranks: int, batch: Batch) -> Iterator[str]:
-    """The ranks against the degrees, the experts' layout, and the batch."""
-    par = parallelism
+def rank_problems(
+    parallelism: Any, ranks: int, batch: Batch, *, expert_tensor_parallel: int = 1
+) -> Iterator[str]:
+    """The ranks against the degrees, the experts' layout, and the batch.
+
+    Args:
+        parallelism: the degrees.
+        ranks: of the run.
+        batch: what a step computes.
+        expert_tensor_parallel: ranks that share an expert, where the host has such a degree.
+    """
+    par, within = parallelism, expert_tensor_parallel
     outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
     inner = par.context_parallel_degree * par.tensor_parallel_degree
     shard = par.data_parallel_shard_degree
@@ -92,15 +106,14 @@ def rank_problems(parallelism: Any, ranks: int, batch: Batch) -> Iterator[str]:
             f"{par.pipeline_parallel_degree} x data_parallel_replicate "
             f"{par.data_parallel_replicate_degree} x data_parallel_shard "
             f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
-            f"tensor_parallel {par.tensor_parallel_degree} has to be {ranks} (-1: what is left)."
+            f"tensor_parallel {par.tensor_parallel_degree} must be {ranks} (-1: what is left)."
         )
         return
-    within = getattr(par, "expert_tensor_parallel_degree", 1)  # torchtitan 0.2 alone has it
     if shard * inner % (par.expert_parallel_degree * within):
         yield (
             f"parallelism.expert_parallel_degree = {par.expert_parallel_degree}"
             f"{f' x expert_tensor_parallel {within}' if within > 1 else ''} does not divide "
-            f"the {shard * inner} ranks among which it is laid out (data_parallel_shard x "
+            f"the {shard * inner} ranks that share the experts (data_parallel_shard x "
             f"context_parallel x tensor_parallel)."
         )
     yield from _batch_problems(batch, shard * par.data_parallel_replicate_degree)
@@ -111,7 +124,7 @@ def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
     least = size * batch.microbatches * data_ranks
     if step > 0 and step % least:
         yield (
-            f"{step_path} = {step} is no multiple of {least}, which is {path} = {size} x the "
+            f"{step_path} = {step} is not a multiple of {least}, which is {path} = {size} x the "
             f"data-parallel ranks"
             f"{' x the microbatches of the pipeline' if batch.microbatches > 1 else ''}."
         )
@@ -128,9 +141,9 @@ def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterat
             )
 
 
-def schedule_problems(parallelism: Any) -> Iterator[str]:
+def schedule_problems(config: Any) -> Iterator[str]:
     """Whether torch knows the pipeline's schedule."""
     try:
-        get_schedule_class(parallelism.pipeline_parallel_schedule)
+        get_schedule_class(config.parallelism.pipeline_parallel_schedule)
     except ValueError as error:
         yield f"parallelism.pipeline_parallel_schedule: {error}"

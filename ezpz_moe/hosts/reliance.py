@@ -1,16 +1,18 @@
 """What a binding relies on in the host, as data, and whether the installed host has it.
 
-Each generation lists its reliances in ``ezpz_moe/hosts/<generation>/relied_on.py``. The one list
-serves the check before a run, the host contract tests, and people.
+Each generation lists its reliances, in a ``relied_on`` next to its class. The one list serves the
+check before a run, the host contract tests, and people.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, util
+from pathlib import Path
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
@@ -19,6 +21,8 @@ NO_FLAVOR = "no flavor and no job can be trained; torchtitan's own configs still
 """What it means when something is missing that every run of ours goes through."""
 
 NO_BACKEND = f"no backend can be bound: {NO_FLAVOR}"
+
+NOTHING_TRAINS = "nothing can be trained with this host"
 
 NO_SIZES = "flavors with sizes of their own cannot be built; those with `base` still can"
 
@@ -88,7 +92,7 @@ class Reliance:
         if not self.fields:
             return
         if not dataclasses.is_dataclass(found):
-            yield "is no dataclass"
+            yield "is not a dataclass"
             return
         known = [field.name for field in dataclasses.fields(found)]
         if missing := [name for name in self.fields if name not in known]:
@@ -109,6 +113,32 @@ def broken(reliances: Iterable[Reliance]) -> dict[Reliance, str]:
     """The reliances that do not hold, each with what the host lacks."""
     reasons = {reliance: reliance.why_broken() for reliance in reliances}
     return {reliance: reason for reliance, reason in reasons.items() if reason}
+
+
+def is_written(reliance: Reliance) -> bool:
+    """Whether the source of its ``"package.module:name"`` defines that, a class with its fields.
+
+    Nothing is imported.
+    """
+    module, _, name = reliance.thing.partition(":")
+    package, _, path = module.partition(".")
+    found = util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        file = Path(folder, *path.split(".")).with_suffix(".py")
+        if file.is_file():
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (SyntaxError, ValueError):  # whoever imports it gets told
+                return False
+            found_here = [node for node in tree.body if getattr(node, "name", None) == name]
+            fields = {
+                part.target.id
+                for node in found_here
+                for part in getattr(node, "body", ())
+                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            }
+            return bool(found_here) and fields.issuperset(reliance.fields)
+    return False
 
 
 def in_words(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 
-from ezpz_moe.cache import cache_root
+from ezpz_moe.compute.cache import cache_root
 from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
 
 
@@ -34,7 +34,7 @@ def notice() -> str | None:
     torch, titan = installed_pair()
     if not _is_first_today(f"{torch} {titan}"):
         return None
-    return f"torch {torch} with torchtitan {titan} is untested here; `ezpz-moe verify` checks it"
+    return f"torch {torch} with torchtitan {titan} is untested; `ezpz-moe verify` checks it here"
 
 
 def _minor(version: str | None) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 Nothing here imports torchtitan; ``ezpz_moe/hosts/`` binds it to a trainer's router.
 
-Legend of the shape suffixes, as the host writes them: B = sequences of a microbatch, L = positions,
-T = tokens (B * L), E = what the router chooses among (routed experts, then zero-computation
-experts), K = top-k, D = model dimension. Losses see tokens in G groups of N: a sequence each, or
-all tokens as one group.
+Legend of the shape suffixes, as in the host: B = sequences of a microbatch, L = positions,
+T = tokens (B * L), E = what the router chooses from (routed experts, then zero-computation
+experts), K = top-k, D = model dimension. Losses see tokens in G groups of N: one per sequence, or
+all tokens in a single group.
 """

@@ -1,4 +1,4 @@
-"""Ways to choose experts beside the top-k of the scores, which is the host's.
+"""Ways to choose experts other than the top-k of the scores, which is the host's.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -14,8 +14,9 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
     """Scale rows and columns until every token has the weight 1/T and every expert 1/E.
 
     The doubly stochastic scaling of Sinkhorn and Knopp. Its fixed point does not depend on a factor
-    per row, so that softmax scores do as well as exponentials of logits. One opaque operator,
-    because the number of iterations depends on the values; not differentiable: it chooses.
+    per row, so softmax scores do as well as exponentials of logits. It is one opaque operator,
+    because the number of iterations depends on the values; it only chooses, so it needs no
+    gradient.
 
     Source: BASE layers, arXiv 2103.16716; S-BASE in Clark et al., arXiv 2202.01169, section 3.2.
 
@@ -25,15 +26,15 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
             row is zero.
         tolerance: iterations end when the experts' weights differ by no more than this, relatively.
             An expert whose scores are all zero does not count.
-        iterations: at most so many.
+        iterations: the most iterations to run.
 
     Returns:
         A new tensor like ``scores_TE``. Device syncs: one in each iteration.
     """
     plan_TE = torch.where(mask_T.unsqueeze(-1), scores_TE, 0)
     E, tiny = scores_TE.shape[-1], torch.finfo(scores_TE.dtype).tiny
-    # The plan itself is scaled: factors beside it would grow without end where scores of zero leave
-    # no plan that is even. Tokens come to the same weight by having 1 each before the experts do.
+    # Scale the plan itself: separate factors would grow without bound if zero scores leave no even
+    # plan. Each token is first scaled to 1, which makes tokens equal before the experts' turn.
     for _ in range(iterations):
         plan_TE.div_(plan_TE.sum(1, keepdim=True).clamp(min=tiny))
         load_E = plan_TE.sum(0)
@@ -50,14 +51,14 @@ def _(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: int) -> T
 
 
 def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device) -> Tensor:
-    """ids_TK: experts ``first`` to E in turn, so that their loads differ by one token at most.
+    """ids_TK: experts ``first`` to E in turn; their loads differ by at most one token.
 
     Args:
         T: tokens.
         K: experts per token, at most ``E - first``.
         E: experts.
         first: experts before this one get nothing.
-        device: where the int64 result is made.
+        device: where to make the int64 result.
     """
     slots_TK = torch.arange(T * K, device=device).view(T, K)
     return first + slots_TK % (E - first)
@@ -66,10 +67,10 @@ def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device
 def perturbed(
     ids_TK: Tensor, weights_TK: Tensor, *, noise: float, E: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Each token's experts replaced by random ones with probability ``noise``, weights moved.
+    """Replace each token's experts by random ones with probability ``noise``, and move weights.
 
-    With 1 every token has random, distinct experts, and weights drawn evenly and scaled to their
-    former sum; with 0 nothing changes.
+    With 1, every token gets random, distinct experts, and weights drawn evenly and scaled to their
+    former sum; with 0, nothing changes.
 
     Args:
         ids_TK: int64 expert ids.

@@ -1,7 +1,7 @@
-"""Counters of routers and experts, which activation checkpointing does not double.
+"""Counters of routers and experts that activation checkpointing does not double.
 
-Recomputation runs a layer a second time, inside the backward pass. There the counters stand
-still: the operators below look whether the autograd engine is running.
+Recomputation runs a layer a second time, inside the backward pass. The counters then stand still:
+the operators below check whether the autograd engine is running.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -22,11 +22,11 @@ SUMS = (
     "z_loss",
     "not_finite",
 )
-"""What ``sums_S`` adds up: the first three over tokens, the losses over groups, times the groups'
-weight; and tokens with a logit that is not finite."""
+"""What ``sums_S`` adds up: the first three over tokens; the losses over groups, weighted by the
+group; and the tokens with a logit that is not finite."""
 
 ROWS = ("given", "computed", "dropped")
-"""What ``rows_3`` adds up: tokens that experts were given, rows computed, tokens dropped."""
+"""What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""
 
 
 @torch.library.custom_op("ezpz_moe::count", mutates_args=("counts_E", "sums_S"))
@@ -36,8 +36,8 @@ def count(counts_E: Tensor, sums_S: Tensor, new_E: Tensor, new_S: Tensor) -> Non
     Args:
         counts_E: int64 assignments to each expert so far.
         sums_S: float32, one for each of ``SUMS``.
-        new_E: those of this microbatch, any dtype.
-        new_S: those of this microbatch.
+        new_E: this microbatch's assignments, any dtype.
+        new_S: this microbatch's sums.
     """
     if not is_recomputation():
         counts_E.add_(new_E.to(counts_E.dtype))
@@ -53,7 +53,7 @@ def count_rows(
     Opaque to compilers, because a backend may read the counts on the host.
 
     Args:
-        rows_3: int64, one for each of ``ROWS``. Stays as it is for a backend that does not say.
+        rows_3: int64, one for each of ``ROWS``. Unchanged for a backend that does not say.
         num_tokens_per_expert_E: counts of the experts, any integer dtype.
         num_rows: rows of the experts' input.
         compute_backend: the backend's name, with its options.
@@ -68,8 +68,9 @@ def count_rows(
 
 
 def is_recomputation() -> bool:
-    """Whether the autograd engine is running in this thread: a forward pass then is a second one.
+    """Whether the autograd engine is running in this thread: a forward pass is then a repeated one.
 
-    torch.utils.checkpoint tells a recomputation by the same number.
+    torch.utils.checkpoint recognizes a recomputation by the same number.
     """
+    # A private function, which `ezpz-moe doctor` checks: torch has no public one.
     return torch._C._current_graph_task_id() != -1

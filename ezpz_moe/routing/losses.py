@@ -1,12 +1,12 @@
-"""What a router is trained on beside the model's own loss.
+"""What a router is trained on besides the model's own loss.
 
-Each loss is that of a *group* of tokens, a value per group, differentiable in the scores or
-logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN`` False where a
-token is padding: it is in no sum and gets a gradient of exactly zero. A group without tokens has
-the loss 0.
+Each loss is that of a *group* of tokens: one value per group, differentiable in the scores or
+logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN``, which is False
+for a padding token: that is in no sum and gets a gradient of exactly zero. A group without tokens
+has the loss 0.
 
-A group may be spread over ranks: ``share`` then adds up a tensor over them, with the gradient of
-the own addend alone. The gradients of all ranks add up to that of the group's loss.
+A group may be spread over ranks: ``share`` then sums a tensor over them, with the gradient of the
+own addend alone. The gradients of all ranks add up to that of the group's loss.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -22,28 +22,29 @@ Share = Callable[[Tensor], Tensor]
 
 
 def alone(addend: Tensor) -> Tensor:
-    """The ``share`` of a group that lies on one rank."""
+    """The ``share`` of a group that is on one rank."""
     return addend
 
 
 def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
-    """Scores over *all* experts as probabilities: softmax's as they are, sigmoid's scaled.
+    """Scores over *all* experts as probabilities: softmax's unchanged, sigmoid's scaled.
 
-    Scores of the chosen experts alone would make the balance loss constant in the routing. A
-    padding token has zeros.
+    With the chosen experts' scores alone, the balance loss would not depend on the routing. A
+    padding token gets zeros.
     """
-    # Masked before, not after: the gradient of a padding token's NaN would be 0 / NaN.
+    # Mask before dividing: for a padding token with NaN, the gradient would otherwise be 0 / NaN.
     scores_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(scores_GNE), 0)
     return scores_GNE / scores_GNE.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
-    """[B, L, X] as [G, N, X], and [B, L] as [G, N]: a group per sequence, or a single one."""
+    """[B, L, X] as [G, N, X], and [B, L] as [G, N]: one group per sequence, or a single one."""
     return values_BLX if by_sequence else values_BLX.flatten(0, 1).unsqueeze(0)
 
 
 def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
-    """n_G, float32, at least 1: what a sum over the group's tokens is divided by for the mean."""
+    """n_G, float32, at least 1: the divisor that turns a sum over the group's tokens into a
+    mean."""
     return share(mask_GN.sum(-1).float()).clamp(min=1)
 
 
@@ -60,21 +61,22 @@ def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share =
 
 
 def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
-    """loss_G = E * sum_i f_i P_i: 1 when even, E / K when the same K experts have everything.
+    """loss_G = E * sum_i f_i P_i: 1 if even, E / K if the same K experts get everything.
 
-    f is the share of the assignments that each expert has (it adds up to 1 for any top-k, and has
-    no gradient), P the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4;
-    for a sequence as a group DeepSeek-V3, arXiv 2412.19437, equation 17, without its factor alpha.
+    f is each expert's share of the assignments (it sums to 1 for any top-k, and has no gradient), P
+    the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4; with a sequence
+    as the group DeepSeek-V3, arXiv 2412.19437, equation 17, without its factor alpha.
     """
+    # Counting has no gradient: the loss acts through the probabilities alone.
     return f_GE.shape[-1] * (f_GE.detach() * P_GE).sum(-1)
 
 
 def mse_loss(P_GE: Tensor) -> Tensor:
-    """loss_G = mean_i (P_i - 1/E)^2: the mean probabilities' distance from even.
+    """loss_G = mean_i (P_i - 1/E)^2: how far the mean probabilities are from even.
 
     Source: the expert-usage loss of NVIDIA NeMo's MagpieTTS mixture of experts.
     """
-    # P adds up to 1, so that its mean is 1/E; or to 0 in a group without tokens, whose loss is 0.
+    # P sums to 1, so its mean is 1/E; or to 0 in a group without tokens, whose loss is 0.
     return (P_GE - P_GE.mean(-1, keepdim=True)).square().mean(-1)
 
 
@@ -83,16 +85,16 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alon
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
-    # Masked before, not after: the gradient of a padding token's NaN would be NaN * 0.
+    # Mask before squaring: for a padding token with NaN, the gradient would otherwise be NaN * 0.
     logits_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(logits_GNE), 0)
     squares_GN = logits_GNE.logsumexp(-1).square() * mask_GN
     return share(squares_GN.sum(-1)) / n_G
 
 
 def merged_null_share(f_GE: Tensor, experts: int) -> Tensor:
-    """f with the share of the zero-computation experts (those from ``experts`` on) spread evenly.
+    """f with the share of the zero-computation experts (from ``experts`` on) spread evenly.
 
-    It does not matter which of them a token takes, so that none is favoured over another.
+    It does not matter which of them a token takes, so none is favoured over another.
     Source: AdaMoE, arXiv 2406.13233, equation 6.
     """
     zero_GZ = f_GE[..., experts:]

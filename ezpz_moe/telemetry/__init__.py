@@ -1,1 +1,1 @@
-"""What a run reports of its experts: records, figures, scalars, alerts and pictures, host-free."""
+"""What a run reports about its experts: records, figures, alerts, pictures. Needs no host."""

@@ -1,6 +1,6 @@
 """Warnings about a router that goes wrong, each with what the flavor can do about it.
 
-Legend: E routed experts, N assignments of a layer in a record.
+Legend: E = routed experts, N = assignments of a layer in a record.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from ezpz_moe.telemetry.figures import (
 )
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
-# The CV's running mean gives a new record this weight: a trend of some five records counts, the
-# spike of one does not.
+# The CV's running mean gives a new record this weight: a trend over some five records counts, a
+# spike in one does not.
 SMOOTHING = 0.2
-# No alert below this CV. For small CV the entropy is ln E - CV**2 / 2, so exp(entropy) / E is still
-# 0.97 here: the layer uses its experts, however much the CV has risen.
+# No alert below this CV. For a small CV the entropy is ln E - CV**2 / 2, so exp(entropy) / E is
+# still 0.97 here: the layer uses its experts, however much the CV has risen.
 CV_FLOOR = 0.25
-# Even routing at random has a CV of sqrt((E - 1) / N) (binomial counts). What is below three times
-# that may be chance.
+# Even random routing has a CV of sqrt((E - 1) / N) (binomial counts). Less than three times that
+# may be chance.
 CHANCE = 3.0
 # N assignments reach at most N of the E experts, and random ones lower the entropy by (E - 1) / 2N
-# (Miller-Madow): under 4 for each expert the figure says more of the batch than of the router.
+# (Miller-Madow): with fewer than 4 per expert the figure says more about the batch than the router.
 ENOUGH = 4
-# An alert has ended when the figure is on the good side of its threshold by this share of the way
-# to the even load, so that a figure at the threshold is not told of again and again.
+# An alert ends when the figure is past its threshold by this share of the way to the even load.
+# Otherwise a figure near the threshold would be reported again and again.
 HYSTERESIS = 0.1
 
 _DEAD = (
-    '[balance] aux_loss = 0.01 or bias_update = "sign" draw tokens back to idle experts, '
-    "[router] jitter_noise = 0.01 lets some try them; if they died in the warm-up, lower the "
-    "learning rate"
+    '[balance] aux_loss = 0.01 or bias_update = "sign" pulls tokens back to idle experts, '
+    "[router] jitter_noise = 0.01 lets some tokens try them; if they died during warm-up, lower "
+    "the learning rate"
 )
 _RISING = (
     'raise [balance] aux_loss or set bias_update = "sign"; [balance] z_loss = 0.001 keeps the '
@@ -47,9 +47,9 @@ _COLLAPSE = (
 
 
 class Alerts:
-    """Watches the records of a run, in their order, by the thresholds that they have.
+    """Watches the records of a run in order, with the thresholds in each record.
 
-    An alert is said once, until it has ended.
+    An alert is raised once, until it has ended.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Alerts:
         self._said: set[tuple[object, ...]] = set()
 
     def check(self, record: StepRecord) -> list[str]:
-        """What has become wrong with this record: a line for each layer and kind of alert."""
+        """What has gone wrong since the last record: one line per layer and kind of alert."""
         return [
             f"step {record.step}, layer {layer.layer}: {message}"
             for layer in record.layers
@@ -69,7 +69,7 @@ class Alerts:
         ]
 
     def _dead(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """Experts without an assignment; each is told of once, in one line with the others."""
+        """Experts without an assignment; each is reported once, on one line with the others."""
         limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
         new = []
         for expert in range(len(layer.counts_E)):
@@ -81,12 +81,12 @@ class Alerts:
         if new:
             idle = min(self._idle_steps[layer.layer, expert] for expert in new)
             yield (
-                f"{_named(new)} of {len(layer.counts_E)} got no token for {idle} steps "
+                f"{_named(new)} of {len(layer.counts_E)} got no tokens for {idle} steps "
                 f"([telemetry] alert_dead_steps = {limit}). Remedy: {_DEAD}."
             )
 
     def _rising(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The smoothed CV against the lowest that it has been."""
+        """The smoothed CV compared with its lowest value so far."""
         cv = coefficient_of_variation(layer.counts_E)
         key, rise = layer.layer, record.thresholds.alert_cv_rise
         if math.isnan(cv):
@@ -98,21 +98,21 @@ class Alerts:
         limit = max(rise * lowest, _floor(layer))
         if self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
             yield (
-                f"load CV has risen to {smoothed:.3f}, over {limit:.3f} "
+                f"load CV has risen to {smoothed:.3f}, above {limit:.3f} "
                 f"([telemetry] alert_cv_rise = {rise:g} times its lowest, {lowest:.3f}, and at "
                 f"least {_floor(layer):.3f}). "
                 f"Remedy: {_RISING}."
             )
 
     def _collapsed(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The effective number of experts, where there are tokens enough to tell.
+        """The effective number of experts, if there are enough tokens to tell.
 
-        A token chooses k experts, none twice, so that no load is that of fewer than k: collapse is
-        the way from all E of them down to the same k for every token.
+        A token chooses k distinct experts, so no load is that of fewer than k: collapse is the way
+        from all E of them down to the same k for every token.
         """
         experts, share = len(layer.counts_E), record.thresholds.alert_collapse
         assignments = sum(layer.counts_E)
-        fewest = assignments / layer.tokens  # k, or the mean of those that compute
+        fewest = assignments / layer.tokens  # k, or the mean number of experts that compute
         if assignments < ENOUGH * experts or fewest >= experts:
             return
         limit = fewest + share * (experts - fewest)
@@ -120,14 +120,14 @@ class Alerts:
         over = effective > limit + HYSTERESIS * (experts - limit)
         if self._begins(("collapse", layer.layer), effective < limit, over):
             yield (
-                f"router collapse: the load is that of {effective:.1f} of {experts} experts, under "
+                f"router collapse: the load is that of {effective:.1f} of {experts} experts, below "
                 f"{limit:.1f} ([telemetry] alert_collapse = {share:g} of those beyond the "
                 f"{fewest:.3g} that a token uses). "
                 f"Remedy: {_COLLAPSE}."
             )
 
     def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
-        """Whether the alert is to be said now; between bad and good it stays as it was."""
+        """Whether to raise the alert now; between bad and good its state does not change."""
         if is_good:
             self._said.discard(alert)
         if not is_bad or alert in self._said:
@@ -142,7 +142,7 @@ def _floor(layer: LayerRecord) -> float:
 
 
 def _named(experts: list[int], shown: int = 8) -> str:
-    """``expert 2``, ``experts 2, 7``, and after some of them how many more."""
+    """``expert 2``, ``experts 2, 7``; after the first few, how many more."""
     names = ", ".join(map(str, experts[:shown]))
     more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
     return f"expert{'s' if len(experts) > 1 else ''} {names}{more}"

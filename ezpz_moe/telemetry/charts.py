@@ -1,9 +1,9 @@
-"""Pictures of expert load, as PNG bytes. Import this only to draw: matplotlib takes its time.
+"""Pictures of expert load, as PNG bytes. Import this only to draw: matplotlib is slow to import.
 
-Legend: S records, in the order of their steps; E routed experts; L MoE layers. Every picture of
-load has one colour scale, so that pictures of other steps, layers and runs compare: white is even
-load, red is more, blue is less, black is a dead expert. Red against blue, and the viridis of the
-layers, are told apart with every common colour blindness.
+Legend: S = records, in the order of their steps; E = routed experts; L = MoE layers. All pictures
+of load share one colour scale, which makes steps, layers and runs comparable: white is even load,
+red is more, blue is less, black is a dead expert. Red and blue, and the viridis of the layers, can
+be told apart with every common form of colour blindness.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgba
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ezpz_moe.telemetry.figures import coefficient_of_variation, relative_load
+from ezpz_moe.telemetry.heat_map import Array, Palette, draw_cells, filled
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
 
-Array = npt.NDArray[np.float64]
-
 DPI = 100
-_WIDTH = 10.0  # inches, of a picture without a size of its own
-_LARGEST = 30.0  # inches, of a heat map's cells together
+_WIDTH = 10.0  # inches, for a picture without a size of its own
+_LARGEST = 30.0  # inches, for all cells of a heat map together
 _COLUMNS = 400  # of a heat map over steps: no screen shows more
 
 
@@ -38,21 +37,20 @@ def _part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(first, last, 256)))
 
 
-_LOAD = _part_of("RdBu_r", 0.1, 0.9)  # without its darkest ends, to be told from black
-_ORDER = _part_of("viridis_r", 0.1, 1.0)  # of layers and steps; without yellow, faint on white
-_SCALE = LogNorm(0.25, 4.0)
-_DEAD, _ABSENT = "black", "0.85"
+# RdBu without its darkest ends, which look like the black of a dead expert.
+_LOAD = Palette(_part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
+_ORDER = _part_of("viridis_r", 0.1, 1.0)  # for layers and steps; without yellow, faint on white
 _LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe and Ito's palette
-_PIXELS_WIDE = 1024  # of the loggers' picture, as far as its cells can be seen
-_VALUES_FIT = 16  # experts in a row, with room for a figure in each cell
+_PIXELS_WIDE = 1024  # of the loggers' picture, as long as its cells stay visible
+_VALUES_FIT = 16  # experts in a row that leave room for a figure in each cell
 _NAMES_FIT = 12  # layers in a legend
 _ROUND: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
 
 
 def load_heat_map(record: StepRecord) -> bytes:
-    """The load of each layer (rows) and expert (columns) in one record: PNG.
+    """The load of each layer (row) and expert (column) in one record, as PNG.
 
-    Small models have the figure in each cell. Layers may have different numbers of experts.
+    For small models each cell shows its figure. Layers may have different numbers of experts.
     """
     load_LE = _loads(record)
     rows, experts = load_LE.shape
@@ -60,8 +58,7 @@ def load_heat_map(record: StepRecord) -> bytes:
     size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    _draw_load(axes, load_LE, np.arange(experts + 1) - 0.5, np.arange(rows + 1) - 0.5)
-    axes.invert_yaxis()
+    draw_cells(axes, load_LE, _LOAD)
     _name_rows(axes, [layer.layer for layer in record.layers])
     axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True, min_n_ticks=1))
     if experts <= _VALUES_FIT and rows <= 4 * _VALUES_FIT:
@@ -72,17 +69,17 @@ def load_heat_map(record: StepRecord) -> bytes:
 
 
 def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
-    """The same for the loggers of a run: [H, W, RGB], cells without figures or axes.
+    """The same picture for a run's loggers: [H, W, RGB], cells without figures or axes.
 
-    It takes a millisecond, while a training step would wait most of a second for the other.
+    It takes a millisecond; the other one would hold up a training step for most of a second.
     """
-    colours_LE3 = (255 * _coloured(_loads(record))[..., :3]).round().astype(np.uint8)
+    colours_LE3 = (255 * _LOAD.rgba(_loads(record))[..., :3]).round().astype(np.uint8)
     size = int(np.clip(_PIXELS_WIDE // colours_LE3.shape[1], 4, 32))
     return colours_LE3.repeat(size, axis=0).repeat(size, axis=1)
 
 
 def caption(record: StepRecord) -> str:
-    """What is to be seen in :func:`load_pixels`."""
+    """What :func:`load_pixels` shows."""
     layers = [layer.layer for layer in record.layers]
     experts = max(len(layer.counts_E) for layer in record.layers)
     return (
@@ -93,15 +90,15 @@ def caption(record: StepRecord) -> str:
 
 
 def load_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """A panel for each layer, with the load of its experts (rows) over the steps (columns): PNG.
+    """A panel per layer, with the load of its experts (rows) over the steps (columns), as PNG.
 
-    With more records than a screen has room for, a column is the sum of several.
+    With more records than fit on a screen, a column is the sum of several.
     """
     layers = _layers(records)
     experts = max(len(layer.counts_E) for record in records for layer in record.layers)
     columns = 1 if len(layers) <= 6 else 2 if len(layers) <= 12 else 4
     rows = math.ceil(len(layers) / columns)
-    # A pixel for each expert, so that a dead one is seen, and room for the title and the axis.
+    # At least a pixel per expert, to show a dead one, and room for the title and the axis.
     height = min(6.0, max(1.2, min(2.4, 0.16 * experts), 0.9 + experts / DPI))
     size = max(_WIDTH, 3.6 * columns), rows * height + 1
     figure = Figure(figsize=size, layout="constrained")
@@ -111,7 +108,7 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
     panels = panels[: len(layers)]
     for panel, layer in zip(panels, layers, strict=True):
         load_ES, edges = load_by_step(records, layer)
-        _draw_load(panel, load_ES, edges, np.arange(len(load_ES) + 1) - 0.5)
+        draw_cells(panel, load_ES, _LOAD, edges, first_on_top=False)
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
         panel.set_title(f"layer {layer}", fontsize="medium", loc="left")
@@ -124,7 +121,7 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
 
 
 def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """The coefficient of variation of every layer's load, and their mean, over the steps: PNG."""
+    """The CV of every layer's load, and their mean, over the steps, as PNG."""
     steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -145,9 +142,9 @@ def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
 
 
 def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
-    """Loss and mean CV over the steps on two axes, and one against the other: PNG.
+    """Loss and mean CV over the steps on two axes, and loss against CV, as PNG.
 
-    None if no record has a finite loss. One record alone has no second part.
+    None if no record has a finite loss. A single record has no second part.
     """
     steps_S = _steps(records)
     loss_S, cv_S = (
@@ -178,9 +175,9 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
 
 
 def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
-    """Each balance loss, unscaled and as the mean over the layers, over the steps: PNG.
+    """Each balance loss over the steps, unscaled and averaged over the layers, as PNG.
 
-    None if no record has one.
+    None if no record has any.
     """
     names = sorted({name for r in records for layer in r.layers for name in layer.losses})
     if not names:
@@ -211,11 +208,7 @@ def _layer(record: StepRecord, number: int) -> LayerRecord | None:
 
 def _loads(record: StepRecord) -> Array:
     """The load of each layer and expert: [L, E], NaN where a layer has fewer experts."""
-    loads = [relative_load(layer.counts_E) for layer in record.layers]
-    load_LE = np.full((len(loads), max(map(len, loads))), np.nan)
-    for row, load_E in enumerate(loads):
-        load_LE[row, : len(load_E)] = load_E
-    return load_LE
+    return filled([relative_load(layer.counts_E).tolist() for layer in record.layers])
 
 
 def cv_by_step(records: Sequence[StepRecord]) -> Array:
@@ -230,7 +223,7 @@ def cv_by_step(records: Sequence[StepRecord]) -> Array:
 
 
 def mean_over_layers(values_LS: Array) -> Array:
-    """The mean of the layers that have a value: [S], NaN where none has."""
+    """The mean over the layers that have a value: [S], NaN where none has."""
     has_LS = np.isfinite(values_LS)
     total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
     return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
@@ -246,11 +239,12 @@ def load_by_step(
 ) -> tuple[Array, Array]:
     """The load of a layer's experts over the steps, in at most ``columns`` columns.
 
-    Returns [E, columns], the assignments of a column's records over their mean, and the edges in
-    steps, [columns + 1]: a column reaches from the one before to the step of its last record.
+    Returns [E, columns], the assignments in a column's records over their mean, and the columns'
+    edges in steps, [columns + 1]: a column ends at the step of its last record.
     """
     found = [(r, layer) for r in records if (layer := _layer(r, number)) is not None]
     experts = max(len(layer.counts_E) for _, layer in found)
+    # A resumed run may have another number of experts, which does not fit into the same picture.
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
     groups = np.array_split(np.arange(len(found)), min(len(found), columns))
     first = found[0][0]
@@ -263,22 +257,8 @@ def load_by_step(
 
 
 def _cell(number: int, largest: float, smallest: float, room: float) -> float:
-    """The size in inches of each of so many cells, which are to fit into the room if they can."""
+    """The size in inches of each of ``number`` cells, which should fit into ``room``."""
     return min(largest, max(smallest, room / number), _LARGEST / number)
-
-
-def _draw_load(axes: Axes, load: Array, x_edges: npt.ArrayLike, y_edges: npt.ArrayLike) -> None:
-    """Cells with the load as their colour."""
-    axes.pcolorfast(x_edges, y_edges, _coloured(load))
-    axes.tick_params(length=2)
-
-
-def _coloured(load: Array) -> Array:
-    """RGBA of each load, from 0 to 1: [..., 4]."""
-    colours: Array = _LOAD(_SCALE(np.nan_to_num(load, nan=1.0)))
-    colours[load == 0] = to_rgba(_DEAD)
-    colours[np.isnan(load)] = to_rgba(_ABSENT)
-    return colours
 
 
 def _add_load_bar(
@@ -288,9 +268,8 @@ def _add_load_bar(
         0 in layer.counts_E and any(layer.counts_E) for r in records for layer in r.layers
     )
     label = f"load: assignments / layer's mean{' (black: dead)' * has_dead}"
-    scale = ScalarMappable(_SCALE, _LOAD)
     bar = figure.colorbar(
-        scale, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
+        _LOAD.bar, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
     )
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
     bar.minorticks_off()
@@ -300,7 +279,8 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
     for (row, expert), load in np.ndenumerate(load_LE):
         if np.isnan(load):
             continue
-        red, green, blue, _ = _LOAD(_SCALE(load)) if load else (0, 0, 0, 1)
+        ((red, green, blue, _),) = _LOAD.rgba(np.array([load]))
+        # Perceived brightness of the cell (the weights are those of ITU-R BT.601).
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         axes.text(
             expert,
@@ -314,14 +294,14 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
 
 
 def _name_rows(axes: Axes, names: Sequence[int]) -> None:
-    """All of a few, and of many the round ones."""
+    """Name all rows if there are few, else the round numbers."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if len(names) <= 20 * n or n == 100)
     rows = [row for row, name in enumerate(names) if name % every == 0]
     axes.set_yticks(rows, [str(names[row]) for row in rows])
 
 
 def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_LS: Array) -> None:
-    """Name the line that ends highest, beside its end."""
+    """Name the line that ends highest, next to its end."""
     last_L = np.nan_to_num(values_LS[:, -1], nan=-1.0)
     highest = int(last_L.argmax())
     axes.annotate(
@@ -334,7 +314,7 @@ def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_L
 
 
 def _line(axes: Axes, steps_S: Sequence[int], values_S: npt.ArrayLike, **style: Any) -> None:
-    """A line; a value without a neighbour, which has no line, is a point."""
+    """Draw a line; a single value, which makes no line, becomes a point."""
     marker = "o" if np.isfinite(values_S).sum() == 1 else None
     axes.plot(steps_S, values_S, marker=marker, **style)
 

@@ -1,21 +1,19 @@
 """Figures of expert load: pure functions of how many assignments each expert got.
 
-Legend: E routed experts, Z zero-computation experts, L MoE layers. ``counts_E`` are assignments: a
-token that chooses k experts counts k times. All figures are float64, without a unit unless said.
-Where nothing was assigned a ratio does not exist, and is NaN.
+Legend: E = routed experts, Z = zero-computation experts, L = MoE layers. ``counts_E`` are
+assignments: a token that chooses k experts counts k times. All figures are float64, without a unit
+unless stated. If nothing was assigned, a ratio does not exist and is NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from ezpz_moe.telemetry.record import LayerRecord
+from ezpz_moe.telemetry.record import LayerRecord
 
 Counts = Sequence[int]
 
@@ -90,14 +88,14 @@ def entropy(counts_E: Counts) -> float:
     if np.isnan(frequency).any():
         return math.nan
     used = frequency[frequency > 0]
-    return float(-(used * np.log(used)).sum()) + 0.0  # no negative zero
+    return float(-(used * np.log(used)).sum()) + 0.0  # turns -0.0 into 0.0
 
 
 def effective_experts(counts_E: Counts) -> float:
     """``exp(entropy)``: how many experts with equal load would have this entropy; E is even.
 
-    This is the perplexity of the frequencies, the Hill number of order 1. Where a token chooses k
-    experts, none twice, no frequency is above 1/k, so that it is at least k.
+    This is the perplexity of the frequencies, the Hill number of order 1. If a token chooses k
+    distinct experts, no frequency is above 1/k, so it is at least k.
     """
     return math.exp(entropy(counts_E))
 
@@ -113,7 +111,7 @@ def dead_experts(counts_E: Counts) -> tuple[int, ...]:
 
 
 def load_figures(counts_E: Counts) -> dict[str, float]:
-    """Every figure of a layer's counts by name; only the dead experts if nothing was assigned."""
+    """Every figure of a layer's counts by name; only dead_experts if nothing was assigned."""
     dead = {"dead_experts": float(len(dead_experts(counts_E)))}
     if not sum(counts_E):
         return dead
@@ -131,11 +129,11 @@ def load_figures(counts_E: Counts) -> dict[str, float]:
 
 
 def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
-    """Every figure of one layer by name: of its load, its router, its losses and its backend.
+    """Every figure of one layer by name: its load, its router, its losses and its backend.
 
-    ``tokens_per_expert`` are the mean assignments of an expert in one of the ``steps``;
-    ``zero_fraction`` is the share of the assignments that went to zero-computation experts. What
-    the layer does not have is left out, and a layer that saw no token has nothing but its bias.
+    ``tokens_per_expert`` is the mean number of assignments per expert in one of the ``steps``;
+    ``zero_fraction`` is the share of the assignments that went to zero-computation experts. Figures
+    that the layer does not have are left out; a layer that saw no tokens has only its bias.
     """
     figures = _if_given(bias_norm=layer.bias_norm)
     if not layer.tokens:
@@ -153,16 +151,16 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
 
 
 def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
-    """What a layer's backend did with the tokens that it was given, one or more.
+    """What a layer's backend did with the tokens it was given, at least one.
 
-    ``padding_waste`` is the share of the rows computed that were nobody's, ``drop_rate`` the share
-    of the tokens that were not computed.
+    ``padding_waste`` is the share of the computed rows that belonged to nobody, ``drop_rate`` the
+    share of the tokens that were not computed.
     """
     return {"padding_waste": 1 - (given - dropped) / computed, "drop_rate": dropped / given}
 
 
 def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the layers that have it, and as ``<name>_worst`` its worst layer's.
+    """Each figure's mean over the layers that have it, and its worst layer as ``<name>_worst``.
 
     ``dead_experts`` is the sum over the layers. Figures without a bad end, such as the router's
     confidence, have no worst.

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: no script, nothing from a network, pictures inside."""
+"""One self-contained HTML page of a run: no scripts, no network, pictures included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ezpz_moe.routing_schema import AlertThresholds
+from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import headline, layer_rows, over_layers_rows, steps
 
@@ -20,7 +20,7 @@ _CAPTIONS = {
     ),
     "load_over_steps": (
         "Load over the steps",
-        "The same of every layer. A line that stays red or blue is an expert that stays in or out "
+        "The same for every layer. A line that stays red or blue is an expert that stays in or out "
         "of favour.",
     ),
     "cv_over_steps": (
@@ -30,12 +30,12 @@ _CAPTIONS = {
     ),
     "loss_and_balance": (
         "Loss against balance",
-        "Whether balance is bought with loss: falling CV with a rising loss says so. On the right "
-        "each record is a point.",
+        "Whether balance costs loss: a falling CV with a rising loss says so. On the right, each "
+        "record is a point.",
     ),
     "balance_losses": (
         "Balance losses",
-        "Without their coefficients, as the mean over the layers.",
+        "Without their coefficients, averaged over the layers.",
     ),
 }
 
@@ -58,7 +58,7 @@ th:first-child, td:first-child { text-align: left; }
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and its name, which is its file's without ``.png``."""
+    """A PNG and its name, which is the file's name without ``.png``."""
 
     name: str
     png: bytes
@@ -70,7 +70,7 @@ def page(
     pictures: Sequence[Picture],
     alerts: Sequence[str],
 ) -> str:
-    """The page of a run, whose records are those of the file ``source``."""
+    """The page of a run, from the records in the file ``source``."""
     last = records[-1]
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [

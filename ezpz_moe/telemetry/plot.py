@@ -11,7 +11,8 @@ from pathlib import Path
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry import charts, page
 from ezpz_moe.telemetry.alerts import Alerts
-from ezpz_moe.telemetry.record import FILE_NAME, StepRecord, read
+from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.record import StepRecord
 
 FOLDER = "telemetry"
 PAGE = "telemetry.html"
@@ -19,7 +20,7 @@ PAGE = "telemetry.html"
 
 @dataclass(frozen=True)
 class Plotted:
-    """The files that were written, the page last; the last record; every alert of the run."""
+    """The written files, with the page last; the last record; every alert of the run."""
 
     paths: list[Path]
     last: StepRecord
@@ -27,10 +28,10 @@ class Plotted:
 
 
 def plot(run: Path, out: Path | None = None) -> Plotted:
-    """Draw the run in the folder (or of the file) ``run``, into ``out``.
+    """Draw the run in the folder ``run`` (or from that file) into ``out``.
 
-    Without ``out`` it is the folder ``telemetry`` beside the records. Files of an earlier call are
-    replaced when everything has been drawn.
+    Without ``out``, draws into the folder ``telemetry`` next to the records. Files of an earlier
+    call are replaced once everything has been drawn.
 
     Raises:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
@@ -39,8 +40,9 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     records = read(source)
     if not records:
         raise EzpzError(
-            f"{source}: holds no records yet: the run had not come to its first, after as many "
-            "steps as [telemetry] every in its flavor says, or as it logs after."
+            f"{source}: holds no records yet: the run stopped or is still before its first one, "
+            "which comes after as many steps as [telemetry] every in its flavor says, or between "
+            "two logs."
         )
     pictures = _draw(records)
     alerts = raised(records)
@@ -50,13 +52,13 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
 
 
 def raised(records: Iterable[StepRecord]) -> list[str]:
-    """The alerts of a run."""
+    """The alerts that a run raised."""
     alerts = Alerts()
     return [message for record in records for message in alerts.check(record)]
 
 
 def _find(run: Path) -> Path:
-    """The file of the records of a run."""
+    """The file with a run's records."""
     if not run.exists():
         raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
     if not run.is_dir():
@@ -84,9 +86,10 @@ def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
 
 
 def _write(files: dict[str, bytes], out: Path) -> list[Path]:
-    """Put the files in their place when all are on the disk, the page last."""
+    """Move the files into place once all are on the disk, the page last."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Inside `out`, because os.replace moves files only within one file system.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)

@@ -12,11 +12,11 @@ Detail = Literal["brief", "per_layer", "per_expert"]
 
 
 def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
-    """The record's figures by the name under which they are logged.
+    """The record's figures, by the names under which they are logged.
 
     ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
-    ``moe/layer_3/cv``, and ``per_expert`` to this ``moe/layer_3/expert_7/frequency``, whose sum
-    over a layer's experts is 1. Figures that do not exist, of a layer without tokens for example,
+    ``moe/layer_3/cv``, and ``per_expert`` also adds ``moe/layer_3/expert_7/frequency``, which sums
+    to 1 over a layer's experts. Figures that do not exist, such as those of a layer without tokens,
     are left out.
     """
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]

@@ -18,8 +18,8 @@ from dialect import ON_0_2
 from trainer_runs import Record, job_folder, train
 
 from ezpz_moe import cli
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.checkpoints.names import TITAN_0_2, TITAN_0_3
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3
 
 SEQ_LEN = 128
 # 0.2 sums a token's experts by a batched product and 0.3 by scatter_add, in another order. A few

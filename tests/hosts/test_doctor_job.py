@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from dialect import ON_0_2
 
-from ezpz_moe import doctor
 from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.tools import doctor
 
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "{}"\n'
 SMALL = "debugmodel_sdpa_for_loop"
@@ -39,9 +39,9 @@ def memory(found: list[doctor.Finding]) -> list[str]:
         ("[parallelism]\npipeline_parallel_degree = 5", 7, "7 ranks do not fit the degrees"),
         ("[parallelism]\ndata_parallel_shard_degree = 2", 4, "4 ranks do not fit the degrees"),
         ("[parallelism]\ntensor_parallel_degree = 3", 3, "not divide the 16 attention heads"),
-        ("[parallelism]\nexpert_parallel_degree = 4", 2, "not divide the 2 ranks among which"),
-        ("[training]\nlocal_batch_size = 4\nglobal_batch_size = 6", 1, " is no multiple of "),
-        ("[training]\nlocal_batch_size = 4\nglobal_batch_size = 4", 2, " is no multiple of "),
+        ("[parallelism]\nexpert_parallel_degree = 4", 2, "not divide the 2 ranks that share"),
+        ("[training]\nlocal_batch_size = 4\nglobal_batch_size = 6", 1, " is not a multiple of "),
+        ("[training]\nlocal_batch_size = 4\nglobal_batch_size = 4", 2, " is not a multiple of "),
         ('[parallelism]\npipeline_parallel_schedule = "2F2B"', 1, "Unknown schedule name '2F2B'"),
     ],
 )
@@ -68,7 +68,7 @@ def test_key_heads_count_as_heads(findings) -> None:
 @pytest.mark.skipif(not ON_0_2, reason="torchtitan 0.3 has no expert_tensor_parallel_degree")
 def test_tensor_parallel_experts_need_ranks_too(findings) -> None:
     degrees = "[parallelism]\nexpert_parallel_degree = 4\ntensor_parallel_degree = 2\n"
-    assert "among which" not in problems(findings(SMALL, degrees, 4))
+    assert "that share the experts" not in problems(findings(SMALL, degrees, 4))
     found = findings(SMALL, f"{degrees}expert_tensor_parallel_degree = 2", 4)
     assert "expert_parallel_degree = 4 x expert_tensor_parallel 2 does not divide the 4" in (
         problems(found)
@@ -130,7 +130,7 @@ def test_a_backend_that_the_job_does_not_use_is_information(findings, job_file) 
     assert problems(found) == ""
     (grouped,) = (each for each in found if each.what.endswith("F = 252 with grouped_mm"))
     assert grouped.state == "note"
-    assert "torch._grouped_mm wants dimensions" in grouped.problem
+    assert "torch._grouped_mm needs dimensions" in grouped.problem
 
 
 @pytest.mark.skipif(
@@ -140,4 +140,4 @@ def test_the_jobs_own_backend_is_judged(findings, job_file) -> None:
     job_file('inherits = "debugmodel"\nmoe_hidden_dim = 252\n', "odd.toml")
     said = problems(findings("odd_sdpa"))
     assert "compute_backend 'grouped_mm' cannot run on" in said
-    assert "torch._grouped_mm wants dimensions" in said
+    assert "torch._grouped_mm needs dimensions" in said

@@ -10,13 +10,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from trainer_runs import LOG, job_folder, train
 
-from ezpz_moe.hosts import TITAN_0_2, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 
 check_host()
 
-if generation() is not TITAN_0_2:
+if type(host()) is not Titan02:
     pytest.skip(
-        f"the installed host is {generation().host}; make test-hosts runs these",
+        f"the installed host is {host().name}; make test-hosts runs these",
         allow_module_level=True,
     )
 

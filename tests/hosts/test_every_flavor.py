@@ -7,17 +7,18 @@ from dialect import EXPERTS
 from flavor_files import in_turn
 from torch import nn
 
-from ezpz_moe.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
-from ezpz_moe.checkpoints.names import generation_of
+from ezpz_moe.config.flavor_schema import Dimensions
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavor_schema import Dimensions
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2 as TITAN_0_2_NAMES
+from ezpz_moe.tools.checkpoints.names import generation_of
 
 check_host()  # before torchtitan is imported: it chooses the device
 
-ON_0_2 = generation() is TITAN_0_2
+ON_0_2 = type(host()) is Titan02
 SIZES = ("debugmodel", "500M", "2B", "4B", "7B", "10B_2B", "small", "16B", "236B", "671B")
 
 
@@ -27,7 +28,7 @@ def why_refused(name: str) -> str:
         if host_name() == "0.2.1":
             return "torchtitan has no model module 'gpt_oss'"
         if "sdpa" in name:
-            return "gpt_oss has flex attention only"
+            return "gpt_oss supports only flex attention"
         if load_flavor(name).compute_backend != "grouped_mm":
             return "GptOssGroupedExperts is no SwiGLU"
     return ""
@@ -45,7 +46,7 @@ def modules(model: nn.Module, class_name: str) -> list[Any]:
 @pytest.mark.parametrize("name", in_turn(shift=2))
 def test_every_flavor_builds_with_its_backend(name):
     flavor = load_flavor(name)
-    build = binding("parameters").build_on_meta
+    build = host().build_on_meta
     if expected := why_refused(name):
         with pytest.raises(EzpzError) as refusal:
             build(flavor)
@@ -84,13 +85,13 @@ def total_and_active(size: Dimensions) -> tuple[int, int]:
 def test_every_size_has_the_parameters_of_its_architecture(name):
     flavor = load_flavor(name)
     assert flavor.dimensions is not None
-    model = binding("parameters").summarize(flavor)
+    model = host().summarize(flavor)
     assert (model.total, model.active) == total_and_active(flavor.dimensions)
     assert model.embedding == flavor.dimensions.vocab_size * flavor.dimensions.dim
 
 
 def test_checkpoints_have_the_keys_that_are_relied_on():
-    found = binding("parameters").build_on_meta(load_flavor("debugmodel")).state_dict()
-    assert set(binding("relied_on").STATE_DICT_KEYS) <= found.keys()
-    names = TITAN_0_2_NAMES if ON_0_2 else binding("huggingface").GENERATION
+    found = host().build_on_meta(load_flavor("debugmodel")).state_dict()
+    assert set(host().state_dict_keys) <= found.keys()
+    names = TITAN_0_2_NAMES if ON_0_2 else host().checkpoint_names
     assert generation_of(found) == names

@@ -9,7 +9,7 @@ load a seed checkpoint, because the host draws other initial values under other 
 """
 
 import pytest
-from dialect import ON_0_2, ON_MAIN, batch
+from dialect import ON_0_2, SINCE_2026_08, batch
 from trainer_runs import BACKENDS, COMPUTED_BY, Runs, compare_gradients, door_1, job_folder, train
 
 HOST = "grouped_mm"
@@ -53,15 +53,18 @@ else:  # 0.2 sorts tokens for it with a Triton kernel, which does not run on a C
         "expert parallel, skewed": "fully sharded, skewed",
     }
 
-if ON_MAIN:  # the degree as a flag leaves the job's batch whole; each of its sequences is one here
+if (
+    SINCE_2026_08
+):  # the degree as a flag leaves the job's batch whole; each of its sequences is one here
     TWO_RANKS["pipeline parallel"] += ["--parallelism.num-pp-microbatches", "2", *batch(size=1)]
 
 ALL = ["single", *TWO_RANKS, *TWO_RANKS_SKEWED, *FOUR_RANKS]
 # What a kernel sees differs under these alone: other weights' memory, other numbers of rows.
 WITH_OPTIONS_TOO = {name for name in ALL if name.startswith(("fully sharded", "expert parallel"))}
 SAME_PRECISION = [parallelism for parallelism in ALL if parallelism not in IN_FLOAT32]
-# Main counts positions anew in every microbatch: RoPE turns by other angles, and rounds otherwise.
-SAME_ROUNDING = set(SAME_PRECISION) - ({"pipeline parallel"} if ON_MAIN else set())
+# Since August 2026 positions count anew in every microbatch: RoPE turns by other angles, and rounds
+# otherwise.
+SAME_ROUNDING = set(SAME_PRECISION) - ({"pipeline parallel"} if SINCE_2026_08 else set())
 
 SHORT = {
     "single": BACKENDS,

@@ -9,11 +9,11 @@ import dialect
 import pytest
 import torch
 
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.precision import agreeing_on_precision
-from ezpz_moe.job import Job
 
 EMULATED, NATIVE = "float32", "float32,bfloat16"
 
@@ -32,7 +32,7 @@ def job(folder: Path, text: str, **values: str) -> Job:
 
 def precision_of(job: Job) -> str:
     flavor = load_flavor(job.flavor, near=job.folder)
-    words = binding("precision").in_words(binding("job").trainer_config(job), flavor)
+    words = host().precision_in_words(host().trainer_config(job), flavor)
     return words.partition(":")[0]
 
 
@@ -88,7 +88,8 @@ def test_the_hosts_own_path_is_the_hosts(cpu_with, tmp_path):
 
 
 def test_another_precision_than_the_hosts_for_its_path_names_file_and_key(tmp_path):
-    with pytest.raises(EzpzError, match=r"mine\.toml: expert_precision = 'float32' does not go"):
+    refused = r"mine\.toml: expert_precision = 'float32' cannot be combined with"
+    with pytest.raises(EzpzError, match=refused):
         precision_of(job(tmp_path, 'expert_precision = "float32"'))
 
 
@@ -98,7 +99,7 @@ def test_experts_whose_forward_is_the_hosts_refuse_float32(tmp_path):
         'base = "gpt_oss/debugmodel"\ncompute_backend = "for_loop"\nexpert_precision = "float32"'
     )
     with pytest.raises(EzpzError, match=r"expert_precision = 'float32' \(asked for by flavor mine"):
-        binding("job").trainer_config(Job(flavor="mine", path=tmp_path / "job.toml"))
+        host().trainer_config(Job(flavor="mine", path=tmp_path / "job.toml"))
 
 
 @pytest.mark.skipif(dialect.ON_0_2, reason="0.2 reads its command line elsewhere")
@@ -111,7 +112,7 @@ def test_the_flag_wins_over_the_rule(cpu_with, tmp_path, monkeypatch, flag):
     monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
     door = ["--module", "ezpz_moe", "--config", "mine"]
     config = ConfigManager().parse_args([*door, "--training.mixed-precision-param", flag])
-    assert binding("precision").in_words(config, flavor).partition(":")[0] == words(flag, flag)
+    assert host().precision_in_words(config, flavor).partition(":")[0] == words(flag, flag)
 
 
 @pytest.mark.parametrize(("cpu", "lines"), [(EMULATED, 1), (NATIVE, 0)])
@@ -124,8 +125,10 @@ def test_the_run_says_once_why_it_trains_in_float32(
     said = []
     monkeypatch.setattr(logger, "info", said.append)
     if not dialect.ON_0_2:
-        binding("precision")._log.cache_clear()
-    config = binding("job").trainer_config(job(tmp_path, FOR_LOOP))
+        from ezpz_moe.hosts.titan.precision import _log
+
+        _log.cache_clear()
+    config = host().trainer_config(job(tmp_path, FOR_LOOP))
     if not dialect.ON_0_2:
         dataclasses.replace(config)  # as the host copies it with the flags of its command line
     said = [line for line in said if "mixed_precision_param" in line]
@@ -186,6 +189,6 @@ def test_ranks_that_differ_are_all_refused_and_others_go_on(tmp_path, other):
     if other == "float32":
         assert said == ["parallelizedparallelized"] * 3
     else:
-        assert said[0].startswith("1 of the 3 ranks, this one among them, would train with bf")
-        assert said[1].startswith("2 of the 3 ranks, this one among them, would train with float32")
+        assert said[0].startswith("1 of the 3 ranks, including this one, would train with bf")
+        assert said[1].startswith("2 of the 3 ranks, including this one, would train with float32")
         assert "[training] mixed_precision_param" in said[1]

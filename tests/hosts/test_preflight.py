@@ -11,15 +11,16 @@ from types import SimpleNamespace
 import pytest
 from dialect import ON_0_2
 
-import ezpz_moe.preflight
+import ezpz_moe.tools.preflight
 from ezpz_moe import cli
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding, check_host
 from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.ranks import share_of_model
-from ezpz_moe.preflight import RankReport, preflight
+from ezpz_moe.tools.preflight import preflight
 
 FLAVOR = "debugmodel_sdpa_for_loop"
 PIPELINE = f"""
@@ -38,7 +39,7 @@ pytestmark = [pytest.mark.train, pytest.mark.usefixtures("forked_processes")]
 
 
 needs_all_ranks = pytest.mark.skipif(
-    host_name() == "0.2.1", reason="the fake communication of torchtitan 0.2.1 is of rank 0 alone"
+    host_name() == "0.2.1", reason="torchtitan 0.2.1 can fake only rank 0"
 )
 
 
@@ -54,7 +55,7 @@ def build(config: str, *flags: str, world_size: int, stages: int = 1) -> list[Ra
 
 def total_parameters() -> int:
     check_host()
-    return binding("parameters").summarize(load_flavor(FLAVOR)).total
+    return host().summarize(load_flavor(FLAVOR)).total
 
 
 @needs_all_ranks
@@ -99,8 +100,12 @@ def test_flex_attention_gets_its_masks_as_in_training(more) -> None:
 @pytest.mark.parametrize(
     ("flavor", "flags", "reason"),
     [
-        ("debugmodel_varlen", (), "aten.nonzero.default reads values, of which the tensors have"),
-        ("debugmodel", ("--parallelism.context_parallel_degree", "2"), "context parallelism cuts"),
+        ("debugmodel_varlen", (), "aten.nonzero.default reads values, which the tensors do not"),
+        (
+            "debugmodel",
+            ("--parallelism.context_parallel_degree", "2"),
+            "context parallelism splits",
+        ),
     ],
 )
 def test_a_step_that_needs_values_or_ranks_is_not_run_and_no_error(flavor, flags, reason) -> None:
@@ -120,16 +125,17 @@ def test_a_step_that_fails_keeps_what_was_measured() -> None:
     assert report.error.startswith("RuntimeError: no such shape (in a step with tensors that have")
 
 
-RUN_RANK = ("preflight", "run_rank")
-
-
 def report_with_failing_step(config: str, world_size: int) -> RankReport:
     def fail(*args: object) -> str:
         raise RuntimeError("no such shape")
 
     check_host()
-    binding("preflight")._step = fail
-    return ezpz_moe.preflight._run(RUN_RANK, config, [], world_size, 0)
+    from ezpz_moe.hosts.titan import preflight
+
+    preflight._step = fail
+    return ezpz_moe.tools.preflight._run(
+        ezpz_moe.tools.preflight._run_rank, config, [], world_size, 0
+    )
 
 
 @pytest.mark.parametrize("more", ["tensor_parallel_degree", "expert_parallel_degree"])
@@ -146,7 +152,7 @@ def test_heads_that_tensor_parallelism_cannot_divide() -> None:
 
 
 def test_a_process_that_is_killed_is_said_with_its_rank(monkeypatch, capsys, pipeline) -> None:
-    monkeypatch.setattr(ezpz_moe.preflight, "_run", die_as_rank_4)
+    monkeypatch.setattr(ezpz_moe.tools.preflight, "_run", die_as_rank_4)
     assert build(pipeline, world_size=4) == [RankReport(0)]
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", pipeline, "--world-size", "8"])
@@ -198,7 +204,7 @@ def test_other_ranks_than_the_first_are_refused_in_plain_words(pipeline) -> None
 
 def test_what_was_measured_is_shown_beside_an_error(monkeypatch, capsys) -> None:
     report = RankReport(0, parameters=10**6, state_bytes=2**30, step="failed", error="why")
-    monkeypatch.setattr(ezpz_moe.preflight, "preflight", lambda *args, **options: [report])
+    monkeypatch.setattr(ezpz_moe.tools.preflight, "preflight", lambda *args, **options: [report])
     assert cli.main(["preflight", FLAVOR, "--world-size", "4"]) == 1
     said = capsys.readouterr().out
     assert "0 0 1.0 M 1.00 GiB failed" in " ".join(said.split())
@@ -210,9 +216,9 @@ def test_no_number_of_ranks(number, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["preflight", FLAVOR, "--world-size", number])
     assert end.value.code == 2
-    assert f"--world-size {number}: a run has at least 1 rank" in capsys.readouterr().err
+    assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err
 
 
 def test_ranks_that_the_stages_cannot_share(pipeline) -> None:
-    with pytest.raises(EzpzError, match=r"--world-size 7: has to be a multiple of .* = 2"):
+    with pytest.raises(EzpzError, match=r"--world-size 7: must be a multiple of .* = 2"):
         build(pipeline, world_size=7, stages=2)

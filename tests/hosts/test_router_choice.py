@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, tokens
 
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import binding
+from ezpz_moe.config.flavors import load_flavor
 
 
 @pytest.mark.parametrize("base", UPSTREAM.values(), ids=UPSTREAM)
@@ -124,9 +123,8 @@ def test_a_bias_that_would_balance_nothing_is_not_updated(tmp_path, of_router):
     """Of a gate that is not trained, and where experts are not chosen by it."""
     tables = f"[router]\n{of_router}"
     (tmp_path / "mine.toml").write_text(f'inherits = "debugmodel"\n{tables}\n')
-    host, ours = (
-        binding("models").model_spec(load_flavor(name, near=tmp_path))
-        for name in ("debugmodel", "mine")
-    )
-    assert host.post_optimizer_build_fn is not None
+    from ezpz_moe.hosts.titan.models import model_spec
+
+    theirs, ours = (model_spec(load_flavor(name, near=tmp_path)) for name in ("debugmodel", "mine"))
+    assert theirs.post_optimizer_build_fn is not None
     assert ours.post_optimizer_build_fn is None

@@ -2,11 +2,11 @@
 
 import pytest
 import router_cases  # noqa: F401  (skips on torchtitan 0.2)
-from dialect import ON_MAIN
+from dialect import SINCE_2026_08
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
-from ezpz_moe.job import find_job
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.jobs import find_job
 
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
 REFUSED = {
@@ -18,12 +18,12 @@ REFUSED = {
     "fixed rows": (
         "null_experts = 2",
         f'{EP}expert_parallel_comm_backend = "minimal_async_ep"',
-        'null_experts does not go with the dispatcher MinimalAsyncEP.*to "standard"',
+        'null_experts cannot be combined with the dispatcher MinimalAsyncEP.*to "standard"',
     ),
     "a fixed number of rows for padding too": (
         "pad_token_id = 0\ndispatch_padding = false",
         f'{EP}expert_parallel_comm_backend = "deepep"',
-        "dispatch_padding does not go with the dispatcher DeepEP",
+        "dispatch_padding cannot be combined with the dispatcher DeepEP",
     ),
     "capture of what is cut": (
         "copy_experts = 1",
@@ -38,42 +38,44 @@ REFUSED = {
     "constants and TP": (
         "constant_experts = 2",
         "[parallelism]\ntensor_parallel_degree = 2",
-        "constant_experts do not go with parallelism.tensor_parallel_degree = 2",
+        "constant_experts cannot be combined with parallelism.tensor_parallel_degree = 2",
     ),
     "padding that no text has": (
         "pad_token_id = 2048",
         "",
-        "pad_token_id = 2048: the model knows the tokens below 2048",
+        "pad_token_id = 2048: the model knows only tokens below 2048",
     ),
     "padding and PP": (
         "pad_token_id = 0",
         "[parallelism]\npipeline_parallel_degree = 2",
-        "pad_token_id = 0 does not go with parallelism.pipeline_parallel_degree = 2",
+        "pad_token_id = 0 cannot be combined with parallelism.pipeline_parallel_degree = 2",
     ),
     "padding, TP and EP": (
         "pad_token_id = 0",
         f"{EP}tensor_parallel_degree = 2",
-        "pad_token_id = 0 does not go with parallelism.tensor_parallel_degree and",
+        "pad_token_id = 0 cannot be combined with parallelism.tensor_parallel_degree and",
     ),
     "distributed tensors with TP": (
         'routing = "balanced"',
         '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
-        "balanced. does not go with .* 'partial_dtensor' and tensor parallelism",
+        "balanced. cannot be combined with .* 'partial_dtensor' and tensor parallelism",
     ),
     "two that choose": (
         'routing = "sinkhorn"',
         "[debug]\nmoe_force_load_balance = true",
-        "sinkhorn. does not go with debug.moe_force_load_balance = true",
+        "sinkhorn. cannot be combined with debug.moe_force_load_balance = true",
     ),
     "jitter that is drawn again": (
         "jitter_noise = true",
         '[activation_checkpoint]\nmode = "full"\npreserve_rng_state = false',
-        "jitter_noise = 0.01 does not go with activation_checkpoint.preserve_rng_state = false",
+        "jitter_noise = 0.01 cannot be combined with "
+        "activation_checkpoint.preserve_rng_state = false",
     ),
     "noise that a partitioner draws again": (
         'routing = "balanced"\nnoise = 0.5',
         '[activation_checkpoint]\nmode = "memory_budget"\n[compile]\nenable = true',
-        'noise = 0.5 does not go with activation_checkpoint.mode = "memory_budget".*another mode',
+        'noise = 0.5 cannot be combined with activation_checkpoint.mode = "memory_budget".*'
+        "another mode",
     ),
     "cadence": (
         "[telemetry]\nevery = 15",
@@ -83,23 +85,24 @@ REFUSED = {
     "groups": (
         "null_experts = 8",
         "",
-        "null_experts does not go with router_num_expert_groups = 4",
+        "null_experts cannot be combined with router_num_expert_groups = 4",
     ),
 }
-if ON_MAIN:
+if SINCE_2026_08:
     REFUSED |= {
         "sequences in parts": (
             "jitter_noise = true",
             f"{EP}tensor_parallel_degree = 2",
-            r'\[balance\] scope = "sequence" does not go with parallelism.tensor_parallel_degree',
+            r'\[balance\] scope = "sequence" cannot be combined with '
+            "parallelism.tensor_parallel_degree",
         ),
     }
-else:  # main has no "full_dtensor"
+else:  # since August 2026 there is no "full_dtensor"
     REFUSED |= {
         "distributed tensors": (
             'routing = "sinkhorn"',
             '[parallelism]\nspmd_backend = "full_dtensor"',
-            "sinkhorn. does not go with parallelism.spmd_backend = 'full_dtensor', where",
+            "sinkhorn. cannot be combined with parallelism.spmd_backend = 'full_dtensor', where",
         ),
     }
 GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
@@ -115,12 +118,12 @@ def test_what_does_not_go_together_is_refused(tmp_path, case):
     job = tmp_path / "job.toml"
     job.write_text(f'[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n{of_job}\n')
     with pytest.raises(EzpzError, match=message) as refusal:
-        binding("job").trainer_config(find_job(str(job)))
+        host().trainer_config(find_job(str(job)))
     assert "mine_sdpa" in str(refusal.value)
 
 
 def test_balance_losses_are_reported_without_being_asked(tmp_path):
     (tmp_path / "mine.toml").write_text('inherits = "debugmodel"\n[balance]\naux_loss = 0.1\n')
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n')
-    config = binding("job").trainer_config(find_job(str(tmp_path / "job.toml")))
+    config = host().trainer_config(find_job(str(tmp_path / "job.toml")))
     assert config.metrics.telemetry.detail == "brief"

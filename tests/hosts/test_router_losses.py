@@ -4,7 +4,7 @@ import pytest
 import torch
 from router_cases import B, L, flat, routed, router_of, tokens
 
-from ezpz_moe.hosts.titan_0_3.router import Groups, TokenMask
+from ezpz_moe.hosts.titan.router import Groups, TokenMask
 from ezpz_moe.routing.counters import SUMS
 
 LOSSES = """

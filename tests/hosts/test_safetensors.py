@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from trainer_runs import job_folder
 
 from ezpz_moe import cli
-from ezpz_moe.checkpoints import huggingface, storage
-from ezpz_moe.checkpoints.huggingface import Model
-from ezpz_moe.commands.checkpoint import _model
+from ezpz_moe.cli.ckpt import _model
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.tools.checkpoints import huggingface, storage
+from ezpz_moe.tools.checkpoints.huggingface import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
-GENERATION = binding("huggingface").GENERATION
+GENERATION = host().checkpoint_names
 OTHER = "0.3" if GENERATION == "0.2" else "0.2"
 UP = {
     "0.2": "layers.1.moe.experts.w3",
     "0.3": "layers.1.moe.routed_experts.inner_experts.w3_EFD",
-    "main": "layers.1.moe.routed_experts.w13.weight",
+    "2026_09": "layers.1.moe.routed_experts.w13.weight",
 }[GENERATION]
 """The parameter that holds the experts' projections up."""
 
@@ -79,7 +79,7 @@ def test_there_and_back_keeps_every_bit(
     for number in range(8):
         expert = written[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]
         up = weights[UP][number]
-        assert torch.equal(expert, up[1] if GENERATION == "main" else up)
+        assert torch.equal(expert, up[1] if GENERATION == "2026_09" else up)
     assert sum(each.numel() for each in written.values()) == sum(
         each.numel() for each in weights.values()
     )
@@ -131,7 +131,7 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     deeper = deep.with_name("deeper.toml")
     deeper.write_text(Path(job).read_text().replace('"tiny_sdpa"', '"deep_sdpa"'))
     for arguments, message in (
-        ((source, new, "--to", "hf"), "the model is needed: --model"),
+        ((source, new, "--to", "hf"), "need the model: add --model"),
         ((old, new, "--to", "hf", "--model", job), f"ckpt remap {old} DIR --to {GENERATION}"),
         ((source, new, "--to", "hf", "--model", deeper), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
@@ -179,7 +179,7 @@ def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
         pytest.skip("this host's adapter of gpt_oss knows all of its parameters")
     with pytest.raises(SystemExit):
         remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", "--model", "gpt_oss_debugmodel")
-    assert "would not be whole" in capsys.readouterr().err
+    assert "would be incomplete" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 

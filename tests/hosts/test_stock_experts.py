@@ -3,7 +3,7 @@
 import torch
 
 from ezpz_moe.compute.reference import error_bounds, random_case, relative_error, truth
-from ezpz_moe.hosts import binding
+from ezpz_moe.hosts.detect import host
 
 
 def test_stock_experts_compute_with_the_weights_that_are_given() -> None:
@@ -11,7 +11,7 @@ def test_stock_experts_compute_with_the_weights_that_are_given() -> None:
     case = random_case([5, 0, 9, 4], dim=32, hidden_dim=48, dtype=torch.bfloat16)
     true = truth(case)
     bounds = error_bounds(case, true)
-    layer = binding("stock").stock_experts(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
     x_RD = case.x_RD.detach().requires_grad_()
 
     y_RD = layer(x_RD, case.num_tokens_per_expert_E)

@@ -14,25 +14,26 @@ import pytest
 import torch
 from trainer_runs import TORCHRUN
 
-from ezpz_moe.convert_model import new_model
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import allowed
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import load_flavor
-from ezpz_moe.hosts import TITAN_0_2, binding, check_host, generation
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-from ezpz_moe.job import allowed
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
+from ezpz_moe.tools.convert_model import new_model
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 JOBS = Path(__file__).parents[2] / "flavors" / "jobs"
-KEYS_0_2 = TITAN_0_2.slot("job_keys").KEYS
+KEYS_0_2 = Titan02().job_keys()
 LIST_0_2 = Path(__file__).parents[1] / "data" / "titan_0_2_2_keys.txt"
 
 pytestmark = pytest.mark.smoke
 
 on_0_2 = pytest.mark.skipif(
-    generation() is not TITAN_0_2,
-    reason=f"the installed host is {generation().host}; make test-hosts runs these",
+    type(host()) is not Titan02,
+    reason=f"the installed host is {host().name}; make test-hosts runs these",
 )
 
 
@@ -142,7 +143,7 @@ MISTAKES = {
         (),
         "dataset_path = 'nowhere.txt' does not exist",
     ),
-    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "holds no tokenizer"),
+    "no tokenizer": (MODEL, ("--model.hf_assets_path", "/nowhere"), "has no tokenizer"),
     "attention without a backward": (
         MODEL.replace("_sdpa", ""),
         (),
@@ -151,7 +152,7 @@ MISTAKES = {
     "an attention that the model lacks": (
         MODEL.replace("sdpa", "varlen"),
         (),
-        "torchtitan 0.2's deepseek_v3 has flex and sdpa attention only",
+        "torchtitan 0.2's deepseek_v3 supports only flex and sdpa attention",
     ),
     "quantized experts": (
         MODEL,
@@ -166,7 +167,7 @@ MISTAKES = {
     "a batch that the ranks cannot share": (
         MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
         (),
-        "training.global_batch_size = 6 is no multiple of 4",
+        "training.global_batch_size = 6 is not a multiple of 4",
     ),
 }
 
@@ -196,10 +197,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(job_file, case):
 
 @on_0_2
 def test_a_mistake_in_a_backends_options_names_the_flavors_file(tmp_path):
+    from ezpz_moe.hosts.titan_0_2.models import model_args
+
     path = tmp_path / "mine.toml"
     path.write_text('inherits = "debugmodel"\ncompute_backend = "for_loop(foo=1)"\n')
     with pytest.raises(EzpzError) as refused:
-        binding("models").model_args(load_flavor("mine_sdpa", near=tmp_path))
+        model_args(load_flavor("mine_sdpa", near=tmp_path))
     assert str(refused.value).startswith(f"{path}: compute_backend ")
 
 
@@ -229,13 +232,15 @@ def test_a_shipped_job_can_be_shown(path):
 def test_sizes_that_the_host_has_too_have_its_arguments():
     from torchtitan.models.deepseek_v3 import deepseekv3_args
 
+    from ezpz_moe.hosts.titan_0_2.models import model_args
+
     sizes = [name for name in deepseekv3_args if "_" not in name]
     assert sizes == ["debugmodel", "16B", "236B", "671B"]
     # The vocabulary is our own; the host's debugmodel has another attention.
     differ = {"vocab_size", "attn_type", "attn_mask_type"}
     for name in sizes:
         stock = dataclasses.asdict(deepseekv3_args[name])
-        ours = dataclasses.asdict(binding("models").model_args(load_flavor(name)))
+        ours = dataclasses.asdict(model_args(load_flavor(name)))
         added = {"host_model", "compute_backend", "chosen_by", "max_positions"}
         added |= {"expert_precision", "computed_in"}
         assert ours.keys() - stock.keys() == added
@@ -252,11 +257,13 @@ def test_a_converted_job_has_the_model_that_it_had(name, size, seq_len, tmp_path
     from torchtitan.models import _supported_models
     from torchtitan.protocols.train_spec import get_train_spec
 
+    from ezpz_moe.hosts.titan_0_2.models import model_args
+
     if name not in _supported_models:
         pytest.skip(f"torchtitan {host_name()} has no {name}")
     made = new_model(name, size, seq_len=seq_len, name="new")
     (tmp_path / "new.toml").write_text(made.file)
-    new = binding("models").model_args(load_flavor(made.flavor, near=tmp_path))
+    new = model_args(load_flavor(made.flavor, near=tmp_path))
     old = get_train_spec(name).model_args[size]
     apart = {"max_seq_len", "original_seq_len", "rope_factor"}  # compared as what they do
     for field in dataclasses.fields(old):
@@ -273,12 +280,14 @@ def test_a_converted_job_has_the_model_that_it_had(name, size, seq_len, tmp_path
 def test_no_backend_changes_a_state_dict(name):
     from torchtitan.protocols.train_spec import get_train_spec
 
+    from ezpz_moe.hosts.titan_0_2.models import model_args
+
     flavor = load_flavor(name)
-    args = binding("models").model_args(flavor)
+    args = model_args(flavor)
     args.moe_impl = "standard"  # what the host sets from the job
     with torch.device("meta"):
         stock = get_train_spec(args.host_model).model_cls(args).state_dict()
-    ours = binding("parameters").build_on_meta(flavor).state_dict()
+    ours = host().build_on_meta(flavor).state_dict()
     assert list(ours) == list(stock)
     for key, tensor in stock.items():
         assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype), key
@@ -288,7 +297,7 @@ def test_no_backend_changes_a_state_dict(name):
 @on_0_2
 @pytest.mark.parametrize("name", ["for_loop", "batched_mm_padded"])
 def test_experts_compute_in_bfloat16_and_leave_tail_rows_zero(name):
-    experts = binding("experts").EzpzGroupedExperts(16, 32, 3, False, name)
+    experts = host().experts_class()(16, 32, 3, False, name)
     counts, x = torch.tensor([3, 0, 5]), torch.randn(10, 16)  # two tail rows
     with torch.no_grad():
         experts.init_weights(0.02)
@@ -304,18 +313,20 @@ def test_experts_compute_in_bfloat16_and_leave_tail_rows_zero(name):
 @on_0_2
 def test_experts_that_are_no_swiglu_are_refused():
     with pytest.raises(EzpzError, match=r"GptOssGroupedExperts is no SwiGLU|no model module"):
-        binding("parameters").build_on_meta(load_flavor("gpt_oss_debugmodel_for_loop"))
+        host().build_on_meta(load_flavor("gpt_oss_debugmodel_for_loop"))
 
 
 @on_0_2
 @pytest.mark.parametrize("table", ["router", "balance", "telemetry"])
 def test_what_this_hosts_routers_do_not_get_is_refused(table, tmp_path):
     """Not left out in silence."""
+    from ezpz_moe.hosts.titan_0_2.models import model_args
+
     key = {"router": "freeze = true", "balance": "z_loss = 0.1", "telemetry": "every = 10"}
     path = tmp_path / "mine.toml"
     path.write_text(f'inherits = "debugmodel"\n[{table}]\n{key[table]}\n')
     with pytest.raises(EzpzError, match=r"mine\.toml: \[router\].* need torchtitan 0\.3 or later"):
-        binding("models").model_args(load_flavor("mine", near=tmp_path))
+        model_args(load_flavor("mine", near=tmp_path))
 
 
 @on_0_2
@@ -323,12 +334,14 @@ def test_tokens_are_counted_on_the_cpu():
     """Every expert's tokens, experts without any included, in the host's dtype; compiled too."""
     from torchtitan.models.moe import MoE, MoEArgs
 
+    from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
+
     moe = MoE(MoEArgs(num_experts=8, top_k=3), 16, 32)
     torch.nn.init.normal_(moe.router.gate.weight)
     torch.nn.init.zeros_(moe.router.gate.weight[5:])
     moe.router.gate.weight.data[0] = 0
     moe.router.gate.weight.data[7] = -1  # below the three zeros, so that no token chooses it
-    binding("router").count_on_cpu(moe)
+    count_on_cpu(moe)
     x = torch.rand(50, 16) + 1
     scores, chosen, counts = moe.router(x)
     _, order, again = moe.reorderer(scores, chosen)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import fork_server
 import pytest
-from dialect import ON_GROUPED_LINEAR
+from dialect import SINCE_2026_09
 
 from ezpz_moe import cli
 from ezpz_moe.compute.agreement import ALONE_VARIABLE
 from ezpz_moe.compute.tuning import CACHE_VARIABLE, Measured, Question, Situation
 from ezpz_moe.errors import EXIT_CODE
-from ezpz_moe.tune import tune
+from ezpz_moe.tools.tune import tune
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 GATE_AND_UP, DOWN = (8, 64, 128), (8, 64, 64)
-PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if ON_GROUPED_LINEAR else ("swiglu", {(8, 64, 64)})
+PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if SINCE_2026_09 else ("swiglu", {(8, 64, 64)})
 """What a backend is asked for: grouped linears ask for one product after the other."""
 
 
@@ -80,9 +80,9 @@ def test_while_it_tunes_each_process_decides_alone(job, tmp_path, monkeypatch) -
         seen.append(os.environ.get(ALONE_VARIABLE))
         return 0
 
-    monkeypatch.setattr("ezpz_moe.tune.train", train)
+    monkeypatch.setattr("ezpz_moe.tools.tune.train", train)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    assert tune(str(job), []) == (0, [])
+    assert tune(str(job), [], tell=print) == (0, [])
     assert seen == ["1"]
     assert ALONE_VARIABLE not in os.environ
 
@@ -92,7 +92,7 @@ def not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*arguments, **named):
         raise AssertionError("a step was started")
 
-    monkeypatch.setattr("ezpz_moe.tune.train", train)
+    monkeypatch.setattr("ezpz_moe.tools.tune.train", train)
 
 
 def _error(capsys, *arguments: str) -> str:
@@ -126,6 +126,6 @@ def test_a_dtype_that_this_cpu_emulates_is_told(job, monkeypatch, capsys, cpu_wi
     cpu_with("float32")
     question = Question("mm", ("for_loop",), "cpu", "bfloat16", (8, 64, 64), recompute=False)
     measured = [(Situation(question, rows=1024, skew=0), Measured({"for_loop": 1.0}))]
-    monkeypatch.setattr("ezpz_moe.tune.tune", lambda *arguments, **named: (0, measured))
+    monkeypatch.setattr("ezpz_moe.tools.tune.tune", lambda *arguments, **named: (0, measured))
     assert cli.main(["tune", str(job)]) == 0
     assert "bfloat16 is emulated on this CPU" in " ".join(capsys.readouterr().out.split())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from router_cases import B, L, flat, moe_of, router_of, tokens
 
-from ezpz_moe.hosts.titan_0_3.router import TokenMask
+from ezpz_moe.hosts.titan.router import TokenMask
 
 ZERO = """
 [router]

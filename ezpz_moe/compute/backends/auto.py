@@ -1,13 +1,14 @@
 """``auto``: the fastest of the other backends, measured on the run's own rows.
 
-The first call of a layer times every usable backend, forward and backward, on the rows that it is
-given. All layers of that size, on all ranks, are then computed by the winner;
+The first call of a layer times every usable backend, forward and backward, on the rows that it
+gets. The winner then computes all layers of that size, on all ranks.
 :mod:`~ezpz_moe.compute.tuning` says where it is remembered, and :mod:`~ezpz_moe.compute.agreement`
-how ranks agree. Only when a rank's load changes its class of skew, the question is asked again. All
-backends save the same for backward, so that a choice can change between forward and backward.
+how ranks agree. The question is asked again only when a rank's load changes its class of skew. All
+backends save the same for backward, which is why the choice may change between forward and
+backward.
 
-Backends that drop tokens are never chosen unless ``among`` names them. With such a one the first
-choice stays: backward has to drop what forward has dropped.
+Backends that drop tokens are never chosen unless ``among`` names them. With such a backend, the
+first choice stays: backward has to drop what forward dropped.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -30,15 +31,15 @@ from ezpz_moe.errors import EzpzError
 
 logger = logging.getLogger(__name__)
 
-# Calls between two looks at the load: on a device each look waits for it. A prime, or every look
-# would be at the same layer where the model has 32 or 64 of one size.
+# Calls between two looks at the load: each look waits for the device. It is a prime, or every look
+# would hit the same layer of a model that has 32 or 64 of one size.
 _EVERY = 67
-_LOOKS = 5  # that the load is the median of, so that one odd batch changes nothing
+_LOOKS = 5  # the load is their median: one odd batch then changes nothing
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What calls have in common that are computed by the same backend."""
+    """What calls computed by the same backend have in common."""
 
     product: str
     among: str
@@ -48,13 +49,15 @@ class _Layer:
     sizes: tuple[int, int, int]
 
     @classmethod
-    def of(cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor):
+    def of(
+        cls, product: str, among: str, recompute: bool, rows_RX: Tensor, weights: Tensor
+    ) -> "_Layer":
         E, inner, outer = weights.shape
         return cls(product, among, recompute, rows_RX.device, rows_RX.dtype, (E, inner, outer))
 
     @property
     def candidates(self) -> list[str]:
-        """At least one.
+        """The usable backends to choose from, at least one.
 
         Raises:
             RuntimeError: none runs here.
@@ -77,15 +80,15 @@ class _Layer:
 
 @dataclass
 class _Choice:
-    """Who computes a layer, and what this rank knows of its load.
+    """The backend that computes a layer, and what this rank knows of its load.
 
     Attributes:
-        calls: of forward.
-        loads: the busiest expert's over the mean, at the last looks.
+        calls: how often forward was called.
+        loads: the busiest expert's load over the mean, at the last looks.
         skew: the load's class.
-        fastest: by class of skew, as this rank has measured it.
-        winner: who computes, on all ranks; empty before the first look.
-        decisions: how often the ranks have decided, as far as this one knows.
+        fastest: by class of skew, as measured by this rank.
+        winner: the backend that computes, on all ranks; empty before the first look.
+        decisions: how many decisions of the ranks this one knows.
     """
 
     calls: int = 0
@@ -96,13 +99,13 @@ class _Choice:
     decisions: int = 0
 
     def look_at(self, counts: list[int]) -> int:
-        """The load's class of skew, now that it has been looked at."""
+        """Look at the load, and return its class of skew."""
         now = max(counts) * len(counts) / sum(counts)
         self.loads = [*self.loads, now][-_LOOKS:]
         return tuning.skew_class(statistics.median_low(self.loads))
 
     def follow(self, winner: str) -> None:
-        """As the ranks have decided."""
+        """Adopt a decision of the ranks."""
         self.winner = winner
         self.decisions += 1
 
@@ -111,7 +114,7 @@ _CHOICES: dict[_Layer, _Choice] = {}
 
 
 def forget() -> None:
-    """As in a new process: the next call of each layer looks at its load, and asks."""
+    """Start as in a new process: the next call of each layer looks at its load, and asks."""
     _CHOICES.clear()
 
 
@@ -119,13 +122,13 @@ def forget() -> None:
 def candidates(
     among: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, ...] = ()
 ) -> list[str]:
-    """Usable backends to choose from: of those that ``among`` names, or all that drop nothing."""
+    """The usable backends to choose from: those in ``among``, or all that drop no tokens."""
     named = among.split()
     found = []
     for name in named or backend_names():
         try:
             backend = None if name == Auto.name else get_backend(name)
-        except EzpzError:  # a package that does not load concerns its own backend only
+        except EzpzError:  # a package that does not load affects only its own backend
             continue
         if not isinstance(backend, KernelBackend) or (backend.drops_tokens and not named):
             continue
@@ -136,7 +139,7 @@ def candidates(
 
 def _none_runs(device: torch.device, dtype: torch.dtype) -> str:
     return (
-        f"none of the backends to choose from runs on {device.type} in {dtype}: name for_loop in "
+        f"none of the backends to choose from runs on {device.type} in {dtype}: add for_loop to "
         f"`among`, or leave it out"
     )
 
@@ -152,7 +155,7 @@ def _drop_tokens(names: Sequence[str]) -> bool:
 
 
 def _chosen(layer: _Layer) -> KernelBackend:
-    """Who computes now; anybody while there were no rows to choose by."""
+    """The backend that computes now; any backend while there were no rows to choose by."""
     choice = _CHOICES.get(layer)
     return _kernels(choice.winner if choice and choice.winner else layer.candidates[0])
 
@@ -164,23 +167,40 @@ def _look(
     rows: int,
     one_pass: Callable[[KernelBackend], object],
 ) -> None:
-    """Follow the other ranks, and ask again if the load has changed its class of skew."""
+    """Look at the load of a layer, and switch its backend if another one suits the load better.
+
+    Decisions of other ranks come first, because they bind this one. Nothing more happens if the
+    load's class is the same as before, or if this is the first look and a winner is known already.
+    Otherwise measure, once for each class, and propose the fastest to all ranks.
+    """
     question = layer.question
-    for winner in agreement.decisions(question, choice.decisions):
-        choice.follow(winner)
-        logger.info(f"ezpz_moe: auto: {winner} for {question} (another rank has measured)")
+    _follow_others(question, choice)
     skew_before, choice.skew = choice.skew, choice.look_at(counts)
-    if choice.skew == skew_before or (skew_before is None and choice.winner):
+    # Nothing to ask: the class is unchanged, or other ranks chose before this rank's first look.
+    is_answered = skew_before is None and choice.winner
+    if choice.skew == skew_before or is_answered:
         return
+    # Measure each class once: a load that swings between two classes must not time them each time.
     if choice.skew not in choice.fastest:
         runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
         situation = tuning.Situation(question, _up_to(rows), choice.skew)
         choice.fastest[choice.skew] = tuning.fastest(situation, runs, layer.device)
-    own = choice.fastest[choice.skew]
-    if own != choice.winner:
-        choice.follow(agreement.decide(question, choice.decisions, own))
-        if choice.winner != own:
-            logger.info(f"ezpz_moe: auto: {choice.winner} instead (another rank was first)")
+    if choice.fastest[choice.skew] != choice.winner:
+        _propose(question, choice, choice.fastest[choice.skew])
+
+
+def _follow_others(question: tuning.Question, choice: _Choice) -> None:
+    """Take over what other ranks have decided since the last look."""
+    for winner in agreement.decisions(question, choice.decisions):
+        choice.follow(winner)
+        logger.info(f"ezpz_moe: auto: {winner} for {question} (measured by another rank)")
+
+
+def _propose(question: tuning.Question, choice: _Choice, own: str) -> None:
+    """Decide for ``own`` on all ranks, unless another rank has just decided otherwise."""
+    choice.follow(agreement.decide(question, choice.decisions, own))
+    if choice.winner != own:
+        logger.info(f"ezpz_moe: auto: {choice.winner} instead (another rank was first)")
 
 
 def _up_to(rows: int) -> int:
@@ -191,7 +211,7 @@ def _up_to(rows: int) -> int:
 def _forward(
     layer: _Layer, rows: int, counts_of: Callable[[Tensor, int], list[int]], *inputs: Tensor
 ) -> Any:
-    """Forward by whoever is the fastest; the output's own values are a gradient to time with."""
+    """Forward by the fastest backend; the output itself serves as a gradient when timing."""
 
     def one_pass(backend: KernelBackend) -> None:
         outputs = backend.compute(layer.product, *inputs)
@@ -200,6 +220,7 @@ def _forward(
         else:
             y_RD, *saved = outputs
             if layer.recompute:
+                # Time what backward will really do, which is to compute gate and up again.
                 saved = [None for _ in saved]
             backend.compute(f"{layer.product}_backward", y_RD, *inputs, *saved)
 
@@ -207,7 +228,7 @@ def _forward(
     look_again = choice.calls % _EVERY == 0 and not _drop_tokens(layer.candidates)
     if look_again or not choice.winner:
         counts = counts_of(inputs[-1], rows)
-        if any(counts):  # what has no rows says nothing of times
+        if any(counts):  # without rows there is nothing to time
             _look(layer, choice, counts, rows, one_pass)
     choice.calls += 1
     return _chosen(layer).compute(layer.product, *inputs)
@@ -258,10 +279,10 @@ def _swiglu_backward(
 
 @dataclass(frozen=True)
 class Auto(KernelBackend):
-    """The fastest of the others. See the module's text.
+    """The fastest of the other backends. See the module's text.
 
     Attributes:
-        among: the backends to choose from, separated by spaces; all that drop nothing if empty.
+        among: the backends to choose from, separated by spaces; if empty, all that drop no tokens.
     """
 
     name = "auto"
@@ -281,23 +302,23 @@ class Auto(KernelBackend):
                 raise EzpzError(f"{asked}: {error}") from error
             if not isinstance(backend, KernelBackend):
                 raise EzpzError(
-                    f"{asked}: {name} cannot be chosen: it is no backend with kernels of its own. "
+                    f"{asked}: {name} cannot be chosen, because it has no kernels of its own. "
                     f"Name others, or leave among out."
                 )
             if backend.recompute:
                 raise EzpzError(
-                    f"{asked}: what is saved for backward does not depend on the choice. "
-                    f"Write auto(recompute=true, among=...)."
+                    f"{asked}: every choice saves the same for backward, so the option belongs to "
+                    "auto. Write auto(recompute=true, among=...)."
                 )
 
     @property
     def drops_tokens(self) -> bool:  # type: ignore[override]
-        """Whether one that drops tokens is named, and may be chosen."""
+        """Whether ``among`` names a backend that drops tokens, which then may be chosen."""
         return _drop_tokens(self.among.split())
 
     @property
     def lossless(self) -> Backend:
-        """Among those that drop nothing; if all do, the first of them so that it does not."""
+        """Auto over those that drop nothing; if all drop, the first one's lossless form."""
         names = self.among.split()
         kept = [name for name in names if not get_backend(name).drops_tokens]
         if names and not kept:
@@ -305,8 +326,10 @@ class Auto(KernelBackend):
         return replace(self, among=" ".join(kept))
 
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor | None:
-        """What the chosen backend makes of them; None before the first is chosen."""
+        """What the chosen backend makes of these counts; None before the first choice."""
         asked = (self.among, self.recompute, num_tokens_per_expert_E.shape[0])
+        # Telemetry does not know the layer's sizes, so any layer with these options answers for
+        # all.
         for layer, choice in _CHOICES.items():
             if choice.winner and (layer.among, layer.recompute, layer.sizes[0]) == asked:
                 used_2 = _kernels(choice.winner).rows_used(num_tokens_per_expert_E, num_rows)

@@ -1,17 +1,17 @@
-"""``batched_mm_capacity``: the same number of rows for every expert; what is beyond is DROPPED.
+"""``batched_mm_capacity``: the same number of rows for every expert; rows beyond it are DROPPED.
 
 Every expert computes C = ceil(capacity_factor * R / E) rows, a number that comes from shapes alone:
-three ``torch.bmm``, all shapes static, no token count ever read on the host. So a CUDA graph can
-capture it, and its time does not depend on the routing.
+three ``torch.bmm``, all shapes static, and no token count is ever read on the host. So a CUDA graph
+can capture it, and its time does not depend on the routing.
 
-The price: of an expert with more than C tokens the *last ones in row order* are dropped, always the
-same ones. Their output row is exactly zero, and they add nothing to any gradient. In the trainer
-rows of an expert are in the order of the tokens, so that late tokens of a batch are dropped first.
-A run with ``[telemetry]`` reports the share as ``drop_rate``. With ``capacity_factor`` at or above
-E nothing can be dropped.
+The price: if an expert has more than C tokens, the *last ones in row order* are dropped, always the
+same ones. Their output row is exactly zero, and they add nothing to any gradient. In the trainer an
+expert's rows are in token order, so late tokens of a batch are dropped first. A run with
+``[telemetry]`` reports the share as ``drop_rate``. With ``capacity_factor`` at or above E nothing
+can be dropped.
 
-Rows go to their slots and back by index, in both directions as a gather, so that a rerun gives the
-same bits.
+Rows move to their slots and back by index, as a gather in both directions: a rerun gives the same
+bits.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. C = rows per expert, S = E * C slots.
 """
@@ -37,7 +37,7 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
-    """C: at most all rows."""
+    """C, which is at most all rows."""
     return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
 
 
@@ -55,18 +55,19 @@ class _Slots:
         row_EC = starts_E.unsqueeze(1) + place_C
         void_EC = row_EC >= ends_E.unsqueeze(1)
         self.void_S1 = void_EC.view(-1, 1)
+        # A void slot reads row 0, which is a valid index; take() then zeroes it.
         self.row_S = row_EC.masked_fill(void_EC, 0).flatten()
 
         row_R = torch.arange(R, device=device)
         expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp_(max=E - 1)
         place_R = row_R - starts_E[expert_R]
-        # Tail rows are placed after the last expert's own.
+        # Tail rows follow the last expert's own; the clamp gives them to it, so drop them here.
         dropped_R = (place_R >= self.capacity) | (row_R >= ends_E[-1])
         self.dropped_R1 = dropped_R.unsqueeze(1)
         self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
 
     def take(self, rows_RX: Tensor) -> Tensor:
-        """[R, X] -> [E, C, X]; slots without a row are zero, so that they add to no gradient."""
+        """[R, X] -> [E, C, X]; slots without a row are zero, which adds nothing to a gradient."""
         taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
         return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
 
@@ -80,6 +81,8 @@ class _Slots:
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
     """``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
+        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
+        # view.
         return _weight_gradient(right_ECN, left_ECM, like_EMN.transpose(1, 2)).transpose(1, 2)
     return products.bmm(left_ECM.transpose(1, 2), right_ECN, torch.empty_like(like_EMN))
 
@@ -154,7 +157,7 @@ class BatchedMMCapacity(KernelBackend):
     """Batched products of one static size. See the module's text.
 
     Attributes:
-        capacity_factor: rows of an expert, as a multiple of the mean over experts R / E.
+        capacity_factor: rows per expert, as a multiple of the mean over experts R / E.
     """
 
     name = "batched_mm_capacity"
@@ -171,7 +174,7 @@ class BatchedMMCapacity(KernelBackend):
 
     @property
     def lossless(self) -> "BatchedMMCapacity":
-        return replace(self, capacity_factor=1e6)  # more than there are experts
+        return replace(self, capacity_factor=1e6)  # more than the number of experts
 
     @property
     def kernel_options(self) -> tuple[float]:

@@ -1,27 +1,27 @@
 """``batched_mm_padded``: few ``torch.bmm``, each over neighbouring experts padded to one length.
 
-Few large launches instead of one per expert, so it suits many small experts. It drops nothing: the
-lengths come from the counts, which costs one device-to-host copy per pass.
+It makes few large launches instead of one per expert, which suits many small experts. It drops
+nothing: the lengths come from the counts, at the price of one device-to-host copy per pass.
 
-One launch for all experts would compute as many rows for each as the busiest one has: under skew
-almost all of them padding. So the experts are cut into runs of neighbours, each with a length of
-its own (:mod:`ezpz_moe.compute.runs`), as few as keep the padding of all together below
-``max_padding`` times the rows. Neighbours, because ``torch.bmm`` takes a slice of the weights as it
-is, and any other choice of experts only as a copy. A busy expert stays alone; experts without rows
-cost no launch unless they lie between two that share one.
+A single launch for all experts would compute as many rows for each as the busiest one has: under
+skew almost all of them are padding. So the experts are cut into runs of neighbours, each with a
+length of its own (:mod:`ezpz_moe.compute.runs`), and as few runs as keep the padding of all
+together below ``max_padding`` times the rows. They are neighbours because ``torch.bmm`` can read a
+slice of the weights in place, but any other selection of experts only as a copy. A busy expert
+stays alone; experts without rows cost no launch unless they lie between two that share one.
 
-Rows of a run whose experts are equally busy lie as the product wants them: they are read and
-written in place. Only those of uneven runs are copied, into one buffer for all such runs. Between
-the products everything is unpadded [R, F], so that elementwise work is done for all rows together
-and memory held between forward and backward does not grow with skew.
+If the experts of a run are equally busy, their rows already lie as the product wants them: they are
+read and written in place. Only rows of uneven runs are copied, into one buffer for all such runs.
+Between the products everything is unpadded [R, F]: elementwise work covers all rows at once, and
+the memory held between forward and backward does not grow with skew.
 
 Another way to few launches was measured and is slower: a base layer with the same length for all
 experts, and the remaining rows of each busier one alone, added to its weight gradients. With 25 %
 padding it has as many launches as runs have when busy and idle experts alternate, four times as
-many when the experts lie in the order of their load, and it copies rows of every expert.
+many when the experts are sorted by load, and it copies rows of every expert.
 
-Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. g = experts of a run, C = rows that each
-is computed with, P = rows of all uneven runs with their padding, n = rows that belong to an expert.
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. g = experts of a run, C = rows computed
+for each of them, P = padded rows of all uneven runs, n = rows that belong to an expert.
 """
 
 from dataclasses import dataclass
@@ -41,37 +41,31 @@ from ezpz_moe.compute.contract import (
     laid_out_like,
 )
 from ezpz_moe.compute.elementwise import swiglu_gradients_
-from ezpz_moe.compute.runs import Run, runs_within, single_run
-
-
-def _runs(counts: list[int], max_padding: float, single_buffer: bool) -> tuple[Run, ...]:
-    return single_run(counts) if single_buffer else runs_within(tuple(counts), max_padding)
+from ezpz_moe.compute.runs import Run, runs_within
 
 
 class _Plan:
-    """The runs, and where the rows of uneven ones stand in a padded buffer.
+    """The runs, and where the rows of uneven ones are in a padded buffer.
 
     Attributes:
-        runs: they cover every expert with rows.
-        idle: slices of experts in no run.
+        runs: cover every expert that has rows.
+        idle: slices of experts that are in no run.
         n: rows that belong to an expert.
         slot_of: run -> its first row in the padded buffer, for uneven runs.
         P: rows of the padded buffer.
-        rows_p, slots_p: for each row in an uneven run, its number among all and in the buffer.
-        source_P: the row that each row of the buffer holds; any row for padding.
+        rows_p, slots_p: for each row in an uneven run, its index among all rows and in the buffer.
+        source_P: the row that each row of the buffer holds; an arbitrary row for padding.
         void_v: the rows of the buffer that are padding.
     """
 
-    def __init__(
-        self, counts: list[int], device: torch.device, max_padding: float, single_buffer: bool
-    ) -> None:
-        self.runs = _runs(counts, max_padding, single_buffer)
+    def __init__(self, counts: list[int], device: torch.device, max_padding: float) -> None:
+        self.runs = runs_within(tuple(counts), max_padding)
         ends = [0, *(run.stop for run in self.runs)]
         begins = [*(run.first for run in self.runs), len(counts)]
         self.idle = [slice(end, begin) for end, begin in zip(ends, begins, strict=True)]
         self.n = sum(counts)
         self.P, self.slot_of = 0, {}
-        cells: list[tuple[int, int, int, int]] = []  # of an expert: row, count, slot, padding
+        cells: list[tuple[int, int, int, int]] = []  # per expert: row, count, slot, padding
         for run in self.runs:
             if run.padding:
                 self.slot_of[run] = self.P
@@ -84,7 +78,7 @@ class _Plan:
             self._index(cells, device)
 
     def _index(self, cells: list[tuple[int, int, int, int]], device: torch.device) -> None:
-        # non_blocking: torch.tensor(..., device=device) would wait for the device once more
+        # non_blocking, because torch.tensor(..., device=device) would wait for the device again
         of_cells = torch.tensor(cells, dtype=torch.int64).to(device, non_blocking=True)
         row_c, count_c, slot_c, padding_c = of_cells.unbind(1)
         padding = sum(cell[-1] for cell in cells)
@@ -96,6 +90,7 @@ class _Plan:
 
 def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
     """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
+    # Each number is its own index in the result plus a shift that is constant within its cell.
     shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
     shift_t = torch.repeat_interleave(shift_c, length_c, output_size=total)
     return torch.arange(total, device=start_c.device) + shift_t
@@ -111,7 +106,7 @@ class _Rows:
 
     @classmethod
     def padded(cls, rows_RX: Tensor, plan: _Plan) -> "_Rows":
-        """To read from: the padding is zero, so that it adds nothing to a gradient."""
+        """For reading: padding is zero, which adds nothing to a gradient."""
         rows = cls(rows_RX, plan)
         if plan.P:
             torch.index_select(rows_RX, 0, plan.source_P, out=rows.padded_PX)
@@ -128,7 +123,7 @@ class _Rows:
         return rows_X.unflatten(0, (run.experts, run.capacity))
 
     def unpadded(self) -> Tensor:
-        """[R, X] with all that was written to the runs; tail rows are zero."""
+        """[R, X] with everything that was written to the runs; tail rows are zero."""
         if self.plan.P:
             written_pX = self.padded_PX.index_select(0, self.plan.slots_p)
             self.rows_RX.index_copy_(0, self.plan.rows_p, written_pX)
@@ -137,7 +132,7 @@ class _Rows:
 
 
 def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
-    if A_gCK.shape[0] == 1:  # for one matrix some libraries have better kernels
+    if A_gCK.shape[0] == 1:  # some libraries have better kernels for a single matrix
         products.mm(A_gCK[0], B_gKN[0], out_gCN[0])
     else:
         products.bmm(A_gCK, B_gKN, out_gCN)
@@ -157,6 +152,8 @@ def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
     """``left.T @ right`` for every expert, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
+        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
+        # view.
         return _weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
     grad_EMN = torch.empty_like(like_EMN)
     for idle in left.plan.idle:
@@ -166,11 +163,9 @@ def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
     return grad_EMN
 
 
-def _mm(
-    A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float, single_buffer: bool
-) -> Tensor:
+def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float) -> Tensor:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    plan = _Plan(counts, A_RK.device, max_padding)
     C = _Rows(A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]), plan)
     _multiply(_Rows.padded(A_RK, plan), B_EKN, C)
     return C.unpadded()
@@ -182,10 +177,9 @@ def _mm_backward(
     B_EKN: Tensor,
     offs_E: Tensor,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor]:
     counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding, single_buffer)
+    plan = _Plan(counts, A_RK.device, max_padding)
     grad_C, grad_A = _Rows.padded(grad_C_RN, plan), _Rows(A_RK.new_empty(A_RK.shape), plan)
     _multiply(grad_C, B_EKN.transpose(1, 2), grad_A)
     grad_B_EKN = _weight_gradient(_Rows.padded(A_RK, plan), grad_C, B_EKN)
@@ -207,10 +201,9 @@ def _swiglu(
     x_RD: Tensor,
     num_tokens_per_expert_E: Tensor,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    plan = _Plan(counts, x_RD.device, max_padding)
     gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, _Rows.padded(x_RD, plan))
     hidden = _Rows.padded(F.silu(gate_RF).mul_(up_RF), plan)
     y = _Rows(x_RD.new_empty(x_RD.shape), plan)
@@ -228,18 +221,18 @@ def _swiglu_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     max_padding: float,
-    single_buffer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding, single_buffer)
+    plan = _Plan(counts, x_RD.device, max_padding)
     x, grad_y = _Rows.padded(x_RD, plan), _Rows.padded(grad_y_RD, plan)
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x)
-    # Two [R, F] buffers beside the padded copies: fresh memory is what an allocator charges for.
+    # Two [R, F] buffers besides the padded copies: fresh memory costs an allocator the most.
     activated_RF = F.silu(gate_RF)
     hidden_RF = activated_RF * up_RF
     grad_w2_EDF = _weight_gradient(grad_y, _Rows.padded(hidden_RF, plan), w2_EDF)
 
+    # hidden is no longer needed: its gradient takes over the memory.
     grad_hidden = _Rows(hidden_RF, plan)
     _multiply(grad_y, w2_EDF, grad_hidden)
     gradients = swiglu_gradients_(grad_hidden.unpadded(), activated_RF, gate_RF, up_RF)
@@ -260,9 +253,7 @@ class BatchedMMPadded(KernelBackend):
     """Padded batched products. See the module's text.
 
     Attributes:
-        max_padding: rows computed for nothing, of all experts together, as a share of the rows.
-        single_buffer: pad every expert to the busiest one instead: one launch for each product,
-            and a padding without bound.
+        max_padding: rows computed in vain, of all experts together, as a share of the rows.
     """
 
     name = "batched_mm_padded"
@@ -275,15 +266,14 @@ class BatchedMMPadded(KernelBackend):
     )
 
     max_padding: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
-    single_buffer: bool = False
 
     @property
-    def kernel_options(self) -> tuple[float, bool]:
-        return self.max_padding, self.single_buffer
+    def kernel_options(self) -> tuple[float]:
+        return (self.max_padding,)
 
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
         counts = counts_on_host(num_tokens_per_expert_E, num_rows)
-        runs = _runs(counts, self.max_padding, self.single_buffer)
+        runs = runs_within(tuple(counts), self.max_padding)
         computed = sum(counts) + sum(run.padding for run in runs)
         return torch.tensor([computed, 0])
 

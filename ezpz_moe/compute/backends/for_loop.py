@@ -1,11 +1,11 @@
 """``for_loop``: one matrix product per expert, over the rows that the expert owns.
 
-Runs wherever torch multiplies matrices: Intel XPU, NVIDIA before SM90, ROCm, Ascend, CPU. It
-costs one device-to-host copy of the counts per call and one kernel launch per expert and product.
+Runs wherever torch multiplies matrices: Intel XPU, NVIDIA before SM90, ROCm, Ascend, CPU. It costs
+one device-to-host copy of the counts per call, and one kernel launch per expert and product.
 
-Indexing the weights with ``w[e]`` under autograd makes the loop quadratic: each ``select`` writes
-a whole zero gradient [E, F, D] and adds it. Here every gradient is one buffer, and each expert's
-product writes its own slice of it, once. Elementwise work is done for all rows together.
+Indexing the weights with ``w[e]`` under autograd makes the loop quadratic: each ``select`` writes a
+full-size zero gradient [E, F, D] and adds it. Here every gradient is one buffer, and each expert's
+product writes its own slice of it, once. Elementwise work covers all rows at once.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. n = rows that belong to an expert.
 """
@@ -23,12 +23,12 @@ from ezpz_moe.compute.contract import counts_of_offsets, counts_on_host
 from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 Views = Sequence[Tensor]
-"""One of each expert. One call makes them all, and every product of the same rows takes them:
-indexing in the loop costs as much as a small product's launch."""
+"""One view per expert. A single call makes them all, for every product of the same rows: indexing
+in the loop costs as much as launching a small product."""
 
 
 def _rows(rows_RX: Tensor, counts: list[int]) -> Views:
-    """Every expert's rows [n, X]; tail rows are nobody's."""
+    """Every expert's rows [n, X]; tail rows belong to nobody."""
     return rows_RX[: sum(counts)].split(counts)
 
 
@@ -52,7 +52,7 @@ def _multiply_sum(A_nK: Views, B_KN: Views, A2_nL: Views, B2_LN: Views, out_nN: 
 def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tensor:
     """``left @ right`` for every expert, laid out like ``like_EMN``.
 
-    Zero for an expert without rows: that is the sum over none.
+    An expert without rows gets zero, the sum over nothing.
     """
     grad_EMN = torch.empty_like(like_EMN)
     for left, right, grad in zip(left_Mn, right_nN, grad_EMN.unbind(), strict=True):
@@ -117,12 +117,13 @@ def _swiglu_backward(
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, counts)
     gate_nF, up_nF = gate_RF[:n], up_RF[:n]
-    # Two [R, F] buffers in all: fresh memory is what an allocator charges most for.
+    # Two [R, F] buffers in all: fresh memory costs an allocator the most.
     activated_nF = F.silu(gate_nF)
     hidden_nF = activated_nF * up_nF
     hidden = _rows(hidden_nF, counts)
     grad_w2_EDF = _weight_gradient(_columns(grad_y_RD, counts), hidden, w2_EDF)
 
+    # hidden is no longer needed: its gradient takes over the memory.
     grad_hidden_nF, grad_hidden = hidden_nF, hidden
     _multiply(_rows(grad_y_RD, counts), w2_EDF.unbind(), grad_hidden)
     grad_gate_nF, grad_up_nF = swiglu_gradients_(grad_hidden_nF, activated_nF, gate_nF, up_nF)

@@ -1,17 +1,18 @@
 """``grouped_mm``: ``torch._grouped_mm``, the product that torchtitan itself uses.
 
-Inside the trainer ``compute_backend = "grouped_mm"`` is the host's own path, untouched and bit
-for bit. This file is the same product under the contract: ``torch._grouped_mm`` leaves tail rows
-unwritten, so that they are masked here, at both ends, without a device sync.
+Inside the trainer ``compute_backend = "grouped_mm"`` is the host's own path, untouched and bit for
+bit. This file is the same product under the contract: ``torch._grouped_mm`` leaves tail rows
+unwritten, so they are masked here, before and after it, without a device sync.
 
-Fast on NVIDIA SM90 and newer; on older ones torch loops over the experts with host syncs; Intel
-XPU has none.
+Fast on NVIDIA SM90 and newer; on older GPUs torch loops over the experts with host syncs; Intel XPU
+does not have it.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ from ezpz_moe.compute.contract import (
     counts_on_host,
 )
 
-_ALIGNMENT_BYTES = 16  # torch._grouped_mm wants every stride to be a multiple of it
+_ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multiple of it
 
 
 @cache
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What ``torch._grouped_mm`` says to a tiny product, or None when it computes it."""
+    """What ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
+    # Ask by computing: which devices and dtypes work changes from one torch release to the next.
     A_RK = torch.ones(16, 16, device=device, dtype=dtype)
     B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
     offs_E = torch.tensor([8, 16], device=device, dtype=torch.int32)
@@ -40,7 +42,7 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
-    """Every reason why ``torch._grouped_mm`` does not compute this."""
+    """Every reason why ``torch._grouped_mm`` cannot compute this."""
     reasons = []
     if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
         reasons.append(
@@ -48,8 +50,8 @@ def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int
             f"({refusal}): use for_loop or batched_mm_padded"
         )
     reasons += [
-        f"torch._grouped_mm wants dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
-        f"and {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
+        f"torch._grouped_mm needs dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
+        f"but {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
         for dim in dict.fromkeys(dims)
         if dim * dtype.itemsize % _ALIGNMENT_BYTES
     ]
@@ -87,27 +89,27 @@ class GroupedMM(Backend):
 
 
 class _OwnedRows(torch.autograd.Function):
-    """The rows that an expert owns; tail rows zero. Contiguous, in forward and in backward.
+    """The rows that an expert owns, with tail rows zero. Contiguous, in forward and in backward.
 
-    ``torch._grouped_mm`` takes rows of few layouts only, and the incoming gradient may have any.
-    A mask is its own adjoint: backward is forward, so that second derivatives are right too.
+    ``torch._grouped_mm`` accepts rows of few layouts only, and the incoming gradient may have any.
+    A mask is its own adjoint: backward is the same as forward, so second derivatives are right too.
     """
 
     @staticmethod
-    def forward(ctx, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
         ctx.save_for_backward(owned_R1)
         return row_major(torch.where(owned_R1, rows_RX, 0))
 
     @staticmethod
-    def backward(ctx, grad_RX: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_RX: Tensor) -> tuple[Tensor, None]:
         (owned_R1,) = ctx.saved_tensors
         return _OwnedRows.apply(grad_RX, owned_R1), None
 
 
 def row_major(rows_RX: Tensor) -> Tensor:
-    """The rows with the strides of a new tensor, copied only where they have others.
+    """The rows with the strides of a new tensor, copied only if they have others.
 
-    ``contiguous()`` leaves any strides to one row or none, and ``torch._grouped_mm`` refuses them.
+    ``contiguous()`` keeps any strides of one row or none, but ``torch._grouped_mm`` refuses them.
     """
     if rows_RX.stride() == (rows_RX.shape[1], 1):
         return rows_RX
@@ -115,7 +117,7 @@ def row_major(rows_RX: Tensor) -> Tensor:
 
 
 def aligned(matrices: Tensor) -> Tensor:
-    """The same, copied only when its strides are not what ``torch._grouped_mm`` can read."""
+    """The same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
     strides = matrices.stride()[-2:]
     if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
         return matrices

@@ -1,12 +1,12 @@
 """``grouped_mm_fused``: the expert FFN on ``torch._grouped_mm`` with a backward of its own.
 
-The host's layer leaves its three products and the SwiGLU between them to autograd, which keeps
-four [R, F] tensors and runs the elementwise part of backward in as many passes as it has
-operations. Here all of it is one function that keeps two, and the forward is the same calls in the
-same order: the host's numbers, bit for bit, where it computes in the same dtype.
+The host's layer leaves its three products and the SwiGLU between them to autograd, which keeps four
+[R, F] tensors and runs one pass per operation in the elementwise part of backward. Here all of it
+is one function that keeps two tensors. Its forward makes the same calls in the same order: the
+host's numbers, bit for bit, if it computes in the same dtype.
 
-Tail rows, which ``torch._grouped_mm`` neither reads nor writes, are set to zero in what is
-returned, without a device sync. What runs where is as with ``grouped_mm``.
+``torch._grouped_mm`` neither reads nor writes tail rows. They are set to zero in the results,
+without a device sync. It runs wherever ``grouped_mm`` does.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -45,7 +45,7 @@ def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Te
 
 
 def _zero_tail(rows_RX: Tensor, offs_E: Tensor) -> Tensor:
-    if offs_E.is_cpu:  # where asking how many there are waits for nothing
+    if offs_E.is_cpu:  # here the number of tail rows is known without waiting
         torch.tensor_split(rows_RX, offs_E[-1:].long())[1].zero_()
         return rows_RX
     tail_R = torch.arange(rows_RX.shape[0], device=rows_RX.device) >= offs_E[-1]

@@ -1,21 +1,21 @@
 """``npu``: ``torch_npu.npu_grouped_matmul`` on Huawei's Ascend NPUs. No device-host sync.
 
-torch_npu is imported with the first product, never when this file is loaded. What is relied on is
-documented: https://www.hiascend.com/document, torch_npu.npu_grouped_matmul (PyTorch 7.3). With x,
-weight and result as one tensor each, and ``group_list`` an int64 tensor of inclusive offsets
-(``group_list_type=0``):
+torch_npu is imported with the first product, never when this file is loaded. This file relies on
+the documentation: https://www.hiascend.com/document, torch_npu.npu_grouped_matmul (PyTorch 7.3).
+With x, weight and result as one tensor each, and ``group_list`` an int64 tensor of inclusive
+offsets (``group_list_type=0``):
 
 - ``group_type=0`` groups the rows of x: x [R, K] not transposed, weight [E, K, N] or a transposed
   view of [E, N, K], result [R, N];
 - ``group_type=2`` groups the terms of the sum: x [K, R] a transposed view, weight [R, N] not
   transposed, result [E, K, N].
 
-In both the last offset has to be R. So tail rows count as the last expert's; they are set to zero
-beforehand, which makes their products and what they add to a gradient zero. Of a group without
-terms nothing is said: the gradient of an expert without rows is set to zero afterwards. Empty
-tensors are not taken.
+In both cases the last offset has to be R. So tail rows count as the last expert's; they are set to
+zero beforehand, and so are their products and what they add to a gradient. The documentation does
+not mention a group without terms: the gradient of an expert without rows is set to zero afterwards.
+Empty tensors are not accepted.
 
-Never run on an NPU: tested against a stand-in of that signature.
+Never run on an NPU: tested against a stand-in with that signature.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -34,12 +34,12 @@ from ezpz_moe.compute.contract import laid_out_like, offsets_of_counts, offsets_
 from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INNER_LIMIT = 65536  # documented: every last dimension is smaller
+_INNER_LIMIT = 65536  # documented: every last dimension has to be smaller
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """The experts' rows as ``npu_grouped_matmul`` takes them."""
+    """The experts' rows in the form that ``npu_grouped_matmul`` expects."""
 
     ends_E: Tensor  # inclusive offsets; the last is R
     owned_R1: Tensor  # no tail row
@@ -59,7 +59,7 @@ class _Groups:
         return torch.where(self.owned_R1, rows_RX, 0).contiguous()
 
     def multiply(self, A_RK: Tensor, B_EKN: Tensor) -> Tensor:
-        """``C[r] = A[r] @ B[expert of r]``; A is contiguous, its tail is zero."""
+        """``C[r] = A[r] @ B[expert of r]``; A must be contiguous, with a tail of zeros."""
         if not A_RK.shape[0]:
             return A_RK.new_zeros(0, B_EKN.shape[2])
         return self._call(A_RK, _readable(B_EKN), group_type=0)
@@ -84,7 +84,7 @@ class _Groups:
 
 
 def _readable(B_EKN: Tensor) -> Tensor:
-    """B, copied only when it is neither contiguous nor the transpose of what is."""
+    """B, copied only if it is neither contiguous nor the transpose of a contiguous tensor."""
     if B_EKN.is_contiguous() or B_EKN.transpose(1, 2).is_contiguous():
         return B_EKN
     return B_EKN.contiguous()
@@ -158,11 +158,11 @@ def _against_torch_npu(device: torch.device) -> str | None:
             "(https://www.hiascend.com), or use for_loop"
         )
     if device.type != "npu":
-        return None  # importing it would look for an NPU
+        return None  # importing torch_npu would look for an NPU
     try:
         found = hasattr(importlib.import_module("torch_npu"), "npu_grouped_matmul")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu cannot be imported ({error}): mend the installation, or use for_loop"
+        return f"torch_npu cannot be imported ({error}): repair the installation, or use for_loop"
     return None if found else "this torch_npu has no npu_grouped_matmul: update it, or use for_loop"
 
 

@@ -5,10 +5,7 @@ Pure data: this file imports neither torch nor torchtitan.
 
 from __future__ import annotations
 
-from ezpz_moe.job import MODEL_NAME, Job
-
-VARIABLES = ("CONFIG_FILE",)
-"""What tells the host's ``run_train.sh`` the job."""
+from ezpz_moe.config.job import MODEL_NAME, Job
 
 
 def arguments(job: Job) -> list[str]:
@@ -17,12 +14,3 @@ def arguments(job: Job) -> list[str]:
     if job.path is not None:
         return ["--job.config_file", str(job.path), *plugin]
     return [*plugin, "--model.name", MODEL_NAME, "--model.flavor", job.flavor]
-
-
-def one_step(folder: str) -> list[str]:
-    """Flags for a run of one step that writes to ``folder`` only."""
-    return [
-        *("--training.steps", "1", "--job.dump-folder", folder),
-        *("--checkpoint.no-enable", "--validation.no-enable"),
-        *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
-    ]

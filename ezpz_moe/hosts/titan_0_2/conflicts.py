@@ -13,21 +13,22 @@ import torch
 from torchtitan.tools import utils
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.hosts.backends import HOST_PATH
 from ezpz_moe.hosts.job_files import missing_files
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
+    is_dry_run,
     rank_problems,
     schedule_problems,
-    started_ranks,
+    started_rank_problems,
 )
-from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.models import model_args
-from ezpz_moe.job import accepts, allowed
 
 
 def refuse_conflicts(config: Any, args: Any, source: str) -> None:
@@ -54,16 +55,15 @@ def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str
     """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
     args = model_args(flavor)
     problems = [problem for check in _checks(config) for problem in check(config, args)]
-    return problems if ranks is None else [*_rank_problems(config, ranks), *problems]
+    if ranks is None:
+        return problems
+    par, batch = config.parallelism, _batch(config)
+    within = par.expert_tensor_parallel_degree
+    return [*rank_problems(par, ranks, batch, expert_tensor_parallel=within), *problems]
 
 
 def _checks(config: Any) -> tuple[_Check, ...]:
-    return _SETTINGS if _is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
-
-
-def _is_dry_run(config: Any) -> bool:
-    """Whether ranks are only pretended, so that neither files nor devices of theirs are here."""
-    return config.comm.mode in ("fake_backend", "local_tensor")
+    return _SETTINGS if is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
 
 
 def _ranges(config: Any) -> Iterator[str]:
@@ -94,28 +94,27 @@ def _tensor_parallel_degree(config: Any, args: Any) -> Iterator[str]:
 
 
 def _pipeline_schedule(config: Any, args: Any) -> Iterator[str]:
-    return schedule_problems(config.parallelism)
+    return schedule_problems(config)
 
 
 def _ranks(config: Any, args: Any) -> Iterator[str]:
     """In a run the host itself refuses ranks that do not fit the degrees, before it asks us."""
-    ranks = started_ranks(is_dry_run=_is_dry_run(config))
-    return _rank_problems(config, ranks) if ranks else iter(())
+    within = config.parallelism.expert_tensor_parallel_degree
+    return started_rank_problems(config, _batch(config), expert_tensor_parallel=within)
 
 
-def _rank_problems(config: Any, ranks: int) -> Iterator[str]:
+def _batch(config: Any) -> Batch:
     training = config.training
-    batch = Batch(
+    return Batch(
         step=("training.global_batch_size", training.global_batch_size),
         microbatch=("training.local_batch_size", training.local_batch_size),
     )
-    return rank_problems(config.parallelism, ranks, batch)
 
 
 def _sequence_length(config: Any, args: Any) -> Iterator[str]:
     if args.max_positions is not None and config.training.seq_len > args.max_positions:
         yield (
-            f"training.seq_len = {config.training.seq_len} is more than flavor "
+            f"training.seq_len = {config.training.seq_len} exceeds what flavor "
             f"{config.model.flavor!r} is made for: its RoPE ends at max_seq_len = "
             f"{args.max_positions}."
         )
@@ -164,7 +163,7 @@ def _cpu(config: Any, args: Any) -> Iterator[str]:
         )
     if config.profiling.enable_memory_snapshot:
         yield (
-            "profiling.enable_memory_snapshot records an accelerator's allocator, and this machine "
+            "profiling.enable_memory_snapshot records an accelerator's allocator, but this machine "
             "has no accelerator. Set it to false."
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
@@ -21,7 +22,6 @@ from ezpz_moe.hosts.documents import (
     read_documents,
     text_of,
 )
-from ezpz_moe.job import Job
 
 _VALIDATION_DATASET = "c4_validation"  # the host's own default
 
@@ -32,6 +32,7 @@ def choose_text(config: Any, job: Job) -> None:
     Raises:
         EzpzError: unknown dataset, or a file that cannot be read.
     """
+    _register_our_texts()
     sections = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
@@ -46,7 +47,9 @@ def choose_text(config: Any, job: Job) -> None:
             raise EzpzError(f"{job.source}: [{name}] {error}") from error
 
 
-DATASETS[DEFAULT_DATASET] = DatasetConfig(
-    path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
-)
-DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)
+def _register_our_texts() -> None:
+    """Put them beside the host's own: whatever trains with the config finds them there."""
+    DATASETS[DEFAULT_DATASET] = DatasetConfig(
+        path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
+    )
+    DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

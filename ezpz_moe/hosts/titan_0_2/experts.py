@@ -14,11 +14,9 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchtitan.models.moe import MoE
 from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.tools import utils
@@ -26,15 +24,10 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.backends import drops_warning
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
+from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.routing.counters import ROWS, count_rows
-
-ExpertComputeBackend: TypeAlias = str
-"""Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
-
-HOST_PATH: ExpertComputeBackend = "grouped_mm"
-"""The backend that is the host's own code, untouched."""
 
 REPORTED = "is logged with the loss, and is moe/drop_rate among the metrics"
 """Where the share of dropped tokens is to be found."""
@@ -81,7 +74,8 @@ class EzpzGroupedExperts(GroupedExperts):
         if self._drops and self.training:
             self._count(x, num_tokens_per_expert)
         weights = (self.w1, self.w2, self.w3)
-        w1_EFD, w2_EDF, w3_EFD = (_local(weight).to(self._dtype) for weight in weights)
+        # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
+        w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
         x_RD = x.to(self._dtype)
         y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert)
         return y_RD.type_as(x)
@@ -114,7 +108,7 @@ def select_backend(
     if not layers:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
-            f"there is nothing to compute with it. Choose a Mixture-of-Experts model."
+            f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for moe in layers:
         if type(moe.experts) is GroupedExperts:
@@ -122,8 +116,8 @@ def select_backend(
         elif backend != HOST_PATH:
             raise EzpzError(
                 f"compute_backend {backend!r} ({chosen_by}): torchtitan 0.2's "
-                f"{type(moe.experts).__name__} is no SwiGLU and names torch._grouped_mm inside a "
-                f"function, where no other backend can take its place. Use "
+                f"{type(moe.experts).__name__} is not a SwiGLU and calls torch._grouped_mm inside "
+                "a function, where no other backend can replace it. Use "
                 f"compute_backend = {HOST_PATH!r}, or torchtitan 0.3."
             )
     if backend == HOST_PATH:
@@ -151,8 +145,3 @@ def _with_backend(
     with experts.w1.device:
         selected = EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend, computed_in)
     return selected.to(experts.w1.dtype)
-
-
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
-    return weight.to_local() if isinstance(weight, DTensor) else weight

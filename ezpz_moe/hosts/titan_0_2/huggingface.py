@@ -6,12 +6,9 @@ from typing import Any
 
 from torchtitan.protocols.train_spec import get_train_spec
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.flavors import Flavor
 from ezpz_moe.hosts.titan_0_2.models import host_model, model_args
-
-GENERATION = "0.2"
-"""Whose names the host's parameters have."""
 
 
 def adapter(flavor: Flavor) -> Any:
@@ -22,7 +19,5 @@ def adapter(flavor: Flavor) -> Any:
     """
     own = get_train_spec(host_model(flavor)).state_dict_adapter
     if own is None:
-        raise EzpzError(
-            f"{flavor.source}: torchtitan has no adapter to Hugging Face for this model."
-        )
+        raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")
     return own(model_args(flavor), None)

@@ -24,13 +24,13 @@ from torchtitan.config.manager import ConfigManager
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from ezpz_moe.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.job import MODEL_NAME, Job, load_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.precision import PARAM, job_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_2.data import choose_text
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
 from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
-from ezpz_moe.job import MODEL_NAME, Job, load_job
 
 _FILE_FLAGS = ("--job.config_file", "--job.config-file")
 
@@ -54,7 +54,7 @@ def job_config() -> type[JobConfig]:
         EzpzError: the file is wrong, or asks for what this host does not have.
     """
     path = _job_file(sys.argv[1:])
-    job = Job(flavor="") if path is None else load_job(path)
+    job = Job(flavor="") if path is None else load_job(path, KEYS)
     extended = _extended(JobConfig, _nested(_fields()))
     refuse_missing(job)
     register_flavors(job, complete=complete)
@@ -107,7 +107,7 @@ def refuse_missing(job: Job) -> None:
     if missing:
         raise EzpzError(
             f"{job.source}: {', '.join(missing)}: the installed torchtitan 0.2 has no such "
-            "setting; a later 0.2 or 0.3 has. Leave it out."
+            "setting, but a later 0.2 or 0.3 does. Leave it out."
         )
 
 

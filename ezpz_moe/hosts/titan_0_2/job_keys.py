@@ -1,6 +1,6 @@
 """Every section and key of the trainer's TOML, as torchtitan 0.2 takes them.
 
-The table is that of :mod:`ezpz_moe.hosts.titan_0_3.job_keys` with three differences: what is gone
+The table is that of :mod:`ezpz_moe.hosts.titan.job_keys` with three differences: what is gone
 from 0.3 is legal here, what 0.3 brought is refused unless it asks for what 0.2 does anyway, and
 some choices are fewer. Which keys this very host has (0.2.1 lacks a few of 0.2.2's) is asked of its
 dataclass when a run starts.
@@ -14,8 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ezpz_moe.hosts.titan_0_3.job_keys import KEYS as KEYS_0_3
-from ezpz_moe.hosts.titan_0_3.job_keys import Key, Positive, Text, gone
+from ezpz_moe.config.keys import Key, Keys, Positive, Text, gone
+from ezpz_moe.hosts.titan.job_keys import KEYS as KEYS_0_3
 
 _HAS_NO = "torchtitan 0.2 has no such setting. Leave it out{}. torchtitan 0.3 has it."
 _WHAT_IT_DOES = ", or set it to {}, which is what 0.2 does"
@@ -90,7 +90,7 @@ def _as_in_0_2(path: str, key: Key) -> Key:
     return Key(type=_TYPES.get(path, key.type), is_file=key.is_file)
 
 
-KEYS: Mapping[str, Mapping[str, Key]] = {
+KEYS: Keys = {
     section: {name: _as_in_0_2(f"{section}.{name}", key) for name, key in keys.items()}
     for section, keys in KEYS_0_3.items()
 }

@@ -24,13 +24,13 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools import utils
 
+from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
-from ezpz_moe.flavor_schema import ExpertPrecision
-from ezpz_moe.flavors import Dimensions, Flavor, flavor_names, load_flavor
-from ezpz_moe.hosts.backends import backend_of
+from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
-from ezpz_moe.hosts.titan_0_2.experts import HOST_PATH, select_backend
+from ezpz_moe.hosts.titan_0_2.experts import select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
 SIZED_LIKE = "deepseek_v3"
@@ -179,8 +179,8 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     scaled = rope.scaling == "yarn" and rope.rope_factor > 1
     if scaled and rope.max_seq_len <= rope.original_seq_len:
         raise EzpzError(
-            f"{where}: rope: torchtitan 0.2 applies YaRN only where max_seq_len "
-            f"({rope.max_seq_len}) is more than original_seq_len ({rope.original_seq_len}). Raise "
+            f"{where}: rope: torchtitan 0.2 applies YaRN only if max_seq_len "
+            f"({rope.max_seq_len}) exceeds original_seq_len ({rope.original_seq_len}). Raise "
             'max_seq_len, or set scaling = "none".'
         )
     return DeepSeekV3ModelArgs(
@@ -271,7 +271,7 @@ def _choose_attention(args: Any, flavor: Flavor) -> None:
     if flavor.attention not in allowed:
         raise EzpzError(
             f"{flavor.source}: attention = {flavor.attention!r}: torchtitan 0.2's "
-            f"{host_model(flavor)} has {' and '.join(allowed)} attention only."
+            f"{host_model(flavor)} supports only {' and '.join(allowed)} attention."
         )
     args.attn_type = flavor.attention
     # SDPA takes no mask: causal over the whole packed sequence.

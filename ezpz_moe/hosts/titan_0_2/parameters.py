@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchtitan.models.moe import MoE
 
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan_0_2.models import build_model, model_args
 

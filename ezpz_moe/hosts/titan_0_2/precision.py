@@ -4,7 +4,7 @@ from typing import Any
 
 from torchtitan.tools import utils
 
-from ezpz_moe.flavors import Flavor
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.precision import experts_dtype, is_host_path, of_run
 
 

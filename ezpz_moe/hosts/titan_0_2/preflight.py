@@ -10,11 +10,12 @@ from torchtitan.distributed.utils import init_distributed
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 
+from ezpz_moe.config.job import find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dry_run import FAKE_COMMUNICATION, become_rank, parallelized, report
+from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan_0_2.command import arguments
-from ezpz_moe.job import find_job
-from ezpz_moe.preflight import RankReport
+from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 
 _STEP = "not run: the router counts tokens, which have no value"
 
@@ -26,7 +27,7 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
         whatever the rank would have met.
     """
     become_rank(rank, world_size)
-    sys.argv[1:] = [*arguments(find_job(config)), *host_flags, *FAKE_COMMUNICATION]
+    sys.argv[1:] = [*arguments(find_job(config, KEYS)), *host_flags, *FAKE_COMMUNICATION]
     job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
     has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
     if rank:
@@ -40,7 +41,7 @@ def _join_as(rank: int, world_size: int) -> None:
     """The host's own fake group is of rank 0 always; 0.2.2 takes one that is there instead."""
     if "is_initialized" not in init_distributed.__code__.co_names:
         raise EzpzError(
-            "the fake communication of torchtitan 0.2.1 is of rank 0 alone, so that only the first "
-            "pipeline stage can be built. Use torchtitan 0.2.2."
+            "torchtitan 0.2.1 can fake only rank 0, so only the first pipeline stage can be built. "
+            "Use torchtitan 0.2.2."
         )
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size)

@@ -1,9 +1,8 @@
 """What the binding relies on in torchtitan 0.2. Vital as in 0.3."""
 
-from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, Reliance
-from ezpz_moe.hosts.titan_0_3.relied_on import DATASET_CONFIG, OF_EVERY_GENERATION
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NOTHING_TRAINS, Reliance
+from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
 
-_NOTHING_TRAINS = "nothing can be trained with this host"
 _NO_PREFLIGHT = "`ezpz-moe preflight` cannot build the ranks of a run"
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -16,22 +15,22 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.config:JobConfig",
-        used_for="what a job becomes",
-        if_broken=_NOTHING_TRAINS,
+        used_for="the config that a job becomes",
+        if_broken=NOTHING_TRAINS,
         fields=("job", "model", "training", "validation", "parallelism", "checkpoint"),
         vital=True,
     ),
     Reliance(
         "torchtitan.protocols.train_spec:register_train_spec",
         used_for='[model] name = "ezpz_moe"',
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         takes=("name", "train_spec"),
         vital=True,
     ),
     Reliance(
         "torchtitan.protocols.train_spec:TrainSpec",
         used_for="flavors as models; its parallelize_fn is wrapped for FSDP over gloo",
-        if_broken=_NOTHING_TRAINS,
+        if_broken=NOTHING_TRAINS,
         fields=(
             "model_cls",
             "model_args",
@@ -102,7 +101,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.protocols.model:ModelProtocol.init_weights",
-        used_for="a flavor's model begins on several CPU ranks as on one",
+        used_for="a flavor's model starts on several CPU ranks as on one",
         if_broken=NO_FLAVOR,
         takes=("buffer_device",),
         vital=True,
@@ -156,7 +155,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.components.metrics:MetricsProcessor",
-        used_for="a subclass of it says what a backend has dropped",
+        used_for="a subclass of it reports what a backend dropped",
         if_broken=NO_FLAVOR,
         has=("log",),
         sets=("model_parts",),
@@ -170,7 +169,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.distributed.utils:init_distributed",
-        used_for="preflight asks whether it takes a fake group that is there already",
+        used_for="preflight checks whether it accepts an existing fake group",
         if_broken=_NO_PREFLIGHT,
     ),
     Reliance(

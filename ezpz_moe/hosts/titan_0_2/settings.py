@@ -10,8 +10,6 @@ from torchtitan.config import JobConfig
 from ezpz_moe.hosts.setting import Setting, flat
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES
 
-__all__ = ["Setting", "flags", "flat", "settings"]
-
 
 def settings(config: Any) -> list[Setting]:
     """Every field of the trainer's config, in the host's order."""

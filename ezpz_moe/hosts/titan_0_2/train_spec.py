@@ -20,6 +20,7 @@ from torchtitan.components.validate import build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 
+from ezpz_moe.config.job import MODEL_NAME, Job
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import check_shares
@@ -27,7 +28,6 @@ from ezpz_moe.hosts.precision import PARAM, agreeing_on_precision
 from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
-from ezpz_moe.job import MODEL_NAME, Job
 
 Complete = Callable[[Any, Job], None]
 

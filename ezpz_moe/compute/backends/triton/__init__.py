@@ -1,13 +1,13 @@
 """``triton``: grouped products in Triton, for NVIDIA and ROCm GPUs. No device-host sync.
 
 Forward is two launches, backward five. The counts stay on the device (:mod:`.kernels` says how a
-program finds its rows), so that a CUDA graph can capture both. Weights are read through their
-strides. SwiGLU and its derivative are computed where a product's tile is in registers.
+program finds its rows), and a CUDA graph can capture both. Weights are read through their strides.
+SwiGLU and its derivative are computed while a product's tile is in registers.
 
-float32 is computed in float32, never in tf32: the contract's bound is that of the plain loop in
-the same dtype. On the CPU only Triton's interpreter runs, slowly, for tests.
+float32 is computed in float32, never in tf32: the contract's bound is that of the plain loop in the
+same dtype. On the CPU only Triton's interpreter runs, slowly, for tests.
 
-Triton is imported with the first product, so that this file can be loaded without it.
+Triton is imported with the first product, so this file loads without it.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -74,7 +74,7 @@ def _against_device(device: torch.device) -> str | None:
         return None
     if device.type not in ("cpu", "cuda"):
         return (
-            f"its kernels have been written for CUDA and ROCm, not for {device.type}: use "
+            f"its kernels are written for CUDA and ROCm, not for {device.type}: use "
             f"for_loop or batched_mm_padded"
         )
     if device.type == "cpu" and not _interpreted():
@@ -97,7 +97,7 @@ def _against_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
         and device.type == "cuda"
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
-        return "this GPU has no bfloat16 (NVIDIA: SM80 and newer have): use float16 or float32"
+        return "this GPU has no bfloat16 (NVIDIA: SM80 and newer do): use float16 or float32"
     return None
 
 

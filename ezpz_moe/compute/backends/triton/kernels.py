@@ -1,20 +1,20 @@
 """Triton kernels: products of rows with their expert's matrix, and gradients of the weights.
 
-**Which rows a program computes.** Counts stay on the device, so that the grid has to be bounded
-by sizes that the host knows. Cut into tiles of B rows, expert e with rows ``start : end`` needs
+**Which rows a program computes.** Counts stay on the device, so the grid has to be bounded by sizes
+that the host knows. Cut into tiles of B rows, expert e with rows ``start : end`` needs
 ``ceil((end - start) / B)`` of them. It gets the *slots* from ``start // B + e`` on: since
 ``a // B + ceil(b / B) <= (a + b) // B + 1``, they end before those of the next expert begin. The
-expert of a slot is then a count of first slots that are not beyond it: one reduction over E
-numbers, no prefix sum, no map in memory, no earlier launch. The tail rows are the rows of an
-expert number E whose product has no terms, so that zeros are written there. R // B + E + 1 slots
-are enough for all; those with no rows end at once.
+expert of a slot is then the number of first slots at or before it: one reduction over E numbers, no
+prefix sum, no map in memory, no earlier launch. Tail rows are treated as the rows of an expert
+number E whose product has no terms, so zeros are written there. R // B + E + 1 slots are enough for
+all; those without rows end at once.
 
-**In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first,
-so that an expert's matrix and the rows stay in the L2 cache.
+**In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first.
+That keeps an expert's matrix and the rows in the L2 cache.
 
-Offsets of elements are 64 bits wide, row numbers 32. Rows, columns and terms that a tile has too
-many are masked, never read: memory there may hold NaN. Every output is written by one program,
-once: no atomics, the same bits on a rerun.
+Element offsets are 64 bits wide, row numbers 32. Rows, columns and terms that a tile has too many
+of are masked and never read: memory there may hold NaN. Every output is written by one program,
+once: no atomics, and the same bits on a rerun.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. ``a_r`` is the stride of A in its
 dimension r, and so on; offs are the inclusive offsets of the experts' rows.
@@ -30,7 +30,7 @@ from ezpz_moe.compute.backends.triton.tuning import tuned
 
 @triton.jit
 def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Expert, first row and end of the expert's rows for a slot. Expert E has the tail."""
+    """A slot's expert, first row, and the end of the expert's rows. Expert E owns the tail."""
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offs + experts - 1, (experts > 0) & (experts <= E), other=0).to(tl.int32)
     begun = (starts // BLOCK_R + experts <= slot) & (experts <= E)
@@ -43,7 +43,7 @@ def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
-    """Slot and column of a tile in the launch order of the module's text."""
+    """A tile's slot and column, in the launch order of the module's text."""
     per_group = GROUP * num_columns
     first = tile // per_group * GROUP
     size = tl.minimum(num_slots - first, GROUP)
@@ -62,7 +62,7 @@ def _add_product(
     acc, A, B, rows, columns, end, K, N, a_r, a_k, b_k, b_n,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``acc + A[rows, :K] @ B[:K, columns]``; nothing is read beyond end, K and N."""
+    """``acc + A[rows, :K] @ B[:K, columns]``; reads nothing beyond end, K and N."""
     terms = tl.arange(0, BLOCK_K)
     a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
     in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
@@ -116,9 +116,9 @@ def gate_and_up(
     HIDDEN_TOO: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, from one reading of x. [R, N] each.
+    """``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up`` while reading x once. [R, N] each.
 
-    The two products are written out and not called, so that a tile of x is loaded once.
+    The two products are written out instead of called: a tile of x is then loaded once.
     """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
@@ -147,7 +147,7 @@ def gate_and_up(
             x_at += BLOCK_K * x_k
             w1_at += BLOCK_K * w1_k
             w3_at += BLOCK_K * w3_k
-        # gate, up and hidden are contiguous: they are new
+        # gate, up and hidden are contiguous, because they are new
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
         inside = in_rows & in_columns
         tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
@@ -189,9 +189,9 @@ def hidden_gradients(
 ):  # fmt: skip
     """Through SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
 
-    HIDDEN is ``silu(gate) * up`` once more, which w2's gradient needs: two loaded tiles and no
-    product, so that it is not saved between forward and backward. A quarter of the columns at a
-    time: for a whole tile the registers do not suffice.
+    HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
+    is cheaper than saving it between forward and backward. Works on a quarter of the columns at a
+    time, because a whole tile needs more registers than there are.
     """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
@@ -219,9 +219,9 @@ def weight_gradient(
     l_r, l_k, r_r, r_n, g_e, g_k, g_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros where e has no rows.
+    """``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros if e has no rows.
 
-    Here rows are the terms of the sum: BLOCK_R of K's and BLOCK_K of them make a tile.
+    Here rows are the terms of the sum: a tile covers BLOCK_R of K and BLOCK_K of them.
     """
     per_expert = tl.cdiv(K, BLOCK_R) * tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // per_expert

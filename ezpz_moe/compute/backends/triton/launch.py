@@ -1,4 +1,4 @@
-"""The four kernels of the contract from launches of :mod:`.kernels`. No device-host sync.
+"""The contract's four kernels as launches of :mod:`.kernels`. No device-host sync.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -24,7 +24,7 @@ def _sizes(E: int, R: int, K: int, N: int) -> tuple[int, ...]:
 
 
 def _block_e(E: int) -> int:
-    return triton.next_power_of_2(E + 1)  # one more for the tail
+    return triton.next_power_of_2(E + 1)  # one more, for the tail
 
 
 def _multiply(
@@ -35,6 +35,7 @@ def _multiply(
     second: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes."""
+    # Without a second pair the kernel does not read these; it only needs valid pointers.
     A2_RK, B2_EKN = second or (A_RK, B_EKN)
     (R, K), (E, _, N) = A_RK.shape, B_EKN.shape
     strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_RN)
@@ -62,7 +63,7 @@ def _weight_gradient(left_RK: Tensor, right_RN: Tensor, offs_E: Tensor, like: Te
 def _gate_and_up(
     x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, offs_E: Tensor, hidden_RF: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """gate and up; where hidden is given, ``silu(gate) * up`` is written into it."""
+    """Compute gate and up; if hidden is given, write ``silu(gate) * up`` into it."""
     (R, D), (E, F, _) = x_RD.shape, w1_EFD.shape
     gate_RF, up_RF = x_RD.new_empty(R, F), x_RD.new_empty(R, F)
     kernels.gate_and_up[_slots(R, E, F)](
@@ -112,7 +113,7 @@ def swiglu_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Five launches, six without gate and up. Holds three [R, F] of its own."""
+    """Five launches, or six without gate and up. Holds three [R, F] of its own."""
     with torch.cuda.device_of(x_RD):
         offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
         if gate_RF is None or up_RF is None:

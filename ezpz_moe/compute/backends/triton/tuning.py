@@ -1,9 +1,9 @@
 """Which tile sizes the Triton kernels are timed with, and when.
 
 A kernel is timed once for each inner and outer dimension, number of experts, dtype, layout and
-*bucket* of rows (the next power of two: R itself changes from step to step). Timings are kept on
-disk beside Triton's compiled kernels, by device and Triton version. Small products are not worth
-it: they get one configuration. Timing waits for the device; later calls do not.
+*bucket* of rows (the next power of two, because R itself changes from step to step). Timings are
+kept on disk next to Triton's compiled kernels, by device and Triton version. Small products are not
+worth it: they get one configuration. Timing waits for the device; later calls do not.
 """
 
 import warnings
@@ -15,13 +15,15 @@ import triton
 WORTH_TIMING = 2**32  # multiply-adds of one launch: some 10 us on a large GPU
 
 
-def _config(rows: int, columns: int, terms: int, stages: int, warps: int, group: int = 8):
+def _config(
+    rows: int, columns: int, terms: int, stages: int, warps: int, group: int = 8
+) -> triton.Config:
     blocks = {"BLOCK_R": rows, "BLOCK_N": columns, "BLOCK_K": terms, "GROUP": group}
     return triton.Config(blocks, num_stages=stages, num_warps=warps)
 
 
 _SMALL = _config(32, 32, 32, 2, 4)
-_INTERPRETED = _config(16, 32, 16, 1, 1, group=2)  # several tiles even of the tests' small sizes
+_INTERPRETED = _config(16, 32, 16, 1, 1, group=2)  # several tiles even at the tests' small sizes
 _ONE_SUM = [
     _config(128, 256, 64, 3, 8),
     _config(128, 128, 64, 4, 8),
@@ -29,7 +31,7 @@ _ONE_SUM = [
     _config(64, 128, 64, 4, 4),
     _config(32, 128, 64, 4, 4),
 ]
-_TWO_SUMS = [  # the same registers for sums, and half the columns
+_TWO_SUMS = [  # the same number of registers for sums, and half the columns
     _config(128, 128, 64, 3, 8),
     _config(128, 64, 64, 3, 4),
     _config(64, 128, 64, 3, 8),
@@ -46,7 +48,7 @@ _FLOAT32 = [
 def _to_time(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """Those of the dtype; or a single one, which is then not timed."""
+    """The configurations for the dtype; or a single one, which is then not timed."""
     if arguments["R_BUCKET"] * arguments["K"] * arguments["N"] < WORTH_TIMING:
         return [_SMALL]
     dtype = next(value.dtype for value in arguments.values() if isinstance(value, torch.Tensor))
@@ -55,8 +57,8 @@ def _to_time(
     if not torch.cuda.is_current_stream_capturing():
         return candidates
     warnings.warn(
-        "an expert layer of new sizes is captured into a CUDA graph, where its Triton kernels "
-        "cannot be tuned: compute it once before capturing",
+        "a CUDA graph is capturing an expert layer of new sizes, and its Triton kernels cannot be "
+        "tuned meanwhile: compute the layer once before capturing",
         stacklevel=2,
     )
     return candidates[:1]

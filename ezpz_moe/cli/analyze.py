@@ -1,0 +1,235 @@
+"""``ezpz-moe analyze``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, import_host
+from ezpz_moe.cli.command import Command
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.config.job import Job
+    from ezpz_moe.tools.analysis.record import Recording
+    from ezpz_moe.tools.analysis.report import LayerReport, Settings
+    from ezpz_moe.tools.analysis.text import Sequence as TextSequence
+
+
+@dataclass(frozen=True)
+class Analyze(Command):
+    """Run a trained model on a text and report how its routers use the experts.
+
+    Shows how well a token's ID predicts its experts, what a capacity factor would drop and where,
+    whether neighbouring tokens share experts, how similar the experts' weights are, and what
+    another checkpoint routes differently.
+    """
+
+    group = "after a run"
+
+    run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
+    """A checkpoint's folder, a run's folder (its newest checkpoint), or the job of the run."""
+    data: Annotated[Path, arg(metavar="FILE")]
+    """Run this text: .txt, .jsonl, .json or .parquet, as for a job's dataset_path."""
+    config: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
+    """Name the model, which a checkpoint does not. Not needed with JOB.toml."""
+    against: Annotated[Path | None, arg(metavar="CHECKPOINT|RUN")] = None
+    """Compare the routing with this checkpoint of the same model."""
+    sequences: int = 64
+    """Run this many sequences of the text."""
+    seq_len: Annotated[int | None, arg(metavar="INT")] = None
+    """Use this many tokens per sequence. Default: the job's."""
+    capacity_factor: float = 1.25
+    """Count the drops of experts with this capacity factor."""
+    segment: int = 16
+    """Use this many tokens per segment, for the local consistency."""
+    cache: float = 2.0
+    """Size a segment's cache of experts, as a multiple of the experts that a token uses."""
+    device: Device = None
+    """Run the model on this device. Default: the accelerator if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute in this dtype; experts compute in bfloat16, as in the host."""
+    json_: Annotated[Path | None, arg(name="json", metavar="FILE")] = None
+    """Write all measurements to this file."""
+    plot: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Draw the measurements as PNG files in this folder."""
+
+    def run(self) -> int:
+        self._check()
+        job, checkpoint = self._model()
+        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
+
+        other = find_checkpoint(self.against) if self.against else None
+        host = import_host()
+        text = self._text(job, host.analysis().encoder(_tokenizer(job)))
+        recording = self._record(job, checkpoint, text)
+        compared = self._record(job, other, text) if other else None
+
+        import torch
+
+        from ezpz_moe.tools.analysis.report import Settings, report
+
+        settings = Settings(self.capacity_factor, self.segment, self.cache)
+        tokens_SL = torch.stack([each.tokens_L for each in text])
+        layers = report(recording, tokens_SL, settings, compared)
+        facts = {
+            "checkpoint": str(checkpoint),
+            "config": self.config or self.run_,
+            "data": str(self.data),
+            "sequences": tokens_SL.shape[0],
+            "seq_len": tokens_SL.shape[1],
+            "loss": recording.loss,
+            "against": str(other) if other else None,
+            "against_loss": compared.loss if compared else None,
+        }
+        _print(facts, layers, settings)
+        try:
+            self._write(facts, layers, settings)
+        except OSError as error:
+            raise EzpzError(f"--json, --plot: cannot write the results: {error}.") from error
+        return 0
+
+    def _write(self, facts: dict[str, Any], layers: list[LayerReport], settings: Settings) -> None:
+        """Write the file and the pictures that the user asked for."""
+        if self.json_:
+            document = facts | {"settings": asdict(settings), "layers": [asdict(x) for x in layers]}
+            self.json_.write_text(json.dumps(_finite(document), indent=1) + "\n")
+            display.print_line(f"Written: {self.json_}")
+        if self.plot:
+            from ezpz_moe.tools.analysis.plots import draw
+
+            for file in draw(layers, settings, self.plot):
+                display.print_line(f"Drawn: {file}")
+
+    def _check(self) -> None:
+        counts = {"--sequences": self.sequences, "--segment": self.segment}
+        for flag, number in (counts | {"--seq-len": self.seq_len}).items():
+            if number is not None and number < 1:
+                raise EzpzError(f"{flag} {number}: must be at least 1.")
+        factors = {"--capacity-factor": self.capacity_factor, "--cache": self.cache}
+        for flag, factor in factors.items():
+            if not 0 < factor < float("inf"):
+                raise EzpzError(f"{flag} {factor}: must be a number above 0.")
+        if self.json_ and not self.json_.absolute().parent.is_dir():
+            raise EzpzError(f"--json {self.json_}: there is no folder {self.json_.parent}.")
+        if self.plot and self.plot.exists() and not self.plot.is_dir():
+            raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
+
+    def _model(self) -> tuple[Job, Path]:
+        """The job that describes the model, and the checkpoint."""
+        from ezpz_moe.hosts.jobs import find_job, load_job
+        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
+
+        if self.run_.endswith(".toml"):
+            job = load_job(self.run_)
+            folder = Path(
+                job.values.get("job.dump_folder", "./outputs"),
+                job.values.get("checkpoint.folder", "checkpoint"),
+            )
+            return (find_job(self.config) if self.config else job), find_checkpoint(folder)
+        if self.config is None:
+            raise EzpzError(
+                f"{self.run_}: a checkpoint does not say which model it holds. Add --config "
+                "FLAVOR|JOB.toml, or pass the job instead of the checkpoint."
+            )
+        return find_job(self.config), find_checkpoint(Path(self.run_))
+
+    def _text(self, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
+        from ezpz_moe.hosts.documents import COLUMN, read_documents
+        from ezpz_moe.tools.analysis.text import sequences
+
+        length = self.seq_len or job.values.get("training.seq_len", 2048)
+        if length < self.segment:
+            raise EzpzError(
+                f"--segment {self.segment}: is longer than a sequence of {length} tokens."
+            )
+
+        documents = read_documents(str(self.data))[COLUMN]
+        text = list(islice(sequences(documents, encode, length), self.sequences))
+        if not text:
+            raise EzpzError(
+                f"{self.data}: has fewer than {length} tokens, too few to fill one sequence. Use "
+                "more text, or a smaller --seq-len."
+            )
+        return text
+
+    def _record(self, job: Job, checkpoint: Path, text: list[TextSequence]) -> Recording:
+        import torch
+
+        from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.tools.analysis.record import record
+        from ezpz_moe.tools.verify import default_device
+
+        def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
+            return display.tracked(items, f"Running {checkpoint.name}", len(items))
+
+        return record(
+            checkpoint,
+            load_flavor(job.flavor, near=job.folder),
+            text,
+            device=self.device or default_device(),
+            dtype=getattr(torch, self.dtype),
+            progress=tracked,
+        )
+
+
+COMMAND = Analyze
+
+
+def _tokenizer(job: Job) -> str:
+    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+
+    assets = job.values.get("model.hf_assets_path")
+    return job.resolve(assets) if assets else str(EMBEDDED_TOKENIZER)
+
+
+def _print(facts: dict[str, Any], layers: list[LayerReport], settings: Any) -> None:
+    display.print_line(
+        f"{facts['checkpoint']} on {facts['sequences']} sequences of {facts['seq_len']} tokens: "
+        f"loss {facts['loss']:.4f}"
+    )
+    if facts["against"]:
+        display.print_line(f"{facts['against']}: loss {facts['against_loss']:.4f}")
+    display.print_table(_row(each, settings) for each in layers)
+
+
+def _row(each: LayerReport, settings: Any) -> dict[str, str]:
+    explained, narrow = each.explained, [x for x in each.concentration if x is not None]
+    told = (
+        (explained.by_token, explained.by_frequency, explained.share) if explained else [None] * 3
+    )
+    row = {
+        "layer": each.layer.removeprefix("layers."),
+        "experts": f"{each.top_k} of {each.num_experts}",
+        "told by token ID": display.number(told[0], ".1%"),
+        "by frequency": display.number(told[1], ".1%"),
+        "explained": display.number(told[2], ".1%"),
+        "concentration": display.number(sum(narrow) / len(narrow) if narrow else None, ".3f"),
+        f"dropped at {settings.capacity_factor:g}": f"{each.dropped:.1%}",
+        "first to last part": (
+            f"{each.dropped_by_position[0]:.1%} to {each.dropped_by_position[-1]:.1%}"
+        ),
+        f"SRP({settings.segment})": f"{each.srp:.3f}",
+        f"SCH({settings.segment}, {each.cache_size})": f"{each.sch:.3f}",
+        "cosine": display.number(each.mean_cosine, ".3f"),
+        "max": display.number(each.max_cosine, ".3f"),
+    }
+    if each.drift:
+        row |= {"rerouted": f"{each.drift.changed:.1%}", "Jaccard": f"{each.drift.jaccard:.3f}"}
+    return row
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN with None, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,50 @@
+"""What commands share: the types of their arguments, and access to the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe.cli import display
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.hosts.host import Host
+
+
+def print_emulated(device: str, dtypes: Iterable[str]) -> None:
+    """Print a line for each dtype that the device only emulates, before the user waits for it."""
+    import torch
+
+    from ezpz_moe.compute.native import emulation_note
+
+    for dtype in dict.fromkeys(dtypes):
+        if note := emulation_note(device, getattr(torch, dtype)):
+            display.print_line(f"{note}.")
+
+
+DType = Literal["bfloat16", "float32", "float16", "float64"]
+Device = Annotated[str | None, arg(metavar="DEVICE")]
+Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
+
+
+def refuse_no_ranks(world_size: int) -> None:
+    """Refuse a ``--world-size`` that is not a number of ranks.
+
+    Raises:
+        EzpzError: it is less than 1.
+    """
+    if world_size < 1:
+        raise EzpzError(f"--world-size {world_size}: a run needs at least 1 rank.")
+
+
+def import_host() -> Host:
+    """The host, for looking at configs. Silences the host's remarks about training."""
+    from ezpz_moe.hosts.detect import check_host, host
+
+    check_host()
+    logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
+    return host()

@@ -1,0 +1,40 @@
+"""``ezpz-moe backends``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
+
+
+@dataclass(frozen=True)
+class Backends(Command):
+    """List the expert backends: which can run here, and why the others cannot."""
+
+    group = "backends"
+
+    device: Device = None
+    """Ask about this device, such as cpu, cuda or xpu. Default: torch's accelerator, else cpu."""
+    dtype: DType = "bfloat16"
+    """Compute in this dtype."""
+
+    def run(self) -> int:
+        with display.progress().status("Asking torch ..."):
+            from ezpz_moe.tools.verify import default_device, properties, reasons_against
+
+            device = self.device or default_device()
+            reasons = reasons_against(device, self.dtype)
+            rows = [
+                {"backend": name, "usable": not against, **properties(name)}
+                for name, against in reasons.items()
+            ]
+        title = f"Expert backends on {device} in {self.dtype}"
+        display.print_table(rows, title=title)
+        print_emulated(device, [self.dtype])
+        display.print_reasons(reasons)
+        return 0
+
+
+COMMAND = Backends

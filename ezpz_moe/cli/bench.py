@@ -1,0 +1,254 @@
+"""``ezpz-moe bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.bench.plan import Allocator, Plan
+    from ezpz_moe.tools.bench.results import Figures, Measured
+
+_SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
+
+
+@dataclass(frozen=True)
+class Bench(Command):
+    """Measure the time and memory of one expert layer: all backends, the host's layer, the limit.
+
+    Times the forward pass alone and with the backward pass; contenders take turns.
+    docs/benchmark.md explains each column.
+    """
+
+    group = "backends"
+
+    shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
+    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or these four sizes:
+    experts, model dimension, expert dimension and routed rows."""
+    scale: Annotated[int | None, arg(metavar="INT")] = None
+    """Divide a model's D, F and tokens by this. Default: 4 on the CPU, else 1."""
+    tokens: int = 4096
+    """Give a model this many tokens, before the scale; each goes to the model's top-k experts."""
+    routing: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("balanced", "zipf1")
+    """Route as balanced, zipf0.5, zipf1 (any exponent), empty25 (25 % of experts idle) or
+    one_hot."""
+    dtype: tuple[DType, ...] = ("bfloat16",)
+    """Compute in these dtypes."""
+    backends: Annotated[tuple[str, ...], arg(metavar="SPEC ...")] = ()
+    """Time these, such as for_loop 'for_loop(recompute=true)'. Default: all that run here."""
+    against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Compare with stock, stock_products, indexed, dense, transformers_eager,
+    transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks, sonicmoe or
+    single_buffer. Default: all that run here, except single_buffer."""
+    repeats: Annotated[int | None, arg(metavar="INT")] = None
+    """Take this many turns. Default: 5 on the CPU, else 30."""
+    device: Device = None
+    """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
+    allocator: Literal["default", "retain", "both"] = "default"
+    """On the CPU, allocate as the environment says, or retain all memory that was ever obtained."""
+    json: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write every turn, and all that the figures depend on, to this file."""
+    plot: Annotated[Path | None, arg(metavar="FILE.png")] = None
+    """Draw bars per shape, and time and memory over skew, to this file."""
+
+    def run(self) -> int:
+        self._check()
+        with display.progress().status("Asking torch and torchtitan ..."):
+            plan = self._plan()
+            from ezpz_moe.tools.bench.plan import check, environment, run
+
+            check(plan)
+            about = environment(plan.device)
+        display.print_table(_facts(about))
+        print_emulated(plan.device, plan.dtypes)
+        both: tuple[Allocator, ...] = ("default", "retain")
+        allocators = both if self.allocator == "both" else (self.allocator,)
+        results: list[Measured] = []
+        told: set[str] = set()
+        for measured in chain.from_iterable(
+            run(replace(plan, allocator=allocator), display.steps) for allocator in allocators
+        ):
+            results.append(measured)
+            _print(measured, told)
+        self._write(results, about)
+        return int(any(each.failed for each in results))
+
+    def _check(self) -> None:
+        for flag, number in (
+            ("--scale", self.scale),
+            ("--tokens", self.tokens),
+            ("--repeats", self.repeats),
+        ):
+            if number is not None and number < 1:
+                raise EzpzError(f"{flag} {number}: must be at least 1.")
+        for flag, names in (
+            ("--shape", self.shape),
+            ("--routing", self.routing),
+            ("--dtype", self.dtype),
+        ):
+            if not names:
+                raise EzpzError(f"{flag}: name at least one.")
+        for flag, file in (("--json", self.json), ("--plot", self.plot)):
+            if file and not file.absolute().parent.is_dir():
+                raise EzpzError(f"{flag} {file}: there is no folder {file.parent}.")
+            if file and file.is_dir():
+                raise EzpzError(f"{flag} {file}: is a folder. Name a file.")
+        if self.plot and self.plot.suffix != ".png":
+            raise EzpzError(f"--plot {self.plot}: name a file that ends in .png.")
+
+    def _plan(self) -> Plan:
+        from ezpz_moe.tools.bench.routings import check_routing
+        from ezpz_moe.tools.bench.shapes import parse_shape
+
+        for routing in self.routing:
+            check_routing(routing)
+        device = self._device()
+        on_cpu = device == "cpu"
+        scale = self.scale or (_SCALE_ON_CPU if on_cpu else 1)
+        shapes = tuple(parse_shape(each, scale=scale, tokens=self.tokens) for each in self.shape)
+        if self.allocator != "default" and not on_cpu:
+            raise EzpzError(
+                f"--allocator {self.allocator}: only applies to the C library's memory on the CPU, "
+                f"but --device is {device}. Leave it out."
+            )
+        from ezpz_moe.tools.bench.plan import Plan
+
+        return Plan(
+            shapes=tuple(dict.fromkeys(shapes)),
+            routings=tuple(dict.fromkeys(self.routing)),
+            dtypes=tuple(dict.fromkeys(self.dtype)),
+            device=device,
+            backends=tuple(dict.fromkeys(self.backends)),
+            against=tuple(dict.fromkeys(self.against)),
+            repeats=self.repeats or (_REPEATS_ON_CPU if on_cpu else _REPEATS),
+        )
+
+    def _device(self) -> str:
+        """Return the device, after checking that it exists here.
+
+        Raises:
+            EzpzError: it does not.
+        """
+        import torch
+
+        from ezpz_moe.compute.contract import missing_device
+        from ezpz_moe.tools.verify import default_device
+
+        name = self.device or default_device()
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise EzpzError(f"--device {name!r}: {str(error).splitlines()[0]}") from error
+        if device.type == "meta":
+            raise EzpzError("--device meta: the meta device computes nothing. Use cpu.")
+        if missing := missing_device(device):
+            raise EzpzError(f"--device {name}: {missing}")
+        return name
+
+    def _write(self, results: list[Measured], about: Mapping[str, Any]) -> None:
+        if self.json:
+            from ezpz_moe.tools.bench.results import document
+
+            command = shlex.join(["ezpz-moe", *sys.argv[1:]])
+            self.json.write_text(document(results, about, command))
+            display.print_line(f"Written: {self.json}")
+        if self.plot:
+            from ezpz_moe.tools.bench.plots import draw
+
+            for file in draw(results, self.plot):
+                display.print_line(f"Drawn: {file}")
+
+
+COMMAND = Bench
+
+
+def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
+    def in_words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+        return str(value)
+
+    return [
+        {"measured": key.replace("_", " "), "with": in_words(value)} for key, value in about.items()
+    ]
+
+
+def _print(measured: Measured, told: set[str]) -> None:
+    """Print one layer's table, and why contenders are left out unless ``told`` has it already."""
+    display.print_line("")
+    display.print_table(rows(measured), title=title(measured))
+    new = [line for line in left_out(measured) if line not in told]
+    told.update(new)
+    for line in (*new, *remarks(measured)):
+        display.print_line(line)
+
+
+def title(measured: Measured) -> str:
+    """The table's title."""
+    E, D, F, R = measured.shape.sizes
+    variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
+    return (
+        f"{measured.shape.name} (E={E} D={D} F={F} R={R}), {measured.routing}: "
+        f"{min(measured.counts)} to {max(measured.counts)} rows per expert, the busiest with "
+        f"{measured.skew:.3g}x the mean; {measured.dtype}, allocator {measured.allocator}"
+        + (f" ({variables})" if variables else "")
+    )
+
+
+def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
+    """One row per contender, the fastest first."""
+    from ezpz_moe.tools.bench.results import DENSE
+
+    stock = measured.stock
+    # The median, because a few turns on a busy machine are much slower than the rest.
+    by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
+    for name in by_time:
+        figures = measured.figures[name]
+        yield {
+            "contender": name,
+            "forward ms": f"{figures.median('forward'):.4g}",
+            "fwd+bwd ms": f"{figures.median():.4g}",
+            "quartiles": "{:.4g}-{:.4g}".format(*figures.quartiles()),
+            "TFLOP/s": f"{measured.tflops(name):.3g}",
+            f"speed / {stock or 'stock'}": display.number(measured.time_ratio(stock, name), ".2f"),
+            "time / dense": display.number(measured.time_ratio(name, DENSE), ".2f"),
+            "saved": display.memory(figures.saved_bytes),
+            "peak": "-" if figures.peak_bytes is None else display.memory(figures.peak_bytes),
+            "syncs": _syncs(figures),
+        }
+
+
+def left_out(measured: Measured) -> Iterator[str]:
+    """The contenders that were not measured, and why."""
+    for name, reasons in measured.left_out.items():
+        yield f"left out: {name}: {'; '.join(reasons)}"
+
+
+def remarks(measured: Measured) -> Iterator[str]:
+    """The contenders that broke, and what the table does not show."""
+    for name, reason in measured.failed.items():
+        yield f"FAILED: {name}: {reason}"
+    for name, figures in measured.figures.items():
+        if figures.dropped:
+            yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
+
+
+def _syncs(figures: Figures) -> str:
+    """The counted waits, or else what the contender declares."""
+    if figures.syncs is not None:
+        return str(figures.syncs)
+    if figures.declares_syncs is None:
+        return "-"
+    return "yes (declared)" if figures.declares_syncs else "no (declared)"

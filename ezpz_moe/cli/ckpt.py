@@ -1,0 +1,121 @@
+"""``ezpz-moe ckpt``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg, subcommand
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.checkpoints.huggingface import Model
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a checkpoint holds and which generation of torchtitan wrote it."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A checkpoint's folder, such as outputs/checkpoint/step-100."""
+
+    def run(self) -> int:
+        with display.progress().status("Reading ..."):
+            from ezpz_moe.tools.checkpoints import inspect
+
+            contents = inspect(self.folder)
+        shown = {
+            **asdict(contents),
+            "parameters": display.count(contents.parameters),
+            "dtypes": ", ".join(contents.dtypes),
+            "bytes": display.gibibytes(contents.bytes),
+        }
+        display.print_line(str(self.folder))
+        display.print_table({"checkpoint": what, "": value} for what, value in shown.items())
+        return 0
+
+
+@dataclass(frozen=True)
+class Remap:
+    """Copy a checkpoint to the names of another generation of torchtitan, bit for bit.
+
+    With --to hf, write the model alone as Hugging Face safetensors. From safetensors, write a
+    checkpoint of the installed torchtitan.
+    """
+
+    source: Annotated[Positional[Path], arg(metavar="SRC")]
+    """The checkpoint's folder, or a folder with safetensors."""
+    target: Annotated[Positional[Path], arg(metavar="DST")]
+    """The folder to write; it must not exist."""
+    to: Literal["0.2", "0.3", "2026_09", "main", "hf"]
+    """Write these names: 0.3 until August 2026, 2026_09 (once called main) since then, hf for
+    safetensors."""
+    model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
+    """Name the model; needed to convert to or from safetensors."""
+
+    def run(self) -> int:
+        from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
+
+        if self.to == "hf" or is_safetensors(self.source):
+            return self._through_the_host()
+        from ezpz_moe.tools.checkpoints import remap
+
+        copied = partial(display.tracked, what="Writing and comparing")
+        done = remap(self.source, self.target, self.to, progress=copied)
+        display.print_line(
+            f"{self.target}: {done.changed} names changed, all {done.entries} entries compared"
+        )
+        for note in done.notes:
+            display.print_line(note)
+        return 0
+
+    def _through_the_host(self) -> int:
+        from ezpz_moe.tools.checkpoints.huggingface import convert
+
+        with display.progress().status("Writing and comparing ..."):
+            done = convert(self.source, self.target, self.to, _model(self.model))
+        display.print_line(
+            f"{self.target}: {done.tensors} tensors of the model written and compared; no "
+            "optimizer, no step, no position in the data"
+        )
+        if done.left_out:
+            names = ", ".join(done.left_out)
+            display.print_line(f"Left out, because the other format has no place for it: {names}")
+        return 0
+
+
+def _model(config: str | None) -> Model:
+    """Ask the installed host about the model of a flavor or job."""
+    if config is None:
+        raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
+    from ezpz_moe.config.flavors import load_flavor
+    from ezpz_moe.hosts.jobs import find_job
+    from ezpz_moe.tools.checkpoints.huggingface import Model
+
+    job = find_job(config)
+    flavor = load_flavor(job.flavor, near=job.folder)
+    host = import_host()
+    model = host.build_on_meta(flavor)
+    buffers = frozenset(name for name, _ in model.named_buffers())
+    return Model(host.checkpoint_names, host.adapter(flavor), model.state_dict(), buffers)
+
+
+@dataclass(frozen=True)
+class Ckpt(Command):
+    """Inspect a checkpoint, or convert it for another generation of torchtitan."""
+
+    group = "weights"
+
+    action: Annotated[Inspect, subcommand("inspect")] | Annotated[Remap, subcommand("remap")]
+
+    def run(self) -> int:
+        return self.action.run()
+
+
+COMMAND = Ckpt

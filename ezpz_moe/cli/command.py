@@ -1,0 +1,33 @@
+"""The base class of every command."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import ClassVar
+
+GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs")
+"""Groups of related commands, in the order of the help."""
+
+
+class Command(ABC):
+    """A command: a frozen dataclass whose fields are its arguments, named by its file's COMMAND.
+
+    Its docstring is its help. A field ``host_flags`` lets it take the trainer's flags as well as
+    its own; a field ``json`` means that it prints or writes its results as JSON.
+    """
+
+    group: ClassVar[str]
+    """One of :data:`GROUPS`."""
+
+    @abstractmethod
+    def run(self) -> int:
+        """Run the command and return its exit code.
+
+        Raises:
+            EzpzError: the user made a mistake.
+        """
+
+    @classmethod
+    def takes_host_flags(cls) -> bool:
+        return "host_flags" in {each.name for each in fields(cls)}  # type: ignore[arg-type]

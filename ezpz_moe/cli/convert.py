@@ -1,0 +1,94 @@
+"""``ezpz-moe convert``: convert a job, or check the scripts that start one with ``--lint``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.command import Command
+from ezpz_moe.errors import EzpzError
+
+
+@dataclass(frozen=True)
+class Convert(Command):
+    """Convert a torchtitan 0.2 job to one that torchtitan 0.3 trains, and report every key.
+
+    With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
+
+    Exit code 1 when a setting that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
+    be written.
+    """
+
+    group = "weights"
+
+    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
+    """The job to read, and the file to write, which must not exist; without it, only report.
+    With --lint: the scripts to read."""
+    lint: bool = False
+    """Treat the files as scripts, and report the trainer flags in them."""
+
+    def run(self) -> int:
+        if self.lint and self.files:
+            return _lint(self.files)
+        if self.lint:
+            raise EzpzError("convert --lint: name the scripts to check.")
+        if len(self.files) not in (1, 2):
+            raise EzpzError(
+                f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
+                "files. To check scripts, add --lint."
+            )
+        return _convert(*self.files)
+
+
+COMMAND = Convert
+
+
+def _convert(old: Path, new: Path | None = None) -> int:
+    from ezpz_moe.config.job import shown
+    from ezpz_moe.tools.convert import convert, write
+
+    conversion = convert(old, new or old)
+    display.print_table(
+        {
+            "key": change.key,
+            "value": shown(change.new if change.fate == "added" else change.value),
+            "becomes": f"{change.fate}: {change.note}" if change.note else change.fate,
+        }
+        for change in conversion.changes
+    )
+    if lost := conversion.dropped:
+        display.print_line(f"{len(lost)} dropped that had an effect: {', '.join(lost)}")
+    if new is None:
+        display.print_line(conversion.refusal)
+    else:
+        for path in write(conversion, new):
+            display.print_line(f"{path} written")
+    return 1 if lost or conversion.refusal else 0
+
+
+def _lint(scripts: tuple[Path, ...]) -> int:
+    with display.progress().status("Asking the host for its flags ..."):
+        from ezpz_moe.hosts.detect import presumed_host
+        from ezpz_moe.tools.lint import lint, taken_flags
+
+        import_host()
+        taken = taken_flags()
+        findings = [finding for path in scripts for finding in lint(path, taken)]
+    display.print_table(
+        {
+            "where": finding.place,
+            "flag": finding.flag,
+            "": "dead" if finding.remedy else "alive",
+            "what to do": finding.remedy or None,
+        }
+        for finding in findings
+    )
+    dead = sum(bool(finding.remedy) for finding in findings)
+    host = presumed_host().name
+    display.print_line(f"{len(findings)} trainer flags, {dead} dead on {host}")
+    return 1 if dead else 0

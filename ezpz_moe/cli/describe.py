@@ -1,0 +1,127 @@
+"""``ezpz-moe describe``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Suppress
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
+from ezpz_moe.cli.command import Command
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.describe import Description
+    from ezpz_moe.tools.memory import StageMemory
+
+
+@dataclass(frozen=True)
+class Describe(Command):
+    """Describe a model by component: parameters, FLOPs per token, memory per rank.
+
+    All other flags go to the trainer unchanged, such as --training.seq-len.
+    """
+
+    group = "models"
+
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
+    world_size: int | None = None
+    """Assume this many ranks. Default for a job: the fewest that its degrees allow.
+    For a flavor, memory is shown only with this flag."""
+    device: Literal["accelerator", "cpu"] = "accelerator"
+    """Count the activations that this device's kernels save: attention and norms differ."""
+    json: bool = False
+    """Print JSON, with exact figures."""
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        if self.world_size is not None:
+            refuse_no_ranks(self.world_size)
+        with display.progress().status("Building the model without memory, to count ..."):
+            import_host()
+            from ezpz_moe.tools.describe import as_json, describe
+
+            flags = list(self.host_flags)
+            described = describe(self.config, flags, self.world_size, self.device)
+        if self.json:
+            display.print_line(json.dumps(as_json(described), indent=2))
+            return 0
+        display.print_line(_title(described))
+        display.print_table(_rows(described))
+        display.print_line(f"Precision: {described.precision}.")
+        for line in _remarks(described):
+            display.print_line(line)
+        if described.ranks is not None:
+            fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
+            display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
+            display.print_table(_memory_rows(described.memory))
+        return 0
+
+
+COMMAND = Describe
+
+
+def _title(described: Description) -> str:
+    model = described.anatomy
+    zero = f" and {model.zero_experts} zero-computation experts" if model.zero_experts else ""
+    return (
+        f"{described.flavor}: {model.n_layers} layers, {model.n_moe_layers} of them with "
+        f"{model.num_experts} experts{zero}; a token uses {model.top_k}. FLOPs are per token, in a "
+        f"sequence of {described.seq_len}."
+    )
+
+
+def _rows(described: Description) -> Iterator[Mapping[str, str]]:
+    total = described.anatomy.total
+    for name, cost in [*described.costs.items(), ("total", total)]:
+        yield {
+            "component": name,
+            "parameters": display.count(cost.parameters),
+            "active": display.count(round(cost.active)),
+            "forward FLOPs": display.flops(cost.forward),
+            "backward FLOPs": display.flops(cost.backward),
+            "FLOPs": display.flops(cost.both),
+            "share": f"{cost.both / total.both:.1%}",
+        }
+
+
+def _remarks(described: Description) -> Iterator[str]:
+    model, dense = described.anatomy, described.dense
+    if model.zero_experts:
+        yield (
+            f"{model.computing_experts:.2f} of a token's {model.top_k} experts compute on average, "
+            f"if all {model.num_experts} + {model.zero_experts} are used equally."
+        )
+    yield (
+        f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
+        f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
+        f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
+    )
+    yield (
+        f"torchtitan's own count, for its tflops and MFU: {display.flops(model.host_flops)} "
+        "(counts attention over the whole sequence, and norms and biases as products)."
+    )
+    if "vision encoder" in model.costs:
+        yield "Not counted: the vision encoder's FLOPs, which depend on patches, not tokens."
+    if model.uncounted:
+        yield f"Not counted: the FLOPs of {', '.join(model.uncounted)}."
+
+
+def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
+    """Rows by component if all ranks are alike, else by pipeline stage."""
+    if len(stages) == 1:
+        (stage,) = stages
+        for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
+            yield {"component": name} | _in_words(held)
+        return
+    for number, stage in enumerate(stages):
+        who = {"stage": str(number), "rank": str(stage.rank)}
+        yield who | _in_words(stage.held) | {"microbatches held": str(stage.in_flight)}
+
+
+def _in_words(held: Mapping[str, int]) -> dict[str, str]:
+    return {what: display.memory(number) for what, number in held.items()}

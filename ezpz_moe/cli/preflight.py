@@ -1,0 +1,62 @@
+"""``ezpz-moe preflight``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Suppress
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config, refuse_no_ranks
+from ezpz_moe.cli.command import Command
+
+
+@dataclass(frozen=True)
+class Preflight(Command):
+    """Build the ranks of a big run on this machine, without accelerators, and show what each holds.
+
+    Builds one rank per pipeline stage: the first, which has the largest shards. All other flags go
+    to the trainer unchanged. Exit code 1 when a rank fails.
+    """
+
+    group = "before a run"
+
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
+    world_size: int
+    """Assume this many ranks."""
+    host_flags: Suppress[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        from ezpz_moe.hosts.jobs import find_job
+        from ezpz_moe.tools.preflight import preflight
+        from ezpz_moe.tools.trainer_settings import pipeline_degree
+
+        refuse_no_ranks(self.world_size)
+        flags = list(self.host_flags)
+        stages = pipeline_degree(find_job(self.config), flags)
+        built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
+        reports = list(display.tracked(built, "Building ranks", total=stages))
+        display.print_table(
+            (
+                {
+                    "stage": stage,
+                    "rank": report.rank,
+                    "parameters": display.count(report.parameters),
+                    "model states": display.gibibytes(report.state_bytes),
+                    "step": report.step,
+                }
+                for stage, report in enumerate(reports)
+            ),
+            title=f"{self.config} on {self.world_size} ranks",
+        )
+        errors: dict[str, list[int]] = {}
+        for report in reports:
+            if report.error:
+                errors.setdefault(report.error, []).append(report.rank)
+        for error, ranks in errors.items():
+            display.print_line(f"rank {', '.join(map(str, ranks))}: {error}")
+        return 1 if errors else 0
+
+
+COMMAND = Preflight

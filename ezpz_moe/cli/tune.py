@@ -1,0 +1,54 @@
+"""``ezpz-moe tune``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import print_emulated
+from ezpz_moe.cli.train import Train
+
+if TYPE_CHECKING:
+    from ezpz_moe.compute.tuning import Measured, Situation
+
+
+@dataclass(frozen=True)
+class Tune(Train):
+    """Time the backends that compute_backend = "auto" chooses from, during one step of a job.
+
+    The job's later runs then know the fastest from the start. All other flags go to the trainer
+    unchanged.
+    """
+
+    def run(self) -> int:
+        from ezpz_moe.tools.tune import tune
+
+        code, measured = tune(self.config, list(self.host_flags), **self._launch())
+        if code:
+            return code
+        if not measured:
+            display.print_line("Nothing was measured: no routed rows reached these processes.")
+            return 0
+        from ezpz_moe.compute.tuning import cache_folder
+        from ezpz_moe.tools.verify import default_device
+
+        display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
+        print_emulated(default_device(), (each.question.dtype for each, _ in measured))
+        display.print_line(f"Saved in {cache_folder()}")
+        return 0
+
+
+COMMAND = Tune
+
+
+def _row(situation: Situation, measured: Measured) -> dict[str, str]:
+    question = situation.question
+    E, inner, outer = question.sizes
+    return {
+        "product": f"{question.product}, {E} x {inner} x {outer}, {question.dtype}",
+        "rows up to": str(situation.rows),
+        "busiest / mean": situation.busiest,
+        "fastest": measured.fastest,
+        "forward and backward": str(measured),
+    }

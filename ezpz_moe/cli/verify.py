@@ -1,0 +1,69 @@
+"""``ezpz-moe verify``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.command import Command
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.verify import Row
+
+
+@dataclass(frozen=True)
+class Verify(Command):
+    """Compare the output and all four gradients of every usable backend with float64."""
+
+    group = "backends"
+
+    device: Device = None
+    """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
+    dtype: tuple[DType, ...] = ("bfloat16", "float32")
+    """Compute in these dtypes."""
+    json: bool = False
+    """Print every compared tensor as JSON."""
+
+    def run(self) -> int:
+        with display.progress().status("Asking torch ..."):
+            from ezpz_moe.tools.verify import compare, default_device, plan, reasons_against, worst
+
+            device = self.device or default_device()
+            checks = plan(device, self.dtype)
+        if not self.json:
+            print_emulated(device, self.dtype)
+        compared = [compare(check) for check in display.tracked(checks, "Verifying")]
+        rows = [row for rows in compared for row in rows]
+        passed = all(row.ok for row in rows)
+        reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
+        if self.json:
+            report = {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+            display.output().print_json(data=report, allow_nan=False)
+        else:
+            display.print_table(
+                (_figures(worst(rows)) for rows in compared),
+                title=f"Errors against float64 on {device}: the worst tensor of each case",
+            )
+            for against in reasons.values():
+                display.print_reasons(against)
+            display.print_failures([row for row in rows if not row.ok])
+        return 0 if passed else 1
+
+
+COMMAND = Verify
+
+
+def _figures(row: Row) -> dict[str, str]:
+    """One row of the table that ``verify`` prints."""
+    figures = {"max abs": row.max_abs_error, "relative": row.relative_error, "bound": row.bound}
+    return {
+        "dtype": row.dtype,
+        "backend": row.backend,
+        "routing": row.routing,
+        "tensor": row.tensor,
+        **{name: display.number(value, ".3g") for name, value in figures.items()},
+        "cosine": display.number(row.cosine, ".6f"),
+        "verdict": row.verdict,
+    }

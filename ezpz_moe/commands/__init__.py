@@ -1,1 +1,0 @@
-"""One module for each command of ``ezpz-moe``: its arguments, and what it prints."""

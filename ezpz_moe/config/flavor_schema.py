@@ -1,0 +1,199 @@
+"""What a flavor may say: the keys of its TOML, their types, ranges and combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.routing_schema import (
+    Balance,
+    Experts,
+    Router,
+    Telemetry,
+    routing_conflicts,
+    size_conflicts,
+)
+from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.errors import EzpzError
+
+Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
+ExpertPrecision = Literal["host", "bfloat16", "float32"]
+
+# The upper bounds are far above any model, yet low enough that no tensor size overflows.
+_Width = Annotated[int, Field(ge=1, le=2**20)]
+_Tokens = Annotated[int, Field(ge=1, le=2**24)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class Rope(Data):
+    """Rotary positions: the arguments of the host's ``ComplexRoPE``, except ``dim``."""
+
+    theta: Annotated[float, Field(gt=1)]
+    max_seq_len: _Tokens
+    scaling: Literal["none", "yarn"]
+    rope_factor: Annotated[float, Field(ge=1)]
+    beta_fast: _Positive
+    beta_slow: _Positive
+    original_seq_len: _Tokens
+
+
+class Dimensions(Data):
+    """A model's size: the arguments of the host's ``build_mla_moe_layers``, vocabulary and RoPE.
+
+    Without ``router_num_expert_groups`` a token may go to any expert.
+    """
+
+    vocab_size: _Tokens
+    dim: _Width
+    n_layers: Annotated[int, Field(ge=1, le=2**10)]
+    n_dense_layers: Annotated[int, Field(ge=0)]
+    n_heads: _Width
+    q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
+    kv_lora_rank: _Width
+    qk_nope_head_dim: _Width
+    qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
+    v_head_dim: _Width
+    mscale: Annotated[float, Field(ge=0)]
+    dense_hidden_dim: _Width
+    moe_hidden_dim: _Width
+    num_experts: Experts
+    num_shared_experts: Experts
+    router_top_k: Experts
+    router_score_func: Literal["softmax", "sigmoid"]
+    router_route_scale: _Positive
+    router_route_norm: bool
+    router_num_expert_groups: Experts | None = None
+    router_num_limited_groups: Experts | None = None
+    rope: Rope
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if conflicts := [*_size_conflicts(self), *_group_conflicts(self)]:
+            raise mistake("; ".join(conflicts))
+        return self
+
+
+class Flavor(Data):
+    """A model, and how its routed experts and its attention are computed.
+
+    The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
+    host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
+    ``expert_precision = None`` keeps the host's cast to bfloat16, except on a CPU that only
+    emulates bfloat16: there it means float32.
+    """
+
+    name: str
+    source: Path
+    base: str | None = None
+    attention: Attention | None = None
+    compute_backend: str = "grouped_mm"
+    expert_precision: ExpertPrecision | None = None
+    dimensions: Dimensions | None = None
+    router: Router = Router()
+    balance: Balance = Balance()
+    telemetry: Telemetry | None = None
+
+    @model_validator(mode="after")
+    def _routes_in_one_way(self) -> Self:
+        conflicts = list(routing_conflicts(self.router, self.balance))
+        if size := self.dimensions:
+            conflicts += size_conflicts(
+                self.router,
+                choices=size.num_experts + self.router.zero_computation_experts,
+                top_k=self.router.choices_of_token(size.num_experts, size.router_top_k),
+            )
+        if conflicts:
+            raise mistake("; ".join(conflicts))
+        return self
+
+    @model_validator(mode="after")
+    def _computes_in_that_precision(self) -> Self:
+        if self.compute_backend == "grouped_mm" and self.expert_precision not in (None, "host"):
+            raise mistake(
+                f"expert_precision = {self.expert_precision!r} cannot be combined with "
+                "compute_backend = 'grouped_mm', which reproduces torchtitan's own results bit "
+                "for bit. Choose another backend, such as 'for_loop', or remove expert_precision"
+            )
+        return self
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the flavor asks the routers for anything that the host's own do not do."""
+        own = self.router != Router() or self.balance != Balance()
+        return own or self.telemetry is not None
+
+    @property
+    def reported(self) -> Telemetry | None:
+        """What the run reports about experts; with balance losses it always reports something."""
+        return self.telemetry or (Telemetry() if self.balance.has_losses else None)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the routers have to know the step, or have to report what they did."""
+        rate = self.balance.bias_rate
+        moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
+        return self.reported is not None or bool(moves)
+
+    @field_validator("base")
+    @classmethod
+    def _names_module_and_flavor(cls, base: str | None) -> str | None:
+        if base is not None:
+            module, _, upstream = base.partition("/")
+            if not module.isidentifier() or not upstream:
+                raise mistake('should be "module/flavor", for example "qwen3/30B-A3B"')
+        return base
+
+    @field_validator("compute_backend")
+    @classmethod
+    def _is_installed(cls, name: str) -> str:
+        try:
+            name_and_options(name)
+        except EzpzError as error:
+            raise mistake(str(error)) from None
+        return name
+
+
+def _size_conflicts(size: Dimensions) -> Iterator[str]:
+    if size.n_dense_layers >= size.n_layers:
+        yield (
+            f"n_dense_layers ({size.n_dense_layers}) must be less than n_layers "
+            f"({size.n_layers}), or no layer has experts"
+        )
+    if size.router_top_k > size.num_experts:
+        yield (
+            f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"
+        )
+    if size.rope.beta_slow >= size.rope.beta_fast:
+        yield (
+            f"rope.beta_slow ({size.rope.beta_slow}) must be less than "
+            f"rope.beta_fast ({size.rope.beta_fast})"
+        )
+
+
+def _group_conflicts(size: Dimensions) -> Iterator[str]:
+    groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
+    if groups is None and limited is None:
+        return
+    if groups is None or limited is None:
+        yield "router_num_expert_groups and router_num_limited_groups must be set together"
+        return
+    if limited > groups:
+        yield (
+            f"router_num_limited_groups ({limited}) must not exceed "
+            f"router_num_expert_groups ({groups})"
+        )
+    # The host scores a group by its two best experts, so each group needs two.
+    if size.num_experts % groups or size.num_experts // groups < 2:
+        yield (
+            f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "
+            f"({groups}) with at least two experts in a group"
+        )
+    elif size.router_top_k > limited * (size.num_experts // groups):
+        yield (
+            f"router_top_k ({size.router_top_k}) must not exceed the "
+            f"{limited * (size.num_experts // groups)} experts of {limited} groups"
+        )

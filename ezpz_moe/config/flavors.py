@@ -1,0 +1,289 @@
+"""Flavors: model sizes as data, read from TOML.
+
+A flavor is one TOML file, and its name is the file's name. :func:`load_flavor` resolves a name in
+four steps: find the file, follow ``inherits``, apply a variant's suffix, validate. Every mistake
+raises :class:`~ezpz_moe.errors.EzpzError` with the file and the key. This module imports neither
+torch nor the host.
+
+The search starts in the job's own folder, continues in the folder named by ``EZPZ_MOE_FLAVORS``
+and ends with the shipped flavors; the first file of a name wins. A name with a leading underscore
+is only a parent for ``inherits``.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.schema import Data
+from ezpz_moe.config.toml import read_toml
+from ezpz_moe.errors import EzpzError, did_you_mean
+
+__all__ = [
+    "FOLDER_VARIABLE",
+    "Dimensions",
+    "Flavor",
+    "flavor_names",
+    "is_flavor",
+    "load_flavor",
+]
+
+FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
+
+_DIMENSION_KEYS = frozenset(Dimensions.model_fields)
+_TABLES: dict[str, type[Data]] = {
+    "rope": Rope,
+    "router": Router,
+    "balance": Balance,
+    "telemetry": Telemetry,
+}
+_KEYS = (
+    _DIMENSION_KEYS | {"inherits"} | (Flavor.model_fields.keys() - {"name", "source", "dimensions"})
+)
+
+
+def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
+    """Load the flavor ``name``: a file's name, optionally with ``[_<attention>][_<backend>]``.
+
+    Args:
+        name: for example ``"10B_2B"`` or ``"10B_2B_sdpa_batched_mm_padded"``.
+        near: the folder to search first, which is the job file's.
+
+    Raises:
+        EzpzError: there is no such flavor, or ``EZPZ_MOE_FLAVORS``, the flavor's file or a parent's
+            is wrong.
+    """
+    folders = _folders(near)
+    files = _public(_flavor_files(folders))
+    suffixes = variant_suffixes()
+    # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
+    for stem in sorted(files, key=len, reverse=True):
+        suffix = name.removeprefix(stem)
+        if name == stem + suffix and suffix in suffixes:
+            return _resolve(name, files[stem], folders, suffixes[suffix])
+    known = [stem + suffix for stem, suffix in product(files, suffixes)]
+    raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
+
+
+def flavor_names(*, near: Path | None = None) -> list[str]:
+    """Every flavor's name, as its file has it. Any of :func:`variant_suffixes` may follow it."""
+    return sorted(_public(_flavor_files(_folders(near))))
+
+
+def variant_suffixes() -> dict[str, dict[str, str]]:
+    """Each suffix ``[_<attention>][_<backend>]``, with the keys that it sets."""
+    attentions = [("", {}), *((f"_{a}", {"attention": a}) for a in get_args(Attention))]
+    backends = [("", {}), *((f"_{b}", {"compute_backend": b}) for b in known_backend_names())]
+    return {
+        a + b: set_by_a | set_by_b for (a, set_by_a), (b, set_by_b) in product(attentions, backends)
+    }
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _folders(near: Path | None) -> list[Path]:
+    """The folders to search for flavors, in order."""
+    folders = [near] if near is not None else []
+    if named := os.environ.get(FOLDER_VARIABLE):
+        folder = Path(os.path.expanduser(named))
+        if not folder.is_dir():
+            raise EzpzError(
+                f"{FOLDER_VARIABLE} = {named!r}: there is no such folder. "
+                "Set it to a folder of flavor TOML files, or unset it."
+            )
+        folders.append(folder)
+    folders.append(_shipped_folder())
+    # EZPZ_MOE_FLAVORS may name the job's folder or the shipped one: search each folder once.
+    return list(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def _shipped_folder() -> Path:
+    """The flavors' folder: in the wheel, or in a checkout."""
+    package = Path(__file__).parents[1]
+    in_wheel = package / "_flavors"
+    return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
+
+
+def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
+    """File name without ``.toml`` -> the first flavor file of that name."""
+    # The first map that has a name wins, which is the order of the search.
+    return ChainMap(
+        *(
+            {path.stem: path for path in sorted(folder.glob("*.toml")) if _is_flavor_file(path)}
+            for folder in folders
+        )
+    )
+
+
+def _is_flavor_file(path: Path) -> bool:
+    """Whether the TOML is a flavor: jobs and flavors may share a folder.
+
+    An unreadable file counts as a flavor. Whoever names it then learns what is wrong with it.
+    """
+    try:
+        return is_flavor(read_toml(path))
+    except EzpzError:
+        return True
+
+
+def is_flavor(document: Mapping[str, Any]) -> bool:
+    """Whether a TOML has any key of a flavor; a job has none."""
+    return not _KEYS.isdisjoint(document)
+
+
+def _public(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {stem: path for stem, path in files.items() if not stem.startswith("_")}
+
+
+# Inheritance --------------------------------------------------------------------------------------
+
+
+def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and its ancestors, youngest first, each with its keys except ``inherits``."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    parent: Path | None = path
+    while parent is not None:
+        if parent in (seen := [ancestor for ancestor, _ in chain]):
+            loop = " -> ".join(p.stem for p in [*seen[seen.index(parent) :], parent])
+            raise EzpzError(f"{chain[-1][0]}: inherits: the flavors inherit in a circle: {loop}.")
+        data = read_toml(parent)
+        if unknown := [key for key in data if key not in _KEYS]:
+            raise EzpzError(
+                f"{parent}: unknown key {unknown[0]!r}.{did_you_mean(unknown[0], _KEYS)}"
+            )
+        name = data.pop("inherits", None)
+        chain.append((parent, data))
+        parent = None if name is None else _parent(parent, name, folders)
+    return chain
+
+
+def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
+    """The file that ``child`` inherits.
+
+    The search starts at the child's own folder: a user's file never changes a shipped flavor that
+    inherits the same name. A file may inherit its namesake from a later folder.
+    """
+    if not isinstance(name, str):
+        raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
+    own = folders.index(child.parent)
+    files = _flavor_files(folders[own + 1 if name == child.stem else own :])
+    if name not in files:
+        other = " besides this one" if name == child.stem else ""
+        hint = did_you_mean(name, files)
+        raise EzpzError(f"{child}: inherits = {name!r}: there is no such flavor file{other}.{hint}")
+    return files[name]
+
+
+def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The merged values, children over parents, and the file that set each key."""
+    values: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for path, data in reversed(chain):
+        for key, value in data.items():
+            # A table such as [rope] merges key by key; any other value replaces the parent's.
+            inherited = values.get(key)
+            if isinstance(value, dict):
+                origin |= {f"{key}.{inner}": path for inner in value}
+                value = inherited | value if isinstance(inherited, dict) else value
+            values[key] = value
+            origin[key] = path
+    return values, origin
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
+    values, origin = _merge(_chain(path, folders))
+    dimensions = {key: values.pop(key) for key in _DIMENSION_KEYS & values.keys()}
+    if "base" in values and dimensions:
+        set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
+        raise EzpzError(
+            f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
+            f"model, so these keys would be ignored: {set_here}. Remove either them or base."
+        )
+    if "base" not in values:
+        values["dimensions"] = dimensions
+    try:
+        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
+    except ValidationError as error:
+        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+
+
+def _messages(
+    errors: Sequence[ErrorDetails], path: Path, origin: Mapping[str, Path]
+) -> Iterator[str]:
+    """One line per wrong key, with the file that sets it, and one line for all missing keys."""
+    missing = []
+    for error in errors:
+        key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
+        # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
+        file = origin.get(key) or origin.get(key.rpartition(".")[0], path)
+        if error["type"] == "missing" and error["loc"][0] in ("router", "balance"):
+            schedule, _, inner = key.rpartition(".")
+            yield f"{file}: {schedule}: the key {inner} is missing; a schedule must be complete."
+        elif error["type"] == "missing":
+            missing.append(key)
+        elif error["type"] == "extra_forbidden":
+            table, _, inner = key.partition(".")
+            hint = did_you_mean(inner.rpartition(".")[2], _table_keys(table))
+            yield f"{file}: unknown key {key!r}.{hint}"
+        elif error["type"] == "mistake" and (not key or key in _TABLES):
+            of_dimensions = error["loc"] == ("dimensions",)
+            where = "the dimensions do not fit together:" if of_dimensions else f"[{key}]"
+            yield f"{file}: {where} {error['msg']}." if error["loc"] else f"{file}: {error['msg']}."
+        else:
+            yield f"{file}: {key} = {_shown(error['input'])}: {_expectation(error)}"
+    if missing:
+        yield (
+            f"{path}: missing keys: {', '.join(missing)}. Set them, inherit them "
+            '(inherits = "16B") or name an upstream model (base = "qwen3/30B-A3B").'
+        )
+
+
+def _table_keys(table: str) -> list[str]:
+    return [*_TABLES[table].model_fields, *Schedule.model_fields]
+
+
+def _expectation(error: ErrorDetails) -> str:
+    if error["type"] == "model_type":
+        return "should be a table."
+    text = error["msg"].replace("Input should", "should").rstrip(".")
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{text}.{did_you_mean(error['input'], allowed)}"
+    return text if text.endswith("?") else f"{text}."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return "a huge number"
+
+
+def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
+    for folder in folders:
+        path = folder / f"{name}.toml"
+        if path.parent == folder and path.is_file():
+            keys = ", ".join(sorted(_KEYS))
+            is_parent = name.startswith("_")
+            reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
+            return f"{path} is not a flavor: {reason}."
+    return (
+        f"unknown flavor {name!r} in {', '.join(map(str, folders))} ({FOLDER_VARIABLE} adds a "
+        f"folder). Known are {', '.join(known)}, "
+        "each also with [_<attention>][_<backend>]."
+    )

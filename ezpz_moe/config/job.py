@@ -1,0 +1,247 @@
+"""The trainer's TOML, read and checked key by key before anything heavy is imported.
+
+``load_job`` reports all problems of a file at once. Which keys exist and what they mean is in the
+table of a host, which the caller passes; :mod:`ezpz_moe.hosts.jobs` passes that of the installed
+host. Nothing here imports torch or the host.
+
+Paths in a job: ``job.dump_folder`` is relative to the working directory, as in the host. Input
+files and folders (``hf_assets_path``, ``dataset_path``, ``initial_load_path``) are relative to the
+working directory if they exist there, else to the job file's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
+from ezpz_moe.config.keys import Key, Keys, sections
+from ezpz_moe.config.toml import read_toml
+from ezpz_moe.errors import EzpzError, did_you_mean
+
+MODEL_NAME = "ezpz_moe"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job asks of the trainer.
+
+    Attributes:
+        flavor: name of the model flavor.
+        path: the TOML file; None when a flavor runs without a job.
+        values: ``"section.key"`` -> value, for the keys that the file sets.
+    """
+
+    flavor: str
+    path: Path | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the job file; flavors and data are looked up there too."""
+        return self.path.parent if self.path else None
+
+    @property
+    def source(self) -> str:
+        """Where the settings come from, for messages."""
+        return str(self.path) if self.path else f"flavor {self.flavor}"
+
+    def resolve(self, location: str) -> str:
+        """The absolute path of an input; an address (``gs://...``) stays as it is."""
+        if "://" in location:
+            return location
+        path = Path(location).expanduser()
+        if not path.exists() and self.folder is not None and (self.folder / path).exists():
+            path = self.folder / path
+        return str(path.absolute())
+
+
+def load_job(path: str | Path, keys: Keys) -> Job:
+    """Read a job file, and check it and that its flavor exists.
+
+    Args:
+        path: the TOML file.
+        keys: which keys the host takes.
+
+    Raises:
+        EzpzError: the file is missing, unreadable or not TOML, or has unknown, outdated or wrong
+            keys; the message then names all of them.
+    """
+    path = Path(path)
+    document = read_toml(path)
+    if is_flavor(document) and "model" not in document:
+        raise EzpzError(
+            f"{path}: is a flavor's file, not a job's. Pass the flavor's name, {path.stem}, "
+            f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
+            f'that has [model] flavor = "{path.stem}".'
+        )
+    values, problems = _checked(document, keys)
+    problems += _model_problems(document, values, path.parent)
+    if problems:
+        raise EzpzError(_report(path, problems))
+    return Job(flavor=values["model.flavor"], path=path, values=values)
+
+
+def find_job(config: str, keys: Keys) -> Job:
+    """The job that ``--config`` names: the path of a job's TOML, or a flavor.
+
+    Raises:
+        EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
+    """
+    return load_job(config, keys) if config.endswith(".toml") else job_for_flavor(config)
+
+
+def job_for_flavor(name: str) -> Job:
+    """The job that trains a flavor with the host's defaults.
+
+    Raises:
+        EzpzError: there is no such flavor, or its file is wrong.
+    """
+    load_flavor(name)
+    return Job(flavor=name)
+
+
+def accepts(key: Key, value: Any) -> bool:
+    """Whether ``key`` may hold ``value``."""
+    try:
+        _adapter(key.type).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def allowed(key: Key) -> str:
+    """What ``key`` may hold, in words."""
+    return _in_words(_adapter(key.type).json_schema())
+
+
+def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
+    """The valid ``"section.key"`` values of a file, and one line per problem."""
+    known = sections(keys)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    # Several keys that are gone for the same reason become one line.
+    outdated: dict[tuple[str, str], list[str]] = {}
+    for section, name, value in _settings(document, known):
+        key = keys.get(section, {}).get(name)
+        if key is None:
+            problems.append(_unknown(section, name, value, keys))
+        elif key.message:
+            if not is_one_of(key.unless, value):
+                outdated.setdefault((section, key.message), []).append(name)
+        else:
+            try:
+                values[f"{section}.{name}"] = _adapter(key.type).validate_python(value)
+            except ValidationError:
+                problems.append(f"[{section}] {name} = {shown(value)}: must be {allowed(key)}.")
+    problems += [
+        f"[{section}] {', '.join(names)}: {message}"
+        for (section, message), names in outdated.items()
+    ]
+    return values, problems
+
+
+def _settings(
+    table: Mapping[str, Any], known: set[str], section: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """``(section, key, value)`` for everything in a file that is not a ``known`` section."""
+    for name, value in table.items():
+        path = f"{section}.{name}" if section else name
+        if path in known and isinstance(value, dict):
+            yield from _settings(value, known, path)
+        else:
+            yield section, name, value
+
+
+def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
+    """Why ``section`` has no key ``name``, and what the user may have meant."""
+    known = sections(keys)
+    path = f"{section}.{name}" if section else name
+    if path in known:
+        return f"{name} = {shown(value)}: must be a section, [{path}]."
+    if not section and isinstance(value, dict | list):
+        return f"[{name}]: unknown section.{did_you_mean(name, known)}"
+    homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
+    near = did_you_mean(name, keys.get(section, {}))
+    if homes and not near:
+        near = f" It belongs in {' or '.join(homes)}."
+    where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
+    return f"{where}: unknown key.{near}"
+
+
+def _model_problems(
+    document: Mapping[str, Any], values: Mapping[str, Any], folder: Path
+) -> Iterator[str]:
+    """The problems of ``[model]`` other than unknown keys and wrong types."""
+    model = document.get("model", {})
+    if not isinstance(model, dict):
+        return  # reported already
+    if "name" not in model:
+        yield f'[model] name is missing: write name = "{MODEL_NAME}".'
+    elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
+        yield (
+            f'[model] name = {shown(name)}: must be "{MODEL_NAME}" for this trainer module. '
+            "To train another of torchtitan's models, choose a flavor: a TOML file with "
+            f'base = "{name}/<its flavor>"; see docs/flavors.md.'
+        )
+    if "flavor" not in model:
+        yield "[model] flavor is missing: name the model to train; `ezpz-moe flavors` lists them."
+    elif (flavor := values.get("model.flavor")) is not None:
+        try:
+            load_flavor(flavor, near=folder)
+        except EzpzError as error:
+            yield f"[model] flavor = {shown(flavor)}: {error}"
+
+
+def _report(path: Path, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"{path}: {problems[0]}"
+    return "\n  ".join([f"{path}: {len(problems)} problems", *problems])
+
+
+def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
+    """Whether ``value`` is one of ``values``, type included: in Python False == 0."""
+    return any(type(value) is type(other) and value == other for other in values)
+
+
+@cache
+def _adapter(type_: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(type_, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a phrase: "an integer >= 1", "-1 or ...", "one of ...", "a list ..."."""
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "const" in schema:
+        return shown(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(shown, schema['enum']))}"
+    if schema["type"] == "array":
+        empty = "non-empty " if schema.get("minItems") else ""
+        return f"a {empty}list, each entry {_in_words(schema['items'])}"
+    if "pattern" in schema:  # the type Text of the table of keys
+        return "a non-empty string"
+    limits = " and ".join(f"{sign} {schema[k]}" for k, sign in _LIMITS.items() if k in schema)
+    return f"{_NOUNS[schema['type']]} {limits}".rstrip()
+
+
+def shown(value: Any) -> str:
+    """A value as TOML writes it, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

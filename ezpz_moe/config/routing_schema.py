@@ -1,0 +1,237 @@
+"""What a flavor may say in its tables ``[router]``, ``[balance]`` and ``[telemetry]``.
+
+docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ezpz_moe.config.schema import Data, mistake
+
+DEFAULT_JITTER = 0.01
+
+Experts = Annotated[int, Field(ge=1, le=2**14)]
+
+_NoExperts = Annotated[int, Field(ge=0, le=2**14)]
+_Steps = Annotated[int, Field(ge=1, le=2**40)]
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Schedule(Data):
+    """A value that moves from ``start`` to ``end`` within ``steps``, and then stays there.
+
+    A plain number stands for a value that does not move. A schedule counts as one value: a flavor
+    that inherits it may replace it, but not a part of it.
+    """
+
+    start: _Positive
+    end: _Positive
+    steps: _Steps
+    shape: Literal["linear", "exponential", "cosine"] = "linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_number(cls, value: object) -> object:
+        if isinstance(value, dict | cls):
+            return value
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
+            raise mistake("should be a number above 0, or a table of start, end and steps")
+        return {"start": value, "end": value, "steps": 1}
+
+    @property
+    def is_constant(self) -> bool:
+        return self.start == self.end
+
+
+class Router(Data):
+    """``[router]``: how a token's experts are chosen."""
+
+    routing: Literal["topk", "sinkhorn", "balanced"] = "topk"
+    jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gate_precision: Literal["bfloat16", "float32", "float64"] | None = None
+    freeze: bool = False
+    temperature: Schedule = Schedule(start=1.0, end=1.0, steps=1)
+    activation: Literal["identity", "softplus", "relu_rmsnorm"] = "identity"
+    pad_token_id: Annotated[int, Field(ge=0, lt=2**24)] | None = None
+    dispatch_padding: bool = True
+    null_experts: _NoExperts = 0
+    copy_experts: _NoExperts = 0
+    constant_experts: _NoExperts = 0
+    top_k: Experts | None = None
+    sinkhorn_tolerance: _Positive = 1e-4
+    sinkhorn_iterations: _Steps = 100
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    skip_first_n_experts: _NoExperts = 0
+
+    @field_validator("jitter_noise", mode="before")
+    @classmethod
+    def _is_asked_for(cls, value: object) -> object:
+        # jitter_noise = true means the default; without this, true would pass as the number 1.
+        return DEFAULT_JITTER if value is True else 0.0 if value is False else value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if conflicts := list(_router_conflicts(self)):
+            raise mistake("; ".join(conflicts))
+        return self
+
+    @property
+    def zero_computation_experts(self) -> int:
+        """How many of the router's choices need no expert computation."""
+        return self.null_experts + self.copy_experts + self.constant_experts
+
+    def choices_of_token(self, num_experts: int, top_k: int) -> int:
+        """How many choices a token makes if the model has ``num_experts`` and uses ``top_k``."""
+        return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
+
+
+def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
+    """How many choices a token makes among E experts and Z zero-computation experts.
+
+    ``round(k (E + Z) / E)``: about k of them compute when all are used equally.
+
+    Args:
+        num_experts: the experts of a layer that compute, E.
+        top_k: how many of them a token uses when there are no others, k.
+        zero_experts: Z.
+    """
+    return round(top_k * (num_experts + zero_experts) / num_experts)
+
+
+class Balance(Data):
+    """``[balance]``: what spreads the tokens over the experts."""
+
+    aux_loss: _NotNegative = 0.0
+    mse_loss: _NotNegative = 0.0
+    z_loss: _NotNegative = 0.0
+    scope: Literal["sequence", "batch", "global"] = "sequence"
+    bias_update: Literal["sign", "proportional", "none"] | None = None
+    bias_rate: Schedule | None = None
+
+    @property
+    def has_losses(self) -> bool:
+        return self.aux_loss > 0 or self.mse_loss > 0 or self.z_loss > 0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        # bias_update = "none" may keep a bias_rate: a flavor cannot remove a rate that it inherits.
+        if self.bias_rate is not None and self.bias_update is None:
+            raise mistake(
+                'bias_rate has no effect without bias_update = "sign" or "proportional"; '
+                "set bias_update, or remove bias_rate"
+            )
+        return self
+
+
+class AlertThresholds(Data):
+    """When a run warns about its routers. Every record repeats them for later readers."""
+
+    alert_dead_steps: _Steps = 100
+    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
+    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+class Telemetry(AlertThresholds):
+    """``[telemetry]``: what a run reports about its experts."""
+
+    every: _Steps | None = None
+    detail: Literal["brief", "per_layer", "per_expert"] = "brief"
+    images: bool = True
+
+    @property
+    def thresholds(self) -> AlertThresholds:
+        """The alerts' thresholds on their own."""
+        names = AlertThresholds.model_fields
+        return AlertThresholds(**{name: getattr(self, name) for name in names})
+
+
+def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
+    """What one of the two tables says that the other one excludes."""
+    balancing = _changed(balance, ("aux_loss", "mse_loss"), table="balance.")
+    if router.routing == "sinkhorn" and balancing:
+        yield (
+            f'router.routing = "sinkhorn" excludes {balancing}: its assignment is doubly '
+            "stochastic and thus balanced already. Remove the loss (set it to 0 if it is "
+            'inherited), or route with "topk"'
+        )
+    bias = [] if balance.bias_update == "none" else ["bias_update"]
+    if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
+        yield (
+            f'router.routing = "sinkhorn" chooses without the selection bias: {changed} would move '
+            'it further and further, unchecked. Remove it; if it is inherited, set it to "none"'
+        )
+    keys = ["aux_loss", "mse_loss", "z_loss", *bias]
+    if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
+        yield (
+            f'router.routing = "balanced" ignores the scores: {changed} would have no '
+            'effect. Remove it; if it is inherited, set a loss to 0 and bias_update to "none"'
+        )
+
+
+def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]:
+    """What does not fit a layer in which a token chooses ``top_k`` of ``choices``.
+
+    The choices include zero-computation experts.
+    """
+    zero_experts, skipped = router.zero_computation_experts, router.skip_first_n_experts
+    if router.top_k is not None and top_k > choices:
+        yield (
+            f"router.top_k = {router.top_k} exceeds the {choices} available experts: "
+            f"{choices - zero_experts} routed and {zero_experts} zero-computation ones"
+        )
+    if skipped and choices - skipped < top_k:
+        yield (
+            f"router.skip_first_n_experts = {skipped} leaves {max(choices - skipped, 0)} of "
+            f"{choices} experts, but a token uses {top_k}"
+        )
+
+
+def _router_conflicts(router: Router) -> Iterator[str]:
+    for routing, keys in {
+        "sinkhorn": ("sinkhorn_tolerance", "sinkhorn_iterations"),
+        "balanced": ("noise", "skip_first_n_experts"),
+    }.items():
+        if routing != router.routing and (changed := _changed(router, keys)):
+            defaults = " and ".join(f"{key} = {Router.model_fields[key].default}" for key in keys)
+            yield (
+                f'{changed} has no effect with routing = "{router.routing}", only with '
+                f'"{routing}"; remove it, or if it is inherited set {defaults}'
+            )
+    if router.routing == "balanced" and (changed := _changed(router, ("jitter_noise",))):
+        yield (
+            f'{changed} has no effect with routing = "balanced", which has its own noise; '
+            "remove it, or if it is inherited set it to 0"
+        )
+    zero_computation = ("null_experts", "copy_experts", "constant_experts")
+    if router.routing != "topk" and (changed := _changed(router, zero_computation)):
+        yield f'{changed} needs routing = "topk", not "{router.routing}"'
+    if router.top_k is not None and not router.zero_computation_experts:
+        yield (
+            f"top_k = {router.top_k} applies only with zero-computation experts; without them the "
+            "model's own top-k holds (router_top_k)"
+        )
+    if not router.dispatch_padding and router.pad_token_id is None:
+        yield "dispatch_padding = false needs pad_token_id, which says which tokens are padding"
+
+
+def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
+    """``key = value`` for those of ``keys`` that differ from their default.
+
+    The value decides, not whether a key is present: a flavor can reset what it inherits to the
+    default, but it cannot remove it.
+    """
+    fields = type(data).model_fields
+    values = {key: getattr(data, key) for key in keys}
+    changed = {key: value for key, value in values.items() if value != fields[key].default}
+    return " and ".join(f"{table}{key} = {json.dumps(value)}" for key, value in changed.items())

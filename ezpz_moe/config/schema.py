@@ -1,0 +1,23 @@
+"""The base class of a flavor's tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+
+class Data(BaseModel):
+    """Read-only data of exact types that rejects unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values: the host's configs hold such data and are written to logs."""
+        return self.model_dump(mode="json")
+
+
+def mistake(message: str) -> PydanticCustomError:
+    """A validation error whose text is entirely ours."""
+    return PydanticCustomError("mistake", "{message}", {"message": message})

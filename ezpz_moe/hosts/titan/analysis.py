@@ -1,0 +1,112 @@
+"""What ``ezpz-moe analyze`` needs of the host: its model, routers, experts and tokenizer.
+
+Legend of the suffixes: L = sequence length, V = vocabulary, B = batch, K = experts of a token,
+E = experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config.configs import TrainingConfig
+from torchtitan.models.common.moe import MoE
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.router import moe_layers
+
+
+def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
+    """The flavor's model on ``device``, with the host's settings for sequences of ``length``.
+
+    Raises:
+        EzpzError: the host refuses the model or the length.
+    """
+    spec = model_spec(flavor)
+    training: Any = {titan().LENGTH.rpartition(".")[2]: length}
+    try:
+        config = Trainer.Config(model_spec=spec, training=TrainingConfig(**training))
+        spec.model.update_from_config(config=config)
+    except ValueError as error:
+        raise EzpzError(f"{flavor.source}: torchtitan refuses this: {error}") from error
+    titan().fit_model(config)
+    with torch.device("meta"):
+        model = spec.model.build()
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_states(buffer_device=torch.device(device))
+    model.is_masked = has_masked_attention(spec)
+    return model
+
+
+def forward(model: Any, tokens_L: torch.Tensor, positions_L: torch.Tensor) -> torch.Tensor:
+    """The logits [L, V] of one sequence."""
+    shape = titan().one_sequence(len(tokens_L))
+    tokens, positions = tokens_L.reshape(shape), positions_L.reshape(shape)
+    inputs = {"positions": positions}
+    if model.is_masked:
+        inputs["attention_masks"] = model.get_attention_masks(positions=positions)
+    return model(tokens, **inputs).flatten(0, -2)
+
+
+def routers(model: nn.Module) -> dict[str, Any]:
+    """The router of each layer with experts, by the layer's name; it has ``num_experts``."""
+    return {name: moe.router for name, moe in _moes(model).items()}
+
+
+def chosen(output: Any) -> torch.Tensor:
+    """The experts in what a router returns: [..., K]."""
+    _, topk_expert_ids_BLK, _ = output
+    return topk_expert_ids_BLK
+
+
+def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """The routed experts' parameters [E, ...], by the layer's name; not those of constant ones."""
+    return {
+        name: [
+            each.detach()
+            for key, each in moe.routed_experts.named_parameters()
+            if not key.startswith("constant_experts.")
+        ]
+        for name, moe in _moes(model).items()
+    }
+
+
+def at_step(model: nn.Module, step: int) -> None:
+    """Put what a flavor schedules, its router's temperature, to its value in a training step."""
+    for moe in moe_layers([model]).values():
+        moe.router.at_step(step)
+
+
+def encoder(folder: str) -> Callable[[str], list[int]]:
+    """A document's tokens, its beginning and end marked as the trainer does.
+
+    Args:
+        folder: ``hf_assets_path``, which has the tokenizer.
+
+    Raises:
+        EzpzError: there is none.
+    """
+    try:
+        tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise EzpzError(f"hf_assets_path = {folder!r}: no tokenizer: {error}") from error
+    return partial(tokenizer.encode, add_bos=True, add_eos=True)
+
+
+def _moes(model: nn.Module) -> dict[str, MoE]:
+    """Layers with experts by name, such as "layers.1"."""
+    return {
+        name.rpartition(".")[0]: module
+        for name, module in model.named_modules()
+        if isinstance(module, MoE)
+    }

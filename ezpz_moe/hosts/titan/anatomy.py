@@ -1,0 +1,125 @@
+"""A flavor's parameters and FLOPs by component, told from its model on the meta device.
+
+Legend of the suffixes: B = batch, L = sequence length, D = model dimension, N = heads, H = head
+dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.config import ConfigManager
+from torchtitan.models.common.attention import BaseAttention
+from torchtitan.models.common.moe import MoE
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
+from ezpz_moe.hosts.titan.attention import left_window
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.command import named
+from ezpz_moe.hosts.titan.components import choices, weigh
+from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.parameters import build_on_meta
+from ezpz_moe.hosts.titan.precision import in_words
+
+SCORES = "attention scores"
+
+
+def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
+    """The flavor's components.
+
+    Args:
+        flavor: what to build.
+        seq_len: tokens of a sequence, within which attention is computed.
+
+    Raises:
+        EzpzError: the host cannot build the model, or its attention does not show its heads.
+    """
+    config, model = model_spec(flavor).model, build_on_meta(flavor)
+    chosen = choices(flavor)
+    costs, uncounted = weigh(model, chosen.computing_share)
+    scores = costs.get(SCORES, Cost())
+    costs[SCORES] = replace(scores, forward=_score_flops(config, model, seq_len))
+    return Anatomy(
+        costs=costs,
+        dim=config.dim,
+        n_layers=len(config.layers),
+        n_moe_layers=sum(isinstance(module, MoE) for module in model.modules()),
+        num_experts=chosen.num_experts,
+        zero_experts=chosen.zero_experts,
+        top_k=chosen.top_k,
+        host_flops=config.get_nparams_and_flops(model, seq_len)[1],
+        uncounted=tuple(uncounted),
+    )
+
+
+def sequence_length(config: str, host_flags: list[str]) -> int:
+    """Tokens of a sequence in a job, after the trainer's own flags.
+
+    Raises:
+        EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
+    """
+    trainer_config = ConfigManager().parse_args([*named(config), *host_flags])
+    return attrgetter(titan().LENGTH)(trainer_config)
+
+
+def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> str:
+    """Which precision applies to a job, after the trainer's own flags.
+
+    Raises:
+        EzpzError: as :func:`sequence_length`.
+    """
+    return in_words(ConfigManager().parse_args([*named(config), *host_flags]))
+
+
+def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
+    """Forward FLOPs of a token in all layers: its query with each key, and the sum of values."""
+    windows = {
+        path: left_window(node) for path, node, _, _ in config.traverse(BaseAttention.Config)
+    }
+    flops = 0.0
+    for path, module in model.named_modules():
+        if isinstance(module, BaseAttention):
+            heads, qk_dim, v_dim = _heads(module, path, config.dim)
+            window = None if windows[path] < 0 else windows[path] + 1
+            flops += 2 * heads * (qk_dim + v_dim) * mean_keys(seq_len, window)
+    return flops
+
+
+class _Seen(Exception):
+    """Ends an attention's forward when its kernel would be called."""
+
+
+def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
+    """Heads of the queries, and the head dimension of queries and of values.
+
+    No attribute says it alike in all models. What the kernel is given does: q, k, v [..., N, H].
+    """
+
+    def look(_: nn.Module, tensors: tuple[torch.Tensor, ...]) -> None:
+        raise _Seen(tensors)
+
+    kernel = getattr(attention, "inner_attention", None)
+    if kernel is None:
+        raise _unknown(path, attention)
+    handle = kernel.register_forward_pre_hook(look)
+    try:
+        attention(torch.empty(*titan().one_sequence(1), dim, device="meta"), None)
+    except _Seen as seen:
+        q, _, v = seen.args[0]
+        return q.shape[-2], q.shape[-1], v.shape[-1]
+    finally:
+        handle.remove()
+    raise _unknown(path, attention)
+
+
+def _unknown(path: str, attention: nn.Module) -> EzpzError:
+    return EzpzError(
+        f"{path}: {type(attention).__name__} has no inner_attention that receives its queries, "
+        "keys and values, so their FLOPs cannot be determined"
+    )

@@ -1,0 +1,126 @@
+"""Attention that trains where FlexAttention and varlen attention do not: XPU, CPU, old GPUs.
+
+torchtitan 0.3 no longer offers SDPA for language models, because it takes no per-document mask;
+its class is still there. Attention is then causal over the whole packed sequence.
+
+Legend of the suffixes: B = batch, L = sequence length (S on the key side), N = heads,
+G = query heads per key head, H = head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torchtitan.models.common.attention import (
+    BaseAttention,
+    FlexAttention,
+    ScaledDotProductAttention,
+    VarlenAttention,
+)
+
+from ezpz_moe.hosts.titan.base import titan
+
+MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
+"""The host's attention kernels for language models. Neither has a backward on the CPU."""
+
+
+def has_masked_attention(model_spec) -> bool:
+    """Whether the model's attention is one of these."""
+    return any(any(model_spec.traverse(kernel)) for kernel in MASKED_ATTENTION)
+
+
+class CausalAttention(ScaledDotProductAttention):
+    """SDPA, and where the model wants the log-sum-exp or a window, the same written out.
+
+    gpt_oss rescales the output by its attention sinks, for which it needs the log-sum-exp that
+    ``F.scaled_dot_product_attention`` does not return; the host's SDPA class would ignore that
+    silently. The written-out form holds the [B, N, L, L] scores in memory.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ScaledDotProductAttention.Config):
+        left_window: int = -1
+        """How many earlier tokens a token attends to; -1: all of them."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.left_window = config.left_window
+
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        out_transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Causal attention; ``out_transform(out_BLNH, lse_BLN)`` is applied to the result."""
+        if out_transform is None and self.left_window < 0:
+            return super().forward(
+                q_BLNH, k_BLNH, v_BLNH, scale=scale, enable_gqa=enable_gqa, **kwargs
+            )
+        out_BLNH, lse_BLN = _attention_with_lse(
+            q_BLNH, k_BLNH, v_BLNH, scale=scale, left_window=self.left_window
+        )
+        return out_BLNH if out_transform is None else out_transform(out_BLNH, lse_BLN)
+
+
+def use_sdpa(model_config) -> int:
+    """Replace the kernel of every masked attention below ``model_config``, in place.
+
+    Returns:
+        How many attentions were changed.
+    """
+    attentions = [
+        config
+        for _, config, _, _ in model_config.traverse(BaseAttention.Config)
+        if isinstance(config.inner_attention, MASKED_ATTENTION)
+    ]
+    for config in attentions:
+        config.inner_attention = titan().causal_attention(config)
+    return len(attentions)
+
+
+def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:
+    """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``."""
+    return CausalAttention.Config(left_window=left_window(config))
+
+
+def left_window(config: BaseAttention.Config) -> int:
+    """How many earlier tokens the model lets a token attend to; -1: all of them.
+
+    The window is a field of the attention, not of its kernel: with FlexAttention it is in the
+    mask, which is not built for SDPA.
+    """
+    window = getattr(config, "sliding_window_size", None)
+    return -1 if window is None else window - 1
+
+
+def _attention_with_lse(
+    q_BLNH: torch.Tensor,
+    k_BLNH: torch.Tensor,
+    v_BLNH: torch.Tensor,
+    *,
+    scale: float | None,
+    left_window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal softmax attention in float32 and the log-sum-exp of its scores."""
+    L, N, H = q_BLNH.shape[1:]
+    G = N // k_BLNH.shape[2]
+    k_BLNH, v_BLNH = (t.repeat_interleave(G, dim=2) for t in (k_BLNH, v_BLNH))
+    scale = H**-0.5 if scale is None else scale
+    scores_BNLS = torch.einsum("blnh,bsnh->bnls", q_BLNH.float(), k_BLNH.float()) * scale
+    distance_LS = torch.arange(L, device=q_BLNH.device).unsqueeze(1) - torch.arange(
+        L, device=q_BLNH.device
+    )
+    hidden_LS = distance_LS < 0
+    if left_window >= 0:
+        hidden_LS |= distance_LS > left_window
+    scores_BNLS = scores_BNLS.masked_fill(hidden_LS, float("-inf"))
+    lse_BNL = torch.logsumexp(scores_BNLS, dim=-1)
+    weights_BNLS = torch.exp(scores_BNLS - lse_BNL.unsqueeze(-1)).to(v_BLNH.dtype)
+    out_BLNH = torch.einsum("bnls,bsnh->blnh", weights_BNLS, v_BLNH)
+    return out_BLNH, lse_BNL.transpose(1, 2)

@@ -1,0 +1,13 @@
+"""How the command line of torchtitan since 0.3 names a job.
+
+Pure data: this file imports neither torch nor torchtitan.
+"""
+
+from __future__ import annotations
+
+from ezpz_moe.config.job import MODEL_NAME
+
+
+def named(config: str) -> list[str]:
+    """Arguments of ``torchtitan.train`` for a flavor's name or the path of a job's TOML."""
+    return ["--module", MODEL_NAME, "--config", config]

@@ -1,0 +1,137 @@
+"""Which component of a model each module belongs to, and what it costs.
+
+A module belongs to the component of the nearest class of the host's around it (``MoE``,
+``BaseAttention``, ``FeedForward``, ...), so that no model needs a table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torchtitan.models.common.attention import BaseAttention
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.moe import MoE
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.hosts.accounting import Cost, computing_experts
+from ezpz_moe.hosts.titan.models import host_spec
+
+_ZERO_COMPUTATION = "zero-computation experts"
+_NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a token chooses in each layer: ``top_k`` of ``num_experts + zero_experts``."""
+
+    num_experts: int
+    zero_experts: int
+    top_k: int
+
+    @property
+    def computing_share(self) -> float:
+        """The part of a layer's routed experts that computes for a token, on average."""
+        return computing_experts(self.top_k, self.num_experts, self.zero_experts) / self.num_experts
+
+
+def choices(flavor: Flavor) -> Choices:
+    """The choices of a flavor's token: the model's own, and those that ``[router]`` adds.
+
+    Raises:
+        EzpzError: the host has no such model.
+    """
+    # All MoE layers of a model route alike; the host's own counts rely on it, too.
+    _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
+    num_experts = moe.router.num_experts
+    return Choices(
+        num_experts=num_experts,
+        zero_experts=flavor.router.zero_computation_experts,
+        top_k=flavor.router.choices_of_token(num_experts, moe.router.top_k),
+    )
+
+
+def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], list[str]]:
+    """Parameters and matrix products of every component; attention's scores are not in it.
+
+    Args:
+        model: on any device, whole.
+        computing_share: part of the routed experts that computes for a token.
+
+    Returns:
+        The costs by component, and the classes of modules that hold parameters whose FLOPs are
+        not known. A parameter that two modules share counts once, its products for both.
+    """
+    costs: dict[str, Cost] = defaultdict(Cost)
+    seen: set[nn.Parameter] = set()
+    unknown = set()
+    for module, component in components(model):
+        own = [p for p in module.parameters(recurse=False) if p not in seen]
+        seen.update(own)
+        share = computing_share if component == "routed experts" else 1
+        number = sum(parameter.numel() for parameter in own)
+        is_sink = isinstance(module, BaseAttention)
+        where = "attention scores" if is_sink else component
+        forward = 2 * share * _multiplied(module, component)
+        if number or forward:
+            costs[where] += Cost(number, share * number, forward)
+        is_free = is_sink or isinstance(module, (nn.Embedding, *_NORMS))
+        if own and not (forward or is_free or component == "vision encoder"):
+            unknown.add(type(module).__name__)
+    return dict(costs), sorted(unknown)
+
+
+def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Every module below ``model`` with its component."""
+    names = {"lm_head": "output head", "vision_encoder": "vision encoder"}
+    yield from _below(model, "other", names)
+
+
+def _below(
+    module: nn.Module, around: str, names: dict[str, str]
+) -> Iterator[tuple[nn.Module, str]]:
+    """``names``: children whose component is told by their name in ``module``."""
+    yield module, around
+    for name, child in module.named_children():
+        yield from _below(child, names.get(name) or _component(child, around), _named_in(child))
+
+
+def _named_in(module: nn.Module) -> dict[str, str]:
+    if isinstance(module, MoE):
+        return {"routed_experts": "routed experts", "shared_experts": "shared experts"}
+    if isinstance(module, BaseAttention):
+        return {"inner_attention": "attention scores"}
+    return {"constant_experts": _ZERO_COMPUTATION}  # of the flavor's routed experts, no one else's
+
+
+def _component(module: nn.Module, around: str) -> str:
+    if around == "vision encoder":  # whatever it is made of: it works on patches, not on tokens
+        return around
+    match module:
+        case nn.Embedding():
+            return "embeddings"
+        case nn.RMSNorm() | nn.LayerNorm() | nn.GroupNorm():
+            return "norms"
+        case BaseAttention():
+            return "attention projections"
+        case MoE():
+            return "router"
+        case FeedForward() if around != "shared experts":
+            return "dense FFN"
+    return around
+
+
+def _multiplied(module: nn.Module, component: str) -> int:
+    """Elements of the module's own weights that a token is multiplied with."""
+    if component == "vision encoder":
+        return 0
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    if component == _ZERO_COMPUTATION:  # every token meets all of them
+        return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    if component == "routed experts":  # weights are [E, ..., out, in], biases [E, ..., out]
+        own = module.named_parameters(recurse=False)
+        return sum(p.numel() for name, p in own if p.dim() > 2 and "bias" not in name)
+    return 0

@@ -1,0 +1,362 @@
+"""What does not go together, found before the run starts.
+
+The host finds some of these conflicts itself, but in the middle of a run or in words that do not
+name the flavor. Each check below yields the messages of its conflicts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from math import gcd
+from typing import Any, get_args
+
+import torch
+from torchtitan.config import Configurable
+from torchtitan.models.common.attention import BaseAttention, ScaledDotProductAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import Attention
+from ezpz_moe.config.job import accepts, allowed
+from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.cpu import no_accelerator
+from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.ranks import (
+    Batch,
+    head_problems,
+    is_dry_run,
+    rank_problems,
+    schedule_problems,
+    started_rank_problems,
+)
+from ezpz_moe.hosts.reliance import broken
+from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.base import Sizes, titan
+from ezpz_moe.hosts.titan.precision import experts_dtypes
+from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
+from ezpz_moe.hosts.titan.router_conflicts import router_problems
+
+_OVERRIDES = {
+    "ezpz_moe.overrides.experts": (
+        "the flavor has already chosen its compute_backend. Remove the override, or choose another "
+        "flavor."
+    ),
+    "torchtitan.overrides.fused_swiglu.fused_grouped_experts": (
+        "it fuses only torchtitan's own experts and would not affect a flavor's. Remove the "
+        "override, or train the upstream config (`--module deepseek_v3 ...`) with it."
+    ),
+}
+
+
+def refuse_conflicts(config: Trainer.Config, source: str) -> None:
+    """Raise if settings of ``config`` exclude each other, or exclude this machine.
+
+    What depends on the machine is checked only in a process that is about to train (one that
+    torchrun started), so that a job for a cluster can be looked at anywhere.
+
+    Raises:
+        EzpzError: all conflicts, after ``source``, which says where the settings come from.
+    """
+    checks = (*_ALWAYS, *_checks_before_training(config))
+    # A degree of zero would stop the other checks: first the values, then how they go together.
+    problems = [*_ranges(config)] or [problem for check in checks for problem in check(config)]
+    if problems:
+        raise EzpzError(
+            "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
+        )
+
+
+def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
+    if not is_about_to_train():
+        return ()
+    return (_ranks,) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+
+
+def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
+    """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
+    problems = [problem for check in _ON_THIS_MACHINE for problem in check(config)]
+    return (
+        problems
+        if ranks is None
+        else [*rank_problems(config.parallelism, ranks, _batch(config)), *problems]
+    )
+
+
+def is_about_to_train() -> bool:
+    """Whether this process has a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def captures_cuda_graphs(config: Trainer.Config) -> bool:
+    """Whether the host captures the training step: asked for, and possible on this machine."""
+    return (
+        not config.training.disable_cuda_graphs
+        and utils.device_type == "cuda"
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+    )
+
+
+def _experts(config: Trainer.Config) -> list[Any]:
+    """The configs of the routed experts, one for each MoE layer."""
+    if config.model_spec is None:
+        return []
+    experts_config = titan().experts().HostExperts.Config
+    return [node for _, node, _, _ in config.model_spec.traverse(experts_config)]
+
+
+def _sizes(config: Trainer.Config) -> list[Sizes]:
+    return [titan().experts().sizes(node) for node in _experts(config)]
+
+
+def _backends(config: Trainer.Config) -> list[str]:
+    """The backends that the model's experts name (in practice one)."""
+    return list(dict.fromkeys(node.compute_backend for node in _experts(config)))
+
+
+def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
+    if config.training.disable_cuda_graphs:
+        return
+    remedy = "Leave training.disable_cuda_graphs out, or set it to true."
+    for name in _backends(config):
+        if get_backend(name).host_syncs:
+            yield (
+                f"training.disable_cuda_graphs = false, but compute_backend {name!r} copies token "
+                f"counts to the host, which a CUDA graph cannot capture. {remedy}"
+            )
+    degree = config.parallelism.pipeline_parallel_degree
+    if degree > 1:
+        yield (
+            f"training.disable_cuda_graphs = false cannot be combined with "
+            f"parallelism.pipeline_parallel_degree = {degree}. {remedy}"
+        )
+    try:
+        config._validate_cuda_graphs()
+    except ValueError as error:
+        if degree == 1:  # otherwise it repeats what has just been said
+            yield (
+                f"training.disable_cuda_graphs = false cannot be combined with "
+                f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
+                f"and this expert_parallel_comm_backend. {remedy} (torchtitan: {error})"
+            )
+
+
+def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
+    degree = config.parallelism.expert_parallel_degree
+    for experts in {sizes.num_experts for sizes in _sizes(config)}:
+        if experts % degree:
+            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
+            below = max(d for d in divisors if d < degree)
+            nearest = [below, *[d for d in divisors if d > degree][:1]]
+            yield (
+                f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} "
+                f"experts of flavor {_flavor(config)!r}. The nearest that do: "
+                f"{' and '.join(map(str, nearest))}."
+            )
+
+
+def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
+    attentions = config.model_spec.traverse(BaseAttention.Config) if config.model_spec else ()
+    heads = (
+        getattr(node, name, None)
+        for _, node, _, _ in attentions
+        for name in ("n_heads", "n_kv_heads")
+    )
+    return head_problems(config.parallelism, filter(None, heads), _flavor(config))
+
+
+def _context_parallel_attention(config: Trainer.Config) -> Iterator[str]:
+    degree, spmd = config.parallelism.context_parallel_degree, config.parallelism.spmd_backend
+    if degree > 1 and spmd != "partial_dtensor" and _has_sdpa(config):
+        yield (
+            f"parallelism.context_parallel_degree = {degree} cannot be combined with the SDPA of "
+            f"flavor {_flavor(config)!r} and parallelism.spmd_backend = {spmd!r}. Set the latter "
+            "to "
+            f'"partial_dtensor", or use a flavor without _sdpa.'
+        )
+
+
+def _has_sdpa(config: Trainer.Config) -> bool:
+    if config.model_spec is None:
+        return False
+    return any(config.model_spec.traverse(ScaledDotProductAttention.Config))
+
+
+def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
+    for entry in config.override.imports:
+        target = entry if isinstance(entry, str) else entry[0]
+        if target in _OVERRIDES:
+            yield f"override.imports {target}: {_OVERRIDES[target]}"
+
+
+def _ranges(config: Trainer.Config) -> Iterator[str]:
+    """Flags of the host take any number; the job's table knows which make sense."""
+    for row in (row for section in titan().job_keys().values() for row in section.values()):
+        value = None if row.path is None else _at(config, row.path)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not accepts(row, value):
+            yield f"{row.path} = {value}: must be {allowed(row)}."
+
+
+def _at(node: Any, path: str) -> Any:
+    """What a config holds at a dotted path; None where there is nothing."""
+    for name in path.split("."):
+        match node:
+            case list() | tuple():
+                node = node[int(name)] if int(name) < len(node) else None
+            case dict():
+                node = node.get(name)
+            case _:
+                node = getattr(node, name, None)
+    return node
+
+
+def _sequence_length(config: Trainer.Config) -> Iterator[str]:
+    host = titan()
+    seq_len = _at(config, host.LENGTH)
+    if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
+        longest = getattr(config.model_spec.model, host.LONGEST)
+        if seq_len > longest:
+            yield (
+                f"{host.LENGTH} = {seq_len} exceeds what flavor {_flavor(config)!r} is made "
+                f"for: its RoPE ends at {host.LONGEST} = {longest}."
+            )
+    chunks = getattr(config.loss, "num_chunks", 1)
+    ranks = config.parallelism.context_parallel_degree
+    tokens = _at(config, host.CUT_BY_LOSS)
+    if tokens % (chunks * ranks):
+        product = f"{chunks} x {ranks}" if ranks > 1 else f"{chunks}"
+        yield (
+            f"{host.CUT_BY_LOSS} = {tokens} cannot be cut into the {product} equal chunks "
+            f"of the loss (loss.num_chunks"
+            f"{', parallelism.context_parallel_degree' if ranks > 1 else ''})."
+            f" Choose a multiple of {chunks * ranks}."
+        )
+
+
+def _ranks(config: Trainer.Config) -> Iterator[str]:
+    return started_rank_problems(config, _batch(config))
+
+
+def _batch(config: Trainer.Config) -> Batch:
+    host = titan()
+    return Batch(
+        step=(host.STEP, _at(config, host.STEP)),
+        microbatch=(host.MICROBATCH, _at(config, host.MICROBATCH)),
+        microbatches=host.microbatches(config.parallelism),
+    )
+
+
+def _of_this_host(config: Trainer.Config) -> Iterator[str]:
+    return titan().own_conflicts(config)
+
+
+def _files(config: Trainer.Config) -> Iterator[str]:
+    return missing_files(config.hf_assets_path, config.checkpoint.initial_load_path)
+
+
+def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
+    if no_accelerator() and utils.device_type != "cpu":
+        yield (
+            f"this machine has no accelerator, and torchtitan on its own would train on "
+            f"{utils.device_type}. Start the run with `ezpz-moe train` or `python -m "
+            f"ezpz_moe.train`, which train on the CPU."
+        )
+        return
+    device = torch.device(utils.device_type)
+    dims = {dim for sizes in _sizes(config) for dim in (sizes.dim, sizes.hidden_dim)}
+    for name in _backends(config):
+        for dtype in experts_dtypes(config):
+            reasons = get_backend(name).why_not(device, getattr(torch, dtype), dims=sorted(dims))
+            for reason in reasons:
+                yield f"compute_backend {name!r} cannot run on {device.type}: {reason}."
+
+
+def _cpu(config: Trainer.Config) -> Iterator[str]:
+    if utils.device_type != "cpu":
+        return
+    degree, spmd = config.parallelism.expert_parallel_degree, config.parallelism.spmd_backend
+    if degree > 1 and spmd == "spmd_types":
+        yield (
+            f"parallelism.expert_parallel_degree = {degree} on the CPU cannot be combined with "
+            f"parallelism.spmd_backend = {spmd!r}: gloo has no list form of all-to-all with "
+            "unequal "
+            f'sizes. Set parallelism.spmd_backend to "partial_dtensor".'
+        )
+    if config.model_spec and has_masked_attention(config.model_spec):
+        yield (
+            f"the attention of flavor {_flavor(config)!r} (FlexAttention or varlen) has no "
+            f"backward on the CPU. Use {_flavor_with_sdpa(config)}."
+        )
+    if (degree := config.parallelism.context_parallel_degree) > 1:
+        yield (
+            f"parallelism.context_parallel_degree = {degree}: on CPUs, torch cannot compute "
+            "attention over a sequence that ranks share. Set it to 1."
+        )
+    if config.profiler.enable_memory_snapshot:
+        yield (
+            "profiling.enable_memory_snapshot records an accelerator's allocator, but this machine "
+            "has no accelerator. Set it to false."
+        )
+
+
+def _flavor(config: Trainer.Config) -> str:
+    return config.model_spec.flavor if config.model_spec else ""
+
+
+def _flavor_with_sdpa(config: Trainer.Config) -> str:
+    stem = _flavor(config)
+    backend = next((f"_{each}" for each in _backends(config) if stem.endswith(f"_{each}")), "")
+    stem = stem.removesuffix(backend)
+    for attention in get_args(Attention):
+        stem = stem.removesuffix(f"_{attention}")
+    return f"flavor {stem}_sdpa{backend}"
+
+
+def _routers(config: Trainer.Config) -> Iterator[str]:
+    """What a flavor's ``[router]`` asks of the run. All layers have one router's settings."""
+    every = Configurable.Config
+    nodes = config.model_spec.model.traverse(every, recurse=True) if config.model_spec else ()
+    moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "settings"))
+    moe = next(moes, None)
+    return router_problems(config, moe, _flavor(config)) if moe else iter(())
+
+
+def _telemetry(config: Trainer.Config) -> Iterator[str]:
+    metrics = config.metrics
+    settings: Telemetry | None = getattr(metrics, "telemetry", None)
+    if settings is None:
+        return
+    every, log_freq = settings.every, metrics.log_freq
+    if every and every % log_freq:
+        yield (
+            f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
+            f"metrics.log_freq = {log_freq}: the routers report when the host logs. Set "
+            f"metrics.log_freq to {gcd(every, log_freq)}, or every to a multiple of {log_freq}."
+        )
+    if settings.images and (metrics.enable_wandb or metrics.enable_tensorboard):
+        for line, reason in broken(PICTURES).items():
+            yield (
+                f"flavor {_flavor(config)!r}: [telemetry] images = true needs {line.thing}, but "
+                f"{reason}. Set images = false; telemetry.jsonl and `ezpz-moe plot` show the same."
+            )
+
+
+_Check = Callable[[Trainer.Config], Iterator[str]]
+_ALWAYS: tuple[_Check, ...] = (
+    _cuda_graphs,
+    _expert_parallel_degree,
+    _tensor_parallel_degree,
+    _context_parallel_attention,
+    _overridden_experts,
+    _sequence_length,
+    schedule_problems,
+    _routers,
+    _telemetry,
+    _of_this_host,
+)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)

@@ -1,0 +1,65 @@
+"""Text for the host's dataloader: an embedded text, and the user's own file.
+
+Both join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the place that
+its documentation names for this); :mod:`ezpz_moe.hosts.documents` reads them.
+"""
+
+# No `from __future__ import annotations`: the host reads the fields of Config at run time.
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
+
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.hosts.documents import (
+    DEFAULT_DATASET,
+    TEXT_FILE,
+    TOPICS_PATH,
+    check_shares,
+    find_text,
+    load_topics,
+    read_documents,
+    text_of,
+)
+
+__all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_documents"]
+
+
+class TextDataLoader(HuggingFaceTextDataLoader):
+    """The host's dataloader, which makes sure that our own texts have a document for every rank."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(HuggingFaceTextDataLoader.Config):
+        pass
+
+    def __init__(self, config: Config, *, dp_world_size: int, **kwargs: Any) -> None:
+        check_shares(config.dataset, config.dataset_path, dp_world_size)
+        super().__init__(config, dp_world_size=dp_world_size, **kwargs)
+
+
+def dataloader_config(
+    dataset: str | None,
+    dataset_path: str | None,
+    *,
+    job_folder: Path | None,
+    infinite: bool = True,
+) -> TextDataLoader.Config:
+    """The dataloader for ``dataset`` and ``dataset_path``.
+
+    Raises:
+        EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
+    """
+    _register_our_texts()
+    name, path = find_text(dataset, dataset_path, known=DATASETS, job_folder=job_folder)
+    return TextDataLoader.Config(dataset=name, dataset_path=path, infinite=infinite)
+
+
+def _register_our_texts() -> None:
+    """Put them beside the host's own: whatever trains with the config finds them there."""
+    DATASETS[DEFAULT_DATASET] = DatasetConfig(
+        path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
+    )
+    DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

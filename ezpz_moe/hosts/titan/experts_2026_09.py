@@ -1,0 +1,120 @@
+"""Routed experts of torchtitan since September 2026 with a selectable backend.
+
+``RoutedExperts`` holds its projections itself: ``w13`` [E, 2, F, D], gate and up in one product,
+and ``w2`` [E, D, F]. Both are ``GroupedLinear``, and the ``_grouped_mm`` seam is theirs. A backend
+takes the place of that seam in every model (gpt_oss, whose linears add a bias, too): the host's
+``forward`` dispatches, computes and combines in one, so that the whole FFN cannot be handed over.
+
+Legend of the suffixes: R = routed tokens, E = local experts, I and O = inner and outer dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torchtitan.config.override import derive
+from torchtitan.models.common.linear import GroupedLinear
+from torchtitan.models.common.moe import RoutedExperts
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
+from ezpz_moe.hosts.precision import refuse_precision
+from ezpz_moe.hosts.titan.base import Sizes
+from ezpz_moe.hosts.titan.selector import (
+    Selector,
+    check_seam,
+    selectable,
+    with_selector,
+)
+
+HostExperts = RoutedExperts
+"""The host's class whose config nodes get the selector."""
+
+
+class _CountedByLinear(Selector):
+    """The rows are there between dispatch and combine, within the host's forward: w13 sees them."""
+
+    def _choose(self, config) -> None:
+        super()._choose(config)
+        if self.row_counts is not None:
+            self.w13.on_rows = self._count_up_to
+
+    def _count_up_to(self, x_RD: torch.Tensor, offsets_E: torch.Tensor) -> None:
+        self._count(x_RD, torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)))
+
+
+EzpzGroupedExperts = with_selector(RoutedExperts, _CountedByLinear)
+"""The host's routed experts with the selector, under the name that every binding has for them."""
+
+
+@cache
+def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
+    """``linear_class`` with its product computed by ``config.compute_backend``."""
+
+    class OnBackend(linear_class):
+        @dataclass(kw_only=True, slots=True)
+        class Config(linear_class.Config):  # type: ignore[name-defined]
+            compute_backend: ExpertComputeBackend
+
+        def __init__(self, config: Config):
+            super().__init__(config)
+            self._backend = get_backend(config.compute_backend)
+            self.on_rows: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+        def _grouped_mm(
+            self, *, input_RI: torch.Tensor, weight_EOI: torch.Tensor, offsets_E: torch.Tensor
+        ) -> torch.Tensor:
+            if self.on_rows is not None:
+                self.on_rows(input_RI, offsets_E)
+            # The cast is the host's, which has it on this side of the seam.
+            weight_EIO = weight_EOI.bfloat16().transpose(-2, -1)
+            return self._backend.grouped_mm(input_RI, weight_EIO, offsets_E)
+
+    OnBackend.__name__ = OnBackend.__qualname__ = f"Ezpz{linear_class.__name__}"
+    return OnBackend
+
+
+def sizes(config: RoutedExperts.Config) -> Sizes:
+    """What the config says of the experts' sizes."""
+    w13 = config.w13
+    return Sizes(w13.group_size, w13.in_features, w13.out_features)
+
+
+def selected(
+    config: RoutedExperts.Config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+) -> RoutedExperts.Config:
+    """The config of the same experts, their products computed by ``backend``.
+
+    The host's ``derive`` copies every field: init, sharding, and what a later host adds.
+
+    Raises:
+        EzpzError: unknown backend; the experts have a selector already; they or their linears
+            compute by themselves (fused dispatch, quantization); another precision than the
+            host's, whose forward casts.
+    """
+    experts_class = selectable(config, backend, chosen_by)
+    host_class = experts_class.__name__
+    refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
+    if experts_class.forward is not RoutedExperts.forward:
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): {experts_class.__name__} has a forward of "
+            f"its own, which a backend cannot take part in. Choose a model or an "
+            f"expert_parallel_comm_backend with torchtitan's RoutedExperts, or do not select a "
+            f"backend."
+        )
+    linears: dict[str, Any] = {}
+    for name in ("w13", "w2"):
+        linear = getattr(config, name)
+        check_seam(type(linear)._owner, GroupedLinear, backend, chosen_by)
+        if backend != HOST_PATH:
+            on_backend = _on_backend(type(linear)._owner).Config
+            linears[name] = derive(linear, on_backend, compute_backend=backend)
+    selected_config = with_selector(experts_class, _CountedByLinear).Config
+    return derive(config, selected_config, compute_backend=backend, chosen_by=chosen_by, **linears)

@@ -1,0 +1,21 @@
+"""The host's own way between its parameters and Hugging Face's, as it is for one flavor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan.models import host_spec
+
+
+def adapter(flavor: Flavor) -> Any:
+    """The flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
+
+    Raises:
+        EzpzError: the host has none for this model.
+    """
+    spec = host_spec(flavor)
+    if spec.state_dict_adapter is None:
+        raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")
+    return spec.state_dict_adapter(spec.model, None)

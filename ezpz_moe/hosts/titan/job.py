@@ -1,0 +1,268 @@
+"""A job as torchtitan 0.3's ``Trainer.Config``.
+
+What the job does not say is the host's own default of that field, with these exceptions:
+
+- ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
+- the tokenizer and the training text are the embedded ones, which need no download;
+- on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
+- on a CPU that emulates bfloat16 ``training.mixed_precision_param`` is ``"float32"``;
+- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, where it has one.
+
+The optimizer and the loss, for which the host's bare config has no usable default, are those of
+its own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
+"""
+
+# No `from __future__ import annotations`: the host's command line reads the fields of JobConfig.
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Annotated, Any
+
+import tyro
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.optimizer import default_adamw
+from torchtitan.components.validate import Validator
+from torchtitan.config import Configurable
+from torchtitan.config.configs import TrainingConfig
+from torchtitan.distributed.activation_checkpoint import (
+    ActivationCheckpointing,
+    FullAC,
+    MemoryBudgetAC,
+    SelectiveAC,
+)
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.flavors import Flavor, load_flavor
+from ezpz_moe.config.job import Job
+from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts.backends import backend_of
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.titan import precision
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
+from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
+from ezpz_moe.hosts.titan.models import model_spec
+
+_ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
+    "none": None,
+    "selective": SelectiveAC.Config,
+    "full": FullAC.Config,
+    "memory_budget": MemoryBudgetAC.Config,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig(Trainer.Config):
+    """The config of a job: the stock trainer's, plus checks. ``build()`` builds the stock trainer.
+
+    A job is constructed up to twice. First by ``trainer_config``, from the file: in a process that
+    is about to train, nothing is checked yet, because a flag may still correct the file. Then by
+    the host, as a copy with the flags of its command line: these settings are trained with, and are
+    checked. Where nothing will be trained (``show``, ``doctor``) the first one is checked.
+    """
+
+    origin: Annotated[str, tyro.conf.Suppress] = ""
+    """Where the settings come from, for messages."""
+
+    is_precision_ours: Annotated[bool, tyro.conf.Suppress] = False
+    """Whether the job leaves ``training.mixed_precision_param`` to this CPU."""
+
+    handed_over: Annotated[bool, tyro.conf.Suppress] = False
+    """False in the first construction, true in the host's copy, where a mistake ends the process:
+    the host would show a traceback."""
+
+    def __post_init__(self) -> None:
+        if is_about_to_train() and not self.handed_over:
+            return  # the host's copy is checked
+        titan().fit_model(self)
+        precision.settle(self)
+        where = f"{self.origin} and the command line" if self.handed_over else self.origin
+        with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
+            refuse_conflicts(self, where)
+            with _refusals(where):
+                Trainer.Config.__post_init__(self)
+        if self.is_precision_ours and is_about_to_train():
+            precision.log_once(self)
+
+
+def trainer_config(job: Job) -> JobConfig:
+    """The trainer's config of a job.
+
+    Raises:
+        EzpzError: the flavor, the data or a combination of settings is wrong; the message names
+            the job.
+    """
+    flavor = _reporting_drops(load_flavor(job.flavor, near=job.folder))
+    spec = model_spec(
+        flavor,
+        why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
+        **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
+    )
+    spec.model = starting_as_one_rank(spec.model)
+    spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    precision.agreeing(spec, flavor)
+    sections = _fields(Trainer.Config()) | _sections(job, spec)
+    if flavor.is_watched:
+        sections["metrics"] = _metrics(flavor.reported)
+    _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
+    ours = _cpu_values(job) | (in_float32 := precision.values(job))
+    for name, change in _nested(ours | _field_values(job)).items():
+        with _refusals(f"{job.source}: {name}"):
+            sections[name] = _changed(sections[name], change)
+    config = JobConfig(**sections, origin=job.source, is_precision_ours=bool(in_float32))
+    config.handed_over = True
+    return config
+
+
+def _reporting_drops(flavor: Flavor) -> Flavor:
+    """``flavor``, with telemetry where its backend drops tokens: no run loses them unreported.
+
+    Raises:
+        EzpzError: the backend does not load or takes no such options.
+    """
+    drops_tokens = backend_of(flavor).drops_tokens
+    if flavor.telemetry is None and drops_tokens:
+        return flavor.model_copy(update={"telemetry": Telemetry()})
+    return flavor
+
+
+def _metrics(telemetry: Telemetry | None) -> Any:
+    """The host's defaults with ``telemetry``; it logs whenever the routers report, and between."""
+    with titan().importing():  # what only such a flavor needs of the host
+        from ezpz_moe.hosts.titan.metrics import RouterMetrics
+    metrics = RouterMetrics.Config(telemetry=telemetry)
+    if telemetry and telemetry.every:
+        metrics.log_freq = gcd(telemetry.every, metrics.log_freq)
+    return metrics
+
+
+def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
+    """The parts of the config that are not the host's default before single fields are set."""
+    sections = {
+        "model_spec": spec,
+        "hf_assets_path": str(EMBEDDED_TOKENIZER),
+        "loss": ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec))
+        ),
+        "optimizer": default_adamw(),
+        "training": TrainingConfig(disable_cuda_graphs=True),
+        "dataloader": _dataloader(job, "training", infinite=True),
+    }
+    if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
+        data = _dataloader(job, "validation", infinite=False)
+        sections["validator"] = Validator.Config(dataloader=data)
+    if (mode := job.values.get("activation_checkpoint.mode")) is not None:
+        policy = _ACTIVATION_CHECKPOINTING[mode]
+        sections["activation_checkpoint"] = policy() if policy else None
+    return sections
+
+
+def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:
+    dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
+    try:
+        return titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
+    except EzpzError as error:
+        raise EzpzError(f"{job.source}: [{section}] {error}") from error
+
+
+def _arguments(job: Job, **keys: str) -> dict[str, Any]:
+    """Keyword arguments from those of the job's keys that are set."""
+    return {name: job.values[key] for name, key in keys.items() if key in job.values}
+
+
+def _field_values(job: Job) -> dict[str, Any]:
+    """Path in ``Trainer.Config`` -> value, for the keys that set fields."""
+    try:
+        values = titan().work(job.values)
+    except EzpzError as error:
+        raise EzpzError(f"{job.source}: {error}") from error
+    keys = titan().job_keys()
+    for key, value in job.values.items():
+        section, _, name = key.rpartition(".")
+        row = keys[section][name]
+        if row.path is not None:
+            values[row.path] = job.resolve(value) if row.is_file else value
+    return values
+
+
+def _cpu_values(job: Job) -> dict[str, Any]:
+    """What works on the CPU where the host's default does not, unless the job says otherwise."""
+    key = "parallelism.spmd_backend"
+    degree = job.values.get("parallelism.expert_parallel_degree", 1)
+    if utils.device_type != "cpu" or degree == 1 or key in job.values:
+        return {}
+    logger.info(
+        f'ezpz_moe: {key} = "partial_dtensor" for expert parallelism on the CPU: '
+        "gloo cannot run the all-to-all of the host's default"
+    )
+    return {key: "partial_dtensor"}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _changed(node: Any, changes: Any) -> Any:
+    """A copy of a config with some fields changed; every dataclass on the way checks itself."""
+    if not isinstance(changes, dict):
+        return changes
+    if isinstance(node, dict):
+        return node | {name: _changed(node.get(name), change) for name, change in changes.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(
+            _changed(item, changes[str(i)]) if str(i) in changes else item
+            for i, item in enumerate(node)
+        )
+    return dataclasses.replace(
+        node, **{name: _changed(getattr(node, name), change) for name, change in changes.items()}
+    )
+
+
+def _refuse_options_of_another_mode(
+    job: Job, policy: ActivationCheckpointing.Config | None
+) -> None:
+    """An option that the chosen activation checkpointing does not have would be ignored."""
+    for name, row in titan().job_keys()["activation_checkpoint"].items():
+        if row.path is None or f"activation_checkpoint.{name}" not in job.values:
+            continue
+        option = row.path.rpartition(".")[2]
+        if not hasattr(policy, option):
+            modes = [
+                f'"{mode}"'
+                for mode, known in _ACTIVATION_CHECKPOINTING.items()
+                if known is not None and hasattr(known(), option)
+            ]
+            raise EzpzError(
+                f"{job.source}: [activation_checkpoint] {name} has no effect in the chosen mode. "
+                f"Remove it, or set mode to {' or '.join(modes)}."
+            )
+
+
+@contextlib.contextmanager
+def _refusals(source: str) -> Iterator[None]:
+    """What a config of the host refuses when it is constructed, as a user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise EzpzError(f"{source}: torchtitan refuses a setting: {error}") from error

@@ -1,0 +1,250 @@
+"""The host's metrics processor that also watches the routers, set by a flavor's ``[telemetry]``.
+
+Whatever the host logs it logs as before. At its own cadence it adds up the routers' counters over
+ranks, writes a line into ``telemetry.jsonl``, hands scalars and pictures to the host's loggers, and
+warns of a router that goes wrong. It also tells the routers the step, for what is scheduled.
+"""
+
+# No `from __future__ import annotations`: the host's command line reads the fields of Config.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torchtitan.components.metrics import (
+    LoggerContainer,
+    MetricsProcessor,
+    TensorBoardLogger,
+    WandBLogger,
+    _get_metrics_rank,
+)
+from torchtitan.tools.logging import logger
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.router import moe_layers
+from ezpz_moe.hosts.titan.routing import counting_meshes
+from ezpz_moe.hosts.titan.selector import Selector
+from ezpz_moe.routing.counters import ROWS, SUMS
+from ezpz_moe.telemetry import json_lines as telemetry_file
+from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.figures import use_of_rows
+from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.scalars import scalars
+
+
+class RouterMetrics(MetricsProcessor):
+    """``MetricsProcessor`` with the routers' telemetry."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MetricsProcessor.Config):
+        telemetry: Annotated[Telemetry | None, tyro.conf.Suppress] = None
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parallel_dims: Any,
+        dump_folder: str = "./outputs",
+        pp_schedule: str = "1F1B",
+        **more: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            parallel_dims=parallel_dims,
+            dump_folder=dump_folder,
+            pp_schedule=pp_schedule,
+            **more,
+        )
+        self._path = Path(dump_folder) / telemetry_file.FILE_NAME
+        metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
+        self._writes = torch.distributed.get_rank() == metrics_rank
+        self._settings: Telemetry | None = config.telemetry
+        self._alerts = Alerts()
+        self._last_step: int | None = None
+        self._counted_LE: torch.Tensor | None = None
+
+    def should_log(self, step: int) -> bool:
+        """The host asks before each training step; so the routers learn of it."""
+        for moe in moe_layers(self.model_parts).values():
+            moe.router.at_step(step)
+        if self._last_step is None:
+            self._last_step = step - 1
+        return super().should_log(step)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """As the host's, with the routers' scalars among the metrics when their turn has come.
+
+        Raises:
+            RuntimeError: the logits of a layer's router are not finite.
+        """
+        record = None
+        if self._settings and (step == 1 or step % (self._settings.every or 1) == 0):
+            record = self._record(step, global_avg_loss, grad_norm)
+            extra_metrics = (extra_metrics or {}) | scalars(record, self._settings.detail)
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+        if record and self._writes:
+            telemetry_file.append(self._path, record)
+            for alert in self._alerts.check(record):
+                logger.warning(f"ezpz_moe: {alert}")
+            if self._settings and self._settings.images:
+                self._show(record)
+
+    # --- collecting -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
+        """The steps since the last record, of all ranks; the counters begin again."""
+        assert self._settings
+        assert self._last_step is not None  # should_log comes first
+        steps, self._last_step = step - self._last_step, step
+        layers = self._layers(steps)
+        if self.parallel_dims.pp_enabled:
+            layers = self._of_all_stages(layers)
+        if bad := [(layer.layer, tokens) for layer, tokens in layers if tokens]:
+            raise RuntimeError(
+                f"The router's logits in layer {bad[0][0]} are not finite for {bad[0][1]:.0f} "
+                f"tokens of the {steps} steps up to step {step}. Stopping training. Resume from "
+                f"an earlier checkpoint with a lower learning rate, or set [balance] z_loss."
+            )
+        return StepRecord(
+            step=step,
+            steps=steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            backend=self._backend(),
+            layers=tuple(layer for layer, _ in layers),
+            thresholds=self._settings.thresholds,
+        )
+
+    def _layers(self, steps: int) -> list[tuple[LayerRecord, float]]:
+        """A record per layer of this rank, with the number of tokens that were not finite."""
+        of_layer = moe_layers(self.model_parts)
+        if not of_layer:
+            return []
+        now_LE = torch.stack([moe.router.counts_E for moe in of_layer.values()])
+        sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
+        experts = [_experts(moe) for moe in of_layer.values()]
+        rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
+        counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
+        self._counted_LE = now_LE.clone()
+        for moe in of_layer.values():
+            moe.router.sums_S.zero_()
+        for mesh in counting_meshes(self.parallel_dims):
+            for each in (counts_LE, sums_LS, rows_L3):
+                torch.distributed.all_reduce(each, group=mesh.get_group())
+        return [
+            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3))
+            for (number, moe), counts_E, sums_S, selector, rows_3 in zip(
+                of_layer.items(),
+                counts_LE.tolist(),
+                sums_LS.tolist(),
+                experts,
+                rows_L3.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _of_all_stages(
+        self, layers: list[tuple[LayerRecord, float]]
+    ) -> list[tuple[LayerRecord, float]]:
+        group = self.parallel_dims.get_mesh("pp").get_group()
+        of_stages: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(of_stages, layers, group=group)
+        return sorted((each for stage in of_stages for each in stage), key=lambda e: e[0].layer)
+
+    def _backend(self) -> str:
+        """What computes the experts of this rank; nothing in a stage of dense layers alone."""
+        selectors = map(_experts, moe_layers(self.model_parts or ()).values())
+        return next((each.compute_backend for each in selectors if each), "")
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def _show(self, record: StepRecord) -> None:
+        """The heat map of the load and each layer's histogram, for the host's loggers."""
+        if not isinstance(self.logger, LoggerContainer):  # none of them is enabled on this rank
+            return
+        from ezpz_moe.telemetry import charts  # here: drawing is asked for by few
+
+        pixels_HWC = charts.load_pixels(record)
+        for each in self.logger._loggers:
+            tag = f"{each.tag}/" if each.tag else ""
+            if isinstance(each, WandBLogger):
+                picture = each.wandb.Image(pixels_HWC, caption=charts.caption(record))
+                images = {f"{tag}moe/load": picture}
+                histograms = {
+                    f"{tag}moe/layer_{layer.layer}/tokens_per_expert": each.wandb.Histogram(
+                        layer.counts_E
+                    )
+                    for layer in record.layers
+                }
+                each.wandb.log(images | histograms, step=record.step)
+            elif isinstance(each, TensorBoardLogger):
+                each.writer.add_image(f"{tag}moe/load", pixels_HWC, record.step, dataformats="HWC")
+                for layer in record.layers:
+                    each.writer.add_histogram(
+                        f"{tag}moe/layer_{layer.layer}/tokens_per_expert",
+                        torch.tensor(layer.counts_E),
+                        record.step,
+                    )
+
+
+def _experts(moe: Any) -> Selector | None:
+    """The layer's experts with their selector, or None where the host's have none."""
+    return next((each for each in moe.modules() if isinstance(each, Selector)), None)
+
+
+def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
+    """What the layer's experts have counted; the counters begin again."""
+    if experts is None or experts.row_counts is None:
+        return torch.zeros(len(ROWS), dtype=torch.int64, device=device)
+    rows_3 = experts.row_counts.rows_3.clone()
+    experts.row_counts.rows_3.zero_()
+    return rows_3
+
+
+def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
+    """``padding_waste`` and ``drop_rate``: of what was counted, and none that nobody counted."""
+    given, computed, dropped = rows_3
+    if given:
+        return use_of_rows(given, computed, dropped)
+    drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
+    return {"padding_waste": None, "drop_rate": None if drops else 0.0}
+
+
+def _layer_record(
+    number: int,
+    moe: Any,
+    counts_E: list[int],
+    sums_S: list[float],
+    steps: int,
+    use: Mapping[str, float | None],
+) -> tuple[LayerRecord, float]:
+    total = dict(zip(SUMS, sums_S, strict=True))
+    tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
+    real = router.num_experts - router.settings.zero_computation_experts
+    losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
+    record = LayerRecord(
+        layer=number,
+        tokens=round(tokens),
+        counts_E=tuple(counts_E[:real]),
+        zero_counts_Z=tuple(counts_E[real:]),
+        top1_probability=total["top1_probability"] / max(tokens, 1),
+        margin=total["margin"] / max(tokens, 1),
+        bias_norm=None if bias_E is None else float(local(bias_E).norm()),
+        losses=losses,
+        scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
+        **use,
+    )
+    return record, total["not_finite"]

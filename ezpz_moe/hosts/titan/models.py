@@ -1,0 +1,162 @@
+"""A flavor as torchtitan 0.3's ``ModelSpec``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torchtitan.models
+from torchtitan.models import deepseek_v3
+from torchtitan.models.common import ComplexRoPE
+
+# The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with them,
+# and `_output_linear_init` the one that is missing there: the alternative is to copy them.
+from torchtitan.models.deepseek_v3 import _build_dsv3_layers, _output_linear_init
+from torchtitan.protocols.model_spec import ModelSpec
+
+from ezpz_moe.config.flavors import Dimensions, Flavor
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.hosts.reliance import in_words
+from ezpz_moe.hosts.titan.attention import use_sdpa
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.selector import select_backend
+
+_DEFAULT_COMM_BACKEND = "standard"
+
+
+def model_spec(
+    flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND, why: str = ""
+) -> ModelSpec:
+    """The flavor's model with its attention and its expert backend in place.
+
+    Args:
+        flavor: what to build.
+        moe_comm_backend: the host's token dispatcher for expert parallelism.
+        why: who chose the backend, for the log; by default the flavor.
+
+    Raises:
+        EzpzError: the host has no such model, the model has no experts, or the attention or the
+            backend does not go with it.
+    """
+    spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
+    if flavor.attention == "sdpa":
+        use_sdpa(spec.model)
+    chosen_by = why or f"flavor {flavor.name}"
+    select_backend(spec.model, flavor.compute_backend, chosen_by, flavor.expert_precision)
+    if flavor.is_routed:
+        with titan().importing():  # what only such a flavor needs of the host
+            from ezpz_moe.hosts.titan.routing import route
+        route(spec, flavor)
+    return spec
+
+
+def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) -> ModelSpec:
+    """The flavor's model with the host's own experts and, for "sdpa", its flex attention.
+
+    Raises:
+        EzpzError: the host has no such model, refuses it on this machine, or it has no experts.
+    """
+    # The host refuses "sdpa" by name for language models but runs its module.
+    attention = "flex" if flavor.attention == "sdpa" else flavor.attention
+    try:
+        if flavor.dimensions is None:
+            spec = _upstream_spec(flavor, attention, moe_comm_backend)
+        else:
+            spec = _sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
+    except (TypeError, ValueError) as error:
+        # A call that this host takes otherwise, or for example flex_flash on a GPU before Hopper.
+        raise EzpzError(
+            f"{flavor.source}: torchtitan refuses flavor {flavor.name!r} "
+            f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): "
+            f"{in_words(error)}"
+        ) from error
+    return dataclasses.replace(spec, flavor=flavor.name)
+
+
+def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
+    """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
+    spec = deepseek_v3.model_registry("debugmodel")
+    rope = size.rope.model_dump()
+    rope[titan().LONGEST] = rope.pop("max_seq_len")
+    layers = _build_dsv3_layers(
+        **size.model_dump(exclude={"vocab_size", "rope"}),
+        rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
+        attn_backend=attention,
+        moe_comm_backend=moe_comm_backend,
+        non_blocking_capacity_factor=None,
+    )
+    model = spec.model
+    model = dataclasses.replace(
+        model,
+        vocab_size=size.vocab_size,
+        dim=size.dim,
+        tok_embeddings=dataclasses.replace(
+            model.tok_embeddings, num_embeddings=size.vocab_size, embedding_dim=size.dim
+        ),
+        norm=dataclasses.replace(model.norm, normalized_shape=size.dim),
+        lm_head=dataclasses.replace(
+            model.lm_head,
+            in_features=size.dim,
+            out_features=size.vocab_size,
+            param_init=_output_linear_init(size.dim),
+        ),
+        layers=layers,
+    )
+    return dataclasses.replace(spec, name="ezpz_moe", model=model)
+
+
+def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str) -> ModelSpec:
+    """One of the host's own models, ``flavor.base``."""
+    assert flavor.base is not None  # a Flavor has dimensions or a base
+    module_name, _, upstream = flavor.base.partition("/")
+    where = f"{flavor.source}: base = {flavor.base!r}"
+    module = _upstream_module(module_name, where)
+    try:
+        spec = module.model_registry(upstream)
+    except KeyError as error:
+        if error.args != (upstream,):
+            raise
+        known = _upstream_flavors(module)
+        raise EzpzError(
+            f"{where}: torchtitan's {module_name} has no flavor {upstream!r}."
+            f"{did_you_mean(upstream, known)} It has {', '.join(known)}."
+        ) from error
+    if not any(True for _ in spec.model.traverse(titan().experts().HostExperts.Config)):
+        raise EzpzError(
+            f"{where}: this model is dense: it has no routed experts to compute. "
+            'Name a mixture-of-experts model, for example "qwen3/30B-A3B".'
+        )
+    # Only what differs from the host's defaults: not every registry takes every option.
+    options: dict[str, Any] = {}
+    if attention is not None:
+        options["attn_backend"] = attention
+    if moe_comm_backend != _DEFAULT_COMM_BACKEND:
+        options["moe_comm_backend"] = moe_comm_backend
+    return module.model_registry(upstream, **options) if options else spec
+
+
+def _upstream_module(name: str, where: str) -> ModuleType:
+    known = sorted(m.name for m in pkgutil.iter_modules(torchtitan.models.__path__) if m.ispkg)
+    if name not in known:
+        raise EzpzError(
+            f"{where}: torchtitan has no model module {name!r}.{did_you_mean(name, known)} "
+            f"It has {', '.join(known)}."
+        )
+    try:
+        module = importlib.import_module(f"torchtitan.models.{name}")
+    except ImportError as error:
+        raise EzpzError(
+            f"{where}: torchtitan's {name} cannot be imported here: {error}. Install what it needs."
+        ) from error
+    if not hasattr(module, "model_registry"):
+        raise EzpzError(f"{where}: torchtitan's {name} is not a model.")
+    return module
+
+
+def _upstream_flavors(module: ModuleType) -> list[str]:
+    """The names in the module's ``..._configs`` dict, where each model keeps its flavors."""
+    tables = (value for name, value in vars(module).items() if name.endswith("_configs"))
+    return [flavor for table in tables if isinstance(table, dict) for flavor in table]

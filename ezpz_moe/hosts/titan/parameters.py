@@ -1,0 +1,66 @@
+"""Parameters of a flavor, counted on the model itself, built on the meta device.
+
+The counts follow the host's ``get_nparams_and_flops``: *active* are the parameters that one token
+meets, namely k/E of each layer's routed experts and all of everything else, both embedding
+matrices included. With zero-computation experts they are an average.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.hosts.accounting import Cost
+from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.components import choices, weigh
+from ezpz_moe.hosts.titan.models import model_spec
+
+
+def summarize(flavor: Flavor) -> ModelSummary:
+    """Dimensions and parameter counts of the flavor's model.
+
+    Variants of one size are built once: neither attention nor backend has parameters of its own.
+
+    Raises:
+        EzpzError: the host cannot build the model.
+    """
+    return _summarize(
+        flavor.model_copy(
+            update={
+                "name": flavor.source.stem,
+                "attention": None,
+                "compute_backend": "grouped_mm",
+            }
+        )
+    )
+
+
+def build_on_meta(flavor: Flavor) -> nn.Module:
+    """The flavor's model. No memory is allocated for it."""
+    with torch.device("meta"):
+        return model_spec(flavor).model.build()
+
+
+@cache
+def _summarize(flavor: Flavor) -> ModelSummary:
+    config = model_spec(flavor).model
+    chosen = choices(flavor)
+    costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
+    total = sum(costs.values(), Cost())
+    host_experts = titan().experts()
+    _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
+    sizes = host_experts.sizes(experts)
+    return ModelSummary(
+        dim=config.dim,
+        n_layers=len(config.layers),
+        num_experts=sizes.num_experts,
+        top_k=chosen.top_k,
+        expert_hidden_dim=sizes.hidden_dim,
+        total=total.parameters,
+        active=round(total.active),
+        embedding=costs["embeddings"].parameters,
+    )

@@ -1,0 +1,275 @@
+"""What the binding relies on in torchtitan 0.3.
+
+Vital is what a run comes across, among it every name that the modules behind ``job.py`` import.
+"""
+
+from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, NOTHING_TRAINS, Reliance
+from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
+from ezpz_moe.hosts.titan.relied_on_in_part import (
+    ANALYSIS,
+    COMPONENTS,
+    NO_ROUTER,
+    ROUTERS,
+)
+
+SEAM_MOVED = (
+    "the seam moved: backends other than grouped_mm cannot be bound{}; training with the stock "
+    "path still works"
+)
+_NOT_COUNTED = "`ezpz-moe flavors`, `show` and `doctor JOB.toml` cannot count a model's parameters"
+_DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
+_DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
+
+
+_EXPERTS = (
+    Reliance(
+        "torchtitan.models.common.moe:GroupedExperts.Config",
+        used_for="the selector's own Config is a subclass of it",
+        if_broken=NO_BACKEND,
+        fields=("dim", "hidden_dim", "num_experts"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:GroupedExperts._grouped_mm",
+        used_for="the seam that a backend replaces in experts other than SwiGLU (gpt_oss)",
+        if_broken=SEAM_MOVED.format(" to experts other than SwiGLU"),
+        takes=("A", "B_t", "offs"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:GroupedExperts.forward",
+        used_for="a backend computes the whole SwiGLU FFN in its place",
+        if_broken=NO_BACKEND,
+        takes=("x_RD", "num_tokens_per_expert_E"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:RoutedExperts",
+        used_for="holds the experts under its own name in every state-dict key",
+        if_broken="checkpoints of this host have other keys",
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:MoE.Config",
+        used_for="counting parameters by layer, and changing the router",
+        if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
+        fields=("num_experts", "routed_experts", "router", "load_balance_coeff"),
+    ),
+    Reliance(
+        "torchtitan.protocols.module:Module._init_self_parameters",
+        used_for="the selector is a Module too; it logs the backend when its weights are made",
+        if_broken=NO_BACKEND,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.protocols.model:BaseModel.init_states",
+        used_for="the root of a job's model starts on several CPU ranks as on one",
+        if_broken=NO_FLAVOR,
+        takes=("buffer_device",),
+        vital=True,
+    ),
+)
+
+_DOORS = (
+    Reliance(
+        "torchtitan.config.override:override",
+        used_for="door 2",
+        if_broken=_DOOR_2,
+        takes=("target", "description"),
+    ),
+    Reliance(
+        "torchtitan.config.override:derive",
+        used_for="turning the experts' config into ours, with every field copied",
+        if_broken=NO_BACKEND,
+        takes=("source", "target_cls"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config:Configurable.Config.traverse",
+        used_for="finding every routed-experts and attention node of a model",
+        if_broken=NO_BACKEND,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config:ConfigManager.parse_args",
+        used_for="door 1: it asks ezpz_moe.config_registry for the name after --config",
+        if_broken=_DOOR_1,
+        takes=("args",),
+    ),
+)
+
+_JOB = (
+    Reliance(
+        "torchtitan.trainer:Trainer.Config",
+        used_for="the config that a job becomes",
+        if_broken=NOTHING_TRAINS,
+        fields=(
+            *("model_spec", "training", "parallelism", "checkpoint", "override", "loss"),
+            *("hf_assets_path", "optimizer", "dataloader", "validator", "activation_checkpoint"),
+            *("comm", "profiler"),
+        ),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config.configs:TrainingConfig",
+        used_for="where a job's [training] goes, and what is checked before a run",
+        if_broken=NO_FLAVOR,
+        fields=("local_batch_size", "global_batch_size", "seq_len", "steps", "disable_cuda_graphs"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.config.configs:ParallelismConfig",
+        used_for="where a job's [parallelism] goes, and what is checked before a run",
+        if_broken=NO_FLAVOR,
+        fields=(
+            "context_parallel_degree",
+            "data_parallel_replicate_degree",
+            "data_parallel_shard_degree",
+            "expert_parallel_degree",
+            "pipeline_parallel_degree",
+            "pipeline_parallel_microbatch_size",
+            "pipeline_parallel_schedule",
+            "spmd_backend",
+            "tensor_parallel_degree",
+        ),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:ChunkedLossWrapper.Config",
+        used_for="the loss of every job, in chunks of the sequence",
+        if_broken=NO_FLAVOR,
+        fields=("loss_fn", "num_chunks"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:CrossEntropyLoss.Config",
+        used_for="the loss of a chunk",
+        if_broken=NO_FLAVOR,
+        fields=("global_vocab_size",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.config_utils:decoder_vocab_size",
+        used_for="its vocabulary",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.optimizer:default_adamw",
+        used_for="the optimizer of every job",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.validate:Validator.Config",
+        used_for="where a job's [validation] goes",
+        if_broken=NO_FLAVOR,
+        fields=("dataloader", "enable"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.distributed.activation_checkpoint",
+        used_for="where a job's [activation_checkpoint] goes, by its mode",
+        if_broken=NO_FLAVOR,
+        has=("ActivationCheckpointing", "FullAC", "MemoryBudgetAC", "SelectiveAC"),
+        vital=True,
+    ),
+)
+
+_MODELS = (
+    Reliance(
+        "torchtitan.protocols.model_spec:ModelSpec",
+        used_for="a flavor's model; its parallelize_fn is wrapped for FSDP over gloo",
+        if_broken=NOTHING_TRAINS,
+        has=("traverse",),
+        fields=("name", "flavor", "model", "parallelize_fn", "pipelining_fn", "state_dict_adapter"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models",
+        used_for="the host's own models, one module each: a flavor's `base`",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.deepseek_v3",
+        used_for="model sizes that upstream does not have, with upstream's initial values",
+        if_broken=NO_FLAVOR,
+        has=("model_registry", "_build_dsv3_layers", "_output_linear_init"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.deepseek_v3:build_mla_moe_layers",
+        used_for="the same: it takes the dimensions of a flavor",
+        if_broken=NO_SIZES,
+        takes=("moe_hidden_dim", "num_experts", "router_top_k", "rope", "attn_backend"),
+    ),
+    Reliance(
+        "torchtitan.models.common:ComplexRoPE.Config",
+        used_for="the same: positions",
+        if_broken=NO_FLAVOR,
+        fields=("dim", "max_seq_len", "theta", "scaling", "rope_factor", "original_seq_len"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder:Decoder.Config",
+        used_for="the same: the parts of a model around its layers",
+        if_broken=NO_FLAVOR,
+        fields=("dim", "vocab_size", "tok_embeddings", "norm", "lm_head", "layers"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.attention:BaseAttention.Config",
+        used_for="finding the attention of every layer, and replacing its kernel",
+        if_broken=NO_FLAVOR,
+        fields=("n_heads", "inner_attention"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.attention",
+        used_for="the kernels that SDPA replaces, where they have no backward",
+        if_broken=NO_FLAVOR,
+        has=("FlexAttention", "VarlenAttention"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.attention:ScaledDotProductAttention",
+        used_for='attention = "sdpa" is a subclass of it',
+        if_broken=NO_FLAVOR,
+        takes=("config",),
+        vital=True,
+    ),
+)
+
+RELIED_ON: tuple[Reliance, ...] = (
+    Reliance(
+        "torch.distributed:set_timeout",
+        used_for="the host calls it after the first step (torch older than 2.14 lacks it)",
+        if_broken=NOTHING_TRAINS,
+        vital=True,
+    ),
+    *_EXPERTS,
+    *ROUTERS,
+    *ANALYSIS,
+    *COMPONENTS,
+    *_DOORS,
+    *_JOB,
+    *_MODELS,
+    DATASET_CONFIG,
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:HuggingFaceTextDataLoader.Config",
+        used_for="the dataloader of a job",
+        if_broken=NO_FLAVOR,
+        fields=("dataset", "dataset_path", "infinite"),
+        vital=True,
+    ),
+    *OF_EVERY_GENERATION,
+)
+
+STATE_DICT_KEYS = (
+    "layers.1.moe.routed_experts.inner_experts.w1_EFD",
+    "layers.1.moe.routed_experts.inner_experts.w2_EDF",
+    "layers.1.moe.routed_experts.inner_experts.w3_EFD",
+    "layers.1.moe.router.gate.weight",
+    "layers.1.moe.expert_bias_E",
+)
+"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""

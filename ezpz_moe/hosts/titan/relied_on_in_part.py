@@ -1,0 +1,144 @@
+"""What some flavors and commands rely on in torchtitan 0.3 beside what all do."""
+
+from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
+
+_NOT_DESCRIBED = "`ezpz-moe describe` cannot tell a model's components"
+NO_ROUTER = "flavors with [router], [balance] or [telemetry] cannot be trained; others still can"
+_NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; others still can"
+_NO_PICTURES = "a flavor with [telemetry] must set images = false if loggers are enabled"
+_NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
+
+PICTURES = (
+    Reliance(
+        "torchtitan.components.metrics:LoggerContainer",
+        used_for="finding the loggers that accept pictures of the load",
+        if_broken=_NO_PICTURES,
+        sets=("_loggers",),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:WandBLogger",
+        used_for="pictures of the load for Weights & Biases",
+        if_broken=_NO_PICTURES,
+        sets=("wandb", "tag"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:TensorBoardLogger",
+        used_for="pictures of the load for TensorBoard",
+        if_broken=_NO_PICTURES,
+        sets=("writer", "tag"),
+    ),
+)
+"""Of flavors with ``[telemetry]`` that have pictures drawn for the loggers."""
+
+ROUTERS = (
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter",
+        used_for="a flavor's router is a subclass of it",
+        if_broken=NO_ROUTER,
+        has=("Config", "forward", "_get_node_limited_routing_scores"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
+        used_for="the model's own routing, also for `ezpz-moe upcycle`",
+        if_broken=f"{NO_ROUTER}; `ezpz-moe upcycle` cannot keep the dense model's function",
+        fields=(
+            "num_experts",
+            "gate",
+            "top_k",
+            "score_func",
+            "num_expert_groups",
+            "route_norm",
+            "route_scale",
+        ),
+    ),
+    Reliance(
+        "torchtitan.models.common.linear:Linear.Config",
+        used_for="a flavor's gate is a subclass of the host's linear layer",
+        if_broken=NO_ROUTER,
+        fields=("in_features", "out_features", "bias"),
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:MoE._init_self_buffers",
+        used_for="counters and biases of zero-computation experts",
+        if_broken=_NO_ZERO_COMPUTATION,
+    ),
+    Reliance(
+        "torchtitan.models.common.token_dispatcher:LocalTokenDispatcher._local_reorder",
+        used_for="sorts assignments that are not computed to the end, where they are cut off",
+        if_broken=_NO_ZERO_COMPUTATION,
+        takes=("x_TD", "topk_scores_TK", "topk_expert_ids_TK"),
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder_sharding:dense_param_placement",
+        used_for="how ranks hold the constant experts' parameters",
+        if_broken=_NO_ZERO_COMPUTATION,
+        takes=("tp",),
+    ),
+    Reliance(
+        "torchtitan.protocols.sharding:ShardingConfig",
+        used_for="how ranks hold the constant experts' parameters",
+        if_broken=_NO_ZERO_COMPUTATION,
+        fields=("state_shardings",),
+    ),
+    Reliance(
+        "torch._C:_current_graph_task_id",
+        used_for="recognizing a recomputation, which the routers' counters skip",
+        if_broken=NO_ROUTER,
+    ),
+    Reliance(
+        "torchtitan.components.optimizer:register_moe_load_balancing_hook",
+        used_for="a hook of ours replaces it, to update the bias in other ways",
+        if_broken="balance.bias_update may have no effect",
+        takes=("optimizers", "model_parts", "parallel_dims"),
+    ),
+    Reliance(
+        "torchtitan.distributed.activation_checkpoint:FullAC._wrap_block",
+        used_for="full activation checkpointing that keeps the router's choices",
+        if_broken=NO_ROUTER,
+        takes=("module", "base_fqn"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:MetricsProcessor",
+        used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
+        if_broken=_NO_TELEMETRY,
+        has=("Config", "should_log", "log"),
+        sets=("logger", "parallel_dims", "model_parts"),
+    ),
+    Reliance(
+        "torchtitan.components.metrics:_get_metrics_rank",
+        used_for="telemetry.jsonl is written by the rank that the host logs on",
+        if_broken=_NO_TELEMETRY,
+        takes=("parallel_dims", "pp_schedule"),
+    ),
+    *PICTURES,
+)
+"""Of flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
+
+ANALYSIS = (
+    Reliance(
+        "torchtitan.models.common.moe:MoE",
+        used_for="finding the layers with experts, their routers and their parameters' names",
+        if_broken="`ezpz-moe analyze` and `upcycle` find no layers",
+    ),
+    Reliance(
+        "torchtitan.components.tokenizer:HuggingFaceTokenizer",
+        used_for="the text of `ezpz-moe analyze` as tokens",
+        if_broken="`ezpz-moe analyze` cannot read a text",
+        has=("encode",),
+    ),
+)
+
+COMPONENTS = (
+    Reliance(
+        "torchtitan.models.common.feed_forward:FeedForward",
+        used_for="telling a dense FFN from other components",
+        if_broken=_NOT_DESCRIBED,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.loss:ChunkedLossWrapper",
+        used_for="telling whether the loss is computed in chunks",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
+)

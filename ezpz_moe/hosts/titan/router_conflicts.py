@@ -1,0 +1,173 @@
+"""What a flavor's ``[router]`` does not go with: in the model, and in the rest of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
+from torchtitan.models.common.config_utils import decoder_vocab_size
+
+from ezpz_moe.config.routing_schema import Router, size_conflicts
+from ezpz_moe.hosts.titan.base import titan
+
+_SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
+
+
+def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
+    """Messages, each naming the flavor's key and what excludes it.
+
+    Args:
+        config: the host's, of the whole job.
+        moe: the config of an MoE layer with the flavor's router.
+        flavor: its name.
+    """
+    settings: Router = moe.router.settings
+    checks = (
+        _experts,
+        _cut_assignments,
+        _mask,
+        _whole_tensors,
+        _host_syncs,
+        _shared_sequences,
+        _forced,
+        _drawn_again,
+    )
+    for problem in (each for check in checks for each in check(config, moe, settings)):
+        yield f"flavor {flavor!r}: {problem}"
+
+
+def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Of one of the host's own models the flavor itself does not know the sizes."""
+    router = moe.router
+    for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
+        yield f"{problem}."
+
+
+def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    asked = [
+        key
+        for key, value in (
+            ("null_experts", settings.null_experts),
+            ("copy_experts", settings.copy_experts),
+            ("constant_experts", settings.constant_experts),
+            ("dispatch_padding", not settings.dispatch_padding),
+        )
+        if value
+    ]
+    if not asked:
+        return
+    named = f"[router] {' and '.join(asked)}"
+    if moe.router.num_expert_groups is not None and settings.zero_computation_experts:
+        yield (
+            f"{named} cannot be combined with router_num_expert_groups = "
+            f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
+        )
+    own = _host_class(moe.routed_experts.token_dispatcher)
+    if own not in _SORTING_DISPATCHERS:
+        yield (
+            f"{named} cannot be combined with the dispatcher {own}, which sends a fixed number of "
+            f"assignments per token. Set parallelism.expert_parallel_comm_backend to "
+            f'"standard".'
+        )
+    if settings.constant_experts and config.parallelism.tensor_parallel_degree > 1:
+        yield (
+            "[router] constant_experts cannot be combined with parallelism.tensor_parallel_degree "
+            f"= {config.parallelism.tensor_parallel_degree}: the host lays out only its own "
+            "parameters. Use null_experts or copy_experts."
+        )
+
+
+def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    if settings.pad_token_id is None:
+        return
+    named = f"[router] pad_token_id = {settings.pad_token_id}"
+    vocabulary = decoder_vocab_size(config.model_spec)
+    if settings.pad_token_id >= vocabulary:
+        yield (
+            f"{named}: the model knows only tokens below {vocabulary}, so nothing would be "
+            f"padding. Name the token that the tokenizer pads with."
+        )
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree > 1:
+        yield (
+            f"{named} cannot be combined with parallelism.pipeline_parallel_degree = "
+            f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens."
+        )
+    if parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1:
+        yield (
+            f"{named} cannot be combined with parallelism.tensor_parallel_degree and "
+            f"expert_parallel_degree both above 1: a router then sees only part of its sequences."
+        )
+
+
+def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """The host's own choice is made on distributed tensors too, ours on a rank's own."""
+    parallelism = config.parallelism
+    backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
+    is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
+    if settings.routing != "topk" and is_distributed:
+        yield (
+            f'[router] routing = "{settings.routing}" cannot be combined with '
+            f"parallelism.spmd_backend = {backend!r}"
+            f"{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
+            f'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types".'
+        )
+
+
+def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Where the host folds sequences into tokens, a rank's part may be of any of them."""
+    parallelism, scope = config.parallelism, moe.router.balance.scope
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
+    is_folded = len(titan().one_sequence(1)) == 1
+    if is_folded and ranks_share and scope == "sequence":
+        degrees = (
+            f"parallelism.context_parallel_degree = {cp}"
+            if cp > 1
+            else "parallelism.tensor_parallel_degree and expert_parallel_degree both above 1"
+        )
+        yield (
+            f'[balance] scope = "sequence" cannot be combined with {degrees} on this torchtitan, '
+            'where ranks share the tokens of all sequences. Set [balance] scope to "batch".'
+        )
+
+
+def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    cuts = settings.zero_computation_experts or not settings.dispatch_padding
+    if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
+        return
+    what = 'routing = "sinkhorn"' if settings.routing == "sinkhorn" else "leaving assignments out"
+    yield (
+        f"[router]: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
+        f"training.disable_cuda_graphs out, or set it to true."
+    )
+
+
+def _forced(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    if settings.routing != "topk" and config.debug.moe_force_load_balance:
+        yield (
+            f'[router] routing = "{settings.routing}" cannot be combined with '
+            "debug.moe_force_load_balance = true: both say which experts a token goes to. Remove "
+            "one."
+        )
+
+
+def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Random numbers have to be the same ones when a block is computed again."""
+    policy = config.activation_checkpoint
+    drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
+    if not drawn or policy is None:
+        return
+    named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} cannot be combined with"
+    why = "the gradient would use other random numbers than the forward pass. Choose"
+    if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws anew
+        yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
+    elif not policy.preserve_rng_state:
+        yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
+
+
+def _host_class(dispatcher: Any) -> str:
+    """The name of the host's class that ours is made from."""
+    classes = type(dispatcher)._owner.mro()
+    return next(each.__name__ for each in classes if each.__module__.startswith("torchtitan."))

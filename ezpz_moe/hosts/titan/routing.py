@@ -1,0 +1,166 @@
+"""A flavor's ``[router]`` and ``[balance]`` in the host's model and training step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.model_spec import ModelSpec
+
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.routing_schema import Balance, Schedule
+from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.checkpointing import keeping_choices
+from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
+from ezpz_moe.hosts.titan.selector import RowCounts
+from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
+from ezpz_moe.routing.balance import bias_change, value_at
+
+_HOST_RATE = 1e-3
+
+
+def route(spec: ModelSpec, flavor: Flavor) -> None:
+    """Put the flavor's routing into the model's config and the spec's hooks, in place."""
+    settings = flavor.router
+    for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
+        if settings.zero_computation_experts or not settings.dispatch_padding:
+            moe = with_zero_computation(moe, settings)
+            setattr(parent, attribute, moe)
+        moe.router = routed(moe.router, settings, flavor.balance)
+        moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
+    spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
+    spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
+
+
+def _host_rate(rate: float | None, balance: Balance) -> float | None:
+    """What the host's MoE is told; with a rate it has the bias as a buffer, and its hook."""
+    match balance.bias_update:
+        case None:
+            return rate
+        case "none":
+            return None
+        case _:
+            return balance.bias_rate.end if balance.bias_rate else rate or _HOST_RATE
+
+
+# --- after the model is parallelized --------------------------------------------------------------
+
+
+def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[..., Any]:
+    @functools.wraps(parallelize_fn)
+    def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
+        kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
+        model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
+        mask = TokenMask()
+        groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
+        for module in model.modules():
+            if getattr(module, "masked_by", None) is not None:
+                module.masked_by = mask
+            if isinstance(module, RowCounts):
+                module.on = flavor.reported is not None
+        for moe in moe_layers([model]).values():
+            moe.router.groups = groups
+            moe.router.gate.is_counted = flavor.reported is not None
+            if flavor.router.freeze:
+                moe.router.gate.requires_grad_(False)
+        if flavor.router.pad_token_id is not None:
+            model.register_forward_pre_hook(_mask_from_tokens(mask, flavor.router.pad_token_id))
+        return model
+
+    return parallelize
+
+
+def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
+    def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        mask.mask_BL = local(args[0]) != pad_token_id
+
+    return before_forward
+
+
+def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: Any) -> Groups:
+    """Over what the losses are averaged, and how much one group counts in a training step.
+
+    The host's gradients are summed over ranks and microbatches, whose losses it divides by the
+    tokens of the whole step: likewise a group's loss is divided by the groups of the whole step.
+    """
+    data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    sequences = titan().sequences(training, parallelism, data_ranks)
+    microbatches = sequences.of_step // sequences.of_microbatch // data_ranks
+    groups, mesh = {
+        "sequence": (sequences.of_step, "cp"),
+        "batch": (microbatches * data_ranks, "cp"),
+        "global": (microbatches, "loss"),
+    }[balance.scope]
+    # Tensor parallelism: with experts in parallel each rank routes its part of a sequence. Without,
+    # all route the same tokens, and outside of DTensor the host adds up their gradients.
+    same_tokens = not parallel_dims.ep_enabled and parallel_dims.spmd_backend == "spmd_types"
+    names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
+    spread_over = map(parallel_dims.get_optional_mesh, names)
+    return Groups(
+        by_sequence=balance.scope == "sequence",
+        length=sequences.length,
+        meshes=tuple(mesh for mesh in spread_over if mesh is not None),
+        weight=1 / groups,
+        copies=parallel_dims.tp if same_tokens else 1,
+    )
+
+
+def counting_meshes(parallel_dims: Any) -> list[Any]:
+    """Over which the routers' counters add up to those of all tokens."""
+    names = ("loss", "tp") if parallel_dims.ep_enabled else ("loss",)
+    return [mesh for mesh in map(parallel_dims.get_optional_mesh, names) if mesh is not None]
+
+
+# --- the bias -------------------------------------------------------------------------------------
+
+
+def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callable[..., None] | None:
+    """The host's hook where it does what the flavor asks for, ours for its variants."""
+    balance, settings = flavor.balance, flavor.router
+    if settings.freeze or settings.routing != "topk":
+        # An untrained gate has nothing to balance. Where the bias has no say in the choice, its
+        # update would go on for ever, and topk would go by that bias at inference.
+        return None
+    rate = balance.bias_rate
+    is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
+    if is_the_hosts and settings.pad_token_id is None:
+        return host_hook
+    by_sign = balance.bias_update != "proportional"
+
+    def register(optimizers: Any, model_parts: Any, parallel_dims: Any) -> None:
+        update = _BiasUpdate(model_parts, parallel_dims, rate, by_sign)
+        optimizers.register_step_pre_hook(lambda *_, **__: update())
+
+    return register
+
+
+class _BiasUpdate:
+    """After the gradients of a step: moves the biases of every layer."""
+
+    def __init__(
+        self, model_parts: Any, parallel_dims: Any, rate: Schedule | None, by_sign: bool
+    ) -> None:
+        layers = moe_layers(model_parts).values()
+        self.layers = [moe for moe in layers if moe.expert_bias_E is not None]
+        self.meshes = counting_meshes(parallel_dims)
+        self.rate, self.by_sign = rate, by_sign
+        self.before = [moe.router.counts_E.clone() for moe in self.layers]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if not self.layers:
+            return
+        now = [moe.router.counts_E.clone() for moe in self.layers]
+        counts_LE = torch.stack(now) - torch.stack(self.before)
+        self.before = now
+        for mesh in self.meshes:
+            torch.distributed.all_reduce(counts_LE, group=mesh.get_group())
+        for moe, counts_E in zip(self.layers, counts_LE, strict=True):
+            rate = value_at(self.rate, moe.router.step) if self.rate else moe.load_balance_coeff
+            local(moe.expert_bias_E).add_(bias_change(counts_E, rate=rate, by_sign=self.by_sign))
+            moe.tokens_per_expert_E.zero_()

@@ -1,0 +1,188 @@
+"""Selecting a backend for the experts: what all hosts since torchtitan 0.3 have in common.
+
+``experts.py`` of each generation says which class of the host gets the selector and how a backend
+takes the place of its products.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torchtitan.protocols.module import Module
+from torchtitan.tools.logging import logger
+
+from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
+from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
+from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.routing.counters import count_rows
+
+REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
+"""Where the share of dropped tokens is to be found."""
+
+
+class RowCounts(Module):
+    """How many rows a layer's experts were given, and what their backend did with them.
+
+    A module of its own, because the host asks of every buffer beside the experts' weights how it
+    is sharded. ``rows_3`` adds up ``routing.counters.ROWS`` while ``on``: in a run with telemetry.
+    """
+
+    rows_3: torch.Tensor
+
+    def __init__(self, compute_backend: ExpertComputeBackend):
+        super().__init__()
+        self.compute_backend = compute_backend
+        self.on = False
+        self.register_buffer("rows_3", torch.zeros(3, dtype=torch.int64), persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.rows_3 = torch.zeros_like(self.rows_3, device=buffer_device or self.rows_3.device)
+
+    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+        if self.on and self.training:
+            count_rows(self.rows_3, num_tokens_per_expert_E, x_RD.shape[0], self.compute_backend)
+
+
+class Selector(Module):
+    """Mixin before a class of the host: the chosen backend, None for the host's own path.
+
+    ``row_counts`` is there for a backend that pads or drops.
+    """
+
+    def _choose(self, config) -> None:
+        self.compute_backend = config.compute_backend
+        backend = get_backend(self.compute_backend)  # an unknown name is an error at once
+        self._backend = None if self.compute_backend == HOST_PATH else backend
+        counted = backend.pads or backend.drops_tokens
+        self.row_counts = RowCounts(self.compute_backend) if counted else None
+        _choices_not_logged[self._choice(config)] += 1
+
+    def _choice(self, config) -> "_Choice":
+        """How the log tells of it. Without a ``computed_in`` the forward is the host's."""
+        dtype = getattr(config, "computed_in", None)
+        return _Choice(self.compute_backend, config.chosen_by, dtype or HOSTS_CAST, dtype is None)
+
+    def _count(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+        if self.row_counts is not None:
+            self.row_counts(x_RD, num_tokens_per_expert_E)
+
+    def _init_self_parameters(self) -> None:
+        super()._init_self_parameters()
+        _log_choices(next(self.parameters()).device)
+
+
+@cache
+def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Module]:
+    """``host_class`` with ``selector`` before it, and with a ``compute_backend`` in its config."""
+
+    class Selected(selector, host_class):  # type: ignore[misc, valid-type]
+        @dataclass(kw_only=True, slots=True)
+        class Config(host_class.Config):  # type: ignore[name-defined]
+            compute_backend: ExpertComputeBackend = HOST_PATH
+            chosen_by: str = "default"
+
+        def __init__(self, config: Config):
+            super().__init__(config)
+            self._choose(config)
+
+    Selected.__name__ = Selected.__qualname__ = f"Ezpz{host_class.__name__}"
+    return Selected
+
+
+def select_backend(
+    model_config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+) -> int:
+    """Replace every routed-experts node below ``model_config``, in place.
+
+    Returns:
+        How many nodes were replaced: one per MoE layer.
+
+    Raises:
+        EzpzError: as the ``selected`` of the host's binding, or the model has no routed experts.
+    """
+    experts = titan().experts()
+    nodes = list(model_config.traverse(experts.HostExperts.Config))
+    if not nodes:
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
+            f"there is nothing to compute. Choose a Mixture-of-Experts model."
+        )
+    for _, config, parent, attribute in nodes:
+        setattr(parent, attribute, experts.selected(config, backend, chosen_by, expert_precision))
+    return len(nodes)
+
+
+def selectable(config: Any, backend: ExpertComputeBackend, chosen_by: str) -> Any:
+    """The class of the host that ``config`` builds.
+
+    Raises:
+        EzpzError: unknown backend; the experts have a selector already.
+    """
+    get_backend(backend)
+    host_class = type(config)._owner
+    if issubclass(host_class, Selector):
+        raise EzpzError(
+            f"compute_backend is selected twice: {config.chosen_by} asks for "
+            f"{config.compute_backend!r}, and {chosen_by} for {backend!r}. Remove one of them."
+        )
+    return host_class
+
+
+def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chosen_by: str) -> None:
+    """Refuse a class with another ``_grouped_mm`` than ``base``, which a backend would replace.
+
+    Raises:
+        EzpzError: the seam is taken (quantization), or the weights are fused; or this host has no
+            seam, and the backend is not the host's own path.
+    """
+    if not hasattr(base, "_grouped_mm"):
+        if backend != HOST_PATH:
+            raise EzpzError(
+                f"compute_backend {backend!r} ({chosen_by}): this torchtitan has no "
+                f"{base.__name__}._grouped_mm, which the backend would replace in "
+                f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` shows what changed."
+            )
+    elif host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): {host_class.__name__} computes the "
+            f"experts' products itself (quantized grouped GEMM). Remove the quantization "
+            f"converter of the experts, or do not select a backend."
+        )
+
+
+class _Choice(NamedTuple):
+    backend: ExpertComputeBackend
+    chosen_by: str
+    dtype: str
+    is_hosts_forward: bool
+
+
+_choices_not_logged: Counter[_Choice] = Counter()
+
+
+def _log_choices(device: torch.device) -> None:
+    """One line per choice and run, when the first experts get their weights.
+
+    All layers are built before any is initialized, so that the count is complete, and the device
+    is the one that trains. Said nowhere in forward: the host compiles it with fullgraph=True.
+    """
+    for choice, layers in _choices_not_logged.items():
+        backend, chosen_by, dtype, is_hosts = choice
+        chosen = get_backend(backend)
+        path = "the host's own path" if backend == HOST_PATH else chosen.summary
+        precision = in_words(dtype, backend, device.type, is_forward_ours=not is_hosts)
+        logger.info(
+            f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in {precision} "
+            f"for {layers} MoE layers; {chosen_by}"
+        )
+        if chosen.drops_tokens:
+            logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")
+    _choices_not_logged.clear()

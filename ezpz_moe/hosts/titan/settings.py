@@ -1,0 +1,33 @@
+"""A trainer's config as flat lines ``path = value``, beside the host's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.hosts.setting import Setting, flat
+
+
+def settings(config: Trainer.Config) -> list[Setting]:
+    """Every field of the trainer's config, the model left out, in the host's order."""
+    defaults = dict(flat(Trainer.Config(model_spec=config.model_spec).to_dict()))
+    ours = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(Trainer.Config)
+    }
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name != "model_spec" and name not in ours
+    }
+    return [Setting(path, value, defaults.get(path)) for path, value in flat(values)]
+
+
+def flags(config: Trainer.Config) -> frozenset[str]:
+    """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``.
+
+    The options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
+    """
+    paths = {setting.path for setting in settings(config)}
+    behind = {path for path in paths if path.startswith("activation_checkpoint.")}
+    return frozenset(paths - behind | {"module", "config"})

@@ -1,0 +1,195 @@
+"""Assignments that cost no expert: to zero-computation experts, or of padding tokens.
+
+The host's router, dispatcher and experts do the rest as they are. The ids of what is not computed
+lie beyond those of the routed experts, so that the dispatcher's sort puts them last; there they are
+cut off. Nothing of them leaves the rank under expert parallelism.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`; N = T * K assignments, R = those computed,
+C = constant experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from typing import Any
+
+import spmd_types as spmd
+import torch
+from torch import Tensor, nn
+from torchtitan.config.override import derive
+from torchtitan.models.common.decoder_sharding import dense_param_placement
+from torchtitan.models.common.moe import MoE, RoutedExperts
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
+
+from ezpz_moe.config.routing_schema import Router
+from ezpz_moe.hosts.titan.mixed import mixed, named_after
+from ezpz_moe.hosts.titan.router import TokenMask
+from ezpz_moe.routing.gate import constant_output, weight_of
+
+
+class ConstantExperts(Module):
+    """The learned vectors and mixes of the constant experts."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        experts: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.mix_C2D = nn.Parameter(torch.empty(config.experts, 2, config.dim))
+        self.vectors_CD = nn.Parameter(torch.empty(config.experts, config.dim))
+
+    def reset_parameters(self) -> None:
+        """Vectors as small as the host's embeddings' noise, mixes that are even."""
+        nn.init.zeros_(self.mix_C2D)
+        nn.init.trunc_normal_(self.vectors_CD, std=0.02)
+
+    def forward(self, x_BLD: Tensor, weight_BLC: Tensor) -> Tensor:
+        return constant_output(x_BLD, weight_BLC, self.mix_C2D, self.vectors_CD)
+
+
+class _Dispatcher:
+    """Mixin before a dispatcher of the host: what is beyond the routed experts is cut off."""
+
+    routed_experts: int
+
+    def _local_reorder(
+        self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As the host's, with R rows for N. Device syncs: one, for R."""
+        R = self.computed(topk_expert_ids_TK)
+        reorder = super()._local_reorder  # type: ignore[misc]
+        sorted_N = reorder(x_TD, topk_scores_TK, topk_expert_ids_TK)
+        return tuple(each[:R] for each in sorted_N)
+
+    def computed(self, topk_expert_ids_TK: Tensor) -> int:
+        """R; by itself, for tensors that have no values (:func:`route_evenly`)."""
+        return int((topk_expert_ids_TK < self.routed_experts).sum())
+
+
+class _RoutedExperts(Module):
+    """Mixin before the host's RoutedExperts."""
+
+    def _set_up(self, config: Any) -> None:
+        settings: Router = config.settings
+        E = self.token_dispatcher.routed_experts = config.token_dispatcher.num_experts
+        self.last_null = E + settings.null_experts
+        self.last_copy = self.last_null + settings.copy_experts
+        self.last_constant = self.last_copy + settings.constant_experts
+        self.masked_by: TokenMask | None = None if settings.dispatch_padding else TokenMask()
+        self.constant_experts = config.constants.build() if config.constants else None
+
+    def _compute(
+        self, x_BLD: Tensor, weights_BLK: Tensor, ids_BLK: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        E = self.token_dispatcher.routed_experts
+        counts_E = counts_E[:E]
+        if self.masked_by is not None:
+            mask_BL = self.masked_by.of(weights_BLK)
+            ids_BLK = torch.where(mask_BL.unsqueeze(-1), ids_BLK, self.last_constant)
+            chosen_E = torch.zeros(E + 1, dtype=counts_E.dtype, device=counts_E.device)
+            slots_N = ids_BLK.flatten().clamp(max=E)
+            counts_E = chosen_E.scatter_add(0, slots_N, torch.ones_like(slots_N))[:E]
+        out_BLD = super().forward(x_BLD, weights_BLK, ids_BLK, counts_E)
+        if self.last_copy > self.last_null:
+            copied_BL1 = weight_of(weights_BLK, ids_BLK, self.last_null, self.last_copy)
+            out_BLD = out_BLD + (x_BLD * copied_BL1).to(out_BLD.dtype)
+        if self.constant_experts is not None:
+            weight_BLC = torch.cat(
+                [
+                    weight_of(weights_BLK, ids_BLK, expert, expert + 1)
+                    for expert in range(self.last_copy, self.last_constant)
+                ],
+                dim=-1,
+            )
+            out_BLD = out_BLD + self.constant_experts(x_BLD, weight_BLC).to(out_BLD.dtype)
+        return out_BLD
+
+
+class _MoE(Module):
+    """Mixin before the host's MoE: its counters and biases are of all that the router chooses."""
+
+    tokens_per_expert_E: Tensor
+    expert_bias_E: Tensor | None
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        super()._init_self_buffers(buffer_device=buffer_device)
+        choices = self.router.num_experts
+        self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(choices)
+        if self.expert_bias_E is not None:
+            self.expert_bias_E = self.expert_bias_E.new_zeros(choices)
+
+
+@cache
+def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
+    class WithZeroComputation(_RoutedExperts, host_class):
+        @dataclass(kw_only=True, slots=True)
+        class Config(host_class.Config):  # type: ignore[name-defined]
+            settings: Router
+            constants: ConstantExperts.Config | None = None
+
+        def __init__(self, config: Config):
+            super().__init__(config)
+            self._set_up(config)
+
+        # The host looks up the shardings of inputs by the names of its own parameters.
+        @wraps(host_class.forward)
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self._compute(*inputs)
+
+    return named_after(WithZeroComputation, host_class)
+
+
+def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
+    if not experts:
+        return None
+    whole = dense_param_placement(tp=spmd.R)
+    layout = ShardingConfig(state_shardings={"mix_C2D": whole, "vectors_CD": whole})
+    return ConstantExperts.Config(dim=dim, experts=experts, sharding_config=layout)
+
+
+def route_evenly(model: nn.Module) -> None:
+    """For tensors without values: all choices are used alike, and no token is padding."""
+    for module in model.modules():
+        if isinstance(module, _RoutedExperts):
+            share = module.token_dispatcher.routed_experts / module.last_constant
+            module.token_dispatcher.computed = partial(_share_of, share)
+
+
+def _share_of(share: float, topk_expert_ids_TK: Tensor) -> int:
+    return round(share * topk_expert_ids_TK.numel())
+
+
+def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
+    """The config of the same layer with zero-computation experts, or padding left out.
+
+    The gate has a logit for each of them, and the top-k is raised.
+    """
+    E, Z = moe.router.num_experts, settings.zero_computation_experts
+    K = settings.choices_of_token(E, moe.router.top_k)
+    dispatcher = moe.routed_experts.token_dispatcher
+    constants = _constant_experts(moe.router.gate.in_features, settings.constant_experts)
+    routed_experts = derive(
+        moe.routed_experts,
+        _routed_experts_like(type(moe.routed_experts)._owner).Config,
+        token_dispatcher=derive(
+            dispatcher,
+            mixed(type(dispatcher)._owner, _Dispatcher).Config,
+            num_experts=E,
+            top_k=K,
+        ),
+        settings=settings,
+        constants=constants,
+    )
+    gate = derive(moe.router.gate, type(moe.router.gate), out_features=E + Z)
+    router = derive(moe.router, type(moe.router), gate=gate, num_experts=E + Z, top_k=K)
+    return derive(
+        moe,
+        mixed(type(moe)._owner, _MoE).Config,
+        num_experts=E + Z,
+        router=router,
+        routed_experts=routed_experts,
+    )

@@ -1,1 +1,0 @@
-"""Binding to torchtitan 0.3."""

@@ -1,1 +1,0 @@
-"""Binding to torchtitan since September 2026: what differs from :mod:`..titan_main`."""

@@ -1,1 +1,0 @@
-"""Binding to torchtitan's main branch after 0.3: what differs from :mod:`..titan_0_3`."""

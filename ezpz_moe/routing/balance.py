@@ -1,0 +1,86 @@
+"""How training balances the load: a bias after each step, a loss in backward, schedules.
+
+The losses themselves are in :mod:`.losses`.
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezpz_moe.config.routing_schema import Schedule
+
+
+def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
+    """The change of the experts' biases after a step, float32; it sums to zero.
+
+    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
+    relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
+    of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+
+    Args:
+        counts_E: assignments of the step to each expert, over all ranks.
+        rate: per step.
+        by_sign: whether only the direction counts.
+    """
+    counts_E = counts_E.float()
+    mean = counts_E.mean()
+    error_E = mean - counts_E
+    if by_sign:
+        step_E = torch.sign(error_E)
+    else:
+        step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    # Moving all biases alike would change no choice, but would let them drift.
+    return rate * (step_E - step_E.mean())
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
+        ctx.of_loss = {"dtype": loss.dtype, "device": loss.device}
+        # A view, because autograd treats an input that is returned unchanged specially.
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), **ctx.of_loss)
+
+
+def inject(carrier: Tensor, loss: Tensor) -> Tensor:
+    """``carrier`` unchanged; in backward, ``loss`` is differentiated along with whatever follows.
+
+    The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
+    once per forward pass, recomputed or not. Source of the idea: Megatron-LM's
+    ``MoEAuxLossAutoScaler``.
+
+    Args:
+        carrier: a tensor on the way to the trainer's loss; its backward must run.
+        loss: scalar.
+    """
+    return _Inject.apply(carrier, loss)
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """The schedule's value in training step ``step``, counted from 1.
+
+    >>> value_at(Schedule(start=2.0, end=1.0, steps=5), 3)
+    1.5
+    >>> value_at(Schedule(start=4.0, end=1.0, steps=5, shape="exponential"), 3)
+    2.0
+    """
+    start, end = schedule.start, schedule.end
+    progress = 1.0 if schedule.steps == 1 else min(1.0, max(0, step - 1) / (schedule.steps - 1))
+    if progress == 1.0 or schedule.is_constant:
+        return end
+    match schedule.shape:
+        case "linear":
+            return start + (end - start) * progress
+        case "exponential":
+            return start ** (1 - progress) * end**progress
+        case "cosine":
+            return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2

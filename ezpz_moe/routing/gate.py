@@ -1,0 +1,79 @@
+"""What surrounds the choice of experts: the logits before it, and experts without a layer after it.
+
+The latter are experts that cost nothing, numbered after the routed ones. A null expert outputs
+zero, a copy expert its input, a constant expert a learned mix of its input and a learned vector.
+Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and constant
+experts, equations 3 to 5).
+
+Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def jittered(x: Tensor, noise: float) -> Tensor:
+    """Multiply each element of x by its own draw from [1 - noise, 1 + noise], in x's dtype.
+
+    The draws have at least float32: bfloat16 has only four values within 1 % of 1, most of them
+    below.
+
+    Source: Switch Transformers, arXiv 2101.03961, section 2.2 (exploration by input jitter).
+
+    Args:
+        x: the gate's input, any shape and floating dtype.
+        noise: in [0, 1).
+    """
+    draws = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x * draws.uniform_(1 - noise, 1 + noise)).to(x.dtype)
+
+
+def losing_infinities(logits_BLE: Tensor) -> Tensor:
+    """The logits, with NaN where they are infinite: the loss then shows it.
+
+    -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
+    """
+    return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
+
+
+def activated(logits_BLE: Tensor, activation: str) -> Tensor:
+    """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
+
+    ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
+    of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
+    parameter. A token whose logits are all negative gets equal logits.
+
+    Raises:
+        ValueError: unknown activation.
+    """
+    match activation:
+        case "identity":
+            return logits_BLE
+        case "softplus":
+            return F.softplus(logits_BLE)
+        case "relu_rmsnorm":
+            return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
+    raise ValueError(f"activation: {activation!r} is not one of identity, softplus, relu_rmsnorm")
+
+
+def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
+    """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+    chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
+    return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
+
+
+def constant_output(
+    x_BLD: Tensor, weight_BLC: Tensor, mix_C2D: Tensor, vectors_CD: Tensor
+) -> Tensor:
+    """y_BLD: the sum of the constant experts' outputs, each times its weight.
+
+    Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
+    """
+    mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
+    shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
+    of_input_BL1 = shares_BLC2[..., 0].sum(-1, keepdim=True)
+    of_vectors_BLD = shares_BLC2[..., 1].to(x_BLD.dtype) @ vectors_CD.to(x_BLD.dtype)
+    return x_BLD * of_input_BL1.to(x_BLD.dtype) + of_vectors_BLD

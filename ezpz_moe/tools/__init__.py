@@ -1,0 +1,1 @@
+"""The work behind the commands. Tools return data; ``ezpz_moe.cli`` prints it."""

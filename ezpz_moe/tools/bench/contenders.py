@@ -1,0 +1,146 @@
+"""Our backends, the host's own layer, and references, ready to be measured.
+
+All compute the expert layer from the same values, except ``dense``, which is the limit.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.reference import Case
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, prepared
+from ezpz_moe.tools.bench.peers import PEERS
+from ezpz_moe.tools.bench.results import DENSE, INDEXED, PRODUCTS, SINGLE_BUFFER, STOCK
+from ezpz_moe.tools.bench.shapes import Shape
+
+
+def backends(specs: Sequence[str]) -> list[Contender]:
+    """The named backends; without names, all that are installed.
+
+    Raises:
+        EzpzError: a named backend does not exist, has no such option, or does not load. (If an
+            installed backend that is not named does not load, that becomes its reason.)
+    """
+    for spec in specs:
+        get_backend(spec)
+    return [_backend(spec) for spec in specs or backend_names()]
+
+
+def others(names: Sequence[str]) -> list[Contender]:
+    """What the backends are compared with; without names, everything but ``single_buffer``.
+
+    Raises:
+        EzpzError: there is no such contender.
+    """
+    without_a_name = {each.name: each for each in (*_REFERENCES, *PEERS)}
+    known = without_a_name | {_SINGLE_BUFFER.name: _SINGLE_BUFFER}
+    for name in names:
+        if name not in known:
+            raise EzpzError(
+                f"--against {name!r}: no such contender. Known: {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+    return [known[name] for name in names or without_a_name]
+
+
+def _backend(spec: str) -> Contender:
+    try:
+        backend = get_backend(spec)
+    except EzpzError as error:  # a package that does not load affects only its own backend
+        reasons = [str(error)]
+        return Contender(spec, _not_reached, lambda *_: reasons, is_backend=True)
+    return Contender(
+        spec,
+        prepared(backend.swiglu),
+        lambda device, dtype, shape: backend.why_not(device, dtype, dims=(shape.D, shape.F)),
+        declares_syncs=backend.host_syncs,
+        may_drop=backend.drops_tokens,
+        is_backend=True,
+    )
+
+
+def _not_reached(case: Case) -> Prepared:
+    raise AssertionError("a contender is prepared only where it is usable")
+
+
+def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+    """The loop one writes first. Each ``w[e]`` gets a gradient as large as the whole [E, F, D]."""
+    outputs, start = [], 0
+    for e, count in enumerate(counts_E.tolist()):
+        x_nD = x_RD[start : start + count]
+        outputs.append((F.silu(x_nD @ w1_EFD[e].T) * (x_nD @ w3_EFD[e].T)) @ w2_EDF[e].T)
+        start += count
+    return torch.cat(outputs)
+
+
+def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+    """The three products of torchtitan's layer, in the given dtype."""
+    offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
+    gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
+    up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)
+    return torch._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs=offs_E)
+
+
+def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    return get_backend("grouped_mm").why_not(device, dtype, dims=(shape.D, shape.F))
+
+
+def _dense(case: Case) -> Prepared:
+    """One FFN over all rows, with the first expert's weights: the same number of FLOPs."""
+    of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
+    w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
+    return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
+
+
+def _stock(case: Case) -> Prepared:
+    """The installed torchtitan's own routed experts."""
+    from ezpz_moe.hosts.detect import host
+
+    (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E
+    layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    return Prepared(lambda: layer(x_RD, counts_E), (*layer.parameters(), x_RD), (counts_E,))
+
+
+def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    from ezpz_moe.hosts.detect import host
+
+    if dtype != torch.bfloat16:
+        return [f"torchtitan's layer casts to bfloat16; for {dtype}, {PRODUCTS} stands in for it"]
+    try:
+        host().stock_experts()
+    except EzpzError as error:
+        return [str(error)]
+    return _products_why_not(device, dtype, shape)
+
+
+def _single_buffer(case: Case) -> Prepared:
+    """All experts as one run of ``batched_mm_padded``, however much padding that is."""
+    return prepared(get_backend(_UNBOUNDED).swiglu)(case)
+
+
+def _single_buffer_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    return get_backend(_UNBOUNDED).why_not(device, dtype, dims=(shape.D, shape.F))
+
+
+_UNBOUNDED = "batched_mm_padded(max_padding=1e9)"
+
+_REFERENCES = (
+    Contender(STOCK, _stock, _stock_why_not),
+    Contender(PRODUCTS, prepared(stock_products), _products_why_not),
+    Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True),
+    Contender(DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False),
+)
+
+# Every expert padded to the busiest one: what ``batched_mm_padded`` avoids. Under skew this takes
+# many times the others' time and memory, so it is measured on request only.
+_SINGLE_BUFFER = Contender(
+    SINGLE_BUFFER, _single_buffer, _single_buffer_why_not, declares_syncs=True
+)

@@ -1,0 +1,251 @@
+"""Measure the times, bytes and waits of contenders at one layer.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from ezpz_moe.compute import tuning
+from ezpz_moe.compute.backends import auto
+from ezpz_moe.compute.reference import Case, plain_loop
+from ezpz_moe.tools.bench.contender import Contender, Prepared
+from ezpz_moe.tools.bench.results import Figures
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_TOLERANCE_OF_HALF = 3e-2
+
+Tick = Callable[[str], None]
+"""Called with the name of what is done next."""
+
+
+class WrongOutputError(RuntimeError):
+    """A contender computes something else."""
+
+
+def measure(
+    contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
+) -> tuple[dict[str, Figures], dict[str, str]]:
+    """The figures of all contenders, and the errors of those that failed.
+
+    They take turns, and each turn begins with another contender: a busy machine slows all alike.
+    The runs that count bytes come first and warm up, as does the first turn. Earlier choices of
+    ``auto``, for another load or in another hour, do not count: it measures again.
+    """
+    auto.forget()
+    with tuning.elsewhere():
+        return _measure(contenders, case, repeats, tick)
+
+
+def _measure(
+    contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
+) -> tuple[dict[str, Figures], dict[str, str]]:
+    true_RD = _expected(case)
+    figures: dict[str, Figures] = {}
+    failed: dict[str, str] = {}
+    ready: dict[str, Prepared] = {}
+    for contender in contenders:
+        tick(contender.name)
+        try:
+            ready[contender.name] = prepared = contender.prepare(case)
+            figures[contender.name] = _untimed(contender, prepared, case.grad_y_RD, true_RD)
+        except Exception as error:  # report a contender that breaks, and still run the others
+            ready.pop(contender.name, None)
+            failed[contender.name] = _in_a_line(error)
+    order = deque(ready)
+    for turn in range(1 + repeats):
+        for name in order:
+            tick(name)
+            forward_ms, both_ms = milliseconds(ready[name], case.grad_y_RD)
+            if turn > 0:
+                figures[name].forward_ms.append(forward_ms)
+                figures[name].both_ms.append(both_ms)
+        # Another contender begins the next turn, so none always runs on a warm or a cool machine.
+        order.rotate()
+    return figures, failed
+
+
+def ticks(contenders: Sequence[Contender], repeats: int) -> int:
+    """How often :func:`measure` ticks if none breaks."""
+    return len(contenders) * (2 + repeats)
+
+
+def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
+    """Milliseconds of forward, and of forward and backward, from one run.
+
+    Uses the device's own clock where there is one. Ends when the gradients have been returned.
+    """
+    device = grad_y_RD.device
+    if device.type == "cpu":
+        start = time.perf_counter()
+        y_RD = prepared.forward()
+        between = time.perf_counter()
+        torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
+        end = time.perf_counter()
+        return (between - start) * 1e3, (end - start) * 1e3
+    of_device = getattr(torch, device.type)
+    before, between_, after = (of_device.Event(enable_timing=True) for _ in range(3))
+    before.record()
+    y_RD = prepared.forward()
+    between_.record()
+    torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(between_), before.elapsed_time(after)
+
+
+def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
+    """Bytes that forward saves for backward, and the output.
+
+    Every storage counts once and in full. Inputs, weights and constants do not count: they stay in
+    memory anyway.
+    """
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage  # keep it alive, or its address could be reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y_RD = prepared.forward()
+    for tensor in (*prepared.inputs, *prepared.constants):
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values()), y_RD
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes that ``work`` holds on the device at a time, beyond what is held already.
+
+    On the CPU this is what torch's profiler sees of its allocator, not what the C library keeps or
+    wastes, or a kernel library allocates by itself. None if the device does not tell.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its log says that it starts and stops
+        with profile(profile_memory=True, use_kineto=True) as profiled:
+            result = work()
+        del result
+        return _most_at_a_time(profiled)
+    of_device = getattr(torch, device.type)
+    if not hasattr(of_device, "max_memory_allocated"):
+        return None
+    of_device.synchronize()
+    of_device.reset_peak_memory_stats()
+    before = of_device.memory_allocated()
+    work()
+    of_device.synchronize()
+    return of_device.max_memory_allocated() - before
+
+
+def _most_at_a_time(profiled: profile) -> int:
+    """The peak of the bytes allocated while the profiler was on.
+
+    Ignores an address that was not: its size comes from an earlier profile that saw it allocated.
+    """
+    sizes: dict[int, int] = {}
+    held = most = 0
+    for event in sorted(_allocations(profiled), key=lambda event: event.start_time_ns):
+        address, nbytes = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if nbytes > 0:
+            sizes[address] = nbytes
+            held += nbytes
+            most = max(most, held)
+        else:
+            held -= sizes.pop(address, 0)
+    return most
+
+
+def _allocations(profiled: profile) -> Iterator[Any]:
+    waiting = profiled.kineto_results.experimental_event_tree()
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag.name == "Allocation":
+            yield event
+
+
+def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
+    """How often ``work`` waits for the device; None if torch cannot tell."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(each.message) for each in caught)
+
+
+def _untimed(
+    contender: Contender, prepared: Prepared, grad_y_RD: Tensor, true_RD: Tensor
+) -> Figures:
+    """All figures except the times."""
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(prepared.forward(), prepared.inputs, grad_y_RD)
+
+    saved, y_RD = saved_bytes(prepared)
+    y_RD = y_RD.detach()
+    dropped = 0.0
+    if contender.computes_layer:
+        dropped = _dropped(y_RD, true_RD, contender.may_drop)
+    del y_RD
+    both()  # what compiles, tunes or loads the first time must not count towards the peak
+    device = grad_y_RD.device
+    return Figures(
+        forward_ms=[],
+        both_ms=[],
+        saved_bytes=saved,
+        peak_bytes=peak_bytes(both, device),
+        syncs=syncs(both, device),
+        declares_syncs=contender.declares_syncs,
+        dropped=dropped,
+    )
+
+
+@torch.no_grad()
+def _expected(case: Case) -> Tensor:
+    weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    return plain_loop(*weights, case.x_RD, case.num_tokens_per_expert_E)
+
+
+def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
+    """The share of rows left out; 0 unless that is allowed. All other rows have to be right.
+
+    Raises:
+        WrongOutputError: the output differs from the plain loop's by more than rounding explains.
+    """
+    if y_RD.shape != true_RD.shape:
+        raise WrongOutputError(f"its output is {tuple(y_RD.shape)}, not {tuple(true_RD.shape)}")
+    limit = _TOLERANCE.get(y_RD.dtype, _TOLERANCE_OF_HALF)
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    y_RD, true_RD = y_RD.to(wide), true_RD.to(wide)
+    kept_R1 = torch.ones_like(y_RD[:, :1])
+    if may_drop:
+        kept_R1 = y_RD.any(dim=1, keepdim=True).to(wide)  # inputs are random: no other row is zero
+    true_RD = true_RD * kept_R1
+    error = (y_RD - true_RD).norm() / true_RD.norm()
+    if not error <= limit:
+        raise WrongOutputError(
+            f"its output is wrong: its relative distance from the plain loop's is {error:.2g}, and "
+            f"rounding explains only {limit:g}"
+        )
+    return 1 - kept_R1.mean().item()
+
+
+def _in_a_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if isinstance(error, WrongOutputError) else f"{type(error).__name__}: {words}"

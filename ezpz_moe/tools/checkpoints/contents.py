@@ -1,0 +1,103 @@
+"""What a checkpoint holds, read from its metadata alone (the step: from one small entry)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import names, storage
+from ezpz_moe.tools.checkpoints.folder import size_of
+
+_STEP = "train_state.step"
+_TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        generation: the host's, recognized by the names: "0.2", "0.3" or "2026_09".
+        experts: per layer.
+        parameters: how many numbers the model's tensors hold, buffers included.
+        dtypes: of the model's tensors.
+        optimizer: whether the optimizer's state is included.
+        files: the number of data files.
+        bytes: of all data files together.
+    """
+
+    generation: str
+    step: int | None
+    layers: int
+    experts: int
+    parameters: int
+    dtypes: tuple[str, ...]
+    optimizer: bool
+    files: int
+    bytes: int
+
+
+def inspect(folder: Path) -> Contents:
+    """What the checkpoint in ``folder`` holds, and which generation wrote it.
+
+    Raises:
+        EzpzError: ``folder`` holds no DCP checkpoint, an incomplete one, or one of an unknown
+            generation.
+    """
+    metadata = storage.read_metadata(folder)
+    storage.check_data(folder, metadata)
+    model = dict(model_tensors(metadata))
+    data = storage.data_files(folder)
+    return Contents(
+        generation=generation(folder, metadata),
+        step=_step(folder, metadata),
+        layers=len({match[1] for name in model if (match := re.match(r"layers\.(\d+)\.", name))}),
+        experts=max((each.size[0] for name, each in model.items() if _is_expert(name)), default=0),
+        parameters=sum(each.size.numel() for each in model.values()),
+        dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
+        optimizer=has_optimizer(metadata),
+        files=len(data),
+        bytes=size_of(data),
+    )
+
+
+def generation(folder: Path, metadata: Metadata) -> str:
+    """The generation that wrote the checkpoint.
+
+    Raises:
+        EzpzError: it is unknown.
+    """
+    if found := names.generation_of(metadata.state_dict_metadata):
+        return found
+    raise EzpzError(f"{folder}: its names match no generation of torchtitan that we know.")
+
+
+def has_optimizer(metadata: Metadata) -> bool:
+    """Whether a run can resume from the checkpoint; otherwise it holds the model alone."""
+    return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
+
+
+def model_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    """The model's parameters and buffers, without the training state."""
+    for name, entry in metadata.state_dict_metadata.items():
+        of_model = name.partition(".")[0] not in _TRAINING_STATE
+        if isinstance(entry, TensorStorageMetadata) and of_model:
+            yield name, entry
+
+
+def _is_expert(name: str) -> bool:
+    return ".moe.experts." in name or ".moe.routed_experts." in name
+
+
+def _step(folder: Path, metadata: Metadata) -> int | None:
+    """The training step; for a checkpoint of the model alone, only the folder's name tells it."""
+    for index, entry in metadata.storage_data.items():
+        if index.fqn == _STEP:
+            return int(storage.load(folder, entry))
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match[1]) if match else None

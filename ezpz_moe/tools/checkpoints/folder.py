@@ -1,0 +1,54 @@
+"""A folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ezpz_moe.errors import EzpzError
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes ``target`` at the end of the ``with``.
+
+    A killed run leaves a folder that ends in ``.partial``, which the next run removes. An error or
+    Ctrl-C leaves nothing.
+
+    Args:
+        source: what is read in the meantime.
+        needed: bytes that will be written.
+
+    Raises:
+        EzpzError: ``target`` exists, would overwrite ``source``, or cannot be written; the disk is
+            too small; or reading or writing in the ``with`` fails.
+    """
+    if target.exists():
+        raise EzpzError(f"{target}: already exists. Choose another folder, or remove it.")
+    # The name must not contain "step-N", or the host would take it for a checkpoint.
+    partial = target.with_name(f"{target.name.replace('-', '_')}.partial")
+    if partial.resolve() == source.resolve():
+        raise EzpzError(f"{source}: {target} would be written there first. Choose another name.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if needed > (free := shutil.disk_usage(target.parent).free):
+            raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:  # Ctrl-C too
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        partial.rename(target)
+    except OSError as error:
+        raise EzpzError(
+            f"{target} was not written: {error.filename or partial}: {error.strerror}."
+        ) from error
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """The total size of all files, in bytes."""
+    return sum(file.stat().st_size for file in files)

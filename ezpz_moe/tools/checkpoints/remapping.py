@@ -1,0 +1,174 @@
+"""Rewrite a checkpoint with another generation's names, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, current_name
+from ezpz_moe.tools.checkpoints.plan import Entry, Step, make_plan
+from ezpz_moe.tools.checkpoints.state import add_state
+
+_MODEL_ALONE = (
+    "It holds the model alone, as the host saves the last step unless "
+    "checkpoint.last_save_model_only is false: no run can resume from it, but a new one can start "
+    "from it, with --checkpoint.enable --checkpoint.initial_load_path and a new dump folder."
+)
+
+Progress = Callable[[list[Step]], Iterable[Step]]
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """What was done.
+
+    Attributes:
+        changed: how many names changed.
+        entries: how many tensors, shards of tensors and objects were written and compared.
+        notes: what could not be carried over, and what to do about it.
+    """
+
+    changed: int
+    entries: int
+    notes: tuple[str, ...]
+
+
+def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> Remapped:
+    """Write the checkpoint in ``source`` to ``target`` under the names of generation ``to``.
+
+    Memory holds one stored entry at a time: a tensor, or a rank's shard of one. Atomic: ``target``
+    appears once everything has been written and compared with the source. A killed run leaves a
+    folder that ends in ``.partial``, which the next run removes.
+
+    Raises:
+        EzpzError: ``source`` holds no complete checkpoint; it already has those names; its layout
+        is unknown; what was written differs; and as :func:`atomic_folder`.
+    """
+    to = current_name(to)
+    metadata = storage.read_metadata(source)
+    storage.check_data(source, metadata)
+    generation = contents.generation(source, metadata)
+    plan = make_plan(metadata, generation, to)
+    if not plan.changed:
+        raise EzpzError(f"{source}: already has the names of torchtitan {to}.")
+    notes = add_state(plan, source, metadata, to)
+    if not contents.has_optimizer(metadata):
+        notes.append(_MODEL_ALONE)
+    steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
+    needed = size_of(storage.data_files(source))
+    with atomic_folder(target, source=source, needed=needed) as partial:
+        new = replace(
+            metadata,
+            state_dict_metadata=plan.entries,
+            planner_data=plan.paths,
+            storage_data=_write(source, partial, metadata, progress(steps)),
+        )
+        storage.write_metadata(partial, new)
+        _verify(source, partial, metadata, progress(steps))
+        _verify_names(source, partial, metadata, back=(to, generation))
+    return Remapped(plan.changed, len(new.storage_data), tuple(notes))
+
+
+def _place(metadata: Metadata, step: Step) -> tuple[str, int]:
+    entry = metadata.storage_data[step.source]
+    return entry.relative_path, entry.offset
+
+
+def _write(
+    source: Path, target: Path, metadata: Metadata, steps: Iterable[Step]
+) -> dict[MetadataIndex, _StorageInfo]:
+    """Write the target's data files, under the same file names; return what is where in them."""
+    written: dict[MetadataIndex, _StorageInfo] = {}
+    origin: dict[MetadataIndex, str] = {}
+    for step in steps:
+        entry = metadata.storage_data[step.source]
+        if step.target in written:
+            _check_same(source, step, origin[step.target], metadata)
+            continue
+        with (target / entry.relative_path).open("ab") as file:
+            offset = file.tell()
+            if step.convert is None:
+                file.writelines(storage.blocks(source, entry))
+            else:
+                storage.save(step.convert(storage.load(source, entry)), file)
+            written[step.target] = replace(entry, offset=offset, length=file.tell() - offset)
+        origin[step.target] = step.source.fqn
+    for name in {entry.relative_path for entry in written.values()}:
+        with (target / name).open("rb") as file:
+            # The new checkpoint has to survive a crash right after this command.
+            os.fsync(file.fileno())
+    return written
+
+
+def _check_same(source: Path, step: Step, other: str, metadata: Metadata) -> None:
+    """Check that what is kept once for w1 and w3 since September 2026 is equal for both."""
+    entry = metadata.storage_data[step.source]
+    of_other = metadata.storage_data[replace(step.source, fqn=other)]
+    if not storage.same_bits(storage.load(source, entry), storage.load(source, of_other)):
+        raise EzpzError(
+            f"{source}: {other} and {step.source.fqn} differ, but torchtitan {TITAN_2026_09} keeps "
+            f"one for both, {step.target.fqn}."
+        )
+
+
+def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step]) -> None:
+    """Read every written entry back from the disk and compare it with the source's."""
+    written = storage.read_metadata(target).storage_data
+    for step in steps:
+        old, new = metadata.storage_data[step.source], written[step.target]
+        if step.convert is None:
+            pairs = itertools.zip_longest(storage.blocks(source, old), storage.blocks(target, new))
+            same = old.length == new.length and all(a == b for a, b in pairs)
+        else:
+            expected = step.convert(storage.load(source, old))
+            same = storage.same_bits(storage.load(target, new), expected)
+        if not same:
+            raise EzpzError(
+                f"{target / new.relative_path}: {step.target.fqn} differs from "
+                f"{step.source.fqn} in {source}. Is the disk failing? Nothing was kept."
+            )
+
+
+def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[str, str]) -> None:
+    """Check that the target's names and shapes lead back to the source's, and no shard lacks
+    data."""
+    new = storage.read_metadata(target)
+    plan = make_plan(new, *back)
+    # The target may have more than the source: whatever its generation needs was added.
+    lost = [
+        name
+        for name, entry in metadata.state_dict_metadata.items()
+        if _shape(entry) != _shape(plan.entries.get(name))
+        or (metadata.planner_data or {}).get(name) != plan.paths.get(name)
+    ]
+    without_data = [
+        name
+        for name, entry in new.state_dict_metadata.items()
+        if not all(MetadataIndex(name, offset) in new.storage_data for offset in _offsets(entry))
+    ]
+    if lost or without_data:
+        raise EzpzError(
+            f"{target}: {', '.join(lost + without_data)} cannot be traced back to {source}. "
+            "Nothing was kept; please report this."
+        )
+
+
+def _shape(entry: Entry | None) -> object:
+    if not isinstance(entry, TensorStorageMetadata):
+        return type(entry)
+    return entry.size, entry.properties.dtype, sum(each.sizes.numel() for each in entry.chunks)
+
+
+def _offsets(entry: Entry) -> list[torch.Size | None]:
+    """Where a tensor's shards are; an object has one place."""
+    return [c.offsets for c in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]

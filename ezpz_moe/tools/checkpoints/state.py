@@ -1,0 +1,158 @@
+"""What differs between the generations' checkpoints of a training run, besides names.
+
+A generation ignores what it does not know, and fails without what it needs. So what the other one
+wrote stays, and what the target needs is added:
+
+===================  =========================================  ==================================
+entry                torchtitan 0.2                             from 0.3 on
+===================  =========================================  ==================================
+``dataloader``       tokens of the last document read that are  the same as pairs of a token and
+                     not trained on yet, ``token_buffer``       its label, with positions
+``lr_scheduler``     everything of torch's LambdaLR             ``last_epoch``
+===================  =========================================  ==================================
+
+After 0.3 (since August 2026) the dataloader shuffles, and its position has no counterpart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
+from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
+
+_POSITION = re.compile(r"dataloader\.dp_rank_\d+")
+_POSITION_SINCE_2026_08 = re.compile(r"dataloader\.dp_rank_\d+\..*")
+_SCHEDULE = "lr_scheduler"
+_LAST_EPOCH = f"{_SCHEDULE}.last_epoch"
+
+NO_POSITION = (
+    "The position in the data is in a form that torchtitan {0} cannot read: resume with "
+    "--checkpoint.exclude_from_loading dataloader, and the data starts over."
+)
+
+
+def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) -> list[str]:
+    """Add to ``plan`` what generation ``target`` needs, and return what the user must know.
+
+    Raises:
+        EzpzError: a 0.3 checkpoint has several rates, and 0.2 has room for one.
+    """
+    positions = _dataloader_form(metadata.state_dict_metadata)
+    if (convert := _CONVERT_POSITION.get(target)) is not None:
+        plan.steps[:] = [
+            Step(step.source, step.target, convert)
+            if _POSITION.fullmatch(step.source.fqn)
+            else step
+            for step in plan.steps
+        ]
+    if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
+        _add_schedule(plan, _schedule(folder, metadata))
+    unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
+    return [NO_POSITION.format(target)] if unreadable else []
+
+
+# The position in the data ------------------------------------------------------------------------
+
+
+def _dataloader_form(names: Iterable[str]) -> str | None:
+    for name in names:
+        if _POSITION_SINCE_2026_08.fullmatch(name):
+            return TITAN_2026_09
+        if _POSITION.fullmatch(name):
+            return TITAN_0_3
+    return None
+
+
+def _pairs(state: dict) -> dict:
+    """0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
+    if "token_buffer" not in state or "inputs_buffer" in state:
+        return {}
+    tokens = state["token_buffer"]
+    inputs = tokens[:-1]
+    positions = list(range(len(inputs)))
+    return {"inputs_buffer": inputs, "labels_buffer": tokens[1:], "positions_buffer": positions}
+
+
+def _tokens(state: dict) -> dict:
+    """0.2's buffer from 0.3's. A document's last label is no input, and the next starts at 0."""
+    if "inputs_buffer" not in state or "token_buffer" in state:
+        return {}
+    positions = state["positions_buffer"]
+    if not positions:
+        return {"token_buffer": []}
+    is_last = (following == 0 for following in (*positions[1:], 0))
+    pairs = zip(state["inputs_buffer"], state["labels_buffer"], is_last, strict=True)
+    documents = ([token, label] if last else [token] for token, label, last in pairs)
+    return {"token_buffer": list(itertools.chain.from_iterable(documents))}
+
+
+def _everywhere(added: Convert) -> Convert:
+    """Add to every dict inside a pickled state: each of the loader's workers has one."""
+
+    def visit(state: Any) -> Any:
+        if isinstance(state, dict):
+            return {key: visit(value) for key, value in state.items()} | added(state)
+        return state
+
+    def convert(pickled: Any) -> Any:
+        # Unpickling trusts the checkpoint, as the trainer does when it resumes.
+        return pickle.dumps(visit(pickle.loads(pickled)))
+
+    return convert
+
+
+_CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tokens)}
+
+
+# The learning rate's schedule ---------------------------------------------------------------------
+
+
+def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """The state of torch's LambdaLR after ``last_epoch`` steps."""
+    entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
+    last_epoch = storage.load(folder, entries[_LAST_EPOCH])
+    rates = {}
+    for key in ("initial_lr", "lr"):
+        names = [name for name in entries if _is_group(name) and name.endswith(f".{key}")]
+        values = {float(storage.load(folder, entries[name])) for name in names}
+        if len(values) != 1:
+            raise EzpzError(
+                f"{folder}: its parameters have {len(values)} values of {key}, but torchtitan 0.2 "
+                "has one for all."
+            )
+        rates[key] = values.pop()
+    # Let torch build the state: its format is then the installed torch's own.
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=rates["initial_lr"])
+    state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict()
+    state |= {"_step_count": last_epoch + 1, "_last_lr": [rates["lr"]]}
+    return {key: state[key] for key in state.keys() - {"lr_lambdas", "last_epoch"}}
+
+
+def _is_group(name: str) -> bool:
+    return name.startswith("optimizer.param_groups.")
+
+
+def _add_schedule(plan: RemapPlan, state: dict[str, Any]) -> None:
+    for key, value in sorted(state.items()):
+        name = f"{_SCHEDULE}.{key}"
+        if name not in plan.entries:
+            plan.entries[name] = BytesStorageMetadata()
+            plan.paths[name] = (_SCHEDULE, key)
+            # Write it where last_epoch is.
+            source, target = MetadataIndex(_LAST_EPOCH), MetadataIndex(name)
+            plan.steps.append(Step(source, target, _always(value)))
+
+
+def _always(value: Any) -> Convert:
+    return lambda _: value

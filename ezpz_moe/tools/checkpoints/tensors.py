@@ -1,0 +1,95 @@
+"""Whole tensors of DCP checkpoints: read from their shards, or written one after another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.checkpoints import storage
+
+_DCP_FILE = "__0_0.distcp"
+_FOLDER = "checkpoint"  # the host's default of checkpoint.folder
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself, or the newest step below it.
+
+    Args:
+        path: a ``step-N`` folder, the folder that contains these, or a run's dump folder.
+
+    Raises:
+        EzpzError: there is no checkpoint.
+    """
+    if (path / storage.METADATA).is_file():
+        return path
+    for folder in (path, path / _FOLDER):
+        steps = {
+            int(match[1]): file.parent
+            for file in folder.glob(f"step-*/{storage.METADATA}")
+            if (match := re.fullmatch(r"step-(\d+)", file.parent.name))
+        }
+        if steps:
+            return steps[max(steps)]
+    storage.read_metadata(path)  # raises, and says what is there instead
+    raise AssertionError(path)
+
+
+def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
+    """A tensor of a DCP checkpoint, assembled from its shards.
+
+    Raises:
+        EzpzError: a shard cannot be read.
+    """
+    entry = metadata.state_dict_metadata[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for chunk in entry.chunks:
+        box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        tensor[box] = storage.load(folder, place)
+    return tensor
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:
+    """Write these whole tensors as a DCP checkpoint; return its metadata as read back."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    with (folder / _DCP_FILE).open("wb") as file:
+        for name, tensor in tensors:
+            start = file.tell()
+            storage.save(tensor, file)
+            zeros = torch.Size([0] * tensor.dim())
+            properties = TensorProperties.create_from_tensor(tensor)
+            chunk = ChunkStorageMetadata(zeros, tensor.shape)
+            entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+            place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
+            places[MetadataIndex(name, zeros)] = place
+        file.flush()
+        os.fsync(file.fileno())
+    storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
+    return storage.read_metadata(folder)
+
+
+def check_same(
+    written: Path, source: Path, name: str, tensor: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Compare what was read back with what was written, bit by bit.
+
+    Raises:
+        EzpzError: they differ.
+    """
+    if not storage.same_bits(tensor, expected):
+        raise EzpzError(f"{written}: {name}, read back, differs from the one in {source}.")

@@ -1,0 +1,308 @@
+"""What is installed, what the binding relies on, and whether a job fits: ``ezpz-moe doctor``.
+
+Takes seconds and needs no accelerator. This module gathers; the command line prints. It accepts
+any host, even one that no binding fits: then it reports the nearest generation's list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from statistics import mean
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.native import is_emulated
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import job_for_flavor
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import detect
+from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
+from ezpz_moe.hosts.host import Host
+from ezpz_moe.hosts.installed import host, version
+from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
+from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
+from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
+from ezpz_moe.hosts.untested import is_tested, tested_pairs
+from ezpz_moe.tools.verify import default_device
+
+# Nobody needs all of these; without a package, what stands beside it does not work.
+OPTIONAL_PACKAGES = {
+    "triton": "torch.compile on accelerators",
+    "torchao": "quantized experts of torchtitan's own configs",
+    "deep_ep": 'parallelism.expert_parallel_comm_backend = "deepep" and "hybridep"',
+    "wandb": "metrics.enable_wandb",
+    "tensorboard": "metrics.enable_tensorboard",
+}
+
+_TRIED = "debugmodel_sdpa"
+"""The flavor that shows whether the host still builds what the binding asks for."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line that holds or is broken, or that only informs.
+
+    Attributes:
+        what: the thing that was checked.
+        used_for: its purpose.
+        problem: what is wrong with it; empty if it holds.
+        meaning: what that means for the user.
+        is_note: whether nothing depends on it, so a problem breaks nothing.
+        vital: whether no run can start without it.
+    """
+
+    what: str
+    used_for: str
+    problem: str = ""
+    meaning: str = ""
+    is_note: bool = False
+    vital: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.is_note or not self.problem
+
+    @property
+    def state(self) -> str:
+        """The state in one word."""
+        return "note" if self.is_note else "holds" if self.holds else "BROKEN"
+
+
+def facts() -> dict[str, str]:
+    """What is installed and what it runs on."""
+    return {
+        "torch": torch.__version__,
+        "torchtitan": _host_version(),
+        "binding": _binding(),
+        "tested together": "yes" if is_tested() else f"no (tested: {tested_pairs()})",
+        "device": _device(),
+        "precision": _precision(),
+        **{f"backend {name}": _usability(name) for name in backend_names()},
+        **{f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES},
+    }
+
+
+def host_findings() -> list[Finding]:
+    """Everything that the binding relies on in the host, and whether it works.
+
+    Raises:
+        EzpzError: there is no host.
+    """
+    refusal = ""
+    try:
+        generation = detect.host()
+    except EzpzError as error:
+        if host() is None:
+            raise
+        generation, refusal = nearest_generation(), str(error)
+    findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
+    if can_train(findings):
+        findings += _binding_findings(generation, refusal)
+    return findings
+
+
+def can_train(findings: Iterable[Finding]) -> bool:
+    """Whether nothing vital is broken."""
+    return all(finding.holds for finding in findings if finding.vital)
+
+
+def nearest_generation() -> Host:
+    """The generation most like a host that no binding fits: by its files, else by what holds."""
+    written = [each for each in detect.HOSTS if each.is_written]
+    return written[0] if written else min(detect.HOSTS, key=_share_broken)
+
+
+def job_findings(config: str, world_size: int | None) -> list[Finding]:
+    """Check a job against the installed host: its keys, conflicts, files and memory.
+
+    Args:
+        config: a flavor's name or the path of a job's TOML.
+        world_size: number of ranks; without it, the checks that depend on it are skipped.
+    """
+    try:
+        return _job_findings(config, world_size)
+    except EzpzError:
+        raise
+    except Exception as error:  # the host's: no check foresees how each of its models can fail
+        return [Finding(config, "built by the host", in_words(error), "it cannot be trained")]
+
+
+def _job_findings(config: str, world_size: int | None) -> list[Finding]:
+    settings = "its keys and how they combine"
+    with outside_of_a_run():
+        try:
+            job = find_job(config)
+            trainer_config = detect.host().trainer_config(job)
+        except EzpzError as error:
+            problem = str(error).removeprefix(f"{config}: ")
+            return [Finding(config, settings, problem, "it is refused")]
+        flavor = load_flavor(job.flavor, near=job.folder)
+        problems = detect.host().machine_problems(trainer_config, flavor, world_size)
+    findings = [
+        Finding(config, settings),
+        Finding(
+            config,
+            detect.host().precision_in_words(trainer_config, flavor),
+            is_note=True,
+        ),
+    ]
+    findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
+    summary = detect.host().summarize(flavor)
+    findings += _alignment(summary)
+    if world_size is not None:
+        findings.append(_memory(trainer_config, summary.total, world_size))
+    return findings
+
+
+def _finding(line: Reliance) -> Finding:
+    return Finding(line.thing, line.used_for, line.why_broken(), line.if_broken, vital=line.vital)
+
+
+def _share_broken(generation: Host) -> float:
+    return mean(bool(line.why_broken()) for line in generation.relied_on)
+
+
+def _binding_findings(generation: Host, refusal: str) -> Iterator[Finding]:
+    """What no single line shows: whether the binding loads, and builds a model and a config."""
+    if refusal:  # every line holds, so it is about this machine's device
+        yield Finding("the host", "training on this machine", refusal, NO_FLAVOR, vital=True)
+        return
+    for module in generation.modules():
+        _, problem = _tried(import_module, module)
+        if problem:
+            yield Finding(module, "a part of the binding", problem, "what it does cannot be done")
+    model, problem = _tried(_model, generation)
+    yield Finding(f"the model of {_TRIED}", "built on the meta device", problem, NO_SIZES)
+    if model is None:
+        return
+    yield from _state_dict_findings(model, generation)
+    _, problem = _tried(_trainer_config, generation)
+    yield Finding(f"the config of {_TRIED}", "what the trainer is told", problem, NO_FLAVOR)
+
+
+def _model(generation: Host) -> nn.Module:
+    return generation.build_on_meta(load_flavor(_TRIED))
+
+
+def _trainer_config(generation: Host) -> Any:
+    return generation.trainer_config(job_for_flavor(_TRIED))
+
+
+def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
+    """What ``make`` returns, or its error in words, which may be any exception."""
+    try:
+        return make(*args), ""
+    except Exception as error:
+        return None, in_words(error)
+
+
+def _state_dict_findings(model: nn.Module, generation: Host) -> Iterator[Finding]:
+    found = model.state_dict()
+    for key in generation.state_dict_keys:
+        yield Finding(
+            key,
+            "a checkpoint's key",
+            "" if key in found else "the model's state dict has no such key",
+            "checkpoints saved before this release do not load, and newer ones only here",
+        )
+
+
+def _alignment(summary) -> Iterator[Finding]:
+    """Check the model's dimensions against every backend that this device can run at all.
+
+    The job's own backend is checked with the job; for the others, the user learns which would work.
+    """
+    device, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
+    for name, backend in _usable(device).items():
+        what = f"D = {dims[0]}, F = {dims[1]} with {name}"
+        reasons = backend.why_not(device, torch.bfloat16, dims=dims)
+        yield Finding(
+            what, "the experts' products in bfloat16", "; ".join(reasons), is_note=bool(reasons)
+        )
+
+
+def _usable(device: torch.device) -> dict:
+    backends = {name: get_backend(name) for name in backend_names()}
+    return {n: each for n, each in backends.items() if not each.why_not(device, torch.bfloat16)}
+
+
+def _memory(config, parameters: int, world_size: int) -> Finding:
+    """Weights, gradients and optimizer states of an average rank; activations are extra."""
+    size = getattr(torch, config.training.dtype).itemsize
+    held = parameters * share_of_model(config.parallelism, world_size)
+    needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
+    what = (
+        f"{needed / 2**30:.1f} GiB of model states on each of {world_size} rank(s), "
+        f"without activations"
+    )
+    if config.training.enable_cpu_offload:
+        return Finding(what, "kept in the host's memory, not the device's", is_note=True)
+    return Finding(
+        what,
+        f"{there / 2**30:.1f} GiB of device memory",
+        "more than the device has" if needed > there else "",
+        "use more ranks that share the model, a smaller flavor, or training.enable_cpu_offload",
+    )
+
+
+def _host_version() -> str:
+    found = host()
+    if found is None:
+        return "not installed"
+    commit = f", commit {found.commit[:12]}" if found.commit else ""
+    return f"{found.version or 'of no known version'}{commit} ({found.folder})"
+
+
+def _binding() -> str:
+    try:
+        generation = detect.host()
+    except EzpzError as error:
+        return f"none: {error}"
+    evidence = generation.evidence
+    fields = f" with {', '.join(evidence.fields)}" if evidence.fields else ""
+    return f"{generation.name} ({evidence.thing}{fields} is there)"
+
+
+def _device() -> str:
+    kind = default_device()
+    return f"{kind}: {_device_module(kind).get_device_name()}, {_device_memory() / 2**30:.1f} GiB"
+
+
+def _precision() -> str:
+    """The precision of a job here that does not set one."""
+    if trains_in_float32(default_device()):
+        return f"float32 unless a job says otherwise: {REASON}"
+    return "as in torchtitan: bfloat16 unless a job says otherwise"
+
+
+def _device_memory() -> int:
+    kind = default_device()
+    return _device_module(kind).get_device_properties(torch.device(kind, 0)).total_memory
+
+
+def _device_module(kind: str):
+    return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)
+
+
+def _usability(backend: str) -> str:
+    reasons = get_backend(backend).why_not(torch.device(default_device()), torch.bfloat16)
+    if reasons:
+        return f"not usable here: {'; '.join(reasons)}"
+    if not is_emulated(default_device(), torch.bfloat16):
+        return "usable here, in bfloat16"
+    if is_host_path(backend):
+        return "usable here, in bfloat16, which is emulated and slow"
+    return "usable here, in float32: bfloat16 is emulated"
+
+
+def _optional(name: str) -> str:
+    return version(name) or f"not installed: no {OPTIONAL_PACKAGES[name]}"

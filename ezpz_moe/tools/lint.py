@@ -1,0 +1,173 @@
+"""Find trainer flags in shell, PBS and Slurm scripts, and say which the installed host accepts.
+
+A trainer flag is ``--section.key``; flags of srun, mpiexec and torchrun have no dot. So it does not
+matter which command a word belongs to, and flags are found in arrays, strings and here-documents
+too. What became of a flag is in the tables of the job's keys.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from ezpz_moe.config.job import job_for_flavor
+from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.hosts.detect import HOSTS, host, presumed_host
+
+_LAUNCHER = "run_train.sh"  # the host's own
+_ANY_FLAVOR = "debugmodel_sdpa"  # a flag does not depend on the model
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A flag, or a variable of ``run_train.sh``, in a script.
+
+    Attributes:
+        place: ``file:line``.
+        flag: as written, without its value.
+        remedy: what to do about it; empty for a flag that the host accepts.
+    """
+
+    place: str
+    flag: str
+    remedy: str = ""
+
+
+def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
+    """Every trainer flag in a script.
+
+    Args:
+        path: the script.
+        taken: the host's flags; see :func:`taken_flags`.
+
+    Raises:
+        EzpzError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error
+    found = [(number, word) for number, line in enumerate(lines, 1) for word in words(line)]
+    launched = any(Path(word).name == _LAUNCHER for _, word in found)
+    findings = []
+    for number, word in found:
+        place = f"{path}:{number}"
+        if (flag := _flag(word)) and _section(flag) in _sections():
+            findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
+        elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
+            findings.append(Finding(place, flag, f"unknown section: did you mean {near[0]}?"))
+        elif launched and (name := word.partition("=")[0]) != word and name in _variables():
+            findings.append(Finding(place, f"{name}=", _variable_remedy(name)))
+    return findings
+
+
+def taken_flags() -> frozenset[str]:
+    """The flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
+
+    Raises:
+        EzpzError: no host is installed that this package has a binding for.
+    """
+    config = host().trainer_config(job_for_flavor(_ANY_FLAVOR))
+    return host().flags(config)
+
+
+def words(line: str) -> Iterator[str]:
+    """The words of one line of a script up to a comment, including those inside quotes.
+
+    A quote may begin or end on another line: what follows it is split into words.
+    """
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&`")
+    lexer.whitespace_split = True
+    lexer.commenters = ""  # shlex would also find a comment in ${#array[@]}
+    try:
+        for word in lexer:
+            if word.startswith("#"):
+                return
+            # A quoted string may hold a whole command line: split it again.
+            yield from words(word) if set(word) & set(lexer.whitespace) else [word]
+    except ValueError:  # an open quote, or a last backslash: the lexer holds an unfinished word
+        yield from words(lexer.token)
+
+
+def _flag(word: str) -> str:
+    """The flag in a word: ``--a.b``, ``--a.b=1``, ``ARGS=--a.b``, ``${X:+--a.b}``; or nothing."""
+    # `ARGS=--a.b` and `${X:+--a.b}` hide a flag behind an assignment or a default.
+    for mark in ("=", ":-", ":+"):
+        before, _, after = word.partition(mark)
+        if after.startswith("--") and not before.startswith("--"):
+            word = after
+    name = word.partition("=")[0].rstrip("}")
+    letters = name.replace("-", "").replace("_", "").replace(".", "")
+    return name if name.startswith("--") and "." in name and letters.isalnum() else ""
+
+
+def _path(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _section(flag: str) -> str:
+    return _path(flag).partition(".")[0]
+
+
+def _remedy(spelled: str, taken: frozenset[str]) -> str:
+    """What to do about a flag; empty if the host accepts it."""
+    section, _, name = spelled.rpartition(".")
+    no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
+    path = f"{section}.{name.removeprefix(no)}"
+    if path in taken:
+        return ""
+    if (key := _keys_by_spelling().get(path)) is None:
+        siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
+        return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
+    section, _, name = key.rpartition(".")
+    row = presumed_host().job_keys()[section].get(name)
+    if row is None:  # the key belongs to a newer host
+        return f"{presumed_host().name} has no such setting"
+    for now in (row.path, row.flag, key):
+        if now in taken:
+            return f"now {_dashed(now, no)}"
+    if row.path and (whole := row.path.rpartition(".")[0]) in taken:
+        return f"now one of the values of {_dashed(whole)}"
+    return row.message or f"no longer a flag: set [{section}] {name} in the job's TOML"
+
+
+def _dashed(path: str, no: str = "") -> str:
+    section, dot, name = path.rpartition(".")
+    return f"--{section}{dot}{no}{name}".replace("_", "-")
+
+
+def _variable_remedy(name: str) -> str:
+    variables = presumed_host().launcher_variables
+    if name in variables:
+        return ""
+    return f"{_LAUNCHER} of {presumed_host().name} takes {' and '.join(variables)}"
+
+
+@cache
+def _variables() -> frozenset[str]:
+    """The variables of every generation's launcher."""
+    return frozenset(chain(*(each.launcher_variables for each in HOSTS)))
+
+
+@cache
+def _keys_by_spelling() -> dict[str, str]:
+    """A setting as any generation of the host spells it -> the job's key for it."""
+    keys: dict[str, str] = {}
+    for each in HOSTS:
+        for section, rows in each.job_keys().items():
+            for name, row in rows.items():
+                for spelled in (row.path, row.flag, f"{section}.{name}"):
+                    if spelled:
+                        keys.setdefault(spelled, f"{section}.{name}")
+    return keys
+
+
+@cache
+def _sections() -> frozenset[str]:
+    """The first parts of trainer flags."""
+    return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)

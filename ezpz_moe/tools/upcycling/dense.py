@@ -1,0 +1,135 @@
+"""The dense model's tensors, one at a time, under the host's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.upcycling_target import Target
+from ezpz_moe.tools.checkpoints import contents, names, storage
+from ezpz_moe.tools.checkpoints.huggingface import open_file, read_tensors, some, weight_map
+from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
+
+
+class Dense(Protocol):
+    """A dense model on the disk.
+
+    Attributes:
+        folder: where it is.
+        itemsize: bytes of its widest number type.
+    """
+
+    folder: Path
+    itemsize: int
+
+    def shape(self, name: str) -> torch.Size | None:
+        """The shape of a tensor; None if there is no tensor of that name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+
+    def left_over(self, used: Iterable[str]) -> list[str]:
+        """The names that it has besides ``used``."""
+
+
+class DenseCheckpoint:
+    """A dense model in a DCP checkpoint.
+
+    Raises:
+        EzpzError: it is missing, incomplete, of another generation, or not dense.
+    """
+
+    def __init__(self, path: Path, target: Target) -> None:
+        self.folder = find_checkpoint(path)
+        self._metadata = storage.read_metadata(self.folder)
+        storage.check_data(self.folder, self._metadata)
+        self._entries = dict(contents.model_tensors(self._metadata))
+        if names.generation_of(self._entries) == names.TITAN_0_2 != target.generation:
+            raise EzpzError(
+                f"{self.folder}: has the names of torchtitan {names.TITAN_0_2}. First run: "
+                f"ezpz-moe ckpt remap {self.folder} DIR --to {target.generation}"
+            )
+        if any(".moe." in name for name in self._entries):
+            raise EzpzError(
+                f"{self.folder}: is already a mixture of experts; upcycle needs a dense model."
+            )
+        self.itemsize = max(each.properties.dtype.itemsize for each in self._entries.values())
+
+    def shape(self, name: str) -> torch.Size | None:
+        return self._entries[name].size if name in self._entries else None
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_whole(self.folder, self._metadata, name)
+
+    def left_over(self, used: Iterable[str]) -> list[str]:
+        return sorted(self._entries.keys() - set(used))
+
+
+class DenseSafetensors:
+    """A dense model in Hugging Face's safetensors, through the host's adapter for the flavor.
+
+    Raises:
+        EzpzError: the files cannot be read.
+    """
+
+    def __init__(self, folder: Path, target: Target, adapter: Any) -> None:
+        self.folder = folder
+        self._target, self._adapter = target, adapter
+        self._files = weight_map(folder)
+        self._keys: dict[str, str] = {}
+        self.itemsize = torch.float32.itemsize
+
+    def shape(self, name: str) -> torch.Size | None:
+        if (key := self._key(name)) is None:
+            return None
+        with open_file(self.folder / self._files[key]) as file:
+            size = torch.Size(file.get_slice(key).get_shape())
+        as_host_has_it = self._adapter.from_hf({key: torch.empty(size, device="meta")})
+        return as_host_has_it[name].shape
+
+    def read(self, name: str) -> torch.Tensor:
+        key = self._key(name)
+        assert key is not None
+        with open_file(self.folder / self._files[key]) as file:
+            shape = torch.Size(file.get_slice(key).get_shape())
+        tensors = dict(read_tensors(self.folder, self._files, {key: shape}))
+        return self._adapter.from_hf(tensors)[name].contiguous()
+
+    def left_over(self, used: Iterable[str]) -> list[str]:
+        keys = {self._keys[name] for name in used if name in self._keys}
+        return sorted(key for key in self._files.keys() - keys if self._is_parameter(key))
+
+    def _key(self, name: str) -> str | None:
+        """What the safetensors call ``name``; every dense parameter is one tensor."""
+        if name not in self._keys:
+            # For names that the flavor's model lacks, the dense FFN's, the adapter needs no shape.
+            value = self._target.tensors.get(name, torch.empty((1, 1), device="meta"))
+            found = [key for key in self._adapter.to_hf({name: value}) if key in self._files]
+            if len(found) != 1:
+                return None
+            self._keys[name] = found[0]
+        return self._keys[name]
+
+    def _is_parameter(self, key: str) -> bool:
+        """Whether the host has a parameter for it: it computes rotary frequencies itself."""
+        try:
+            return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
+        except KeyError:
+            return True
+
+
+def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
+    """Refuse a dense model if something of it would be lost.
+
+    Raises:
+        EzpzError: the flavor's model has no place for one of its tensors.
+    """
+    if lost := dense.left_over(used):
+        raise EzpzError(
+            f"{dense.folder}: has {some(lost)}, for which flavor {flavor} has no place. Is the "
+            "flavor of the same family, with the same number of layers?"
+        )

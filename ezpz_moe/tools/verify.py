@@ -1,0 +1,231 @@
+"""Check every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
+
+Covers five routings, the output and all four gradients. The compute contract is the judge: its
+error bound, exact zeros where there are no tokens, and the dtype of x. A backend that drops tokens
+gets a capacity at which it drops none. Results are plain rows, which the command line prints.
+
+Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.reference import (
+    NAMES,
+    Case,
+    error_bounds,
+    random_case,
+    relative_error,
+    run,
+    truth,
+)
+from ezpz_moe.compute.registry import options_of
+from ezpz_moe.errors import EzpzError
+
+DIM, HIDDEN_DIM = 128, 192  # unequal, to expose a swapped matrix
+
+# Tokens of each of eight experts, and rows after them that belong to no expert.
+ROUTINGS: dict[str, tuple[list[int], int]] = {
+    "balanced": ([64] * 8, 0),
+    "uneven, empty": ([0, 190, 1, 0, 77, 31, 213, 0], 0),
+    "all zero": ([0] * 8, 16),
+    "one hot": ([0, 0, 0, 0, 0, 512, 0, 0], 0),
+    "tail": ([64, 9, 80, 0, 101, 64, 64, 33], 41),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One backend on one routing in one dtype."""
+
+    backend: str
+    device: str
+    dtype: str
+    routing: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one tensor of a :class:`Check` compares with float64.
+
+    ``verdict`` is ``"ok"`` or what is wrong; a figure is None if it is not a finite number.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    routing: str
+    tensor: str
+    max_abs_error: float | None
+    relative_error: float | None
+    bound: float
+    cosine: float | None
+    verdict: str
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+
+def default_device() -> str:
+    """The accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
+    """For every installed backend, why it cannot run there; an empty list means usable.
+
+    Raises:
+        EzpzError: torch knows no such device.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise EzpzError(f"--device {device!r}: {str(error).splitlines()[0]}") from error
+    return {name: _reasons(name, place, getattr(torch, dtype)) for name in backend_names()}
+
+
+def properties(name: str) -> dict[str, Any]:
+    """What a backend says about itself; None if its package does not load."""
+    keys = ("host_syncs", "static_shapes", "drops_tokens", "summary")
+    try:
+        backend = get_backend(name)
+    except EzpzError:
+        return dict.fromkeys((*keys, "options"))
+    options = ", ".join(f"{key}={value}" for key, value in options_of(backend).items())
+    return {key: getattr(backend, key) for key in keys} | {"options": options or None}
+
+
+def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
+    """Every check of the usable backends on ``device``.
+
+    Raises:
+        EzpzError: nothing can be compared there; if no backend is usable, with all reasons.
+    """
+    if not dtypes:
+        raise EzpzError("--dtype: name at least one, for example bfloat16")
+    reasons = {dtype: reasons_against(device, dtype) for dtype in dtypes}
+    if torch.device(device).type == "meta":
+        raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
+    checks = [
+        Check(name, device, dtype, routing)
+        for dtype in dtypes
+        for name, against in reasons[dtype].items()
+        if not against
+        for routing in ROUTINGS
+    ]
+    if not checks:
+        lines = dict.fromkeys(
+            f"{name}: {reason}"
+            for by_name in reasons.values()
+            for name, against in by_name.items()
+            for reason in against
+        )
+        raise EzpzError("\n  ".join([f"no backend can run on {device}:", *lines]))
+    return checks
+
+
+def compare(check: Check) -> list[Row]:
+    """The rows of one check: the output and the four gradients. Syncs the device.
+
+    An exception of the backend becomes a verdict, and the other checks still run.
+    """
+    case, true, bounds = _reference(check.device, check.dtype, check.routing)
+    try:
+        # lossless, because dropped rows would count as errors.
+        values = run(get_backend(check.backend).lossless.swiglu, case)
+    except Exception as error:
+        verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in NAMES]
+    return [
+        Row(**vars(check), **_judged(name, values[name], true[name], bounds[name], case))
+        for name in NAMES
+    ]
+
+
+def worst(rows: Sequence[Row]) -> Row:
+    """The row that failed, or the one nearest to its bound."""
+    return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
+
+
+def cosine(value: Tensor, true: Tensor) -> float:
+    """Cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
+    norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]
+    if not all(norms):
+        return float(norms[0] == norms[1])
+    return torch.sum(value * true).item() / math.prod(norms)
+
+
+@lru_cache(maxsize=len(ROUTINGS))
+def _reference(
+    device: str, dtype: str, routing: str
+) -> tuple[Case, dict[str, Tensor], dict[str, float]]:
+    """The inputs, what float64 computes from them, and the allowed errors. Shared by the
+    backends."""
+    counts, tail = ROUTINGS[routing]
+    case = random_case(
+        counts,
+        dim=DIM,
+        hidden_dim=HIDDEN_DIM,
+        tail=tail,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    true = truth(case)
+    return case, true, error_bounds(case, true)
+
+
+def _reasons(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    try:
+        return get_backend(name).why_not(device, dtype, dims=(DIM, HIDDEN_DIM))
+    except EzpzError as error:  # a package that does not load affects only its own backend
+        return [str(error)]
+
+
+def _unknown(tensor: str, bound: float, verdict: str) -> dict[str, Any]:
+    figures = dict.fromkeys(("max_abs_error", "relative_error", "cosine"))
+    return {"tensor": tensor, "bound": bound, "verdict": verdict, **figures}
+
+
+def _judged(
+    name: str, value: Tensor | None, true: Tensor, bound: float, case: Case
+) -> dict[str, Any]:
+    if value is None:
+        return _unknown(name, bound, "is None")
+    on_host = value.cpu().double()
+    error = relative_error(value, true)
+    within = ["beyond the bound"] if not error <= bound else []  # NaN is not within
+    return {
+        "tensor": name,
+        "max_abs_error": _number((on_host - true).abs().max().item()),
+        "relative_error": _number(error),
+        "bound": bound,
+        "cosine": _number(cosine(on_host, true)),
+        "verdict": "; ".join([*within, *_broken_rules(name, value, case)]) or "ok",
+    }
+
+
+def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
+    """What the contract demands exactly, besides the error bound."""
+    if value.dtype != case.x_RD.dtype:
+        yield f"is {value.dtype}"
+    counts_E = case.num_tokens_per_expert_E
+    if name in ("y", "grad_x"):
+        if value[counts_E.sum() :].any():
+            yield "tail rows are not zero"
+    elif value[counts_E == 0].any():
+        yield "experts without tokens have a gradient"
+
+
+def _number(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None
