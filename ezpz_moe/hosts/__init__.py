@@ -1,14 +1,14 @@
-"""Bindings to the trainer: one class for each generation of it.
+"""Bind the plugin to the trainer: one class for each generation of torchtitan.
 
-``host``          what the plugin asks of a trainer: the list of what a new one needs
-``detect``        which host is installed
-``jobs``          jobs, read with the keys of the installed host
-``titan``         torchtitan since 0.3: what its generations share, and a class for each
+``host``          what the plugin asks of a trainer, and so what a new binding has to provide
+``detect``        finds out which host is installed
+``jobs``          reads jobs with the keys of the installed host
+``titan``         torchtitan since 0.3: the code its generations share, and a class for each
 ``titan_0_2``     torchtitan 0.2
-``cpu``           the host on a machine without an accelerator: the one place that patches
+``cpu``           runs the host without an accelerator: the only module that patches anything
 
-The others are what bindings share. Only modules below this one import torchtitan; those above
-import neither it nor torch by themselves.
+The other modules are shared by the bindings. Only modules below this package import torchtitan.
+The modules directly in it import neither torchtitan nor torch on their own.
 """
 
 from ezpz_moe.hosts.detect import check_host

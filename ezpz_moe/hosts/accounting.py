@@ -1,10 +1,10 @@
-"""What a model costs: parameters and FLOPs of a token, by component. Numbers only, no torch.
+"""Count what a model costs: parameters and FLOPs per token, by component. Numbers only, no torch.
 
-FLOPs are those of matrix products, 2 for a multiplication with its addition; backward costs twice
-the forward, because each product has two gradients. docs/describe.md has the definitions.
+FLOPs are those of matrix products: 2 per multiply-add. The backward pass costs twice the forward
+pass, because each product has two gradients. docs/describe.md has the definitions.
 
-Legend: E = experts, k = experts of a token, Z = zero-computation experts, D = model dimension,
-F = hidden size of an FFN, L = tokens of a sequence.
+Legend: E = experts, k = experts per token, Z = zero-computation experts, D = model dimension,
+F = hidden size of an FFN, L = tokens in a sequence.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from ezpz_moe.errors import EzpzError
 
 BACKWARD = 2
-"""FLOPs of backward for one of forward: the gradient of a product's weight, and of its input."""
+"""Backward FLOPs per forward FLOP: the gradient of a product's weight, and that of its input."""
 
 FFN_MATRICES = 3
-"""Of a gated FFN (SwiGLU, arXiv 2002.05202): gate, up and down, D x F each."""
+"""Matrices of a gated FFN (SwiGLU, arXiv 2002.05202): gate, up and down, D x F each."""
 
 COMPONENTS = (
     "embeddings",
@@ -34,7 +34,7 @@ COMPONENTS = (
     "vision encoder",
     "other",
 )
-"""In the order in which they are shown. Router is also what else is in a layer with experts."""
+"""Components in display order. "router" also covers what else an MoE layer has of its own."""
 
 OF_MOE_LAYERS = ("router", "routed experts", "zero-computation experts", "shared experts")
 """The components that stand where a dense model has an FFN."""
@@ -42,12 +42,12 @@ OF_MOE_LAYERS = ("router", "routed experts", "zero-computation experts", "shared
 
 @dataclass(frozen=True)
 class Cost:
-    """What one component costs, all its layers together.
+    """Cost of one component, summed over all layers.
 
     Attributes:
         parameters: number of parameters.
-        active: those that a token meets, on average.
-        forward: FLOPs of a token, on average over a sequence.
+        active: parameters that a token uses, on average.
+        forward: forward FLOPs per token, averaged over a sequence.
     """
 
     parameters: int = 0
@@ -56,12 +56,12 @@ class Cost:
 
     @property
     def backward(self) -> float:
-        """FLOPs of a token; recomputed activations and the optimizer are not in it."""
+        """Backward FLOPs per token, without recomputed activations and without the optimizer."""
         return BACKWARD * self.forward
 
     @property
     def both(self) -> float:
-        """FLOPs of a token, forward and backward."""
+        """FLOPs per token, forward and backward."""
         return self.forward + self.backward
 
     def __add__(self, other: Cost) -> Cost:
@@ -74,17 +74,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's components, and what else is needed to compare it.
+    """A model's components, and the figures needed to compare it with other models.
 
     Attributes:
         costs: component -> its cost; components that the model lacks are absent.
         dim: model dimension D.
         n_layers: number of layers, of which ``n_moe_layers`` have experts.
-        num_experts: routed experts E of a layer that compute.
-        zero_experts: zero-computation experts Z of a layer.
-        top_k: choices of a token in a layer, of all E + Z.
-        host_flops: the trainer's own count of a token's FLOPs, which its MFU is made of.
-        uncounted: kinds of modules with parameters whose FLOPs are not known.
+        num_experts: routed experts E per layer that compute something.
+        zero_experts: zero-computation experts Z per layer.
+        top_k: choices per token and layer, among all E + Z.
+        host_flops: the trainer's own FLOPs per token, the basis of its MFU.
+        uncounted: classes of modules that have parameters but unknown FLOPs.
     """
 
     costs: Mapping[str, Cost]
@@ -99,7 +99,7 @@ class Anatomy:
 
     @property
     def computing_experts(self) -> float:
-        """Of a token in a layer, on average."""
+        """Experts that compute for a token in one layer, on average."""
         return computing_experts(self.top_k, self.num_experts, self.zero_experts)
 
     @property
@@ -109,11 +109,11 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The same model with one gated FFN for the experts of each layer, at equal FLOPs per token.
+    """The same model at equal FLOPs per token, with one gated FFN per layer instead of experts.
 
     Attributes:
-        hidden_dim: the FFN's hidden size F, rounded to the nearest whole one.
-        cost: the whole model's, with that F.
+        hidden_dim: hidden size F of that FFN, rounded to the nearest integer.
+        cost: cost of the whole model with that F.
     """
 
     hidden_dim: int
@@ -121,31 +121,32 @@ class DenseModel:
 
 
 def computing_experts(top_k: int, num_experts: int, zero_experts: int) -> float:
-    """Experts that compute for a token, on average: k E / (E + Z).
+    """Return how many experts compute for a token, on average: k E / (E + Z).
 
-    The balance loss is at its optimum when all E + Z are used alike, and then this share of the k
-    choices is of experts that compute (AdaMoE, arXiv 2406.13233; MoE++, arXiv 2410.07348).
+    The balance loss is at its optimum when all E + Z are used equally. Then this share of the k
+    choices falls on experts that compute (AdaMoE, arXiv 2406.13233; MoE++, arXiv 2410.07348).
     """
     return top_k * num_experts / (num_experts + zero_experts)
 
 
 def mean_keys(seq_len: int, window: int | None = None) -> float:
-    """Keys that a token attends to, itself included, on average over a sequence.
+    """Return how many keys a token attends to, itself included, averaged over a sequence.
 
-    Token i of L has min(i, W) keys under a causal mask with a window of W, i from 1.
+    With a causal mask and a window of W, token i of L (counted from 1) sees min(i, W) keys.
 
     Args:
-        seq_len: tokens of the sequence L.
-        window: tokens that are seen at most, W; None: all before.
+        seq_len: tokens L in the sequence.
+        window: the most tokens that a token sees, W; None means all earlier ones.
     """
+    # Closed form of sum(min(i, W) for i in 1..L) / L: the first W tokens see fewer than W keys.
     seen = seq_len if window is None else min(window, seq_len)
     return seen - seen * (seen - 1) / (2 * seq_len)
 
 
 def dense_model(anatomy: Anatomy) -> DenseModel:
-    """The dense model of equal FLOPs per token.
+    """Return the dense model with equal FLOPs per token.
 
-    Its FFN does what router, routed and shared experts of a layer do: ``2 * 3 D F`` per token.
+    Its FFN replaces the router and the routed and shared experts, at ``2 * 3 D F`` per token.
 
     Raises:
         EzpzError: the model has no experts.
@@ -154,7 +155,9 @@ def dense_model(anatomy: Anatomy) -> DenseModel:
         raise EzpzError("the model has no layer with experts to compare with a dense one")
     instead = sum((anatomy.costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
     per_hidden_unit = FFN_MATRICES * anatomy.dim * anatomy.n_moe_layers
+    # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
     hidden_dim = round(instead.forward / (2 * per_hidden_unit))
     weights = per_hidden_unit * hidden_dim
+    # All weights of a dense FFN are active, so parameters and active parameters are the same.
     rest = sum((cost for name, cost in anatomy.costs.items() if name not in OF_MOE_LAYERS), Cost())
     return DenseModel(hidden_dim, rest + Cost(weights, weights, 2 * weights))

@@ -1,21 +1,23 @@
-"""The host at hand, for the modules of its binding: they cannot ask ``detect``, which imports them.
+"""Keep the detected host for the modules of its binding.
 
-:func:`ezpz_moe.hosts.detect.host`, which is always called first, stores it here.
+They cannot ask ``detect``, because it imports them. :func:`ezpz_moe.hosts.detect.host` always
+runs first and stores the host here.
 """
 
 from __future__ import annotations
 
 from ezpz_moe.hosts.host import Host
 
+# A list, changed in place: every module that imported this one sees a newly detected host.
 _found: list[Host] = []
 
 
 def remember(host: Host) -> None:
-    """Make ``host`` the one at hand."""
+    """Store ``host`` as the current host."""
     _found[:] = [host]
 
 
 def at_hand() -> Host:
-    """The host that was found last."""
+    """Return the host that was detected last."""
     assert _found, "detect.host() comes first"
     return _found[0]

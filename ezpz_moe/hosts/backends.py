@@ -1,4 +1,4 @@
-"""A flavor's backend, and what a run says of one that drops tokens: the same on every host."""
+"""Look up a flavor's backend, and word the warning for one that drops tokens. For all hosts."""
 
 from typing import TypeAlias
 
@@ -11,14 +11,15 @@ ExpertComputeBackend: TypeAlias = str
 """Name of an installed backend; ``ezpz_moe.compute.backend_names()`` lists them."""
 
 HOST_PATH: ExpertComputeBackend = "grouped_mm"
-"""The backend that is the host's own code, untouched."""
+"""The backend that stands for the host's own code, unchanged."""
 
 
 def backend_of(flavor: Flavor) -> Backend:
-    """What computes the flavor's experts.
+    """Return the backend that computes the flavor's experts.
 
     Raises:
-        EzpzError: the backend does not load, or takes no such options; names the flavor's file.
+        EzpzError: the backend does not load, or does not take these options. The message names
+            the flavor's file.
     """
     try:
         return get_backend(flavor.compute_backend)
@@ -27,10 +28,11 @@ def backend_of(flavor: Flavor) -> Backend:
 
 
 def drops_warning(compute_backend: str, reported: str) -> str:
-    """For the log, once at the start.
+    """Return the warning that a run logs once at the start.
 
     Args:
-        reported: where this host says how many, as the end of "Their share ...".
+        compute_backend: name of the backend.
+        reported: where this host reports the share, as the end of "Their share ...".
     """
     return (
         f"compute_backend {compute_backend} drops tokens beyond its capacity: for them, the "

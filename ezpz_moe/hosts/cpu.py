@@ -1,9 +1,9 @@
-"""The host on a machine without an accelerator.
+"""Run the host on a machine without an accelerator.
 
-torchtitan fixes its device type and device module when ``torchtitan.tools.utils`` is imported, from
-two functions of torch, and answers "cuda" where torch finds nothing. While that one module is
-imported, :func:`import_host_on_cpu` lets the two functions answer "cpu" and
-:class:`CpuDeviceModule`; then torch is as it was. This is the only place where the package replaces
+torchtitan fixes its device type and device module when ``torchtitan.tools.utils`` is imported. It
+asks two functions of torch, and falls back to "cuda" if torch finds nothing. While that one module
+is being imported, :func:`import_host_on_cpu` makes the two functions answer "cpu" and
+:class:`CpuDeviceModule`, and restores torch afterwards. Nowhere else does the package replace
 something that is not its own, and :func:`no_accelerator` guards it.
 """
 
@@ -42,21 +42,24 @@ _RESET_PEAK_RESIDENT_SET = "5"  # proc(5): "writing 5 resets the peak resident s
 
 
 def no_accelerator() -> bool:
-    """True where torch finds no accelerator: the question that the host asks, in its own words."""
+    """Return whether torch finds no accelerator, by the same call that the host uses."""
     return torch._utils._get_available_device_type() is None
 
 
 def import_host_on_cpu() -> None:
-    """Import ``torchtitan.tools.utils`` with the device type "cpu"; torch is unchanged afterwards.
+    """Import ``torchtitan.tools.utils`` with the device type "cpu", and leave torch unchanged.
 
-    ``python -m torchtitan.train`` imports the host before it asks for anything of ours: then the
-    process becomes ``python -m ezpz_moe.train`` with the same arguments, and does not return here.
+    ``python -m torchtitan.train`` imports the host before it asks for anything of ours. In that
+    case this call does not return: the process becomes ``python -m ezpz_moe.train`` with the same
+    arguments.
 
     Raises:
         EzpzError: the host has already been imported with another device type.
     """
     utils = sys.modules.get(_HOST_UTILS)
     if utils is None:
+        # Patching the host's module afterwards would be too late: other modules of the host copy
+        # `device_type` with `from ... import`, and the trainer has chosen its device by then.
         device_module = CpuDeviceModule()
         with mock.patch.multiple(
             torch._utils,
@@ -65,6 +68,7 @@ def import_host_on_cpu() -> None:
         ):
             importlib.import_module(_HOST_UTILS)
     elif utils.device_type != "cpu":
+        # Returns only if this is not the host's own command, for example a notebook.
         _start_again()
         raise EzpzError(
             f"this machine has no accelerator, but torchtitan was imported with the device type "
@@ -74,7 +78,8 @@ def import_host_on_cpu() -> None:
 
 
 def _start_again() -> None:
-    """Replace this process if it is the host's own command: same number, environment, arguments."""
+    """Replace this process if it runs the host's own command. Keeps pid, environment, arguments."""
+    # sys.argv no longer shows `-m torchtitan.train`: Python replaced it by the module's path.
     command = sys.orig_argv
     if _HOST_COMMAND not in pairwise(command):
         return
@@ -84,13 +89,14 @@ def _start_again() -> None:
         file=sys.stderr,
         flush=True,
     )
+    # execv and not a subprocess: torchrun watches this pid, and must see our exit code and signals.
     os.execv(sys.executable, [*command[:module], "ezpz_moe.train", *command[module + 1 :]])
 
 
 class CpuDeviceModule(ModuleType):
     """``torch.cpu`` plus what the trainer asks of a device module.
 
-    "Device memory" is this process's resident memory.
+    "Device memory" is the resident memory of this process.
     """
 
     def __init__(self) -> None:
@@ -107,7 +113,7 @@ class CpuDeviceModule(ModuleType):
         )
 
     def current_device(self) -> int:
-        # An index, as the trainer's barrier wants it; torch.cpu answers "cpu".
+        # The trainer's barrier needs an index; torch.cpu.current_device() returns "cpu".
         return 0
 
     def get_device_name(self, device: Any = None) -> str:
@@ -118,8 +124,10 @@ class CpuDeviceModule(ModuleType):
         return SimpleNamespace(name=self.get_device_name(), total_memory=_total_memory())
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
-        """Peak resident memory in bytes since the last reset (elsewhere than on Linux: now)."""
+        """Return peak resident memory in bytes since the last reset (outside Linux: current)."""
         peak = _peak_resident_memory()
+        # The keys that the host's memory monitor reads. The CPU has no separate notion of reserved
+        # memory, so both get the same value.
         return {
             "active_bytes.all.peak": peak,
             "reserved_bytes.all.peak": peak,
@@ -128,24 +136,26 @@ class CpuDeviceModule(ModuleType):
         }
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
+        # Linux only. Elsewhere no peak is recorded, and `memory_stats` returns current memory.
         if _CLEAR_REFS.exists():
             _CLEAR_REFS.write_text(_RESET_PEAK_RESIDENT_SET)
 
     def empty_cache(self) -> None:
-        """Nothing to do: the CPU allocator keeps no cache of its own."""
+        """Do nothing: the CPU allocator keeps no cache of its own."""
 
 
 def _peak_resident_memory() -> int:
-    """Peak resident memory of this process in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     current = psutil.Process().memory_info().rss
     if not _PROCESS_STATUS.exists():
         return current
     fields = dict(line.split(":", maxsplit=1) for line in _PROCESS_STATUS.read_text().splitlines())
+    # The kernel updates VmHWM lazily, so it can be below the current value.
     return max(current, int(fields["VmHWM"].removesuffix("kB")) * 1024)
 
 
 def _total_memory() -> int:
-    """Memory in bytes that this process may use: the machine's, or the container's if lower."""
+    """Return the memory in bytes that this process may use: the machine's, or the container's."""
     total = psutil.virtual_memory().total
     for path in _CGROUP_LIMITS:
         # Version 2 writes "max" for no limit, version 1 a number above any machine's memory.
@@ -155,7 +165,8 @@ def _total_memory() -> int:
 
 
 def _processor_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
+    """Return the processor's model name, or its architecture if the system has no model name."""
+    # platform.processor() is often empty on Linux, so /proc/cpuinfo comes first.
     if _CPU_INFO.exists():
         for line in _CPU_INFO.read_text().splitlines():
             if line.startswith("model name"):
@@ -164,20 +175,22 @@ def _processor_name() -> str:
 
 
 def sum_reduction_on_gloo(parallelize_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model's ``parallelize_fn`` so that FSDP trains over gloo.
+    """Wrap a model's ``parallelize_fn`` to make FSDP train over gloo.
 
-    FSDP scales gradients inside the collective (PREMUL_SUM), which gloo does not have; on the CPU
-    it is told to reduce with a plain sum and to scale apart. On an accelerator nothing changes.
+    FSDP scales gradients inside the collective (PREMUL_SUM), which gloo does not have. On the CPU
+    the wrapper makes FSDP reduce with a plain sum and scale separately. It changes nothing on an
+    accelerator.
     """
 
     @functools.wraps(parallelize_fn)
     def parallelize(model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        # Not at the top: importing it there would fix the host's device type.
+        # Not at the top of the file: importing it there would fix the host's device type.
         from torchtitan.tools.utils import device_type
 
         model = parallelize_fn(model, *args, **kwargs)
         if device_type == "cpu":
             for module in model.modules():
+                # Every FSDP module and not only the root: each one reduces its own gradients.
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
         return model

@@ -1,7 +1,7 @@
-"""Which host is installed.
+"""Find out which host is installed.
 
-It is recognized by what the installed torchtitan has, the newest first, and never by its version: a
-snapshot's version says little. Nothing here imports torch or the host by itself.
+A generation is recognized by what the installed torchtitan has, newest first, and never by its
+version: the version in a snapshot says little. Nothing here imports torch or the host on its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ezpz_moe.hosts.untested import installed_pair, notice, tested_pairs
 
 logger = logging.getLogger(__name__)
 
-# What a refusal says to install: the newest release that the plugin is developed with.
+# Refusals recommend this pair: the newest release that the plugin is developed with.
 RECOMMENDED = {"torch": "2.15.0", "torchtitan": "0.3.0"}
 
 _TITAN_0_3 = Titan03()
@@ -33,31 +33,35 @@ HOSTS: tuple[Host, ...] = (
     _TITAN_0_3,
     Titan02(),
 )
-"""The newest first. A new generation is its file, and its line here."""
+# Newest first, because a newer host still has what an older one is recognized by: `derive`, the
+# evidence of 0.3, is in every later snapshot too.
+"""All hosts, newest first. A new generation needs its own file and one line here."""
 
 
 @cache
 def presumed_host() -> Host:
-    """The host by the files of the installed torchtitan: nothing is imported, nothing refused.
+    """Return the host that the files of the installed torchtitan suggest.
 
-    For what is done before torch is imported, such as reading a job. Without a host,
-    torchtitan 0.3.
+    It imports nothing and refuses nothing. It serves code that runs before torch is imported, such
+    as reading a job. If no host is installed, it returns torchtitan 0.3.
     """
     return next((each for each in HOSTS if each.is_written), _TITAN_0_3)
 
 
 @cache
 def host() -> Host:
-    """The installed host; torchtitan is imported for it.
+    """Return the installed host; this imports torchtitan.
 
     Raises:
-        EzpzError: no binding fits its generation, it cannot be imported, or it is not installed.
+        EzpzError: torchtitan is not installed, cannot be imported, or no binding fits it.
     """
     try:
+        # Before any evidence is looked up: that imports modules of the host, and the first of them
+        # would fix the device type as "cuda".
         _choose_device()
     except EzpzError:
         raise
-    except Exception as error:  # whatever the host's module raises when it is imported
+    except Exception as error:  # importing the host's module can raise anything
         raise _refusal([f"choosing its device: {in_words(error)}"]) from error
     reasons = []
     for candidate in HOSTS:
@@ -71,12 +75,11 @@ def host() -> Host:
 def check_host() -> None:
     """Refuse a torch or torchtitan that the binding cannot work with.
 
-    Call it before anything of the host is imported: where no accelerator exists, the host is
-    imported here, with the CPU as its device. A pair that works but is untested is logged, once a
-    day.
+    Call it before anything else of the host is imported: if there is no accelerator, it imports the
+    host with the CPU as its device. A pair that works but is untested is logged once a day.
 
     Raises:
-        EzpzError: something that nothing can be trained without is missing.
+        EzpzError: the host lacks something that every run needs.
     """
     vital = [reliance for reliance in host().relied_on if reliance.vital]
     if missing := broken(vital):
@@ -86,7 +89,7 @@ def check_host() -> None:
 
 
 def _with_meanings(missing: Mapping[Reliance, str]) -> list[str]:
-    """What is missing, and after all that means the same, what it means."""
+    """Return the missing things as text, grouped by consequence: each consequence appears once."""
     by_meaning: dict[str, list[str]] = {}
     for line, reason in missing.items():
         by_meaning.setdefault(line.if_broken, []).append(f"{line.thing}: {reason}")
@@ -94,6 +97,7 @@ def _with_meanings(missing: Mapping[Reliance, str]) -> list[str]:
 
 
 def _choose_device() -> None:
+    # Not at the top: hosts.cpu imports torch, and `presumed_host` must work without it.
     from ezpz_moe.hosts.cpu import import_host_on_cpu, no_accelerator
 
     if no_accelerator():

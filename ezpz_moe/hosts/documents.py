@@ -1,22 +1,23 @@
-"""The texts that this package adds to those of the host, whichever host it is.
+"""Read the texts that this package adds to those of the host. The same for all hosts.
 
-- ``pydoc_topics``: the reference topics that every Python brings, paragraph by paragraph;
+- ``pydoc_topics``: the reference topics that ship with Python, one document per paragraph;
 - ``text_file``: a file of the user's at ``dataset_path``.
 
-Every other name is the host's and is handed on as it is. The documents of a file are
+Every other name belongs to the host and is passed on unchanged. The documents of a file are
 
 ====================  =============================================================
-``.txt``              its paragraphs, that is, what blank lines separate
+``.txt``              its paragraphs, separated by blank lines
 ``.jsonl``            one JSON object per line, its ``"text"``
 ``.json``             a list of JSON objects, their ``"text"``
 ``.parquet``          the rows' column ``text``
 ====================  =============================================================
 
-The host marks the beginning and the end of each document, and shares documents, never parts of
-one, out among the data-parallel ranks. Paragraphs let one ``.txt`` file serve several ranks.
+The host marks the beginning and end of each document. It distributes whole documents over the
+data-parallel ranks and never splits one, so a ``.txt`` file is split into paragraphs: one document
+would leave the other ranks without data.
 
-A file is read whole into each rank's memory (so a mistake anywhere in it is found before the first
-step) and nothing is written to a cache. For a corpus beyond that, use one that the host streams.
+Each rank reads the whole file into memory, which finds a mistake anywhere in it before the first
+step. Nothing is written to a cache. For a corpus that does not fit, use one that the host streams.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ def find_text(
     known: Collection[str],
     job_folder: Path | None,
 ) -> tuple[str, str | None]:
-    """The dataset that is meant, and its absolute path where it is on this disk.
+    """Return the name of the dataset, and its absolute path if it is on this disk.
 
-    Without a dataset the path is a file of the user's, and without either it is the embedded text.
-    A relative path is looked up in the working directory, then next to the job file. A file is read
-    here, so that a mistake in it stops the run before it starts.
+    Without a dataset, the path is a file of the user's. Without either, the embedded text is used.
+    A relative path is looked up in the working directory, then next to the job file. The file is
+    read here, to stop the run before it starts if there is a mistake in it.
 
     Args:
-        known: names in the host's registry, ours among them.
+        dataset: name from the job, or None.
+        dataset_path: path from the job, or None.
+        known: names in the host's registry, including ours.
+        job_folder: folder of the job file; None without one.
 
     Raises:
         EzpzError: unknown dataset, or a file that is missing, empty, of an unknown kind or broken.
@@ -77,16 +81,17 @@ def find_text(
             raise EzpzError(f"dataset = {name!r} needs dataset_path, the path of the file.")
         dataset_path = str(_find(dataset_path, job_folder))
         read_documents(dataset_path)
-    elif dataset_path:  # a folder or file of the host's dataset, or a name that is not on this disk
+    elif dataset_path:  # a folder or file for the host's dataset, or a name on the Hub
+        # What is not on this disk passes through unchanged: only the host can look it up.
         found = (place for place in _places(dataset_path, job_folder) if place.exists())
         dataset_path = next((str(place.resolve()) for place in found), dataset_path)
     return name, dataset_path
 
 
 def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
-    """Make sure that our own texts have a document for every data-parallel rank.
+    """Check that our own texts have a document for every data-parallel rank.
 
-    The host would search an empty share for ever.
+    The host would search an empty share forever.
 
     Raises:
         EzpzError: there are fewer documents than ranks.
@@ -104,7 +109,7 @@ def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
 
 
 def read_documents(path: str) -> Dataset:
-    """The documents of a text file as an in-memory dataset with the column ``text``.
+    """Return the documents of a text file as an in-memory dataset with the column ``text``.
 
     Raises:
         EzpzError: the file is missing, a folder, of an unknown kind, not readable, broken (naming
@@ -114,6 +119,7 @@ def read_documents(path: str) -> Dataset:
     if not path or not file.is_file():
         raise EzpzError(f"dataset_path = {path!r} is not a file.")
     stamp = file.stat()
+    # Time and size are part of the cache key: a file that was edited meanwhile is read again.
     return _read_documents(file, stamp.st_mtime_ns, stamp.st_size)
 
 
@@ -140,16 +146,19 @@ def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
 
 
 def _read_txt(file: Path) -> Dataset:
+    # -sig drops the byte order mark that Windows editors write; it would become a token.
     return _paragraphs(file.read_text(encoding="utf-8-sig"))
 
 
 def _paragraphs(text: str) -> Dataset:
-    """One document per paragraph; blank lines separate them."""
+    """Return one document per paragraph; blank lines separate paragraphs."""
+    # [^\S\n] is whitespace except a line break: a line with only spaces counts as blank.
     paragraphs = re.split(r"\n(?:[^\S\n]*\n)+", text)
     return Dataset.from_dict({COLUMN: [p for p in paragraphs if p.strip()]})
 
 
 def _read_jsonl(file: Path) -> Dataset:
+    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
     lines = file.read_text(encoding="utf-8-sig").split("\n")
     rows = (
         (f"line {number}", _parse_json(line, file, number))
@@ -172,6 +181,7 @@ def _read_json(file: Path) -> Dataset:
 
 def _read_parquet(file: Path) -> Dataset:
     try:
+        # The schema first: it is cheap, and a missing column gets our message instead of Arrow's.
         schema = pq.read_schema(file)
         if COLUMN not in schema.names:
             raise _no_column(file, schema.names)
@@ -206,7 +216,7 @@ def _parse_json(text: str, file: Path, first_line: int = 1) -> Any:
 
 
 def _from_rows(rows: Iterator[tuple[str, Any]], file: Path) -> Dataset:
-    """``rows``: where a row stands in the file, and the row."""
+    """Build a dataset from ``rows``, pairs of where a row is in the file and the row."""
     texts = []
     for where, row in rows:
         if not isinstance(row, dict):
@@ -223,7 +233,7 @@ def _from_rows(rows: Iterator[tuple[str, Any]], file: Path) -> Dataset:
             )
         try:
             row[COLUMN].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             raise EzpzError(f"dataset_path = '{file}', {where}: {error.reason}.") from error
         texts.append(row[COLUMN])
     return Dataset.from_dict({COLUMN: texts})
@@ -237,13 +247,14 @@ def _no_column(file: Path, found: list[str], where: str = "") -> EzpzError:
 
 
 def _places(dataset_path: str, job_folder: Path | None) -> list[Path]:
-    """Where a relative path is looked up: in the working directory, then next to the job file."""
+    """Return where to look up a path: in the working directory, then next to the job file."""
     path = Path(dataset_path).expanduser()
+    # `folder / path` is `path` itself if that is absolute.
     return [folder / path for folder in (Path.cwd(), job_folder) if folder is not None]
 
 
 def _find(dataset_path: str, job_folder: Path | None) -> Path:
-    """The file's absolute path, in the first of its places."""
+    """Return the absolute path of the first of its places where the file exists."""
     tried = _places(dataset_path, job_folder)
     for candidate in tried:
         if candidate.is_file():
@@ -257,7 +268,7 @@ def _find(dataset_path: str, job_folder: Path | None) -> Path:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's kind, in JSON's words."""
+    """Name the kind of a JSON value, in JSON's terms."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 
@@ -267,12 +278,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def load_topics(path: str) -> Dataset:
-    """The embedded text; ``path`` is what the host shows for it."""
-    # In a fixed random order: neighbouring paragraphs are so alike that, in theirs, the loss of a
-    # step says more about its topic than about the training.
+    """Return the embedded text; ``path`` is only what the host displays for it."""
+    # In a fixed random order: neighbouring paragraphs are so similar that, in the original order,
+    # the loss of a step would say more about its topic than about the training.
     return _paragraphs("\n\n".join(topics[name] for name in sorted(topics))).shuffle(seed=0)
 
 
 def text_of(sample: dict[str, Any]) -> str:
-    """A document's text, for the host."""
+    """Return a document's text, for the host."""
     return sample[COLUMN]

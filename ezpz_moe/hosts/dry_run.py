@@ -1,10 +1,10 @@
-"""A rank's model, taken out of the host's trainer when its parallelisms have been applied.
+"""Take a rank's model out of the host's trainer once its parallelisms have been applied.
 
-The host's fake communication makes one process believe that it is a rank among many, and its model
-stays on the meta device until it has been parallelized. The two functions that parallelize, of
-0.3's ``ModelSpec`` as of 0.2's ``TrainSpec``, are the door: they are called inside the trainer,
-after meshes and model are built, and here they end the run when they return. Nothing of the trainer
-is repeated, so that a mistake shows as the error that the rank would have met.
+The host's fake communication makes one process believe that it is one rank of many, and its model
+stays on the meta device until it has been parallelized. The two functions that parallelize it are
+fields of ``ModelSpec`` (0.3) and ``TrainSpec`` (0.2). The trainer calls them after it has built
+meshes and model. Here they are wrapped to end the run when they return. No part of the trainer is
+reimplemented, so a mistake raises the same error that the rank would have raised.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ FAKE_COMMUNICATION = ("--comm.mode", "fake_backend")
 
 
 def become_rank(rank: int, world_size: int) -> None:
-    """Set what the host reads of a launcher."""
+    """Set the environment variables that the host reads from a launcher."""
+    # LOCAL_RANK 0 for every rank: this machine may have one device, or none. NGPU is the world size
+    # of the host's fake communication, which ignores WORLD_SIZE.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0"}
     os.environ |= {"WORLD_SIZE": str(world_size), "NGPU": str(world_size)}
 
 
 def parallelized(build: Callable[[], Any], spec: Any, *, has_pipeline: bool) -> list[nn.Module]:
-    """The model's parts on this rank, on the meta device.
+    """Build the trainer and return this rank's parts of the model, on the meta device.
 
     Args:
-        build: makes the host's trainer; may raise whatever the rank would have met.
-        spec: the host's record with ``parallelize_fn`` and ``pipelining_fn``; it is changed.
+        build: makes the host's trainer; it may raise whatever the rank would have raised.
+        spec: the host's record with ``parallelize_fn`` and ``pipelining_fn``; changed in place.
         has_pipeline: which of the two the trainer will call.
     """
+    # The host's pipelining_fn returns the schedule first, then the model parts of this rank.
     if has_pipeline:
         spec.pipelining_fn = _ending_with(lambda stages: stages[1], spec.pipelining_fn)
     else:
@@ -50,7 +53,7 @@ def parallelized(build: Callable[[], Any], spec: Any, *, has_pipeline: bool) -> 
 
 
 def report(rank: int, parts: list[nn.Module], step: str | None = None) -> RankReport:
-    """What the rank holds in its parts of the model."""
+    """Report what the rank holds in its parts of the model."""
     parameters = [local(p) for part in parts for p in part.parameters()]
     return RankReport(
         rank=rank,
@@ -61,7 +64,7 @@ def report(rank: int, parts: list[nn.Module], step: str | None = None) -> RankRe
 
 
 class _Parallelized(BaseException):
-    """Ends the trainer's construction. No Exception, so that nothing on the way handles it."""
+    """End the construction of the trainer. No ``except Exception`` on the way catches it."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         self.parts = parts

@@ -1,14 +1,15 @@
-"""Everything that the plugin asks of a trainer: what to write for a new host.
+"""Define what the plugin asks of a trainer, and so what a binding to a new host has to provide.
 
-A host is one generation of torchtitan, and a class here: ``hosts/titan/v0_3.py`` and its newer
-sisters, ``hosts/titan_0_2/v0_2.py``. :mod:`ezpz_moe.hosts.detect` says which one is installed.
+A host is one generation of torchtitan. Each has a class: ``hosts/titan/v0_3.py`` and the newer
+files beside it, ``hosts/titan_0_2/v0_2.py``. :mod:`ezpz_moe.hosts.detect` finds the installed one.
 
-What is abstract every host has. The parts at the end a host may lack. A part is a Protocol, and the
-module that has its functions is the part. The host's own types are Protocols too.
+Every host has the abstract methods. It may lack the parts at the end of this file. Each part is a
+Protocol, and the module that defines its functions is the part. The host's own types are Protocols
+too.
 
-Neither this file nor a subclass's imports torch or the host at its head: that takes seconds, and a
-job is read without. What is made from the host's classes lies in modules beside the subclass,
-which its methods import within :meth:`Host.importing`.
+Neither this file nor a subclass's imports torch or the host at module level: that takes seconds,
+and reading a job needs neither. Code that is built from the host's classes lives in modules beside
+the subclass. Its methods import them inside :meth:`Host.importing`.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class Host(ABC):
     """One generation of the trainer, and how the plugin works with it.
 
     Attributes:
-        generation: its short name: a version of the first release, or year and month.
+        generation: short name: the version of its first release, or year and month.
         name: its name for people.
-        evidence: what this generation has and the older ones lack.
-        checkpoint_names: the generation in ``tools/checkpoints/names.py`` whose names its
-            parameters have.
-        launcher_variables: what tells the host's own ``run_train.sh`` the job.
+        evidence: what this generation has and older ones lack.
+        checkpoint_names: the generation in ``tools/checkpoints/names.py`` that names its
+            parameters.
+        launcher_variables: environment variables that pass the job to the host's ``run_train.sh``.
     """
 
     generation: ClassVar[str]
@@ -59,39 +60,39 @@ class Host(ABC):
     @property
     @abstractmethod
     def relied_on(self) -> tuple[Reliance, ...]:
-        """What the binding needs of the host, in addition to the evidence."""
+        """What the binding needs from the host, in addition to the evidence."""
 
     @property
     @abstractmethod
     def state_dict_keys(self) -> tuple[str, ...]:
-        """Some keys of a checkpoint of ``debugmodel``: those of a layer with experts."""
+        """Sample keys of a ``debugmodel`` checkpoint: those of a layer with experts."""
 
     @abstractmethod
     def modules(self) -> tuple[str, ...]:
-        """The modules that the binding consists of, by name; nothing is imported."""
+        """Return the names of the modules that form the binding, without importing them."""
 
     @abstractmethod
     def job_keys(self) -> Keys:
-        """The keys of a job's TOML, and what each becomes."""
+        """Return the keys of a job's TOML, and what each becomes."""
 
     @abstractmethod
     def arguments(self, job: Job) -> list[str]:
-        """Arguments of ``torchtitan.train`` that train the job."""
+        """Return the arguments of ``torchtitan.train`` that train the job."""
 
     @abstractmethod
     def one_step(self, folder: str) -> list[str]:
-        """Flags for a run of one step that writes to ``folder`` only."""
+        """Return the flags for a run of one step that writes only to ``folder``."""
 
     @property
     def is_written(self) -> bool:
-        """Whether the host's files have the evidence; nothing is imported."""
+        """Whether the host's files contain the evidence; this imports nothing."""
         return is_written(self.evidence)
 
     # --- a job in the host's words ----------------------------------------------------------------
 
     @abstractmethod
     def trainer_config(self, job: Job) -> TrainerConfig:
-        """The trainer's config of a job.
+        """Return the trainer's config for a job.
 
         Raises:
             EzpzError: the flavor, the data or a combination of settings is wrong; the message
@@ -99,43 +100,45 @@ class Host(ABC):
         """
 
     def job_config(self) -> type:
-        """What the host merges into its own config class, for the job on its command line.
+        """Return the class that the host merges into its config, for the job on its command line.
 
         Raises:
             AttributeError: the host merges nothing.
             EzpzError: the job's file is wrong, or asks for what the host does not have.
         """
+        # An AttributeError, because `ezpz_moe.JobConfig` is looked up as an attribute: on a host
+        # that merges no config the package should look as if it did not have one.
         raise AttributeError(f"{self.name} merges no JobConfig")
 
     @abstractmethod
     def machine_problems(
         self, config: TrainerConfig, flavor: Flavor, ranks: int | None
     ) -> list[str]:
-        """What excludes this machine, asked before there is a run.
+        """Return why this machine cannot run the job, before there is a run.
 
         Args:
             config: as :meth:`trainer_config` returns it.
             flavor: the job's.
-            ranks: of the run; None: whatever number.
+            ranks: ranks in the run; None if not known.
         """
 
     @abstractmethod
     def settings(self, config: TrainerConfig) -> list[Setting]:
-        """Every field of the trainer's config, the model left out, in the host's order."""
+        """Return every field of the trainer's config except the model, in the host's order."""
 
     @abstractmethod
     def flags(self, config: TrainerConfig) -> frozenset[str]:
-        """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
+        """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
 
     @abstractmethod
     def precision_in_words(self, config: TrainerConfig, flavor: Flavor) -> str:
-        """Which precision applies to a run of ``config``, whose model is ``flavor``'s."""
+        """Describe the precision of a run of ``config`` with the model of ``flavor``."""
 
     # --- models -----------------------------------------------------------------------------------
 
     @abstractmethod
     def summarize(self, flavor: Flavor) -> ModelSummary:
-        """Dimensions and parameter counts of the flavor's model.
+        """Return the dimensions and parameter counts of the flavor's model.
 
         Raises:
             EzpzError: the host cannot build the model.
@@ -143,7 +146,7 @@ class Host(ABC):
 
     @abstractmethod
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
-        """The flavor's model. No memory is allocated for it.
+        """Build the flavor's model without allocating memory for it.
 
         Raises:
             EzpzError: as :meth:`summarize`.
@@ -151,19 +154,19 @@ class Host(ABC):
 
     @abstractmethod
     def experts_class(self) -> type[nn.Module]:
-        """The host's routed experts with a selectable backend."""
+        """Return the host's routed experts with a selectable backend."""
 
     @abstractmethod
     def stock_experts(self) -> Callable[[Tensor, Tensor, Tensor], nn.Module]:
-        """Makes the host's own experts of their weights w1_EFD, w2_EDF and w3_EFD.
+        """Return a function that makes the host's own experts of weights w1_EFD, w2_EDF and w3_EFD.
 
-        They are called as ``(x_RD, num_tokens_per_expert_E) -> y_RD``. E = experts, D = model
-        dimension, F = hidden dimension, R = routed rows.
+        The experts are called as ``(x_RD, num_tokens_per_expert_E) -> y_RD``. E = experts,
+        D = model dimension, F = hidden dimension, R = routed rows.
         """
 
     @abstractmethod
     def adapter(self, flavor: Flavor) -> StateDictAdapter:
-        """The host's own way between its parameters of this model and Hugging Face's.
+        """Return the host's own converter between its parameters of this model and Hugging Face's.
 
         Raises:
             EzpzError: the host has none for this model.
@@ -178,37 +181,37 @@ class Host(ABC):
         Args:
             config: a flavor's name or the path of a job's TOML.
             host_flags: the trainer's own flags, which override the job.
-            world_size: ranks of the run.
+            world_size: number of ranks in the run.
             rank: which one to build.
 
         Raises:
-            whatever the rank would have met until its model was parallelized.
+            whatever the rank would have raised until its model was parallelized.
         """
 
     # --- what a host may lack ---------------------------------------------------------------------
 
     def overrides(self) -> Overrides:
-        """Door 2: a backend for any config of the host.
+        """Return door 2: it puts a backend into any config of the host.
 
         Raises:
-            EzpzError: this host has no such part; the next four raise the same.
+            EzpzError: this host has no such part; the next four methods raise the same.
         """
         self._lacks("overrides")
 
     def anatomy(self) -> Anatomy:
-        """What a model costs, for ``ezpz-moe describe``."""
+        """Return the part that counts what a model costs, for ``ezpz-moe describe``."""
         self._lacks("anatomy")
 
     def memory(self) -> Memory:
-        """What a rank holds, for ``ezpz-moe describe``."""
+        """Return the part that counts what a rank holds, for ``ezpz-moe describe``."""
         self._lacks("memory")
 
     def analysis(self) -> Analysis:
-        """The model run on a text, for ``ezpz-moe analyze``."""
+        """Return the part that runs the model on a text, for ``ezpz-moe analyze``."""
         self._lacks("analysis")
 
     def upcycling_target(self, flavor: Flavor) -> Target:
-        """The flavor's model and its layers with experts, for ``ezpz-moe upcycle``."""
+        """Return the flavor's model and its layers with experts, for ``ezpz-moe upcycle``."""
         self._lacks("upcycling")
 
     def _lacks(self, part: str) -> NoReturn:
@@ -216,7 +219,9 @@ class Host(ABC):
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Around the import of a module of the binding: its classes are made from the host's.
+        """Turn errors from importing a module of the binding into a message for the user.
+
+        The module makes its classes from the host's, so a changed host fails right there.
 
         Raises:
             EzpzError: whatever the host lacks or raises.
@@ -237,33 +242,33 @@ class Host(ABC):
 
 
 class TrainerConfig(Protocol):
-    """The config of a run; apart from these sections it has whatever the host has."""
+    """The config of a run; besides these sections it has whatever the host has."""
 
     training: Any
     parallelism: Any
 
 
 class StateDictAdapter(Protocol):
-    """Names and layouts of one model's parameters, as the host and as Hugging Face have them."""
+    """Converts names and layouts of one model's parameters between the host and Hugging Face."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The host's parameters as Hugging Face's."""
+        """Convert the host's parameters to Hugging Face's."""
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Hugging Face's as the host's."""
+        """Convert Hugging Face's parameters to the host's."""
 
 
 # --- the parts ----------------------------------------------------------------------------------
 
 
 class Overrides(Protocol):
-    """Replacing nodes of any config, where the user names an override on the command line."""
+    """Replaces nodes of any config, if the user names an override on the command line."""
 
     def for_experts(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """Register ``factory`` for the host's experts; ``factory`` itself."""
+        """Register ``factory`` for the host's experts, and return it."""
 
     def for_attention(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """Register ``factory`` for the host's attention; ``factory`` itself."""
+        """Register ``factory`` for the host's attention, and return it."""
 
     def selected(
         self,
@@ -272,23 +277,23 @@ class Overrides(Protocol):
         chosen_by: str,
         expert_precision: ExpertPrecision | None = None,
     ) -> Any:
-        """The config of the same experts, computed by ``backend``.
+        """Return the config of the same experts, computed by ``backend``.
 
         Raises:
-            EzpzError: unknown backend, or these experts cannot be computed by it.
+            EzpzError: unknown backend, or it cannot compute these experts.
         """
 
     def causal_attention(self, config: Any) -> Any:
-        """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
+        """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
 
     def turn_off_cuda_graphs_for(self, backend: str) -> None:
-        """In the run at hand, where ``backend`` copies to the host's memory."""
+        """Turn CUDA graphs off in the current run if ``backend`` copies to the host's memory."""
 
     def refuse_twins_of(self, door: str) -> None:
-        """Refuse a run whose several CPU ranks would start with the same values.
+        """Refuse a run on several CPU ranks that would all start with the same values.
 
         Raises:
-            EzpzError: it would.
+            EzpzError: they would.
         """
 
     def warn_of_emulation(self) -> None:
@@ -296,28 +301,28 @@ class Overrides(Protocol):
 
 
 class Anatomy(Protocol):
-    """A model's parameters and FLOPs by component, and the lengths that they depend on."""
+    """Counts a model's parameters and FLOPs by component, and finds the sequence length."""
 
     def anatomy(self, flavor: Flavor, seq_len: int) -> accounting.Anatomy:
-        """The components; attention is computed within ``seq_len`` tokens.
+        """Return the components, with attention computed within ``seq_len`` tokens.
 
         Raises:
             EzpzError: the host cannot build the model, or its attention does not show its heads.
         """
 
     def sequence_length(self, config: str, host_flags: list[str]) -> int:
-        """Tokens of a sequence in a job, after the trainer's own flags.
+        """Return the tokens per sequence of a job, after the trainer's own flags.
 
         Raises:
             EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
         """
 
     def precision_in_words(self, config: str, host_flags: list[str], flavor: Flavor) -> str:
-        """Which precision applies to a job, after the trainer's own flags. Raises the same."""
+        """Describe the precision of a job, after the trainer's own flags. Raises the same."""
 
 
 class Pipeline(Protocol):
-    """How a job's ranks work one after another: stages, torch's schedule, microbatches a step."""
+    """How a job divides work into a pipeline: stages, torch's schedule, microbatches per step."""
 
     @property
     def stages(self) -> int: ...
@@ -330,71 +335,71 @@ class Pipeline(Protocol):
 
 
 class Memory(Protocol):
-    """What a rank holds, in bytes by part and component of the model.
+    """Counts what a rank holds, in bytes by part and component of the model.
 
-    Arguments are those of :meth:`Host.run_rank`; what reports of a rank may be called once per
-    process.
+    Arguments are those of :meth:`Host.run_rank`. Methods that report on a rank can be called once
+    per process.
     """
 
     def fewest_ranks(self, config: str, host_flags: list[str]) -> int:
-        """The fewest ranks that the job's degrees allow.
+        """Return the fewest ranks that the job's degrees allow.
 
         Raises:
             EzpzError: as :meth:`pipeline`.
         """
 
     def pipeline(self, config: str, host_flags: list[str]) -> Pipeline:
-        """The job's.
+        """Return the job's pipeline.
 
         Raises:
             EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
         """
 
     def weights(self, config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
-        """Of the weights that the rank holds."""
+        """Report the weights that the rank holds."""
 
     def activations(
         self, config: str, host_flags: list[str], world_size: int, rank: int
     ) -> RankReport:
-        """Of what one microbatch's forward leaves for backward, with an accelerator's kernels."""
+        """Report what one microbatch's forward leaves for backward, with accelerator kernels."""
 
     def activations_on_cpu(
         self, config: str, host_flags: list[str], world_size: int, rank: int
     ) -> RankReport:
-        """The same with torch's kernels on the CPU."""
+        """Report the same with torch's kernels on the CPU."""
 
 
 class Analysis(Protocol):
-    """A flavor's model run on a text. L = sequence length, V = vocabulary, K = experts of a token.
+    """Runs a flavor's model on a text. L = sequence length, V = vocabulary, K = experts per token.
 
     ``model`` is always what :meth:`build` has returned.
     """
 
     def build(self, flavor: Flavor, length: int, *, device: str) -> nn.Module:
-        """The model on ``device``, with the host's settings for sequences of ``length``.
+        """Build the model on ``device``, with the host's settings for sequences of ``length``.
 
         Raises:
             EzpzError: the host refuses the model or the length.
         """
 
     def forward(self, model: nn.Module, tokens_L: Tensor, positions_L: Tensor) -> Tensor:
-        """The logits [L, V] of one sequence."""
+        """Return the logits [L, V] of one sequence."""
 
     def routers(self, model: nn.Module) -> dict[str, Any]:
-        """The router of each layer with experts, by the layer's name; it has ``num_experts``."""
+        """Return the router of each layer with experts, by layer name; it has ``num_experts``."""
 
     def chosen(self, output: Any) -> Tensor:
-        """The experts in what a router returns: [..., K]."""
+        """Return the experts in a router's output: [..., K]."""
 
     def expert_weights(self, model: nn.Module) -> dict[str, list[Tensor]]:
-        """The routed experts' parameters [E, ...], by the layer's name."""
+        """Return the routed experts' parameters [E, ...], by layer name."""
 
     def at_step(self, model: nn.Module, step: int) -> None:
-        """Put what a flavor schedules to its value in a training step."""
+        """Set what the flavor schedules to its value at a training step."""
 
     def encoder(self, folder: str) -> Callable[[str], list[int]]:
-        """A document's tokens, marked as the trainer does; ``folder`` has the tokenizer.
+        """Return a function that encodes a document, with the marks that the trainer adds.
 
         Raises:
-            EzpzError: there is none.
+            EzpzError: ``folder`` has no tokenizer.
         """

@@ -1,7 +1,7 @@
-"""Which torch and torchtitan are installed, and how the host tests went with which pairs.
+"""Find the installed torch and torchtitan, and look up how the host tests went with each pair.
 
-A release of the host is known by its version. A checkout is known by its commit, because the
-version that stands in it may be any. Nothing here imports torch or the host.
+A release of the host is identified by its version, a checkout by its commit: the version in a
+checkout can be anything. Nothing here imports torch or the host.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Host:
 
     @property
     def name(self) -> str:
-        """The version of a release, the commit of a snapshot."""
+        """The version of a release, or the commit of a snapshot."""
         if self.commit:
             return f"commit {self.commit[:12]}"
         return self.version or "of no known version"
@@ -46,8 +46,8 @@ class HostRun:
     """One run of the host tests (``make test-hosts``).
 
     Attributes:
-        torch: its version.
-        torchtitan: the host's name: a version or a commit.
+        torch: version of torch.
+        torchtitan: name of the host: a version or a commit.
         generation: the binding that was chosen, in words.
         device: what the models trained on.
         date: of the run.
@@ -65,19 +65,19 @@ class HostRun:
 
 
 def passed(runs: Iterable[HostRun]) -> tuple[tuple[str, str], ...]:
-    """(torch, torchtitan) of the runs in which no test failed."""
+    """Return (torch, torchtitan) of the runs without a failed test."""
     return tuple((run.torch, run.torchtitan) for run in runs if not run.failed)
 
 
 RECORD = Path(__file__).with_name("tested.json")
 HOST_RUNS = tuple(HostRun(**run) for run in json.loads(RECORD.read_text()))
-"""The last run with each pair, the newest host last; docs/rebasing.md shows them."""
+"""The last run with each pair, newest host last; docs/rebasing.md shows them."""
 
 TESTED_PAIRS = passed(HOST_RUNS)
 
 
 def version(distribution: str) -> str | None:
-    """The installed version without its local part ("2.15.0+cu130" is 2.15.0)."""
+    """Return the installed version without its local part ("2.15.0+cu130" is 2.15.0)."""
     try:
         return metadata.version(distribution).partition("+")[0]
     except metadata.PackageNotFoundError:
@@ -86,11 +86,13 @@ def version(distribution: str) -> str | None:
 
 @cache
 def host() -> Host | None:
-    """The torchtitan that an import would find; None where there is none."""
+    """Return the torchtitan that an import would find, or None."""
     spec = util.find_spec(HOST)
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).resolve().parent
+    # A distribution may be installed while PYTHONPATH points to another torchtitan. Its version
+    # says something only if it owns the folder that is imported.
     for distribution in metadata.distributions(name=HOST):
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if folder in (_installed_folder(distribution), _editable_folder(origin)):
@@ -100,7 +102,7 @@ def host() -> Host | None:
 
 
 def host_name() -> str | None:
-    """What the installed torchtitan is called in a pair; None where there is none."""
+    """Return the name of the installed torchtitan in a pair, or None."""
     found = host()
     return found.name if found else None
 
@@ -110,14 +112,16 @@ def _installed_folder(distribution: metadata.Distribution) -> Path:
 
 
 def _editable_folder(origin: dict) -> Path | None:
-    """The package of ``pip install --editable CHECKOUT``."""
+    """Return the package folder of ``pip install --editable CHECKOUT``; None if not editable."""
     if not origin.get("dir_info", {}).get("editable"):
         return None
     return Path(unquote(urlparse(origin["url"]).path), HOST).resolve()
 
 
 def _commit(folder: Path) -> str:
-    """The commit of the checkout that ``folder`` is the package of; empty where git is missing."""
+    """Return the commit of the checkout that contains ``folder``; empty without git."""
+    # Only a .git right beside the package counts. `git rev-parse` would also search the parents,
+    # and find the repository that a virtual environment happens to lie in.
     if not (folder.parent / ".git").exists() or shutil.which("git") is None:
         return ""
     command = ["git", "-C", str(folder.parent), "rev-parse", "HEAD"]

@@ -1,4 +1,4 @@
-"""Files that a job names and that have to be there, whichever the host."""
+"""Check that the files a job names exist. The same for all hosts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def missing_files(hf_assets_path: str, initial_load_path: str | None) -> Iterator[str]:
-    """What is not there, each in one sentence; an address (``gs://...``) is not looked up."""
+    """Yield one sentence per missing file; addresses (``gs://...``) are not looked up."""
     if not any((Path(hf_assets_path) / name).is_file() for name in _TOKENIZERS):
         yield (
             f"hf_assets_path = {hf_assets_path!r} has no tokenizer (tokenizer.json, or "

@@ -1,4 +1,4 @@
-"""Jobs for the installed host: read with its table of keys, before torch or the host is imported.
+"""Read jobs for the installed host, with its table of keys, before torch or the host is imported.
 
 The host is recognized by its files (:func:`ezpz_moe.hosts.detect.presumed_host`).
 """
@@ -15,7 +15,7 @@ __all__ = ["find_job", "job_for_flavor", "load_job"]
 
 
 def load_job(path: str | Path) -> Job:
-    """Read a job file, and check it and that its flavor exists.
+    """Read a job file and check it, and check that its flavor exists.
 
     Raises:
         EzpzError: as :func:`ezpz_moe.config.job.load_job`.
@@ -24,7 +24,7 @@ def load_job(path: str | Path) -> Job:
 
 
 def find_job(config: str) -> Job:
-    """The job that ``--config`` names: the path of a job's TOML, or a flavor.
+    """Return the job that ``--config`` names: a job's TOML by its path, or a flavor.
 
     Raises:
         EzpzError: as :func:`load_job` and :func:`job_for_flavor`.

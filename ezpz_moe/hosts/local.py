@@ -1,4 +1,4 @@
-"""A rank's own part of a tensor that is shared out."""
+"""Get a rank's own part of a sharded tensor."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``; all of a plain one."""
+    """Return what this rank holds of ``tensor``; all of it for a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

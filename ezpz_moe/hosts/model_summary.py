@@ -1,4 +1,4 @@
-"""What a flavor's model is made of, whichever host builds it."""
+"""Describe what a flavor's model consists of. The same for all hosts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Dimensions and parameters, counted and not computed."""
+    """Dimensions and parameters, counted on the model instead of computed from a formula."""
 
     dim: int
     n_layers: int

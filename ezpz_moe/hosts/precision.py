@@ -1,8 +1,9 @@
-"""In which precision a job and its experts compute where the CPU does not multiply bfloat16.
+"""Choose the precision of a job and its experts on a CPU that does not multiply bfloat16.
 
-There a job that does not say otherwise trains with ``training.mixed_precision_param = "float32"``,
-and its experts compute in float32 too. What is said wins over this rule, in the order of the flag,
-the job, and the flavor's ``expert_precision``. Shared by the bindings to all hosts.
+On such a CPU, a job that does not say otherwise trains with
+``training.mixed_precision_param = "float32"``, and its experts compute in float32 too. Explicit
+settings win over this rule: first the flag, then the job, then the flavor's ``expert_precision``.
+Shared by all bindings.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 
 PARAM = "training.mixed_precision_param"
-"""The host's setting, in every generation: what FSDP or autocast computes in."""
+"""The host's setting, in every generation: the dtype that FSDP or autocast computes in."""
 
 HOSTS_CAST = "bfloat16"
-"""What the hosts cast rows and weights of the experts to, and so the bindings."""
+"""The dtype that the hosts, and so the bindings, cast the experts' rows and weights to."""
 
 REASON = (
     "this CPU has no bfloat16 instructions, and torch multiplies bfloat16 on it 10 to 40 times "
     "slower than float32"
 )
 
+# A context variable instead of an argument: the host builds the config and calls us from there, so
+# there is no way to pass an argument through.
 _is_for_accelerator = ContextVar("is_for_accelerator", default=False)
 
 
 @contextlib.contextmanager
 def as_on_an_accelerator() -> Iterator[None]:
-    """Within it this machine's CPU is not asked: the config is of a run on another machine."""
+    """Ignore this machine's CPU: inside it, configs are those of a run on an accelerator."""
     token = _is_for_accelerator.set(True)
     try:
         yield
@@ -45,14 +48,14 @@ def as_on_an_accelerator() -> Iterator[None]:
 
 
 def trains_in_float32(device_type: str) -> bool:
-    """Whether a job that does not say otherwise trains in float32 on this machine."""
+    """Return whether a job that does not say otherwise trains in float32 on this machine."""
     return not _is_for_accelerator.get() and is_emulated(device_type, torch.bfloat16)
 
 
 def experts_dtype(
     asked: ExpertPrecision | None, mixed_precision_param: str, device_type: str
 ) -> str:
-    """The dtype, "bfloat16" or "float32", that experts with a forward of ours compute in.
+    """Return the dtype, "bfloat16" or "float32", of experts that compute with our own forward.
 
     Args:
         asked: the flavor's ``expert_precision``.
@@ -61,25 +64,30 @@ def experts_dtype(
     """
     if asked is not None:
         return HOSTS_CAST if asked == "host" else asked
+    # Both conditions: if a flag sets the run back to bfloat16, the experts follow it. They would
+    # otherwise be the only part in float32, and nobody asked for that.
     is_ruled = trains_in_float32(device_type) and mixed_precision_param == "float32"
     return "float32" if is_ruled else HOSTS_CAST
 
 
 def is_host_path(backend: str) -> bool:
-    """Whether ``backend`` is the host's own code, which no precision of ours reaches."""
+    """Return whether ``backend`` is the host's own code, which no precision of ours reaches."""
     return name_and_options(backend)[0] == "grouped_mm"
 
 
 def refuse_precision(
     asked: ExpertPrecision | None, backend: str, chosen_by: str, *, hosts_forward: str | None = None
 ) -> None:
-    """Refuse a precision that nothing of ours could bring about.
+    """Refuse a precision that our code could not bring about.
 
     Args:
-        hosts_forward: the experts' class where its forward is the host's, which casts as it does.
+        asked: the flavor's ``expert_precision``.
+        backend: what computes the experts.
+        chosen_by: who asked for it, for the message.
+        hosts_forward: name of the experts' class if they keep the host's forward, with its casts.
 
     Raises:
-        EzpzError: another precision than the host's is asked for, of its own path or forward.
+        EzpzError: the host's own path or forward is asked for a precision other than its own.
     """
     where = f"expert_precision = {asked!r} ({chosen_by})"
     if is_host_path(backend) and asked not in (None, "host"):
@@ -97,13 +105,13 @@ def refuse_precision(
 
 
 def of_run(mixed_precision_param: str, experts: str, device_type: str) -> str:
-    """Which precision applies, for people: the run's, the experts', and why."""
+    """Describe the precision of a run: the run's, the experts', and why."""
     why = f": {REASON}" if trains_in_float32(device_type) else ""
     return f'{PARAM} = "{mixed_precision_param}", experts in {experts}{why}'
 
 
 def job_line() -> str:
-    """For the log of a run that trains in float32 by the rule: the reason and the way back."""
+    """Return the log line of a run that trains in float32 by the rule: why, and how to go back."""
     return (
         f'ezpz_moe: {PARAM} = "float32": {REASON}. To go back, set '
         f'[training] mixed_precision_param = "bfloat16"'
@@ -111,7 +119,7 @@ def job_line() -> str:
 
 
 def door_2_line(mixed_precision_param: str) -> str | None:
-    """A warning for a run whose training settings are not ours to change; None where none fits."""
+    """Return a warning for a run whose training settings we may not change, or None."""
     if mixed_precision_param == "float32":
         return None
     return (
@@ -121,7 +129,7 @@ def door_2_line(mixed_precision_param: str) -> str | None:
 
 
 def in_words(dtype: str, backend: str, device_type: str, *, is_forward_ours: bool) -> str:
-    """What experts compute in, as the end of "compute_backend ... in ..."."""
+    """Describe what experts compute in, as the end of "compute_backend ... in ..."."""
     if dtype != HOSTS_CAST or not is_emulated(device_type, torch.bfloat16):
         return dtype
     if is_host_path(backend):
@@ -133,14 +141,15 @@ def in_words(dtype: str, backend: str, device_type: str, *, is_forward_ours: boo
 def agreeing_on_precision(
     parallelize_fn: Callable[..., Any], precision_of: Callable[..., str]
 ) -> Callable[..., Any]:
-    """Wrap a model's ``parallelize_fn`` so that ranks of different machines are refused before it.
+    """Wrap a model's ``parallelize_fn`` to refuse ranks that would compute in different dtypes.
 
-    Each rank asks its own CPU, and shards of different dtypes cannot be gathered. All ranks learn
-    it, so that the message is printed wherever somebody reads.
+    Each rank asks its own CPU, so machines of different kinds can disagree, and shards of different
+    dtypes cannot be gathered. All ranks learn of it: the message appears wherever someone reads.
 
     Args:
-        precision_of: from the arguments of ``parallelize_fn``, what this rank computes in, in
-            words.
+        parallelize_fn: the model's.
+        precision_of: returns, from the arguments of ``parallelize_fn``, what this rank computes in,
+            in words.
 
     Returns:
         A function that raises EzpzError, and that otherwise waits for every rank once.
@@ -152,6 +161,7 @@ def agreeing_on_precision(
         nonlocal asked  # a rank of a pipeline has several parts of the model
         if not asked:
             asked = True
+            # The host would print a traceback on every rank.
             with exit_on_user_error():
                 _refuse_other_precisions(precision_of(*args, **kwargs))
         return parallelize_fn(*args, **kwargs)
@@ -161,14 +171,19 @@ def agreeing_on_precision(
 
 def _refuse_other_precisions(own: str) -> None:
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks == 1 or torch.distributed.get_backend() == "fake":  # whose other ranks are not there
+    if ranks == 1 or torch.distributed.get_backend() == "fake":  # a fake group has no other ranks
         return
+    # The store and not a collective: it needs no device and no tensors, and its counters work even
+    # if the ranks disagree, which is the case to detect.
     default = torch.distributed.distributed_c10d._get_default_store()
     store = torch.distributed.PrefixStore("ezpz_moe/precision", default)
+    # Each rank counts itself under its own precision, and only then as arrived. When the last one
+    # has arrived, all counters are complete.
     store.add(own, 1)
     if store.add("arrived", 1) == ranks:
         store.set("all arrived", "")
     store.wait(["all arrived"])
+    # add(key, 0) reads a counter.
     if (alike := store.add(own, 0)) != ranks:
         raise EzpzError(
             f"{alike} of the {ranks} ranks, including this one, would train with {own}, but "

@@ -1,4 +1,4 @@
-"""What a host reports about one rank of a big run that it has built."""
+"""Report on one rank of a big run, as built by a host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class RankReport:
     Attributes:
         rank: global rank.
         parameters: number of parameters in its shards; None after an error, like the next two.
-        state_bytes: weights, gradients and optimizer states in bytes, without activations.
-        step: how much of a step ran, with tensors that have no values, or why none did.
+        state_bytes: bytes of weights, gradients and optimizer states, without activations.
+        step: how much of a step ran with tensors that have no values, or why none did.
         error: what went wrong; empty if the rank was built.
         bytes_by_place: for ``describe``, bytes by (part of the model, component).
     """

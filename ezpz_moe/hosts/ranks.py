@@ -1,7 +1,7 @@
-"""How the ranks of a run share the model and the batch, whichever the host.
+"""Check how the ranks of a run divide the model and the batch. The same for all hosts.
 
-``config`` is the host's, and ``parallelism`` its section of that name: the degrees, by which the
-ranks are laid out, are named alike in every generation. Each check yields its problems' messages.
+``config`` is the host's, and ``parallelism`` its section of that name. The degrees that lay out the
+ranks have the same names in every generation. Each check yields the messages of its problems.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 @dataclass(frozen=True)
 class Batch:
-    """What is computed between two steps of the optimizer, as settings: path and value.
+    """What is computed between two optimizer steps, as settings: each a path and a value.
 
     Attributes:
-        step: of all ranks together; not positive: as little as possible.
-        microbatch: of one rank at once, in the same unit.
-        microbatches: how many of those a rank computes at least.
+        step: size for all ranks together; zero or negative means as little as possible.
+        microbatch: size that one rank computes at once, in the same unit.
+        microbatches: the least number of those that a rank computes.
     """
 
     step: tuple[str, int]
@@ -32,9 +32,9 @@ class Batch:
 
 
 def is_dry_run(config: Any) -> bool:
-    """Whether this process stands for a rank among many, of which there is no other.
+    """Return whether this process only pretends to be one of many ranks.
 
-    Then neither files nor devices of theirs are here.
+    If so, the files and devices of the real ranks are not here.
     """
     return config.comm.mode in ("fake_backend", "local_tensor")
 
@@ -42,8 +42,8 @@ def is_dry_run(config: Any) -> bool:
 def started_rank_problems(
     config: Any, batch: Batch, *, expert_tensor_parallel: int = 1
 ) -> Iterator[str]:
-    """:func:`rank_problems` of the ranks that this process is told of; none if it is told none."""
-    # Both variables are the host's; it says itself that a dry run needs NGPU.
+    """Yield :func:`rank_problems` for the number of ranks in the environment, if it is set."""
+    # Both variables are the host's. It reports by itself if a dry run lacks NGPU.
     ranks = os.environ.get("NGPU" if is_dry_run(config) else "WORLD_SIZE")
     if not ranks:
         return iter(())
@@ -54,7 +54,7 @@ def started_rank_problems(
 
 @contextlib.contextmanager
 def outside_of_a_run() -> Iterator[None]:
-    """Hide the rank that a job script may have: a process of a run leaves checks to the run."""
+    """Hide the rank that a job script may have set: checks for a run are made only in its ranks."""
     rank = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     try:
         yield
@@ -63,21 +63,23 @@ def outside_of_a_run() -> Iterator[None]:
 
 
 def share_of_model(parallelism: Any, ranks: int) -> float:
-    """The part of the parameters that a rank holds on average: every degree but one cuts them.
+    """Return the share of the parameters that a rank holds on average.
 
-    What tensor parallelism leaves whole (norms, routers) is small and not counted, and stages of a
-    pipeline count as equal.
+    All degrees shard them except data_parallel_replicate. What tensor parallelism leaves whole
+    (norms, routers) is small and not counted. The stages of a pipeline count as equal.
     """
     return parallelism.data_parallel_replicate_degree / ranks
 
 
 def fewest_ranks(parallelism: Any) -> int:
-    """The fewest ranks that the degrees allow: where sharding takes what is left, the least."""
+    """Return the fewest ranks that the degrees allow; a shard degree of -1 gets the least."""
     par = parallelism
     inner = par.context_parallel_degree * par.tensor_parallel_degree
     shard = par.data_parallel_shard_degree
     if shard == -1:
         experts = par.expert_parallel_degree
+        # Expert parallelism takes its ranks from shard x inner, so that product has to be a
+        # multiple of the degree: inner provides gcd(experts, inner) of it, sharding the rest.
         shard = experts // math.gcd(experts, inner)
     outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
     return outer * shard * inner
@@ -86,13 +88,13 @@ def fewest_ranks(parallelism: Any) -> int:
 def rank_problems(
     parallelism: Any, ranks: int, batch: Batch, *, expert_tensor_parallel: int = 1
 ) -> Iterator[str]:
-    """The ranks against the degrees, the experts' layout, and the batch.
+    """Check the ranks against the degrees, the experts' layout and the batch.
 
     Args:
         parallelism: the degrees.
-        ranks: of the run.
+        ranks: number of ranks in the run.
         batch: what a step computes.
-        expert_tensor_parallel: ranks that share an expert, where the host has such a degree.
+        expert_tensor_parallel: ranks that share an expert, if the host has such a degree.
     """
     par, within = parallelism, expert_tensor_parallel
     outer = par.pipeline_parallel_degree * par.data_parallel_replicate_degree
@@ -108,6 +110,7 @@ def rank_problems(
             f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
             f"tensor_parallel {par.tensor_parallel_degree} must be {ranks} (-1: what is left)."
         )
+        # The checks below would divide by a shard degree that does not exist.
         return
     if shard * inner % (par.expert_parallel_degree * within):
         yield (
@@ -131,7 +134,7 @@ def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
 
 
 def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterator[str]:
-    """Each number of heads that the model's attentions have, of queries and of keys."""
+    """Check each number of attention heads in the model, those of queries and those of keys."""
     degree = parallelism.tensor_parallel_degree
     for number in dict.fromkeys(heads):
         if number % degree:
@@ -142,7 +145,7 @@ def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterat
 
 
 def schedule_problems(config: Any) -> Iterator[str]:
-    """Whether torch knows the pipeline's schedule."""
+    """Check that torch knows the pipeline's schedule."""
     try:
         get_schedule_class(config.parallelism.pipeline_parallel_schedule)
     except ValueError as error:

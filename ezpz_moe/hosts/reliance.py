@@ -1,7 +1,7 @@
-"""What a binding relies on in the host, as data, and whether the installed host has it.
+"""Describe as data what a binding relies on in the host, and check whether the host has it.
 
-Each generation lists its reliances, in a ``relied_on`` next to its class. The one list serves the
-check before a run, the host contract tests, and people.
+Each generation lists its reliances in a ``relied_on`` module next to its class. The same list
+serves the check before a run, the host contract tests, and people.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from ezpz_moe.errors import EzpzError
 
 NO_FLAVOR = "no flavor and no job can be trained; torchtitan's own configs still can"
-"""What it means when something is missing that every run of ours goes through."""
+"""The consequence if something is missing that every run of ours needs."""
 
 NO_BACKEND = f"no backend can be bound: {NO_FLAVOR}"
 
@@ -33,14 +33,14 @@ class Reliance:
 
     Attributes:
         thing: ``"module:attribute"``, with a dotted attribute for members; or ``"module"`` alone,
-            which is only looked for, and imported when it ``has`` something.
+            which is only looked for, and imported only if ``has`` lists something.
         used_for: what the binding does with it.
         if_broken: what its absence means for a user, in plain words.
         has: names that it has.
         takes: names of parameters that it accepts.
         fields: names of fields that the dataclass has.
         sets: names of attributes that the class's ``__init__`` sets.
-        vital: without it nothing can be trained, so that a run is refused before it starts.
+        vital: nothing can be trained without it, so a run is refused before it starts.
     """
 
     thing: str
@@ -53,9 +53,10 @@ class Reliance:
     vital: bool = False
 
     def why_broken(self) -> str:
-        """What the installed host lacks, in one line; empty when the reliance holds."""
+        """Return what the installed host lacks, in one line; empty if the reliance holds."""
         module, _, attribute = self.thing.partition(":")
         try:
+            # Only looked for: importing `torchtitan.train` would load the whole trainer.
             if not (attribute or self.has):
                 return "" if util.find_spec(module) else f"No module named {module!r}"
             found = import_module(module)
@@ -72,7 +73,7 @@ class Reliance:
             return "; ".join(reason for check in checks for reason in check(found))
         except ImportError as error:
             return str(error)
-        except Exception as error:  # a module of the host's may raise anything when it is imported
+        except Exception as error:  # importing a module of the host's can raise anything
             return in_words(error)
 
     def _names_missing(self, found: Any) -> Iterator[str]:
@@ -83,6 +84,7 @@ class Reliance:
         if not self.takes:
             return
         parameters = inspect.signature(found).parameters
+        # It takes every name, so its signature cannot tell.
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         if missing := [name for name in self.takes if name not in parameters]:
@@ -99,9 +101,10 @@ class Reliance:
             yield f"has no field {', '.join(missing)}"
 
     def _attributes_missing(self, found: Any) -> Iterator[str]:
-        """By the names in the code: an instance may need what is not there before a run."""
+        """Look at the names in the code: an instance may need what does not exist before a run."""
         if not self.sets:
             return
+        # Along the MRO, because a base class's __init__ may set them.
         own = [vars(each).get("__init__") for each in inspect.getmro(found)]
         codes = [getattr(inspect.unwrap(each), "__code__", None) for each in own if each]
         set_here = {name for code in codes if code for name in code.co_names}
@@ -110,15 +113,15 @@ class Reliance:
 
 
 def broken(reliances: Iterable[Reliance]) -> dict[Reliance, str]:
-    """The reliances that do not hold, each with what the host lacks."""
+    """Return the reliances that do not hold, each with what the host lacks."""
     reasons = {reliance: reliance.why_broken() for reliance in reliances}
     return {reliance: reason for reliance, reason in reasons.items() if reason}
 
 
 def is_written(reliance: Reliance) -> bool:
-    """Whether the source of its ``"package.module:name"`` defines that, a class with its fields.
+    """Return whether the source of ``"package.module:name"`` defines that name, with its fields.
 
-    Nothing is imported.
+    It imports nothing.
     """
     module, _, name = reliance.thing.partition(":")
     package, _, path = module.partition(".")
@@ -128,7 +131,7 @@ def is_written(reliance: Reliance) -> bool:
         if file.is_file():
             try:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
-            except (SyntaxError, ValueError):  # whoever imports it gets told
+            except (SyntaxError, ValueError):  # importing it will report this
                 return False
             found_here = [node for node in tree.body if getattr(node, "name", None) == name]
             fields = {
@@ -142,6 +145,6 @@ def is_written(reliance: Reliance) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """What the host raised, in one line, with its type; our own message as it is."""
+    """Return what the host raised in one line, with its type; our own messages unchanged."""
     words = " ".join(str(error).split())
     return words if isinstance(error, EzpzError) else f"{type(error).__name__}: {words}"

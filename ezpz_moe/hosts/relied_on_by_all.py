@@ -1,4 +1,4 @@
-"""What the bindings to every generation of torchtitan rely on."""
+"""List what the bindings to every generation of torchtitan rely on."""
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NOTHING_TRAINS, Reliance
 
@@ -57,4 +57,4 @@ DATASET_CONFIG = Reliance(
     fields=("path", "loader", "sample_processor"),
     vital=True,
 )
-"""Of 0.2 and 0.3; in August 2026 the host's texts became another class."""
+"""Needed for 0.2 and 0.3; in August 2026 the host's texts became another class."""

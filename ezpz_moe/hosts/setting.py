@@ -1,4 +1,4 @@
-"""One setting of a trainer's config, whichever the host, and nested configs as flat paths."""
+"""Represent settings of a trainer's config, and flatten nested configs. For all hosts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Setting:
 
     Attributes:
         path: ``section.name``, which is also the trainer's flag ``--section.name``.
-        default: the host's own value; None also where the host has no such field by default.
+        value: its value in this config.
+        default: the host's own value; None if the host has no such field by default.
     """
 
     path: str
@@ -26,10 +27,11 @@ class Setting:
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``("a.b", value)`` of everything in nested dicts and lists of dicts."""
+    """Yield ``("a.b", value)`` for everything in nested dicts and lists of dicts."""
     children: Iterable[tuple[Any, Any]]
     if isinstance(node, Mapping):
         children = node.items()
+    # Only lists of dicts: a list of plain values, such as betas, is one setting.
     elif isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
         children = enumerate(node)
     else:

@@ -1,4 +1,4 @@
-"""What is said of a torch and torchtitan that no tests have run with: little, and rarely."""
+"""Report a pair of torch and torchtitan that no tests have run with: briefly, and rarely."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ezpz_moe.hosts.installed import TESTED_PAIRS, host_name, version
 
 
 def installed_pair() -> tuple[str | None, str | None]:
-    """torch and torchtitan; None for what is not installed."""
+    """Return the versions of torch and torchtitan; None for what is not installed."""
     return version("torch"), host_name()
 
 
 def is_tested() -> bool:
-    """Whether the installed pair is a tested one, or differs from one by patch releases alone."""
+    """Return whether the installed pair is tested, up to patch releases."""
     installed = tuple(map(_minor, installed_pair()))
     return any(installed == tuple(map(_minor, pair)) for pair in TESTED_PAIRS)
 
 
 def tested_pairs() -> str:
-    """The tested pairs in words."""
+    """Return the tested pairs in words."""
     return ", ".join(f"torch {torch} with torchtitan {titan}" for torch, titan in TESTED_PAIRS)
 
 
 def notice() -> str | None:
-    """The line about an untested pair; None for a tested one, and where it was said today.
+    """Return the line about an untested pair, or None if it is tested or was reported today.
 
-    All processes of a user share that memory, so that of a run's ranks one says it.
+    All processes of a user share that memory, so only one rank of a run reports it.
     """
     if is_tested():
         return None
@@ -38,21 +38,22 @@ def notice() -> str | None:
 
 
 def _minor(version: str | None) -> tuple[str, ...]:
-    """ "2.14.1" as ("2", "14"); a commit as it is."""
+    """ "2.14.1" as ("2", "14"); a commit unchanged."""
     return tuple((version or "").split(".")[:2])
 
 
 def _is_first_today(pair: str) -> bool:
-    """Whether no process of this user has asked for ``pair`` today; remembers that one has."""
+    """Return whether this is today's first call for ``pair`` by this user, and remember it."""
     folder, name = cache_root() / "untested", pair.replace(" ", "-with-")
     today = folder / f"{name}.{date.today().isoformat()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        today.touch(exist_ok=False)  # of processes that ask at once one makes it
+        today.touch(exist_ok=False)  # atomic: of several processes, exactly one creates it
     except FileExistsError:
         return False
     except OSError:
-        return True  # nothing can be remembered there: said every time
+        return True  # nothing can be remembered there, so it is reported every time
+    # Yesterday's files; without this the folder would grow by one file a day.
     for stamp in set(folder.glob(f"{name}.*")) - {today}:
         stamp.unlink(missing_ok=True)
     return True

@@ -1,4 +1,4 @@
-"""The mixture of experts that ``ezpz-moe upcycle`` builds, as the host describes it.
+"""Describe the mixture of experts that ``ezpz-moe upcycle`` builds, as the host sees it.
 
 Legend: E = experts, F = hidden dimension of an expert, D = model dimension.
 """
@@ -17,7 +17,7 @@ PARTS = ("w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with experts, and its parameters' names.
+    """A layer with experts, and the names of its parameters.
 
     Attributes:
         name: for example "layers.3".
