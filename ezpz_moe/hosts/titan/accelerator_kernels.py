@@ -1,6 +1,6 @@
-"""Kernels of accelerators where there is none: they save what the real ones would save.
+"""Stand in for accelerator kernels on a machine without one, and save what they would save.
 
-For tensors that have shapes and no values, so that nothing is computed here.
+For tensors that have shapes but no values: nothing is computed here.
 
 Legend of the suffixes: :mod:`ezpz_moe.hosts.titan.attention`.
 """
@@ -18,9 +18,9 @@ from ezpz_moe.hosts.titan.attention import MASKED_ATTENTION, CausalAttention, le
 
 
 class AcceleratorKernels(TorchFunctionMode):
-    """RMSNorm as accelerators compute it: one kernel, which saves its input and a factor a row.
+    """Makes RMSNorm one kernel, as on accelerators: it saves its input and one factor per row.
 
-    On the CPU it is many operators, which save their results in float32.
+    On the CPU it consists of many operators, which save their results in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,14 +35,16 @@ def _fused_rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
+    # normalized_shape and eps do not change what is saved.
     return _FusedRMSNorm.apply(input, weight)
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Shapes only, for tensors that have no values."""
+    """Produces shapes only, for tensors that have no values."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        # The float32 tensor stands for the reciprocal root mean square, one per row.
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
@@ -52,10 +54,10 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class ShapesOnly(CausalAttention):
-    """Stands in for a fused kernel where that cannot run: it saves what that would save.
+    """Stands in for a fused kernel that cannot run here, and saves what that kernel would save.
 
-    These are queries, keys, values, output and log-sum-exp. Where the written-out attention would
-    run, it does, with the scores that it keeps.
+    That is queries, keys, values, output and log-sum-exp. If the real run would use the written-out
+    attention, this class runs it too, with the scores that it saves.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -68,15 +70,18 @@ class ShapesOnly(CausalAttention):
 
     def forward(self, q_BLNH, k_BLNH, v_BLNH, *, out_transform=None, **kwargs):
         has_own_form = out_transform is not None or self.left_window >= 0
+        # A model with FlexAttention has a fused kernel even with sinks or a window. One with SDPA
+        # does not: there CausalAttention writes the attention out, and its scores count.
         if has_own_form and not self.is_fused_always:
             return super().forward(q_BLNH, k_BLNH, v_BLNH, out_transform=out_transform, **kwargs)
-        # Of torch's fused kernels the one that takes values of another head dimension (MLA).
+        # The one fused kernel of torch that accepts values with another head dimension (MLA).
         out_BNLH, lse_BNL, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             *(each.transpose(1, 2) for each in (q_BLNH, k_BLNH, v_BLNH)), None, True, 0.0, True
         )
         out_BLNH = out_BNLH.transpose(1, 2)
         if out_transform is None:
             return out_BLNH
+        # The kernel pads the log-sum-exp to a multiple of its block size.
         return out_transform(out_BLNH, lse_BNL[..., : q_BLNH.shape[1]].transpose(1, 2))
 
 

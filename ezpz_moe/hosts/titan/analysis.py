@@ -1,6 +1,6 @@
-"""What ``ezpz-moe analyze`` needs of the host: its model, routers, experts and tokenizer.
+"""Provide what ``ezpz-moe analyze`` needs: the host's model, routers, experts and tokenizer.
 
-Legend of the suffixes: L = sequence length, V = vocabulary, B = batch, K = experts of a token,
+Legend of the suffixes: L = sequence length, V = vocabulary, B = batch, K = experts per token,
 E = experts.
 """
 
@@ -26,7 +26,7 @@ from ezpz_moe.hosts.titan.router import moe_layers
 
 
 def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
-    """The flavor's model on ``device``, with the host's settings for sequences of ``length``.
+    """Build the flavor's model on ``device``, with the host's settings for sequences of ``length``.
 
     Raises:
         EzpzError: the host refuses the model or the length.
@@ -35,6 +35,7 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
     training: Any = {titan().LENGTH.rpartition(".")[2]: length}
     try:
         config = Trainer.Config(model_spec=spec, training=TrainingConfig(**training))
+        # As the trainer does: the model takes the sequence length from here, and may refuse it.
         spec.model.update_from_config(config=config)
     except ValueError as error:
         raise EzpzError(f"{flavor.source}: torchtitan refuses this: {error}") from error
@@ -42,6 +43,8 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
     with torch.device("meta"):
         model = spec.model.build()
     model.to_empty(device=device)
+    # Weights are initialised although a checkpoint may follow: buffers such as RoPE's tables are
+    # not in it.
     with torch.no_grad():
         model.init_states(buffer_device=torch.device(device))
     model.is_masked = has_masked_attention(spec)
@@ -49,28 +52,30 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
 
 
 def forward(model: Any, tokens_L: torch.Tensor, positions_L: torch.Tensor) -> torch.Tensor:
-    """The logits [L, V] of one sequence."""
+    """Return the logits [L, V] of one sequence."""
     shape = titan().one_sequence(len(tokens_L))
     tokens, positions = tokens_L.reshape(shape), positions_L.reshape(shape)
     inputs = {"positions": positions}
+    # The host builds masks in the trainer's loop and not in the model, so a caller of the model has
+    # to.
     if model.is_masked:
         inputs["attention_masks"] = model.get_attention_masks(positions=positions)
     return model(tokens, **inputs).flatten(0, -2)
 
 
 def routers(model: nn.Module) -> dict[str, Any]:
-    """The router of each layer with experts, by the layer's name; it has ``num_experts``."""
+    """Return the router of each layer with experts, by layer name; it has ``num_experts``."""
     return {name: moe.router for name, moe in _moes(model).items()}
 
 
 def chosen(output: Any) -> torch.Tensor:
-    """The experts in what a router returns: [..., K]."""
+    """Return the experts in a router's output: [..., K]."""
     _, topk_expert_ids_BLK, _ = output
     return topk_expert_ids_BLK
 
 
 def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The routed experts' parameters [E, ...], by the layer's name; not those of constant ones."""
+    """Return the routed experts' parameters [E, ...] by layer name, without constant experts."""
     return {
         name: [
             each.detach()
@@ -82,19 +87,19 @@ def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def at_step(model: nn.Module, step: int) -> None:
-    """Put what a flavor schedules, its router's temperature, to its value in a training step."""
+    """Set what a flavor schedules, its router's temperature, to its value at a training step."""
     for moe in moe_layers([model]).values():
         moe.router.at_step(step)
 
 
 def encoder(folder: str) -> Callable[[str], list[int]]:
-    """A document's tokens, its beginning and end marked as the trainer does.
+    """Return a function that encodes a document, with the beginning and end marks of the trainer.
 
     Args:
-        folder: ``hf_assets_path``, which has the tokenizer.
+        folder: ``hf_assets_path``, which contains the tokenizer.
 
     Raises:
-        EzpzError: there is none.
+        EzpzError: there is no tokenizer.
     """
     try:
         tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
@@ -104,7 +109,7 @@ def encoder(folder: str) -> Callable[[str], list[int]]:
 
 
 def _moes(model: nn.Module) -> dict[str, MoE]:
-    """Layers with experts by name, such as "layers.1"."""
+    """Return the layers with experts by name, such as "layers.1"."""
     return {
         name.rpartition(".")[0]: module
         for name, module in model.named_modules()

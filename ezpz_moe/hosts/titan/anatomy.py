@@ -1,4 +1,4 @@
-"""A flavor's parameters and FLOPs by component, told from its model on the meta device.
+"""Count a flavor's parameters and FLOPs by component, on its model on the meta device.
 
 Legend of the suffixes: B = batch, L = sequence length, D = model dimension, N = heads, H = head
 dimension.
@@ -31,11 +31,11 @@ SCORES = "attention scores"
 
 
 def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
-    """The flavor's components.
+    """Return the flavor's components.
 
     Args:
         flavor: what to build.
-        seq_len: tokens of a sequence, within which attention is computed.
+        seq_len: tokens per sequence; attention is computed within a sequence.
 
     Raises:
         EzpzError: the host cannot build the model, or its attention does not show its heads.
@@ -43,6 +43,8 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
     config, model = model_spec(flavor).model, build_on_meta(flavor)
     chosen = choices(flavor)
     costs, uncounted = weigh(model, chosen.computing_share)
+    # `weigh` sees parameters only. The products of queries and keys have none, so they are added
+    # here.
     scores = costs.get(SCORES, Cost())
     costs[SCORES] = replace(scores, forward=_score_flops(config, model, seq_len))
     return Anatomy(
@@ -59,7 +61,7 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
 
 
 def sequence_length(config: str, host_flags: list[str]) -> int:
-    """Tokens of a sequence in a job, after the trainer's own flags.
+    """Return the tokens per sequence of a job, after the trainer's own flags.
 
     Raises:
         EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
@@ -69,7 +71,7 @@ def sequence_length(config: str, host_flags: list[str]) -> int:
 
 
 def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> str:
-    """Which precision applies to a job, after the trainer's own flags.
+    """Describe the precision of a job, after the trainer's own flags.
 
     Raises:
         EzpzError: as :func:`sequence_length`.
@@ -78,13 +80,15 @@ def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> st
 
 
 def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
-    """Forward FLOPs of a token in all layers: its query with each key, and the sum of values."""
+    """Return forward FLOPs per token in all layers: queries with keys, and the sum of values."""
     windows = {
         path: left_window(node) for path, node, _, _ in config.traverse(BaseAttention.Config)
     }
     flops = 0.0
     for path, module in model.named_modules():
         if isinstance(module, BaseAttention):
+            # The window is stored in the attention's config and not in the module. Both trees have
+            # the same paths. It counts earlier tokens; mean_keys also counts the token itself.
             heads, qk_dim, v_dim = _heads(module, path, config.dim)
             window = None if windows[path] < 0 else windows[path] + 1
             flops += 2 * heads * (qk_dim + v_dim) * mean_keys(seq_len, window)
@@ -92,13 +96,14 @@ def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
 
 
 class _Seen(Exception):
-    """Ends an attention's forward when its kernel would be called."""
+    """Ends an attention's forward just before it calls its kernel."""
 
 
 def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
-    """Heads of the queries, and the head dimension of queries and of values.
+    """Return the number of query heads, and the head dimensions of queries and of values.
 
-    No attribute says it alike in all models. What the kernel is given does: q, k, v [..., N, H].
+    No attribute has this under the same name in all models, but the kernel's inputs q, k and v
+    [..., N, H] do.
     """
 
     def look(_: nn.Module, tensors: tuple[torch.Tensor, ...]) -> None:
@@ -109,6 +114,7 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
         raise _unknown(path, attention)
     handle = kernel.register_forward_pre_hook(look)
     try:
+        # One token on the meta device is enough: only shapes matter.
         attention(torch.empty(*titan().one_sequence(1), dim, device="meta"), None)
     except _Seen as seen:
         q, _, v = seen.args[0]

@@ -1,7 +1,8 @@
-"""Attention that trains where FlexAttention and varlen attention do not: XPU, CPU, old GPUs.
+"""Attention for devices where FlexAttention and varlen attention do not train.
 
-torchtitan 0.3 no longer offers SDPA for language models, because it takes no per-document mask;
-its class is still there. Attention is then causal over the whole packed sequence.
+These are XPU, CPU and old GPUs. torchtitan 0.3 no longer offers SDPA for language models, because
+SDPA takes no per-document mask, but its class still exists. With it, attention is causal over the
+whole packed sequence.
 
 Legend of the suffixes: B = batch, L = sequence length (S on the key side), N = heads,
 G = query heads per key head, H = head dimension.
@@ -25,22 +26,22 @@ MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 
 
 def has_masked_attention(model_spec) -> bool:
-    """Whether the model's attention is one of these."""
+    """Return whether the model uses one of these kernels."""
     return any(any(model_spec.traverse(kernel)) for kernel in MASKED_ATTENTION)
 
 
 class CausalAttention(ScaledDotProductAttention):
-    """SDPA, and where the model wants the log-sum-exp or a window, the same written out.
+    """SDPA; if the model needs the log-sum-exp or a window, the same attention written out.
 
-    gpt_oss rescales the output by its attention sinks, for which it needs the log-sum-exp that
-    ``F.scaled_dot_product_attention`` does not return; the host's SDPA class would ignore that
-    silently. The written-out form holds the [B, N, L, L] scores in memory.
+    gpt_oss rescales the output by its attention sinks. For that it needs the log-sum-exp, which
+    ``F.scaled_dot_product_attention`` does not return. The host's SDPA class would silently ignore
+    the request. The written-out form holds the [B, N, L, L] scores in memory.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(ScaledDotProductAttention.Config):
         left_window: int = -1
-        """How many earlier tokens a token attends to; -1: all of them."""
+        """How many earlier tokens a token attends to; -1 means all of them."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -57,7 +58,7 @@ class CausalAttention(ScaledDotProductAttention):
         out_transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Causal attention; ``out_transform(out_BLNH, lse_BLN)`` is applied to the result."""
+        """Compute causal attention, and apply ``out_transform(out_BLNH, lse_BLN)`` to it."""
         if out_transform is None and self.left_window < 0:
             return super().forward(
                 q_BLNH, k_BLNH, v_BLNH, scale=scale, enable_gqa=enable_gqa, **kwargs
@@ -72,8 +73,9 @@ def use_sdpa(model_config) -> int:
     """Replace the kernel of every masked attention below ``model_config``, in place.
 
     Returns:
-        How many attentions were changed.
+        The number of attentions that were changed.
     """
+    # A list: the tree must not change while it is being traversed.
     attentions = [
         config
         for _, config, _, _ in model_config.traverse(BaseAttention.Config)
@@ -85,16 +87,17 @@ def use_sdpa(model_config) -> int:
 
 
 def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:
-    """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``."""
+    """Return the config of :class:`CausalAttention` that replaces ``config.inner_attention``."""
     return CausalAttention.Config(left_window=left_window(config))
 
 
 def left_window(config: BaseAttention.Config) -> int:
-    """How many earlier tokens the model lets a token attend to; -1: all of them.
+    """Return how many earlier tokens the model lets a token attend to; -1 means all of them.
 
-    The window is a field of the attention, not of its kernel: with FlexAttention it is in the
-    mask, which is not built for SDPA.
+    The window is a field of the attention and not of its kernel. FlexAttention gets it through the
+    mask, and no mask is built for SDPA.
     """
+    # The model's window includes the token itself, ours does not.
     window = getattr(config, "sliding_window_size", None)
     return -1 if window is None else window - 1
 
@@ -107,11 +110,13 @@ def _attention_with_lse(
     scale: float | None,
     left_window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal softmax attention in float32 and the log-sum-exp of its scores."""
+    """Compute causal softmax attention in float32, and the log-sum-exp of its scores."""
     L, N, H = q_BLNH.shape[1:]
     G = N // k_BLNH.shape[2]
     k_BLNH, v_BLNH = (t.repeat_interleave(G, dim=2) for t in (k_BLNH, v_BLNH))
     scale = H**-0.5 if scale is None else scale
+    # float32, as in fused kernels: in bfloat16 the log-sum-exp would keep 8 bits, and gpt_oss
+    # rescales the output with it.
     scores_BNLS = torch.einsum("blnh,bsnh->bnls", q_BLNH.float(), k_BLNH.float()) * scale
     distance_LS = torch.arange(L, device=q_BLNH.device).unsqueeze(1) - torch.arange(
         L, device=q_BLNH.device

@@ -1,7 +1,7 @@
-"""Causal SDPA where the host folds batch and sequence into one dimension of tokens.
+"""Compute causal SDPA on a host that folds batch and sequence into one dimension of tokens.
 
-The host's own SDPA class still takes [B, L, N, H] and would take a folded [T, N, H] for it without
-a word, so that tokens would attend across heads. Here the tokens are cut into sequences again.
+The host's own SDPA class still expects [B, L, N, H]. It would silently accept a folded [T, N, H],
+and tokens would attend across heads. Here the tokens are cut into sequences again.
 
 Legend of the suffixes: T = tokens (B L), otherwise :mod:`ezpz_moe.hosts.titan.attention`.
 """
@@ -16,12 +16,12 @@ from ezpz_moe.hosts.titan import attention as unfolded
 
 
 class CausalAttention(unfolded.CausalAttention):
-    """Causal attention within each ``context_length`` tokens."""
+    """Causal attention within every ``context_length`` tokens."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(unfolded.CausalAttention.Config):
         context_length: int
-        """Tokens of a sequence; the number of tokens is a multiple of it, or less."""
+        """Tokens per sequence; the number of tokens is a multiple of it, or smaller."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -36,9 +36,11 @@ class CausalAttention(unfolded.CausalAttention):
         out_transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Causal attention; ``out_transform(out_TNH, lse_TN)`` is applied to the result."""
+        """Compute causal attention, and apply ``out_transform(out_TNH, lse_TN)`` to the result."""
+        # A microbatch may be shorter than a sequence. `own_conflicts` has refused other remainders.
         length = min(self.context_length, q_TNH.shape[0])
 
+        # The model's transform expects tokens, the parent's expects sequences.
         def on_tokens(out_BLNH: torch.Tensor, lse_BLN: torch.Tensor) -> torch.Tensor:
             assert out_transform is not None
             out_TNH = out_transform(out_BLNH.flatten(0, 1), lse_BLN.flatten(0, 1))
@@ -53,10 +55,10 @@ class CausalAttention(unfolded.CausalAttention):
 
 
 def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:
-    """The config of :class:`CausalAttention` that stands in for ``config.inner_attention``.
+    """Return the config of :class:`CausalAttention` that replaces ``config.inner_attention``.
 
-    When door 2 asks, the host has set the RoPE's length to that of training; for a job,
-    ``Titan2026_08.fit_model`` does it.
+    Under door 2 the host has already set the RoPE's length to that of training. For a job,
+    ``Titan2026_08.fit_model`` sets it later.
     """
     return CausalAttention.Config(
         left_window=unfolded.left_window(config), context_length=config.rope.max_context_length

@@ -1,7 +1,7 @@
-"""What the modules of this folder ask of a generation: where generations differ.
+"""Declare what the modules of this folder ask of a generation: everything that differs.
 
-They ask the host at hand, :func:`titan`. ``v0_3.py`` has the first answers, ``v2026_08.py`` and
-``v2026_09.py`` those that differ.
+They ask the current host, :func:`titan`. ``v0_3.py`` has the first answers. ``v2026_08.py`` and
+``v2026_09.py`` have those that differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The work counted in sequences: in a training step, and in a microbatch of one rank."""
+    """Work counted in sequences: in a training step, and in a microbatch of one rank."""
 
     of_step: int
     of_microbatch: int
@@ -29,7 +29,7 @@ class Sequences:
 
 
 class Sizes(NamedTuple):
-    """The sizes of one layer's routed experts."""
+    """Sizes of one layer's routed experts."""
 
     num_experts: int
     dim: int
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 class Experts(Protocol):
-    """The module that gives a class of the host's experts the selector."""
+    """The module that adds the selector to the host's class of experts."""
 
     @property
     def HostExperts(self) -> Any:
@@ -48,7 +48,7 @@ class Experts(Protocol):
         """That class with the selector."""
 
     def sizes(self, config: Any) -> Sizes:
-        """The experts' sizes, from such a node."""
+        """Return the experts' sizes from such a config node."""
 
     def selected(
         self,
@@ -57,10 +57,10 @@ class Experts(Protocol):
         chosen_by: str,
         expert_precision: ExpertPrecision | None = None,
     ) -> Any:
-        """The node of the same experts, computed by ``backend``.
+        """Return the node of the same experts, computed by ``backend``.
 
         Raises:
-            EzpzError: unknown backend, or these experts cannot be computed by it.
+            EzpzError: unknown backend, or it cannot compute these experts.
         """
 
 
@@ -68,11 +68,12 @@ class Titan(Host):
     """torchtitan since 0.3.
 
     Attributes:
-        LENGTH: where the config says how many tokens a token may look back over.
-        LONGEST: the name of that limit on the model's side: of a decoder, and of its RoPE.
-        CUT_BY_LOSS: what the chunked loss cuts into equal parts.
-        STEP: what all ranks compute between two steps of the optimizer; -1: as little as possible.
-        MICROBATCH: what one rank computes at once, in the unit of ``STEP``.
+        LENGTH: path in the config of how many tokens a token may look back over.
+        LONGEST: name of that limit in the model, both in a decoder and in its RoPE.
+        CUT_BY_LOSS: path of what the chunked loss cuts into equal parts.
+        STEP: path of what all ranks compute between two optimizer steps; -1 means as little as
+            possible.
+        MICROBATCH: path of what one rank computes at once, in the unit of ``STEP``.
     """
 
     LENGTH: ClassVar[str]
@@ -83,11 +84,11 @@ class Titan(Host):
 
     @abstractmethod
     def microbatches(self, parallelism: Any) -> int:
-        """The least number of ``MICROBATCH`` that a rank computes."""
+        """Return the least number of ``MICROBATCH`` that a rank computes."""
 
     @abstractmethod
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields for the job's keys about the amount of work that are not fields of the host.
+        """Return fields for the job's keys about the amount of work that the host has no field for.
 
         Raises:
             EzpzError: the keys contradict each other.
@@ -95,11 +96,11 @@ class Titan(Host):
 
     @abstractmethod
     def one_sequence(self, length: int) -> tuple[int, ...]:
-        """The shape of the tokens of one sequence."""
+        """Return the shape of the tokens of one sequence."""
 
     @abstractmethod
     def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
-        """How the work of a training step is divided; ``data_ranks`` have data of their own."""
+        """Return how a training step is divided; ``data_ranks`` ranks have data of their own."""
 
     @abstractmethod
     def fit_model(self, config: Any) -> None:
@@ -107,15 +108,15 @@ class Titan(Host):
 
     @abstractmethod
     def own_conflicts(self, config: Any) -> Iterator[str]:
-        """Conflicts in a run's config that only this host has."""
+        """Yield conflicts in a run's config that only this host has."""
 
     @abstractmethod
     def experts(self) -> Experts:
-        """The experts with a selectable backend."""
+        """Return the experts with a selectable backend."""
 
     @abstractmethod
     def causal_attention(self, config: Any) -> Any:
-        """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
+        """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
 
     @abstractmethod
     def dataloader_config(
@@ -126,7 +127,7 @@ class Titan(Host):
         job_folder: Path | None,
         infinite: bool = True,
     ) -> Any:
-        """The config of the dataloader for ``dataset`` and ``dataset_path``.
+        """Return the config of the dataloader for ``dataset`` and ``dataset_path``.
 
         Raises:
             EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
@@ -134,7 +135,7 @@ class Titan(Host):
 
 
 def titan() -> Titan:
-    """The host at hand."""
+    """Return the current host."""
     found = at_hand()
     assert isinstance(found, Titan)
     return found

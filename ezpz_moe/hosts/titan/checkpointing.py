@@ -1,10 +1,10 @@
-"""Full activation checkpointing under which a token goes the same way twice.
+"""Keep a token's experts the same when full activation checkpointing recomputes a layer.
 
-A recomputed score may differ in its last bit from the first one: kernels of another fusion, sums in
-another order. A token on the edge of a tie then would go to another expert in backward than in
-forward, with gradients of something that was never computed, or with expert parallelism a crash.
-The host's selective checkpointing saves what topk chose, for this reason; here its full one does
-too, at K int64 a token and layer.
+A recomputed score can differ from the first in its last bit, because kernels may be fused or sums
+ordered differently. A token close to a tie would then go to another expert in backward than in
+forward. Its gradients would belong to something that was never computed, and with expert
+parallelism the run could crash. For this reason the host's selective checkpointing saves what topk
+chose. Here its full checkpointing does the same, which costs K int64 per token and layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHOICES = [torch.ops.aten.topk.default]
 
 
 class FullACKeepingChoices(FullAC):
-    """``FullAC`` that recomputes everything but the router's choices."""
+    """``FullAC`` that recomputes everything except the router's choices."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(FullAC.Config):
@@ -32,6 +32,7 @@ class FullACKeepingChoices(FullAC):
     def _wrap_block(
         self, module: torch.nn.Module, *, base_fqn: str | None = None
     ) -> torch.nn.Module:
+        # The host's own call plus context_fn: the host has no hook that would add only that.
         return checkpoint_wrapper(
             module,
             context_fn=functools.partial(create_selective_checkpoint_contexts, _CHOICES),
@@ -43,7 +44,8 @@ class FullACKeepingChoices(FullAC):
 
 
 def keeping_choices(policy: Any) -> Any:
-    """The same policy, with the choices kept where the host's own would make them again."""
+    """Return the policy with the choices kept, if the host's own would make them again."""
+    # `is` and not isinstance: a subclass wraps blocks in its own way, which we must not drop.
     if type(policy) is FullAC.Config:
         return derive(policy, FullACKeepingChoices.Config)
     return policy

@@ -1,4 +1,4 @@
-"""How the command line of torchtitan since 0.3 names a job.
+"""Name a job on the command line of torchtitan since 0.3.
 
 Pure data: this file imports neither torch nor torchtitan.
 """
@@ -9,5 +9,5 @@ from ezpz_moe.config.job import MODEL_NAME
 
 
 def named(config: str) -> list[str]:
-    """Arguments of ``torchtitan.train`` for a flavor's name or the path of a job's TOML."""
+    """Return ``torchtitan.train`` arguments for a flavor's name or the path of a job's TOML."""
     return ["--module", MODEL_NAME, "--config", config]

@@ -1,7 +1,7 @@
-"""Which component of a model each module belongs to, and what it costs.
+"""Assign each module of a model to a component, and count what it costs.
 
-A module belongs to the component of the nearest class of the host's around it (``MoE``,
-``BaseAttention``, ``FeedForward``, ...), so that no model needs a table.
+A module belongs to the component of the nearest enclosing class of the host's (``MoE``,
+``BaseAttention``, ``FeedForward``, ...), so no model needs a table.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Choices:
 
     @property
     def computing_share(self) -> float:
-        """The part of a layer's routed experts that computes for a token, on average."""
+        """Share of a layer's routed experts that computes for a token, on average."""
         return computing_experts(self.top_k, self.num_experts, self.zero_experts) / self.num_experts
 
 
 def choices(flavor: Flavor) -> Choices:
-    """The choices of a flavor's token: the model's own, and those that ``[router]`` adds.
+    """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
 
     Raises:
         EzpzError: the host has no such model.
     """
-    # All MoE layers of a model route alike; the host's own counts rely on it, too.
+    # All MoE layers of a model route alike; the host's own counts rely on that too.
     _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
     num_experts = moe.router.num_experts
     return Choices(
@@ -54,15 +54,15 @@ def choices(flavor: Flavor) -> Choices:
 
 
 def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], list[str]]:
-    """Parameters and matrix products of every component; attention's scores are not in it.
+    """Count parameters and matrix products of every component, except attention scores.
 
     Args:
         model: on any device, whole.
-        computing_share: part of the routed experts that computes for a token.
+        computing_share: share of the routed experts that computes for a token.
 
     Returns:
-        The costs by component, and the classes of modules that hold parameters whose FLOPs are
-        not known. A parameter that two modules share counts once, its products for both.
+        The costs by component, and the classes of modules that have parameters but unknown FLOPs. A
+        parameter that two modules share counts once, its products count for both.
     """
     costs: dict[str, Cost] = defaultdict(Cost)
     seen: set[nn.Parameter] = set()
@@ -72,11 +72,15 @@ def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], li
         seen.update(own)
         share = computing_share if component == "routed experts" else 1
         number = sum(parameter.numel() for parameter in own)
+        # A parameter of the attention module itself can only be gpt_oss's sinks, which are added to
+        # the scores. Its projections are modules of their own.
         is_sink = isinstance(module, BaseAttention)
         where = "attention scores" if is_sink else component
         forward = 2 * share * _multiplied(module, component)
         if number or forward:
             costs[where] += Cost(number, share * number, forward)
+        # Free: a lookup or elementwise work, no matrix product. Anything else that has parameters
+        # but no known product is reported, instead of counting as zero.
         is_free = is_sink or isinstance(module, (nn.Embedding, *_NORMS))
         if own and not (forward or is_free or component == "vision encoder"):
             unknown.add(type(module).__name__)
@@ -84,7 +88,7 @@ def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], li
 
 
 def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every module below ``model`` with its component."""
+    """Yield every module below ``model`` with its component."""
     names = {"lm_head": "output head", "vision_encoder": "vision encoder"}
     yield from _below(model, "other", names)
 
@@ -92,7 +96,7 @@ def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _below(
     module: nn.Module, around: str, names: dict[str, str]
 ) -> Iterator[tuple[nn.Module, str]]:
-    """``names``: children whose component is told by their name in ``module``."""
+    """Yield modules below ``module``; ``names`` maps its children's names to components."""
     yield module, around
     for name, child in module.named_children():
         yield from _below(child, names.get(name) or _component(child, around), _named_in(child))
@@ -103,11 +107,11 @@ def _named_in(module: nn.Module) -> dict[str, str]:
         return {"routed_experts": "routed experts", "shared_experts": "shared experts"}
     if isinstance(module, BaseAttention):
         return {"inner_attention": "attention scores"}
-    return {"constant_experts": _ZERO_COMPUTATION}  # of the flavor's routed experts, no one else's
+    return {"constant_experts": _ZERO_COMPUTATION}  # no other module has this name
 
 
 def _component(module: nn.Module, around: str) -> str:
-    if around == "vision encoder":  # whatever it is made of: it works on patches, not on tokens
+    if around == "vision encoder":  # whatever is inside it: it works on patches, not on tokens
         return around
     match module:
         case nn.Embedding():
@@ -124,12 +128,12 @@ def _component(module: nn.Module, around: str) -> str:
 
 
 def _multiplied(module: nn.Module, component: str) -> int:
-    """Elements of the module's own weights that a token is multiplied with."""
+    """Return how many of the module's own weights are multiplied with a token."""
     if component == "vision encoder":
         return 0
     if isinstance(module, nn.Linear):
         return module.weight.numel()
-    if component == _ZERO_COMPUTATION:  # every token meets all of them
+    if component == _ZERO_COMPUTATION:  # every token uses all of them
         return sum(parameter.numel() for parameter in module.parameters(recurse=False))
     if component == "routed experts":  # weights are [E, ..., out, in], biases [E, ..., out]
         own = module.named_parameters(recurse=False)

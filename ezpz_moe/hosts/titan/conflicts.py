@@ -1,6 +1,6 @@
-"""What does not go together, found before the run starts.
+"""Find settings that cannot be combined, before the run starts.
 
-The host finds some of these conflicts itself, but in the middle of a run or in words that do not
+The host finds some of these conflicts itself, but in the middle of a run, or in words that do not
 name the flavor. Each check below yields the messages of its conflicts.
 """
 
@@ -55,14 +55,14 @@ _OVERRIDES = {
 def refuse_conflicts(config: Trainer.Config, source: str) -> None:
     """Raise if settings of ``config`` exclude each other, or exclude this machine.
 
-    What depends on the machine is checked only in a process that is about to train (one that
-    torchrun started), so that a job for a cluster can be looked at anywhere.
+    Checks that depend on the machine run only in a process that is about to train (one started by
+    torchrun). A job for a cluster can be inspected on any machine.
 
     Raises:
         EzpzError: all conflicts, after ``source``, which says where the settings come from.
     """
     checks = (*_ALWAYS, *_checks_before_training(config))
-    # A degree of zero would stop the other checks: first the values, then how they go together.
+    # Values first, combinations second: a degree of zero would stop the other checks.
     problems = [*_ranges(config)] or [problem for check in checks for problem in check(config)]
     if problems:
         raise EzpzError(
@@ -77,7 +77,7 @@ def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
 
 
 def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
-    """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
+    """Return why this machine cannot run it, before there is a run; ``ranks`` None: not known."""
     problems = [problem for check in _ON_THIS_MACHINE for problem in check(config)]
     return (
         problems
@@ -87,12 +87,12 @@ def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
 
 
 def is_about_to_train() -> bool:
-    """Whether this process has a rank."""
+    """Return whether this process has a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def captures_cuda_graphs(config: Trainer.Config) -> bool:
-    """Whether the host captures the training step: asked for, and possible on this machine."""
+    """Return whether the host captures the training step: asked for, and possible here."""
     return (
         not config.training.disable_cuda_graphs
         and utils.device_type == "cuda"
@@ -102,7 +102,7 @@ def captures_cuda_graphs(config: Trainer.Config) -> bool:
 
 
 def _experts(config: Trainer.Config) -> list[Any]:
-    """The configs of the routed experts, one for each MoE layer."""
+    """Return the configs of the routed experts, one for each MoE layer."""
     if config.model_spec is None:
         return []
     experts_config = titan().experts().HostExperts.Config
@@ -114,7 +114,7 @@ def _sizes(config: Trainer.Config) -> list[Sizes]:
 
 
 def _backends(config: Trainer.Config) -> list[str]:
-    """The backends that the model's experts name (in practice one)."""
+    """Return the backends that the model's experts name (in practice one)."""
     return list(dict.fromkeys(node.compute_backend for node in _experts(config)))
 
 
@@ -134,10 +134,12 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
             f"training.disable_cuda_graphs = false cannot be combined with "
             f"parallelism.pipeline_parallel_degree = {degree}. {remedy}"
         )
+    # The host's own check runs last. It is private, but it alone knows which dispatchers can be
+    # captured.
     try:
         config._validate_cuda_graphs()
     except ValueError as error:
-        if degree == 1:  # otherwise it repeats what has just been said
+        if degree == 1:  # otherwise it repeats the message above
             yield (
                 f"training.disable_cuda_graphs = false cannot be combined with "
                 f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
@@ -171,6 +173,7 @@ def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
 
 def _context_parallel_attention(config: Trainer.Config) -> Iterator[str]:
     degree, spmd = config.parallelism.context_parallel_degree, config.parallelism.spmd_backend
+    # The host takes SDPA with context parallelism only under partial_dtensor.
     if degree > 1 and spmd != "partial_dtensor" and _has_sdpa(config):
         yield (
             f"parallelism.context_parallel_degree = {degree} cannot be combined with the SDPA of "
@@ -194,16 +197,17 @@ def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
 
 
 def _ranges(config: Trainer.Config) -> Iterator[str]:
-    """Flags of the host take any number; the job's table knows which make sense."""
+    """Check numbers against the job's table: the host's flags accept any number."""
     for row in (row for section in titan().job_keys().values() for row in section.values()):
         value = None if row.path is None else _at(config, row.path)
+        # A bool is an int in Python, and has no range.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not accepts(row, value):
             yield f"{row.path} = {value}: must be {allowed(row)}."
 
 
 def _at(node: Any, path: str) -> Any:
-    """What a config holds at a dotted path; None where there is nothing."""
+    """Return what a config holds at a dotted path; None if there is nothing."""
     for name in path.split("."):
         match node:
             case list() | tuple():
@@ -225,6 +229,8 @@ def _sequence_length(config: Trainer.Config) -> Iterator[str]:
                 f"{host.LENGTH} = {seq_len} exceeds what flavor {_flavor(config)!r} is made "
                 f"for: its RoPE ends at {host.LONGEST} = {longest}."
             )
+    # The loss cuts what a rank has of a sequence into chunks, and context parallelism cuts it
+    # before.
     chunks = getattr(config.loss, "num_chunks", 1)
     ranks = config.parallelism.context_parallel_degree
     tokens = _at(config, host.CUT_BY_LOSS)
@@ -260,6 +266,7 @@ def _files(config: Trainer.Config) -> Iterator[str]:
 
 
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
+    # If torch finds no device, torchtitan falls back to "cuda" and fails when it first uses it.
     if no_accelerator() and utils.device_type != "cpu":
         yield (
             f"this machine has no accelerator, and torchtitan on its own would train on "
@@ -280,6 +287,7 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
     if utils.device_type != "cpu":
         return
     degree, spmd = config.parallelism.expert_parallel_degree, config.parallelism.spmd_backend
+    # The host's default uses the list form of all-to-all, which gloo refuses with unequal sizes.
     if degree > 1 and spmd == "spmd_types":
         yield (
             f"parallelism.expert_parallel_degree = {degree} on the CPU cannot be combined with "
@@ -310,6 +318,7 @@ def _flavor(config: Trainer.Config) -> str:
 
 def _flavor_with_sdpa(config: Trainer.Config) -> str:
     stem = _flavor(config)
+    # A flavor's name is NAME[_ATTENTION][_BACKEND]: take both off, then put SDPA in.
     backend = next((f"_{each}" for each in _backends(config) if stem.endswith(f"_{each}")), "")
     stem = stem.removesuffix(backend)
     for attention in get_args(Attention):
@@ -318,7 +327,7 @@ def _flavor_with_sdpa(config: Trainer.Config) -> str:
 
 
 def _routers(config: Trainer.Config) -> Iterator[str]:
-    """What a flavor's ``[router]`` asks of the run. All layers have one router's settings."""
+    """Check what a flavor's ``[router]`` asks of the run. All layers have the same settings."""
     every = Configurable.Config
     nodes = config.model_spec.model.traverse(every, recurse=True) if config.model_spec else ()
     moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "settings"))
@@ -338,6 +347,7 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
             f"metrics.log_freq = {log_freq}: the routers report when the host logs. Set "
             f"metrics.log_freq to {gcd(every, log_freq)}, or every to a multiple of {log_freq}."
         )
+    # Pictures need private attributes of the host's loggers, and only if loggers are enabled.
     if settings.images and (metrics.enable_wandb or metrics.enable_tensorboard):
         for line, reason in broken(PICTURES).items():
             yield (

@@ -1,7 +1,7 @@
-"""Text for the host's dataloader: an embedded text, and the user's own file.
+"""Provide text for the host's dataloader: an embedded text, and the user's own file.
 
 Both join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the place that
-its documentation names for this); :mod:`ezpz_moe.hosts.documents` reads them.
+its documentation names for this). :mod:`ezpz_moe.hosts.documents` reads them.
 """
 
 # No `from __future__ import annotations`: the host reads the fields of Config at run time.
@@ -29,13 +29,14 @@ __all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_d
 
 
 class TextDataLoader(HuggingFaceTextDataLoader):
-    """The host's dataloader, which makes sure that our own texts have a document for every rank."""
+    """The host's dataloader, with a check that our own texts have a document for every rank."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTextDataLoader.Config):
         pass
 
     def __init__(self, config: Config, *, dp_world_size: int, **kwargs: Any) -> None:
+        # Here and not in the config: only the trainer knows how many data-parallel ranks there are.
         check_shares(config.dataset, config.dataset_path, dp_world_size)
         super().__init__(config, dp_world_size=dp_world_size, **kwargs)
 
@@ -47,7 +48,7 @@ def dataloader_config(
     job_folder: Path | None,
     infinite: bool = True,
 ) -> TextDataLoader.Config:
-    """The dataloader for ``dataset`` and ``dataset_path``.
+    """Return the dataloader for ``dataset`` and ``dataset_path``.
 
     Raises:
         EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
@@ -58,7 +59,7 @@ def dataloader_config(
 
 
 def _register_our_texts() -> None:
-    """Put them beside the host's own: whatever trains with the config finds them there."""
+    """Add our texts to the host's registry, where the trainer will look them up by name."""
     DATASETS[DEFAULT_DATASET] = DatasetConfig(
         path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )

@@ -1,7 +1,7 @@
-"""Text for the host's data pipeline: an embedded text, and the user's own file.
+"""Provide text for the host's data pipeline: an embedded text, and the user's own file.
 
-The pipeline is the host's: documents are shuffled, tokenized, and packed into rows of as many
-tokens as a microbatch has. :mod:`ezpz_moe.hosts.documents` reads the texts.
+The pipeline is the host's. It shuffles and tokenizes documents, and packs them into rows with as
+many tokens as a microbatch has. :mod:`ezpz_moe.hosts.documents` reads the texts.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ __all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_d
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Documents:
-    """One of our own texts as a source of the host's pipeline."""
+    """One of our own texts as a source for the host's pipeline."""
 
     dataset: str
     path: str | None
@@ -54,11 +54,12 @@ def dataloader_config(
     job_folder: Path | None,
     infinite: bool = True,
 ) -> GrainDataLoader.Config:
-    """The dataloader for ``dataset`` and ``dataset_path``.
+    """Return the dataloader for ``dataset`` and ``dataset_path``.
 
     Raises:
         EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
     """
+    # Our texts are not registered here, unlike on 0.3: a config can hold its source directly.
     known = [*DATASETS, DEFAULT_DATASET, TEXT_FILE]
     name, path = find_text(dataset, dataset_path, known=known, job_folder=job_folder)
     text = _hosts_own(name, path) if name in DATASETS else _ours(name, path)
@@ -76,15 +77,16 @@ def _ours(name: str, path: str | None) -> SingleDatasetConfig:
 
 
 def _is_document(sample: Any) -> bool:
-    # The host's processor gives nothing for a text of fewer than two tokens.
+    # The host's processor returns None for a text of fewer than two tokens.
     return sample is not None
 
 
 def _hosts_own(name: str, path: str | None) -> SingleDatasetConfig:
-    """A dataset of the host's registry, read from ``path`` if there is one."""
+    """Return a dataset of the host's registry, read from ``path`` if there is one."""
     text = DATASETS[name]
     if path is None:
         return text
+    # data_files names files inside the dataset's usual place, which `path` replaces.
     options = {k: v for k, v in text.source.load_dataset_kwargs.items() if k != "data_files"}
     source = dataclasses.replace(text.source, path=path, load_dataset_kwargs=options)
     return dataclasses.replace(text, source=source)

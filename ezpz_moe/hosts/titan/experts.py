@@ -1,13 +1,13 @@
 """Routed experts of torchtitan 0.3 with a selectable backend.
 
-``EzpzGroupedExperts`` replaces the host's ``GroupedExperts``: it hands the whole SwiGLU FFN to the
-backend. Every other experts class of the host (gpt_oss, with its biases and clamped SwiGLU) gets
-the selector through a subclass made for it, as the host's quantization converters do, and only
-its ``_grouped_mm`` seam is replaced. No parameter changes its name, shape, initial value or
-state-dict key, so that a checkpoint of one backend is a checkpoint of all.
+``EzpzGroupedExperts`` replaces the host's ``GroupedExperts`` and passes the whole SwiGLU FFN to the
+backend. All other experts classes of the host (gpt_oss, with biases and a clamped SwiGLU) get the
+selector through a subclass made for them, as the host's quantization converters do it. In those,
+only the ``_grouped_mm`` seam is replaced. No parameter changes its name, shape, initial value or
+state-dict key, so a checkpoint fits every backend.
 
-The host casts experts' inputs and weights to bfloat16; so does this binding, unless the flavor or
-the CPU wants float32 (:mod:`ezpz_moe.hosts.precision`).
+The host casts the experts' inputs and weights to bfloat16. This binding does the same, unless the
+flavor or the CPU wants float32 (:mod:`ezpz_moe.hosts.precision`).
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
@@ -34,17 +34,17 @@ HostExperts = GroupedExperts
 
 
 class EzpzGroupedExperts(Selector, GroupedExperts):
-    """``GroupedExperts`` whose expert FFN is computed by ``config.compute_backend``."""
+    """``GroupedExperts`` with its FFN computed by ``config.compute_backend``."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(GroupedExperts.Config):
         compute_backend: ExpertComputeBackend = HOST_PATH
         chosen_by: str = "default"
-        """Who asked for the backend; for the log."""
+        """Who asked for the backend, for the log."""
         expert_precision: ExpertPrecision | None = None
-        """As the flavor asks; None leaves it to the rule of :mod:`ezpz_moe.hosts.precision`."""
+        """As in the flavor; None leaves it to the rule of :mod:`ezpz_moe.hosts.precision`."""
         computed_in: str = HOSTS_CAST
-        """What that means in this run: the name of a dtype."""
+        """What that means in this run: name of a dtype."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -52,7 +52,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         self._choose(config)
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-        """Expert FFN of the rows routed to the local experts.
+        """Compute the expert FFN of the rows routed to the local experts.
 
         Args:
             x_RD: rows sorted by expert, possibly with tail rows.
@@ -65,7 +65,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
             return super().forward(x_RD, num_tokens_per_expert_E)
         self._count(x_RD, num_tokens_per_expert_E)
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-        # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
+        # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
         w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
         y_RD = self._backend.swiglu(
             w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
@@ -74,13 +74,13 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
 
 
 class _SeamSelector(Selector):
-    """For every other experts class: its ``_grouped_mm`` seam alone is replaced."""
+    """For all other experts classes: replaces only the ``_grouped_mm`` seam."""
 
-    # The host looks up the shardings of inputs by the names of its own parameters.
+    # Same parameter names as the host's: it looks up the shardings of inputs by these names.
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         self._count(x_RD, num_tokens_per_expert_E)
-        # gpt_oss answers in bfloat16 whatever it is given, and the host's combination then refuses
-        # to add the rows up where the run is in float32.
+        # gpt_oss returns bfloat16 whatever its input is. In a float32 run the host's combine step
+        # would then refuse to add up the rows.
         return super().forward(x_RD, num_tokens_per_expert_E).type_as(x_RD)
 
     def _grouped_mm(
@@ -88,11 +88,12 @@ class _SeamSelector(Selector):
     ) -> torch.Tensor:
         if self._backend is None:
             return super()._grouped_mm(A=A, B_t=B_t, offs=offs)
+        # Only the products: biases and activation stay the host's.
         return self._backend.grouped_mm(A, B_t, offs)
 
 
 def sizes(config: GroupedExperts.Config) -> Sizes:
-    """What the config says of the experts' sizes."""
+    """Return the experts' sizes from their config."""
     return Sizes(config.num_experts, config.dim, config.hidden_dim)
 
 
@@ -102,7 +103,7 @@ def selected(
     chosen_by: str,
     expert_precision: ExpertPrecision | None = None,
 ) -> GroupedExperts.Config:
-    """The config of the same experts, computed by ``backend``.
+    """Return the config of the same experts, computed by ``backend``.
 
     The host's ``derive`` copies every field: init, sharding, and what a later host adds.
 
@@ -115,6 +116,8 @@ def selected(
     choice = {"compute_backend": backend, "chosen_by": chosen_by}
     if experts_class is GroupedExperts:
         refuse_precision(expert_precision, backend, chosen_by)
+        # A first value, without the rule for this CPU: `precision.settle` applies that once the
+        # flags are known. Under door 2 this value stays.
         return derive(
             config,
             EzpzGroupedExperts.Config,

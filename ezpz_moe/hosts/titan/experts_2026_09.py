@@ -1,9 +1,9 @@
 """Routed experts of torchtitan since September 2026 with a selectable backend.
 
 ``RoutedExperts`` holds its projections itself: ``w13`` [E, 2, F, D], gate and up in one product,
-and ``w2`` [E, D, F]. Both are ``GroupedLinear``, and the ``_grouped_mm`` seam is theirs. A backend
-takes the place of that seam in every model (gpt_oss, whose linears add a bias, too): the host's
-``forward`` dispatches, computes and combines in one, so that the whole FFN cannot be handed over.
+and ``w2`` [E, D, F]. Both are ``GroupedLinear``, which has the ``_grouped_mm`` seam. A backend
+replaces that seam in every model, also in gpt_oss, whose linears add a bias. The host's
+``forward`` dispatches, computes and combines in one go, so the whole FFN cannot be passed on.
 
 Legend of the suffixes: R = routed tokens, E = local experts, I and O = inner and outer dimension.
 """
@@ -36,7 +36,7 @@ HostExperts = RoutedExperts
 
 
 class _CountedByLinear(Selector):
-    """The rows are there between dispatch and combine, within the host's forward: w13 sees them."""
+    """Counts rows in w13: they exist only inside the host's forward, after dispatch."""
 
     def _choose(self, config) -> None:
         super()._choose(config)
@@ -44,16 +44,17 @@ class _CountedByLinear(Selector):
             self.w13.on_rows = self._count_up_to
 
     def _count_up_to(self, x_RD: torch.Tensor, offsets_E: torch.Tensor) -> None:
+        # The seam gets offsets, the counter wants counts.
         self._count(x_RD, torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)))
 
 
 EzpzGroupedExperts = with_selector(RoutedExperts, _CountedByLinear)
-"""The host's routed experts with the selector, under the name that every binding has for them."""
+"""The host's routed experts with the selector, under the name used in every binding."""
 
 
 @cache
 def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
-    """``linear_class`` with its product computed by ``config.compute_backend``."""
+    """Return ``linear_class`` with its product computed by ``config.compute_backend``."""
 
     class OnBackend(linear_class):
         @dataclass(kw_only=True, slots=True)
@@ -70,7 +71,7 @@ def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
         ) -> torch.Tensor:
             if self.on_rows is not None:
                 self.on_rows(input_RI, offsets_E)
-            # The cast is the host's, which has it on this side of the seam.
+            # The host's own cast, which it has on this side of the seam.
             weight_EIO = weight_EOI.bfloat16().transpose(-2, -1)
             return self._backend.grouped_mm(input_RI, weight_EIO, offsets_E)
 
@@ -79,7 +80,7 @@ def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
 
 
 def sizes(config: RoutedExperts.Config) -> Sizes:
-    """What the config says of the experts' sizes."""
+    """Return the experts' sizes from their config."""
     w13 = config.w13
     return Sizes(w13.group_size, w13.in_features, w13.out_features)
 
@@ -90,7 +91,7 @@ def selected(
     chosen_by: str,
     expert_precision: ExpertPrecision | None = None,
 ) -> RoutedExperts.Config:
-    """The config of the same experts, their products computed by ``backend``.
+    """Return the config of the same experts, with their products computed by ``backend``.
 
     The host's ``derive`` copies every field: init, sharding, and what a later host adds.
 
@@ -102,6 +103,8 @@ def selected(
     experts_class = selectable(config, backend, chosen_by)
     host_class = experts_class.__name__
     refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
+    # Another forward would compute without the linears: the run would train with the host's
+    # products while the log names our backend.
     if experts_class.forward is not RoutedExperts.forward:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): {experts_class.__name__} has a forward of "
@@ -113,6 +116,8 @@ def selected(
     for name in ("w13", "w2"):
         linear = getattr(config, name)
         check_seam(type(linear)._owner, GroupedLinear, backend, chosen_by)
+        # On the host's own path the linears stay as they are: nothing of ours may touch those
+        # results.
         if backend != HOST_PATH:
             on_backend = _on_backend(type(linear)._owner).Config
             linears[name] = derive(linear, on_backend, compute_backend=backend)

@@ -1,4 +1,4 @@
-"""The host's own way between its parameters and Hugging Face's, as it is for one flavor."""
+"""Convert between the host's parameters and Hugging Face's, with the host's own adapter."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from ezpz_moe.hosts.titan.models import host_spec
 
 
 def adapter(flavor: Flavor) -> Any:
-    """The flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
+    """Return the flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
 
     Raises:
         EzpzError: the host has none for this model.
     """
+    # The host's model and not ours: the adapter matches on names, and our classes do not change
+    # them.
     spec = host_spec(flavor)
     if spec.state_dict_adapter is None:
         raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")

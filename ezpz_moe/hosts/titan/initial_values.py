@@ -1,4 +1,4 @@
-"""The root of a job's model: on several CPU ranks it begins with the values of one."""
+"""Make a job's model start on several CPU ranks with the values of one rank."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from ezpz_moe.hosts.titan.mixed import mixed
 
 
 class _Root(BaseModel):
-    """Mixin before the class of a model. The trainer's ``init_weights`` is ``init_states``."""
+    """Mixin before a model's class. The trainer's ``init_weights`` is ``init_states``."""
 
     def __init__(self, config: Any):
         super().__init__(config)
+        # Here the model is complete, on the meta device, and not yet cut by a pipeline or FSDP.
         self._whole = whole_model(self)
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
@@ -37,7 +38,7 @@ def _as_the_host_does(model: Any, buffer_device: torch.device | None) -> None:
 
 
 def starting_as_one_rank(model: BaseModel.Config) -> BaseModel.Config:
-    """The config of the same model, whose initial values do not depend on the ranks of a CPU run.
+    """Return the config of the same model with initial values that do not depend on the CPU ranks.
 
     No name, shape or one-rank value of a parameter changes.
     """
@@ -45,11 +46,11 @@ def starting_as_one_rank(model: BaseModel.Config) -> BaseModel.Config:
 
 
 def refuse_twins(config: Trainer.Config, door: str) -> None:
-    """Refuse a fresh start on several CPU ranks of a model that is not ours from the root.
+    """Refuse a fresh start on several CPU ranks if the model's root class is not ours.
 
     Args:
         config: what is about to be trained.
-        door: how we come into the run, for the message.
+        door: how we got into the run, for the message.
 
     Raises:
         EzpzError: every rank would draw the same values for its part of the model.
@@ -72,6 +73,8 @@ def _loads_checkpoint(config: Trainer.Config) -> bool:
     checkpoint = config.checkpoint
     if not checkpoint.enable:
         return False
+    # Either one replaces the fresh values: a checkpoint that is named, or one in the run's own
+    # folder to resume from.
     own = Path(config.dump_folder, checkpoint.folder)
     named = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
     return bool(named) or any(own.glob("step-*"))

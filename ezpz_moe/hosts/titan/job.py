@@ -1,15 +1,15 @@
-"""A job as torchtitan 0.3's ``Trainer.Config``.
+"""Turn a job into torchtitan 0.3's ``Trainer.Config``.
 
-What the job does not say is the host's own default of that field, with these exceptions:
+If the job does not set a field, it keeps the host's own default, with these exceptions:
 
 - ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
 - the tokenizer and the training text are the embedded ones, which need no download;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
-- on a CPU that emulates bfloat16 ``training.mixed_precision_param`` is ``"float32"``;
-- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, where it has one.
+- on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
+- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set.
 
-The optimizer and the loss, for which the host's bare config has no usable default, are those of
-its own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
+The host's bare config has no usable default for the optimizer and the loss. They are those of its
+own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
 """
 
 # No `from __future__ import annotations`: the host's command line reads the fields of JobConfig.
@@ -64,10 +64,11 @@ _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None
 class JobConfig(Trainer.Config):
     """The config of a job: the stock trainer's, plus checks. ``build()`` builds the stock trainer.
 
-    A job is constructed up to twice. First by ``trainer_config``, from the file: in a process that
-    is about to train, nothing is checked yet, because a flag may still correct the file. Then by
-    the host, as a copy with the flags of its command line: these settings are trained with, and are
-    checked. Where nothing will be trained (``show``, ``doctor``) the first one is checked.
+    A job is constructed up to twice. ``trainer_config`` constructs it first, from the file. In a
+    process that is about to train, that one is not checked, because a flag may still correct the
+    file. Then the host makes a copy with the flags of its command line. The run trains with that
+    copy, and the copy is checked. If nothing will be trained (``show``, ``doctor``), the first one
+    is checked.
     """
 
     origin: Annotated[str, tyro.conf.Suppress] = ""
@@ -77,25 +78,28 @@ class JobConfig(Trainer.Config):
     """Whether the job leaves ``training.mixed_precision_param`` to this CPU."""
 
     handed_over: Annotated[bool, tyro.conf.Suppress] = False
-    """False in the first construction, true in the host's copy, where a mistake ends the process:
-    the host would show a traceback."""
+    """False in the first construction, true in the host's copy. A mistake in the copy ends the
+    process, because the host would show a traceback."""
 
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
-            return  # the host's copy is checked
+            return  # the host's copy will be checked
+        # Before the checks, which look at the model as it will be trained.
         titan().fit_model(self)
         precision.settle(self)
         where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
             with _refusals(where):
+                # Called by name: `super()` without arguments does not work in a dataclass with
+                # slots, which is a new class.
                 Trainer.Config.__post_init__(self)
         if self.is_precision_ours and is_about_to_train():
             precision.log_once(self)
 
 
 def trainer_config(job: Job) -> JobConfig:
-    """The trainer's config of a job.
+    """Return the trainer's config for a job.
 
     Raises:
         EzpzError: the flavor, the data or a combination of settings is wrong; the message names
@@ -107,24 +111,28 @@ def trainer_config(job: Job) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
+    # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
+    # The job's own values come last in the merge, so they win over what suits this CPU.
     ours = _cpu_values(job) | (in_float32 := precision.values(job))
     for name, change in _nested(ours | _field_values(job)).items():
         with _refusals(f"{job.source}: {name}"):
             sections[name] = _changed(sections[name], change)
     config = JobConfig(**sections, origin=job.source, is_precision_ours=bool(in_float32))
+    # Not in the constructor call: the host's copy must see true, this construction false.
     config.handed_over = True
     return config
 
 
 def _reporting_drops(flavor: Flavor) -> Flavor:
-    """``flavor``, with telemetry where its backend drops tokens: no run loses them unreported.
+    """Return ``flavor`` with telemetry if its backend drops tokens, to report them in every run.
 
     Raises:
         EzpzError: the backend does not load or takes no such options.
@@ -136,17 +144,18 @@ def _reporting_drops(flavor: Flavor) -> Flavor:
 
 
 def _metrics(telemetry: Telemetry | None) -> Any:
-    """The host's defaults with ``telemetry``; it logs whenever the routers report, and between."""
-    with titan().importing():  # what only such a flavor needs of the host
+    """Return the host's defaults with ``telemetry``; it logs whenever the routers report."""
+    with titan().importing():  # only such a flavor needs this from the host
         from ezpz_moe.hosts.titan.metrics import RouterMetrics
     metrics = RouterMetrics.Config(telemetry=telemetry)
     if telemetry and telemetry.every:
+        # A common divisor: a record is written only on a step that the host logs.
         metrics.log_freq = gcd(telemetry.every, metrics.log_freq)
     return metrics
 
 
 def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
-    """The parts of the config that are not the host's default before single fields are set."""
+    """Return the sections that differ from the host's defaults before single fields are set."""
     sections = {
         "model_spec": spec,
         "hf_assets_path": str(EMBEDDED_TOKENIZER),
@@ -175,12 +184,12 @@ def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Confi
 
 
 def _arguments(job: Job, **keys: str) -> dict[str, Any]:
-    """Keyword arguments from those of the job's keys that are set."""
+    """Return keyword arguments from those of the job's keys that are set."""
     return {name: job.values[key] for name, key in keys.items() if key in job.values}
 
 
 def _field_values(job: Job) -> dict[str, Any]:
-    """Path in ``Trainer.Config`` -> value, for the keys that set fields."""
+    """Return path in ``Trainer.Config`` -> value, for the keys that set fields."""
     try:
         values = titan().work(job.values)
     except EzpzError as error:
@@ -195,7 +204,7 @@ def _field_values(job: Job) -> dict[str, Any]:
 
 
 def _cpu_values(job: Job) -> dict[str, Any]:
-    """What works on the CPU where the host's default does not, unless the job says otherwise."""
+    """Return what works on the CPU instead of the host's default, unless the job sets it."""
     key = "parallelism.spmd_backend"
     degree = job.values.get("parallelism.expert_parallel_degree", 1)
     if utils.device_type != "cpu" or degree == 1 or key in job.values:
@@ -212,7 +221,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    """Return ``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *parents, leaf = path.split(".")
@@ -224,7 +233,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(node: Any, changes: Any) -> Any:
-    """A copy of a config with some fields changed; every dataclass on the way checks itself."""
+    """Return a copy of a config with some fields changed; every dataclass checks itself."""
     if not isinstance(changes, dict):
         return changes
     if isinstance(node, dict):
@@ -234,6 +243,7 @@ def _changed(node: Any, changes: Any) -> Any:
             _changed(item, changes[str(i)]) if str(i) in changes else item
             for i, item in enumerate(node)
         )
+    # replace() runs __post_init__ again, which setattr would skip.
     return dataclasses.replace(
         node, **{name: _changed(getattr(node, name), change) for name, change in changes.items()}
     )
@@ -242,7 +252,7 @@ def _changed(node: Any, changes: Any) -> Any:
 def _refuse_options_of_another_mode(
     job: Job, policy: ActivationCheckpointing.Config | None
 ) -> None:
-    """An option that the chosen activation checkpointing does not have would be ignored."""
+    """Refuse an option that the chosen activation checkpointing lacks and would ignore."""
     for name, row in titan().job_keys()["activation_checkpoint"].items():
         if row.path is None or f"activation_checkpoint.{name}" not in job.values:
             continue
@@ -261,7 +271,7 @@ def _refuse_options_of_another_mode(
 
 @contextlib.contextmanager
 def _refusals(source: str) -> Iterator[None]:
-    """What a config of the host refuses when it is constructed, as a user's mistake."""
+    """Report what a config of the host refuses in its constructor as a user's mistake."""
     try:
         yield
     except ValueError as error:
