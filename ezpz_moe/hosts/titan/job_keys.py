@@ -1,9 +1,9 @@
-"""Every section and key of the trainer's TOML, and where torchtitan 0.3 keeps it.
+"""List every section and key of the trainer's TOML, and where torchtitan 0.3 keeps it.
 
-The sections are those of torchtitan 0.2's job config; :mod:`ezpz_moe.config.keys` says what a row
-is. What ``gone`` names in ``unless`` asks for what 0.3 does anyway, and is accepted, so that one
-file can serve both host generations. What is done with a key that is our ``own`` stands in
-:mod:`ezpz_moe.hosts.titan.job`.
+The sections are those of torchtitan 0.2's job config. :mod:`ezpz_moe.config.keys` explains a row.
+A key that is ``gone`` is still accepted with a value from ``unless``, which asks for what 0.3 does
+anyway. One file can then serve both host generations. :mod:`ezpz_moe.hosts.titan.job` handles the
+keys that are our ``own``.
 
 Pure data: this file imports neither torch nor torchtitan.
 """
@@ -33,6 +33,7 @@ from ezpz_moe.config.keys import (
     to,
 )
 
+# 0.3 has a list of parameter groups, and every job's optimizer has exactly one: `default_adamw()`.
 _ADAMW = "optimizer.param_groups.0"
 _ADAMW_KWARGS = f"{_ADAMW}.optimizer_kwargs"
 

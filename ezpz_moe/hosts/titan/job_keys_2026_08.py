@@ -1,6 +1,6 @@
-"""The trainer's TOML as torchtitan of August 2026 takes it: 0.3's table with what differs.
+"""List the trainer's TOML as torchtitan of August 2026 takes it: 0.3's table and the differences.
 
-0.3's names for how much is computed at once stay, and mean the same work; the new names are keys
+0.3's keys for how much is computed at once stay, and mean the same work. The new names are keys
 too. Pure data: this file imports neither torch nor torchtitan.
 """
 
@@ -46,6 +46,8 @@ def _dataloader(path: str) -> dict[str, Key]:
     }
 
 
+# Keys of 0.3 become our own here: no field of this host has their unit, so `Titan2026_08.work`
+# converts sequences to tokens.
 _OTHERWISE: Keys = {
     "training": {
         "local_batch_size": own(Positive, flag=REPLACED["training.local_batch_size"]),

@@ -1,8 +1,8 @@
-"""What a forward leaves in memory for backward, by component: counted, not computed.
+"""Count by component what a forward leaves in memory for backward, without computing anything.
 
-Every operator's results are watched. Those whose storage still lives when backward would begin are
-what autograd has saved and what selective activation checkpointing has cached, which hooks of saved
-tensors alone would not see. It works with tensors that have no values, too.
+Every operator's results are watched. A storage that still lives when backward would begin was
+saved by autograd or cached by selective activation checkpointing. Hooks on saved tensors alone
+would miss the latter. This also works with tensors that have no values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 Place = tuple[str, str]
-"""A part of the model ("layers.3", "norm"), and the component there."""
+"""A part of the model ("layers.3", "norm"), and the component in it."""
 
 _OUTSIDE: Place = ("", "other")
 
@@ -32,7 +32,7 @@ class LiveStorages(TorchDispatchMode):
     """Remembers each storage that an operator makes, and where in the model that was.
 
     Args:
-        places: where a module is; for modules that are not named, where their parent is.
+        places: where each module is; a module that is not in it counts as where its parent is.
     """
 
     def __init__(self, places: Mapping[nn.Module, Place]) -> None:
@@ -46,13 +46,15 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             reference = StorageWeakRef(storage)
+            # A view or an in-place result shares the storage of an input. Only new storages count,
+            # at the place that made them.
             if reference not in given:
                 self._made.setdefault(reference, self._where[-1])
         return result
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the operators, and follow the modules whose forward runs."""
+        """Watch the operators, and track which module's forward is running."""
         hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -65,9 +67,10 @@ class LiveStorages(TorchDispatchMode):
                 hook.remove()
 
     def live_bytes(self, model: nn.Module) -> dict[Place, int]:
-        """Bytes that live now, where they were made; gathered weights of ``model`` left out."""
+        """Return live bytes by where they were made, without the gathered weights of ``model``."""
         weights = {StorageWeakRef(each) for each in _storages(list(model.parameters()))}
         live: Counter[Place] = Counter()
+        # FSDP's gathered weights are made inside forward, but `weights` reports them already.
         for reference, place in self._made.items():
             if reference not in weights and not reference.expired():
                 storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
@@ -75,6 +78,7 @@ class LiveStorages(TorchDispatchMode):
         return {place: number for place, number in live.items() if number}
 
     def _enter(self, module: nn.Module, _: Any) -> None:
+        # A wrapper or a model's private helper has no place of its own: it belongs to its parent.
         self._where.append(self._places.get(module, self._where[-1]))
 
     def _leave(self, *_: Any) -> None:

@@ -1,8 +1,8 @@
-"""What a rank of a run holds, by component: weights, and what forward leaves for backward.
+"""Count what a rank of a run holds by component: weights, and what forward leaves for backward.
 
-The rank is built as ``preflight`` builds it, and its forward runs with tensors that have shapes and
-no values. So the job's activation checkpointing, dtypes, batch and tensor parallelism are the
-host's own, not formulas.
+The rank is built as ``preflight`` builds it, and its forward runs with tensors that have shapes but
+no values. The effects of the job's activation checkpointing, dtypes, batch and tensor parallelism
+therefore come from the host's own code and not from formulas.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Pipeline:
 
     Attributes:
         stages: degree of pipeline parallelism.
-        schedule: its name, in torch.
-        microbatches: that a rank computes in a step, of which a pipeline has several at a time.
+        schedule: name of the schedule in torch.
+        microbatches: computed by a rank in a step; a pipeline holds several of them at a time.
     """
 
     stages: int
@@ -56,7 +56,7 @@ class Pipeline:
 
 
 def fewest_ranks(config: str, host_flags: list[str]) -> int:
-    """The fewest ranks that the job's degrees allow.
+    """Return the fewest ranks that the job's degrees allow.
 
     Raises:
         EzpzError: as :func:`pipeline`.
@@ -65,7 +65,7 @@ def fewest_ranks(config: str, host_flags: list[str]) -> int:
 
 
 def pipeline(config: str, host_flags: list[str]) -> Pipeline:
-    """The job's.
+    """Return the job's pipeline.
 
     Raises:
         EzpzError: the job is wrong. A flag that the trainer does not know ends the process.
@@ -91,7 +91,7 @@ def _told(config: str, host_flags: list[str]) -> Trainer.Config:
 
 
 def _microbatch(config: Trainer.Config) -> int:
-    """Sequences that a rank computes at once."""
+    """Return the number of sequences that a rank computes at once."""
     par = config.parallelism
     has_pipeline = par.pipeline_parallel_degree > 1
     batch = config.training.local_batch_size
@@ -99,7 +99,7 @@ def _microbatch(config: Trainer.Config) -> int:
 
 
 def weights(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
-    """Bytes of the weights that the rank holds. Once per process."""
+    """Report the bytes of the weights that the rank holds. Once per process."""
     held: Counter[Place] = Counter()
     for part in parts_of_model(config_of_rank(config, host_flags, world_size, rank)):
         places = places_of(part)
@@ -113,21 +113,25 @@ def weights(config: str, host_flags: list[str], world_size: int, rank: int) -> R
 def activations_on_cpu(
     config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """As :func:`activations`, with torch's kernels on the CPU."""
+    """Report as :func:`activations` does, with torch's kernels on the CPU."""
     return activations(config, host_flags, world_size, rank, is_cpu=True)
 
 
 def activations(
     config: str, host_flags: list[str], world_size: int, rank: int, *, is_cpu: bool = False
 ) -> RankReport:
-    """Bytes that the forward of one microbatch leaves for backward. Once per process.
+    """Report the bytes that the forward of one microbatch leaves for backward. Once per process.
 
-    Of all layers, on a rank without neighbours (:func:`_without_neighbours`), with the kernels
-    that an accelerator has for attention and norms.
+    This covers all layers, on a rank without neighbours (:func:`_without_neighbours`), with the
+    kernels that an accelerator has for attention and norms.
     """
+    # The machine that is described has an accelerator: the rule for CPUs that emulate bfloat16 must
+    # not turn the job's dtype into float32.
     here = contextlib.nullcontext() if is_cpu else as_on_an_accelerator()
     with here:
         trainer_config = config_of_rank(config, host_flags, world_size, rank)
+    # The job has been read as a rank of the whole run. From here on, and before the trainer looks
+    # at the environment, this process is rank 0 of the smaller one.
     become_rank(0, _without_neighbours(trainer_config, world_size))
     if is_cpu:
         _refuse_masked_attention(trainer_config)
@@ -135,15 +139,19 @@ def activations(
         give_shapes_only(trainer_config.model_spec.model)
     (model,) = parts_of_model(trainer_config)
     norms = contextlib.nullcontext() if is_cpu else AcceleratorKernels()
+    # Without values nobody can count the assignments that are not computed.
     route_evenly(model)
+    # As the chunked loss does it: it applies the output head itself, chunk by chunk.
     model._skip_lm_head = isinstance(trainer_config.loss, ChunkedLossWrapper.Config)
     training = trainer_config.training
     shape = (training.local_batch_size, training.seq_len)
+    # A compiler would run on fake tensors of its own, where nothing here sees what is saved.
     force_eager = torch.compiler.set_stance("force_eager")
     with FakeTensorMode(allow_non_fake_inputs=True), force_eager, norms:
         model.to_empty(device=utils.device_type)
         tokens, positions = torch.zeros((2, *shape), dtype=torch.int64, device=utils.device_type)
         held = live_after_forward(model, tokens, positions=positions)
+    # The loss is not run: it frees one chunk after another, so a formula for one chunk is enough.
     held[("lm_head", "output head")] = _loss_bytes(trainer_config)
     return RankReport(rank, bytes_by_place=held)
 
@@ -157,11 +165,12 @@ def _refuse_masked_attention(config: Trainer.Config) -> None:
 
 
 def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
-    """Change the job into one whose rank computes one microbatch of it alone; return its ranks.
+    """Change the job to make its rank compute one microbatch alone, and return its ranks.
 
-    Without a pipeline it has all layers. Without context parallelism it has a shorter sequence.
-    Without expert parallelism it keeps the rows of its own tokens, and evenly routed it would get
-    as many from others. What shards the weights stays: it does not change what forward leaves.
+    Without a pipeline the rank has all layers. Without context parallelism it has a shorter
+    sequence. Without expert parallelism it keeps the rows of its own tokens; with even routing it
+    would get equally many from others. What shards the weights stays: it does not change what
+    forward leaves.
     """
     par, training = config.parallelism, config.training
     microbatch = _microbatch(config)
@@ -184,32 +193,34 @@ def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
 def live_after_forward(
     model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor
 ) -> dict[Place, int]:
-    """Bytes that ``model(tokens, **inputs)`` leaves for backward, where they were made."""
+    """Return bytes that ``model(tokens, **inputs)`` leaves for backward, by place."""
     storages = LiveStorages(places_of(model))
     with storages.watching():
         output = model(tokens, **inputs)
     held = storages.live_bytes(model)
-    del output  # lives until here, as what backward starts from
+    del output  # backward starts from it, so it had to live until here
     return held
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, Place]:
-    """Every module's part of the model, such as "layers.3" or "norm", and its component."""
+    """Return each module's part of the model, such as "layers.3" or "norm", and its component."""
     component = dict(components(model))
     parts = [("", model), *model.named_children()]
     parts += [(f"layers.{name}", layer) for name, layer in model.layers.named_children()]
+    # From the outside in: a later, more exact part replaces an earlier one.
     places = {module: (part, component[module]) for part, top in parts for module in top.modules()}
-    for name, layer in model.layers.named_children():  # what its own forward adds up
+    for name, layer in model.layers.named_children():  # a layer's own forward adds up the stream
         for block in (layer, getattr(layer, "_checkpoint_wrapped_module", layer)):
             places[block] = (f"layers.{name}", RESIDUAL_STREAM)
     return places
 
 
 def _loss_bytes(config: Trainer.Config) -> int:
-    """What cross-entropy saves of a chunk's logits, whose vocabulary tensor parallelism cuts."""
+    """Return the bytes that cross-entropy saves of one chunk's logits."""
     training = config.training
     tokens = training.local_batch_size * training.seq_len
     loss = config.loss
     chunks = loss.num_chunks if isinstance(loss, ChunkedLossWrapper.Config) else 1
+    # Tensor parallelism shards the vocabulary.
     vocabulary = config.model_spec.model.vocab_size // config.parallelism.tensor_parallel_degree
     return tokens // chunks * vocabulary * _LOGIT_BYTES

@@ -1,8 +1,8 @@
-"""The host's metrics processor that also watches the routers, set by a flavor's ``[telemetry]``.
+"""Extend the host's metrics processor to watch the routers, for a flavor's ``[telemetry]``.
 
-Whatever the host logs it logs as before. At its own cadence it adds up the routers' counters over
-ranks, writes a line into ``telemetry.jsonl``, hands scalars and pictures to the host's loggers, and
-warns of a router that goes wrong. It also tells the routers the step, for what is scheduled.
+It logs whatever the host logs, as before. At its own cadence it adds up the routers' counters over
+ranks, writes a line to ``telemetry.jsonl``, passes scalars and pictures to the host's loggers, and
+warns of a router that goes wrong. It also tells the routers the step, for anything scheduled.
 """
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
@@ -38,7 +38,7 @@ from ezpz_moe.telemetry.scalars import scalars
 
 
 class RouterMetrics(MetricsProcessor):
-    """``MetricsProcessor`` with the routers' telemetry."""
+    """``MetricsProcessor`` with telemetry of the routers."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
@@ -61,6 +61,8 @@ class RouterMetrics(MetricsProcessor):
             **more,
         )
         self._path = Path(dump_folder) / telemetry_file.FILE_NAME
+        # The rank that the host logs on. With a pipeline that is not always rank 0: the loss is on
+        # the last stage.
         metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
@@ -69,9 +71,10 @@ class RouterMetrics(MetricsProcessor):
         self._counted_LE: torch.Tensor | None = None
 
     def should_log(self, step: int) -> bool:
-        """The host asks before each training step; so the routers learn of it."""
+        """Pass the step on to the routers: the host calls this once before each training step."""
         for moe in moe_layers(self.model_parts).values():
             moe.router.at_step(step)
+        # A resumed run does not start at step 1, and its first record covers only its own steps.
         if self._last_step is None:
             self._last_step = step - 1
         return super().should_log(step)
@@ -84,12 +87,14 @@ class RouterMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """As the host's, with the routers' scalars among the metrics when their turn has come.
+        """Log as the host does, and add the routers' scalars to the metrics when they are due.
 
         Raises:
             RuntimeError: the logits of a layer's router are not finite.
         """
         record = None
+        # Collective, so every rank does it, not only the one that writes. `step == 1`, because the
+        # host logs that step too.
         if self._settings and (step == 1 or step % (self._settings.every or 1) == 0):
             record = self._record(step, global_avg_loss, grad_norm)
             extra_metrics = (extra_metrics or {}) | scalars(record, self._settings.detail)
@@ -105,13 +110,15 @@ class RouterMetrics(MetricsProcessor):
 
     @torch.no_grad()
     def _record(self, step: int, loss: float, grad_norm: float) -> StepRecord:
-        """The steps since the last record, of all ranks; the counters begin again."""
+        """Return a record of all ranks' steps since the last one, and reset the counters."""
         assert self._settings
         assert self._last_step is not None  # should_log comes first
         steps, self._last_step = step - self._last_step, step
         layers = self._layers(steps)
         if self.parallel_dims.pp_enabled:
             layers = self._of_all_stages(layers)
+        # Every rank has the same sums, so all stop here together. A single rank that raised would
+        # leave the others waiting in the next collective.
         if bad := [(layer.layer, tokens) for layer, tokens in layers if tokens]:
             raise RuntimeError(
                 f"The router's logits in layer {bad[0][0]} are not finite for {bad[0][1]:.0f} "
@@ -129,7 +136,8 @@ class RouterMetrics(MetricsProcessor):
         )
 
     def _layers(self, steps: int) -> list[tuple[LayerRecord, float]]:
-        """A record per layer of this rank, with the number of tokens that were not finite."""
+        """Return a record per layer of this rank, with its count of tokens that were not finite."""
+        # A pipeline stage may have only dense layers.
         of_layer = moe_layers(self.model_parts)
         if not of_layer:
             return []
@@ -137,8 +145,10 @@ class RouterMetrics(MetricsProcessor):
         sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
         experts = [_experts(moe) for moe in of_layer.values()]
         rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
+        # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
+        # Nobody else reads these, so they can start again at zero; float32 sums then stay accurate.
         for moe in of_layer.values():
             moe.router.sums_S.zero_()
         for mesh in counting_meshes(self.parallel_dims):
@@ -160,22 +170,24 @@ class RouterMetrics(MetricsProcessor):
         self, layers: list[tuple[LayerRecord, float]]
     ) -> list[tuple[LayerRecord, float]]:
         group = self.parallel_dims.get_mesh("pp").get_group()
+        # Layers differ by stage, so their records are gathered as objects. Tensors of unequal sizes
+        # would need padding.
         of_stages: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(of_stages, layers, group=group)
         return sorted((each for stage in of_stages for each in stage), key=lambda e: e[0].layer)
 
     def _backend(self) -> str:
-        """What computes the experts of this rank; nothing in a stage of dense layers alone."""
+        """Return what computes this rank's experts; empty in a stage of dense layers only."""
         selectors = map(_experts, moe_layers(self.model_parts or ()).values())
         return next((each.compute_backend for each in selectors if each), "")
 
     # --- pictures ---------------------------------------------------------------------------------
 
     def _show(self, record: StepRecord) -> None:
-        """The heat map of the load and each layer's histogram, for the host's loggers."""
-        if not isinstance(self.logger, LoggerContainer):  # none of them is enabled on this rank
+        """Pass the load's heat map and each layer's histogram to the host's loggers."""
+        if not isinstance(self.logger, LoggerContainer):  # no logger is enabled on this rank
             return
-        from ezpz_moe.telemetry import charts  # here: drawing is asked for by few
+        from ezpz_moe.telemetry import charts  # here, because few runs draw anything
 
         pixels_HWC = charts.load_pixels(record)
         for each in self.logger._loggers:
@@ -201,12 +213,12 @@ class RouterMetrics(MetricsProcessor):
 
 
 def _experts(moe: Any) -> Selector | None:
-    """The layer's experts with their selector, or None where the host's have none."""
+    """Return the layer's experts with their selector, or None if the host's have none."""
     return next((each for each in moe.modules() if isinstance(each, Selector)), None)
 
 
 def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
-    """What the layer's experts have counted; the counters begin again."""
+    """Return what the layer's experts have counted, and reset their counters."""
     if experts is None or experts.row_counts is None:
         return torch.zeros(len(ROWS), dtype=torch.int64, device=device)
     rows_3 = experts.row_counts.rows_3.clone()
@@ -215,10 +227,11 @@ def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
 
 
 def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
-    """``padding_waste`` and ``drop_rate``: of what was counted, and none that nobody counted."""
+    """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
     given, computed, dropped = rows_3
     if given:
         return use_of_rows(given, computed, dropped)
+    # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.
     drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
     return {"padding_waste": None, "drop_rate": None if drops else 0.0}
 
@@ -234,6 +247,7 @@ def _layer_record(
     total = dict(zip(SUMS, sums_S, strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
     real = router.num_experts - router.settings.zero_computation_experts
+    # The sums are weighted to make one training step add up to its mean over groups.
     losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
     record = LayerRecord(
         layer=number,

@@ -1,4 +1,4 @@
-"""Subclasses of whatever class of the host a model's config names."""
+"""Make subclasses of whatever class of the host a model's config names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 @cache
 def mixed(host_class: Any, mixin: type) -> Any:
-    """``host_class`` with ``mixin`` before it, and with a ``Config`` of its own."""
+    """Return ``host_class`` with ``mixin`` before it, and with a ``Config`` of its own."""
 
     class Mixed(mixin, host_class):
+        # Its own Config, even without a new field: the host builds the class that a Config is
+        # nested in.
         @dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):
             pass
@@ -20,6 +22,6 @@ def mixed(host_class: Any, mixin: type) -> Any:
 
 
 def named_after(made: type, host_class: type) -> Any:
-    """``made``, which the log and a printed model call by the host's name with Ezpz before it."""
+    """Name ``made`` like the host's class with Ezpz before it, for logs and printed models."""
     made.__name__ = made.__qualname__ = f"Ezpz{host_class.__name__}"
     return made

@@ -1,4 +1,4 @@
-"""A flavor as torchtitan 0.3's ``ModelSpec``."""
+"""Turn a flavor into torchtitan 0.3's ``ModelSpec``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torchtitan.models
 from torchtitan.models import deepseek_v3
 from torchtitan.models.common import ComplexRoPE
 
-# The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with them,
-# and `_output_linear_init` the one that is missing there: the alternative is to copy them.
+# The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with these
+# values, and `_output_linear_init` the one that is missing there. The alternative is to copy them.
 from torchtitan.models.deepseek_v3 import _build_dsv3_layers, _output_linear_init
 from torchtitan.protocols.model_spec import ModelSpec
 
@@ -30,7 +30,7 @@ _DEFAULT_COMM_BACKEND = "standard"
 def model_spec(
     flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND, why: str = ""
 ) -> ModelSpec:
-    """The flavor's model with its attention and its expert backend in place.
+    """Return the flavor's model with its attention and its expert backend in place.
 
     Args:
         flavor: what to build.
@@ -39,27 +39,28 @@ def model_spec(
 
     Raises:
         EzpzError: the host has no such model, the model has no experts, or the attention or the
-            backend does not go with it.
+            backend does not fit it.
     """
     spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
     chosen_by = why or f"flavor {flavor.name}"
     select_backend(spec.model, flavor.compute_backend, chosen_by, flavor.expert_precision)
+    # After the backend: zero-computation experts wrap the experts' node with the selector in it.
     if flavor.is_routed:
-        with titan().importing():  # what only such a flavor needs of the host
+        with titan().importing():  # only such a flavor needs this from the host
             from ezpz_moe.hosts.titan.routing import route
         route(spec, flavor)
     return spec
 
 
 def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) -> ModelSpec:
-    """The flavor's model with the host's own experts and, for "sdpa", its flex attention.
+    """Return the flavor's model with the host's own experts and, for "sdpa", its flex attention.
 
     Raises:
         EzpzError: the host has no such model, refuses it on this machine, or it has no experts.
     """
-    # The host refuses "sdpa" by name for language models but runs its module.
+    # The host refuses the name "sdpa" for language models, but still runs its module.
     attention = "flex" if flavor.attention == "sdpa" else flavor.attention
     try:
         if flavor.dimensions is None:
@@ -67,7 +68,7 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
         else:
             spec = _sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
     except (TypeError, ValueError) as error:
-        # A call that this host takes otherwise, or for example flex_flash on a GPU before Hopper.
+        # This host calls it differently, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
             f"{flavor.source}: torchtitan refuses flavor {flavor.name!r} "
             f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): "
@@ -77,7 +78,9 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
 
 
 def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
-    """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
+    """Return the host's deepseek_v3 in another size; what has no size stays as it is there."""
+    # Any of its sizes would do: everything with a size is replaced below, and the hooks are the
+    # same.
     spec = deepseek_v3.model_registry("debugmodel")
     rope = size.rope.model_dump()
     rope[titan().LONGEST] = rope.pop("max_seq_len")
@@ -109,7 +112,7 @@ def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Mode
 
 
 def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str) -> ModelSpec:
-    """One of the host's own models, ``flavor.base``."""
+    """Return one of the host's own models, ``flavor.base``."""
     assert flavor.base is not None  # a Flavor has dimensions or a base
     module_name, _, upstream = flavor.base.partition("/")
     where = f"{flavor.source}: base = {flavor.base!r}"
@@ -117,6 +120,7 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
     try:
         spec = module.model_registry(upstream)
     except KeyError as error:
+        # A KeyError from inside the registry's builder is the host's bug, not a wrong name.
         if error.args != (upstream,):
             raise
         known = _upstream_flavors(module)
@@ -129,7 +133,7 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
             f"{where}: this model is dense: it has no routed experts to compute. "
             'Name a mixture-of-experts model, for example "qwen3/30B-A3B".'
         )
-    # Only what differs from the host's defaults: not every registry takes every option.
+    # Pass only what differs from the host's defaults: not every registry takes every option.
     options: dict[str, Any] = {}
     if attention is not None:
         options["attn_backend"] = attention
@@ -157,6 +161,6 @@ def _upstream_module(name: str, where: str) -> ModuleType:
 
 
 def _upstream_flavors(module: ModuleType) -> list[str]:
-    """The names in the module's ``..._configs`` dict, where each model keeps its flavors."""
+    """Return the names in the module's ``..._configs`` dict, where each model keeps its flavors."""
     tables = (value for name, value in vars(module).items() if name.endswith("_configs"))
     return [flavor for table in tables if isinstance(table, dict) for flavor in table]

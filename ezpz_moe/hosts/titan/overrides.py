@@ -1,4 +1,4 @@
-"""What door 2 needs of torchtitan: targets, and the job that an override belongs to."""
+"""Give door 2 what it needs from torchtitan: targets, and the job that an override belongs to."""
 
 import inspect
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ezpz_moe.hosts.titan.initial_values import refuse_twins
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Register ``factory`` as an override of the routed experts; ``factory`` itself."""
+    """Register ``factory`` as an override of the routed experts, and return it."""
     return override(
         target=titan().experts().HostExperts.Config,
         description="Compute the routed experts with a backend of ezpz_moe.",
@@ -28,7 +28,7 @@ def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def for_attention(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Register ``factory`` as an override of the attention; ``factory`` itself."""
+    """Register ``factory`` as an override of the attention, and return it."""
     return override(
         target=BaseAttention.Config,
         description="Causal SDPA in place of FlexAttention or varlen attention.",
@@ -38,25 +38,25 @@ def for_attention(factory: Callable[..., Any]) -> Callable[..., Any]:
 def selected(
     config: Any, backend: str, chosen_by: str, expert_precision: ExpertPrecision | None = None
 ) -> Any:
-    """The config of the same experts, computed by ``backend``.
+    """Return the config of the same experts, computed by ``backend``.
 
     Raises:
-        EzpzError: unknown backend, or these experts cannot be computed by it.
+        EzpzError: unknown backend, or it cannot compute these experts.
     """
     return titan().experts().selected(config, backend, chosen_by, expert_precision)
 
 
 def causal_attention(config: Any) -> Any:
-    """The config of the SDPA kernel that stands in for ``config.inner_attention``."""
+    """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
     return titan().causal_attention(config)
 
 
 def turn_off_cuda_graphs_for(backend: str) -> None:
-    """CUDA graphs are on by default and cannot capture a backend with host syncs.
+    """Turn CUDA graphs off: they are on by default and cannot capture a backend with host syncs.
 
-    The host hands an override one node and not the job, and asks nothing of it later. So the
-    job is taken from the host function that calls the override; where that is not found, the
-    backend itself refuses to be captured, with the same remedy.
+    The host passes one node to an override, not the job, and asks nothing of it later. The job is
+    therefore taken from the host function that calls the override. If it is not found there, the
+    backend itself refuses to be captured, and names the same remedy.
     """
     job = _job_being_overridden()
     if job is not None and get_backend(backend).host_syncs and captures_cuda_graphs(job):
@@ -68,10 +68,10 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
 
 
 def refuse_twins_of(door: str) -> None:
-    """Refuse a run whose several CPU ranks would begin alike; where no job is found, do nothing.
+    """Refuse a run on several CPU ranks that would start alike; do nothing if no job is found.
 
     Raises:
-        EzpzError: it would.
+        EzpzError: they would.
     """
     job = _job_being_overridden()
     if job is not None:
@@ -79,7 +79,7 @@ def refuse_twins_of(door: str) -> None:
 
 
 def warn_of_emulation() -> None:
-    """Say once how to train in the CPU's own precision: a job's settings are not ours to change."""
+    """Say once how to train in the CPU's own precision: we may not change a job's settings."""
     job = _job_being_overridden()
     if job is not None and trains_in_float32(utils.device_type):
         line = door_2_line(job.training.mixed_precision_param)
@@ -87,12 +87,15 @@ def warn_of_emulation() -> None:
             _warn_once(line)
 
 
+# An override is called once per MoE layer.
 @cache
 def _warn_once(line: str) -> None:
     logger.warning(line)
 
 
 def _job_being_overridden() -> Trainer.Config | None:
+    # `config_root` is the host's own name for the job, in the functions that apply overrides. If a
+    # host renames it, nothing is found and the callers do without. context=0 reads no source files.
     for caller in inspect.stack(context=0):
         root = caller.frame.f_locals.get("config_root")
         if isinstance(root, Trainer.Config):

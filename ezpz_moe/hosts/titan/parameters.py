@@ -1,8 +1,8 @@
-"""Parameters of a flavor, counted on the model itself, built on the meta device.
+"""Count a flavor's parameters on the model itself, built on the meta device.
 
-The counts follow the host's ``get_nparams_and_flops``: *active* are the parameters that one token
-meets, namely k/E of each layer's routed experts and all of everything else, both embedding
-matrices included. With zero-computation experts they are an average.
+The counts follow the host's ``get_nparams_and_flops``. *Active* are the parameters that one token
+uses: k/E of each layer's routed experts and all of everything else, including both embedding
+matrices. With zero-computation experts they are an average.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ezpz_moe.hosts.titan.models import model_spec
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
-    """Dimensions and parameter counts of the flavor's model.
+    """Return the dimensions and parameter counts of the flavor's model.
 
-    Variants of one size are built once: neither attention nor backend has parameters of its own.
+    It builds variants of one size once: neither attention nor backend has parameters of its own.
 
     Raises:
         EzpzError: the host cannot build the model.
@@ -40,7 +40,7 @@ def summarize(flavor: Flavor) -> ModelSummary:
 
 
 def build_on_meta(flavor: Flavor) -> nn.Module:
-    """The flavor's model. No memory is allocated for it."""
+    """Build the flavor's model without allocating memory for it."""
     with torch.device("meta"):
         return model_spec(flavor).model.build()
 

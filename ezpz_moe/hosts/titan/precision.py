@@ -1,4 +1,4 @@
-"""The precision of a run with torchtitan 0.3, when all that may say it has spoken."""
+"""Determine the precision of a run with torchtitan 0.3 once flags, job and flavor are known."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -25,19 +25,20 @@ from ezpz_moe.hosts.titan.base import titan
 
 
 def values(job: Job) -> dict[str, Any]:
-    """What this CPU wants of a job that does not say in what it trains."""
+    """Return the setting that this CPU wants if the job does not choose a precision."""
     if PARAM in job.values or not trains_in_float32(utils.device_type):
         return {}
     return {PARAM: "float32"}
 
 
 def agreeing(spec: ModelSpec, flavor: Flavor) -> None:
-    """Let the ranks of a run compare their precisions before the model is parallelized, in place.
+    """Make the ranks of a run compare precisions before the model is parallelized, in place.
 
-    Where the trainer is built for a model of ``flavor``; see ``agreeing_on_precision``.
+    It is for the spec of ``flavor`` that a trainer is built from; see ``agreeing_on_precision``.
     """
 
     def precision_of(*args: Any, training: Any, **more: Any) -> str:
+        # From the arguments of parallelize_fn: these are the settings after the flags.
         param = training.mixed_precision_param
         dtype = experts_dtype(flavor.expert_precision, param, utils.device_type)
         return f'{PARAM} = "{param}" and experts in {dtype}'
@@ -46,8 +47,10 @@ def agreeing(spec: ModelSpec, flavor: Flavor) -> None:
 
 
 def settle(config: Trainer.Config) -> None:
-    """Put into the experts' nodes what they compute in, in place: flags may have changed it."""
+    """Set in the experts' nodes what they compute in, in place: flags may have changed it."""
     for node in _experts(config):
+        # Experts with the host's forward have no such field, and its own path must keep its own
+        # casts.
         if hasattr(node, "computed_in") and not is_host_path(node.compute_backend):
             node.computed_in = experts_dtype(
                 node.expert_precision, config.training.mixed_precision_param, utils.device_type
@@ -55,23 +58,24 @@ def settle(config: Trainer.Config) -> None:
 
 
 def experts_dtypes(config: Trainer.Config) -> list[str]:
-    """The names of the dtypes that the model's routed experts compute in; in practice one."""
+    """Return the names of the dtypes that the model's routed experts compute in; usually one."""
     dtypes = (getattr(node, "computed_in", HOSTS_CAST) for node in _experts(config))
     return list(dict.fromkeys(dtypes))
 
 
 def in_words(config: Trainer.Config) -> str:
-    """Which precision applies to a run of ``config``."""
+    """Describe the precision of a run of ``config``."""
     param = config.training.mixed_precision_param
     return of_run(param, " and ".join(experts_dtypes(config)), utils.device_type)
 
 
 def log_once(config: Trainer.Config) -> None:
-    """Say that a run trains in float32 where that is this CPU's doing."""
+    """Log that a run trains in float32 if it does so because of this CPU."""
     if config.training.mixed_precision_param == "float32":
         _log(job_line())
 
 
+# A job's config may be constructed more than once per process.
 @cache
 def _log(line: str) -> None:
     logger.info(line)

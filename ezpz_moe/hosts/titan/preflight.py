@@ -1,4 +1,4 @@
-"""One rank of a big run, built on this machine by the host's own trainer."""
+"""Build one rank of a big run on this machine, with the host's own trainer."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _FAILED = (
 def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> RankReport:
     """Build ``rank`` of ``world_size`` and measure it. Once per process: the host has global state.
 
-    A step that fails is told beside what was measured: it is this function's, not the trainer's.
+    A failed step is reported beside the measurements: this function runs it, not the trainer.
 
     Raises:
-        whatever the rank would have met until its model was parallelized.
+        whatever the rank would have raised until its model was parallelized.
     """
     trainer_config = config_of_rank(config, host_flags, world_size, rank)
     parts = parts_of_model(trainer_config)
-    built = report(rank, parts)  # before the step, which leaves shards gathered where it stops
+    built = report(rank, parts)  # before the step: where it stops, it leaves shards gathered
     if reason := _why_no_step(trainer_config):
         return replace(built, step=f"not run: {reason}")
     (model,) = parts
@@ -54,20 +54,21 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
 def config_of_rank(
     config: str, host_flags: list[str], world_size: int, rank: int
 ) -> Trainer.Config:
-    """The trainer's config where this process believes that it is ``rank`` of ``world_size``."""
+    """Return the trainer's config, with this process as ``rank`` of ``world_size``."""
     become_rank(rank, world_size)
-    # The user's flags are last: nothing may follow one such as activation-checkpoint:full.
+    # The user's flags come last: nothing may follow a subcommand such as
+    # activation-checkpoint:full.
     return ConfigManager().parse_args([*named(config), *FAKE_COMMUNICATION, *host_flags])
 
 
 def parts_of_model(config: Trainer.Config) -> list[nn.Module]:
-    """The model's parts on this rank, parallelized, on the meta device."""
+    """Return the model's parts on this rank, parallelized, on the meta device."""
     has_pipeline = config.parallelism.pipeline_parallel_degree > 1
     return parallelized(config.build, config.model_spec, has_pipeline=has_pipeline)
 
 
 def _why_no_step(config: Trainer.Config) -> str:
-    """Why nothing can be computed without other ranks or values; empty when it can."""
+    """Return why a step needs other ranks or values; empty if it does not."""
     if config.parallelism.pipeline_parallel_degree > 1:
         return "a pipeline stage needs its neighbours"
     if config.parallelism.expert_parallel_degree > 1:
@@ -78,12 +79,14 @@ def _why_no_step(config: Trainer.Config) -> str:
 
 
 def _step(config: Trainer.Config, model: Any) -> str:
-    """Forward and backward with tensors that have shapes and no values, as far as the device can.
+    """Run forward and backward with tensors that have no values, as far as the device can.
 
-    What the host compiles runs as it is written: a compiler would be given tensors of its own kind.
+    What the host compiles runs eagerly: a compiler would be given tensors of its own kind.
     """
     shape = titan().one_sequence(attrgetter(titan().LENGTH)(config))
     is_masked = has_masked_attention(config.model_spec)
+    # FlexAttention and varlen attention have none on the CPU, but their forward still finds
+    # mistakes.
     has_backward = not (is_masked and utils.device_type == "cpu")
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

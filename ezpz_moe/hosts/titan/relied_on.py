@@ -1,6 +1,7 @@
-"""What the binding relies on in torchtitan 0.3.
+"""List what the binding relies on in torchtitan 0.3.
 
-Vital is what a run comes across, among it every name that the modules behind ``job.py`` import.
+A line is vital if every run needs it. That includes each name that the modules behind ``job.py``
+import.
 """
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, NOTHING_TRAINS, Reliance
@@ -240,6 +241,7 @@ _MODELS = (
     ),
 )
 
+# docs/hosts.md shows the lines in this order.
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         "torch.distributed:set_timeout",
@@ -272,4 +274,4 @@ STATE_DICT_KEYS = (
     "layers.1.moe.router.gate.weight",
     "layers.1.moe.expert_bias_E",
 )
-"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""
+"""Sample keys of a checkpoint of `debugmodel`: those of a layer with experts."""

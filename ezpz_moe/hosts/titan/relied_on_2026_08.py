@@ -1,4 +1,4 @@
-"""What the binding relies on in torchtitan of August 2026: 0.3's lines, and what differs."""
+"""List what the binding relies on in torchtitan of August 2026: 0.3's lines and the changes."""
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 from ezpz_moe.hosts.titan.relied_on import RELIED_ON as RELIED_ON_0_3
@@ -77,6 +77,7 @@ _CHANGED: tuple[Reliance, ...] = (
         vital=True,
     ),
 )
+# Includes the changed lines: two lines for one thing would ask for fields of both generations.
 _GONE = {
     "torchtitan.hf_datasets:DatasetConfig",
     "torchtitan.hf_datasets.text_datasets:HuggingFaceTextDataLoader.Config",

@@ -1,4 +1,4 @@
-"""What the binding relies on in torchtitan since September 2026: August's lines, other experts."""
+"""List what the binding relies on in torchtitan since September 2026: August's, new experts."""
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, Reliance
 from ezpz_moe.hosts.titan.relied_on import SEAM_MOVED
@@ -6,6 +6,7 @@ from ezpz_moe.hosts.titan.relied_on_2026_08 import RELIED_ON as RELIED_ON_BEFORE
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
 _LINEAR = "torchtitan.models.common.linear:GroupedLinear"
+# August's line for RoutedExperts goes too: the lines below ask more of the same class.
 _NO_LONGER = ("torchtitan.models.common.moe:GroupedExperts", _EXPERTS)
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -44,4 +45,4 @@ STATE_DICT_KEYS = (
     "layers.1.moe.router.gate.weight",
     "layers.1.moe.expert_bias_E",
 )
-"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""
+"""Sample keys of a checkpoint of `debugmodel`: those of a layer with experts."""

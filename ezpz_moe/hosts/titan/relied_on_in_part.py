@@ -1,4 +1,4 @@
-"""What some flavors and commands rely on in torchtitan 0.3 beside what all do."""
+"""List what only some flavors and commands rely on in torchtitan 0.3."""
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 
@@ -28,7 +28,7 @@ PICTURES = (
         sets=("writer", "tag"),
     ),
 )
-"""Of flavors with ``[telemetry]`` that have pictures drawn for the loggers."""
+"""Needed by flavors with ``[telemetry]`` that draw pictures for the loggers."""
 
 ROUTERS = (
     Reliance(
@@ -112,7 +112,7 @@ ROUTERS = (
     ),
     *PICTURES,
 )
-"""Of flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
+"""Needed by flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
 
 ANALYSIS = (
     Reliance(

@@ -1,4 +1,4 @@
-"""A trainer's config as flat lines ``path = value``, beside the host's defaults."""
+"""Flatten a trainer's config to lines ``path = value``, with the host's defaults."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from ezpz_moe.hosts.setting import Setting, flat
 
 
 def settings(config: Trainer.Config) -> list[Setting]:
-    """Every field of the trainer's config, the model left out, in the host's order."""
+    """Return every field of the trainer's config except the model, in the host's order."""
     defaults = dict(flat(Trainer.Config(model_spec=config.model_spec).to_dict()))
+    # Fields of JobConfig that the host does not have, such as `origin`, are not settings.
     ours = {field.name for field in dataclasses.fields(config)} - {
         field.name for field in dataclasses.fields(Trainer.Config)
     }
@@ -24,10 +25,11 @@ def settings(config: Trainer.Config) -> list[Setting]:
 
 
 def flags(config: Trainer.Config) -> frozenset[str]:
-    """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``.
+    """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``.
 
-    The options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
+    Options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
     """
     paths = {setting.path for setting in settings(config)}
+    # They are no flags of the top level, so a command line may not contain them there.
     behind = {path for path in paths if path.startswith("activation_checkpoint.")}
     return frozenset(paths - behind | {"module", "config"})

@@ -1,4 +1,4 @@
-"""The host's own routed experts, which ``ezpz-moe bench`` measures the backends against.
+"""Make the host's own routed experts, the reference of ``ezpz-moe bench``.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -10,7 +10,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
 
 
 class _StockExperts(torch.nn.Module):
-    """What the host's ``RoutedExperts`` computes between dispatching and combining tokens."""
+    """The part of the host's ``RoutedExperts`` between dispatching and combining tokens."""
 
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__()
@@ -18,6 +18,8 @@ class _StockExperts(torch.nn.Module):
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
         offsets_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
+        # As in the host's forward, which has no part of its own for this: it also dispatches and
+        # combines.
         gate_RF, up_RF = self.experts.w13(x_RD.bfloat16(), offsets_E).unbind(dim=-2)
         hidden_RF = self.experts.activation_fn(gate_RF, up_RF, offsets=offsets_E)
         return self.experts.w2(hidden_RF, offsets_E).type_as(x_RD)
@@ -26,7 +28,7 @@ class _StockExperts(torch.nn.Module):
 def stock_experts(
     w1_EFD: torch.Tensor, w2_EDF: torch.Tensor, w3_EFD: torch.Tensor
 ) -> torch.nn.Module:
-    """The host's own experts with these weights: ``(x_RD, num_tokens_per_expert_E) -> y_RD``."""
+    """Return the host's own experts: ``(x_RD, num_tokens_per_expert_E) -> y_RD``."""
     E, F, D = w1_EFD.shape
     linear = GroupedLinear.Config
     with torch.device("meta"):
@@ -37,6 +39,7 @@ def stock_experts(
                 token_dispatcher=LocalTokenDispatcher.Config(num_experts=E, top_k=1),
             )
         )
+    # Gate first, as the host orders them.
     w13_E2FD = torch.stack([w1_EFD, w3_EFD], dim=1)
     experts.load_state_dict({"w13.weight": w13_E2FD, "w2.weight": w2_EDF}, assign=True)
     return _StockExperts(experts)

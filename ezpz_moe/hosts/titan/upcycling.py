@@ -1,4 +1,4 @@
-"""What ``ezpz-moe upcycle`` has to know of a flavor's model."""
+"""Tell ``ezpz-moe upcycle`` what it has to know about a flavor's model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TIED = {"lm_head.weight": "tok_embeddings.weight"}
 
 
 def target(flavor: Flavor) -> Target:
-    """The flavor's model, and its layers with experts.
+    """Return the flavor's model and its layers with experts.
 
     Raises:
-        EzpzError: the host cannot build it, or its experts are no SwiGLU FFN without biases.
+        EzpzError: the host cannot build it, or its experts are not a SwiGLU FFN without biases.
     """
     model = build_on_meta(flavor)
     tensors = model.state_dict()
@@ -38,6 +38,7 @@ def _layer(flavor: Flavor, name: str, moe: MoE, tensors: dict) -> Layer:
     block = name.rpartition(".")[0]
     own = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
     routed = {key for key in own if key.startswith("routed_experts.")}
+    # Exactly these: an extra bias or a fused weight has no counterpart in the dense FFN.
     if routed != set(_EXPERTS.values()):
         raise EzpzError(
             f"{flavor.source}: {name} has experts of {', '.join(sorted(routed))}: a dense FFN can "
@@ -46,6 +47,8 @@ def _layer(flavor: Flavor, name: str, moe: MoE, tensors: dict) -> Layer:
     parts = {part: own.pop(key) for part, key in _EXPERTS.items()}
     shared = {p: own.pop(key) for p in PARTS if (key := f"shared_experts.{p}.weight") in own}
     gate = own.pop("router.gate.weight")
+    # Everything known has been popped. Guessing a value for the rest could change the function that
+    # upcycling has to preserve.
     if unknown := own.keys() - _ZEROS:
         raise EzpzError(
             f"{flavor.source}: {name} has {', '.join(sorted(unknown))}, and ezpz_moe does not know "
