@@ -1,4 +1,4 @@
-"""What a flavor's ``[router]`` does not go with: in the model, and in the rest of a job."""
+"""Find what a flavor's ``[router]`` cannot be combined with, in the model and in the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 
 
 def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
-    """Messages, each naming the flavor's key and what excludes it.
+    """Yield messages, each with the flavor's key and what excludes it.
 
     Args:
         config: the host's, of the whole job.
@@ -38,7 +38,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
 
 
 def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    """Of one of the host's own models the flavor itself does not know the sizes."""
+    """Check sizes: for a flavor with ``base``, only the host's model has them."""
     router = moe.router
     for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
         yield f"{problem}."
@@ -63,6 +63,7 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             f"{named} cannot be combined with router_num_expert_groups = "
             f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
         )
+    # The others send a fixed number of assignments, so the cut-off ones cannot be left out.
     own = _host_class(moe.routed_experts.token_dispatcher)
     if own not in _SORTING_DISPATCHERS:
         yield (
@@ -102,7 +103,7 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    """The host's own choice is made on distributed tensors too, ours on a rank's own."""
+    """Refuse choices of our own on distributed tensors: only the host's choice works on those."""
     parallelism = config.parallelism
     backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
     is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
@@ -116,7 +117,7 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    """Where the host folds sequences into tokens, a rank's part may be of any of them."""
+    """Refuse sequence groups if a rank's folded tokens may come from any part of any sequence."""
     parallelism, scope = config.parallelism, moe.router.balance.scope
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
@@ -134,6 +135,7 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    # Each of these reads a number on the host, which a captured graph cannot.
     cuts = settings.zero_computation_experts or not settings.dispatch_padding
     if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
         return
@@ -154,20 +156,21 @@ def _forced(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    """Random numbers have to be the same ones when a block is computed again."""
+    """Refuse random numbers that would differ when a block is recomputed."""
     policy = config.activation_checkpoint
     drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
     if not drawn or policy is None:
         return
     named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} cannot be combined with"
     why = "the gradient would use other random numbers than the forward pass. Choose"
-    if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws anew
+    if isinstance(policy, MemoryBudgetAC.Config):  # torch's partitioner draws new numbers
         yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
     elif not policy.preserve_rng_state:
         yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
 
 
 def _host_class(dispatcher: Any) -> str:
-    """The name of the host's class that ours is made from."""
+    """Return the name of the host's class that ours is made from."""
+    # The dispatcher may already be a subclass of ours, with a name that nobody wrote in a job.
     classes = type(dispatcher)._owner.mro()
     return next(each.__name__ for each in classes if each.__module__.startswith("torchtitan."))

@@ -1,4 +1,4 @@
-"""A flavor's ``[router]`` and ``[balance]`` in the host's model and training step."""
+"""Put a flavor's ``[router]`` and ``[balance]`` into the host's model and training step."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from ezpz_moe.hosts.titan.selector import RowCounts
 from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
 
+# The host's own default of `MoE.Config.load_balance_coeff`.
 _HOST_RATE = 1e-3
 
 
 def route(spec: ModelSpec, flavor: Flavor) -> None:
     """Put the flavor's routing into the model's config and the spec's hooks, in place."""
     settings = flavor.router
+    # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
         if settings.zero_computation_experts or not settings.dispatch_padding:
             moe = with_zero_computation(moe, settings)
             setattr(parent, attribute, moe)
+        # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
@@ -38,13 +41,15 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
 
 
 def _host_rate(rate: float | None, balance: Balance) -> float | None:
-    """What the host's MoE is told; with a rate it has the bias as a buffer, and its hook."""
+    """Return the rate for the host's MoE; with one, it has a bias buffer, and the host its hook."""
     match balance.bias_update:
         case None:
             return rate
         case "none":
             return None
         case _:
+            # The host asserts a positive rate. If ours replaces the hook, only its being set
+            # matters.
             return balance.bias_rate.end if balance.bias_rate else rate or _HOST_RATE
 
 
@@ -54,8 +59,10 @@ def _host_rate(rate: float | None, balance: Balance) -> float | None:
 def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[..., Any]:
     @functools.wraps(parallelize_fn)
     def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
+        # Here, because the flags of the command line may still change the policy until now.
         kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
+        # One mask object for all layers: setting it once per forward reaches every router.
         mask = TokenMask()
         groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
         for module in model.modules():
@@ -67,6 +74,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
             moe.router.groups = groups
             moe.router.gate.is_counted = flavor.reported is not None
             if flavor.router.freeze:
+                # Only now: parameters that parallelize_fn lays out again lose requires_grad =
+                # False.
                 moe.router.gate.requires_grad_(False)
         if flavor.router.pad_token_id is not None:
             model.register_forward_pre_hook(_mask_from_tokens(mask, flavor.router.pad_token_id))
@@ -77,16 +86,17 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
 
 def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
     def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        # A pre-hook of the model sees the tokens; the routers see only embeddings.
         mask.mask_BL = local(args[0]) != pad_token_id
 
     return before_forward
 
 
 def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: Any) -> Groups:
-    """Over what the losses are averaged, and how much one group counts in a training step.
+    """Return what the losses are averaged over, and a group's weight in a training step.
 
-    The host's gradients are summed over ranks and microbatches, whose losses it divides by the
-    tokens of the whole step: likewise a group's loss is divided by the groups of the whole step.
+    The host sums gradients over ranks and microbatches, and divides their losses by the tokens of
+    the whole step. In the same way, a group's loss is divided by the groups of the whole step.
     """
     data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
     sequences = titan().sequences(training, parallelism, data_ranks)
@@ -96,8 +106,8 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
         "batch": (microbatches * data_ranks, "cp"),
         "global": (microbatches, "loss"),
     }[balance.scope]
-    # Tensor parallelism: with experts in parallel each rank routes its part of a sequence. Without,
-    # all route the same tokens, and outside of DTensor the host adds up their gradients.
+    # Tensor parallelism: with expert parallelism, each rank routes its part of a sequence. Without
+    # it, all ranks route the same tokens, and outside of DTensor the host adds up their gradients.
     same_tokens = not parallel_dims.ep_enabled and parallel_dims.spmd_backend == "spmd_types"
     names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
     spread_over = map(parallel_dims.get_optional_mesh, names)
@@ -111,7 +121,7 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
 
 
 def counting_meshes(parallel_dims: Any) -> list[Any]:
-    """Over which the routers' counters add up to those of all tokens."""
+    """Return the meshes over which the routers' counters add up to those of all tokens."""
     names = ("loss", "tp") if parallel_dims.ep_enabled else ("loss",)
     return [mesh for mesh in map(parallel_dims.get_optional_mesh, names) if mesh is not None]
 
@@ -120,14 +130,16 @@ def counting_meshes(parallel_dims: Any) -> list[Any]:
 
 
 def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callable[..., None] | None:
-    """The host's hook where it does what the flavor asks for, ours for its variants."""
+    """Return the host's hook if it does what the flavor asks for, or ours for its variants."""
     balance, settings = flavor.balance, flavor.router
     if settings.freeze or settings.routing != "topk":
-        # An untrained gate has nothing to balance. Where the bias has no say in the choice, its
-        # update would go on for ever, and topk would go by that bias at inference.
+        # An untrained gate has nothing to balance. If the bias has no effect on the choice, its
+        # updates would never end, and topk would follow that bias at inference.
         return None
     rate = balance.bias_rate
+    # The host's own hook whenever possible: its results are then the host's, bit for bit.
     is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
+    # The host's counts include padding tokens, ours do not.
     if is_the_hosts and settings.pad_token_id is None:
         return host_hook
     by_sign = balance.bias_update != "proportional"
@@ -140,7 +152,7 @@ def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callabl
 
 
 class _BiasUpdate:
-    """After the gradients of a step: moves the biases of every layer."""
+    """Moves the biases of every layer, after the gradients of a step."""
 
     def __init__(
         self, model_parts: Any, parallel_dims: Any, rate: Schedule | None, by_sign: bool
@@ -149,6 +161,7 @@ class _BiasUpdate:
         self.layers = [moe for moe in layers if moe.expert_bias_E is not None]
         self.meshes = counting_meshes(parallel_dims)
         self.rate, self.by_sign = rate, by_sign
+        # Telemetry reads the same counters, so they are compared with the last step and not reset.
         self.before = [moe.router.counts_E.clone() for moe in self.layers]
 
     @torch.no_grad()
@@ -163,4 +176,6 @@ class _BiasUpdate:
         for moe, counts_E in zip(self.layers, counts_LE, strict=True):
             rate = value_at(self.rate, moe.router.step) if self.rate else moe.load_balance_coeff
             local(moe.expert_bias_E).add_(bias_change(counts_E, rate=rate, by_sign=self.by_sign))
+            # The host's hook would reset its own counter; without it, it would grow for the whole
+            # run.
             moe.tokens_per_expert_E.zero_()

@@ -1,7 +1,7 @@
-"""Selecting a backend for the experts: what all hosts since torchtitan 0.3 have in common.
+"""Select a backend for the experts: the part that all hosts since torchtitan 0.3 share.
 
-``experts.py`` of each generation says which class of the host gets the selector and how a backend
-takes the place of its products.
+``experts.py`` of each generation says which class of the host gets the selector, and how a backend
+replaces its products.
 """
 
 from collections import Counter
@@ -22,14 +22,15 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.routing.counters import count_rows
 
 REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
-"""Where the share of dropped tokens is to be found."""
+"""Where the run reports the share of dropped tokens."""
 
 
 class RowCounts(Module):
-    """How many rows a layer's experts were given, and what their backend did with them.
+    """Counts the rows that a layer's experts were given, and what their backend did with them.
 
-    A module of its own, because the host asks of every buffer beside the experts' weights how it
-    is sharded. ``rows_3`` adds up ``routing.counters.ROWS`` while ``on``: in a run with telemetry.
+    It is a module of its own, because the host asks how each buffer beside the experts' weights is
+    sharded. ``rows_3`` adds up ``routing.counters.ROWS`` while ``on`` is true: in a run with
+    telemetry.
     """
 
     rows_3: torch.Tensor
@@ -49,21 +50,21 @@ class RowCounts(Module):
 
 
 class Selector(Module):
-    """Mixin before a class of the host: the chosen backend, None for the host's own path.
+    """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
-    ``row_counts`` is there for a backend that pads or drops.
+    ``row_counts`` exists only for a backend that pads or drops.
     """
 
     def _choose(self, config) -> None:
         self.compute_backend = config.compute_backend
-        backend = get_backend(self.compute_backend)  # an unknown name is an error at once
+        backend = get_backend(self.compute_backend)  # an unknown name is an error right here
         self._backend = None if self.compute_backend == HOST_PATH else backend
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
         _choices_not_logged[self._choice(config)] += 1
 
     def _choice(self, config) -> "_Choice":
-        """How the log tells of it. Without a ``computed_in`` the forward is the host's."""
+        """Return what the log says. Without ``computed_in``, the forward is the host's."""
         dtype = getattr(config, "computed_in", None)
         return _Choice(self.compute_backend, config.chosen_by, dtype or HOSTS_CAST, dtype is None)
 
@@ -73,12 +74,14 @@ class Selector(Module):
 
     def _init_self_parameters(self) -> None:
         super()._init_self_parameters()
+        # Here and not in __init__: there the weights are on the meta device, and layers are missing
+        # from the count.
         _log_choices(next(self.parameters()).device)
 
 
 @cache
 def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Module]:
-    """``host_class`` with ``selector`` before it, and with a ``compute_backend`` in its config."""
+    """Return ``host_class`` with ``selector`` before it, and ``compute_backend`` in its config."""
 
     class Selected(selector, host_class):  # type: ignore[misc, valid-type]
         @dataclass(kw_only=True, slots=True)
@@ -103,7 +106,7 @@ def select_backend(
     """Replace every routed-experts node below ``model_config``, in place.
 
     Returns:
-        How many nodes were replaced: one per MoE layer.
+        The number of nodes that were replaced: one per MoE layer.
 
     Raises:
         EzpzError: as the ``selected`` of the host's binding, or the model has no routed experts.
@@ -121,7 +124,7 @@ def select_backend(
 
 
 def selectable(config: Any, backend: ExpertComputeBackend, chosen_by: str) -> Any:
-    """The class of the host that ``config`` builds.
+    """Return the class of the host that ``config`` builds.
 
     Raises:
         EzpzError: unknown backend; the experts have a selector already.
@@ -150,6 +153,7 @@ def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chos
                 f"{base.__name__}._grouped_mm, which the backend would replace in "
                 f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` shows what changed."
             )
+    # Replacing it would silently train unquantized experts.
     elif host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): {host_class.__name__} computes the "
@@ -169,10 +173,10 @@ _choices_not_logged: Counter[_Choice] = Counter()
 
 
 def _log_choices(device: torch.device) -> None:
-    """One line per choice and run, when the first experts get their weights.
+    """Log one line per choice and run, when the first experts get their weights.
 
-    All layers are built before any is initialized, so that the count is complete, and the device
-    is the one that trains. Said nowhere in forward: the host compiles it with fullgraph=True.
+    All layers are built before any is initialized: by then the count is complete, and the device is
+    the one that trains. Nothing is logged in forward, which the host compiles with fullgraph=True.
     """
     for choice, layers in _choices_not_logged.items():
         backend, chosen_by, dtype, is_hosts = choice
@@ -185,4 +189,5 @@ def _log_choices(device: torch.device) -> None:
         )
         if chosen.drops_tokens:
             logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")
+    # The remaining layers of this model log nothing, and a second trainer starts its own count.
     _choices_not_logged.clear()

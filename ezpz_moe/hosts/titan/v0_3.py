@@ -1,4 +1,4 @@
-"""torchtitan 0.3, and what every generation after it keeps: batches of sequences, grouped experts.
+"""torchtitan 0.3, and what later generations keep: batches of sequences, grouped experts.
 
 The methods at the end answer what the other modules of this folder ask. Compare ``v2026_08.py``,
 where most answers differ.
@@ -166,10 +166,10 @@ class Titan03(Titan):
     MICROBATCH = "training.local_batch_size"
 
     def microbatches(self, parallelism: Any) -> int:
-        return 1  # a pipeline divides its one further
+        return 1  # a pipeline divides that one further
 
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {}  # all are fields of the host
+        return {}  # the host has a field for every key
 
     def one_sequence(self, length: int) -> tuple[int, ...]:
         return (1, length)  # a batch of one: [B, L]
@@ -184,7 +184,7 @@ class Titan03(Titan):
         )
 
     def fit_model(self, config: Any) -> None:
-        """Does nothing: the model already has it all."""
+        """Do nothing: the model already has everything."""
 
     def own_conflicts(self, config: Any) -> Iterator[str]:
         return iter(())
@@ -213,7 +213,7 @@ class Titan03(Titan):
 
 
 def _modules(lineage: set[str]) -> dict[str, str]:
-    """Name without date -> module of this folder, the newest that a generation has.
+    """Return name without date -> module of this folder, the newest that a generation has.
 
     Args:
         lineage: the generation and those that it builds on.
@@ -223,6 +223,6 @@ def _modules(lineage: set[str]) -> dict[str, str]:
         if re.match(r"v\d", each):  # a generation's class
             continue
         date = re.search(r"_(\d{4}_\d{2})$", each)
-        if date is None or date[1] in lineage:  # sorted: what has a date comes later
+        if date is None or date[1] in lineage:  # sorted, so a dated name comes after the plain one
             newest[each.removesuffix(date[0]) if date else each] = f"{__package__}.{each}"
     return newest

@@ -1,6 +1,6 @@
-"""torchtitan of August 2026: batch and length are folded into one dimension of tokens.
+"""torchtitan of August 2026, which folds batch and length into one dimension of tokens.
 
-A job means the same work as on 0.3: ``local_batch_size`` sequences of ``seq_len`` tokens are a
+A job means the same work as on 0.3: ``local_batch_size`` sequences of ``seq_len`` tokens become a
 microbatch of ``local_batch_size * seq_len`` tokens.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PP_MICROBATCHES = "parallelism.num_pp_microbatches"
 
-# 0.3's defaults; this host's own default, 16384 tokens, is their product.
+# 0.3's defaults. This host's own default of 16384 tokens is their product.
 _BATCH, _LENGTH = 8, 2048
 
 
@@ -60,17 +60,18 @@ class Titan2026_08(Titan03):
         return parallelism.num_pp_microbatches
 
     def work(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """From 0.3's keys that say how much is computed at once.
+        """Return fields from 0.3's keys for how much is computed at once.
 
         Raises:
-            EzpzError: a key is given together with the one that replaced it, or the pipeline
-                cannot cut the batch into its microbatches.
+            EzpzError: a key is set together with the one that replaced it, or the pipeline cannot
+                cut the batch into its microbatches.
         """
         from ezpz_moe.hosts.titan.job_keys_2026_08 import REPLACED
 
         for old, new in REPLACED.items():
             if old in values and new in values:
                 raise EzpzError(f"{old} and {new} say the same thing. Remove one of them.")
+        # Otherwise the new keys would be overwritten with products of 0.3's defaults.
         if not values.keys() & REPLACED.keys():
             return {}
         length = values.get("training.seq_len", values.get(self.LENGTH, _LENGTH))
@@ -83,6 +84,7 @@ class Titan2026_08(Titan03):
                     f"training.local_batch_size = {sequences} is not a multiple of "
                     f"parallelism.pipeline_parallel_microbatch_size = {size}."
                 )
+            # With a pipeline, this host's token count is that of one pipeline microbatch.
             fields[_PP_MICROBATCHES] = sequences // size
             sequences = size
         fields[self.MICROBATCH] = sequences * length
@@ -102,12 +104,12 @@ class Titan2026_08(Titan03):
         return Sequences(of_step=whole // length, of_microbatch=tokens // length, length=length)
 
     def fit_model(self, config: Any) -> None:
-        """Tell causal attention where a sequence ends: the host's tensors no longer do."""
+        """Tell causal attention where a sequence ends: the host's tensors no longer show it."""
         for attention in _causal_attentions(self, config):
             attention.context_length = _sequence(config)
 
     def own_conflicts(self, config: Any) -> Iterator[str]:
-        """SDPA attends within whole sequences."""
+        """Refuse microbatches that are not whole sequences: SDPA attends within whole ones."""
         tokens, length = config.training.num_tokens_per_microbatch_per_dp_rank, _sequence(config)
         if tokens % length and any(True for _ in _causal_attentions(self, config)):
             yield (
@@ -134,13 +136,13 @@ class Titan2026_08(Titan03):
 
 
 def _sequence(config: Any) -> int:
-    """Tokens of a sequence in a microbatch."""
+    """Return the number of tokens of a sequence in a microbatch."""
     training = config.training
     return min(training.max_context_length, training.num_tokens_per_microbatch_per_dp_rank)
 
 
 def _causal_attentions(host: Titan2026_08, config: Any) -> Iterator[Any]:
-    """The configs of :class:`CausalAttention` in a run's model."""
+    """Yield the configs of :class:`CausalAttention` in a run's model."""
     with host.importing():
         from ezpz_moe.hosts.titan.attention_2026_08 import CausalAttention
     if config.model_spec is not None:

@@ -1,4 +1,4 @@
-"""torchtitan since September 2026: the routed experts hold their projections themselves."""
+"""torchtitan since September 2026, where routed experts hold their projections themselves."""
 
 from __future__ import annotations
 

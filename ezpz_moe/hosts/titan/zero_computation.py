@@ -1,8 +1,8 @@
-"""Assignments that cost no expert: to zero-computation experts, or of padding tokens.
+"""Leave out assignments that need no expert: those to zero-computation experts, or of padding.
 
-The host's router, dispatcher and experts do the rest as they are. The ids of what is not computed
-lie beyond those of the routed experts, so that the dispatcher's sort puts them last; there they are
-cut off. Nothing of them leaves the rank under expert parallelism.
+The host's router, dispatcher and experts do the rest unchanged. What is not computed gets an id
+beyond those of the routed experts. The dispatcher's sort then puts it last, where it is cut off.
+None of it leaves the rank under expert parallelism.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`; N = T * K assignments, R = those computed,
 C = constant experts.
@@ -43,7 +43,7 @@ class ConstantExperts(Module):
         self.vectors_CD = nn.Parameter(torch.empty(config.experts, config.dim))
 
     def reset_parameters(self) -> None:
-        """Vectors as small as the host's embeddings' noise, mixes that are even."""
+        """Set vectors as small as the host's embedding noise, and even mixes."""
         nn.init.zeros_(self.mix_C2D)
         nn.init.trunc_normal_(self.vectors_CD, std=0.02)
 
@@ -52,21 +52,21 @@ class ConstantExperts(Module):
 
 
 class _Dispatcher:
-    """Mixin before a dispatcher of the host: what is beyond the routed experts is cut off."""
+    """Mixin before a dispatcher of the host: cuts off what is beyond the routed experts."""
 
     routed_experts: int
 
     def _local_reorder(
         self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
     ) -> tuple[Tensor, ...]:
-        """As the host's, with R rows for N. Device syncs: one, for R."""
+        """Reorder as the host does, with R rows instead of N. Device syncs: one, for R."""
         R = self.computed(topk_expert_ids_TK)
         reorder = super()._local_reorder  # type: ignore[misc]
         sorted_N = reorder(x_TD, topk_scores_TK, topk_expert_ids_TK)
         return tuple(each[:R] for each in sorted_N)
 
     def computed(self, topk_expert_ids_TK: Tensor) -> int:
-        """R; by itself, for tensors that have no values (:func:`route_evenly`)."""
+        """Return R. ``route_evenly`` replaces this method if tensors have no values."""
         return int((topk_expert_ids_TK < self.routed_experts).sum())
 
 
@@ -86,14 +86,21 @@ class _RoutedExperts(Module):
         self, x_BLD: Tensor, weights_BLK: Tensor, ids_BLK: Tensor, counts_E: Tensor
     ) -> Tensor:
         E = self.token_dispatcher.routed_experts
+        # The host's MoE counts all choices; the experts expect one count per routed expert.
         counts_E = counts_E[:E]
         if self.masked_by is not None:
             mask_BL = self.masked_by.of(weights_BLK)
+            # Padding gets an id that no expert has, so it is sorted last and adds nothing to the
+            # output.
             ids_BLK = torch.where(mask_BL.unsqueeze(-1), ids_BLK, self.last_constant)
+            # Counted again without padding. The extra slot collects everything that is not
+            # computed.
             chosen_E = torch.zeros(E + 1, dtype=counts_E.dtype, device=counts_E.device)
             slots_N = ids_BLK.flatten().clamp(max=E)
             counts_E = chosen_E.scatter_add(0, slots_N, torch.ones_like(slots_N))[:E]
         out_BLD = super().forward(x_BLD, weights_BLK, ids_BLK, counts_E)
+        # The host has combined only computed rows. Copies and constants are added here, on the
+        # token's own rank, without dispatch. Null experts add nothing.
         if self.last_copy > self.last_null:
             copied_BL1 = weight_of(weights_BLK, ids_BLK, self.last_null, self.last_copy)
             out_BLD = out_BLD + (x_BLD * copied_BL1).to(out_BLD.dtype)
@@ -110,13 +117,14 @@ class _RoutedExperts(Module):
 
 
 class _MoE(Module):
-    """Mixin before the host's MoE: its counters and biases are of all that the router chooses."""
+    """Mixin before the host's MoE: counts and biases cover all choices of the router."""
 
     tokens_per_expert_E: Tensor
     expert_bias_E: Tensor | None
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)
+        # The host sizes both by the routed experts that it holds, which are fewer than the choices.
         choices = self.router.num_experts
         self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(choices)
         if self.expert_bias_E is not None:
@@ -146,13 +154,15 @@ def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
 def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
     if not experts:
         return None
+    # Every parameter needs a layout under spmd_types, or FSDP refuses the plain tensor. Replicated:
+    # the vectors are small, and each rank adds them for its own tokens.
     whole = dense_param_placement(tp=spmd.R)
     layout = ShardingConfig(state_shardings={"mix_C2D": whole, "vectors_CD": whole})
     return ConstantExperts.Config(dim=dim, experts=experts, sharding_config=layout)
 
 
 def route_evenly(model: nn.Module) -> None:
-    """For tensors without values: all choices are used alike, and no token is padding."""
+    """Use all choices equally and count no token as padding, for tensors without values."""
     for module in model.modules():
         if isinstance(module, _RoutedExperts):
             share = module.token_dispatcher.routed_experts / module.last_constant
@@ -164,9 +174,9 @@ def _share_of(share: float, topk_expert_ids_TK: Tensor) -> int:
 
 
 def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
-    """The config of the same layer with zero-computation experts, or padding left out.
+    """Return the config of the same layer with zero-computation experts, or without padding.
 
-    The gate has a logit for each of them, and the top-k is raised.
+    The gate gets a logit for each of them, and the top-k is raised.
     """
     E, Z = moe.router.num_experts, settings.zero_computation_experts
     K = settings.choices_of_token(E, moe.router.top_k)
@@ -175,6 +185,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
     routed_experts = derive(
         moe.routed_experts,
         _routed_experts_like(type(moe.routed_experts)._owner).Config,
+        # The dispatcher still sorts K choices per token, but holds only the E that compute.
         token_dispatcher=derive(
             dispatcher,
             mixed(type(dispatcher)._owner, _Dispatcher).Config,
