@@ -1,1 +1,1 @@
-"""Binding to torchtitan 0.2."""
+"""Bind the plugin to torchtitan 0.2."""

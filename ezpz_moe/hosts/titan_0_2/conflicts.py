@@ -1,6 +1,6 @@
-"""What does not go together, found before the model is built.
+"""Find settings that cannot be combined, before the model is built.
 
-The host finds some of these conflicts itself, but in the middle of a run or in words that do not
+The host finds some of these conflicts itself, but in the middle of a run, or in words that do not
 name the setting. Each check below yields the messages of its conflicts.
 """
 
@@ -42,7 +42,7 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
     Raises:
         EzpzError: all conflicts.
     """
-    # A degree of zero would stop the other checks: first the values, then how they go together.
+    # Values first, combinations second: a degree of zero would stop the other checks.
     checks = (_ranks, *_checks(config))
     problems = [*_ranges(config)] or [problem for each in checks for problem in each(config, args)]
     if problems:
@@ -52,7 +52,7 @@ def refuse_conflicts(config: Any, args: Any, source: str) -> None:
 
 
 def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
-    """What excludes this machine, asked before there is a run; ``ranks`` None: whatever number."""
+    """Return why this machine cannot run it, before there is a run; ``ranks`` None: not known."""
     args = model_args(flavor)
     problems = [problem for check in _checks(config) for problem in check(config, args)]
     if ranks is None:
@@ -63,11 +63,12 @@ def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str
 
 
 def _checks(config: Any) -> tuple[_Check, ...]:
+    # A dry run stands for another machine, with other files and devices.
     return _SETTINGS if is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
 
 
 def _ranges(config: Any) -> Iterator[str]:
-    """Flags of the host take any number; the job's table knows which make sense."""
+    """Check numbers against the job's table: the host's flags accept any number."""
     for section, keys in KEYS.items():
         node = config
         for name in section.split("."):
@@ -98,7 +99,7 @@ def _pipeline_schedule(config: Any, args: Any) -> Iterator[str]:
 
 
 def _ranks(config: Any, args: Any) -> Iterator[str]:
-    """In a run the host itself refuses ranks that do not fit the degrees, before it asks us."""
+    """Check the ranks. In a run, the host itself refuses wrong degrees before it calls us."""
     within = config.parallelism.expert_tensor_parallel_degree
     return started_rank_problems(config, _batch(config), expert_tensor_parallel=within)
 
@@ -112,6 +113,8 @@ def _batch(config: Any) -> Batch:
 
 
 def _sequence_length(config: Any, args: Any) -> Iterator[str]:
+    # Only a flavor with sizes has max_positions: the host would otherwise make its RoPE as long as
+    # the sequence, here it keeps the flavor's.
     if args.max_positions is not None and config.training.seq_len > args.max_positions:
         yield (
             f"training.seq_len = {config.training.seq_len} exceeds what flavor "
@@ -123,6 +126,8 @@ def _sequence_length(config: Any, args: Any) -> Iterator[str]:
 def _quantized_experts(config: Any, args: Any) -> Iterator[str]:
     if args.compute_backend == HOST_PATH:
         return
+    # The converter acts where the host calls torch._grouped_mm. Another backend never calls it, and
+    # the run would silently train unquantized experts.
     for converter in config.model.converters:
         if "grouped_mm" in converter:
             yield (
@@ -138,7 +143,7 @@ def _files(config: Any, args: Any) -> Iterator[str]:
 
 def _backend_on_device(config: Any, args: Any) -> Iterator[str]:
     if args.compute_backend == HOST_PATH and not utils.has_cuda_capability(9, 0):
-        return  # the host takes its for-loop
+        return  # the host takes its for-loop, which runs everywhere
     device = torch.device(utils.device_type)
     dims = sorted({args.dim, args.moe_inter_dim} if hasattr(args, "moe_inter_dim") else {args.dim})
     param = config.training.mixed_precision_param

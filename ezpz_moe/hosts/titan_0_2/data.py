@@ -1,7 +1,7 @@
-"""Text for torchtitan 0.2's dataloader: an embedded text, and the user's own file.
+"""Provide text for torchtitan 0.2's dataloader: an embedded text, and the user's own file.
 
 Both join the host's own registry (``torchtitan.hf_datasets.text_datasets.DATASETS``, the place that
-its documentation names for this); :mod:`ezpz_moe.hosts.documents` reads them.
+its documentation names for this). :mod:`ezpz_moe.hosts.documents` reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VALIDATION_DATASET = "c4_validation"  # the host's own default
 
 
 def choose_text(config: Any, job: Job) -> None:
-    """Put the datasets and the absolute paths that are meant into the host's config.
+    """Put the datasets and absolute paths that the job means into the host's config.
 
     Raises:
         EzpzError: unknown dataset, or a file that cannot be read.
@@ -36,6 +36,8 @@ def choose_text(config: Any, job: Job) -> None:
     sections = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
+        # Our config has no default for it, to tell whether the job names one. A path alone means a
+        # file of the user's, so it gets no default.
         if not config.validation.dataset_path:
             config.validation.dataset = config.validation.dataset or _VALIDATION_DATASET
     for name, section in sections.items():
@@ -48,7 +50,7 @@ def choose_text(config: Any, job: Job) -> None:
 
 
 def _register_our_texts() -> None:
-    """Put them beside the host's own: whatever trains with the config finds them there."""
+    """Add our texts to the host's registry, where the trainer will look them up by name."""
     DATASETS[DEFAULT_DATASET] = DatasetConfig(
         path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )

@@ -1,13 +1,13 @@
 """Routed experts of torchtitan 0.2 with a selectable backend.
 
-The host names ``GroupedExperts`` inside its ``MoE`` and offers no door there, so that the finished
-model's experts are replaced, on the meta device, by a subclass with the same parameters under the
-same names: a checkpoint of one backend is a checkpoint of all.
+The host names ``GroupedExperts`` inside its ``MoE`` and offers no door there. The experts of the
+finished model are therefore replaced on the meta device, by a subclass with the same parameters
+under the same names: a checkpoint fits every backend.
 
-Backends compute in bfloat16, as the host's grouped path does and as the binding to 0.3 does, so
-that one flavor trains with the same precision on every device and host, unless the flavor or the
-CPU wants float32 (:mod:`ezpz_moe.hosts.precision`). With the host's default mixed precision its own
-for-loop computes in bfloat16 too; only under ``mixed_precision_param = "float32"`` it does not.
+Backends compute in bfloat16, like the host's grouped path and like the binding to 0.3. One flavor
+then trains with the same precision on every device and host, unless the flavor or the CPU wants
+float32 (:mod:`ezpz_moe.hosts.precision`). With the host's default mixed precision, its own for-loop
+computes in bfloat16 too. Only with ``mixed_precision_param = "float32"`` does it not.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
@@ -30,11 +30,11 @@ from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.routing.counters import ROWS, count_rows
 
 REPORTED = "is logged with the loss, and is moe/drop_rate among the metrics"
-"""Where the share of dropped tokens is to be found."""
+"""Where the run reports the share of dropped tokens."""
 
 
 class EzpzGroupedExperts(GroupedExperts):
-    """``GroupedExperts`` whose expert FFN is computed by ``compute_backend``.
+    """``GroupedExperts`` with its FFN computed by ``compute_backend``.
 
     Raises:
         EzpzError: unknown backend.
@@ -55,12 +55,12 @@ class EzpzGroupedExperts(GroupedExperts):
         backend = get_backend(compute_backend)
         self._backend = None if compute_backend == HOST_PATH else backend
         self._drops = backend.drops_tokens
-        # No buffer: expert parallelism makes DTensors of those.
+        # Not a buffer: expert parallelism turns buffers into DTensors.
         self.rows_3: torch.Tensor | None = None
         """Adds up ``routing.counters.ROWS`` in training, for a backend that drops tokens."""
 
     def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """Expert FFN of the rows routed to the local experts.
+        """Compute the expert FFN of the rows routed to the local experts.
 
         Args:
             x: [R, D], rows sorted by expert, possibly with tail rows.
@@ -74,13 +74,14 @@ class EzpzGroupedExperts(GroupedExperts):
         if self._drops and self.training:
             self._count(x, num_tokens_per_expert)
         weights = (self.w1, self.w2, self.w3)
-        # As the host does: EP's dynamic shapes cannot be expressed as DTensors.
+        # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
         w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
         x_RD = x.to(self._dtype)
         y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert)
         return y_RD.type_as(x)
 
     def _count(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> None:
+        # Made on first use: the module is built on the meta device, and to_empty would not know it.
         if self.rows_3 is None:
             self.rows_3 = torch.zeros(len(ROWS), dtype=torch.int64, device=x.device)
         count_rows(self.rows_3, num_tokens_per_expert, x.shape[0], self.compute_backend)
@@ -94,14 +95,14 @@ def select_backend(
 ) -> int:
     """Replace the experts of every MoE layer of ``model``, in place, and log it.
 
-    With the host's own path, experts other than SwiGLU (gpt_oss) are left as they are.
+    With the host's own path, experts other than SwiGLU (gpt_oss) stay as they are.
 
     Returns:
-        How many experts modules the model has: one per MoE layer.
+        The number of experts modules in the model: one per MoE layer.
 
     Raises:
-        EzpzError: unknown backend, the model has no routed experts, or none that another backend
-            can compute.
+        EzpzError: unknown backend, the model has no routed experts, or has some that another
+            backend cannot compute.
     """
     path = get_backend(backend).summary
     layers = list(_moe_layers(model))
@@ -111,6 +112,7 @@ def select_backend(
             f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for moe in layers:
+        # `is` and not isinstance: a subclass has a forward of its own, which ours would replace.
         if type(moe.experts) is GroupedExperts:
             moe.experts = _with_backend(moe.experts, backend, computed_in)
         elif backend != HOST_PATH:
@@ -124,6 +126,7 @@ def select_backend(
         grouped = layers[0].experts.use_grouped_mm
         path = "the host's own path: " + ("torch._grouped_mm" if grouped else "its for-loop")
     dtype = in_words(computed_in, backend, utils.device_type, is_forward_ours=True)
+    # The for-loop casts nothing, so no single dtype describes it.
     dtype = "" if path.endswith("its for-loop") else f" in {dtype}"
     logger.info(
         f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
@@ -142,6 +145,7 @@ def _with_backend(
     experts: GroupedExperts, backend: ExpertComputeBackend, computed_in: str
 ) -> EzpzGroupedExperts:
     E, F, D = experts.w1.shape
+    # The replaced weights are on the meta device and have no values: the host initialises these.
     with experts.w1.device:
         selected = EzpzGroupedExperts(D, F, E, experts.use_grouped_mm, backend, computed_in)
     return selected.to(experts.w1.dtype)

@@ -1,4 +1,4 @@
-"""The host's own way between its parameters and Hugging Face's, as it is for one flavor."""
+"""Convert between the host's parameters and Hugging Face's, with the host's own adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ezpz_moe.hosts.titan_0_2.models import host_model, model_args
 
 
 def adapter(flavor: Flavor) -> Any:
-    """The flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
+    """Return the flavor's ``StateDictAdapter``, with ``to_hf`` and ``from_hf``.
 
     Raises:
         EzpzError: the host has none for this model.

@@ -1,12 +1,12 @@
-"""A job as torchtitan 0.2's ``JobConfig``.
+"""Turn a job into torchtitan 0.2's ``JobConfig``.
 
-The host reads the TOML itself and merges the ``JobConfig`` of the module that
-``job.custom_config_module`` names into its own. What the job does not say is the host's own
-default, with these exceptions:
+The host reads the TOML itself. It merges the ``JobConfig`` of the module that
+``job.custom_config_module`` names into its own. If the job does not set a field, it keeps the
+host's own default, with these exceptions:
 
 - the tokenizer and the training text are the embedded ones, which need no download;
 - validation has the batch size and the sequence length of training, as in 0.3;
-- on a CPU that emulates bfloat16 ``training.mixed_precision_param`` is ``"float32"``.
+- on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``.
 """
 
 # No `from __future__ import annotations`: the host reads the types of fields.
@@ -34,7 +34,7 @@ from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
 
 _FILE_FLAGS = ("--job.config_file", "--job.config-file")
 
-# Path -> type and default, where they differ from the host's.
+# Path -> type and default, where they differ from the host's. None means that `complete` fills it.
 _OUR_DEFAULTS: Mapping[str, tuple[Any, Any]] = {
     "model.name": (str, MODEL_NAME),
     "model.hf_assets_path": (str, str(EMBEDDED_TOKENIZER)),
@@ -46,13 +46,14 @@ _OUR_DEFAULTS: Mapping[str, tuple[Any, Any]] = {
 
 
 def job_config() -> type[JobConfig]:
-    """What the host merges into its ``JobConfig``, for the job on its command line.
+    """Return what the host merges into its ``JobConfig``, for the job on its command line.
 
-    The job's file is checked here, before the host reads it, and its flavors are registered.
+    It checks the job's file before the host reads it, and registers its flavors.
 
     Raises:
         EzpzError: the file is wrong, or asks for what this host does not have.
     """
+    # From sys.argv, because the host asks a module for this class and passes nothing.
     path = _job_file(sys.argv[1:])
     job = Job(flavor="") if path is None else load_job(path, KEYS)
     extended = _extended(JobConfig, _nested(_fields()))
@@ -62,12 +63,13 @@ def job_config() -> type[JobConfig]:
 
 
 def trainer_config(job: Job) -> JobConfig:
-    """The host's config of a job, completed, to look at.
+    """Return the host's config of a job, completed, to look at.
 
     Raises:
         EzpzError: the data are wrong, or the job asks for what this host does not have.
     """
     refuse_missing(job)
+    # The host's own merge, to look at the very config that a run would have.
     config = ConfigManager._merge_configs(JobConfig, _extended(JobConfig, _nested(_fields())))()
     config.model.flavor = job.flavor
     for key, value in job.values.items():
@@ -78,13 +80,14 @@ def trainer_config(job: Job) -> JobConfig:
 
 
 def complete(config: Any, job: Job) -> None:
-    """Put into the host's config what it leaves open, and absolute paths, in place.
+    """Fill what the host's config leaves open, and make paths absolute, in place.
 
     Raises:
         EzpzError: the data are wrong.
     """
     choose_text(config, job)
     is_ours = PARAM not in job.values and trains_in_float32(utils.device_type)
+    # Only in a rank of a run: `show` has its own way to say this.
     if is_ours and config.training.mixed_precision_param == "float32" and "RANK" in os.environ:
         logger.info(job_line())
     for name in ("local_batch_size", "seq_len"):
@@ -97,7 +100,7 @@ def complete(config: Any, job: Job) -> None:
 
 
 def refuse_missing(job: Job) -> None:
-    """0.2.1 lacks a few of 0.2.2's keys, and would show a traceback.
+    """Refuse keys that the installed 0.2 lacks: 0.2.1 has not all of 0.2.2's, and would crash.
 
     Raises:
         EzpzError: the job sets a key that this host does not have.
@@ -112,7 +115,7 @@ def refuse_missing(job: Job) -> None:
 
 
 def _job_file(arguments: Sequence[str]) -> Path | None:
-    """The job's file on the host's command line, as the host finds it."""
+    """Return the job's file on the host's command line, found as the host finds it."""
     for position, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag in _FILE_FLAGS and (equals or position + 1 < len(arguments)):
@@ -121,9 +124,10 @@ def _job_file(arguments: Sequence[str]) -> Path | None:
 
 
 def _fields() -> dict[str, tuple[Any, Any]]:
-    """Path -> type and default of every field of ours, hidden from the help where it does nothing.
+    """Return path -> type and default of every field of ours; some are hidden from the help.
 
-    The host refuses a key that it has no field for, also where the key asks for what it does.
+    The host refuses a key that it has no field for, even if the key asks for what it does anyway.
+    Such keys get a field without effect, which the help does not show.
     """
     without_effect = {
         path: (Annotated[type(values[0]), tyro.conf.Suppress], values[0])
@@ -136,7 +140,7 @@ def _fields() -> dict[str, tuple[Any, Any]]:
 
 
 def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
+    """Return ``{"a.b": 1}`` as ``{"a": {"b": 1}}``."""
     sections: dict[str, Any] = {}
     for path, value in fields.items():
         section, _, name = path.rpartition(".")
@@ -145,7 +149,7 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extended(base: Any, changes: Mapping[str, Any]) -> type:
-    """``base`` with the fields ``changes``, each a section or a type with its default."""
+    """Return ``base`` with the fields ``changes``, each a section or a type with its default."""
     known = {field.name: field.type for field in dataclasses.fields(base)} if base else {}
     fields: list[Any] = []
     for name, change in changes.items():
@@ -162,6 +166,7 @@ def _extended(base: Any, changes: Mapping[str, Any]) -> type:
 
 def _default(value: Any) -> Any:
     if isinstance(value, list):
+        # A dataclass refuses a mutable default.
         return dataclasses.field(default_factory=lambda: list(value))
     return dataclasses.field(default=value)
 
@@ -176,7 +181,7 @@ _NOTHING = object()
 
 
 def _at(config: Any, path: str, *default: Any) -> Any:
-    """What a config holds at a dotted path; ``_NOTHING`` where it ends early and may."""
+    """Return what a config holds at a dotted path; ``_NOTHING`` if it ends early and may."""
     for name in path.split("."):
         config = getattr(config, name, _NOTHING) if default else getattr(config, name)
     return config

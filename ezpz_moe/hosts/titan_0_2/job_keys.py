@@ -1,9 +1,9 @@
-"""Every section and key of the trainer's TOML, as torchtitan 0.2 takes them.
+"""List every section and key of the trainer's TOML, as torchtitan 0.2 takes them.
 
-The table is that of :mod:`ezpz_moe.hosts.titan.job_keys` with three differences: what is gone
-from 0.3 is legal here, what 0.3 brought is refused unless it asks for what 0.2 does anyway, and
-some choices are fewer. Which keys this very host has (0.2.1 lacks a few of 0.2.2's) is asked of its
-dataclass when a run starts.
+The table is that of :mod:`ezpz_moe.hosts.titan.job_keys` with three differences. Keys that are gone
+from 0.3 are legal here. Keys that are new in 0.3 are refused, unless they ask for what 0.2 does
+anyway. And some keys have fewer choices. When a run starts, the host's own dataclass shows which
+keys it has, because 0.2.1 lacks a few of 0.2.2's.
 
 Pure data: this file imports neither torch nor torchtitan.
 """
@@ -20,7 +20,7 @@ from ezpz_moe.hosts.titan.job_keys import KEYS as KEYS_0_3
 _HAS_NO = "torchtitan 0.2 has no such setting. Leave it out{}. torchtitan 0.3 has it."
 _WHAT_IT_DOES = ", or set it to {}, which is what 0.2 does"
 
-# Values of keys that only 0.3 has which ask for what 0.2 does anyway.
+# Keys that only 0.3 has, and the values that ask for what 0.2 does anyway.
 AS_0_2_DOES: Mapping[str, tuple[Any, ...]] = {
     "profiling.profiler_repeat": (0,),
     "profiling.profiler_skip_first": (0,),
@@ -120,8 +120,8 @@ NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
         }.items()
     ),
 )
-"""Settings that count only together with another: what their keys begin with, the other key, its
-default, and the values of it with which they have no effect."""
+"""Settings that count only together with another: the prefix of their keys, the other key, its
+default, and its values that make them ineffective."""
 
 CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
     "model.flavor": ("debugmodel", None),
@@ -134,7 +134,7 @@ CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
         "profiling.enable_memory_snapshot",
     ),
 }
-"""Defaults that are others in a job for 0.3, and the switch, if any, that they wait for."""
+"""Defaults that differ in a job for 0.3, and the switch that they depend on, if any."""
 
 LOST_DEFAULTS: Mapping[str, tuple[Any, str]] = {
     "activation_checkpoint.selective_ac_option": (
@@ -148,4 +148,4 @@ LOST_DEFAULTS: Mapping[str, tuple[Any, str]] = {
     "validation.local_batch_size": (8, "0.3 validates with training.local_batch_size"),
     "validation.seq_len": (2048, "0.3 validates with training.seq_len"),
 }
-"""Defaults that had an effect, of keys that are gone; and what 0.3 does."""
+"""Defaults that had an effect, of keys that are gone, and what 0.3 does instead."""

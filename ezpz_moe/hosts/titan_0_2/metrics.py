@@ -1,6 +1,6 @@
-"""The host's metrics with what a backend drops: no run loses tokens unreported.
+"""Add what a backend drops to the host's metrics: no run loses tokens unreported.
 
-What else the routers have to say, a flavor's ``[telemetry]``, needs torchtitan 0.3.
+Everything else that routers can report, a flavor's ``[telemetry]``, needs torchtitan 0.3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ezpz_moe.telemetry.figures import over_layers, use_of_rows
 
 
 def build(job_config: Any, parallel_dims: Any, model_args: Any, **more: Any) -> MetricsProcessor:
-    """The host's own, or where the backend drops tokens :class:`DropMetrics`."""
+    """Return the host's own processor, or :class:`DropMetrics` if the backend drops tokens."""
     if not get_backend(model_args.compute_backend).drops_tokens:
         return build_metrics_processor(job_config, parallel_dims, model_args, **more)
     return DropMetrics(job_config, parallel_dims, **more, num_layers=model_args.n_layers)
@@ -28,8 +28,9 @@ def build(job_config: Any, parallel_dims: Any, model_args: Any, **more: Any) -> 
 class DropMetrics(MetricsProcessor):
     """``MetricsProcessor`` with ``moe/drop_rate`` and ``moe/padding_waste``, and a line in the log.
 
-    Both are shares of all ranks since the last log: the mean over layers and, as ``..._worst``, the
-    worst layer's. Under tensor parallelism every rank has all tokens, which changes no share.
+    Both are shares over all ranks since the last log: the mean over layers and, as ``..._worst``,
+    that of the worst layer. Under tensor parallelism every rank has all tokens, which changes no
+    share.
     """
 
     def __init__(self, *args: Any, num_layers: int, **kwargs: Any) -> None:
@@ -44,7 +45,7 @@ class DropMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """As the host's. All ranks call it; one sum over them, and one device sync more."""
+        """Log as the host does. All ranks call it; it adds a sum over them and a device sync."""
         figures = self._figures()
         more = {f"moe/{name}": value for name, value in figures.items()}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, (extra_metrics or {}) | more)
@@ -55,7 +56,7 @@ class DropMetrics(MetricsProcessor):
             )
 
     def _figures(self) -> dict[str, float]:
-        """Over the layers that were given tokens since the last log; the counters begin again."""
+        """Return figures of layers that got tokens since the last log, and reset the counters."""
         rows_L3 = torch.zeros(
             self._num_layers, len(ROWS), dtype=torch.int64, device=torch.device(device_type)
         )

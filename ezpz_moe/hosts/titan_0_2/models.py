@@ -1,8 +1,8 @@
-"""A flavor as torchtitan 0.2's model arguments, and the model that they build.
+"""Turn a flavor into torchtitan 0.2's model arguments, and build the model from them.
 
-A size is the host's deepseek_v3 with other arguments, and ``base`` one of the host's own models.
-The arguments carry the flavor's backend along; the model is a subclass of the host's that is built
-by the host, and then has its experts replaced.
+A size is the host's deepseek_v3 with other arguments; ``base`` is one of the host's own models.
+The arguments carry the flavor's backend. The model is a subclass of the host's: the host builds it,
+then its experts are replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZED_LIKE = "deepseek_v3"
 
 
 class FlavorArgs(Mapping[str, BaseModelArgs]):
-    """Flavor name -> model arguments, made when the host asks: any name may be on its command line.
+    """Maps flavor names to model arguments, made on request: the command line may have any name.
 
     Args:
         near: the job's folder, where flavors are looked up first.
@@ -62,12 +62,12 @@ class FlavorArgs(Mapping[str, BaseModelArgs]):
 
 
 def host_model(flavor: Flavor) -> str:
-    """The name of the host's model that the flavor is built from."""
+    """Return the name of the host's model that the flavor is built from."""
     return SIZED_LIKE if flavor.base is None else flavor.base.partition("/")[0]
 
 
 def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
-    """The host's arguments for the flavor's model, with its backend.
+    """Return the host's arguments for the flavor's model, with its backend.
 
     Args:
         flavor: what to build.
@@ -87,9 +87,9 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         else _sized_args(flavor.dimensions, str(flavor.source))
     )
     _choose_attention(args, flavor)
-    backend_of(flavor)  # a mistake in its options is an error now, not when the model is built
+    backend_of(flavor)  # reports a mistake in its options now, and not when the model is built
     if flavor.compute_backend != HOST_PATH:
-        args.moe_args.use_grouped_mm = False  # or the host warns that it cannot use it
+        args.moe_args.use_grouped_mm = False  # otherwise the host warns that it cannot use it
     args_class: Any = type(args)
     return _with_choice(args_class)(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(args)},
@@ -102,7 +102,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
 
 
 def build_model(args: Any) -> nn.Module:
-    """The model of arguments from :func:`model_args`, for the host's ``model_cls``.
+    """Build the model from arguments of :func:`model_args`, as the host's ``model_cls``.
 
     Raises:
         EzpzError: its experts cannot be computed by the backend.
@@ -112,7 +112,7 @@ def build_model(args: Any) -> nn.Module:
 
 @cache
 def _with_choice(args_class: Any) -> Any:
-    """``args_class`` with the fields that :func:`build_model` needs."""
+    """Return ``args_class`` with the fields that :func:`build_model` needs."""
 
     @dataclasses.dataclass
     class ChosenArgs(args_class):
@@ -121,20 +121,22 @@ def _with_choice(args_class: Any) -> Any:
         chosen_by: str = ""
         expert_precision: ExpertPrecision | None = None
         computed_in: str = HOSTS_CAST
-        """What that means in this run: the name of a dtype."""
+        """What that means in this run: name of a dtype."""
         max_positions: int | None = None
         """Positions of a size's RoPE; None leaves them to the host."""
 
         def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
             super().update_from_config(job_config, **kwargs)
+            # Here, because the host calls this with the flags applied.
             param = job_config.training.mixed_precision_param
             self.computed_in = experts_dtype(self.expert_precision, param, utils.device_type)
             if utils.device_type == "cpu":
-                # Its tokens are padded by a Triton kernel. Not every model of the host asks.
+                # The grouped path pads tokens with a Triton kernel. Not every model of the host
+                # checks for it.
                 self.moe_args.use_grouped_mm = False
             if self.max_positions is not None:
-                # The host sets it to the sequence length, and turns YaRN off where that is short.
-                # A flavor is the same model at every length, as in torchtitan 0.3.
+                # The host sets it to the sequence length, and turns YaRN off if that is short. A
+                # flavor is the same model at every length, as in torchtitan 0.3.
                 self.max_seq_len = self.max_positions
 
     ChosenArgs.__name__ = ChosenArgs.__qualname__ = f"Ezpz{args_class.__name__}"
@@ -143,17 +145,20 @@ def _with_choice(args_class: Any) -> Any:
 
 @cache
 def _with_backends(model_class: Any) -> Any:
-    """``model_class`` whose experts are computed by the arguments' backend."""
+    """Return ``model_class`` with its experts computed by the arguments' backend."""
 
     class SelectedModel(model_class):
         def __init__(self, args: Any):
             super().__init__(args)
+            # The functions of our TrainSpec get only the model, and look up the host's spec by
+            # this.
             self.host_model = args.host_model
             self.computed_in = args.computed_in
             self._attention = args.attn_type
             select_backend(self, args.compute_backend, args.chosen_by, args.computed_in)
             if utils.device_type == "cpu":
                 count_on_cpu(self)
+            # Last: the copy has to have the replaced experts.
             self._whole = whole_model(self)
 
         def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -162,7 +167,7 @@ def _with_backends(model_class: Any) -> Any:
 
         def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:
             if self._attention == "sdpa":
-                # The validator of 0.2.2 asks every model, and takes this error for "none".
+                # The validator of 0.2.2 asks every model, and takes this error as "none".
                 raise TypeError("SDPA takes no attention masks")
             return super().get_attention_masks(*args, **kwargs)
 
@@ -174,7 +179,7 @@ def _with_backends(model_class: Any) -> Any:
 
 
 def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
-    """The host's deepseek_v3 in another size; everything that has no size stays as it is there."""
+    """Return the host's deepseek_v3 in another size; what has no size stays as it is there."""
     rope = size.rope
     scaled = rope.scaling == "yarn" and rope.rope_factor > 1
     if scaled and rope.max_seq_len <= rope.original_seq_len:
@@ -198,7 +203,7 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         v_head_dim=size.v_head_dim,
         mscale=size.mscale,
         max_seq_len=rope.max_seq_len,
-        # The host scales, and applies mscale, where max_seq_len is more than this.
+        # The host scales, and applies mscale, if max_seq_len exceeds this.
         original_seq_len=rope.original_seq_len if scaled else rope.max_seq_len,
         rope_theta=rope.theta,
         rope_factor=rope.rope_factor,
@@ -221,7 +226,7 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
 
 
 def _upstream_args(flavor: Flavor) -> BaseModelArgs:
-    """A copy of the arguments of one of the host's own models, ``flavor.base``."""
+    """Return a copy of the arguments of one of the host's own models, ``flavor.base``."""
     assert flavor.base is not None  # a Flavor has dimensions or a base
     name, _, upstream = flavor.base.partition("/")
     where = f"{flavor.source}: base = {flavor.base!r}"
@@ -255,7 +260,7 @@ def _upstream_spec(name: str, where: str) -> TrainSpec:
         ) from error
 
 
-# By the words of the host's models ("Varlen attention is not supported with Deepseek V3").
+# In the terms of the host's models ("Varlen attention is not supported with Deepseek V3").
 _ATTENTIONS: Mapping[str, tuple[str, ...]] = {
     "gpt_oss": ("flex",),
     "qwen3": ("flex", "sdpa", "varlen"),
@@ -274,5 +279,5 @@ def _choose_attention(args: Any, flavor: Flavor) -> None:
             f"{host_model(flavor)} supports only {' and '.join(allowed)} attention."
         )
     args.attn_type = flavor.attention
-    # SDPA takes no mask: causal over the whole packed sequence.
+    # SDPA takes no mask, so it is causal over the whole packed sequence.
     args.attn_mask_type = "causal" if flavor.attention == "sdpa" else "block_causal"

@@ -1,8 +1,8 @@
-"""The mixture-of-experts models of torchtitan 0.2, each as the flavor file that is the same model.
+"""List torchtitan 0.2's mixture-of-experts models, each as the flavor file that is the same model.
 
-The keys are those of a flavor file (docs/flavors.md). Every flavor says its attention, because
-torchtitan 0.2 and 0.3 choose different ones. Of deepseek_v3 it names the shipped size that has the
-same dimensions, with 0.2's vocabulary; the other models are torchtitan 0.3's own.
+The keys are those of a flavor file (docs/flavors.md). Every flavor names its attention, because
+torchtitan 0.2 and 0.3 choose different ones. For deepseek_v3 it names the shipped size with the
+same dimensions, and 0.2's vocabulary. The other models are torchtitan 0.3's own.
 Pure data: this file imports neither torch nor torchtitan.
 """
 
@@ -36,7 +36,7 @@ MOE_MODELS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 DIFFERENCES: Mapping[str, str] = {
     "gpt_oss/debugmodel": "its vocabulary has 2048 entries in torchtitan 0.3, 201088 in 0.2",
 }
-"""What a flavor cannot say."""
+"""What a flavor cannot express."""
 
 YARN_BEYOND = 4096
-"""Torchtitan 0.2 turns deepseek_v3's YaRN and mscale off up to this ``training.seq_len``."""
+"""Torchtitan 0.2 turns off deepseek_v3's YaRN and mscale up to this ``training.seq_len``."""

@@ -1,7 +1,7 @@
-"""Parameters of a flavor, counted on the model itself, built on the meta device.
+"""Count a flavor's parameters on the model itself, built on the meta device.
 
-*Active* are the parameters that one token meets, namely k/E of each layer's routed experts and all
-of everything else, both embedding matrices included.
+*Active* are the parameters that one token uses: k/E of each layer's routed experts and all of
+everything else, including both embedding matrices.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ezpz_moe.hosts.titan_0_2.models import build_model, model_args
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
-    """Dimensions and parameter counts of the flavor's model.
+    """Return the dimensions and parameter counts of the flavor's model.
 
-    Variants of one size are built once: neither attention nor backend has parameters of its own.
+    It builds variants of one size once: neither attention nor backend has parameters of its own.
 
     Raises:
         EzpzError: the host cannot build the model.
@@ -31,9 +31,9 @@ def summarize(flavor: Flavor) -> ModelSummary:
 
 
 def build_on_meta(flavor: Flavor) -> nn.Module:
-    """The flavor's model. No memory is allocated for it."""
+    """Build the flavor's model without allocating memory for it."""
     args: Any = model_args(flavor)
-    args.moe_impl = "standard"  # what the host sets from the job
+    args.moe_impl = "standard"  # the host sets this from the job, and there is none here
     with torch.device("meta"):
         return build_model(args)
 
@@ -43,7 +43,7 @@ def _summarize(flavor: Flavor) -> ModelSummary:
     args: Any = model_args(flavor)
     model: Any = build_on_meta(flavor)
     moes = [module for module in model.modules() if isinstance(module, MoE)]
-    # Each expert is one slice of the same size, so k/E of a layer's parameters is a whole number.
+    # Experts are slices of equal size, so E divides a layer's parameters.
     idle = sum(
         _numel(moe.experts) // moe.router.num_experts * (moe.router.num_experts - moe.router.top_k)
         for moe in moes
@@ -62,6 +62,7 @@ def _summarize(flavor: Flavor) -> ModelSummary:
 
 
 def _expert_hidden_dim(experts: Any) -> int:
+    # gpt_oss has other names, and gate and up in one matrix: only the last projection has F alone.
     down = experts.w2 if hasattr(experts, "w2") else experts.mlp2_weight  # [E, D, F]
     return down.shape[-1]
 

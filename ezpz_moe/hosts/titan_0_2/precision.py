@@ -1,4 +1,4 @@
-"""The precision of a run with torchtitan 0.2."""
+"""Determine the precision of a run with torchtitan 0.2."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ezpz_moe.hosts.precision import experts_dtype, is_host_path, of_run
 
 
 def in_words(config: Any, flavor: Flavor) -> str:
-    """Which precision applies to a run of ``config``, whose model is ``flavor``'s."""
+    """Describe the precision of a run of ``config`` with the model of ``flavor``."""
     param = config.training.mixed_precision_param
     dtype = experts_dtype(flavor.expert_precision, param, utils.device_type)
     if is_host_path(flavor.compute_backend) and utils.device_type == "cpu":

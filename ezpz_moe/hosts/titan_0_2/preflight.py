@@ -1,4 +1,4 @@
-"""One rank of a big run, built on this machine by the host's own trainer."""
+"""Build one rank of a big run on this machine, with the host's own trainer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
     """Build ``rank`` of ``world_size`` and measure it. Once per process: the host has global state.
 
     Raises:
-        whatever the rank would have met.
+        whatever the rank would have raised.
     """
     become_rank(rank, world_size)
     sys.argv[1:] = [*arguments(find_job(config, KEYS)), *host_flags, *FAKE_COMMUNICATION]
-    job_config = ConfigManager().parse_args(sys.argv[1:])  # our part of it reads sys.argv
+    job_config = ConfigManager().parse_args(sys.argv[1:])  # `job_config` in job.py reads sys.argv
     has_pipeline = job_config.parallelism.pipeline_parallel_degree > 1
+    # Rank 0 is left to the host: 0.2.1 can build that one, too.
     if rank:
         _join_as(rank, world_size)
     spec = get_train_spec(job_config.model.name)
@@ -38,7 +39,9 @@ def run_rank(config: str, host_flags: list[str], world_size: int, rank: int) -> 
 
 
 def _join_as(rank: int, world_size: int) -> None:
-    """The host's own fake group is of rank 0 always; 0.2.2 takes one that is there instead."""
+    """Join a fake group as ``rank``: the host's own is always rank 0, but 0.2.2 accepts another."""
+    # 0.2.1 does not look whether a group exists. What its code calls tells them apart; versions of
+    # checkouts do not.
     if "is_initialized" not in init_distributed.__code__.co_names:
         raise EzpzError(
             "torchtitan 0.2.1 can fake only rank 0, so only the first pipeline stage can be built. "

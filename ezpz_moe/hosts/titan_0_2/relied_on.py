@@ -1,4 +1,4 @@
-"""What the binding relies on in torchtitan 0.2. Vital as in 0.3."""
+"""List what the binding relies on in torchtitan 0.2. "Vital" means the same as for 0.3."""
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NOTHING_TRAINS, Reliance
 from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
@@ -187,4 +187,4 @@ STATE_DICT_KEYS = (
     "layers.1.moe.router.gate.weight",
     "layers.1.moe.expert_bias",
 )
-"""Some keys of a checkpoint of `debugmodel`: those of a layer with experts."""
+"""Sample keys of a checkpoint of `debugmodel`: those of a layer with experts."""

@@ -1,7 +1,6 @@
-"""Routing on the CPU: torchtitan 0.2 counts tokens with ``torch.histc`` of int64.
+"""Route on the CPU, where ``torch.histc`` of int64, which torchtitan 0.2 calls, has no kernel.
 
-torch has that kernel for accelerators only. The subclasses here compute what the host computes,
-with ``torch.bincount`` in its place.
+The subclasses here compute what the host computes, with ``torch.bincount`` instead.
 """
 
 from __future__ import annotations
@@ -21,19 +20,20 @@ class _IntegerHistogram(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        # A function mode intercepts one call inside the host's forward, which need not be copied.
         if func is torch.histc:
             return _histogram(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _histogram(input: torch.Tensor, bins: int, min: int, max: int) -> torch.Tensor:
-    # The host's bins are one integer wide: from 0 to `max` = `bins`, which no index reaches.
+    # The host's bins are one integer wide, from 0 to `max` = `bins`; no index reaches `max`.
     assert (min, max) == (0, bins)
     return torch.bincount(input, minlength=bins).to(input.dtype)
 
 
 class CpuRouter(TokenChoiceTopKRouter):
-    """The host's router with counts that the CPU can compute."""
+    """The host's router, with counts that the CPU can compute."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         with _IntegerHistogram():
@@ -41,7 +41,7 @@ class CpuRouter(TokenChoiceTopKRouter):
 
 
 class CpuReorderer(TokenReorderer):
-    """The host's reorderer with counts that the CPU can compute."""
+    """The host's reorderer, with counts that the CPU can compute."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         with _IntegerHistogram():
@@ -49,9 +49,9 @@ class CpuReorderer(TokenReorderer):
 
 
 def count_on_cpu(model: nn.Module) -> None:
-    """Have every MoE layer of ``model`` route with the classes above, in place.
+    """Make every MoE layer of ``model`` route with the classes above, in place.
 
-    The modules only change their class, as FSDP changes it: whatever they hold, they keep.
+    Only the class of the modules changes, as FSDP does it: they keep everything they hold.
     """
     for moe in model.modules():
         if isinstance(moe, MoE):

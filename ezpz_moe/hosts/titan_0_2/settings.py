@@ -1,4 +1,4 @@
-"""The trainer's config as flat lines ``path = value``, beside the host's defaults."""
+"""Flatten a trainer's config to lines ``path = value``, with the host's defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES
 
 
 def settings(config: Any) -> list[Setting]:
-    """Every field of the trainer's config, in the host's order."""
+    """Return every field of the trainer's config, in the host's order."""
     defaults = dict(flat(dataclasses.asdict(JobConfig())))
     return [
         Setting(path, value, defaults.get(path))
@@ -22,5 +22,5 @@ def settings(config: Any) -> list[Setting]:
 
 
 def flags(config: Any) -> frozenset[str]:
-    """The flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
+    """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
     return frozenset(setting.path for setting in settings(config))

@@ -1,4 +1,4 @@
-"""The host's own routed experts, which ``ezpz-moe bench`` measures the backends against.
+"""Make the host's own routed experts, the reference of ``ezpz-moe bench``.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -10,10 +10,10 @@ from torchtitan.models.moe.moe import GroupedExperts
 def stock_experts(
     w1_EFD: torch.Tensor, w2_EDF: torch.Tensor, w3_EFD: torch.Tensor
 ) -> GroupedExperts:
-    """The host's own experts with these weights: ``(x_RD, num_tokens_per_expert_E) -> y_RD``.
+    """Return the host's own experts: ``(x_RD, num_tokens_per_expert_E) -> y_RD``.
 
-    By torch._grouped_mm, for which the host pads tokens with a Triton kernel; on the CPU, where
-    that cannot run, by its for-loop.
+    They use torch._grouped_mm, for which the host pads tokens with a Triton kernel. On the CPU that
+    cannot run, and they use the host's for-loop.
     """
     E, F, D = w1_EFD.shape
     with torch.device("meta"):

@@ -1,8 +1,8 @@
-"""The ``TrainSpec`` named ``ezpz_moe``: every flavor is one of its models.
+"""Define the ``TrainSpec`` named ``ezpz_moe``, with every flavor as one of its models.
 
-The host looks its functions up in one spec, but flavors are built from several of the host's
-models. Each function below therefore asks the host's own spec of the flavor at hand. The tokenizer
-is built first, with the settings that are trained with: there they are completed and checked.
+The host looks up all its functions in one spec, but flavors are built from several of its models.
+Each function below therefore asks the host's own spec for the current flavor. The host builds the
+tokenizer first, with the settings that the run trains with. They are completed and checked there.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def register_flavors(job: Job, *, complete: Complete) -> None:
 
     Args:
         job: where flavors and files are looked up.
-        complete: puts into the host's config what the job leaves open.
+        complete: fills what the job leaves open in the host's config.
     """
     spec = _train_spec(job, complete)
     try:
         registered = get_train_spec(MODEL_NAME)
     except ValueError:
         register_train_spec(MODEL_NAME, spec)
-    else:  # of an earlier job in this process
+    else:  # from an earlier job in this process; the host refuses to register a name twice
         for field in dataclasses.fields(spec):
             setattr(registered, field.name, getattr(spec, field.name))
 
@@ -52,6 +52,7 @@ def register_flavors(job: Job, *, complete: Complete) -> None:
 def _train_spec(job: Job, complete: Complete) -> TrainSpec:
     flavors = FlavorArgs(job.folder, str(job.path or ""))
     return TrainSpec(
+        # The host calls all of these without catching our errors, and would show a traceback.
         model_cls=exit_on_user_error()(build_model),
         model_args=flavors,
         parallelize_fn=_parallelize,
@@ -77,6 +78,7 @@ def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Co
 @exit_on_user_error()
 def _build_dataloader(*, dp_world_size: int, job_config: Any, **more: Any) -> Any:
     training = job_config.training
+    # Only here is the number of data-parallel ranks known.
     check_shares(training.dataset, training.dataset_path, dp_world_size)
     return build_text_dataloader(dp_world_size=dp_world_size, job_config=job_config, **more)
 
@@ -97,6 +99,7 @@ def _precision_of(model: Any, parallel_dims: Any, job_config: Any) -> str:
     return f'{PARAM} = "{param}" and experts in {model.computed_in}'
 
 
+# The precision check is outermost, so it runs before FSDP would gather shards of unequal dtypes.
 @partial(agreeing_on_precision, precision_of=_precision_of)
 @sum_reduction_on_gloo
 def _parallelize(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -113,5 +116,5 @@ def _state_dict_adapter(model_args: Any, hf_assets_path: str | None) -> Any:
 
 
 def _of(model: Any) -> TrainSpec:
-    """The host's spec of a model or its arguments."""
+    """Return the host's spec for a model or its arguments."""
     return get_train_spec(model.host_model)

@@ -1,6 +1,6 @@
 """torchtitan 0.2. Frozen: bugs get fixed, but new features need 0.3.
 
-For what it lacks, it has the defaults of :class:`ezpz_moe.hosts.host.Host`, which raise.
+Parts that it lacks keep the defaults of :class:`ezpz_moe.hosts.host.Host`, which raise.
 """
 
 from __future__ import annotations
