@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from ezpz_moe.hosts.host import Host
 
-# A list, changed in place: every module that imported this one sees a newly detected host.
 _found: list[Host] = []
 
 

@@ -150,7 +150,7 @@ def _peak_resident_memory() -> int:
     if not _PROCESS_STATUS.exists():
         return current
     fields = dict(line.split(":", maxsplit=1) for line in _PROCESS_STATUS.read_text().splitlines())
-    # The kernel updates VmHWM lazily, so it can be below the current value.
+    # Read at two moments: a peak must not lie below the current value.
     return max(current, int(fields["VmHWM"].removesuffix("kB")) * 1024)
 
 

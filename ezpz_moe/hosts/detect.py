@@ -27,14 +27,14 @@ RECOMMENDED = {"torch": "2.15.0", "torchtitan": "0.3.0"}
 
 _TITAN_0_3 = Titan03()
 
+# Newest first, because a newer host still has what an older one is recognized by: `derive`, the
+# evidence of 0.3, is in every later snapshot too.
 HOSTS: tuple[Host, ...] = (
     Titan2026_09(),
     Titan2026_08(),
     _TITAN_0_3,
     Titan02(),
 )
-# Newest first, because a newer host still has what an older one is recognized by: `derive`, the
-# evidence of 0.3, is in every later snapshot too.
 """All hosts, newest first. A new generation needs its own file and one line here."""
 
 

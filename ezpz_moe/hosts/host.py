@@ -230,6 +230,8 @@ class Host(ABC):
             yield
         except EzpzError:
             raise
+        # Not only ImportError: class bodies run on import, and a changed host breaks them with
+        # AttributeError or TypeError.
         except Exception as error:
             titan = installed_pair()[1]
             raise EzpzError(

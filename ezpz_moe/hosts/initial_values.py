@@ -80,8 +80,7 @@ class WholeModel:
         # host's own initialisation left.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # Retry with one more parameter kept, until no initialiser comes back to one that has
-            # been given away. Which ones do cannot be known without running them; in practice few
-            # or none.
+            # been given away. Which ones do so cannot be known without running them.
             while True:
                 torch.set_rng_state(self._generator)
                 replay = _Replay(_without_memory(self._model), shards, kept)

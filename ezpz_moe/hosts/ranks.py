@@ -110,7 +110,7 @@ def rank_problems(
             f"{par.data_parallel_shard_degree} x context_parallel {par.context_parallel_degree} x "
             f"tensor_parallel {par.tensor_parallel_degree} must be {ranks} (-1: what is left)."
         )
-        # The checks below would divide by a shard degree that does not exist.
+        # The checks below make sense only for degrees that fit.
         return
     if shard * inner % (par.expert_parallel_degree * within):
         yield (

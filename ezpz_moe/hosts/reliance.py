@@ -123,6 +123,7 @@ def is_written(reliance: Reliance) -> bool:
 
     It imports nothing.
     """
+    # Parsed and not imported: importing the host takes seconds and fixes its device type.
     module, _, name = reliance.thing.partition(":")
     package, _, path = module.partition(".")
     found = util.find_spec(package)

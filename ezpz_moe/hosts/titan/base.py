@@ -137,5 +137,6 @@ class Titan(Host):
 def titan() -> Titan:
     """Return the current host."""
     found = at_hand()
+    # Only the methods of these hosts import the modules of this folder.
     assert isinstance(found, Titan)
     return found

@@ -45,7 +45,7 @@ class FullACKeepingChoices(FullAC):
 
 def keeping_choices(policy: Any) -> Any:
     """Return the policy with the choices kept, if the host's own would make them again."""
-    # `is` and not isinstance: a subclass wraps blocks in its own way, which we must not drop.
+    # Not isinstance: a subclass wraps blocks in its own way, which we must not drop.
     if type(policy) is FullAC.Config:
         return derive(policy, FullACKeepingChoices.Config)
     return policy

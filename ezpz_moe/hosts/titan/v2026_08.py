@@ -97,6 +97,7 @@ class Titan2026_08(Titan03):
 
     def sequences(self, training: Any, parallelism: Any, data_ranks: int) -> Sequences:
         tokens = training.num_tokens_per_microbatch_per_dp_rank
+        # A microbatch may have fewer tokens than the longest sequence that is allowed.
         length = min(training.max_context_length, tokens)
         whole = training.num_tokens_per_train_step
         if whole < 0:

@@ -112,7 +112,7 @@ def select_backend(
             f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for moe in layers:
-        # `is` and not isinstance: a subclass has a forward of its own, which ours would replace.
+        # Not isinstance: a subclass has a forward of its own, which ours would replace.
         if type(moe.experts) is GroupedExperts:
             moe.experts = _with_backend(moe.experts, backend, computed_in)
         elif backend != HOST_PATH:
