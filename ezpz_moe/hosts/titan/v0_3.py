@@ -57,7 +57,7 @@ class Titan03(Titan):
         return STATE_DICT_KEYS
 
     def modules(self) -> tuple[str, ...]:
-        # By file name and not by import: `doctor` needs them for a broken host, too.
+        # By file name and not by import: the list must not need torch or the host.
         lineage = {each.generation for each in type(self).__mro__ if issubclass(each, Titan03)}
         return tuple(_modules(lineage).values())
 
