@@ -147,6 +147,7 @@ class Backend(ABC):
         x_RD: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
+        # int32, because torch._grouped_mm takes no other offsets; cumsum alone would give int64.
         offs_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
         up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
@@ -158,6 +159,8 @@ def missing_device(device: torch.device) -> str | None:
     if device.type in ("cpu", "meta"):
         return None
     module = getattr(torch, device.type, None)
+    # A device module is torch.<type> (torch.cuda, torch.xpu); torch.npu exists once torch_npu is
+    # imported.
     if module is None or not module.is_available():
         return (
             f"this machine has no usable {device.type} device (torch.{device.type}.is_available() "
@@ -207,6 +210,8 @@ def check_swiglu(
 
 
 def _to_host(counts_E: torch.Tensor) -> list[int]:
+    # Without this the copy itself fails, with a CUDA error that names neither the cause nor a
+    # remedy.
     if counts_E.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "this expert backend copies the token counts to the host, which a CUDA graph cannot "
@@ -230,6 +235,8 @@ def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
     The strides are taken from a tensor without memory, because a gradient of weights is large.
     """
+    # Not model.stride(): empty_like makes an expanded or sliced tensor dense, and fakes promise
+    # empty_like's strides.
     if gradient.stride() == torch.empty_like(model, device="meta").stride():
         return gradient
     return torch.empty_like(model).copy_(gradient)
@@ -258,6 +265,7 @@ def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
         ValueError: the offsets fall, or go beyond the rows.
     """
     offsets = _to_host(offs_E)
+    # Not strict: the leading 0 makes the first list one longer.
     counts = [end - start for start, end in zip([0, *offsets], offsets, strict=False)]
     if any(count < 0 for count in counts):
         raise ValueError(f"offs_E must start at or above 0 and never fall: {offsets}")
@@ -286,6 +294,7 @@ def offsets_on_device(offs_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tens
         ValueError: on the CPU, what :func:`counts_of_offsets` raises.
     """
     check_where_free(counts_of_offsets, offs_E, rows_RX)
+    # Contiguous, because the Triton kernels read offsets without a stride.
     return offs_E.to(rows_RX.device, non_blocking=True).contiguous()
 
 

@@ -12,7 +12,10 @@ def swiglu_gradients_(
     Allocates nothing, because fresh memory costs an allocator the most: the gradient of gate
     replaces ``grad_hidden``, and that of up replaces ``activated``.
     """
+    # The order matters: grad_up needs grad_hidden, which grad_gate then overwrites.
     grad_up = activated.mul_(grad_hidden)
     grad_gate = grad_hidden.mul_(up)
+    # The out variant of an aten operator, because torch.nn.functional has no silu backward that
+    # writes in place.
     torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
     return grad_gate, grad_up

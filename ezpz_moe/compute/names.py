@@ -23,6 +23,7 @@ GROUP = "ezpz_moe.backends"
 @cache
 def own_backends() -> dict[str, str]:
     """Name -> module, for the backends in this package."""
+    # List the files instead of importing them: this must work without torch.
     folder = Path(__file__).with_name("backends")
     return {each.name: f"{__package__}.backends.{each.name}" for each in iter_modules([folder])}
 
@@ -39,6 +40,7 @@ def backend_entry_points() -> dict[str, EntryPoint]:
         for name, module in own_backends().items()
     }
     for point in entry_points(group=GROUP):
+        # An installation may list the same entry point twice; only different targets conflict.
         known = found.setdefault(point.name, point)
         if known.value != point.value:
             raise EzpzError(

@@ -31,6 +31,7 @@ def mm(A_nK: Tensor, B_KN: Tensor, out_nN: Tensor) -> None:
 def mm_sum(A_nK: Tensor, B_KN: Tensor, A2_nL: Tensor, B2_LN: Tensor, out_nN: Tensor) -> None:
     """``out = A @ B + A2 @ B2``."""
     if _is_emulated(A_nK):
+        # Add in float32 too: rounding the first product would be a second rounding.
         first_nN = torch.mm(A_nK.float(), B_KN.float())
         out_nN.copy_(first_nN.addmm_(A2_nL.float(), B2_LN.float()))
     else:
@@ -81,6 +82,8 @@ def grouped_mm_sum(
     """``grouped_mm(A, B) + grouped_mm(A2, B2)``; tail rows are unwritten."""
     if not _is_emulated(A_RK):
         first_RN = torch._grouped_mm(A_RK, B_EKN, offs=offs_E)
+        # torch._grouped_mm cannot add to an output. The sum of two rounded products is what the
+        # host's autograd computes as well.
         return first_RN.add_(torch._grouped_mm(A2_RL, B2_ELN, offs=offs_E))
     C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
     experts = zip(_rows_of_experts(offs_E), B_EKN.unbind(), B2_ELN.unbind(), strict=True)
@@ -92,9 +95,13 @@ def grouped_mm_sum(
 def grouped_outer(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor) -> Tensor:
     """``left[rows].T @ right[rows]`` for every expert: [E, M, N], zero for one without rows."""
     if not _is_emulated(left_RM):
+        # With two 2-D operands torch groups the inner dimension: the offsets cut the sum, not the
+        # rows.
         return torch._grouped_mm(left_RM.T, right_RN, offs=offs_E)
     grad_EMN = left_RM.new_empty(offs_E.shape[0], left_RM.shape[1], right_RN.shape[1])
     for rows, grad_MN in zip(_rows_of_experts(offs_E), grad_EMN.unbind(), strict=True):
+        # Experts without rows are not skipped: a product without terms writes zeros into new
+        # memory.
         mm(left_RM[rows].T, right_RN[rows], grad_MN)
     return grad_EMN
 
@@ -110,6 +117,8 @@ def _is_emulated(operand: Tensor) -> bool:
 
 def _few_at_once(*batches_gXY: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
+    # Small slices, because float32 copies that fit the cache cost little, and a copy of the whole
+    # weight stack would double the memory of the weights.
     of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
     experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))
     return zip(*(batch.split(experts) for batch in batches_gXY), strict=True)

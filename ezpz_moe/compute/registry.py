@@ -39,6 +39,7 @@ def _installed(name: str) -> Backend:
     point = backend_entry_points()[name]
     try:
         backend = point.load()
+    # Anything: importing somebody else's package can raise whatever it likes.
     except Exception as error:
         raise EzpzError(
             f"compute_backend {name!r} ({point.value}) cannot be loaded: "

@@ -64,9 +64,13 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
         computed = (stop[i] - first[i]) * capacity[i] + (stop[j] - first[j]) * capacity[j]
         return experts * max(capacity[i], capacity[j]) - computed, i, stop[i], stop[j]
 
+    # Greedy with a heap: a merge makes at most two new offers, so a plan takes O(E log E). Python
+    # makes it for every new routing, between launches.
     offers = [offer(i, i + 1) for i in range(len(first) - 1)]
     heapq.heapify(offers)
     # Spend the allowed padding on the cheapest merges first.
+    # The budget is for all runs together: a limit per run would forbid cheap merges next to a hot
+    # expert.
     left = max_padding * sum(counts)
     while offers and offers[0][0] <= left:
         added, i, stop_i, stop_j = heapq.heappop(offers)

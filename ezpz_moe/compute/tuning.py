@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _TURNS = 15  # in docs/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %
 _SECONDS = 30  # no further turn begins after this
 
+# Prefixes of the variables that decide whether freed memory is kept: on a CPU, page faults can cost
+# more than the choice of a backend (docs/benchmark.md).
 _OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 
 
@@ -162,6 +164,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
         # One timed turn always completes, however slow it is.
         if turn > 1 and time.perf_counter() - start > _SECONDS:
             break
+        # Out of memory excludes a backend for good, but is no error: others may need less.
         for name, run in runs.items():
             if name in too_large:
                 continue
@@ -174,6 +177,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
                 continue
             if turn:  # the first turn warms up
                 times[name].append(elapsed)
+    # The median, because a turn that another process disturbed says nothing about a backend.
     medians = {
         name: statistics.median(each) for name, each in times.items() if name not in too_large
     }
@@ -189,6 +193,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Time all that ``run`` puts on the device, by the host's clock."""
+    # The host's clock and a full wait, not device events: what the host does between launches is
+    # part of a backend's time, and a CPU has no events.
     synchronize = getattr(torch.get_device_module(device), "synchronize", lambda: None)
     synchronize()
     start = time.perf_counter()
@@ -254,12 +260,15 @@ def _remembered(situation: Situation) -> Measured | None:
     except (OSError, ValueError) as error:
         logger.warning(f"ezpz_moe: {path}: cannot be read ({error}); measuring again")
         return None
+    # A file that names other backends cannot answer, whoever wrote it.
     return measured if set(measured.milliseconds) == set(situation.question.candidates) else None
 
 
 def remember(situation: Situation, measured: Measured) -> None:
     """Save for later runs, whole or not at all: several ranks may write the same file."""
     path = _path(situation)
+    # A name of this process, in the same folder, because renaming is atomic only within a file
+    # system. The suffix keeps it out of recorded().
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
     if by_sign:
         step_E = torch.sign(error_E)
     else:
+        # A step without tokens has mean 0: its error is 0 too, and the bias stays.
         step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     # Moving all biases alike would change no choice, but would let them drift.
     return rate * (step_E - step_E.mean())
@@ -48,6 +49,8 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # 1 whatever arrives for the carrier: the loss is a term of its own in the total, and must
+        # not be scaled by the model's gradient.
         return grad, torch.ones((), **ctx.of_loss)
 
 
@@ -75,12 +78,14 @@ def value_at(schedule: Schedule, step: int) -> float:
     """
     start, end = schedule.start, schedule.end
     progress = 1.0 if schedule.steps == 1 else min(1.0, max(0, step - 1) / (schedule.steps - 1))
+    # Return `end` itself: start + (end - start) can miss it by a rounding.
     if progress == 1.0 or schedule.is_constant:
         return end
     match schedule.shape:
         case "linear":
             return start + (end - start) * progress
         case "exponential":
+            # Linear in the logarithm.
             return start ** (1 - progress) * end**progress
         case "cosine":
             return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2

@@ -29,6 +29,8 @@ ROWS = ("given", "computed", "dropped")
 """What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""
 
 
+# An operator, not plain Python: torch.compile would decide is_recomputation() once, while it
+# traces, and build the answer in.
 @torch.library.custom_op("ezpz_moe::count", mutates_args=("counts_E", "sums_S"))
 def count(counts_E: Tensor, sums_S: Tensor, new_E: Tensor, new_S: Tensor) -> None:
     """Add ``new_E`` to ``counts_E`` and ``new_S`` to ``sums_S``, unless this is a recomputation.

@@ -36,6 +36,7 @@ def losing_infinities(logits_BLE: Tensor) -> Tensor:
 
     -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
     """
+    # Detached: finite logits keep their gradient unchanged.
     return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
 
 
@@ -61,6 +62,7 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
     """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+    # Experts of one kind have consecutive numbers; a comparison needs no table of kinds.
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
 
@@ -72,8 +74,10 @@ def constant_output(
 
     Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """
+    # MoE++, equation 5: the token itself decides how much of it and how much of v_c goes on.
     mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
     shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
     of_input_BL1 = shares_BLC2[..., 0].sum(-1, keepdim=True)
+    # Weight the vectors first: one product [.., C] @ [C, D] instead of C outputs of [B, L, D].
     of_vectors_BLD = shares_BLC2[..., 1].to(x_BLD.dtype) @ vectors_CD.to(x_BLD.dtype)
     return x_BLD * of_input_BL1.to(x_BLD.dtype) + of_vectors_BLD

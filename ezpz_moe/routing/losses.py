@@ -5,8 +5,8 @@ logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_
 for a padding token: that is in no sum and gets a gradient of exactly zero. A group without tokens
 has the loss 0.
 
-A group may be spread over ranks: ``share`` then sums a tensor over them, with the gradient of the
-own addend alone. The gradients of all ranks add up to that of the group's loss.
+A group may be spread over ranks: ``share`` then sums a tensor over them, and passes the gradient to
+this rank's addend alone. The gradients of all ranks add up to that of the group's loss.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -34,6 +34,8 @@ def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
     """
     # Mask before dividing: for a padding token with NaN, the gradient would otherwise be 0 / NaN.
     scores_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(scores_GNE), 0)
+    # Softmax scores sum to 1 already, so this changes only sigmoid's. The clamp keeps a padding
+    # token's zeros at 0 / 1e-20 = 0.
     return scores_GNE / scores_GNE.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
@@ -45,17 +47,21 @@ def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
 def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
     """n_G, float32, at least 1: the divisor that turns a sum over the group's tokens into a
     mean."""
+    # At least 1, so a group of padding alone has the mean 0 and not 0 / 0.
     return share(mask_GN.sum(-1).float()).clamp(min=1)
 
 
 def assignments(ids_GNK: Tensor, mask_GN: Tensor, E: int) -> Tensor:
     """counts_GE, float32: how often each expert is chosen."""
+    # scatter instead of bincount: shapes are static, the device is not read, and groups stay apart.
     chosen_GNE = torch.zeros(*mask_GN.shape, E, device=ids_GNK.device).scatter_(-1, ids_GNK, 1.0)
     return (chosen_GNE * mask_GN.unsqueeze(-1)).sum(1)
 
 
 def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
     """P_GE: the mean probability of each expert over the group's tokens."""
+    # share() before dividing: the mean of the ranks' means is not the mean over tokens when ranks
+    # have different numbers of them.
     sums_GE = torch.where(mask_GN.unsqueeze(-1), p_GNE, 0).sum(1)
     return share(sums_GE) / n_G.unsqueeze(-1)
 
@@ -87,6 +93,7 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alon
     """
     # Mask before squaring: for a padding token with NaN, the gradient would otherwise be NaN * 0.
     logits_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(logits_GNE), 0)
+    # Mask again: a padding token's logits are now zeros, and logsumexp of E zeros is ln E.
     squares_GN = logits_GNE.logsumexp(-1).square() * mask_GN
     return share(squares_GN.sum(-1)) / n_G
 

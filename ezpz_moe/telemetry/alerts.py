@@ -74,6 +74,7 @@ class Alerts:
         new = []
         for expert in range(len(layer.counts_E)):
             key = (layer.layer, expert)
+            # A record without an assignment means that all its steps had none.
             idle = self._idle_steps.get(key, 0) + record.steps if expert in dead else 0
             self._idle_steps[key] = idle
             if self._begins(("dead", *key), idle >= limit, not idle):
@@ -93,8 +94,11 @@ class Alerts:
             return
         before = self._smoothed_cv.get(key, cv)
         smoothed = before + SMOOTHING * (cv - before)
+        # The lowest of the smoothed values: one lucky record would otherwise set a level that the
+        # run never keeps.
         lowest = min(smoothed, self._lowest_cv.get(key, smoothed))
         self._smoothed_cv[key], self._lowest_cv[key] = smoothed, lowest
+        # Without the floor, twice a tiny CV would raise an alert about a well balanced layer.
         limit = max(rise * lowest, _floor(layer))
         if self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
             yield (
@@ -112,6 +116,7 @@ class Alerts:
         """
         experts, share = len(layer.counts_E), record.thresholds.alert_collapse
         assignments = sum(layer.counts_E)
+        # With zero-computation experts, tokens use different numbers of routed experts.
         fewest = assignments / layer.tokens  # k, or the mean number of experts that compute
         if assignments < ENOUGH * experts or fewest >= experts:
             return
@@ -128,6 +133,7 @@ class Alerts:
 
     def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
         """Whether to raise the alert now; between bad and good its state does not change."""
+        # is_good is stricter than not is_bad (HYSTERESIS).
         if is_good:
             self._said.discard(alert)
         if not is_bad or alert in self._said:

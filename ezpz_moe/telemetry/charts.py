@@ -56,6 +56,7 @@ def load_heat_map(record: StepRecord) -> bytes:
     rows, experts = load_LE.shape
     cell_w, cell_h = _cell(experts, 0.6, 0.04, 10.0), _cell(rows, 0.4, 0.1, 6.0)
     size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
+    # Figure, not pyplot: pyplot keeps every figure in a global list and may want a display.
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     draw_cells(axes, load_LE, _LOAD)
@@ -126,6 +127,8 @@ def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = ScalarMappable(Normalize(layers[0], layers[-1]), _ORDER)
+    # Colour by depth, from light to dark: dozens of layers have no distinct colours, but neighbours
+    # look alike.
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
         _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
@@ -155,6 +158,7 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
         return None
     figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
     has_course = np.isfinite(loss_S + cv_S).sum() > 1
+    # Squeezing would return bare axes for a single panel.
     left, *right = figure.subplots(1, 1 + has_course, squeeze=False).flatten()
     twin = left.twinx()
     _line(left, steps_S, loss_S, color=_LOSS_COLOUR)
@@ -226,6 +230,7 @@ def mean_over_layers(values_LS: Array) -> Array:
     """The mean over the layers that have a value: [S], NaN where none has."""
     has_LS = np.isfinite(values_LS)
     total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
+    # Not nanmean, which warns about a step where no layer has a value.
     return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
 
 
@@ -246,8 +251,10 @@ def load_by_step(
     experts = max(len(layer.counts_E) for _, layer in found)
     # A resumed run may have another number of experts, which does not fit into the same picture.
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
+    # Sum neighbours instead of skipping records: a short collapse stays visible.
     groups = np.array_split(np.arange(len(found)), min(len(found), columns))
     first = found[0][0]
+    # Edges at steps, not at record numbers: records may cover different numbers of steps.
     edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
     counts = [np.sum([found[i][1].counts_E for i in group], axis=0) for group in groups]
     return np.stack([relative_load(counts_E) for counts_E in counts], axis=1), np.array(edges)

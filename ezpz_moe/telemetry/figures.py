@@ -35,6 +35,7 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "mse_loss": np.max,
     "z_loss": np.max,
 }
+# A mean of dead experts would hide one dead expert among many layers.
 _SUMMED = ("dead_experts",)
 
 
@@ -45,6 +46,7 @@ def selection_frequency(counts_E: Counts) -> npt.NDArray[np.float64]:
     """
     counts = np.asarray(counts_E, dtype=np.float64)
     total = counts.sum()
+    # NaN, not 0: 0 would claim that every expert is dead.
     return counts / total if total else np.full(counts.shape, math.nan)
 
 
@@ -87,6 +89,7 @@ def entropy(counts_E: Counts) -> float:
     frequency = selection_frequency(counts_E)
     if np.isnan(frequency).any():
         return math.nan
+    # 0 ln 0 is 0 in the limit, but NaN in floating point.
     used = frequency[frequency > 0]
     return float(-(used * np.log(used)).sum()) + 0.0  # turns -0.0 into 0.0
 
@@ -136,6 +139,7 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
     that the layer does not have are left out; a layer that saw no tokens has only its bias.
     """
     figures = _if_given(bias_norm=layer.bias_norm)
+    # A bias exists without tokens; a load and means over tokens do not.
     if not layer.tokens:
         return figures
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
@@ -166,6 +170,8 @@ def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
     confidence, have no worst.
     """
     summary = {}
+    # Layers may lack figures (no zero-computation experts, no tokens): average over those that have
+    # them.
     for name in dict.fromkeys(name for figures in figures_L for name in figures):
         values = [figures[name] for figures in figures_L if name in figures]
         summary[name] = float(np.sum(values) if name in _SUMMED else np.mean(values))

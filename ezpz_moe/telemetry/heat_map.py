@@ -77,6 +77,8 @@ def draw_cells(
     """
     rows, columns = values.shape
     x_edges = np.arange(columns + 1) - 0.5 if x_edges is None else x_edges
+    # Colours are computed here, not by the axes: a logarithmic scale would mask 0 like NaN, and a
+    # dead expert must not look absent.
     axes.pcolorfast(x_edges, np.arange(rows + 1) - 0.5, palette.rgba(values))
     if first_on_top:
         axes.invert_yaxis()

@@ -36,6 +36,8 @@ def append(path: Path, record: StepRecord) -> None:
     line = f"{json.dumps(_as_json(record))}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Mode a writes at the end, wherever _end_last_line() has read; two writers cannot overwrite
+        # each other's lines.
         with path.open("ab+") as file:
             _end_last_line(file)
             file.write(line)
@@ -63,6 +65,7 @@ def read(path: Path) -> list[StepRecord]:
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error}.") from error
     records: list[StepRecord] = []
+    # After the last newline nothing follows, unless a writer was interrupted.
     *whole, rest = lines
     for number, line in enumerate(whole, start=1):
         _take(records, _parsed(line, f"{path}, line {number}"))
@@ -80,6 +83,7 @@ def read(path: Path) -> list[StepRecord]:
 
 def _as_json(record: StepRecord) -> dict[str, Any]:
     """The record and its figures. ``format`` comes first, which identifies a truncated line."""
+    # Figures are written for jq and other readers. read() ignores them and computes its own.
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     layers = [
         {**vars(layer), "figures": figures}
@@ -114,11 +118,14 @@ def _end_last_line(file: Any) -> None:
     if not end:
         return
     file.seek(end - 1)
+    # The usual case ends here, after reading one byte.
     if file.read(1) == b"\n":
         return
     file.seek(0)
     start = file.read().rfind(b"\n") + 1
     file.seek(start)
+    # Only our own truncated line is removed. A complete one without its newline stays, and so does
+    # anything that somebody else wrote.
     if _is_cut(file.read()):
         file.truncate(start)
     else:
@@ -139,6 +146,8 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _take(records: list[StepRecord], record: StepRecord) -> None:
+    # A resumed run repeats steps. What the abandoned attempt did after them did not lead to the
+    # weights of today.
     while records and records[-1].step >= record.step:
         records.pop()
     records.append(record)

@@ -45,6 +45,7 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
             "two logs."
         )
     pictures = _draw(records)
+    # Computed again from the records, because the log may be gone.
     alerts = raised(records)
     files = {f"{picture.name}.png": picture.png for picture in pictures}
     files[PAGE] = page.page(source, records, pictures, alerts).encode()
@@ -65,6 +66,8 @@ def _find(run: Path) -> Path:
         return run
     if (file := run / FILE_NAME).exists():
         return file
+    # Look two levels down only: a dump folder is often named by its parent, but may hold large
+    # checkpoints.
     below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
     hint = f" There is one below it: {below[0]}." if below else ""
     raise EzpzError(
@@ -93,6 +96,7 @@ def _write(files: dict[str, bytes], out: Path) -> list[Path]:
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
+            # dict order: the page comes last, so a reader who sees it finds its pictures.
             for name in files:
                 os.replace(Path(folder, name), out / name)
     except OSError as error:

@@ -90,6 +90,7 @@ def _worst(record: StepRecord, figures_L: list[dict[str, float]], name: str) -> 
         for layer, figures in zip(record.layers, figures_L, strict=True)
         if name in figures
     }
+    # If all layers agree, none of them is the worst.
     if name not in WORST or len(set(values.values())) == 1:
         return {"worst": "-", "in layer": "-"}
     worst = float(WORST[name](list(values.values())))

@@ -123,6 +123,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
     if new.suffix != ".toml":
         raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
     if not conversion.flavor_file:
+        # The job names a flavor that is no file of ours: it must be findable from its new place.
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
     files = {path: text for path, text in files.items() if text}  # the job needs the flavor: last
@@ -181,6 +182,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
         return Change(key, value, "dropped", f"torchtitan 0.2 and 0.3 have no such key.{near}")
     if model and key in ("model.name", "model.flavor"):
         return _model_change(key, value, model)
+    # Before asking whether 0.3 has the key: a default that is built in needs none.
     if is_one_of(row.unless, value):
         return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
     # In 0.3, an option of another mode of activation checkpointing is an error.
@@ -245,6 +247,7 @@ def _rendered(
         missing.setdefault(change.section, []).append(change)
     for _, block in groupby(lines, key=lambda pair: pair[0].section):
         text += "".join(_rendered_section(list(block), missing))
+    # Sections that the old file lacks go to the end.
     for section, changes in missing.items():
         text += f"\n[{section}]\n" + "".join(_assignment(each, section) for each in changes)
     return text

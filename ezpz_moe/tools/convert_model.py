@@ -80,6 +80,8 @@ def _longest(flavor: str) -> int:
 def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, str]:
     """A flavor with these keys, and its file."""
     text = comment + _toml(keys)
+    # Load it as a user's file would be loaded: a mistake in the table shows now, and inherited
+    # values are filled in for comparison.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{name}.toml").write_text(text, encoding="utf-8")
         return load_flavor(name, near=Path(folder)), text
@@ -87,6 +89,7 @@ def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, s
 
 def _shipped(wanted: Flavor) -> str:
     """The name of an existing flavor that is the same model; empty for none."""
+    # Attention is a suffix of the flavor's name, not another model.
     apart = {"name", "source", "attention"}
     model = wanted.model_dump(exclude=apart)
     for name in flavor_names():

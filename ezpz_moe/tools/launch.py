@@ -109,12 +109,14 @@ def _run(
         try:
             torchrun.run(torchrun.parse_args(arguments))
         except ChildFailedError as failure:
+            # exit_on_user_error() has printed the message in the worker.
             if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
                 return EXIT_CODE
             tell(report(failure))
             return 1
         except SignalException as stop:
             tell(f"ezpz-moe: stopped by {stop.sigval.name}")
+            # The shell's convention for a process that a signal has ended.
             return 128 + stop.sigval
         finally:
             logging.disable(logging.NOTSET)
@@ -172,6 +174,7 @@ def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
     loss_rank = nproc * nnodes // degree * (degree - 1) % nproc
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:
+        # LOG_RANK replaces the loss's rank, but never rank 0, which reports mistakes.
         ranks = {0, *map(int, asked.split(","))}
     except ValueError:
         raise EzpzError(

@@ -53,12 +53,14 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error
     found = [(number, word) for number, line in enumerate(lines, 1) for word in words(line)]
+    # Without the host's launcher in the script, a variable of that name is somebody else's.
     launched = any(Path(word).name == _LAUNCHER for _, word in found)
     findings = []
     for number, word in found:
         place = f"{path}:{number}"
         if (flag := _flag(word)) and _section(flag) in _sections():
             findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
+        # An unknown section is most likely another program's flag: report only a near miss.
         elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
             findings.append(Finding(place, flag, f"unknown section: did you mean {near[0]}?"))
         elif launched and (name := word.partition("=")[0]) != word and name in _variables():
@@ -128,6 +130,8 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
     row = presumed_host().job_keys()[section].get(name)
     if row is None:  # the key belongs to a newer host
         return f"{presumed_host().name} has no such setting"
+    # A setting keeps its name, moves, or gets a flag of its own; any of these may be what the host
+    # takes.
     for now in (row.path, row.flag, key):
         if now in taken:
             return f"now {_dashed(now, no)}"
@@ -163,6 +167,7 @@ def _keys_by_spelling() -> dict[str, str]:
             for name, row in rows.items():
                 for spelled in (row.path, row.flag, f"{section}.{name}"):
                     if spelled:
+                        # The first generation that knows a spelling decides.
                         keys.setdefault(spelled, f"{section}.{name}")
     return keys
 

@@ -86,6 +86,7 @@ def stage_memories(
         microbatches_in_flight(job.schedule, stage, job.stages, job.microbatches)
         for stage in range(job.stages)
     ]
+    # On an accelerator attention's kernels save less than the CPU's, so which kernels run matters.
     look = _activations if device == "accelerator" else _activations_on_cpu
     # One forward through all layers serves every stage; _stage picks out its own part.
     functions = [(look, 0), *((_weights, rank) for rank in ranks)]
@@ -126,6 +127,8 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
         case "gpipe":
             return microbatches
         case "1f1b":
+            # The last stage goes back at once and holds one; every stage before it waits for one
+            # more.
             return min(stages - stage, microbatches)
     raise EzpzError(
         f"parallelism.pipeline_parallel_schedule = {schedule!r}: only for 1F1B and GPipe is it "

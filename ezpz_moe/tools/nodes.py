@@ -94,6 +94,7 @@ class Node:
         """Whether its launcher lives; "silent" means that the machine is down or cut off."""
         try:
             socket.create_connection((self.address, self.port), SECONDS_TO_ANSWER).close()
+        # A refusal comes from the machine's kernel: the machine is up, but nobody listens any more.
         except ConnectionRefusedError:
             return "ended"
         except OSError:
@@ -119,6 +120,7 @@ def meet(
         EzpzError: a node did not arrive, or arrived and does not answer, two have the same rank, or
             node 0 is not where ``--master-addr`` says.
     """
+    # monotonic, because the clocks of a cluster may be set while nodes wait.
     deadline = time.monotonic() + seconds
     with _open_port(backlog=placement.nnodes) as port:
         if placement.node_rank == 0:
@@ -143,6 +145,7 @@ def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | 
         last_words: what the failed worker of this node said.
     """
     others = [node for node in nodes if node.rank != own_rank]
+    # Ask after the failure, not during the run: nothing is sent while all is well.
     states = _states(others)
     for state, meaning in (
         ("silent", "it does not answer, so it is down or cut off"),
@@ -173,6 +176,7 @@ def _described(node: Node, nodes: Sequence[Node]) -> str:
 def _open_port(backlog: int) -> Iterator[int]:
     """A port where the kernel answers knocks; nobody has to accept them."""
     with _at_all_addresses(port=0) as server:
+        # Knocks stay in the queue, because nobody accepts them: leave room for all nodes.
         server.listen(max(backlog, 128))
         yield server.getsockname()[1]
 
@@ -260,6 +264,7 @@ def _first_answer(addresses: Sequence[str], port: int) -> tuple[tuple[str, str] 
 def _use_network_of(address: str) -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
+            # The user's own choice wins.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
@@ -299,6 +304,8 @@ def _exchange(store: TCPStore, own: Node, placement: Placement, deadline: float)
 def _take_place(store: TCPStore, key: str, own: Node) -> None:
     """Register this node. It may take the place of an earlier start that has ended."""
     entry, known = json.dumps(asdict(own)), ""
+    # compare_set writes only if the key still has the value that we know. A restarted node finds
+    # the entry of its earlier start, and replaces it once that no longer answers.
     while (there := store.compare_set(key, known, entry).decode()) != entry:
         holder = Node(**json.loads(there))
         if holder.state() == "answers":
@@ -312,6 +319,8 @@ def _take_place(store: TCPStore, key: str, own: Node) -> None:
 
 def _may_begin(store: TCPStore, keys: Sequence[str], own: Node) -> bool:
     """Whether all nodes have arrived and answer node 0: one may have ended while it waited."""
+    # Node 0 alone decides, and publishes the list: each node by itself could begin with another
+    # one.
     if own.rank == 0 and store.check(list(keys)):
         nodes = _come(store, keys)
         if all(state == "answers" for state in _states(nodes[1:]).values()):

@@ -29,6 +29,7 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
     values, parser = job.values, _parser()
     enable, disable = "--checkpoint.enable", "--checkpoint.no-enable"
     default = values.get("checkpoint.enable", False)
+    # Both switches write one value, so the last one given wins, as in the trainer.
     parser.add_argument(enable, dest="enable", action="store_true", default=default)
     parser.add_argument(disable, dest="enable", action="store_false")
     parser.add_argument(

@@ -155,6 +155,7 @@ def compare(check: Check) -> list[Row]:
 
 def worst(rows: Sequence[Row]) -> Row:
     """The row that failed, or the one nearest to its bound."""
+    # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
@@ -166,6 +167,8 @@ def cosine(value: Tensor, true: Tensor) -> float:
     return torch.sum(value * true).item() / math.prod(norms)
 
 
+# plan() goes through all routings for one backend after the other, so this many are asked for
+# again.
 @lru_cache(maxsize=len(ROUTINGS))
 def _reference(
     device: str, dtype: str, routing: str
@@ -202,6 +205,7 @@ def _judged(
 ) -> dict[str, Any]:
     if value is None:
         return _unknown(name, bound, "is None")
+    # In float64 on the CPU: comparing in the value's dtype would round the difference.
     on_host = value.cpu().double()
     error = relative_error(value, true)
     within = ["beyond the bound"] if not error <= bound else []  # NaN is not within
@@ -221,6 +225,7 @@ def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
         yield f"is {value.dtype}"
     counts_E = case.num_tokens_per_expert_E
     if name in ("y", "grad_x"):
+        # any() is True for NaN as well.
         if value[counts_E.sum() :].any():
             yield "tail rows are not zero"
     elif value[counts_E == 0].any():

@@ -100,8 +100,11 @@ class _Choice:
 
     def look_at(self, counts: list[int]) -> int:
         """Look at the load, and return its class of skew."""
+        # Busiest over mean: it decides how much padding costs, and so which backend is fastest.
         now = max(counts) * len(counts) / sum(counts)
         self.loads = [*self.loads, now][-_LOOKS:]
+        # median_low returns a load that was seen. The mean of two would be in a class that neither
+        # is in.
         return tuning.skew_class(statistics.median_low(self.loads))
 
     def follow(self, winner: str) -> None:
@@ -110,6 +113,8 @@ class _Choice:
         self.decisions += 1
 
 
+# Global, because the kernels are functions without an object that could hold state, and layers of
+# the same size share a choice.
 _CHOICES: dict[_Layer, _Choice] = {}
 
 
@@ -118,6 +123,7 @@ def forget() -> None:
     _CHOICES.clear()
 
 
+# Asked at every call of every layer. The answer cannot change within a process.
 @cache
 def candidates(
     among: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, ...] = ()
@@ -183,6 +189,8 @@ def _look(
     # Measure each class once: a load that swings between two classes must not time them each time.
     if choice.skew not in choice.fastest:
         runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
+        # Powers of two: under expert parallelism R changes with every step, but which backend is
+        # fastest hardly does.
         situation = tuning.Situation(question, _up_to(rows), choice.skew)
         choice.fastest[choice.skew] = tuning.fastest(situation, runs, layer.device)
     if choice.fastest[choice.skew] != choice.winner:
@@ -214,6 +222,8 @@ def _forward(
     """Forward by the fastest backend; the output itself serves as a gradient when timing."""
 
     def one_pass(backend: KernelBackend) -> None:
+        # compute() runs the plain kernels: no autograd graph is built, and nothing is kept between
+        # turns.
         outputs = backend.compute(layer.product, *inputs)
         if isinstance(outputs, Tensor):
             backend.compute(f"{layer.product}_backward", outputs, *inputs)
@@ -225,6 +235,7 @@ def _forward(
             backend.compute(f"{layer.product}_backward", y_RD, *inputs, *saved)
 
     choice = _CHOICES.setdefault(layer, _Choice())
+    # A choice that may drop tokens is made once: backward must drop what forward dropped.
     look_again = choice.calls % _EVERY == 0 and not _drop_tokens(layer.candidates)
     if look_again or not choice.winner:
         counts = counts_of(inputs[-1], rows)

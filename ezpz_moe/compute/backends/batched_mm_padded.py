@@ -62,6 +62,8 @@ class _Plan:
         self.runs = runs_within(tuple(counts), max_padding)
         ends = [0, *(run.stop for run in self.runs)]
         begins = [*(run.first for run in self.runs), len(counts)]
+        # Gaps between runs, and at both ends. Their weight gradients must be zeroed, since no
+        # product writes them.
         self.idle = [slice(end, begin) for end, begin in zip(ends, begins, strict=True)]
         self.n = sum(counts)
         self.P, self.slot_of = 0, {}
@@ -92,6 +94,7 @@ def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
     """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
     # Each number is its own index in the result plus a shift that is constant within its cell.
     shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
+    # output_size is known here. Without it torch would wait for the device to learn it.
     shift_t = torch.repeat_interleave(shift_c, length_c, output_size=total)
     return torch.arange(total, device=start_c.device) + shift_t
 
@@ -109,6 +112,8 @@ class _Rows:
         """For reading: padding is zero, which adds nothing to a gradient."""
         rows = cls(rows_RX, plan)
         if plan.P:
+            # Gather every slot, then zero the padding: one pass instead of zeroing the buffer and
+            # scattering into it.
             torch.index_select(rows_RX, 0, plan.source_P, out=rows.padded_PX)
             rows.padded_PX.index_fill_(0, plan.void_v, 0)
         return rows
@@ -119,6 +124,7 @@ class _Rows:
         if slot is None:
             rows_X = self.rows_RX[run.start : run.end]
         else:
+            # An even run needs no slot: its rows already lie as [g, C, X].
             rows_X = self.padded_PX[slot : slot + run.experts * run.capacity]
         return rows_X.unflatten(0, (run.experts, run.capacity))
 
@@ -138,6 +144,7 @@ def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
         products.bmm(A_gCK, B_gKN, out_gCN)
 
 
+# Padded rows are multiplied too, and their results left behind: unpadded() copies only real ones.
 def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
     for run in A.plan.runs:
         _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
@@ -271,6 +278,7 @@ class BatchedMMPadded(KernelBackend):
     def kernel_options(self) -> tuple[float]:
         return (self.max_padding,)
 
+    # The runs are forward's, from the cache of runs_within: only copying the counts costs time.
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
         counts = counts_on_host(num_tokens_per_expert_E, num_rows)
         runs = runs_within(tuple(counts), self.max_padding)

@@ -35,6 +35,7 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
     offs_E = torch.tensor([8, 16], device=device, dtype=torch.int32)
     try:
+        # item() waits, so an asynchronous failure shows here and not in training.
         torch._grouped_mm(A_RK, B_EKN, offs=offs_E).sum().item()
     except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
         return str(error).splitlines()[0]
@@ -52,6 +53,7 @@ def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int
     reasons += [
         f"torch._grouped_mm needs dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
         f"but {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
+        # D and F may be equal: say it once.
         for dim in dict.fromkeys(dims)
         if dim * dtype.itemsize % _ALIGNMENT_BYTES
     ]
@@ -71,8 +73,11 @@ class GroupedMM(Backend):
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         check_where_free(counts_of_offsets, offs_E, A_RK)
+        # torch._grouped_mm takes int32 offsets only.
         offs_E = offs_E.to(A_RK.device, torch.int32)
         owned_R1 = (torch.arange(A_RK.shape[0], device=A_RK.device) < offs_E[-1]).unsqueeze(1)
+        # Masking A clears the tail of A's gradient in backward; masking C clears C's tail now and
+        # that of its gradient later. torch._grouped_mm leaves all of these rows unwritten.
         C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), aligned(B_EKN), offs=offs_E)
         return _OwnedRows.apply(C_RN, owned_R1)
 
@@ -98,6 +103,7 @@ class _OwnedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
         ctx.save_for_backward(owned_R1)
+        # where, not a product with the mask: NaN * 0 is NaN.
         return row_major(torch.where(owned_R1, rows_RX, 0))
 
     @staticmethod

@@ -77,6 +77,7 @@ def _swiglu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD).int()
     gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
+    # In place on silu's result, which nobody keeps: the bits are those of the host's product.
     y_RD = _product(F.silu(gate_RF).mul_(up_RF), w2_EDF.transpose(1, 2), offs_E)
     return _zero_tail(y_RD, offs_E), gate_RF, up_RF
 
@@ -95,11 +96,14 @@ def _swiglu_backward(
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
     activated_RF = F.silu(gate_RF)
+    # w2's gradient first: swiglu_gradients_ overwrites activated.
     grad_w2_EDF = _weight_gradient(grad_y_RD, activated_RF * up_RF, offs_E, w2_EDF)
 
     grad_hidden_RF = _product(grad_y_RD, w2_EDF, offs_E)
     grad_gate_RF, grad_up_RF = swiglu_gradients_(grad_hidden_RF, activated_RF, gate_RF, up_RF)
 
+    # Both paths to x, through gate and through up. aligned() copies weights only if their strides
+    # do not suit.
     grad_x_RD = products.grouped_mm_sum(
         *(row_major(grad_gate_RF), aligned(w1_EFD)),
         *(row_major(grad_up_RF), aligned(w3_EFD)),

@@ -97,6 +97,7 @@ def _is_expert(name: str) -> bool:
 def _step(folder: Path, metadata: Metadata) -> int | None:
     """The training step; for a checkpoint of the model alone, only the folder's name tells it."""
     for index, entry in metadata.storage_data.items():
+        # The only entry that is read; it is a few bytes.
         if index.fqn == _STEP:
             return int(storage.load(folder, entry))
     match = re.fullmatch(r"step-(\d+)", folder.name)

@@ -35,6 +35,7 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed > (free := shutil.disk_usage(target.parent).free):
             raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
+        # Left by a killed run.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -42,6 +43,7 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # Within the same folder, hence the same file system: renaming is atomic.
         partial.rename(target)
     except OSError as error:
         raise EzpzError(

@@ -187,6 +187,8 @@ def check_model(
         EzpzError: it belongs to another model.
     """
     expected = {name: tensor.shape for name, tensor in tensors.items()}
+    # Before anything is converted: a wrong flavor would otherwise fail in the adapter, with an
+    # error that does not say so.
     if sizes != expected:
         # One example is enough: a wrong flavor differs in almost every tensor.
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
@@ -238,11 +240,13 @@ def read_tensors(
     Raises:
         EzpzError: one is quantized, or has another number of elements; a file cannot be read.
     """
+    # A parameter of experts comes from many tensors: open each file once for all of them.
     for file in sorted({files[key] for key in keys}):
         with open_file(folder / file) as opened:
             for key, shape in keys.items():
                 if files[key] == file:
                     tensor = opened.get_tensor(key)
+                    # float8 is floating point too, but is useless without its scales.
                     if not tensor.is_floating_point() or tensor.itemsize < 2:
                         raise EzpzError(
                             f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
@@ -279,6 +283,7 @@ def weight_map(folder: Path) -> dict[str, str]:
         EzpzError: there is no such file, or one cannot be read.
     """
     files: dict[str, str] = {}
+    # From the files, not from the index: a model in one file has none, and an index may be stale.
     for file in sorted(folder.glob("*.safetensors")):
         with open_file(file) as opened:
             files |= dict.fromkeys(opened.keys(), file.name)

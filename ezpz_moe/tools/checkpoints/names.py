@@ -110,6 +110,7 @@ def generation_of(names: Iterable[str]) -> str | None:
     """The generation that uses these names, known by parts that only it has; None for no match."""
     names = list(names)
     parts = _parts(names)
+    # Names that several generations share say nothing: look for those that only this one has.
     for generation in GENERATIONS:
         # The oldest generation has none below it, so its names are compared with the next newer
         # ones.

@@ -132,6 +132,8 @@ def _layout(entry: Entry, new: Renamed, target: str) -> Layout | None:
     """The layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
     if new.layout is None or not isinstance(entry, TensorStorageMetadata):
         return None
+    # An optimizer also keeps scalars under a parameter's name, such as its step count. They are
+    # renamed, not reshaped: the number of dimensions tells them apart.
     dims = new.layout.dims if target == TITAN_2026_09 else new.layout.dims + 1
     return new.layout if len(entry.size) == dims else None
 
@@ -188,4 +190,5 @@ def _joined(name: str, before: Entry | None, entry: Entry) -> Entry:
         or (before.size, before.properties) != (entry.size, entry.properties)
     ):
         raise EzpzError(f"{name}: it stacks w1 and w3, but they differ in shape or dtype.")
+    # w1 and w3 become two sets of shards of one tensor, w13: nothing is stacked in memory.
     return replace(before, chunks=[*before.chunks, *entry.chunks])

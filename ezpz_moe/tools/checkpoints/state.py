@@ -58,6 +58,7 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         ]
     if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
         _add_schedule(plan, _schedule(folder, metadata))
+    # Before and after August 2026 positions have different forms, in either direction.
     unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
     return [NO_POSITION.format(target)] if unreadable else []
 
@@ -91,6 +92,7 @@ def _tokens(state: dict) -> dict:
     positions = state["positions_buffer"]
     if not positions:
         return {"token_buffer": []}
+    # Position 0 begins a document, so the pair before it is the last of its own.
     is_last = (following == 0 for following in (*positions[1:], 0))
     pairs = zip(state["inputs_buffer"], state["labels_buffer"], is_last, strict=True)
     documents = ([token, label] if last else [token] for token, label, last in pairs)
@@ -125,6 +127,7 @@ def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
     rates = {}
     for key in ("initial_lr", "lr"):
         names = [name for name in entries if _is_group(name) and name.endswith(f".{key}")]
+        # 0.3 stores a rate for every parameter. 0.2's schedule has room for one.
         values = {float(storage.load(folder, entries[name])) for name in names}
         if len(values) != 1:
             raise EzpzError(
@@ -135,6 +138,7 @@ def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
     # Let torch build the state: its format is then the installed torch's own.
     optimizer = torch.optim.SGD([torch.zeros(())], lr=rates["initial_lr"])
     state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict()
+    # LambdaLR takes one step when it is constructed.
     state |= {"_step_count": last_epoch + 1, "_last_lr": [rates["lr"]]}
     return {key: state[key] for key in state.keys() - {"lr_lambdas", "last_epoch"}}
 

@@ -37,6 +37,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / storage.METADATA).is_file():
         return path
     for folder in (path, path / _FOLDER):
+        # Compare steps as numbers: as strings, step-20 would be newer than step-100.
         steps = {
             int(match[1]): file.parent
             for file in folder.glob(f"step-*/{storage.METADATA}")
@@ -73,11 +74,13 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
             storage.save(tensor, file)
             zeros = torch.Size([0] * tensor.dim())
             properties = TensorProperties.create_from_tensor(tensor)
+            # One shard per tensor is enough: DCP cuts it for any number of ranks when it loads.
             chunk = ChunkStorageMetadata(zeros, tensor.shape)
             entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
             place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
             places[MetadataIndex(name, zeros)] = place
         file.flush()
+        # What is read back for comparison must be what a crash would leave.
         os.fsync(file.fileno())
     storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
     return storage.read_metadata(folder)

@@ -81,6 +81,7 @@ class DenseSafetensors:
         self._target, self._adapter = target, adapter
         self._files = weight_map(folder)
         self._keys: dict[str, str] = {}
+        # An upper bound for the disk's check: the dtypes are known only once every file is open.
         self.itemsize = torch.float32.itemsize
 
     def shape(self, name: str) -> torch.Size | None:
@@ -88,6 +89,7 @@ class DenseSafetensors:
             return None
         with open_file(self.folder / self._files[key]) as file:
             size = torch.Size(file.get_slice(key).get_shape())
+        # On the meta device: the adapter may transpose or split, and no data is read for a shape.
         as_host_has_it = self._adapter.from_hf({key: torch.empty(size, device="meta")})
         return as_host_has_it[name].shape
 

@@ -80,6 +80,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
     flavor = target.flavor.name
     hidden, dim = target.tensors[layer.experts["w1"]].shape[1:]
     dense_hidden = shapes["w1"][0]
+    # At least 1: a dense FFN smaller than an expert then fails the check of its shape below.
     granularity = max(1, dense_hidden // hidden)
     wanted = {
         "w1": (granularity * hidden, dim),
@@ -107,4 +108,6 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
                 f"{what} of flavor {flavor}, {number}, must be a multiple of {granularity}."
             )
     total = weight_sum(layer)
+    # A token has k / G copies, and each part of them the weight total / k (times route_scale):
+    # together total / G of the dense output.
     return Fit(granularity, granularity / (layer.route_scale * total), total)

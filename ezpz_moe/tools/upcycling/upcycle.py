@@ -86,6 +86,8 @@ def upcycle(
         layers=len(target.layers),
         num_experts=first.num_experts,
         fit=fits[first.name],
+        # Without normalized weights the sum depends on the token: fit() is exact only for equal
+        # scores.
         is_preserved=first.route_norm and perturbation.is_none,
         notes=(*_notes(first, fits[first.name], perturbation), *tied),
     )
@@ -149,6 +151,8 @@ def _made(
 
     def shared(part: str) -> torch.Tensor:
         origin, shape = dense.read(layer.dense[part]), target.tensors[layer.shared[part]].shape
+        # With w2 = 0 a shared expert adds nothing at step 0. w1 and w3 must not be zero as well, or
+        # w2 would never get a gradient.
         if part == "w2":
             return torch.zeros(shape, dtype=origin.dtype)
         return weights.like(origin, shape, layer.name, part, seed=perturbation.seed)
@@ -161,6 +165,7 @@ def _made(
         return drawn.to(dense.read(layer.dense["w1"]).dtype)
 
     def zeros(name: str) -> torch.Tensor:
+        # The target's tensors are on the meta device: they have shapes and no memory.
         return torch.zeros_like(target.tensors[name], device="cpu")
 
     return {

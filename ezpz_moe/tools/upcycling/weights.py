@@ -70,6 +70,8 @@ def experts(
     """
     channel_dim = 1 if part == "w2" else 0
     parts = [_wide(each) for each in dense.chunk(granularity, dim=channel_dim)]
+    # Only the stack is in the dense dtype: noise and factors are applied in float32, expert by
+    # expert, and rounded once.
     written = torch.empty((num_experts, *parts[0].shape), dtype=dense.dtype)
     for e in range(num_experts):
         expert = parts[e % granularity]
@@ -79,6 +81,7 @@ def experts(
                 generator=generator(perturbation.seed, layer, part, e, "noise"),
                 dtype=expert.dtype,
             )
+            # Relative to the weight's own spread: layers differ in it by orders of magnitude.
             expert = expert + perturbation.noise * expert.std() * draw
         if perturbation.reinit:
             expert = reinitialized(expert, layer, part, e, perturbation)
@@ -99,6 +102,7 @@ def reinitialized(
     count = int(expert.shape[channel_dim] * perturbation.reinit)
     if not count:
         return expert
+    # Without `part` in the key: w1, w2 and w3 redraw the same channels.
     order = generator(perturbation.seed, layer, e, "channels")
     channels = torch.randperm(expert.shape[channel_dim], generator=order)[:count]
     dropped = expert.index_select(channel_dim, channels)
@@ -135,6 +139,7 @@ def like(
 
 def generator(seed: int, *key: object) -> torch.Generator:
     """A separate generator for ``key``, the same on every machine."""
+    # Not hash(), which Python seeds anew in every process.
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     # One bit less keeps the seed within a signed 64-bit integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

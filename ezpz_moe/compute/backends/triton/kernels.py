@@ -31,8 +31,12 @@ from ezpz_moe.compute.backends.triton.tuning import tuned
 @triton.jit
 def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
     """A slot's expert, first row, and the end of the expert's rows. Expert E owns the tail."""
+    # An expert starts where the one before it ends. Expert 0, which has none before it, is masked
+    # to 0; expert E starts where the last one ends.
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offs + experts - 1, (experts > 0) & (experts <= E), other=0).to(tl.int32)
+    # First slots rise strictly with e, even for experts without rows, so counting those at or
+    # before `slot` finds the one that owns it.
     begun = (starts // BLOCK_R + experts <= slot) & (experts <= E)
     expert = tl.sum(begun.to(tl.int32), 0) - 1
     start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
@@ -67,12 +71,14 @@ def _add_product(
     a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
     in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
     for k in range(0, K, BLOCK_K):
+        # K is a multiple of the block: no mask along K, so loads can be vectorized.
         if EVEN_K:
             a = tl.load(a_at, in_rows, other=0.0)
             b = tl.load(b_at, in_columns, other=0.0)
         else:
             a = tl.load(a_at, in_rows & (terms < K - k)[None, :], other=0.0)
             b = tl.load(b_at, in_columns & (terms < K - k)[:, None], other=0.0)
+        # ieee: the default, tf32, would miss the contract's bound in float32.
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K * a_k
         b_at += BLOCK_K * b_k
@@ -80,6 +86,8 @@ def _add_product(
 
 
 @tuned
+# R changes with every step: specialized on its value, Triton would compile again whenever it
+# becomes or stops being a multiple of 16.
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def multiply(
     A, B, A2, B2, offs, C, E, R, R_BUCKET, K, N,
@@ -94,7 +102,10 @@ def multiply(
         rows = row + tl.arange(0, BLOCK_R)
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         e = expert.to(tl.int64)
+        # The tail's sum has no terms: zeros are stored. B + E * b_e is beyond the weights, but is
+        # then never read.
         terms = tl.where(expert < E, K, 0)
+        # Sums are in float32 in every dtype, and are rounded once, when they are stored.
         acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         acc = _add_product(
             acc, A, B + e * b_e, rows, columns, end, terms, N, a_r, a_k, b_k, b_n, BLOCK_K, EVEN_K
@@ -153,6 +164,7 @@ def gate_and_up(
         tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
         tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
         if HIDDEN_TOO:
+            # From the float32 sums, not from the rounded gate and up.
             hidden = gate * tl.sigmoid(gate) * up
             tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
 
@@ -173,6 +185,7 @@ def _through_swiglu(grad, GATE, UP, HIDDEN, DGATE, DUP, rows, columns, end, N):
     up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
+    # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
     grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
     tl.store(HIDDEN + at, (silu * up).to(HIDDEN.dtype.element_ty), inside)
     tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
@@ -203,6 +216,7 @@ def hidden_gradients(
             grad, DY, W2 + expert.to(tl.int64) * w2_e, rows, columns, end,
             tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n, BLOCK_K, EVEN_K,
         )  # fmt: skip
+        # Triton cannot slice a tile in registers, but it can split one in two, so halve twice.
         left, right = _halves(grad)
         for half in tl.static_range(2):
             quarters = _halves(left if half == 0 else right)
@@ -228,6 +242,7 @@ def weight_gradient(
     block, column = _place(
         tl.program_id(0) % per_expert, tl.cdiv(K, BLOCK_R), tl.cdiv(N, BLOCK_N), GROUP
     )
+    # An expert without rows has start == end: no iteration, and the zeros of acc are stored.
     start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
     end = tl.load(offs + expert).to(tl.int32)
     ks = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -237,6 +252,7 @@ def weight_gradient(
     in_ks, in_columns = (ks < K)[:, None], (columns < N)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_K):
+        # The rows after `end` are the next expert's: mask them, or they would be added.
         in_rows = row + tl.arange(0, BLOCK_K) < end
         left = tl.load(left_at, in_ks & in_rows[None, :], other=0.0)
         right = tl.load(right_at, in_rows[:, None] & in_columns, other=0.0)

@@ -18,12 +18,14 @@ def _slots(R: int, E: int, N: int) -> Callable[[dict[str, int]], tuple[int]]:
     return lambda meta: ((R // meta["BLOCK_R"] + E + 1) * triton.cdiv(N, meta["BLOCK_N"]),)
 
 
+# R_BUCKET is the key under which tile sizes are remembered; the kernels compute with R.
 def _sizes(E: int, R: int, K: int, N: int) -> tuple[int, ...]:
     """E, R, R_BUCKET, K, N."""
     return E, R, triton.next_power_of_2(max(R, 1)), K, N
 
 
 def _block_e(E: int) -> int:
+    # tl.arange needs a power of two.
     return triton.next_power_of_2(E + 1)  # one more, for the tail
 
 
@@ -76,6 +78,7 @@ def _gate_and_up(
 
 def mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
     """One launch."""
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(A_RK):
         offs_E = offsets_on_device(offs_E, A_RK)
         return _multiply(A_RK, B_EKN, offs_E, A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]))
@@ -97,6 +100,7 @@ def swiglu(
     """Two launches: gate, up and their SwiGLU; then the product with w2."""
     with torch.cuda.device_of(x_RD):
         offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
+        # Not kept for backward, which computes it again from two tiles that it loads anyway.
         hidden_RF = x_RD.new_empty(x_RD.shape[0], w1_EFD.shape[1])
         gate_RF, up_RF = _gate_and_up(x_RD, w1_EFD, w3_EFD, offs_E, hidden_RF)
         y_RD = x_RD.new_empty(x_RD.shape)
@@ -124,6 +128,7 @@ def swiglu_backward(
             grad_y_RD, w2_EDF, gate_RF, up_RF, offs_E, hidden_RF, grad_gate_RF, grad_up_RF,
             *_sizes(E, R, D, F), *grad_y_RD.stride(), *w2_EDF.stride(), BLOCK_E=_block_e(E),
         )  # fmt: skip
+        # Both paths to x in one sum: no [R, D] in between, and one rounding.
         grad_x_RD = _multiply(
             grad_gate_RF, w1_EFD, offs_E, torch.empty_like(x_RD), second=(grad_up_RF, w3_EFD)
         )
