@@ -123,7 +123,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
     if new.suffix != ".toml":
         raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
     if not conversion.flavor_file:
-        # The job names a flavor that is no file of ours: it must be findable from its new place.
+        # No flavor file is written, so the named flavor must be found from the job's new folder.
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
     files = {path: text for path, text in files.items() if text}  # the job needs the flavor: last

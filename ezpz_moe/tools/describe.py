@@ -69,6 +69,7 @@ def describe(
             precision = part.precision_in_words(config, host_flags, flavor)
         anatomy = part.anatomy(flavor, seq_len)
         described = Description(flavor.name, seq_len, precision, anatomy, dense_model(anatomy))
+        # A job has degrees, which say how many ranks it needs at least. A flavor has none.
         if world_size is None and job.path is not None:
             world_size = host().memory().fewest_ranks(config, host_flags)
         if world_size is None:

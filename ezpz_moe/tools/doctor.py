@@ -168,6 +168,7 @@ def _finding(line: Reliance) -> Finding:
 
 
 def _share_broken(generation: Host) -> float:
+    # A share, because generations rely on different numbers of things.
     return mean(bool(line.why_broken()) for line in generation.relied_on)
 
 
@@ -238,6 +239,8 @@ def _usable(device: torch.device) -> dict:
 def _memory(config, parameters: int, world_size: int) -> Finding:
     """Weights, gradients and optimizer states of an average rank; activations are extra."""
     size = getattr(torch, config.training.dtype).itemsize
+    # An average: shards differ by rounding, and pipeline stages by their layers. `ezpz-moe
+    # describe` counts each stage.
     held = parameters * share_of_model(config.parallelism, world_size)
     needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
     what = (

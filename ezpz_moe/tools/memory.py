@@ -86,7 +86,7 @@ def stage_memories(
         microbatches_in_flight(job.schedule, stage, job.stages, job.microbatches)
         for stage in range(job.stages)
     ]
-    # On an accelerator attention's kernels save less than the CPU's, so which kernels run matters.
+    # Attention and norms save other tensors on an accelerator than on the CPU.
     look = _activations if device == "accelerator" else _activations_on_cpu
     # One forward through all layers serves every stage; _stage picks out its own part.
     functions = [(look, 0), *((_weights, rank) for rank in ranks)]

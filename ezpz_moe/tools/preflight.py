@@ -66,6 +66,7 @@ def first_ranks(world_size: int, stages: int) -> range:
 
 def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankReport]:
     """The jobs' reports in order; runs as many at a time as memory is likely to hold."""
+    # Threads only wait for their processes, and map() keeps the order.
     with ThreadPoolExecutor(_PROCESSES) as threads:
         yield from threads.map(lambda job: job(), jobs)
 

@@ -31,6 +31,7 @@ def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Ten
     one_hot = torch.nn.functional.one_hot(ids_SLK.long(), num_experts)
     # For each expert, how many earlier tokens of the sequence chose it.
     before_SLE = one_hot.sum(2).cumsum(1) - one_hot.sum(2)
+    # A token's place in its expert's queue, from 0.
     rank_SLK = before_SLE.gather(2, ids_SLK.long())
     return rank_SLK >= capacity(length, top_k, num_experts, factor)
 

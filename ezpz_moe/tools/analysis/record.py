@@ -81,6 +81,7 @@ def record(
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
+    # Schedules of the router (its temperature) depend on the step.
     part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
@@ -120,6 +121,7 @@ class _Chosen:
         part = host().analysis()
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
+            # To the CPU at once: the ids of a long text would fill the device.
             self._ids[name].append(part.chosen(output).flatten(0, -2).cpu())
 
         return keep
@@ -145,6 +147,8 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
     with torch.no_grad():
         for name, tensor in state.items():
+            # Into the model's own memory, one tensor at a time: the checkpoint is never in memory
+            # as a whole.
             tensor.copy_(read_whole(checkpoint, metadata, name))
 
 

@@ -110,6 +110,7 @@ def _layer(
         load=(torch.bincount(ids_TK.flatten(), minlength=E) / ids_TK.numel()).tolist(),
         explained=_explained(ids_TK, tokens_T, E),
         concentration=[
+            # Only NaN differs from itself.
             None if each != each else each for each in concentration(ids_TK, tokens_T, E).tolist()
         ],
         top_tokens=top_tokens(ids_TK, tokens_T, E, count=_TOP_TOKENS),

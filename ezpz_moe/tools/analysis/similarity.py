@@ -20,6 +20,7 @@ def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     Returns:
         NaN in the rows and columns of an expert whose weights are all zero.
     """
+    # Add the dot products of w1, w2 and w3: concatenating the weights would copy all of them.
     dots_EE = sum(flat @ flat.T for flat in (each.flatten(1).double() for each in weights))
     assert isinstance(dots_EE, torch.Tensor)
     norms_E = dots_EE.diagonal().sqrt()

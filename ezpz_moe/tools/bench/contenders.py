@@ -29,6 +29,7 @@ def backends(specs: Sequence[str]) -> list[Contender]:
         EzpzError: a named backend does not exist, has no such option, or does not load. (If an
             installed backend that is not named does not load, that becomes its reason.)
     """
+    # Load them first: a misspelt name must not show after minutes of measuring.
     for spec in specs:
         get_backend(spec)
     return [_backend(spec) for spec in specs or backend_names()]

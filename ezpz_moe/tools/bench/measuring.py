@@ -22,6 +22,8 @@ from ezpz_moe.compute.reference import Case, plain_loop
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.results import Figures
 
+# Relative to the norm of the output. Wide, because this finds wrong layers; `ezpz-moe verify`
+# judges rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _TOLERANCE_OF_HALF = 3e-2
 
@@ -67,6 +69,7 @@ def _measure(
         for name in order:
             tick(name)
             forward_ms, both_ms = milliseconds(ready[name], case.grad_y_RD)
+            # The first turn warms up caches and clocks.
             if turn > 0:
                 figures[name].forward_ms.append(forward_ms)
                 figures[name].both_ms.append(both_ms)
@@ -90,6 +93,7 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
         start = time.perf_counter()
         y_RD = prepared.forward()
         between = time.perf_counter()
+        # Not backward(), which adds to .grad: from the second turn on it would time an addition.
         torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
         end = time.perf_counter()
         return (between - start) * 1e3, (end - start) * 1e3
@@ -134,6 +138,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its log says that it starts and stops
         with profile(profile_memory=True, use_kineto=True) as profiled:
             result = work()
+        # Deleted only now: the gradients count as held until the end.
         del result
         return _most_at_a_time(profiled)
     of_device = getattr(torch, device.type)
@@ -181,6 +186,7 @@ def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # torch warns at each synchronizing call; there is no counter.
         torch.cuda.set_sync_debug_mode("warn")
         try:
             work()

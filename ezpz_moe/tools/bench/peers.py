@@ -96,6 +96,7 @@ def _copies_fit(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[
     """Whether transformers' batched_mm has room to copy each row's weights, and their gradients."""
     if reasons := _TRANSFORMERS(device, dtype, shape):
         return reasons
+    # Three weights per row, and their gradients.
     needed = 2 * 3 * shape.R * shape.D * shape.F * dtype.itemsize
     free = (
         torch.cuda.mem_get_info(device)[0]

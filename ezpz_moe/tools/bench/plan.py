@@ -104,6 +104,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     Raises:
         EzpzError: as :func:`_chosen`; or there is not enough memory for a shape.
     """
+    # Cases are made one after the other, because the largest fills the memory alone.
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
         contenders, left_out = _chosen(plan, dtype, shape)
         counts = counts_of(routing, shape.E, shape.R)
@@ -214,6 +215,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
     assert child.stdout is not None
     with child:
         try:
+            # The plan goes through stdin: it may be longer than a command line.
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
             child.stdin.close()
             yield from _read(child.stdout, progress)

@@ -107,11 +107,13 @@ class Measured:
         """
         if above is None or below is None or not {above, below} <= self.figures.keys():
             return None
+        # Pair the turns: a ratio of two medians would compare different moments of a busy machine.
         pairs = zip(self.figures[above].turns(timed), self.figures[below].turns(timed), strict=True)
         return statistics.median(a / b for a, b in pairs)
 
     def tflops(self, name: str) -> float:
         """TFLOP/s of forward and backward."""
+        # FLOP per millisecond is 1e3 FLOP/s, and 1e12 of these are a TFLOP/s.
         return self.shape.flops / self.figures[name].median() / 1e9
 
     def as_json(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Shape:
     @property
     def flops(self) -> int:
         """FLOPs of forward and backward: 6 R D F and 12 R D F."""
+        # Three products of 2 R D F each; backward computes two for each of them.
         return 18 * self.R * self.D * self.F
 
 
