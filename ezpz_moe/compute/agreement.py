@@ -16,7 +16,7 @@ ALONE_VARIABLE = "EZPZ_MOE_ALONE"
 
 
 def decisions(question: Question, known: int) -> Iterator[str]:
-    """The decisions so far, after the first ``known``. Costs two requests to the store for each."""
+    """Yield the decisions after the first ``known``. Each costs two requests to the store."""
     store = _store()
     # check() answers at once, whereas get() waits for a key that does not exist yet.
     while store is not None and store.check([_key(question, known)]):

@@ -80,7 +80,7 @@ class KernelBackend(Backend):
         return ()
 
     def compute(self, kernel: str, *tensors: Tensor | None) -> Any:
-        """One of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
+        """Run one of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
         return getattr(self.operators.kernels, kernel)(*tensors, *self.kernel_options)
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:

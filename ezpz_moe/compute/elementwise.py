@@ -7,7 +7,7 @@ from torch import Tensor
 def swiglu_gradients_(
     grad_hidden: Tensor, activated: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up in ``activated * up``, where ``activated = silu(gate)``.
+    """Compute the gradients of gate and up in ``activated * up``, with ``activated = silu(gate)``.
 
     Allocates nothing, because fresh memory costs an allocator the most: the gradient of gate
     replaces ``grad_hidden``, and that of up replaces ``activated``.

@@ -26,8 +26,7 @@ class Case:
     grad_y_RD: Tensor
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Case":
-        """The same case on another device, in another floating-point dtype; counts stay
-        integers."""
+        """Move the case to another device and floating dtype; counts stay integers."""
         return Case(
             self.w1_EFD.to(device, dtype),
             self.w2_EDF.to(device, dtype),
@@ -48,7 +47,7 @@ def random_case(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Random inputs of an expert layer; the ``tail`` rows of x hold NaN.
+    """Make random inputs of an expert layer; the ``tail`` rows of x hold NaN.
 
     Weights are scaled by the square root of their inner dimension: every product then keeps the
     scale of its input, whatever the sizes.
@@ -77,7 +76,7 @@ def random_case(
 def plain_loop(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor
 ) -> Tensor:
-    """The expert FFN as one would write it on a blackboard; tail rows are zero."""
+    """Compute the expert FFN as one would write it on a blackboard; tail rows are zero."""
     counts = counts_E.tolist()
     # The tail is never multiplied, since it may hold NaN.
     *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
@@ -91,7 +90,7 @@ def plain_loop(
 
 
 def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
-    """The output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
+    """Run ``swiglu``; return its output and the four gradients by name, as in :data:`NAMES`."""
     inputs = [
         tensor.detach().requires_grad_()
         for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
@@ -103,12 +102,12 @@ def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """The output and gradients in float64, on the CPU: some accelerators have no float64."""
+    """Compute the output and gradients in float64, on the CPU: some accelerators lack float64."""
     return run(plain_loop, case.to("cpu", torch.float64))
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm; just ``|value|`` if true is zero.
+    """Return ``|value - true| / |true|`` in the Frobenius norm; just ``|value|`` if true is zero.
 
     ``value`` may be on any device; ``true`` is on the CPU in float64.
     """
@@ -118,7 +117,7 @@ def relative_error(value: Tensor, true: Tensor) -> float:
 
 
 def error_bounds(case: Case, true: dict[str, Tensor]) -> dict[str, float]:
-    """The largest relative errors allowed: twice the plain loop's in the case's dtype, + 1e-6."""
+    """Return the largest relative errors allowed: twice the plain loop's in its dtype, + 1e-6."""
     plain = run(plain_loop, case)
     # Twice, because another order of summation gives an error of the same size but not the same
     # one. 1e-6 is for values where the plain loop happens to be exact, such as all zeros.

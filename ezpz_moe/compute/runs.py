@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 @lru_cache(maxsize=256)  # backward asks the same as forward
 def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
-    """Few runs that cover every expert with rows, in the experts' order.
+    """Return few runs that cover every expert with rows, in the experts' order.
 
     Merges neighbours, first the pair that adds the least padding, until the next merge would bring
     the padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
@@ -58,8 +58,7 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
     before, after = [*range(-1, len(first) - 1)], [*range(1, len(first)), -1]
 
     def offer(i: int, j: int) -> tuple[int, int, int, int]:
-        """(padding that merging adds, i, and two values that tell whether i or j has grown
-        since)."""
+        """Return (padding that merging adds, i, and two values that show if i or j has grown)."""
         experts = stop[j] - first[i]
         computed = (stop[i] - first[i]) * capacity[i] + (stop[j] - first[j]) * capacity[j]
         return experts * max(capacity[i], capacity[j]) - computed, i, stop[i], stop[j]

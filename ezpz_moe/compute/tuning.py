@@ -113,7 +113,7 @@ class Measured:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What times on a device depend on; on a CPU, the memory allocator matters much."""
+    """Return what times on a device depend on. On a CPU the memory allocator matters much."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
@@ -125,12 +125,12 @@ def device_name(device: torch.device) -> str:
 
 
 def allocator_variables() -> dict[str, str]:
-    """The memory settings in this process's environment."""
+    """Return the memory settings in this process's environment."""
     return {key: value for key, value in os.environ.items() if key.startswith(_OF_ALLOCATORS)}
 
 
 def skew_class(busiest_over_mean: float) -> int:
-    """0 for an even load; one more for every half power of two of the busiest expert's.
+    """Return 0 for an even load, and one more per half power of two of the busiest expert's load.
 
     That fine because a batched product is fastest for an even load, but no longer at 1.3.
     """
@@ -140,7 +140,7 @@ def skew_class(busiest_over_mean: float) -> int:
 def fastest(
     situation: Situation, runs: Mapping[str, Callable[[], object]], device: torch.device
 ) -> str:
-    """The fastest of ``runs``, each one backend's forward and backward pass; logs the choice.
+    """Return the fastest of ``runs``, each a backend's forward and backward; log the choice.
 
     Raises:
         torch.OutOfMemoryError: none of them fits in memory.
@@ -187,7 +187,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out. The CPU's allocator has no exception class of its own for that."""
+    """Return whether memory ran out. The CPU's allocator has no exception class for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -212,7 +212,7 @@ def _key(asked: Question | Situation) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder with a file for each situation; it may not exist yet."""
+    """Return the folder with a file for each situation; it may not exist yet."""
     return cache_root() / "auto"
 
 
@@ -240,7 +240,7 @@ def variable(name: str, value: str) -> Iterator[None]:
 
 
 def recorded() -> Iterator[tuple[Situation, Measured]]:
-    """All measurements on disk."""
+    """Yield all measurements on disk."""
     situations, measurements = TypeAdapter(Situation), TypeAdapter(Measured)
     for path in sorted(cache_folder().glob("*.json")):
         text = path.read_bytes()

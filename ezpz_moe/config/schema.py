@@ -19,5 +19,5 @@ class Data(BaseModel):
 
 
 def mistake(message: str) -> PydanticCustomError:
-    """A validation error whose text is entirely ours."""
+    """Return a validation error whose text is entirely ours."""
     return PydanticCustomError("mistake", "{message}", {"message": message})

@@ -56,7 +56,7 @@ def _(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: int) -> T
 
 
 def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device) -> Tensor:
-    """ids_TK: experts ``first`` to E in turn; their loads differ by at most one token.
+    """Return ids_TK: experts ``first`` to E in turn. Their loads differ by at most one token.
 
     Args:
         T: tokens.

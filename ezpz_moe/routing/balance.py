@@ -17,7 +17,7 @@ from ezpz_moe.config.routing_schema import Schedule
 
 
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
-    """The change of the experts' biases after a step, float32; it sums to zero.
+    """Return the change of the experts' biases after a step, float32; it sums to zero.
 
     ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
     relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
@@ -55,7 +55,7 @@ class _Inject(torch.autograd.Function):
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:
-    """``carrier`` unchanged; in backward, ``loss`` is differentiated along with whatever follows.
+    """Return ``carrier`` unchanged; backward also differentiates ``loss``.
 
     The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
     once per forward pass, recomputed or not. Source of the idea: Megatron-LM's
@@ -69,7 +69,7 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """The schedule's value in training step ``step``, counted from 1.
+    """Return the schedule's value in training step ``step``, counted from 1.
 
     >>> value_at(Schedule(start=2.0, end=1.0, steps=5), 3)
     1.5

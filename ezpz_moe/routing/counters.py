@@ -70,7 +70,7 @@ def count_rows(
 
 
 def is_recomputation() -> bool:
-    """Whether the autograd engine is running in this thread: a forward pass is then a repeated one.
+    """Return whether the autograd engine runs in this thread: forward is then a repeated one.
 
     torch.utils.checkpoint recognizes a recomputation by the same number.
     """

@@ -32,7 +32,7 @@ def jittered(x: Tensor, noise: float) -> Tensor:
 
 
 def losing_infinities(logits_BLE: Tensor) -> Tensor:
-    """The logits, with NaN where they are infinite: the loss then shows it.
+    """Return the logits, with NaN where they are infinite: the loss then shows it.
 
     -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
     """
@@ -41,7 +41,7 @@ def losing_infinities(logits_BLE: Tensor) -> Tensor:
 
 
 def activated(logits_BLE: Tensor, activation: str) -> Tensor:
-    """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
+    """Return the logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 
     ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
     of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
@@ -61,7 +61,7 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
 
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
-    """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+    """Return weight_BL1: a token's weight for the experts ``first`` to ``last`` - 1."""
     # Experts of one kind have consecutive numbers; a comparison needs no table of kinds.
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
@@ -70,7 +70,7 @@ def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Te
 def constant_output(
     x_BLD: Tensor, weight_BLC: Tensor, mix_C2D: Tensor, vectors_CD: Tensor
 ) -> Tensor:
-    """y_BLD: the sum of the constant experts' outputs, each times its weight.
+    """Return y_BLD: the sum of the constant experts' outputs, each times its weight.
 
     Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """

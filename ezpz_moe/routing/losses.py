@@ -22,12 +22,12 @@ Share = Callable[[Tensor], Tensor]
 
 
 def alone(addend: Tensor) -> Tensor:
-    """The ``share`` of a group that is on one rank."""
+    """Return the addend: the ``share`` of a group that is on one rank."""
     return addend
 
 
 def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
-    """Scores over *all* experts as probabilities: softmax's unchanged, sigmoid's scaled.
+    """Turn scores over *all* experts into probabilities: softmax's unchanged, sigmoid's scaled.
 
     With the chosen experts' scores alone, the balance loss would not depend on the routing. A
     padding token gets zeros.
@@ -40,26 +40,25 @@ def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
 
 
 def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
-    """[B, L, X] as [G, N, X], and [B, L] as [G, N]: one group per sequence, or a single one."""
+    """Return [B, L, X] as [G, N, X], and [B, L] as [G, N]: a group per sequence, or one in all."""
     return values_BLX if by_sequence else values_BLX.flatten(0, 1).unsqueeze(0)
 
 
 def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
-    """n_G, float32, at least 1: the divisor that turns a sum over the group's tokens into a
-    mean."""
+    """Return n_G, float32, at least 1: it divides a sum over the group's tokens into a mean."""
     # At least 1, so a group of padding alone has the mean 0 and not 0 / 0.
     return share(mask_GN.sum(-1).float()).clamp(min=1)
 
 
 def assignments(ids_GNK: Tensor, mask_GN: Tensor, E: int) -> Tensor:
-    """counts_GE, float32: how often each expert is chosen."""
+    """Return counts_GE, float32: how often each expert is chosen."""
     # scatter instead of bincount: shapes are static, the device is not read, and groups stay apart.
     chosen_GNE = torch.zeros(*mask_GN.shape, E, device=ids_GNK.device).scatter_(-1, ids_GNK, 1.0)
     return (chosen_GNE * mask_GN.unsqueeze(-1)).sum(1)
 
 
 def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
-    """P_GE: the mean probability of each expert over the group's tokens."""
+    """Return P_GE: the mean probability of each expert over the group's tokens."""
     # share() before dividing: the mean of the ranks' means is not the mean over tokens when ranks
     # have different numbers of them.
     sums_GE = torch.where(mask_GN.unsqueeze(-1), p_GNE, 0).sum(1)
@@ -67,7 +66,7 @@ def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share =
 
 
 def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
-    """loss_G = E * sum_i f_i P_i: 1 if even, E / K if the same K experts get everything.
+    """Return loss_G = E * sum_i f_i P_i: 1 if even, E / K if the same K experts get everything.
 
     f is each expert's share of the assignments (it sums to 1 for any top-k, and has no gradient), P
     the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4; with a sequence
@@ -78,7 +77,7 @@ def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
 
 
 def mse_loss(P_GE: Tensor) -> Tensor:
-    """loss_G = mean_i (P_i - 1/E)^2: how far the mean probabilities are from even.
+    """Return loss_G = mean_i (P_i - 1/E)^2: how far the mean probabilities are from even.
 
     Source: the expert-usage loss of NVIDIA NeMo's MagpieTTS mixture of experts.
     """
@@ -87,7 +86,7 @@ def mse_loss(P_GE: Tensor) -> Tensor:
 
 
 def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
-    """loss_G = mean over tokens of logsumexp(logits)^2, which keeps logits small.
+    """Return loss_G = mean over tokens of logsumexp(logits)^2, which keeps logits small.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
@@ -99,7 +98,7 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alon
 
 
 def merged_null_share(f_GE: Tensor, experts: int) -> Tensor:
-    """f with the share of the zero-computation experts (from ``experts`` on) spread evenly.
+    """Return f with the share of the zero-computation experts (from ``experts`` on) spread evenly.
 
     It does not matter which of them a token takes, so none is favoured over another.
     Source: AdaMoE, arXiv 2406.13233, equation 6.

@@ -59,7 +59,7 @@ class Alerts:
         self._said: set[tuple[object, ...]] = set()
 
     def check(self, record: StepRecord) -> list[str]:
-        """What has gone wrong since the last record: one line per layer and kind of alert."""
+        """Return what has gone wrong since the last record, a line per layer and kind of alert."""
         return [
             f"step {record.step}, layer {layer.layer}: {message}"
             for layer in record.layers
@@ -69,7 +69,7 @@ class Alerts:
         ]
 
     def _dead(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """Experts without an assignment; each is reported once, on one line with the others."""
+        """Report experts without an assignment, each once, on one line with the others."""
         limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
         new = []
         for expert in range(len(layer.counts_E)):
@@ -87,7 +87,7 @@ class Alerts:
             )
 
     def _rising(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The smoothed CV compared with its lowest value so far."""
+        """Compare the smoothed CV with its lowest value so far."""
         cv = coefficient_of_variation(layer.counts_E)
         key, rise = layer.layer, record.thresholds.alert_cv_rise
         if math.isnan(cv):
@@ -109,7 +109,7 @@ class Alerts:
             )
 
     def _collapsed(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The effective number of experts, if there are enough tokens to tell.
+        """Check the effective number of experts, if there are enough tokens to tell.
 
         A token chooses k distinct experts, so no load is that of fewer than k: collapse is the way
         from all E of them down to the same k for every token.
@@ -132,7 +132,7 @@ class Alerts:
             )
 
     def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
-        """Whether to raise the alert now; between bad and good its state does not change."""
+        """Return whether to raise the alert now; between bad and good its state does not change."""
         # is_good is stricter than not is_bad (HYSTERESIS).
         if is_good:
             self._said.discard(alert)
@@ -148,7 +148,7 @@ def _floor(layer: LayerRecord) -> float:
 
 
 def _named(experts: list[int], shown: int = 8) -> str:
-    """``expert 2``, ``experts 2, 7``; after the first few, how many more."""
+    """Return ``expert 2``, or ``experts 2, 7``; after the first few, how many more."""
     names = ", ".join(map(str, experts[:shown]))
     more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
     return f"expert{'s' if len(experts) > 1 else ''} {names}{more}"

@@ -35,7 +35,7 @@ class Palette:
     zero: str | None = None
 
     def rgba(self, values: Array) -> Array:
-        """The colour of each value, from 0 to 1, grey for NaN: [..., 4]."""
+        """Return the colour of each value, from 0 to 1, grey for NaN: [..., 4]."""
         # Any number in place of NaN: its colour is replaced, and a scale may not take NaN.
         colours: Array = self.colours(self.scale(np.nan_to_num(values, nan=1.0)))
         if self.zero is not None:
@@ -50,7 +50,7 @@ class Palette:
 
 
 def filled(rows: Sequence[Sequence[float | None]]) -> Array:
-    """Rows of different lengths as one table: NaN after a row's end, and for None."""
+    """Return rows of different lengths as one table: NaN after a row's end, and for None."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
         table[number, : len(row)] = [np.nan if value is None else value for value in row]

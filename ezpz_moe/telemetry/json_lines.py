@@ -46,7 +46,7 @@ def append(path: Path, record: StepRecord) -> None:
 
 
 def read(path: Path) -> list[StepRecord]:
-    """The records in the file, in the order of their steps.
+    """Read the records in the file, in the order of their steps.
 
     A run that resumes from a checkpoint repeats steps: a line replaces the earlier ones of its step
     and of later steps, which belong to the abandoned attempt. A truncated last line is left out
@@ -82,7 +82,7 @@ def read(path: Path) -> list[StepRecord]:
 
 
 def _as_json(record: StepRecord) -> dict[str, Any]:
-    """The record and its figures. ``format`` comes first, which identifies a truncated line."""
+    """Return the record and its figures, ``format`` first: it identifies a truncated line."""
     # Figures are written for jq and other readers. read() ignores them and computes its own.
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     layers = [
@@ -133,7 +133,7 @@ def _end_last_line(file: Any) -> None:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether this is the beginning of one of our lines, but not complete JSON."""
+    """Return whether this is the beginning of one of our lines, but not complete JSON."""
     ours = b'{"format": '
     # A line that was cut within this prefix is ours too.
     if not (line.startswith(ours) or ours.startswith(line)):
@@ -154,7 +154,7 @@ def _take(records: list[StepRecord], record: StepRecord) -> None:
 
 
 def _parsed(line: bytes, where: str) -> StepRecord:
-    """The record on a line; ``where`` is for the error."""
+    """Return the record on a line; ``where`` is for the error."""
     try:
         content = json.loads(line)
     except ValueError as error:

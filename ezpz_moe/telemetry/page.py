@@ -70,7 +70,7 @@ def page(
     pictures: Sequence[Picture],
     alerts: Sequence[str],
 ) -> str:
-    """The page of a run, from the records in the file ``source``."""
+    """Return the page of a run, from the records in the file ``source``."""
     last = records[-1]
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [

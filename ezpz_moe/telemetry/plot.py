@@ -53,13 +53,13 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
 
 
 def raised(records: Iterable[StepRecord]) -> list[str]:
-    """The alerts that a run raised."""
+    """Return the alerts that a run raised."""
     alerts = Alerts()
     return [message for record in records for message in alerts.check(record)]
 
 
 def _find(run: Path) -> Path:
-    """The file with a run's records."""
+    """Find the file with a run's records."""
     if not run.exists():
         raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
     if not run.is_dir():
@@ -77,7 +77,7 @@ def _find(run: Path) -> Path:
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
-    """Every picture that the records have figures for."""
+    """Draw every picture that the records have figures for."""
     drawn = {
         "load_last": charts.load_heat_map(records[-1]),
         "load_over_steps": charts.load_over_steps(records),

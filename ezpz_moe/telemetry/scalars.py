@@ -12,7 +12,7 @@ Detail = Literal["brief", "per_layer", "per_expert"]
 
 
 def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
-    """The record's figures, by the names under which they are logged.
+    """Return the record's figures, by the names under which they are logged.
 
     ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
     ``moe/layer_3/cv``, and ``per_expert`` also adds ``moe/layer_3/expert_7/frequency``, which sums

@@ -85,7 +85,7 @@ class Conversion:
 
 
 def convert(old: Path, new: Path) -> Conversion:
-    """What torchtitan 0.3 accepts from a job of torchtitan 0.2.
+    """Return what torchtitan 0.3 accepts from a job of torchtitan 0.2.
 
     Args:
         old: the job's TOML.
@@ -107,7 +107,7 @@ def convert(old: Path, new: Path) -> Conversion:
 
 
 def flavor_path(new: Path) -> Path:
-    """Where a new job's flavor file goes. No other job uses this name."""
+    """Return where a new job's flavor file goes. No other job uses this name."""
     return new.with_name(f"{new.stem}_model.toml")
 
 
@@ -146,7 +146,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
 
 
 def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
-    """What the job trains; None if its model is already this package's."""
+    """Return what the job trains; None if its model is already this package's."""
     model = values.get("model.name", _DEFAULT_MODEL)
     if model == MODEL_NAME:
         return None
@@ -158,13 +158,13 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
 def _changed_lines(
     old: Path, values: Mapping[str, Any], model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
-    """The old file's statements, and for assignments, what becomes of them."""
+    """Yield the old file's statements, and for assignments, what becomes of them."""
     for line in statements(old.read_bytes().decode("utf-8-sig")):
         yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 
 
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
-    """``section.name`` and value of an assignment."""
+    """Return ``section.name`` and value of an assignment."""
     found = list(flat(line.parsed, line.section))
     if len(found) != 1:
         raise EzpzError(
@@ -206,7 +206,7 @@ def _model_change(key: str, value: Any, model: NewModel) -> Change:
 
 
 def _switched_off(key: str, values: Mapping[str, Any]) -> str:
-    """The setting that leaves ``key`` without effect in 0.2: ``name = value``, or nothing."""
+    """Return the setting that makes ``key`` idle in 0.2, as ``name = value``; or nothing."""
     for prefix, other, default, off in NO_EFFECT:
         value = values.get(other, default)
         if key.startswith(prefix) and is_one_of(off, value):
@@ -215,7 +215,7 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
 
 
 def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
-    """What the old file left to defaults that have changed since.
+    """Yield what the old file left to defaults that have changed since.
 
     Nothing for a job whose model is ours already, or if no new job can be written.
     """
@@ -228,7 +228,7 @@ def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change
 
 
 def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
-    """What the old file left to defaults that 0.3 cannot be given."""
+    """Yield what the old file left to defaults that 0.3 cannot be given."""
     for key, (default, now) in LOST_DEFAULTS.items():
         if key not in values and not _switched_off(key, values):
             yield Change(key, default, "differs", f"torchtitan 0.2's default; {now}")
@@ -240,7 +240,7 @@ def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
 def _rendered(
     lines: Sequence[tuple[Statement, Change | None]], added: Sequence[Change], source: str
 ) -> str:
-    """The old file's statements, with the changes made."""
+    """Return the old file's statements, with the changes made."""
     text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
     missing: dict[str, list[Change]] = {}
     for change in added:
@@ -256,7 +256,7 @@ def _rendered(
 def _rendered_section(
     block: Sequence[tuple[Statement, Change | None]], missing: dict[str, list[Change]]
 ) -> Iterator[str]:
-    """The lines of one section; if nothing is left of it, only the user's comments.
+    """Yield the lines of one section; if nothing is left of it, only the user's comments.
 
     What the section lacks follows its header, or its first key if it has no header, and is removed
     from ``missing``.
@@ -292,6 +292,6 @@ def _rendered_key(line: Statement, change: Change) -> str:
 
 
 def _assignment(change: Change, section: str) -> str:
-    """A replaced or added key, as written under the header ``section``."""
+    """Return a replaced or added key, as written under the header ``section``."""
     was = change.note if change.fate == "added" else f"was {shown(change.value)}"
     return assignment(change.key.removeprefix(f"{section}."), change.new, was)

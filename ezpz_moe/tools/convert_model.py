@@ -33,7 +33,7 @@ class NewModel:
 
 
 def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
-    """The flavor for ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
+    """Find or make the flavor for ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
 
     Args:
         model: 0.2's name of a model.
@@ -78,7 +78,7 @@ def _longest(flavor: str) -> int:
 
 
 def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, str]:
-    """A flavor with these keys, and its file."""
+    """Make a flavor with these keys, and its file."""
     text = comment + _toml(keys)
     # Load it as a user's file would be loaded: a mistake in the table shows now, and inherited
     # values are filled in for comparison.
@@ -88,7 +88,7 @@ def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, s
 
 
 def _shipped(wanted: Flavor) -> str:
-    """The name of an existing flavor that is the same model; empty for none."""
+    """Return the name of an existing flavor that is the same model; empty for none."""
     # Attention is a suffix of the flavor's name, not another model.
     apart = {"name", "source", "attention"}
     model = wanted.model_dump(exclude=apart)
@@ -101,7 +101,7 @@ def _shipped(wanted: Flavor) -> str:
 
 
 def _toml(keys: Mapping[str, Any]) -> str:
-    """Keys as TOML, with tables last."""
+    """Write keys as TOML, with tables last."""
     plain = [assignment(key, value) for key, value in keys.items() if not isinstance(value, dict)]
     tables = [
         f"\n[{key}]\n{_toml(value)}" for key, value in keys.items() if isinstance(value, dict)

@@ -79,7 +79,7 @@ def describe(
 
 
 def as_json(description: Description) -> dict[str, Any]:
-    """The description as plain values; FLOPs are per token."""
+    """Return the description as plain values; FLOPs are per token."""
     anatomy = description.anatomy
     return {
         "flavor": description.flavor,
@@ -106,7 +106,7 @@ def as_json(description: Description) -> dict[str, Any]:
 
 
 def _memory(stage: StageMemory) -> dict[str, Any]:
-    """A stage's memory in bytes."""
+    """Return a stage's memory in bytes."""
     return {
         "rank": stage.rank,
         "microbatches_in_flight": stage.in_flight,

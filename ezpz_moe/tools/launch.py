@@ -75,7 +75,7 @@ def train(
     with meet(placement, nproc) as nodes:
 
         def lost(failure: ChildFailedError) -> str:
-            """Which node was lost and how to continue; torchrun's own report if none was."""
+            """Return which node was lost and how to continue; torchrun's own report if none was."""
             report = loss_report(nodes, placement.node_rank, _last_words(failure))
             if report is None:
                 return str(failure)
@@ -124,7 +124,7 @@ def _run(
 
 
 def _last_words(failure: ChildFailedError) -> str:
-    """What the first worker to fail said: its error's last line, or the signal that ended it."""
+    """Return what the first worker to fail said: its error's last line, or its signal."""
     words = failure.get_first_failure()[1].message
     if isinstance(words, dict):  # an exception, as torch's ``record`` writes it
         words = words["message"]
@@ -165,7 +165,7 @@ def _share_threads(nproc: int) -> None:
 
 
 def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
-    """Comma-separated local ranks whose output is shown.
+    """Return the local ranks to show, separated by commas.
 
     Always local rank 0, which reports mistakes. A pipeline's loss is on the first rank of its last
     stage, on one of the machines.
@@ -184,6 +184,6 @@ def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
 
 
 def _on_all_nodes(local_ranks: str, nproc: int, nnodes: int) -> str:
-    """Local ranks, counted over all machines, as a comma-separated list."""
+    """Count local ranks over all machines, as a comma-separated list."""
     local = [int(rank) for rank in local_ranks.split(",")]
     return ",".join(str(node * nproc + rank) for node in range(nnodes) for rank in local)

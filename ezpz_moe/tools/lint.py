@@ -39,7 +39,7 @@ class Finding:
 
 
 def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
-    """Every trainer flag in a script.
+    """Find every trainer flag in a script.
 
     Args:
         path: the script.
@@ -69,7 +69,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
 
 
 def taken_flags() -> frozenset[str]:
-    """The flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
+    """Return the flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
 
     Raises:
         EzpzError: no host is installed that this package has a binding for.
@@ -79,7 +79,7 @@ def taken_flags() -> frozenset[str]:
 
 
 def words(line: str) -> Iterator[str]:
-    """The words of one line of a script up to a comment, including those inside quotes.
+    """Split one line of a script into words, up to a comment, including those inside quotes.
 
     A quote may begin or end on another line: what follows it is split into words.
     """
@@ -97,7 +97,7 @@ def words(line: str) -> Iterator[str]:
 
 
 def _flag(word: str) -> str:
-    """The flag in a word: ``--a.b``, ``--a.b=1``, ``ARGS=--a.b``, ``${X:+--a.b}``; or nothing."""
+    """Return the flag in ``--a.b``, ``--a.b=1``, ``ARGS=--a.b`` or ``${X:+--a.b}``; or nothing."""
     # `ARGS=--a.b` and `${X:+--a.b}` hide a flag behind an assignment or a default.
     for mark in ("=", ":-", ":+"):
         before, _, after = word.partition(mark)
@@ -117,7 +117,7 @@ def _section(flag: str) -> str:
 
 
 def _remedy(spelled: str, taken: frozenset[str]) -> str:
-    """What to do about a flag; empty if the host accepts it."""
+    """Return what to do about a flag; empty if the host accepts it."""
     section, _, name = spelled.rpartition(".")
     no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
     path = f"{section}.{name.removeprefix(no)}"
@@ -154,13 +154,13 @@ def _variable_remedy(name: str) -> str:
 
 @cache
 def _variables() -> frozenset[str]:
-    """The variables of every generation's launcher."""
+    """Return the variables of every generation's launcher."""
     return frozenset(chain(*(each.launcher_variables for each in HOSTS)))
 
 
 @cache
 def _keys_by_spelling() -> dict[str, str]:
-    """A setting as any generation of the host spells it -> the job's key for it."""
+    """Map a setting, as any generation of the host spells it, to the job's key for it."""
     keys: dict[str, str] = {}
     for each in HOSTS:
         for section, rows in each.job_keys().items():
@@ -174,5 +174,5 @@ def _keys_by_spelling() -> dict[str, str]:
 
 @cache
 def _sections() -> frozenset[str]:
-    """The first parts of trainer flags."""
+    """Return the first parts of trainer flags."""
     return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)

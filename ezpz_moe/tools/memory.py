@@ -113,7 +113,7 @@ def _activations_on_cpu(*arguments: Any) -> RankReport:
 
 
 def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """The most microbatches whose activations a stage holds at a time.
+    """Return the most microbatches whose activations a stage holds at a time.
 
     One without a pipeline. GPipe (arXiv 1811.06965) runs all forwards first; in 1F1B
     (PipeDream-Flush, arXiv 2006.09503) a stage is ahead of the last one by their distance.

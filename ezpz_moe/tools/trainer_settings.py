@@ -19,7 +19,7 @@ def pipeline_degree(job: Job, host_flags: list[str]) -> int:
 
 
 def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """The folder that the trainer would resume from; None if there is none, or it is told not to.
+    """Return the folder that the trainer would resume from; None if there is none, or it must not.
 
     Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
     ``step-N`` per checkpoint, which is complete once it has its metadata. The trainer takes the
@@ -70,5 +70,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _spellings(key: str) -> list[str]:
-    """The spellings of a flag: the host accepts both underscores and dashes."""
+    """Return the spellings of a flag: the host accepts both underscores and dashes."""
     return list(dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"]))

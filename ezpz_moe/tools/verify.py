@@ -77,13 +77,13 @@ class Row:
 
 
 def default_device() -> str:
-    """The accelerator that torch sees, else the CPU."""
+    """Return the accelerator that torch sees, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
 
 def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
-    """For every installed backend, why it cannot run there; an empty list means usable.
+    """Return, for every installed backend, why it cannot run there; an empty list means usable.
 
     Raises:
         EzpzError: torch knows no such device.
@@ -96,7 +96,7 @@ def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
 
 
 def properties(name: str) -> dict[str, Any]:
-    """What a backend says about itself; None if its package does not load."""
+    """Return what a backend says about itself; None if its package does not load."""
     keys = ("host_syncs", "static_shapes", "drops_tokens", "summary")
     try:
         backend = get_backend(name)
@@ -107,7 +107,7 @@ def properties(name: str) -> dict[str, Any]:
 
 
 def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
-    """Every check of the usable backends on ``device``.
+    """List every check of the usable backends on ``device``.
 
     Raises:
         EzpzError: nothing can be compared there; if no backend is usable, with all reasons.
@@ -136,7 +136,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
 
 
 def compare(check: Check) -> list[Row]:
-    """The rows of one check: the output and the four gradients. Syncs the device.
+    """Run one check; return a row for the output and each gradient. Syncs the device.
 
     An exception of the backend becomes a verdict, and the other checks still run.
     """
@@ -154,13 +154,13 @@ def compare(check: Check) -> list[Row]:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row that failed, or the one nearest to its bound."""
+    """Return the row that failed, or the one nearest to its bound."""
     # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
 def cosine(value: Tensor, true: Tensor) -> float:
-    """Cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
+    """Return the cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
     norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]
     if not all(norms):
         return float(norms[0] == norms[1])
@@ -173,8 +173,7 @@ def cosine(value: Tensor, true: Tensor) -> float:
 def _reference(
     device: str, dtype: str, routing: str
 ) -> tuple[Case, dict[str, Tensor], dict[str, float]]:
-    """The inputs, what float64 computes from them, and the allowed errors. Shared by the
-    backends."""
+    """Return a routing's inputs, float64's results and the allowed errors, for all backends."""
     counts, tail = ROUTINGS[routing]
     case = random_case(
         counts,
@@ -220,7 +219,7 @@ def _judged(
 
 
 def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
-    """What the contract demands exactly, besides the error bound."""
+    """Yield what the contract demands exactly, besides the error bound."""
     if value.dtype != case.x_RD.dtype:
         yield f"is {value.dtype}"
     counts_E = case.num_tokens_per_expert_E

@@ -128,7 +128,7 @@ def forget() -> None:
 def candidates(
     among: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, ...] = ()
 ) -> list[str]:
-    """The usable backends to choose from: those in ``among``, or all that drop no tokens."""
+    """Return the usable backends to choose from: those in ``among``, or all that drop no tokens."""
     named = among.split()
     found = []
     for name in named or backend_names():
@@ -161,7 +161,7 @@ def _drop_tokens(names: Sequence[str]) -> bool:
 
 
 def _chosen(layer: _Layer) -> KernelBackend:
-    """The backend that computes now; any backend while there were no rows to choose by."""
+    """Return the backend that computes now; any backend while there were no rows to choose by."""
     choice = _CHOICES.get(layer)
     return _kernels(choice.winner if choice and choice.winner else layer.candidates[0])
 
@@ -212,14 +212,14 @@ def _propose(question: tuning.Question, choice: _Choice, own: str) -> None:
 
 
 def _up_to(rows: int) -> int:
-    """``rows`` rounded up to a power of two."""
+    """Round ``rows`` up to a power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def _forward(
     layer: _Layer, rows: int, counts_of: Callable[[Tensor, int], list[int]], *inputs: Tensor
 ) -> Any:
-    """Forward by the fastest backend; the output itself serves as a gradient when timing."""
+    """Run forward by the fastest backend. Timing takes the output itself for a gradient."""
 
     def one_pass(backend: KernelBackend) -> None:
         # compute() runs the plain kernels: no autograd graph is built, and nothing is kept between
@@ -337,7 +337,7 @@ class Auto(KernelBackend):
         return replace(self, among=" ".join(kept))
 
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor | None:
-        """What the chosen backend makes of these counts; None before the first choice."""
+        """Return what the chosen backend makes of these counts; None before the first choice."""
         asked = (self.among, self.recompute, num_tokens_per_expert_E.shape[0])
         # Telemetry does not know the layer's sizes, so any layer with these options answers for
         # all.

@@ -37,7 +37,7 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
-    """C, which is at most all rows."""
+    """Return C, which is at most all rows."""
     # A factor above E changes nothing. Limiting it first keeps the product finite: ceil(inf)
     # raises.
     return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
@@ -72,20 +72,20 @@ class _Slots:
         self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
 
     def take(self, rows_RX: Tensor) -> Tensor:
-        """[R, X] -> [E, C, X]; slots without a row are zero, which adds nothing to a gradient."""
+        """Gather [R, X] -> [E, C, X]. A slot without a row is zero: it adds nothing to a gradient."""
         # Fill, do not multiply by zero: the row that a void slot reads may hold NaN.
         taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
         return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
 
     def put(self, slots_ECX: Tensor, like_RX: Tensor | None = None) -> Tensor:
-        """[E, C, X] -> [R, X], laid out like ``like_RX``; dropped and tail rows are zero."""
+        """Gather [E, C, X] -> [R, X], laid out like ``like_RX``. Dropped and tail rows are zero."""
         rows_RX = slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
         rows_RX.masked_fill_(self.dropped_R1, 0)
         return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
 
 
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
-    """``left.T @ right``, laid out like ``like_EMN``."""
+    """Return ``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
         # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
         # view.

@@ -91,7 +91,7 @@ class _Plan:
 
 
 def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
-    """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
+    """Return ``start, ..., start + length - 1`` of all cells as one tensor of ``total`` numbers."""
     # Each number is its own index in the result plus a shift that is constant within its cell.
     shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
     # output_size is known here. Without it torch would wait for the device to learn it.
@@ -109,7 +109,7 @@ class _Rows:
 
     @classmethod
     def padded(cls, rows_RX: Tensor, plan: _Plan) -> "_Rows":
-        """For reading: padding is zero, which adds nothing to a gradient."""
+        """Prepare for reading: padding is zero, which adds nothing to a gradient."""
         rows = cls(rows_RX, plan)
         if plan.P:
             # Gather every slot, then zero the padding: one pass instead of zeroing the buffer and
@@ -119,7 +119,7 @@ class _Rows:
         return rows
 
     def of(self, run: Run) -> Tensor:
-        """[g, C, X], a view."""
+        """Return a run's rows as a view [g, C, X]."""
         slot = self.plan.slot_of.get(run)
         if slot is None:
             rows_X = self.rows_RX[run.start : run.end]
@@ -129,7 +129,7 @@ class _Rows:
         return rows_X.unflatten(0, (run.experts, run.capacity))
 
     def unpadded(self) -> Tensor:
-        """[R, X] with everything that was written to the runs; tail rows are zero."""
+        """Return [R, X] with everything that was written to the runs; tail rows are zero."""
         if self.plan.P:
             written_pX = self.padded_PX.index_select(0, self.plan.slots_p)
             self.rows_RX.index_copy_(0, self.plan.rows_p, written_pX)
@@ -157,7 +157,7 @@ def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows
 
 
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
-    """``left.T @ right`` for every expert, laid out like ``like_EMN``."""
+    """Compute ``left.T @ right`` for every expert, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
         # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
         # view.

@@ -28,12 +28,12 @@ in the loop costs as much as launching a small product."""
 
 
 def _rows(rows_RX: Tensor, counts: list[int]) -> Views:
-    """Every expert's rows [n, X]; tail rows belong to nobody."""
+    """Return every expert's rows [n, X]; tail rows belong to nobody."""
     return rows_RX[: sum(counts)].split(counts)
 
 
 def _columns(rows_RX: Tensor, counts: list[int]) -> Views:
-    """The same, transposed: [X, n]."""
+    """Return every expert's rows, transposed: [X, n]."""
     return rows_RX[: sum(counts)].T.split(counts, dim=1)
 
 
@@ -51,7 +51,7 @@ def _multiply_sum(A_nK: Views, B_KN: Views, A2_nL: Views, B2_LN: Views, out_nN: 
 
 
 def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tensor:
-    """``left @ right`` for every expert, laid out like ``like_EMN``.
+    """Compute ``left @ right`` for every expert, laid out like ``like_EMN``.
 
     An expert without rows gets zero, the sum over nothing.
     """

@@ -29,7 +29,7 @@ _ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multipl
 
 @cache
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
+    """Return what ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
     # Ask by computing: which devices and dtypes work changes from one torch release to the next.
     A_RK = torch.ones(16, 16, device=device, dtype=dtype)
     B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
@@ -43,7 +43,7 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
-    """Every reason why ``torch._grouped_mm`` cannot compute this."""
+    """Return every reason why ``torch._grouped_mm`` cannot compute this."""
     reasons = []
     if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
         reasons.append(
@@ -113,7 +113,7 @@ class _OwnedRows(torch.autograd.Function):
 
 
 def row_major(rows_RX: Tensor) -> Tensor:
-    """The rows with the strides of a new tensor, copied only if they have others.
+    """Return the rows with the strides of a new tensor, copied only if they have others.
 
     ``contiguous()`` keeps any strides of one row or none, but ``torch._grouped_mm`` refuses them.
     """
@@ -123,7 +123,7 @@ def row_major(rows_RX: Tensor) -> Tensor:
 
 
 def aligned(matrices: Tensor) -> Tensor:
-    """The same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
+    """Return the same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
     strides = matrices.stride()[-2:]
     if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
         return matrices

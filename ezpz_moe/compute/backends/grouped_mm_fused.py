@@ -31,12 +31,12 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def _product(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    """``A[r] @ B[expert of r]``; tail rows are unwritten."""
+    """Compute ``A[r] @ B[expert of r]``; tail rows are unwritten."""
     return products.grouped_mm(row_major(A_RK), aligned(B_EKN), offs_E)
 
 
 def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
-    """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, M, N]."""
+    """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, M, N]."""
     if is_transposed(like):
         grad_ENM = _weight_gradient(right_RN, left_RM, offs_E, like.transpose(1, 2))
         return grad_ENM.transpose(1, 2)

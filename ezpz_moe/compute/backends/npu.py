@@ -57,18 +57,18 @@ class _Groups:
         )
 
     def owned(self, rows_RX: Tensor) -> Tensor:
-        """The rows with a tail of zeros, contiguous."""
+        """Return the rows with a tail of zeros, contiguous."""
         # where, not a product with the mask: tail rows may hold NaN.
         return torch.where(self.owned_R1, rows_RX, 0).contiguous()
 
     def multiply(self, A_RK: Tensor, B_EKN: Tensor) -> Tensor:
-        """``C[r] = A[r] @ B[expert of r]``; A must be contiguous, with a tail of zeros."""
+        """Compute ``C[r] = A[r] @ B[expert of r]``. A must be contiguous, with a tail of zeros."""
         if not A_RK.shape[0]:
             return A_RK.new_zeros(0, B_EKN.shape[2])
         return self._call(A_RK, _readable(B_EKN), group_type=0)
 
     def weight_gradient(self, left_RK: Tensor, right_RN: Tensor, like: Tensor) -> Tensor:
-        """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, K, N]."""
+        """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, K, N]."""
         if not left_RK.shape[0]:
             return torch.zeros_like(like)
         grad_EKN = self._call(left_RK.T, right_RN, group_type=2)
@@ -89,7 +89,7 @@ class _Groups:
 
 
 def _readable(B_EKN: Tensor) -> Tensor:
-    """B, copied only if it is neither contiguous nor the transpose of a contiguous tensor."""
+    """Copy B only if it is neither contiguous nor the transpose of a contiguous tensor."""
     if B_EKN.is_contiguous() or B_EKN.transpose(1, 2).is_contiguous():
         return B_EKN
     return B_EKN.contiguous()

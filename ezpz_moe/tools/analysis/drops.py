@@ -12,12 +12,12 @@ import torch
 
 
 def capacity(length: int, top_k: int, num_experts: int, factor: float) -> int:
-    """How many tokens of a sequence an expert takes: ceil(factor L K / E), arXiv 2006.16668."""
+    """Return how many of a sequence's tokens fit: ceil(factor L K / E), arXiv 2006.16668."""
     return math.ceil(factor * length * top_k / num_experts)
 
 
 def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Tensor:
-    """Which choices find their expert full: bool [S, L, K].
+    """Return which choices find their expert full: bool [S, L, K].
 
     Each sequence counts by itself, and its tokens come in order. An expert takes the first
     ``capacity`` of them.
@@ -37,7 +37,7 @@ def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Ten
 
 
 def by_position(dropped_SLK: torch.Tensor, parts: int) -> torch.Tensor:
-    """Share of the choices dropped in each of ``parts`` equal stretches of the sequence.
+    """Return the share of the choices dropped in each of ``parts`` equal stretches of the sequence.
 
     Returns:
         [P] in float64. If P does not divide L, some stretches are one position longer.

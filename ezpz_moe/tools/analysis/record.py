@@ -153,7 +153,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _step(checkpoint: Path) -> int:
-    """The training step in the folder's name; without one, a step after every schedule's end."""
+    """Return the step in the folder's name; without one, a step after every schedule's end."""
     match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
     return int(match[1]) if match else sys.maxsize
 

@@ -38,7 +38,7 @@ class WrongOutputError(RuntimeError):
 def measure(
     contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
 ) -> tuple[dict[str, Figures], dict[str, str]]:
-    """The figures of all contenders, and the errors of those that failed.
+    """Measure all contenders; return their figures, and the errors of those that failed.
 
     They take turns, and each turn begins with another contender: a busy machine slows all alike.
     The runs that count bytes come first and warm up, as does the first turn. Earlier choices of
@@ -79,12 +79,12 @@ def _measure(
 
 
 def ticks(contenders: Sequence[Contender], repeats: int) -> int:
-    """How often :func:`measure` ticks if none breaks."""
+    """Return how often :func:`measure` ticks if none breaks."""
     return len(contenders) * (2 + repeats)
 
 
 def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
-    """Milliseconds of forward, and of forward and backward, from one run.
+    """Return the milliseconds of forward, and of forward and backward, from one run.
 
     Uses the device's own clock where there is one. Ends when the gradients have been returned.
     """
@@ -109,7 +109,7 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
 
 
 def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
-    """Bytes that forward saves for backward, and the output.
+    """Return the bytes that forward saves for backward, and the output.
 
     Every storage counts once and in full. Inputs, weights and constants do not count: they stay in
     memory anyway.
@@ -129,7 +129,7 @@ def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes that ``work`` holds on the device at a time, beyond what is held already.
+    """Return the most bytes that ``work`` holds on the device at a time, beyond those held before.
 
     On the CPU this is what torch's profiler sees of its allocator, not what the C library keeps or
     wastes, or a kernel library allocates by itself. None if the device does not tell.
@@ -153,7 +153,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _most_at_a_time(profiled: profile) -> int:
-    """The peak of the bytes allocated while the profiler was on.
+    """Return the peak of the bytes allocated while the profiler was on.
 
     Ignores an address that was not: its size comes from an earlier profile that saw it allocated.
     """
@@ -180,7 +180,7 @@ def _allocations(profiled: profile) -> Iterator[Any]:
 
 
 def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
-    """How often ``work`` waits for the device; None if torch cannot tell."""
+    """Count how often ``work`` waits for the device; None if torch cannot tell."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -198,7 +198,7 @@ def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
 def _untimed(
     contender: Contender, prepared: Prepared, grad_y_RD: Tensor, true_RD: Tensor
 ) -> Figures:
-    """All figures except the times."""
+    """Measure all figures except the times."""
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(prepared.forward(), prepared.inputs, grad_y_RD)
@@ -229,7 +229,7 @@ def _expected(case: Case) -> Tensor:
 
 
 def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
-    """The share of rows left out; 0 unless that is allowed. All other rows have to be right.
+    """Return the share of rows left out; 0 unless that is allowed. All others have to be right.
 
     Raises:
         WrongOutputError: the output differs from the plain loop's by more than rounding explains.

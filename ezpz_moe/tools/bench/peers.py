@@ -30,7 +30,7 @@ Reasons = Callable[[torch.device, torch.dtype, Shape], list[str]]
 
 
 def expert_of_rows(case: Case) -> Tensor:
-    """The expert of each of the R rows."""
+    """Return the expert of each of the R rows."""
     counts_E = case.num_tokens_per_expert_E
     experts_E = torch.arange(len(counts_E), device=counts_E.device)
     return torch.repeat_interleave(experts_E, counts_E)
@@ -63,7 +63,7 @@ _TRANSFORMERS = _is_installed("transformers", "pip install transformers")
 
 
 def _transformers(implementation: str) -> Callable[[Case], Prepared]:
-    """transformers' OLMoE experts, computed by one of its experts backends."""
+    """Prepare transformers' OLMoE experts, computed by one of its experts backends."""
 
     def prepare(case: Case) -> Prepared:
         from transformers.models.olmoe import OlmoeConfig
@@ -93,7 +93,7 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
 
 
 def _copies_fit(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
-    """Whether transformers' batched_mm has room to copy each row's weights, and their gradients."""
+    """Return why transformers' batched_mm has no room for each row's weights and gradients."""
     if reasons := _TRANSFORMERS(device, dtype, shape):
         return reasons
     # Three weights per row, and their gradients.

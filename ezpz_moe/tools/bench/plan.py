@@ -128,7 +128,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Return what the figures depend on besides the code."""
     place = torch.device(device)
     if place.type == "cpu":
         name = f"{_cpu_name() or platform.machine()}, {os.cpu_count()} CPUs"
@@ -158,7 +158,7 @@ def _cpu_name() -> str | None:
 
 
 def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict[str, list[str]]]:
-    """The contenders to measure, and why the others are left out.
+    """Return the contenders to measure, and why the others are left out.
 
     Raises:
         EzpzError: a named contender is not usable, or no backend is.
@@ -183,7 +183,7 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
 
 
 def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
-    """Random inputs and weights of these sizes.
+    """Make random inputs and weights of these sizes.
 
     Raises:
         EzpzError: they do not fit in memory.
@@ -230,7 +230,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
 
 
 def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
-    """What the child has measured; meanwhile passes its steps to ``progress``."""
+    """Yield what the child has measured; meanwhile pass its steps to ``progress``."""
     messages: TypeAdapter[Message] = TypeAdapter(Message)
     with contextlib.ExitStack() as open_progress:
         for line in lines:

@@ -58,7 +58,7 @@ class Shape:
 
 
 def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
-    """``"olmoe"`` with D, F and T = ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
+    """Parse ``"olmoe"``, with D, F and ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
 
     Raises:
         EzpzError: neither a known model nor E,D,F,R; or ``scale`` does not divide a size.

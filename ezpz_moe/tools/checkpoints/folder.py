@@ -52,5 +52,5 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
 
 
 def size_of(files: Iterable[Path]) -> int:
-    """The total size of all files, in bytes."""
+    """Return the total size of all files, in bytes."""
     return sum(file.stat().st_size for file in files)

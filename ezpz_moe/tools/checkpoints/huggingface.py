@@ -49,7 +49,7 @@ class Model:
     buffers: frozenset[str]
 
     def keys(self, name: str) -> dict[str, torch.Size]:
-        """The tensors that hold a parameter in Hugging Face's checkpoint; empty if none does."""
+        """Return Hugging Face's tensors that hold a parameter; empty if none does."""
         to_hf = self.adapter.to_hf({name: self.tensors[name]})
         return {key: tensor.shape for key, tensor in to_hf.items()}
 
@@ -63,12 +63,12 @@ class Converted:
 
 
 def is_safetensors(folder: Path) -> bool:
-    """Whether ``folder`` holds Hugging Face's safetensors."""
+    """Return whether ``folder`` holds Hugging Face's safetensors."""
     return any(folder.glob("*.safetensors"))
 
 
 def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
-    """:func:`export` to "hf", or :func:`import_` to the installed host's generation.
+    """Call :func:`export` for "hf", or :func:`import_` for the installed host's generation.
 
     Raises:
         EzpzError: as these two; or safetensors should become a checkpoint of another host.
@@ -174,7 +174,7 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
 
 
 def some(names: list[str]) -> str:
-    """Up to three of the names, and how many more there are."""
+    """List up to three of the names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
@@ -202,7 +202,7 @@ def check_model(
 
 
 def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
-    """Parameters grouped by file, in order."""
+    """Group parameters by file, in order."""
     groups: list[list[str]] = []
     room = 0
     for name, size in bytes_of.items():
@@ -221,7 +221,7 @@ def _native(
     keys: Mapping[str, torch.Size],
     model: Model,
 ) -> torch.Tensor:
-    """A parameter in the host's form, made from its tensors in the safetensors."""
+    """Make a parameter in the host's form from its tensors in the safetensors."""
     tensors = dict(read_tensors(folder, files, keys))
     tensor = model.adapter.from_hf(tensors)[name]
     if tensor.shape != model.tensors[name].shape:
@@ -277,7 +277,7 @@ def open_file(file: Path) -> Iterator[Any]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> the file that holds it.
+    """Map each tensor's name to the file that holds it.
 
     Raises:
         EzpzError: there is no such file, or one cannot be read.

@@ -29,20 +29,20 @@ class Layout(Protocol):
         """How many dimensions the older tensor has; the newer has one more."""
 
     def size_after(self, size: torch.Size) -> torch.Size:
-        """The size of the newer tensor."""
+        """Return the size of the newer tensor."""
 
     def size_before(self, size: torch.Size) -> torch.Size:
-        """The size of the older tensor."""
+        """Return the size of the older tensor."""
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
-        """The box of the newer tensor that an older shard becomes.
+        """Return the box of the newer tensor that an older shard becomes.
 
         Raises:
             EzpzError: the shard is not a box there.
         """
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
-        """The older tensor's box in a newer shard; None if the shard holds nothing of it.
+        """Return the older tensor's box in a newer shard; None if the shard holds nothing of it.
 
         Raises:
             EzpzError: the shard is not a box there.

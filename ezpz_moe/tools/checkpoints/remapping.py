@@ -143,8 +143,7 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
 
 
 def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[str, str]) -> None:
-    """Check that the target's names and shapes lead back to the source's, and no shard lacks
-    data."""
+    """Check that the target's names and shapes lead to the source's, and no shard lacks data."""
     new = storage.read_metadata(target)
     # There and back: a mistake in the tables of names would have to be wrong twice, in the same
     # way.
@@ -175,5 +174,5 @@ def _shape(entry: Entry | None) -> object:
 
 
 def _offsets(entry: Entry) -> list[torch.Size | None]:
-    """Where a tensor's shards are; an object has one place."""
+    """Return where a tensor's shards are; an object has one place."""
     return [c.offsets for c in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]

@@ -76,7 +76,7 @@ def _dataloader_form(names: Iterable[str]) -> str | None:
 
 
 def _pairs(state: dict) -> dict:
-    """0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
+    """Make 0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
     if "token_buffer" not in state or "inputs_buffer" in state:
         return {}
     tokens = state["token_buffer"]
@@ -86,7 +86,7 @@ def _pairs(state: dict) -> dict:
 
 
 def _tokens(state: dict) -> dict:
-    """0.2's buffer from 0.3's. A document's last label is no input, and the next starts at 0."""
+    """Make 0.2's buffer from 0.3's. A document's last label is no input; the next begins at 0."""
     if "inputs_buffer" not in state or "token_buffer" in state:
         return {}
     positions = state["positions_buffer"]
@@ -121,7 +121,7 @@ _CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tok
 
 
 def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
-    """The state of torch's LambdaLR after ``last_epoch`` steps."""
+    """Build the state of torch's LambdaLR after ``last_epoch`` steps."""
     entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
     last_epoch = storage.load(folder, entries[_LAST_EPOCH])
     rates = {}

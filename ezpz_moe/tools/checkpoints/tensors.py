@@ -26,7 +26,7 @@ _FOLDER = "checkpoint"  # the host's default of checkpoint.folder
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: ``path`` itself, or the newest step below it.
+    """Find the folder of one checkpoint: ``path`` itself, or the newest step below it.
 
     Args:
         path: a ``step-N`` folder, the folder that contains these, or a run's dump folder.
@@ -50,7 +50,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
-    """A tensor of a DCP checkpoint, assembled from its shards.
+    """Read a tensor of a DCP checkpoint, assembled from its shards.
 
     Raises:
         EzpzError: a shard cannot be read.

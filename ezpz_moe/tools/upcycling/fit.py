@@ -59,7 +59,7 @@ def check_routing(flavor: Flavor) -> None:
 
 
 def weight_sum(layer: Layer) -> float:
-    """The sum of the weights of a token's k experts if all scores are equal, without the scale.
+    """Return the sum of a token's k weights if all scores are equal, without the scale.
 
     1 if they are normalized; k/E for a softmax over all experts; k/2 for sigmoids of zeros.
     """
@@ -69,7 +69,7 @@ def weight_sum(layer: Layer) -> float:
 
 
 def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: object) -> Fit:
-    """How the dense FFN with ``shapes`` becomes the experts of ``layer``.
+    """Decide how the dense FFN with ``shapes`` becomes the experts of ``layer``.
 
     A token that chooses whole copies gets ``scale * route_scale * weight_sum / G`` times the dense
     FFN's output, and ``scale`` makes that 1.

@@ -106,7 +106,7 @@ def _fit(dense: Dense, target: Target, layer: Layer) -> Fit:
 
 
 def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
-    """What is copied unchanged, with its name in the dense model; and notes on tied tensors."""
+    """Return what is copied unchanged, with its name in the dense model; and notes on ties."""
     new = {name for layer in target.layers for name in _new_names(layer)}
     sources, notes = {}, []
     for name, tensor in target.tensors.items():
@@ -129,14 +129,14 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
 
 
 def _new_names(layer: Layer) -> Iterator[str]:
-    """What a layer has instead of the dense FFN."""
+    """Yield what a layer has instead of the dense FFN."""
     yield from (*layer.experts.values(), *layer.shared.values(), layer.gate, *layer.zeros)
 
 
 def _made(
     dense: Dense, target: Target, layer: Layer, fit: Fit, perturbation: Perturbation
 ) -> Mapping[str, Make]:
-    """A function for each of these that makes its tensor."""
+    """Return a function for each new tensor that makes it."""
 
     def experts(part: str) -> torch.Tensor:
         return weights.experts(
@@ -177,7 +177,7 @@ def _made(
 
 
 def _notes(layer: Layer, fit: Fit, perturbation: Perturbation) -> Iterator[str]:
-    """What the user should know about the function at step 0."""
+    """Yield what the user should know about the function at step 0."""
     if fit.scale != 1:
         yield (
             f"w2 of the experts is multiplied by {fit.scale:.6g}, because the weights of a token's "

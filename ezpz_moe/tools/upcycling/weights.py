@@ -50,7 +50,7 @@ def experts(
     scale: float,
     perturbation: Perturbation,
 ) -> torch.Tensor:
-    """The routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
+    """Make the routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
 
     Sparse upcycling, arXiv 2212.05055; with ``granularity`` > 1 its fine-grained form with virtual
     groups, arXiv 2410.07524: expert e is part e mod G, so experts cG to cG + G - 1 together are one
@@ -93,7 +93,7 @@ def experts(
 def reinitialized(
     expert: torch.Tensor, layer: str, part: str, e: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """An expert's weight with a share of its hidden channels redrawn.
+    """Redraw a share of the hidden channels of an expert's weight.
 
     Drop-Upcycling, arXiv 2502.19261, section 3: the channels are the same in w1, w2 and w3, and the
     new values are Gaussian with the mean and standard deviation of those that they replace.
@@ -117,7 +117,7 @@ def reinitialized(
 def router(
     shape: torch.Size, layer: str, *, granularity: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """The router's weight [E, D] in float32: Gaussian, with equal rows for the G parts of a copy.
+    """Draw the router's weight [E, D], float32, Gaussian: equal rows for the G parts of a copy.
 
     Equal rows give the parts equal scores, so a token chooses whole copies of the dense FFN.
     """
@@ -131,14 +131,14 @@ def router(
 def like(
     dense: torch.Tensor, shape: torch.Size, layer: str, part: str, *, seed: int
 ) -> torch.Tensor:
-    """A weight with the dense one's mean and standard deviation, in its dtype."""
+    """Draw a weight with the dense one's mean and standard deviation, in its dtype."""
     wide = _wide(dense)
     draw = torch.randn(shape, generator=generator(seed, layer, part, "shared"), dtype=wide.dtype)
     return (wide.mean() + wide.std() * draw).to(dense.dtype)
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
-    """A separate generator for ``key``, the same on every machine."""
+    """Make a separate generator for ``key``, the same on every machine."""
     # Not hash(), which Python seeds anew in every process.
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     # One bit less keeps the seed within a signed 64-bit integer.
@@ -146,5 +146,5 @@ def generator(seed: int, *key: object) -> torch.Generator:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In at least float32, which sums and factors need."""
+    """Convert to at least float32, which sums and factors need."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

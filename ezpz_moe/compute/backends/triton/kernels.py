@@ -30,7 +30,7 @@ from ezpz_moe.compute.backends.triton.tuning import tuned
 
 @triton.jit
 def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A slot's expert, first row, and the end of the expert's rows. Expert E owns the tail."""
+    """Return a slot's expert, its first row and the end of its rows. Expert E owns the tail."""
     # An expert starts where the one before it ends. Expert 0, which has none before it, is masked
     # to 0; expert E starts where the last one ends.
     experts = tl.arange(0, BLOCK_E)
@@ -47,7 +47,7 @@ def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
-    """A tile's slot and column, in the launch order of the module's text."""
+    """Return a tile's slot and column, in the launch order of the module's text."""
     per_group = GROUP * num_columns
     first = tile // per_group * GROUP
     size = tl.minimum(num_slots - first, GROUP)
@@ -57,7 +57,7 @@ def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _at(base, i, j, stride_i, stride_j):
-    """Pointers to the elements (i, j) of a matrix."""
+    """Return pointers to the elements (i, j) of a matrix."""
     return base + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
 
 
@@ -66,7 +66,7 @@ def _add_product(
     acc, A, B, rows, columns, end, K, N, a_r, a_k, b_k, b_n,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``acc + A[rows, :K] @ B[:K, columns]``; reads nothing beyond end, K and N."""
+    """Return ``acc + A[rows, :K] @ B[:K, columns]``; read nothing beyond end, K and N."""
     terms = tl.arange(0, BLOCK_K)
     a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
     in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
@@ -95,7 +95,7 @@ def multiply(
     SECOND: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for the rows r of expert e."""
+    """Compute ``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for expert e's rows r."""
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
     if row < end:
@@ -127,7 +127,7 @@ def gate_and_up(
     HIDDEN_TOO: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up`` while reading x once. [R, N] each.
+    """Compute ``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, reading x once. [R, N] each.
 
     The two products are written out instead of called: a tile of x is then loaded once.
     """
@@ -171,14 +171,14 @@ def gate_and_up(
 
 @triton.jit
 def _halves(tile):
-    """The left and the right half of a tile's columns."""
+    """Split a tile's columns into the left and the right half."""
     pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def _through_swiglu(grad, GATE, UP, HIDDEN, DGATE, DUP, rows, columns, end, N):
-    """From the gradient of a tile of ``silu(gate) * up``: those of gate and up, and the tile."""
+    """Turn the gradient of a tile of ``silu(gate) * up`` into those of gate and up. Store all."""
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     inside = (rows < end)[:, None] & (columns < N)[None, :]
     gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
@@ -200,7 +200,7 @@ def hidden_gradients(
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Through SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
+    """Differentiate SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
 
     HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
     is cheaper than saving it between forward and backward. Works on a quarter of the columns at a
@@ -233,7 +233,7 @@ def weight_gradient(
     l_r, l_k, r_r, r_n, g_e, g_k, g_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros if e has no rows.
+    """Compute ``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros without rows.
 
     Here rows are the terms of the sum: a tile covers BLOCK_R of K and BLOCK_K of them.
     """

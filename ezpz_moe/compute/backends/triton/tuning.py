@@ -49,7 +49,7 @@ _FLOAT32 = [
 def _to_time(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """The configurations for the dtype; or a single one, which is then not timed."""
+    """Return the configurations for the dtype; or a single one, which is then not timed."""
     if arguments["R_BUCKET"] * arguments["K"] * arguments["N"] < WORTH_TIMING:
         return [_SMALL]
     dtype = next(value.dtype for value in arguments.values() if isinstance(value, torch.Tensor))
@@ -67,7 +67,7 @@ def _to_time(
 
 
 def tuned(kernel: Any, *, sums: int = 1) -> Any:
-    """The kernel with BLOCK_R, BLOCK_N, BLOCK_K, GROUP and EVEN_K filled in.
+    """Return the kernel with BLOCK_R, BLOCK_N, BLOCK_K, GROUP and EVEN_K filled in.
 
     ``sums`` is how many tiles of sums it holds in registers.
     """
