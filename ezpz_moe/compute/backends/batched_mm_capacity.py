@@ -72,7 +72,7 @@ class _Slots:
         self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
 
     def take(self, rows_RX: Tensor) -> Tensor:
-        """Gather [R, X] -> [E, C, X]. A slot without a row is zero: it adds nothing to a gradient."""
+        """Gather [R, X] -> [E, C, X]. An empty slot is zero: it adds nothing to a gradient."""
         # Fill, do not multiply by zero: the row that a void slot reads may hold NaN.
         taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
         return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
