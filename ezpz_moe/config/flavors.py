@@ -177,6 +177,7 @@ def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
     """
     if not isinstance(name, str):
         raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
+    # Files come from these folders only, so the parent folder is always among them.
     own = folders.index(child.parent)
     files = _flavor_files(folders[own + 1 if name == child.stem else own :])
     if name not in files:
@@ -190,6 +191,7 @@ def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any]
     """Return the merged values, children over parents, and the file that set each key."""
     values: dict[str, Any] = {}
     origin: dict[str, Path] = {}
+    # Oldest first: children overwrite.
     for path, data in reversed(chain):
         for key, value in data.items():
             # A table such as [rope] merges key by key; any other value replaces the parent's.

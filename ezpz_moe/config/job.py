@@ -81,6 +81,7 @@ def load_job(path: str | Path, keys: Keys) -> Job:
             f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
             f'that has [model] flavor = "{path.stem}".'
         )
+    # Collect all problems: a file of another host has many, and one per run would be a nuisance.
     values, problems = _checked(document, keys)
     problems += _model_problems(document, values, path.parent)
     if problems:
@@ -167,6 +168,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{did_you_mean(name, known)}"
+    # The right key in the wrong section is a common mistake.
     homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
     near = did_you_mean(name, keys.get(section, {}))
     if homes and not near:
@@ -210,6 +212,7 @@ def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
     return any(type(value) is type(other) and value == other for other in values)
 
 
+# Building an adapter takes far longer than validating with it.
 @cache
 def _adapter(type_: Any) -> TypeAdapter[Any]:
     return TypeAdapter(type_, config=ConfigDict(strict=True, allow_inf_nan=False))

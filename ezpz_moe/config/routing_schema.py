@@ -42,6 +42,7 @@ class Schedule(Data):
         if isinstance(value, dict | cls):
             return value
         if (
+            # bool is a subclass of int: without this, true would pass as 1.
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not 0 < value < math.inf

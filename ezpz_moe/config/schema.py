@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 class Data(BaseModel):
     """Read-only data of exact types that rejects unknown keys."""
 
+    # Strict, because TOML has types: "1" for 1 is a mistake. No extra keys: a misspelt one would
+    # have no effect.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_dict(self) -> dict[str, Any]:

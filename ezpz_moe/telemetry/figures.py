@@ -91,6 +91,7 @@ def entropy(counts_E: Counts) -> float:
         return math.nan
     # 0 ln 0 is 0 in the limit, but NaN in floating point.
     used = frequency[frequency > 0]
+    # Natural logarithm: exp() of the result is then a number of experts.
     return float(-(used * np.log(used)).sum()) + 0.0  # turns -0.0 into 0.0
 
 

@@ -222,6 +222,8 @@ def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change
     if model is None or model.refusal:
         return
     for key, (default, switch) in CHANGED_DEFAULTS.items():
+        # A job that sets the key has made its choice. The switch: without it the default had no
+        # effect.
         if key not in values and (switch is None or values.get(switch) is True):
             new = model.flavor if key == "model.flavor" else default
             yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
@@ -245,6 +247,7 @@ def _rendered(
     missing: dict[str, list[Change]] = {}
     for change in added:
         missing.setdefault(change.section, []).append(change)
+    # Sections stay in the user's order: the new file should look like the old one.
     for _, block in groupby(lines, key=lambda pair: pair[0].section):
         text += "".join(_rendered_section(list(block), missing))
     # Sections that the old file lacks go to the end.

@@ -49,10 +49,12 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
     if not isinstance(flavor, str) or flavor not in flavors:
         return NewModel(refusal=_dense(f"{model}'s {shown(flavor)}", flavors, model))
     keys, remarks = dict(flavors[flavor]), []
+    # Only deepseek_v3's model depends on a setting outside of [model]: docs/convert.md, YaRN.
     if model == "deepseek_v3" and isinstance(seq_len, int):
         if seq_len <= YARN_BEYOND:
             keys["rope"] = {"scaling": "none"}
             remarks.append(f"no YaRN: torchtitan 0.2 applies it beyond {YARN_BEYOND} tokens")
+        # 0.2 makes its rotary tables as long as the sequence; here the flavor says how long.
         elif seq_len > _longest(keys["inherits"]):
             keys["rope"] = {"max_seq_len": seq_len}
     if difference := DIFFERENCES.get(f"{model}/{flavor}"):

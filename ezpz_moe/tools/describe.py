@@ -62,6 +62,7 @@ def describe(
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
     part = host().anatomy()
+    # RANK and WORLD_SIZE of a surrounding job script are not the described job's.
     with outside_of_a_run():
         seq_len = part.sequence_length(config, host_flags)
         # The precision is that of the run's device, not of the machine that describes it.

@@ -104,7 +104,9 @@ def host_findings() -> list[Finding]:
         if host() is None:
             raise
         generation, refusal = nearest_generation(), str(error)
+    # The evidence first: if it is gone, no other line means much.
     findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
+    # Building a model would fail with a longer error that says the same.
     if can_train(findings):
         findings += _binding_findings(generation, refusal)
     return findings

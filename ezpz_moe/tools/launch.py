@@ -73,7 +73,7 @@ def train(
         here = ["--standalone", "--local-addr", "localhost"]
         return _run(here, arguments, nproc, shown, str, tell)
     with meet(placement, nproc) as nodes:
-
+        # A surviving worker's own error says only that a communication timed out.
         def lost(failure: ChildFailedError) -> str:
             """Return which node was lost and how to continue; torchrun's own report if none was."""
             report = loss_report(nodes, placement.node_rank, _last_words(failure))
@@ -98,6 +98,7 @@ def _run(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         arguments = [*where, "--nproc-per-node", str(nproc), "--log-dir", reports]
         arguments += ["--local-ranks-filter", shown]

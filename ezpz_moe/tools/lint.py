@@ -52,6 +52,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error
+    # All words, not only those of a known command: flags are often collected in variables.
     found = [(number, word) for number, line in enumerate(lines, 1) for word in words(line)]
     # Without the host's launcher in the script, a variable of that name is somebody else's.
     launched = any(Path(word).name == _LAUNCHER for _, word in found)

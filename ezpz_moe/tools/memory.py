@@ -139,6 +139,7 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
 
 def _stage(shards: RankReport, in_flight: int, forward: RankReport) -> StageMemory:
     """Select the stage's own activations from those of all layers."""
+    # A stage's own parts are those of which its rank holds weights.
     parts = {part for part, _ in shards.bytes_by_place}
     activations: Counter[str] = Counter()
     for (part, component), number in forward.bytes_by_place.items():

@@ -187,6 +187,7 @@ def _at_all_addresses(port: int) -> Iterator[socket.socket]:
     both = socket.has_dualstack_ipv6()
     # One IPv6 socket without V6ONLY also accepts IPv4, as the store's does.
     with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as bound:
+        # A node that is started again must not wait until the system forgets old connections.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if both:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -230,6 +231,7 @@ def _served_address(placement: Placement) -> str:
 def _route_to_node_0(placement: Placement, deadline: float) -> tuple[str, str]:
     """Return this node's address on its route to node 0, for the others, and node 0's."""
     port = placement.master_port
+    # Try the addresses in one order everywhere: the nodes then meet in one network.
     addresses = [address for _, address in _addresses_of_node_0(placement)]
     while True:
         way, refusals = _first_answer(addresses, port)

@@ -66,6 +66,7 @@ def _newest_step(folder: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # No abbreviations: --checkpoint.enable must not match a longer flag that is only the trainer's.
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 
 

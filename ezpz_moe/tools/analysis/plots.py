@@ -38,6 +38,7 @@ def draw(layers: Layers, settings: Settings, folder: Path) -> Iterator[Path]:
         pictures["drift"] = _drift
     for name, picture in pictures.items():
         figure, file = picture(layers, settings), folder / f"{name}.png"
+        # Agg needs no display, and unlike pyplot it does not keep the figure.
         FigureCanvasAgg(figure)
         figure.savefig(file, dpi=_DPI)
         yield file
@@ -134,6 +135,7 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.6 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     maps = [np.array(each.cosines, dtype=float) for each in layers]
+    # One scale for all layers, from what differs: the diagonal is always 1.
     off = np.concatenate([m[~np.eye(len(m), dtype=bool)] for m in maps])
     limit = float(np.nanmax(np.abs(off), initial=1e-3))
     palette = Palette(colormaps["RdBu_r"], Normalize(-limit, limit))

@@ -85,6 +85,7 @@ def record(
     part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
+    # Routers add jitter only in training.
     model.eval()
     _check_vocabulary(text, model, flavor)
     losses, chosen = [], _Chosen(part.routers(model))
@@ -96,6 +97,7 @@ def record(
                 model, sequence.tokens_L.to(device), sequence.positions_L.to(device)
             )
             labels_L = sequence.labels_L.to(device)
+            # In float32: a sum over a vocabulary loses too much in bfloat16.
             losses.append(nn.functional.cross_entropy(logits_LV.float(), labels_L).item())
     similar = {name: cosines(weights).cpu() for name, weights in part.expert_weights(model).items()}
     return Recording(sum(losses) / len(losses), chosen.routing(), similar)

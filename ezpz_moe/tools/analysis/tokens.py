@@ -44,6 +44,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
         ValueError: no ID occurs twice.
     """
     chosen_TE = multi_hot(ids_TK, num_experts)
+    # Number the IDs that occur: a table over the whole vocabulary would be mostly zeros.
     _, index_T = torch.unique(tokens_T, return_inverse=True)
     counts_VE = torch.zeros(int(index_T.max()) + 1, num_experts, dtype=torch.float64)
     counts_VE.index_add_(0, index_T, chosen_TE)

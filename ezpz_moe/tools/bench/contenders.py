@@ -96,6 +96,7 @@ def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) ->
 
 def _dense(case: Case) -> Prepared:
     """Prepare one FFN over all rows, with the first expert's weights: the same number of FLOPs."""
+    # Clone: a view would keep all experts' weights in memory.
     of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
     w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
     return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
@@ -103,6 +104,7 @@ def _dense(case: Case) -> Prepared:
 
 def _stock(case: Case) -> Prepared:
     """Prepare the installed torchtitan's own routed experts."""
+    # Imported here: without torchtitan the other contenders can still be measured.
     from ezpz_moe.hosts.detect import host
 
     (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E

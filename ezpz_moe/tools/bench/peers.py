@@ -66,6 +66,7 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
     """Prepare transformers' OLMoE experts, computed by one of its experts backends."""
 
     def prepare(case: Case) -> Prepared:
+        # Peers are imported when they are prepared: none of them is a dependency.
         from transformers.models.olmoe import OlmoeConfig
         from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -116,6 +117,7 @@ def _scattermoe(case: Case) -> Prepared:
 
     E, hidden_dim, dim = case.w1_EFD.shape
     layer = GLUMLP(dim, hidden_dim, E, top_k=1, activation=torch.nn.SiLU())
+    # Each peer stacks gate and up in its own order. A wrong one shows in the output, before timing.
     up_and_gate = torch.cat([case.w3_EFD, case.w1_EFD], dim=1)  # in this order
     layer.experts.weight = torch.nn.Parameter(up_and_gate)
     layer.output_experts.weight = torch.nn.Parameter(case.w2_EDF)

@@ -107,6 +107,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     # Cases are made one after the other, because the largest fills the memory alone.
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
         contenders, left_out = _chosen(plan, dtype, shape)
+        # The same counts for every dtype and allocator: only what is compared differs.
         counts = counts_of(routing, shape.E, shape.R)
         case = _case(shape, counts, dtype, plan.device)
         what = f"{shape.name} {routing} {dtype} {plan.allocator}"

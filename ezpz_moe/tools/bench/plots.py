@@ -32,6 +32,7 @@ def draw(results: Sequence[Measured], file: Path) -> list[Path]:
         chosen = [each for each in results if (each.dtype, each.allocator) == (dtype, allocator)]
         name = file if len(kinds) == 1 else file.with_stem(f"{file.stem}-{dtype}-{allocator}")
         figure = _picture(chosen)
+        # Agg needs no display, and unlike pyplot it does not keep the figure.
         FigureCanvasAgg(figure)
         figure.savefig(name, dpi=_DPI)
         files.append(name)

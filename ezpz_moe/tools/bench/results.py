@@ -55,6 +55,7 @@ class Figures:
         turns = self.turns(timed)
         if len(turns) == 1:
             return turns[0], turns[0]
+        # inclusive: the turns are all there are, not a sample of a larger range.
         first, _, third = statistics.quantiles(turns, n=4, method="inclusive")
         return first, third
 

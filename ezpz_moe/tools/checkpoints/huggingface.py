@@ -116,6 +116,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
     with atomic_folder(target, source=source, needed=sum(bytes_of.values())) as partial:
         files = _write_safetensors(partial, source, metadata, bytes_of, model)
         for name in bytes_of:
+            # Back through the adapter: this also finds an adapter that loses something on the way.
             back = _native(partial, files, name, keys[name], model)
             check_same(partial, source, name, back, read_whole(source, metadata, name))
     return Converted(len(files), left_out)

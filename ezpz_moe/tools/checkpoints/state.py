@@ -49,7 +49,9 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         EzpzError: a 0.3 checkpoint has several rates, and 0.2 has room for one.
     """
     positions = _dataloader_form(metadata.state_dict_metadata)
+    # None for 2026_09: its positions cannot be made from older ones.
     if (convert := _CONVERT_POSITION.get(target)) is not None:
+        # In place, because the plan is frozen.
         plan.steps[:] = [
             Step(step.source, step.target, convert)
             if _POSITION.fullmatch(step.source.fqn)

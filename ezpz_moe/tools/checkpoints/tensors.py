@@ -56,6 +56,7 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
         EzpzError: a shard cannot be read.
     """
     entry = metadata.state_dict_metadata[name]
+    # Shards cover the whole tensor, so nothing stays unwritten.
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
         box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))

@@ -95,6 +95,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
                 f"dense FFN's hidden dimension must be a multiple of an expert's ({hidden}), and "
                 f"the model dimension must be the same ({dim})."
             )
+    # A router limited to groups must find all parts of a copy in one group.
     in_group = layer.num_experts // (layer.num_groups or 1)
     for what, number in {
         "num_experts": layer.num_experts,

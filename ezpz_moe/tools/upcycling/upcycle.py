@@ -63,6 +63,7 @@ def upcycle(
         EzpzError: the two models do not fit, with the tensors' names; what was written differs; and
         as :func:`~ezpz_moe.tools.checkpoints.folder.atomic_folder`.
     """
+    # Check everything first: writing a large model takes long.
     check_routing(target.flavor)
     fits = {layer.name: _fit(dense, target, layer) for layer in target.layers}
     sources, tied = _copied(dense, target)
@@ -113,6 +114,7 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
         if name in new:
             continue
         source, shape = name, dense.shape(name)
+        # The flavor's model has two tensors where the dense one shares a single one.
         if shape is None and name in target.tied:
             source = target.tied[name]
             shape = dense.shape(source)

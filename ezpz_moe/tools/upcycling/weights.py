@@ -111,6 +111,7 @@ def reinitialized(
         generator=generator(perturbation.seed, layer, part, e, "reinit"),
         dtype=expert.dtype,
     )
+    # Mean and deviation of the dropped values only: the rest of the expert is not touched.
     return expert.index_copy(channel_dim, channels, dropped.mean() + dropped.std() * draw)
 
 
@@ -125,6 +126,7 @@ def router(
     draw = torch.randn(
         (copies, *shape[1:]), generator=generator(perturbation.seed, layer, "router")
     )
+    # Neighbours, because experts cG to cG + G - 1 are the parts of copy c.
     return (perturbation.router_std * draw).repeat_interleave(granularity, dim=0)
 
 
