@@ -1,4 +1,4 @@
-"""What the ranks of a job decided, one decision after the other, in the job's own store.
+"""The decisions that the ranks of a job share, one after the other, in the job's own store.
 
 The first rank to publish a decision makes it for all. Nobody waits for anybody, so nothing can
 hang, whatever pipeline stage a rank is in; the other ranks follow at their next look.

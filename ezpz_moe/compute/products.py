@@ -118,7 +118,7 @@ def _is_emulated(operand: Tensor) -> bool:
 def _few_at_once(*batches_gXY: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return the batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
     # Small slices, because float32 copies that fit the cache cost little, and a copy of the whole
-    # weight stack would double the memory of the weights.
+    # weight stack would take twice its memory.
     of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
     experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))
     return zip(*(batch.split(experts) for batch in batches_gXY), strict=True)

@@ -1,4 +1,4 @@
-"""What a key of a job's TOML may hold, and where the trainer keeps it: one row of a host's table.
+"""A key of a job's TOML: what it may hold and where the trainer keeps it. A row of a host's table.
 
 Each host has such a table, ``Host.job_keys()``. Its rows are made by
 

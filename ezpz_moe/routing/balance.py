@@ -19,9 +19,9 @@ from ezpz_moe.config.routing_schema import Schedule
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
     """Return the change of the experts' biases after a step, float32; it sums to zero.
 
-    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
-    relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
-    of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the step is
+    proportional to the violation, relative to the mean load, which lets the bias come to rest. Both
+    are variants of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
 
     Args:
         counts_E: assignments of the step to each expert, over all ranks.
@@ -55,7 +55,7 @@ class _Inject(torch.autograd.Function):
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:
-    """Return ``carrier`` unchanged; backward also differentiates ``loss``.
+    """Return ``carrier`` unchanged; its backward also differentiates ``loss``.
 
     The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
     once per forward pass, recomputed or not. Source of the idea: Megatron-LM's

@@ -1,6 +1,6 @@
-"""What surrounds the choice of experts: the logits before it, and experts without a layer after it.
+"""The steps around the choice of experts: the logits before it, zero-computation experts after it.
 
-The latter are experts that cost nothing, numbered after the routed ones. A null expert outputs
+Zero-computation experts have no FFN and are numbered after the routed ones. A null expert outputs
 zero, a copy expert its input, a constant expert a learned mix of its input and a learned vector.
 Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and constant
 experts, equations 3 to 5).

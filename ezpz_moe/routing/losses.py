@@ -1,9 +1,8 @@
-"""What a router is trained on besides the model's own loss.
+"""Balance losses: what a router is trained on besides the model's own loss.
 
-Each loss is that of a *group* of tokens: one value per group, differentiable in the scores or
-logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN``, which is False
-for a padding token: that is in no sum and gets a gradient of exactly zero. A group without tokens
-has the loss 0.
+Each function returns one value per *group* of tokens, differentiable in the scores or logits;
+float32, or float64 if they are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding
+token: no sum includes it, and its gradient is exactly zero. A group without tokens has the loss 0.
 
 A group may be spread over ranks: ``share`` then sums a tensor over them, and passes the gradient to
 this rank's addend alone. The gradients of all ranks add up to that of the group's loss.

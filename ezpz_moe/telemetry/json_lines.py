@@ -146,8 +146,8 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _take(records: list[StepRecord], record: StepRecord) -> None:
-    # A resumed run repeats steps. What the abandoned attempt did after them did not lead to the
-    # weights of today.
+    # A resumed run repeats steps. The later ones of the abandoned attempt did not lead to the
+    # weights that the run has now.
     while records and records[-1].step >= record.step:
         records.pop()
     records.append(record)

@@ -103,7 +103,7 @@ class _Choice:
         # Busiest over mean: it decides how much padding costs, and so which backend is fastest.
         now = max(counts) * len(counts) / sum(counts)
         self.loads = [*self.loads, now][-_LOOKS:]
-        # median_low returns a load that was seen. The mean of two would be in a class that neither
+        # median_low returns a load that was seen. The mean of two could be in a class that neither
         # is in.
         return tuning.skew_class(statistics.median_low(self.loads))
 

@@ -1,4 +1,4 @@
-"""What each generation of the host calls a parameter: one table, and what follows from it.
+"""The names of parameters in each generation of the host: one table, and what follows from it.
 
 2026_09 is upstream's form since September 2026. Before that, upstream used the names of 0.3.
 """

@@ -145,8 +145,7 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
 def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[str, str]) -> None:
     """Check that the target's names and shapes lead to the source's, and no shard lacks data."""
     new = storage.read_metadata(target)
-    # There and back: a mistake in the tables of names would have to be wrong twice, in the same
-    # way.
+    # There and back: a name that does not return to itself shows a mistake in the tables.
     plan = make_plan(new, *back)
     # The target may have more than the source: whatever its generation needs was added.
     lost = [

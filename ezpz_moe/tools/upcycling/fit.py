@@ -32,7 +32,7 @@ class Fit:
 
 
 def check_routing(flavor: Flavor) -> None:
-    """Refuse a router whose initial weights differ from those of the model's own top-k.
+    """Refuse a router that gives a token other initial weights than the model's own top-k.
 
     Raises:
         EzpzError: the flavor's ``[router]`` makes the output something other than a weighted sum of

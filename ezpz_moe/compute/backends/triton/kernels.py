@@ -5,9 +5,9 @@ that the host knows. Cut into tiles of B rows, expert e with rows ``start : end`
 ``ceil((end - start) / B)`` of them. It gets the *slots* from ``start // B + e`` on: since
 ``a // B + ceil(b / B) <= (a + b) // B + 1``, they end before those of the next expert begin. The
 expert of a slot is then the number of first slots at or before it: one reduction over E numbers, no
-prefix sum, no map in memory, no earlier launch. Tail rows are treated as the rows of an expert
-number E whose product has no terms, so zeros are written there. R // B + E + 1 slots are enough for
-all; those without rows end at once.
+prefix sum, no map in memory, no earlier launch. Tail rows are the rows of an expert number E; its
+product has no terms, so zeros are written there. R // B + E + 1 slots are enough for all; those
+without rows end at once.
 
 **In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first.
 That keeps an expert's matrix and the rows in the L2 cache.
