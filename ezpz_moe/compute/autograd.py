@@ -1,7 +1,7 @@
 """Turn four plain kernels into differentiable torch operators.
 
 A kernel is a function from tensors to new tensors: it knows nothing of autograd, may read the token
-counts on the host, and writes its results into buffers of its own. Registered as a custom operator,
+counts on the host, and writes its results into its own buffers. Registered as a custom operator,
 it is *one opaque node*: ``torch.compile(fullgraph=True)`` does not look at the counts inside,
 activation checkpointing recomputes it as a whole, and torch refuses a second differentiation with
 an error that names the operator.
@@ -116,7 +116,7 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     forward = _operator(f"{name}_mm", kernels.mm)
     # Backward is an operator too, not plain Python: torch.compile traces backward as well, and
-    # would otherwise look at the counts inside. It has no gradient of its own, so a second
+    # would otherwise look at the counts inside. It has no gradient itself, so a second
     # differentiation raises.
     backward = _operator(f"{name}_mm_backward", kernels.mm_backward)
 

@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Rows that are computed in vain."""
+        """Computed rows that carry no token."""
         return self.experts * self.capacity - (self.end - self.start)
 
 

@@ -49,7 +49,7 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # 1 whatever arrives for the carrier: the loss is a term of its own in the total, and must
+        # 1 whatever arrives for the carrier: the loss is a separate term of the total, and must
         # not be scaled by the model's gradient.
         return grad, torch.ones((), **ctx.of_loss)
 

@@ -28,7 +28,7 @@ from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
 
 DPI = 100
-_WIDTH = 10.0  # inches, for a picture without a size of its own
+_WIDTH = 10.0  # inches, for a picture that sets no size
 _LARGEST = 30.0  # inches, for all cells of a heat map together
 _COLUMNS = 400  # of a heat map over steps: no screen shows more
 

@@ -1,6 +1,6 @@
 """What each rank of a job holds: weights, gradients, optimizer states, activations, in bytes.
 
-The ranks of one pipeline stage are alike. So one per stage is enough, each in a process of its own,
+The ranks of one pipeline stage are alike. So one per stage is enough, each in its own process,
 as in :mod:`ezpz_moe.tools.preflight`.
 """
 

@@ -1,7 +1,7 @@
 """Build the ranks of a big run one by one on this machine: ``ezpz-moe preflight``.
 
 The ranks of one pipeline stage differ only in their number, and the first has the largest shards.
-So one rank per stage is built, each in a process of its own.
+So one rank per stage is built, each in its own process.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def in_a_process(
 ) -> RankReport:
     """Run ``function`` in a process, which imports it from its module, and return its report.
 
-    Each rank has a pool of its own: a shared one would not tell whose process died.
+    Each rank has its own pool: a shared one would not tell which rank's process died.
 
     Raises:
         EzpzError: the process died.

@@ -260,7 +260,7 @@ class BatchedMMPadded(KernelBackend):
     """Padded batched products. See the module's text.
 
     Attributes:
-        max_padding: rows computed in vain, of all experts together, as a share of the rows.
+        max_padding: most padding rows of all experts together, as a share of the rows.
     """
 
     name = "batched_mm_padded"

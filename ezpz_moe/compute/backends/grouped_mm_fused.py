@@ -1,4 +1,4 @@
-"""``grouped_mm_fused``: the expert FFN on ``torch._grouped_mm`` with a backward of its own.
+"""``grouped_mm_fused``: the expert FFN on ``torch._grouped_mm`` with its own backward.
 
 The host's layer leaves its three products and the SwiGLU between them to autograd, which keeps four
 [R, F] tensors and runs one pass per operation in the elementwise part of backward. Here all of it
@@ -119,7 +119,7 @@ def _swiglu_backward(
 
 @dataclass(frozen=True)
 class GroupedMMFused(KernelBackend):
-    """``torch._grouped_mm`` with a backward of its own. See the module's text."""
+    """``torch._grouped_mm`` with its own backward. See the module's text."""
 
     name = "grouped_mm_fused"
     summary = "torch._grouped_mm as the host calls it, with a backward that keeps less"

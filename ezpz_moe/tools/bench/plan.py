@@ -1,4 +1,4 @@
-"""A whole comparison: what to measure, and running it here or in a process of its own.
+"""A whole comparison: what to measure, and running it here or in its own process.
 
 A process settles at its start how the C library keeps memory, so the ``retain`` allocator needs a
 process with :data:`RETAIN` in its environment. ``default`` is measured in this process, with the
