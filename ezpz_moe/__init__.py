@@ -11,6 +11,7 @@ def __getattr__(name: str):
     """``JobConfig``, for torchtitan 0.2, which asks the module in ``job.custom_config_module``."""
     if name != "JobConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported on demand: the package itself must not import torch or the host.
     from ezpz_moe.errors import exit_on_user_error
     from ezpz_moe.hosts.detect import check_host, host
 

@@ -31,7 +31,7 @@ def __dir__() -> list[str]:
 
 
 def _trainer_config(name: str):
-    """The trainer's config for a flavor or job file. A user's mistake exits with code 2."""
+    """Return the trainer's config for a flavor or job file. A user's mistake exits with code 2."""
     with exit_on_user_error():
         try:
             from ezpz_moe.hosts.detect import check_host, host

@@ -22,7 +22,7 @@ class EzpzError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the nearest of ``known``, or the empty string."""
+    """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string."""
     candidates = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.6)
     return f" Did you mean {candidates[near[0]]!r}?" if near else ""

@@ -14,7 +14,7 @@ __all__ = ["ExpertComputeBackend", "EzpzGroupedExperts"]
 
 
 def __getattr__(name: str) -> Any:
-    """Whichever is asked for: the host is imported for its class, and not before."""
+    """Import the host for whichever class is asked for, and not before."""
     if name == "EzpzGroupedExperts":
         from ezpz_moe.hosts.detect import host
 

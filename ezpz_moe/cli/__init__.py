@@ -32,7 +32,7 @@ ezpz-moe --version prints the version.
 
 
 def commands() -> dict[str, type[Command]]:
-    """Every command by name, in the order of the help: the files here that have a ``COMMAND``."""
+    """Return every command by name, in the help's order: the files here with a ``COMMAND``."""
     modules = {
         each.name: importlib.import_module(f"{__name__}.{each.name}")
         for each in iter_modules(__path__)

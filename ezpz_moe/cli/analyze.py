@@ -123,7 +123,7 @@ class Analyze(Command):
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
 
     def _model(self) -> tuple[Job, Path]:
-        """The job that describes the model, and the checkpoint."""
+        """Return the job that describes the model, and the checkpoint."""
         from ezpz_moe.hosts.jobs import find_job, load_job
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 

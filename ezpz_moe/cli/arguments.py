@@ -42,7 +42,7 @@ def refuse_no_ranks(world_size: int) -> None:
 
 
 def import_host() -> Host:
-    """The host, for looking at configs. Silences the host's remarks about training."""
+    """Return the host, for looking at configs. Silences the host's remarks about training."""
     from ezpz_moe.hosts.detect import check_host, host
 
     check_host()

@@ -196,7 +196,7 @@ def _print(measured: Measured, told: set[str]) -> None:
 
 
 def title(measured: Measured) -> str:
-    """The table's title."""
+    """Return the table's title."""
     E, D, F, R = measured.shape.sizes
     variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
     return (
@@ -208,7 +208,7 @@ def title(measured: Measured) -> str:
 
 
 def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
-    """One row per contender, the fastest first."""
+    """Yield one row per contender, the fastest first."""
     from ezpz_moe.tools.bench.results import DENSE
 
     stock = measured.stock
@@ -231,13 +231,13 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
 
 
 def left_out(measured: Measured) -> Iterator[str]:
-    """The contenders that were not measured, and why."""
+    """Yield the contenders that were not measured, and why."""
     for name, reasons in measured.left_out.items():
         yield f"left out: {name}: {'; '.join(reasons)}"
 
 
 def remarks(measured: Measured) -> Iterator[str]:
-    """The contenders that broke, and what the table does not show."""
+    """Yield the contenders that broke, and what the table does not show."""
     for name, reason in measured.failed.items():
         yield f"FAILED: {name}: {reason}"
     for name, figures in measured.figures.items():
@@ -246,7 +246,7 @@ def remarks(measured: Measured) -> Iterator[str]:
 
 
 def _syncs(figures: Figures) -> str:
-    """The counted waits, or else what the contender declares."""
+    """Return the counted waits, or else what the contender declares."""
     if figures.syncs is not None:
         return str(figures.syncs)
     if figures.declares_syncs is None:

@@ -112,7 +112,7 @@ def _remarks(described: Description) -> Iterator[str]:
 
 
 def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
-    """Rows by component if all ranks are alike, else by pipeline stage."""
+    """Yield rows by component if all ranks are alike, else by pipeline stage."""
     if len(stages) == 1:
         (stage,) = stages
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:

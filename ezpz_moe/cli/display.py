@@ -23,13 +23,13 @@ _UNLIMITED = 10_000
 
 
 def output() -> Console:
-    """The console for results."""
+    """Return the console for results."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_UNLIMITED)
 
 
 def progress() -> Console:
-    """The console for progress: stderr, and silent when that is not a terminal."""
+    """Return the console for progress: stderr, and silent when that is not a terminal."""
     console = Console(stderr=True)
     console.quiet = not console.is_terminal
     return console
@@ -64,13 +64,13 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar that shows how many are done."""
+    """Wrap the items in a progress bar that shows how many are done."""
     return track(items, description=what, total=total, console=progress(), transient=True)
 
 
 @contextmanager
 def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar for ``total`` steps; call the result with each step's name as it begins."""
+    """Show a progress bar for ``total`` steps; call the result with a step's name as it begins."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress(), transient=True) as bar:
         task = bar.add_task(what, total=total)
@@ -122,7 +122,7 @@ def print_findings(findings: Sequence[Any]) -> None:
 
 
 def text(value: Any) -> str:
-    """A value in words for people: yes and no, a dash for None."""
+    """Return a value in words for people: yes and no, a dash for None."""
     match value:
         case None:
             return "-"
@@ -135,17 +135,17 @@ def text(value: Any) -> str:
 
 
 def gibibytes(number: int | None) -> str:
-    """4080218931 -> "3.80 GiB"."""
+    """Format 4080218931 as "3.80 GiB"."""
     return "-" if number is None else f"{number / 2**30:.2f} GiB"
 
 
 def memory(number: int) -> str:
-    """4080218931 -> "3.80 GiB", 524288 -> "0.50 MiB"."""
+    """Format 4080218931 as "3.80 GiB", 524288 as "0.50 MiB"."""
     return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
 
 
 def count(parameters: int | None) -> str:
-    """33014016 -> "33.0 M", 10240 -> "10.2 k"."""
+    """Format 33014016 as "33.0 M", 10240 as "10.2 k"."""
     if parameters is None:
         return "-"
     if parameters < 10**5:
@@ -156,7 +156,7 @@ def count(parameters: int | None) -> str:
 
 
 def flops(number: float) -> str:
-    """118081536 -> "118.08 M", with the SI prefixes of "GFLOPs"."""
+    """Format 118081536 as "118.08 M", with the SI prefixes of "GFLOPs"."""
     for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f} {prefix}"
@@ -164,5 +164,5 @@ def flops(number: float) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A rounded figure, or a dash for None."""
+    """Return a rounded figure, or a dash for None."""
     return "-" if value is None else format(value, form)

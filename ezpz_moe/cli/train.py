@@ -42,7 +42,7 @@ class Train(Command):
         return train(self.config, list(self.host_flags), **self._launch())
 
     def _launch(self) -> dict[str, Any]:
-        """What the launcher must know in addition to the job."""
+        """Return what the launcher must know in addition to the job."""
         return {
             "nproc": self.nproc,
             "placement": self._placement(),

@@ -56,7 +56,7 @@ COMMAND = Verify
 
 
 def _figures(row: Row) -> dict[str, str]:
-    """One row of the table that ``verify`` prints."""
+    """Return one row of the table that ``verify`` prints."""
     figures = {"max abs": row.max_abs_error, "relative": row.relative_error, "bound": row.bound}
     return {
         "dtype": row.dtype,

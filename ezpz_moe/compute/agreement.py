@@ -1,4 +1,4 @@
-"""What the ranks of a job decided, one decision after the other, in the job's own store.
+"""The decisions that the ranks of a job share, one after the other, in the job's own store.
 
 The first rank to publish a decision makes it for all. Nobody waits for anybody, so nothing can
 hang, whatever pipeline stage a rank is in; the other ranks follow at their next look.
@@ -16,8 +16,9 @@ ALONE_VARIABLE = "EZPZ_MOE_ALONE"
 
 
 def decisions(question: Question, known: int) -> Iterator[str]:
-    """The decisions so far, after the first ``known``. Costs two requests to the store for each."""
+    """Yield the decisions after the first ``known``. Each costs two requests to the store."""
     store = _store()
+    # check() answers at once, whereas get() waits for a key that does not exist yet.
     while store is not None and store.check([_key(question, known)]):
         yield store.get(_key(question, known)).decode()
         known += 1
@@ -37,6 +38,8 @@ def decide(question: Question, known: int, winner: str) -> str:
 
 
 def _key(question: Question, number: int) -> str:
+    # Numbered, because a decision is never overwritten: when a load changes, the next one follows
+    # it, and each rank reads on from those that it knows.
     return f"{question.key}/{number}"
 
 
@@ -45,5 +48,7 @@ def _store() -> torch.distributed.Store | None:
         return None
     if torch.distributed.get_backend() == "fake":
         return None  # a faked job has no other ranks, and its store holds nothing
+    # A private function: torch has no public one. The prefix keeps our keys apart from torch's own,
+    # which are in the same store.
     store = torch.distributed.distributed_c10d._get_default_store()
     return torch.distributed.PrefixStore("ezpz_moe/auto", store)

@@ -1,7 +1,7 @@
 """Turn four plain kernels into differentiable torch operators.
 
 A kernel is a function from tensors to new tensors: it knows nothing of autograd, may read the token
-counts on the host, and writes its results into buffers of its own. Registered as a custom operator,
+counts on the host, and writes its results into its own buffers. Registered as a custom operator,
 it is *one opaque node*: ``torch.compile(fullgraph=True)`` does not look at the counts inside,
 activation checkpointing recomputes it as a whole, and torch refuses a second differentiation with
 an error that names the operator.
@@ -80,7 +80,7 @@ class KernelBackend(Backend):
         return ()
 
     def compute(self, kernel: str, *tensors: Tensor | None) -> Any:
-        """One of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
+        """Run one of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
         return getattr(self.operators.kernels, kernel)(*tensors, *self.kernel_options)
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
@@ -108,11 +108,16 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
         with torch.autocast(arguments[0].device.type, enabled=False):
             return kernel(*arguments)
 
+    # mutates_args=() is a promise that torch relies on: it may drop or repeat a call, and a kernel
+    # that wrote into its inputs would corrupt them.
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     forward = _operator(f"{name}_mm", kernels.mm)
+    # Backward is an operator too, not plain Python: torch.compile traces backward as well, and
+    # would otherwise look at the counts inside. It has no gradient itself, so a second
+    # differentiation raises.
     backward = _operator(f"{name}_mm_backward", kernels.mm_backward)
 
     @forward.register_fake
@@ -124,14 +129,18 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     def _(
         grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor]:
+        # Strides count as much as shapes: compiled code reads the real gradient with the strides of
+        # this one.
         return torch.empty_like(A_RK), torch.empty_like(B_EKN)
 
+    # Options stay out of save_for_backward, which takes tensors only.
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.options = inputs[3:]
 
     def differentiate(ctx: Any, grad_C_RN: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_C_RN, *ctx.saved_tensors, *ctx.options)
+        # None for the offsets and the options: torch wants one entry for each input.
         return *gradients, None, *(None for _ in ctx.options)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
@@ -139,6 +148,7 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
 
 
 def _swiglu_backward(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, ...]]:
+    # One backward serves both forwards: it recomputes gate and up when it gets None for them.
     backward = _operator(f"{name}_swiglu_backward", kernels.swiglu_backward)
 
     @backward.register_fake
@@ -204,6 +214,7 @@ def _swiglu_that_recomputes(
 
     def differentiate(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_y_RD, *ctx.saved_tensors, None, None, *ctx.options)
+        # The two None in the call stand for gate and up.
         return *gradients, None, *(None for _ in ctx.options)
 
     forward.register_autograd(differentiate, setup_context=setup_context)

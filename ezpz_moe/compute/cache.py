@@ -11,6 +11,6 @@ CACHE_VARIABLE = "EZPZ_MOE_CACHE"
 
 
 def cache_root() -> Path:
-    """The user's cache folder, or what :data:`CACHE_VARIABLE` names; it may not exist yet."""
+    """Return the user's cache folder, or what :data:`CACHE_VARIABLE` names. It may not exist."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else user_cache_path("ezpz_moe")

@@ -59,7 +59,7 @@ class Backend(ABC):
     def why_not(
         self, device: torch.device, dtype: torch.dtype, *, dims: Sequence[int] = ()
     ) -> list[str]:
-        """Every reason why this backend cannot run, each with its remedy; empty means usable.
+        """Return every reason why this backend cannot run, with its remedy; empty means usable.
 
         Args:
             device: where to compute the experts; it has to exist on this machine.
@@ -74,7 +74,7 @@ class Backend(ABC):
     def grouped_mm(
         self, A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor
     ) -> torch.Tensor:
-        """Product of every row with its expert's matrix: ``C[r] = A[r] @ B[expert of r]``.
+        """Multiply every row by its expert's matrix: ``C[r] = A[r] @ B[expert of r]``.
 
         Args:
             A_RK: rows sorted by expert.
@@ -99,7 +99,7 @@ class Backend(ABC):
         x_RD: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
-        """The whole expert FFN: ``(silu(x @ w1.T) * (x @ w3.T)) @ w2.T``, row by row.
+        """Compute the whole expert FFN: ``(silu(x @ w1.T) * (x @ w3.T)) @ w2.T``, row by row.
 
         Args:
             w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
@@ -118,7 +118,7 @@ class Backend(ABC):
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
     ) -> torch.Tensor | None:
-        """What :meth:`swiglu` makes of these counts, for telemetry, if the backend pads or drops.
+        """Return what :meth:`swiglu` computes and drops for these counts. Telemetry asks.
 
         Args:
             num_tokens_per_expert_E: int32 or int64 counts, on any device.
@@ -131,7 +131,7 @@ class Backend(ABC):
         return None
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
-        """Reasons beyond a missing device or a dtype that is not floating-point."""
+        """Return further reasons, beyond a missing device or a dtype that is not floating-point."""
         return []
 
     @abstractmethod
@@ -147,6 +147,7 @@ class Backend(ABC):
         x_RD: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
     ) -> torch.Tensor:
+        # int32, because torch._grouped_mm takes no other offsets; cumsum alone would give int64.
         offs_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
         up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
@@ -154,10 +155,12 @@ class Backend(ABC):
 
 
 def missing_device(device: torch.device) -> str | None:
-    """Why ``device`` does not exist here, or None. Meta tensors and the CPU always exist."""
+    """Return why ``device`` does not exist here, or None. Meta tensors and the CPU always exist."""
     if device.type in ("cpu", "meta"):
         return None
     module = getattr(torch, device.type, None)
+    # A device module is torch.<type> (torch.cuda, torch.xpu); torch.npu exists once torch_npu is
+    # imported.
     if module is None or not module.is_available():
         return (
             f"this machine has no usable {device.type} device (torch.{device.type}.is_available() "
@@ -207,6 +210,8 @@ def check_swiglu(
 
 
 def _to_host(counts_E: torch.Tensor) -> list[int]:
+    # Without this the copy itself fails, with a CUDA error that names neither the cause nor a
+    # remedy.
     if counts_E.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "this expert backend copies the token counts to the host, which a CUDA graph cannot "
@@ -217,7 +222,7 @@ def _to_host(counts_E: torch.Tensor) -> list[int]:
 
 
 def is_transposed(weights_EXY: torch.Tensor) -> bool:
-    """Whether the last two dimensions are swapped in memory, as in the host's ``B_t``.
+    """Return whether the last two dimensions are swapped in memory, as in the host's ``B_t``.
 
     Products are written into tensors that are not: on the CPU, ``torch.bmm`` in bfloat16 is two
     thousand times slower with a transposed ``out``.
@@ -226,17 +231,19 @@ def is_transposed(weights_EXY: torch.Tensor) -> bool:
 
 
 def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """``gradient`` with the strides of ``torch.empty_like(model)``; copied if it has others.
+    """Return ``gradient`` with the strides of ``torch.empty_like(model)``, copied if needed.
 
     The strides are taken from a tensor without memory, because a gradient of weights is large.
     """
+    # Not model.stride(): empty_like makes an expanded or sliced tensor dense, and fakes promise
+    # empty_like's strides.
     if gradient.stride() == torch.empty_like(model, device="meta").stride():
         return gradient
     return torch.empty_like(model).copy_(gradient)
 
 
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
-    """The counts as Python integers. ONE device-to-host copy if they are on a device.
+    """Return the counts as Python integers. ONE device-to-host copy if they are on a device.
 
     Raises:
         ValueError: a negative count, or more tokens than rows.
@@ -258,6 +265,7 @@ def counts_of_offsets(offs_E: torch.Tensor, num_rows: int) -> list[int]:
         ValueError: the offsets fall, or go beyond the rows.
     """
     offsets = _to_host(offs_E)
+    # Not strict: the leading 0 makes the first list one longer.
     counts = [end - start for start, end in zip([0, *offsets], offsets, strict=False)]
     if any(count < 0 for count in counts):
         raise ValueError(f"offs_E must start at or above 0 and never fall: {offsets}")
@@ -280,17 +288,18 @@ def check_where_free(
 
 
 def offsets_on_device(offs_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
-    """The offsets on the rows' device, contiguous. Checked on the CPU, and never copied to it.
+    """Return the offsets, contiguous, on the rows' device. On a CPU, check them; never copy to it.
 
     Raises:
         ValueError: on the CPU, what :func:`counts_of_offsets` raises.
     """
     check_where_free(counts_of_offsets, offs_E, rows_RX)
+    # Contiguous, because the Triton kernels read offsets without a stride.
     return offs_E.to(rows_RX.device, non_blocking=True).contiguous()
 
 
 def offsets_of_counts(counts_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Tensor:
-    """Inclusive cumulative offsets, int64, on the rows' device; like :func:`offsets_on_device`.
+    """Return inclusive offsets, int64, on the rows' device; like :func:`offsets_on_device`.
 
     Raises:
         ValueError: on the CPU, what :func:`counts_on_host` raises.

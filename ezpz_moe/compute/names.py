@@ -22,14 +22,15 @@ GROUP = "ezpz_moe.backends"
 
 @cache
 def own_backends() -> dict[str, str]:
-    """Name -> module, for the backends in this package."""
+    """Map name -> module, for the backends in this package."""
+    # List the files instead of importing them: this must work without torch.
     folder = Path(__file__).with_name("backends")
     return {each.name: f"{__package__}.backends.{each.name}" for each in iter_modules([folder])}
 
 
 @cache
 def backend_entry_points() -> dict[str, EntryPoint]:
-    """Name -> where to load it from: our own backends, then those of other packages.
+    """Map name -> where to load it from: our own backends, then those of other packages.
 
     Raises:
         EzpzError: two packages register the same name, or one registers a name of ours.
@@ -39,6 +40,7 @@ def backend_entry_points() -> dict[str, EntryPoint]:
         for name, module in own_backends().items()
     }
     for point in entry_points(group=GROUP):
+        # An installation may list the same entry point twice; only different targets conflict.
         known = found.setdefault(point.name, point)
         if known.value != point.value:
             raise EzpzError(
@@ -49,12 +51,12 @@ def backend_entry_points() -> dict[str, EntryPoint]:
 
 
 def known_backend_names() -> list[str]:
-    """The names that ``compute_backend`` accepts."""
+    """Return the names that ``compute_backend`` accepts."""
     return list(backend_entry_points())
 
 
 def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
-    """``"for_loop(recompute=true)"`` as ``("for_loop", {"recompute": True})``.
+    """Split ``"for_loop(recompute=true)"`` into ``("for_loop", {"recompute": True})``.
 
     The name has to be installed; only the backend can tell whether it has such options.
 
@@ -89,7 +91,7 @@ def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
-    """A number, string or boolean, including ``true`` and ``false`` as TOML writes them."""
+    """Return a number, string or boolean, including ``true`` and ``false`` as TOML writes them."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return node.id == "true"
     value = ast.literal_eval(node)

@@ -22,7 +22,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @cache
 def native_halves() -> frozenset[torch.dtype]:
-    """Which of :data:`HALVES` this machine's CPU multiplies natively.
+    """Return which of :data:`HALVES` this machine's CPU multiplies natively.
 
     Cached, because kernels ask at every product: a test that sets :data:`VARIABLE` must call
     ``native_halves.cache_clear()``.
@@ -47,12 +47,12 @@ def native_halves() -> frozenset[torch.dtype]:
 
 
 def is_emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether ``device`` computes products in ``dtype`` without instructions for it."""
+    """Return whether ``device`` computes products in ``dtype`` without instructions for it."""
     return dtype in HALVES and torch.device(device).type == "cpu" and dtype not in native_halves()
 
 
 def emulation_note(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """One line for the user if ``dtype`` is slow on ``device``, else None."""
+    """Return one line for the user if ``dtype`` is slow on ``device``, else None."""
     if not is_emulated(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")

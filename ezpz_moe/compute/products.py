@@ -21,7 +21,7 @@ _ELEMENTS_AT_ONCE = 2**19
 
 
 def mm(A_nK: Tensor, B_KN: Tensor, out_nN: Tensor) -> None:
-    """``out = A @ B``."""
+    """Compute ``out = A @ B``."""
     if _is_emulated(A_nK):
         out_nN.copy_(torch.mm(A_nK.float(), B_KN.float()))
     else:
@@ -29,8 +29,9 @@ def mm(A_nK: Tensor, B_KN: Tensor, out_nN: Tensor) -> None:
 
 
 def mm_sum(A_nK: Tensor, B_KN: Tensor, A2_nL: Tensor, B2_LN: Tensor, out_nN: Tensor) -> None:
-    """``out = A @ B + A2 @ B2``."""
+    """Compute ``out = A @ B + A2 @ B2``."""
     if _is_emulated(A_nK):
+        # Add in float32 too: rounding the first product would be a second rounding.
         first_nN = torch.mm(A_nK.float(), B_KN.float())
         out_nN.copy_(first_nN.addmm_(A2_nL.float(), B2_LN.float()))
     else:
@@ -39,7 +40,7 @@ def mm_sum(A_nK: Tensor, B_KN: Tensor, A2_nL: Tensor, B2_LN: Tensor, out_nN: Ten
 
 
 def bmm(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor | None = None) -> Tensor:
-    """``out[i] = A[i] @ B[i]``; returns ``out``, which is new if none is given."""
+    """Compute ``out[i] = A[i] @ B[i]``. Returns ``out``, a new tensor if none is given."""
     if out_gCN is None:
         out_gCN = _new(A_gCK, B_gKN)
     if _is_emulated(A_gCK):
@@ -53,7 +54,7 @@ def bmm(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor | None = None) -> Tensor:
 def bmm_sum(
     A_gCK: Tensor, B_gKN: Tensor, A2_gCL: Tensor, B2_gLN: Tensor, out_gCN: Tensor | None = None
 ) -> Tensor:
-    """``out[i] = A[i] @ B[i] + A2[i] @ B2[i]``; returns ``out``, which is new if none is given."""
+    """Compute ``out[i] = A[i] @ B[i] + A2[i] @ B2[i]``. Returns ``out``, new if none is given."""
     if out_gCN is None:
         out_gCN = _new(A_gCK, B_gKN)
     if _is_emulated(A_gCK):
@@ -66,7 +67,7 @@ def bmm_sum(
 
 
 def grouped_mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    """``A[r] @ B[expert of r]`` as ``torch._grouped_mm`` computes it; tail rows are unwritten."""
+    """Compute ``A[r] @ B[expert of r]`` like ``torch._grouped_mm``; tail rows are unwritten."""
     if not _is_emulated(A_RK):
         return torch._grouped_mm(A_RK, B_EKN, offs=offs_E)
     C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
@@ -78,9 +79,11 @@ def grouped_mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
 def grouped_mm_sum(
     A_RK: Tensor, B_EKN: Tensor, A2_RL: Tensor, B2_ELN: Tensor, offs_E: Tensor
 ) -> Tensor:
-    """``grouped_mm(A, B) + grouped_mm(A2, B2)``; tail rows are unwritten."""
+    """Compute ``grouped_mm(A, B) + grouped_mm(A2, B2)``; tail rows are unwritten."""
     if not _is_emulated(A_RK):
         first_RN = torch._grouped_mm(A_RK, B_EKN, offs=offs_E)
+        # torch._grouped_mm cannot add to an output. The sum of two rounded products is what the
+        # host's autograd computes as well.
         return first_RN.add_(torch._grouped_mm(A2_RL, B2_ELN, offs=offs_E))
     C_RN = A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2])
     experts = zip(_rows_of_experts(offs_E), B_EKN.unbind(), B2_ELN.unbind(), strict=True)
@@ -90,11 +93,15 @@ def grouped_mm_sum(
 
 
 def grouped_outer(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor) -> Tensor:
-    """``left[rows].T @ right[rows]`` for every expert: [E, M, N], zero for one without rows."""
+    """Compute ``left[rows].T @ right[rows]`` per expert: [E, M, N], zero for one without rows."""
     if not _is_emulated(left_RM):
+        # With two 2-D operands torch groups the inner dimension: the offsets cut the sum, not the
+        # rows.
         return torch._grouped_mm(left_RM.T, right_RN, offs=offs_E)
     grad_EMN = left_RM.new_empty(offs_E.shape[0], left_RM.shape[1], right_RN.shape[1])
     for rows, grad_MN in zip(_rows_of_experts(offs_E), grad_EMN.unbind(), strict=True):
+        # Experts without rows are not skipped: a product without terms writes zeros into new
+        # memory.
         mm(left_RM[rows].T, right_RN[rows], grad_MN)
     return grad_EMN
 
@@ -109,12 +116,14 @@ def _is_emulated(operand: Tensor) -> bool:
 
 
 def _few_at_once(*batches_gXY: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
+    """Return the batches in equal slices of experts, as many as fit :data:`_ELEMENTS_AT_ONCE`."""
+    # Small slices, because float32 copies that fit the cache cost little, and a copy of the whole
+    # weight stack would take twice its memory.
     of_expert = sum(batch[0].numel() for batch in batches_gXY) if len(batches_gXY[0]) else 1
     experts = max(1, _ELEMENTS_AT_ONCE // max(1, of_expert))
     return zip(*(batch.split(experts) for batch in batches_gXY), strict=True)
 
 
 def _rows_of_experts(offs_E: Tensor) -> list[slice]:
-    """Each expert's rows. Used on the CPU only, where reading the offsets waits for no device."""
+    """Return each expert's rows. Only for the CPU, where reading offsets waits for no device."""
     return [slice(start, end) for start, end in pairwise([0, *offs_E.tolist()])]

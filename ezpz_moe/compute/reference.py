@@ -26,8 +26,7 @@ class Case:
     grad_y_RD: Tensor
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Case":
-        """The same case on another device, in another floating-point dtype; counts stay
-        integers."""
+        """Move the case to another device and floating dtype; counts stay integers."""
         return Case(
             self.w1_EFD.to(device, dtype),
             self.w2_EDF.to(device, dtype),
@@ -48,11 +47,13 @@ def random_case(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Random inputs of an expert layer; the ``tail`` rows of x hold NaN.
+    """Make random inputs of an expert layer; the ``tail`` rows of x hold NaN.
 
     Weights are scaled by the square root of their inner dimension: every product then keeps the
     scale of its input, whatever the sizes.
     """
+    # Draw on the CPU in float32 and convert: a seed then gives the same case on every device and,
+    # but for rounding, in every dtype.
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -60,6 +61,7 @@ def random_case(
 
     E, R = len(counts), sum(counts) + tail
     x_RD = normal(R, dim)
+    # A kernel that reads tail rows, even to multiply them by zero, shows it.
     x_RD[sum(counts) :] = torch.nan
     return Case(
         w1_EFD=normal(E, hidden_dim, dim, scale=dim**-0.5),
@@ -74,8 +76,9 @@ def random_case(
 def plain_loop(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor
 ) -> Tensor:
-    """The expert FFN as one would write it on a blackboard; tail rows are zero."""
+    """Compute the expert FFN as one would write it on a blackboard; tail rows are zero."""
     counts = counts_E.tolist()
+    # The tail is never multiplied, since it may hold NaN.
     *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
     outputs_RD = [
         (F.silu(x_nD @ w1_FD.T) * (x_nD @ w3_FD.T)) @ w2_DF.T
@@ -87,23 +90,24 @@ def plain_loop(
 
 
 def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
-    """The output and the four gradients of ``swiglu``, by name as in :data:`NAMES`."""
+    """Run ``swiglu``; return its output and the four gradients by name, as in :data:`NAMES`."""
     inputs = [
         tensor.detach().requires_grad_()
         for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
     ]
     y_RD = swiglu(*inputs, case.num_tokens_per_expert_E)
+    # allow_unused: a backend that loses a gradient returns None here, and the caller can say which.
     gradients = torch.autograd.grad(y_RD, inputs, case.grad_y_RD, allow_unused=True)
     return dict(zip(NAMES, (y_RD.detach(), *gradients), strict=True))
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """The output and gradients in float64, on the CPU: some accelerators have no float64."""
+    """Compute the output and gradients in float64, on the CPU: some accelerators lack float64."""
     return run(plain_loop, case.to("cpu", torch.float64))
 
 
 def relative_error(value: Tensor, true: Tensor) -> float:
-    """``|value - true| / |true|`` in the Frobenius norm; just ``|value|`` if true is zero.
+    """Return ``|value - true| / |true|`` in the Frobenius norm; just ``|value|`` if true is zero.
 
     ``value`` may be on any device; ``true`` is on the CPU in float64.
     """
@@ -113,6 +117,8 @@ def relative_error(value: Tensor, true: Tensor) -> float:
 
 
 def error_bounds(case: Case, true: dict[str, Tensor]) -> dict[str, float]:
-    """The largest relative errors allowed: twice the plain loop's in the case's dtype, + 1e-6."""
+    """Return the largest relative errors allowed: twice the plain loop's in its dtype, + 1e-6."""
     plain = run(plain_loop, case)
+    # Twice, because another order of summation gives an error of the same size but not the same
+    # one. 1e-6 is for values where the plain loop happens to be exact, such as all zeros.
     return {name: 2 * relative_error(plain[name], true[name]) + 1e-6 for name in NAMES}

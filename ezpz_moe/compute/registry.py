@@ -13,13 +13,13 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 
 
 def backend_names() -> list[str]:
-    """The names of all installed backends, ours first."""
+    """Return the names of all installed backends, ours first."""
     return known_backend_names()
 
 
 @cache
 def get_backend(compute_backend: str) -> Backend:
-    """The backend ``"name"``, or ``"name(option=value, ...)"`` with its options set.
+    """Return the backend ``"name"``, or ``"name(option=value, ...)"`` with its options set.
 
     Raises:
         EzpzError: there is no such backend or option, the option does not accept the value, or the
@@ -31,7 +31,7 @@ def get_backend(compute_backend: str) -> Backend:
 
 
 def options_of(backend: Backend) -> dict[str, Any]:
-    """The backend's options, with their values."""
+    """Return the backend's options, with their values."""
     return dataclasses.asdict(backend) if dataclasses.is_dataclass(backend) else {}
 
 
@@ -39,6 +39,7 @@ def _installed(name: str) -> Backend:
     point = backend_entry_points()[name]
     try:
         backend = point.load()
+    # Anything: importing somebody else's package can raise whatever it likes.
     except Exception as error:
         raise EzpzError(
             f"compute_backend {name!r} ({point.value}) cannot be loaded: "
@@ -53,7 +54,7 @@ def _installed(name: str) -> Backend:
 
 
 def _with_options(backend: Backend, options: dict[str, Any], compute_backend: str) -> Backend:
-    """The same backend with these options, which must have the declared types and ranges."""
+    """Return the same backend with these options, which must have the declared types and ranges."""
     known = list(options_of(backend))
     for option in options:
         if option not in known:

@@ -31,13 +31,13 @@ class Run(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Rows that are computed in vain."""
+        """Computed rows that carry no token."""
         return self.experts * self.capacity - (self.end - self.start)
 
 
 @lru_cache(maxsize=256)  # backward asks the same as forward
 def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
-    """Few runs that cover every expert with rows, in the experts' order.
+    """Return few runs that cover every expert with rows, in the experts' order.
 
     Merges neighbours, first the pair that adds the least padding, until the next merge would bring
     the padding of all runs above ``max_padding`` times the rows. Experts without rows are in a run
@@ -58,15 +58,18 @@ def runs_within(counts: tuple[int, ...], max_padding: float) -> tuple[Run, ...]:
     before, after = [*range(-1, len(first) - 1)], [*range(1, len(first)), -1]
 
     def offer(i: int, j: int) -> tuple[int, int, int, int]:
-        """(padding that merging adds, i, and two values that tell whether i or j has grown
-        since)."""
+        """Return (padding that merging adds, i, and two values that show if i or j has grown)."""
         experts = stop[j] - first[i]
         computed = (stop[i] - first[i]) * capacity[i] + (stop[j] - first[j]) * capacity[j]
         return experts * max(capacity[i], capacity[j]) - computed, i, stop[i], stop[j]
 
+    # Greedy with a heap: a merge makes at most two new offers, so a plan takes O(E log E). Python
+    # makes it for every new routing, between launches.
     offers = [offer(i, i + 1) for i in range(len(first) - 1)]
     heapq.heapify(offers)
     # Spend the allowed padding on the cheapest merges first.
+    # The budget is for all runs together: a limit per run would forbid cheap merges next to a hot
+    # expert.
     left = max_padding * sum(counts)
     while offers and offers[0][0] <= left:
         added, i, stop_i, stop_j = heapq.heappop(offers)

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _TURNS = 15  # in docs/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %
 _SECONDS = 30  # no further turn begins after this
 
+# Prefixes of the variables that decide whether freed memory is kept: on a CPU, page faults can cost
+# more than the choice of a backend (docs/benchmark.md).
 _OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 
 
@@ -111,7 +113,7 @@ class Measured:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What times on a device depend on; on a CPU, the memory allocator matters much."""
+    """Return what times on a device depend on. On a CPU the memory allocator matters much."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads"
@@ -123,12 +125,12 @@ def device_name(device: torch.device) -> str:
 
 
 def allocator_variables() -> dict[str, str]:
-    """The memory settings in this process's environment."""
+    """Return the memory settings in this process's environment."""
     return {key: value for key, value in os.environ.items() if key.startswith(_OF_ALLOCATORS)}
 
 
 def skew_class(busiest_over_mean: float) -> int:
-    """0 for an even load; one more for every half power of two of the busiest expert's.
+    """Return 0 for an even load, and one more per half power of two of the busiest expert's load.
 
     That fine because a batched product is fastest for an even load, but no longer at 1.3.
     """
@@ -138,7 +140,7 @@ def skew_class(busiest_over_mean: float) -> int:
 def fastest(
     situation: Situation, runs: Mapping[str, Callable[[], object]], device: torch.device
 ) -> str:
-    """The fastest of ``runs``, each one backend's forward and backward pass; logs the choice.
+    """Return the fastest of ``runs``, each a backend's forward and backward; log the choice.
 
     Raises:
         torch.OutOfMemoryError: none of them fits in memory.
@@ -162,6 +164,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
         # One timed turn always completes, however slow it is.
         if turn > 1 and time.perf_counter() - start > _SECONDS:
             break
+        # Out of memory excludes a backend for good, but is no error: others may need less.
         for name, run in runs.items():
             if name in too_large:
                 continue
@@ -174,6 +177,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
                 continue
             if turn:  # the first turn warms up
                 times[name].append(elapsed)
+    # The median, because a turn that another process disturbed says nothing about a backend.
     medians = {
         name: statistics.median(each) for name, each in times.items() if name not in too_large
     }
@@ -183,12 +187,14 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out. The CPU's allocator has no exception class of its own for that."""
+    """Return whether memory ran out. The CPU's allocator has no exception class for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Time all that ``run`` puts on the device, by the host's clock."""
+    # The host's clock and a full wait, not device events: what the host does between launches is
+    # part of a backend's time, and a CPU has no events.
     synchronize = getattr(torch.get_device_module(device), "synchronize", lambda: None)
     synchronize()
     start = time.perf_counter()
@@ -206,7 +212,7 @@ def _key(asked: Question | Situation) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder with a file for each situation; it may not exist yet."""
+    """Return the folder with a file for each situation; it may not exist yet."""
     return cache_root() / "auto"
 
 
@@ -234,7 +240,7 @@ def variable(name: str, value: str) -> Iterator[None]:
 
 
 def recorded() -> Iterator[tuple[Situation, Measured]]:
-    """All measurements on disk."""
+    """Yield all measurements on disk."""
     situations, measurements = TypeAdapter(Situation), TypeAdapter(Measured)
     for path in sorted(cache_folder().glob("*.json")):
         text = path.read_bytes()
@@ -254,12 +260,15 @@ def _remembered(situation: Situation) -> Measured | None:
     except (OSError, ValueError) as error:
         logger.warning(f"ezpz_moe: {path}: cannot be read ({error}); measuring again")
         return None
+    # A file that names other backends cannot answer, whoever wrote it.
     return measured if set(measured.milliseconds) == set(situation.question.candidates) else None
 
 
 def remember(situation: Situation, measured: Measured) -> None:
     """Save for later runs, whole or not at all: several ranks may write the same file."""
     path = _path(situation)
+    # A name of this process, in the same folder, because renaming is atomic only within a file
+    # system. The suffix keeps it out of recorded().
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,12 +77,12 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
 
 
 def flavor_names(*, near: Path | None = None) -> list[str]:
-    """Every flavor's name, as its file has it. Any of :func:`variant_suffixes` may follow it."""
+    """Return the flavors' names, as in their files. Any of :func:`variant_suffixes` may follow."""
     return sorted(_public(_flavor_files(_folders(near))))
 
 
 def variant_suffixes() -> dict[str, dict[str, str]]:
-    """Each suffix ``[_<attention>][_<backend>]``, with the keys that it sets."""
+    """Return each suffix ``[_<attention>][_<backend>]``, with the keys that it sets."""
     attentions = [("", {}), *((f"_{a}", {"attention": a}) for a in get_args(Attention))]
     backends = [("", {}), *((f"_{b}", {"compute_backend": b}) for b in known_backend_names())]
     return {
@@ -94,7 +94,7 @@ def variant_suffixes() -> dict[str, dict[str, str]]:
 
 
 def _folders(near: Path | None) -> list[Path]:
-    """The folders to search for flavors, in order."""
+    """Return the folders to search for flavors, in order."""
     folders = [near] if near is not None else []
     if named := os.environ.get(FOLDER_VARIABLE):
         folder = Path(os.path.expanduser(named))
@@ -110,14 +110,14 @@ def _folders(near: Path | None) -> list[Path]:
 
 
 def _shipped_folder() -> Path:
-    """The flavors' folder: in the wheel, or in a checkout."""
+    """Return the flavors' folder: in the wheel, or in a checkout."""
     package = Path(__file__).parents[1]
     in_wheel = package / "_flavors"
     return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
 
 
 def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
-    """File name without ``.toml`` -> the first flavor file of that name."""
+    """Map a file's name without ``.toml`` -> the first flavor file of that name."""
     # The first map that has a name wins, which is the order of the search.
     return ChainMap(
         *(
@@ -128,7 +128,7 @@ def _flavor_files(folders: Sequence[Path]) -> Mapping[str, Path]:
 
 
 def _is_flavor_file(path: Path) -> bool:
-    """Whether the TOML is a flavor: jobs and flavors may share a folder.
+    """Return whether the TOML is a flavor: jobs and flavors may share a folder.
 
     An unreadable file counts as a flavor. Whoever names it then learns what is wrong with it.
     """
@@ -139,7 +139,7 @@ def _is_flavor_file(path: Path) -> bool:
 
 
 def is_flavor(document: Mapping[str, Any]) -> bool:
-    """Whether a TOML has any key of a flavor; a job has none."""
+    """Return whether a TOML has any key of a flavor; a job has none."""
     return not _KEYS.isdisjoint(document)
 
 
@@ -151,7 +151,7 @@ def _public(files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file and its ancestors, youngest first, each with its keys except ``inherits``."""
+    """Return the file and its ancestors, youngest first, each with its keys except ``inherits``."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     parent: Path | None = path
     while parent is not None:
@@ -170,13 +170,14 @@ def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, An
 
 
 def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
-    """The file that ``child`` inherits.
+    """Return the file that ``child`` inherits.
 
     The search starts at the child's own folder: a user's file never changes a shipped flavor that
     inherits the same name. A file may inherit its namesake from a later folder.
     """
     if not isinstance(name, str):
         raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
+    # Files come from these folders only, so the parent folder is always among them.
     own = folders.index(child.parent)
     files = _flavor_files(folders[own + 1 if name == child.stem else own :])
     if name not in files:
@@ -187,9 +188,10 @@ def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
 
 
 def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The merged values, children over parents, and the file that set each key."""
+    """Return the merged values, children over parents, and the file that set each key."""
     values: dict[str, Any] = {}
     origin: dict[str, Path] = {}
+    # Oldest first: children overwrite.
     for path, data in reversed(chain):
         for key, value in data.items():
             # A table such as [rope] merges key by key; any other value replaces the parent's.
@@ -225,7 +227,7 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
 def _messages(
     errors: Sequence[ErrorDetails], path: Path, origin: Mapping[str, Path]
 ) -> Iterator[str]:
-    """One line per wrong key, with the file that sets it, and one line for all missing keys."""
+    """Yield a line per wrong key, with the file that sets it, and one for all missing keys."""
     missing = []
     for error in errors:
         key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")

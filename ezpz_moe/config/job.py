@@ -53,7 +53,7 @@ class Job:
         return str(self.path) if self.path else f"flavor {self.flavor}"
 
     def resolve(self, location: str) -> str:
-        """The absolute path of an input; an address (``gs://...``) stays as it is."""
+        """Return the absolute path of an input; an address (``gs://...``) stays as it is."""
         if "://" in location:
             return location
         path = Path(location).expanduser()
@@ -81,6 +81,7 @@ def load_job(path: str | Path, keys: Keys) -> Job:
             f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
             f'that has [model] flavor = "{path.stem}".'
         )
+    # Collect all problems: a file of another host has many, and one per run would be a nuisance.
     values, problems = _checked(document, keys)
     problems += _model_problems(document, values, path.parent)
     if problems:
@@ -89,7 +90,7 @@ def load_job(path: str | Path, keys: Keys) -> Job:
 
 
 def find_job(config: str, keys: Keys) -> Job:
-    """The job that ``--config`` names: the path of a job's TOML, or a flavor.
+    """Return the job that ``--config`` names: the path of a job's TOML, or a flavor.
 
     Raises:
         EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
@@ -98,7 +99,7 @@ def find_job(config: str, keys: Keys) -> Job:
 
 
 def job_for_flavor(name: str) -> Job:
-    """The job that trains a flavor with the host's defaults.
+    """Return the job that trains a flavor with the host's defaults.
 
     Raises:
         EzpzError: there is no such flavor, or its file is wrong.
@@ -108,7 +109,7 @@ def job_for_flavor(name: str) -> Job:
 
 
 def accepts(key: Key, value: Any) -> bool:
-    """Whether ``key`` may hold ``value``."""
+    """Return whether ``key`` may hold ``value``."""
     try:
         _adapter(key.type).validate_python(value)
     except ValidationError:
@@ -117,12 +118,12 @@ def accepts(key: Key, value: Any) -> bool:
 
 
 def allowed(key: Key) -> str:
-    """What ``key`` may hold, in words."""
+    """Return what ``key`` may hold, in words."""
     return _in_words(_adapter(key.type).json_schema())
 
 
 def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
-    """The valid ``"section.key"`` values of a file, and one line per problem."""
+    """Return the valid ``"section.key"`` values of a file, and one line per problem."""
     known = sections(keys)
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -150,7 +151,7 @@ def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], l
 def _settings(
     table: Mapping[str, Any], known: set[str], section: str = ""
 ) -> Iterator[tuple[str, str, Any]]:
-    """``(section, key, value)`` for everything in a file that is not a ``known`` section."""
+    """Yield ``(section, key, value)`` for everything in a file that is not a ``known`` section."""
     for name, value in table.items():
         path = f"{section}.{name}" if section else name
         if path in known and isinstance(value, dict):
@@ -160,13 +161,14 @@ def _settings(
 
 
 def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
-    """Why ``section`` has no key ``name``, and what the user may have meant."""
+    """Return why ``section`` has no key ``name``, and what the user may have meant."""
     known = sections(keys)
     path = f"{section}.{name}" if section else name
     if path in known:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{did_you_mean(name, known)}"
+    # The right key in the wrong section is a common mistake.
     homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
     near = did_you_mean(name, keys.get(section, {}))
     if homes and not near:
@@ -178,7 +180,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
 def _model_problems(
     document: Mapping[str, Any], values: Mapping[str, Any], folder: Path
 ) -> Iterator[str]:
-    """The problems of ``[model]`` other than unknown keys and wrong types."""
+    """Yield the problems of ``[model]`` other than unknown keys and wrong types."""
     model = document.get("model", {})
     if not isinstance(model, dict):
         return  # reported already
@@ -206,10 +208,11 @@ def _report(path: Path, problems: list[str]) -> str:
 
 
 def is_one_of(values: tuple[Any, ...], value: Any) -> bool:
-    """Whether ``value`` is one of ``values``, type included: in Python False == 0."""
+    """Return whether ``value`` is one of ``values``, type included: in Python False == 0."""
     return any(type(value) is type(other) and value == other for other in values)
 
 
+# Building an adapter takes far longer than validating with it.
 @cache
 def _adapter(type_: Any) -> TypeAdapter[Any]:
     return TypeAdapter(type_, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -225,7 +228,7 @@ _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a phrase: "an integer >= 1", "-1 or ...", "one of ...", "a list ..."."""
+    """Put a JSON schema in words: "an integer >= 1", "-1 or ...", "one of ...", "a list ..."."""
     if "anyOf" in schema:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "const" in schema:
@@ -242,6 +245,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as TOML writes it, shortened."""
+    """Return a value as TOML writes it, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""What a key of a job's TOML may hold, and where the trainer keeps it: one row of a host's table.
+"""A key of a job's TOML: what it may hold and where the trainer keeps it. A row of a host's table.
 
 Each host has such a table, ``Host.job_keys()``. Its rows are made by
 
@@ -49,22 +49,22 @@ Keys: TypeAlias = Mapping[str, Mapping[str, Key]]
 
 
 def to(path: str, type: Any, *, is_file: bool = False) -> Key:
-    """The same setting at ``path`` in the trainer's config."""
+    """Make a key for the same setting at ``path`` in the trainer's config."""
     return Key(type=type, path=path, is_file=is_file)
 
 
 def new(path: str, type: Any) -> Key:
-    """A setting that torchtitan 0.2 does not have."""
+    """Make a key for a setting that torchtitan 0.2 does not have."""
     return Key(type=type, path=path, since_0_3=True)
 
 
 def own(type: Any, *, flag: str | None = None) -> Key:
-    """A key that this package reads; ``flag`` is the host's for the same, if it has one."""
+    """Make a key that this package reads; ``flag`` is the host's for the same, if it has one."""
     return Key(type=type, flag=flag)
 
 
 def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
-    """A key that the host no longer has; ``unless`` lists values that ask for its behaviour.
+    """Make a key that the host no longer has; ``unless`` lists values that ask for its behaviour.
 
     Those are accepted, so one file can serve several generations of the host.
     """
@@ -72,7 +72,7 @@ def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:
 
 
 def sections(keys: Keys) -> set[str]:
-    """All sections' names: "quantize.linear.mx" also adds "quantize.linear" and "quantize"."""
+    """Return all sections: "quantize.linear.mx" also adds "quantize.linear" and "quantize"."""
     return {
         ".".join(parts[: depth + 1])
         for parts in (name.split(".") for name in keys)

@@ -42,6 +42,7 @@ class Schedule(Data):
         if isinstance(value, dict | cls):
             return value
         if (
+            # bool is a subclass of int: without this, true would pass as 1.
             isinstance(value, bool)
             or not isinstance(value, int | float)
             or not 0 < value < math.inf
@@ -92,12 +93,12 @@ class Router(Data):
         return self.null_experts + self.copy_experts + self.constant_experts
 
     def choices_of_token(self, num_experts: int, top_k: int) -> int:
-        """How many choices a token makes if the model has ``num_experts`` and uses ``top_k``."""
+        """Return how many choices a token makes, given the model's experts and top-k."""
         return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
 
 
 def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
-    """How many choices a token makes among E experts and Z zero-computation experts.
+    """Return how many choices a token makes among E experts and Z zero-computation experts.
 
     ``round(k (E + Z) / E)``: about k of them compute when all are used equally.
 
@@ -157,7 +158,7 @@ class Telemetry(AlertThresholds):
 
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
-    """What one of the two tables says that the other one excludes."""
+    """Yield what one of the two tables says that the other one excludes."""
     balancing = _changed(balance, ("aux_loss", "mse_loss"), table="balance.")
     if router.routing == "sinkhorn" and balancing:
         yield (
@@ -180,7 +181,7 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
 
 
 def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]:
-    """What does not fit a layer in which a token chooses ``top_k`` of ``choices``.
+    """Yield what does not fit a layer in which a token chooses ``top_k`` of ``choices``.
 
     The choices include zero-computation experts.
     """
@@ -226,7 +227,7 @@ def _router_conflicts(router: Router) -> Iterator[str]:
 
 
 def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
-    """``key = value`` for those of ``keys`` that differ from their default.
+    """Return ``key = value`` for those of ``keys`` that differ from their default.
 
     The value decides, not whether a key is present: a flavor can reset what it inherits to the
     default, but it cannot remove it.

@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 class Data(BaseModel):
     """Read-only data of exact types that rejects unknown keys."""
 
+    # Strict, because TOML has types: "1" for 1 is a mistake. No extra keys: a misspelt one would
+    # have no effect.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -19,5 +21,5 @@ class Data(BaseModel):
 
 
 def mistake(message: str) -> PydanticCustomError:
-    """A validation error whose text is entirely ours."""
+    """Return a validation error whose text is entirely ours."""
     return PydanticCustomError("mistake", "{message}", {"message": message})

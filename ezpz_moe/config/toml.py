@@ -11,7 +11,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The document in ``path``.
+    """Read the document in ``path``.
 
     Raises:
         EzpzError: the file is missing, a folder, unreadable, not UTF-8 or not TOML; the last two

@@ -63,12 +63,12 @@ def commented(text: str) -> str:
 
 
 def assignment(key: str, value: Any, comment: str = "") -> str:
-    """``key = value``, followed by a comment. The value is a string, a number or a boolean."""
+    """Write ``key = value`` and a comment. The value is a string, a number or a boolean."""
     return f"{key} = {json.dumps(value, ensure_ascii=False)}{comment and f' # {comment}'}\n"
 
 
 def _header_path(parsed: Any) -> str:
-    """``{"a": {"b": {}}}``, which is what ``[a.b]`` parses to on its own, as ``"a.b"``."""
+    """Return "a.b" for ``{"a": {"b": {}}}``, which is what ``[a.b]`` parses to on its own."""
     names = []
     while parsed:
         table = parsed[-1] if isinstance(parsed, list) else parsed  # [[a]]

@@ -31,14 +31,19 @@ def sinkhorn(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: in
     Returns:
         A new tensor like ``scores_TE``. Device syncs: one in each iteration.
     """
+    # where, not a product with the mask: a padding token's scores may be NaN.
     plan_TE = torch.where(mask_T.unsqueeze(-1), scores_TE, 0)
     E, tiny = scores_TE.shape[-1], torch.finfo(scores_TE.dtype).tiny
     # Scale the plan itself: separate factors would grow without bound if zero scores leave no even
     # plan. Each token is first scaled to 1, which makes tokens equal before the experts' turn.
     for _ in range(iterations):
+        # clamp: a row of zeros (padding) stays zero instead of becoming 0 / 0.
         plan_TE.div_(plan_TE.sum(1, keepdim=True).clamp(min=tiny))
+        # Measured after the rows were scaled and before the columns are: an even load here means
+        # that both conditions hold.
         load_E = plan_TE.sum(0)
         plan_TE.div_((E * load_E).clamp(min=tiny))
+        # An expert whose scores are all zero never gets weight. It would keep the loop running.
         least = torch.where(load_E > 0, load_E, torch.inf).amin()
         if bool(load_E.amax() <= (1 + tolerance) * least):
             break
@@ -51,7 +56,7 @@ def _(scores_TE: Tensor, mask_T: Tensor, tolerance: float, iterations: int) -> T
 
 
 def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device) -> Tensor:
-    """ids_TK: experts ``first`` to E in turn; their loads differ by at most one token.
+    """Return ids_TK: experts ``first`` to E in turn. Their loads differ by at most one token.
 
     Args:
         T: tokens.
@@ -60,6 +65,7 @@ def balanced_experts(T: int, K: int, E: int, *, first: int, device: torch.device
         first: experts before this one get nothing.
         device: where to make the int64 result.
     """
+    # A token's K slots are consecutive numbers, so its experts are distinct: K <= E - first.
     slots_TK = torch.arange(T * K, device=device).view(T, K)
     return first + slots_TK % (E - first)
 
@@ -81,7 +87,8 @@ def perturbed(
     """
     T, K = ids_TK.shape
     draw_TE = torch.rand(T, E - first, device=ids_TK.device)
-    random_TK = first + draw_TE.topk(K, dim=-1).indices  # the first K of a random order
+    # topk of random numbers draws without replacement; randint would repeat experts.
+    random_TK = first + draw_TE.topk(K, dim=-1).indices
     is_random_T1 = torch.rand(T, 1, device=ids_TK.device) < noise
     uneven_TK = torch.rand_like(weights_TK)
     uneven_TK = uneven_TK / uneven_TK.sum(-1, keepdim=True) * weights_TK.sum(-1, keepdim=True)

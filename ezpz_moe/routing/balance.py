@@ -17,11 +17,11 @@ from ezpz_moe.config.routing_schema import Schedule
 
 
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
-    """The change of the experts' biases after a step, float32; it sums to zero.
+    """Return the change of the experts' biases after a step, float32; it sums to zero.
 
-    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the violation itself,
-    relative to the mean load, decides how far, which lets the bias come to rest. Both are variants
-    of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
+    ``by_sign`` moves every bias by the same rate, as the host does. Otherwise the step is
+    proportional to the violation, relative to the mean load, which lets the bias come to rest. Both
+    are variants of Loss-Free Balancing, arXiv 2408.15664, algorithm 1 and section 4.3.
 
     Args:
         counts_E: assignments of the step to each expert, over all ranks.
@@ -34,6 +34,7 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
     if by_sign:
         step_E = torch.sign(error_E)
     else:
+        # A step without tokens has mean 0: its error is 0 too, and the bias stays.
         step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     # Moving all biases alike would change no choice, but would let them drift.
     return rate * (step_E - step_E.mean())
@@ -48,11 +49,13 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # 1 whatever arrives for the carrier: the loss is a separate term of the total, and must
+        # not be scaled by the model's gradient.
         return grad, torch.ones((), **ctx.of_loss)
 
 
 def inject(carrier: Tensor, loss: Tensor) -> Tensor:
-    """``carrier`` unchanged; in backward, ``loss`` is differentiated along with whatever follows.
+    """Return ``carrier`` unchanged; its backward also differentiates ``loss``.
 
     The gradient is that of ``following loss + loss``, once per backward of the carrier: that is,
     once per forward pass, recomputed or not. Source of the idea: Megatron-LM's
@@ -66,7 +69,7 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
 
 
 def value_at(schedule: Schedule, step: int) -> float:
-    """The schedule's value in training step ``step``, counted from 1.
+    """Return the schedule's value in training step ``step``, counted from 1.
 
     >>> value_at(Schedule(start=2.0, end=1.0, steps=5), 3)
     1.5
@@ -75,12 +78,14 @@ def value_at(schedule: Schedule, step: int) -> float:
     """
     start, end = schedule.start, schedule.end
     progress = 1.0 if schedule.steps == 1 else min(1.0, max(0, step - 1) / (schedule.steps - 1))
+    # Return `end` itself: start + (end - start) can miss it by a rounding.
     if progress == 1.0 or schedule.is_constant:
         return end
     match schedule.shape:
         case "linear":
             return start + (end - start) * progress
         case "exponential":
+            # Linear in the logarithm.
             return start ** (1 - progress) * end**progress
         case "cosine":
             return start + (end - start) * (1 - math.cos(math.pi * progress)) / 2

@@ -29,6 +29,8 @@ ROWS = ("given", "computed", "dropped")
 """What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""
 
 
+# An operator, not plain Python: torch.compile would decide is_recomputation() once, while it
+# traces, and build the answer in.
 @torch.library.custom_op("ezpz_moe::count", mutates_args=("counts_E", "sums_S"))
 def count(counts_E: Tensor, sums_S: Tensor, new_E: Tensor, new_S: Tensor) -> None:
     """Add ``new_E`` to ``counts_E`` and ``new_S`` to ``sums_S``, unless this is a recomputation.
@@ -68,7 +70,7 @@ def count_rows(
 
 
 def is_recomputation() -> bool:
-    """Whether the autograd engine is running in this thread: a forward pass is then a repeated one.
+    """Return whether the autograd engine runs in this thread: forward is then a repeated one.
 
     torch.utils.checkpoint recognizes a recomputation by the same number.
     """

@@ -1,6 +1,6 @@
-"""What surrounds the choice of experts: the logits before it, and experts without a layer after it.
+"""The steps around the choice of experts: the logits before it, zero-computation experts after it.
 
-The latter are experts that cost nothing, numbered after the routed ones. A null expert outputs
+Zero-computation experts have no FFN and are numbered after the routed ones. A null expert outputs
 zero, a copy expert its input, a constant expert a learned mix of its input and a learned vector.
 Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and constant
 experts, equations 3 to 5).
@@ -32,15 +32,16 @@ def jittered(x: Tensor, noise: float) -> Tensor:
 
 
 def losing_infinities(logits_BLE: Tensor) -> Tensor:
-    """The logits, with NaN where they are infinite: the loss then shows it.
+    """Return the logits, with NaN where they are infinite: the loss then shows it.
 
     -inf alone would merely bar an expert, and an activation would turn it into an ordinary number.
     """
+    # Detached: finite logits keep their gradient unchanged.
     return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
 
 
 def activated(logits_BLE: Tensor, activation: str) -> Tensor:
-    """The logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
+    """Return the logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 
     ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
     of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
@@ -60,7 +61,8 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
 
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:
-    """weight_BL1: the weight that a token gives to the experts ``first`` to ``last`` - 1."""
+    """Return weight_BL1: a token's weight for the experts ``first`` to ``last`` - 1."""
+    # Experts of one kind have consecutive numbers; a comparison needs no table of kinds.
     chosen_BLK = (ids_BLK >= first) & (ids_BLK < last)
     return torch.where(chosen_BLK, weights_BLK, 0).sum(-1, keepdim=True)
 
@@ -68,12 +70,14 @@ def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Te
 def constant_output(
     x_BLD: Tensor, weight_BLC: Tensor, mix_C2D: Tensor, vectors_CD: Tensor
 ) -> Tensor:
-    """y_BLD: the sum of the constant experts' outputs, each times its weight.
+    """Return y_BLD: the sum of the constant experts' outputs, each times its weight.
 
     Expert c outputs ``a x + b v_c`` with ``(a, b) = softmax(mix_c x)``.
     """
+    # MoE++, equation 5: the token itself decides how much of it and how much of v_c goes on.
     mix_BLC2 = torch.einsum("...d,cmd->...cm", x_BLD, mix_C2D.to(x_BLD.dtype)).softmax(-1)
     shares_BLC2 = weight_BLC.unsqueeze(-1) * mix_BLC2
     of_input_BL1 = shares_BLC2[..., 0].sum(-1, keepdim=True)
+    # Weight the vectors first: one product [.., C] @ [C, D] instead of C outputs of [B, L, D].
     of_vectors_BLD = shares_BLC2[..., 1].to(x_BLD.dtype) @ vectors_CD.to(x_BLD.dtype)
     return x_BLD * of_input_BL1.to(x_BLD.dtype) + of_vectors_BLD

@@ -1,12 +1,11 @@
-"""What a router is trained on besides the model's own loss.
+"""Balance losses: what a router is trained on besides the model's own loss.
 
-Each loss is that of a *group* of tokens: one value per group, differentiable in the scores or
-logits; float32, or float64 if they are. Tokens come as [G, N, ...] with ``mask_GN``, which is False
-for a padding token: that is in no sum and gets a gradient of exactly zero. A group without tokens
-has the loss 0.
+Each function returns one value per *group* of tokens, differentiable in the scores or logits;
+float32, or float64 if they are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding
+token: no sum includes it, and its gradient is exactly zero. A group without tokens has the loss 0.
 
-A group may be spread over ranks: ``share`` then sums a tensor over them, with the gradient of the
-own addend alone. The gradients of all ranks add up to that of the group's loss.
+A group may be spread over ranks: ``share`` then sums a tensor over them, and passes the gradient to
+this rank's addend alone. The gradients of all ranks add up to that of the group's loss.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -22,46 +21,51 @@ Share = Callable[[Tensor], Tensor]
 
 
 def alone(addend: Tensor) -> Tensor:
-    """The ``share`` of a group that is on one rank."""
+    """Return the addend: the ``share`` of a group that is on one rank."""
     return addend
 
 
 def probabilities(scores_GNE: Tensor, mask_GN: Tensor) -> Tensor:
-    """Scores over *all* experts as probabilities: softmax's unchanged, sigmoid's scaled.
+    """Turn scores over *all* experts into probabilities: softmax's unchanged, sigmoid's scaled.
 
     With the chosen experts' scores alone, the balance loss would not depend on the routing. A
     padding token gets zeros.
     """
     # Mask before dividing: for a padding token with NaN, the gradient would otherwise be 0 / NaN.
     scores_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(scores_GNE), 0)
+    # Softmax scores sum to 1 already, so this changes only sigmoid's. The clamp keeps a padding
+    # token's zeros at 0 / 1e-20 = 0.
     return scores_GNE / scores_GNE.sum(-1, keepdim=True).clamp(min=1e-20)
 
 
 def in_groups(values_BLX: Tensor, *, by_sequence: bool) -> Tensor:
-    """[B, L, X] as [G, N, X], and [B, L] as [G, N]: one group per sequence, or a single one."""
+    """Return [B, L, X] as [G, N, X], and [B, L] as [G, N]: a group per sequence, or one in all."""
     return values_BLX if by_sequence else values_BLX.flatten(0, 1).unsqueeze(0)
 
 
 def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
-    """n_G, float32, at least 1: the divisor that turns a sum over the group's tokens into a
-    mean."""
+    """Return n_G, float32, at least 1: it divides a sum over the group's tokens into a mean."""
+    # At least 1, so a group of padding alone has the mean 0 and not 0 / 0.
     return share(mask_GN.sum(-1).float()).clamp(min=1)
 
 
 def assignments(ids_GNK: Tensor, mask_GN: Tensor, E: int) -> Tensor:
-    """counts_GE, float32: how often each expert is chosen."""
+    """Return counts_GE, float32: how often each expert is chosen."""
+    # scatter instead of bincount: shapes are static, the device is not read, and groups stay apart.
     chosen_GNE = torch.zeros(*mask_GN.shape, E, device=ids_GNK.device).scatter_(-1, ids_GNK, 1.0)
     return (chosen_GNE * mask_GN.unsqueeze(-1)).sum(1)
 
 
 def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
-    """P_GE: the mean probability of each expert over the group's tokens."""
+    """Return P_GE: the mean probability of each expert over the group's tokens."""
+    # share() before dividing: the mean of the ranks' means is not the mean over tokens when ranks
+    # have different numbers of them.
     sums_GE = torch.where(mask_GN.unsqueeze(-1), p_GNE, 0).sum(1)
     return share(sums_GE) / n_G.unsqueeze(-1)
 
 
 def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
-    """loss_G = E * sum_i f_i P_i: 1 if even, E / K if the same K experts get everything.
+    """Return loss_G = E * sum_i f_i P_i: 1 if even, E / K if the same K experts get everything.
 
     f is each expert's share of the assignments (it sums to 1 for any top-k, and has no gradient), P
     the mean probability. Source: Switch Transformers, arXiv 2101.03961, equation 4; with a sequence
@@ -72,7 +76,7 @@ def switch_loss(f_GE: Tensor, P_GE: Tensor) -> Tensor:
 
 
 def mse_loss(P_GE: Tensor) -> Tensor:
-    """loss_G = mean_i (P_i - 1/E)^2: how far the mean probabilities are from even.
+    """Return loss_G = mean_i (P_i - 1/E)^2: how far the mean probabilities are from even.
 
     Source: the expert-usage loss of NVIDIA NeMo's MagpieTTS mixture of experts.
     """
@@ -81,18 +85,19 @@ def mse_loss(P_GE: Tensor) -> Tensor:
 
 
 def z_loss(logits_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:
-    """loss_G = mean over tokens of logsumexp(logits)^2, which keeps logits small.
+    """Return loss_G = mean over tokens of logsumexp(logits)^2, which keeps logits small.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
     # Mask before squaring: for a padding token with NaN, the gradient would otherwise be NaN * 0.
     logits_GNE = torch.where(mask_GN.unsqueeze(-1), _at_least_float32(logits_GNE), 0)
+    # Mask again: a padding token's logits are now zeros, and logsumexp of E zeros is ln E.
     squares_GN = logits_GNE.logsumexp(-1).square() * mask_GN
     return share(squares_GN.sum(-1)) / n_G
 
 
 def merged_null_share(f_GE: Tensor, experts: int) -> Tensor:
-    """f with the share of the zero-computation experts (from ``experts`` on) spread evenly.
+    """Return f with the share of the zero-computation experts (from ``experts`` on) spread evenly.
 
     It does not matter which of them a token takes, so none is favoured over another.
     Source: AdaMoE, arXiv 2406.13233, equation 6.

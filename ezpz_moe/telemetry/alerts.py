@@ -59,7 +59,7 @@ class Alerts:
         self._said: set[tuple[object, ...]] = set()
 
     def check(self, record: StepRecord) -> list[str]:
-        """What has gone wrong since the last record: one line per layer and kind of alert."""
+        """Return what has gone wrong since the last record, a line per layer and kind of alert."""
         return [
             f"step {record.step}, layer {layer.layer}: {message}"
             for layer in record.layers
@@ -69,11 +69,12 @@ class Alerts:
         ]
 
     def _dead(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """Experts without an assignment; each is reported once, on one line with the others."""
+        """Report experts without an assignment, each once, on one line with the others."""
         limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
         new = []
         for expert in range(len(layer.counts_E)):
             key = (layer.layer, expert)
+            # A record without an assignment means that all its steps had none.
             idle = self._idle_steps.get(key, 0) + record.steps if expert in dead else 0
             self._idle_steps[key] = idle
             if self._begins(("dead", *key), idle >= limit, not idle):
@@ -86,15 +87,18 @@ class Alerts:
             )
 
     def _rising(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The smoothed CV compared with its lowest value so far."""
+        """Compare the smoothed CV with its lowest value so far."""
         cv = coefficient_of_variation(layer.counts_E)
         key, rise = layer.layer, record.thresholds.alert_cv_rise
         if math.isnan(cv):
             return
         before = self._smoothed_cv.get(key, cv)
         smoothed = before + SMOOTHING * (cv - before)
+        # The lowest of the smoothed values: one lucky record would otherwise set a level that the
+        # run never keeps.
         lowest = min(smoothed, self._lowest_cv.get(key, smoothed))
         self._smoothed_cv[key], self._lowest_cv[key] = smoothed, lowest
+        # Without the floor, twice a tiny CV would raise an alert about a well balanced layer.
         limit = max(rise * lowest, _floor(layer))
         if self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
             yield (
@@ -105,13 +109,14 @@ class Alerts:
             )
 
     def _collapsed(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """The effective number of experts, if there are enough tokens to tell.
+        """Check the effective number of experts, if there are enough tokens to tell.
 
         A token chooses k distinct experts, so no load is that of fewer than k: collapse is the way
         from all E of them down to the same k for every token.
         """
         experts, share = len(layer.counts_E), record.thresholds.alert_collapse
         assignments = sum(layer.counts_E)
+        # With zero-computation experts, tokens use different numbers of routed experts.
         fewest = assignments / layer.tokens  # k, or the mean number of experts that compute
         if assignments < ENOUGH * experts or fewest >= experts:
             return
@@ -127,7 +132,8 @@ class Alerts:
             )
 
     def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
-        """Whether to raise the alert now; between bad and good its state does not change."""
+        """Return whether to raise the alert now; between bad and good its state does not change."""
+        # is_good is stricter than not is_bad (HYSTERESIS).
         if is_good:
             self._said.discard(alert)
         if not is_bad or alert in self._said:
@@ -142,7 +148,7 @@ def _floor(layer: LayerRecord) -> float:
 
 
 def _named(experts: list[int], shown: int = 8) -> str:
-    """``expert 2``, ``experts 2, 7``; after the first few, how many more."""
+    """Return ``expert 2``, or ``experts 2, 7``; after the first few, how many more."""
     names = ", ".join(map(str, experts[:shown]))
     more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
     return f"expert{'s' if len(experts) > 1 else ''} {names}{more}"

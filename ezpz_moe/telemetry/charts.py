@@ -28,7 +28,7 @@ from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
 
 DPI = 100
-_WIDTH = 10.0  # inches, for a picture without a size of its own
+_WIDTH = 10.0  # inches, for a picture that sets no size
 _LARGEST = 30.0  # inches, for all cells of a heat map together
 _COLUMNS = 400  # of a heat map over steps: no screen shows more
 
@@ -48,7 +48,7 @@ _ROUND: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 
 
 
 def load_heat_map(record: StepRecord) -> bytes:
-    """The load of each layer (row) and expert (column) in one record, as PNG.
+    """Draw the load of each layer (row) and expert (column) in one record, as PNG.
 
     For small models each cell shows its figure. Layers may have different numbers of experts.
     """
@@ -56,6 +56,7 @@ def load_heat_map(record: StepRecord) -> bytes:
     rows, experts = load_LE.shape
     cell_w, cell_h = _cell(experts, 0.6, 0.04, 10.0), _cell(rows, 0.4, 0.1, 6.0)
     size = max(5.0, 1 + experts * cell_w), 2 + rows * cell_h
+    # Figure, not pyplot: pyplot keeps every figure in a global list and may want a display.
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     draw_cells(axes, load_LE, _LOAD)
@@ -69,7 +70,7 @@ def load_heat_map(record: StepRecord) -> bytes:
 
 
 def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
-    """The same picture for a run's loggers: [H, W, RGB], cells without figures or axes.
+    """Draw the same picture for a run's loggers: [H, W, RGB], cells without figures or axes.
 
     It takes a millisecond; the other one would hold up a training step for most of a second.
     """
@@ -79,7 +80,7 @@ def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
 
 
 def caption(record: StepRecord) -> str:
-    """What :func:`load_pixels` shows."""
+    """Return what :func:`load_pixels` shows."""
     layers = [layer.layer for layer in record.layers]
     experts = max(len(layer.counts_E) for layer in record.layers)
     return (
@@ -90,7 +91,7 @@ def caption(record: StepRecord) -> str:
 
 
 def load_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """A panel per layer, with the load of its experts (rows) over the steps (columns), as PNG.
+    """Draw a panel per layer, the load of its experts (rows) over the steps (columns), as PNG.
 
     With more records than fit on a screen, a column is the sum of several.
     """
@@ -121,11 +122,13 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
 
 
 def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """The CV of every layer's load, and their mean, over the steps, as PNG."""
+    """Draw the CV of every layer's load, and their mean, over the steps, as PNG."""
     steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = ScalarMappable(Normalize(layers[0], layers[-1]), _ORDER)
+    # Colour by depth, from light to dark: dozens of layers have no distinct colours, but neighbours
+    # look alike.
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
         _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
@@ -142,7 +145,7 @@ def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
 
 
 def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
-    """Loss and mean CV over the steps on two axes, and loss against CV, as PNG.
+    """Draw loss and mean CV over the steps on two axes, and loss against CV, as PNG.
 
     None if no record has a finite loss. A single record has no second part.
     """
@@ -155,6 +158,7 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
         return None
     figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
     has_course = np.isfinite(loss_S + cv_S).sum() > 1
+    # Squeezing would return bare axes for a single panel.
     left, *right = figure.subplots(1, 1 + has_course, squeeze=False).flatten()
     twin = left.twinx()
     _line(left, steps_S, loss_S, color=_LOSS_COLOUR)
@@ -175,7 +179,7 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
 
 
 def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
-    """Each balance loss over the steps, unscaled and averaged over the layers, as PNG.
+    """Draw each balance loss over the steps, unscaled and averaged over the layers, as PNG.
 
     None if no record has any.
     """
@@ -207,12 +211,12 @@ def _layer(record: StepRecord, number: int) -> LayerRecord | None:
 
 
 def _loads(record: StepRecord) -> Array:
-    """The load of each layer and expert: [L, E], NaN where a layer has fewer experts."""
+    """Return the load of each layer and expert: [L, E], NaN where a layer has fewer experts."""
     return filled([relative_load(layer.counts_E).tolist() for layer in record.layers])
 
 
 def cv_by_step(records: Sequence[StepRecord]) -> Array:
-    """The CV of each layer's load in each record: [L, S], NaN where a layer has no assignments."""
+    """Return each layer's CV by record: [L, S], NaN where a layer has no assignments."""
     found = [[_layer(record, number) for record in records] for number in _layers(records)]
     return np.array(
         [
@@ -223,9 +227,10 @@ def cv_by_step(records: Sequence[StepRecord]) -> Array:
 
 
 def mean_over_layers(values_LS: Array) -> Array:
-    """The mean over the layers that have a value: [S], NaN where none has."""
+    """Return the mean over the layers that have a value: [S], NaN where none has."""
     has_LS = np.isfinite(values_LS)
     total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
+    # Not nanmean, which warns about a step where no layer has a value.
     return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
 
 
@@ -237,7 +242,7 @@ def _mean_loss(record: StepRecord, name: str) -> float:
 def load_by_step(
     records: Sequence[StepRecord], number: int, columns: int = _COLUMNS
 ) -> tuple[Array, Array]:
-    """The load of a layer's experts over the steps, in at most ``columns`` columns.
+    """Return the load of a layer's experts over the steps, in at most ``columns`` columns.
 
     Returns [E, columns], the assignments in a column's records over their mean, and the columns'
     edges in steps, [columns + 1]: a column ends at the step of its last record.
@@ -246,8 +251,10 @@ def load_by_step(
     experts = max(len(layer.counts_E) for _, layer in found)
     # A resumed run may have another number of experts, which does not fit into the same picture.
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
+    # Sum neighbours instead of skipping records: a short collapse stays visible.
     groups = np.array_split(np.arange(len(found)), min(len(found), columns))
     first = found[0][0]
+    # Edges at steps, not at record numbers: records may cover different numbers of steps.
     edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
     counts = [np.sum([found[i][1].counts_E for i in group], axis=0) for group in groups]
     return np.stack([relative_load(counts_E) for counts_E in counts], axis=1), np.array(edges)
@@ -257,7 +264,7 @@ def load_by_step(
 
 
 def _cell(number: int, largest: float, smallest: float, room: float) -> float:
-    """The size in inches of each of ``number`` cells, which should fit into ``room``."""
+    """Return the size in inches of each of ``number`` cells, which should fit into ``room``."""
     return min(largest, max(smallest, room / number), _LARGEST / number)
 
 

@@ -35,26 +35,28 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "mse_loss": np.max,
     "z_loss": np.max,
 }
+# A mean of dead experts would hide one dead expert among many layers.
 _SUMMED = ("dead_experts",)
 
 
 def selection_frequency(counts_E: Counts) -> npt.NDArray[np.float64]:
-    """The share of the assignments that each expert got: [E], sums to 1; 1/E is even.
+    """Return the share of the assignments that each expert got: [E], sums to 1; 1/E is even.
 
     This is f_i of the Switch Transformer's balance loss (arXiv 2101.03961, equation 5) for top-1.
     """
     counts = np.asarray(counts_E, dtype=np.float64)
     total = counts.sum()
+    # NaN, not 0: 0 would claim that every expert is dead.
     return counts / total if total else np.full(counts.shape, math.nan)
 
 
 def relative_load(counts_E: Counts) -> npt.NDArray[np.float64]:
-    """Each expert's count over the mean count: [E]; 1 is even, E is all."""
+    """Return each expert's count over the mean count: [E]; 1 is even, E is all."""
     return selection_frequency(counts_E) * len(counts_E)
 
 
 def coefficient_of_variation(counts_E: Counts) -> float:
-    """Population standard deviation over mean; 0 is even, sqrt(E - 1) is one expert alone.
+    """Return population standard deviation over mean; 0 is even, sqrt(E - 1) is one expert alone.
 
     Its square is the importance and load loss of the sparsely-gated MoE layer (arXiv 1701.06538,
     section 4).
@@ -63,36 +65,38 @@ def coefficient_of_variation(counts_E: Counts) -> float:
 
 
 def max_over_mean(counts_E: Counts) -> float:
-    """The busiest expert's count over the mean; 1 is even, E is one expert alone."""
+    """Return the busiest expert's count over the mean; 1 is even, E is one expert alone."""
     return float(relative_load(counts_E).max())
 
 
 def max_violation(counts_E: Counts) -> float:
-    """MaxVio of Loss-Free Balancing (arXiv 2408.15664): max over mean, less 1."""
+    """Return MaxVio of Loss-Free Balancing (arXiv 2408.15664): max over mean, less 1."""
     return max_over_mean(counts_E) - 1.0
 
 
 def min_over_mean(counts_E: Counts) -> float:
-    """The idlest expert's count over the mean; 1 is even, 0 is a dead expert."""
+    """Return the idlest expert's count over the mean; 1 is even, 0 is a dead expert."""
     return float(relative_load(counts_E).min())
 
 
 def percentile_over_mean(counts_E: Counts, percent: float) -> float:
-    """A percentile of the counts, interpolated linearly between two, over their mean."""
+    """Return a percentile of the counts, interpolated linearly between two, over their mean."""
     return float(np.percentile(relative_load(counts_E), percent))
 
 
 def entropy(counts_E: Counts) -> float:
-    """Shannon entropy ``-sum f ln f`` of the selection frequency, in nats; ln E is even."""
+    """Return the Shannon entropy ``-sum f ln f`` of the frequencies, in nats; ln E is even."""
     frequency = selection_frequency(counts_E)
     if np.isnan(frequency).any():
         return math.nan
+    # 0 ln 0 is 0 in the limit, but NaN in floating point.
     used = frequency[frequency > 0]
+    # Natural logarithm: exp() of the result is then a number of experts.
     return float(-(used * np.log(used)).sum()) + 0.0  # turns -0.0 into 0.0
 
 
 def effective_experts(counts_E: Counts) -> float:
-    """``exp(entropy)``: how many experts with equal load would have this entropy; E is even.
+    """Return ``exp(entropy)``: how many equally busy experts would have this entropy; E is even.
 
     This is the perplexity of the frequencies, the Hill number of order 1. If a token chooses k
     distinct experts, no frequency is above 1/k, so it is at least k.
@@ -101,17 +105,17 @@ def effective_experts(counts_E: Counts) -> float:
 
 
 def effective_fraction(counts_E: Counts) -> float:
-    """``exp(entropy) / E``: the share of the experts that are effectively used; 1 is even."""
+    """Return ``exp(entropy) / E``: the share of experts in effective use; 1 is even."""
     return effective_experts(counts_E) / len(counts_E)
 
 
 def dead_experts(counts_E: Counts) -> tuple[int, ...]:
-    """The indices of the experts that got no assignment."""
+    """Return the indices of the experts that got no assignment."""
     return tuple(expert for expert, count in enumerate(counts_E) if count == 0)
 
 
 def load_figures(counts_E: Counts) -> dict[str, float]:
-    """Every figure of a layer's counts by name; only dead_experts if nothing was assigned."""
+    """Return every figure of a layer's counts; only dead_experts if nothing was assigned."""
     dead = {"dead_experts": float(len(dead_experts(counts_E)))}
     if not sum(counts_E):
         return dead
@@ -129,13 +133,14 @@ def load_figures(counts_E: Counts) -> dict[str, float]:
 
 
 def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
-    """Every figure of one layer by name: its load, its router, its losses and its backend.
+    """Return every figure of one layer by name: its load, its router, its losses and its backend.
 
     ``tokens_per_expert`` is the mean number of assignments per expert in one of the ``steps``;
     ``zero_fraction`` is the share of the assignments that went to zero-computation experts. Figures
     that the layer does not have are left out; a layer that saw no tokens has only its bias.
     """
     figures = _if_given(bias_norm=layer.bias_norm)
+    # A bias exists without tokens; a load and means over tokens do not.
     if not layer.tokens:
         return figures
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
@@ -151,7 +156,7 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
 
 
 def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
-    """What a layer's backend did with the tokens it was given, at least one.
+    """Return what a layer's backend did with the tokens it was given, at least one.
 
     ``padding_waste`` is the share of the computed rows that belonged to nobody, ``drop_rate`` the
     share of the tokens that were not computed.
@@ -160,12 +165,14 @@ def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
 
 
 def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the layers that have it, and its worst layer as ``<name>_worst``.
+    """Return each figure's mean over the layers that have it, and the worst as ``<name>_worst``.
 
     ``dead_experts`` is the sum over the layers. Figures without a bad end, such as the router's
     confidence, have no worst.
     """
     summary = {}
+    # Layers may lack figures (no zero-computation experts, no tokens): average over those that have
+    # them.
     for name in dict.fromkeys(name for figures in figures_L for name in figures):
         values = [figures[name] for figures in figures_L if name in figures]
         summary[name] = float(np.sum(values) if name in _SUMMED else np.mean(values))

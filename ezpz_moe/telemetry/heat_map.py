@@ -35,7 +35,7 @@ class Palette:
     zero: str | None = None
 
     def rgba(self, values: Array) -> Array:
-        """The colour of each value, from 0 to 1, grey for NaN: [..., 4]."""
+        """Return the colour of each value, from 0 to 1, grey for NaN: [..., 4]."""
         # Any number in place of NaN: its colour is replaced, and a scale may not take NaN.
         colours: Array = self.colours(self.scale(np.nan_to_num(values, nan=1.0)))
         if self.zero is not None:
@@ -50,7 +50,7 @@ class Palette:
 
 
 def filled(rows: Sequence[Sequence[float | None]]) -> Array:
-    """Rows of different lengths as one table: NaN after a row's end, and for None."""
+    """Return rows of different lengths as one table: NaN after a row's end, and for None."""
     table = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
         table[number, : len(row)] = [np.nan if value is None else value for value in row]
@@ -77,6 +77,8 @@ def draw_cells(
     """
     rows, columns = values.shape
     x_edges = np.arange(columns + 1) - 0.5 if x_edges is None else x_edges
+    # Colours are computed here, not by the axes: a logarithmic scale would mask 0 like NaN, and a
+    # dead expert must not look absent.
     axes.pcolorfast(x_edges, np.arange(rows + 1) - 0.5, palette.rgba(values))
     if first_on_top:
         axes.invert_yaxis()

@@ -36,6 +36,8 @@ def append(path: Path, record: StepRecord) -> None:
     line = f"{json.dumps(_as_json(record))}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Mode a writes at the end, wherever _end_last_line() has read; two writers cannot overwrite
+        # each other's lines.
         with path.open("ab+") as file:
             _end_last_line(file)
             file.write(line)
@@ -44,7 +46,7 @@ def append(path: Path, record: StepRecord) -> None:
 
 
 def read(path: Path) -> list[StepRecord]:
-    """The records in the file, in the order of their steps.
+    """Read the records in the file, in the order of their steps.
 
     A run that resumes from a checkpoint repeats steps: a line replaces the earlier ones of its step
     and of later steps, which belong to the abandoned attempt. A truncated last line is left out
@@ -63,6 +65,7 @@ def read(path: Path) -> list[StepRecord]:
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error}.") from error
     records: list[StepRecord] = []
+    # After the last newline nothing follows, unless a writer was interrupted.
     *whole, rest = lines
     for number, line in enumerate(whole, start=1):
         _take(records, _parsed(line, f"{path}, line {number}"))
@@ -79,7 +82,8 @@ def read(path: Path) -> list[StepRecord]:
 
 
 def _as_json(record: StepRecord) -> dict[str, Any]:
-    """The record and its figures. ``format`` comes first, which identifies a truncated line."""
+    """Return the record and its figures, ``format`` first: it identifies a truncated line."""
+    # Figures are written for jq and other readers. read() ignores them and computes its own.
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     layers = [
         {**vars(layer), "figures": figures}
@@ -114,11 +118,14 @@ def _end_last_line(file: Any) -> None:
     if not end:
         return
     file.seek(end - 1)
+    # The usual case ends here, after reading one byte.
     if file.read(1) == b"\n":
         return
     file.seek(0)
     start = file.read().rfind(b"\n") + 1
     file.seek(start)
+    # Only our own truncated line is removed. A complete one without its newline stays, and so does
+    # anything that somebody else wrote.
     if _is_cut(file.read()):
         file.truncate(start)
     else:
@@ -126,7 +133,7 @@ def _end_last_line(file: Any) -> None:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether this is the beginning of one of our lines, but not complete JSON."""
+    """Return whether this is the beginning of one of our lines, but not complete JSON."""
     ours = b'{"format": '
     # A line that was cut within this prefix is ours too.
     if not (line.startswith(ours) or ours.startswith(line)):
@@ -139,13 +146,15 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _take(records: list[StepRecord], record: StepRecord) -> None:
+    # A resumed run repeats steps. The later ones of the abandoned attempt did not lead to the
+    # weights that the run has now.
     while records and records[-1].step >= record.step:
         records.pop()
     records.append(record)
 
 
 def _parsed(line: bytes, where: str) -> StepRecord:
-    """The record on a line; ``where`` is for the error."""
+    """Return the record on a line; ``where`` is for the error."""
     try:
         content = json.loads(line)
     except ValueError as error:

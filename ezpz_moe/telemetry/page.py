@@ -70,12 +70,13 @@ def page(
     pictures: Sequence[Picture],
     alerts: Sequence[str],
 ) -> str:
-    """The page of a run, from the records in the file ``source``."""
+    """Return the page of a run, from the records in the file ``source``."""
     last = records[-1]
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [
         f"<h1>{title}</h1>",
         f'<p class="quiet">{escape(_what(records))} <code>{escape(str(source))}</code></p>',
+        # Alerts come first: they are what the reader opens the page for.
         f"<h2>{'Alerts' if alerts else 'No alerts'}</h2>",
         _alerts(alerts, last.thresholds),
         "<h2>Over the layers</h2>",
@@ -112,6 +113,7 @@ def _alerts(alerts: Sequence[str], thresholds: AlertThresholds) -> str:
 
 def _figure(picture: Picture) -> str:
     title, caption = _CAPTIONS[picture.name]
+    # Embedded, because the page is mailed and archived without its folder.
     data = base64.b64encode(picture.png).decode()
     return (
         f"<h2>{title}</h2>\n<figure>\n<figcaption>{caption}</figcaption>\n"

@@ -45,6 +45,7 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
             "two logs."
         )
     pictures = _draw(records)
+    # Computed again from the records, because the log may be gone.
     alerts = raised(records)
     files = {f"{picture.name}.png": picture.png for picture in pictures}
     files[PAGE] = page.page(source, records, pictures, alerts).encode()
@@ -52,19 +53,21 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
 
 
 def raised(records: Iterable[StepRecord]) -> list[str]:
-    """The alerts that a run raised."""
+    """Return the alerts that a run raised."""
     alerts = Alerts()
     return [message for record in records for message in alerts.check(record)]
 
 
 def _find(run: Path) -> Path:
-    """The file with a run's records."""
+    """Find the file with a run's records."""
     if not run.exists():
         raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
     if not run.is_dir():
         return run
     if (file := run / FILE_NAME).exists():
         return file
+    # Look two levels down only: a dump folder is often named by its parent, but may hold large
+    # checkpoints.
     below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
     hint = f" There is one below it: {below[0]}." if below else ""
     raise EzpzError(
@@ -74,7 +77,7 @@ def _find(run: Path) -> Path:
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
-    """Every picture that the records have figures for."""
+    """Draw every picture that the records have figures for."""
     drawn = {
         "load_last": charts.load_heat_map(records[-1]),
         "load_over_steps": charts.load_over_steps(records),
@@ -93,6 +96,7 @@ def _write(files: dict[str, bytes], out: Path) -> list[Path]:
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=out) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
+            # dict order: the page comes last, so a reader who sees it finds its pictures.
             for name in files:
                 os.replace(Path(folder, name), out / name)
     except OSError as error:

@@ -56,4 +56,5 @@ class StepRecord:
     grad_norm: float | None
     backend: str
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
+    # Kept with every record: a resumed run may have other thresholds, and plot needs no flavor.
     thresholds: AlertThresholds = field(default_factory=AlertThresholds)

@@ -12,7 +12,7 @@ Detail = Literal["brief", "per_layer", "per_expert"]
 
 
 def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
-    """The record's figures, by the names under which they are logged.
+    """Return the record's figures, by the names under which they are logged.
 
     ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
     ``moe/layer_3/cv``, and ``per_expert`` also adds ``moe/layer_3/expert_7/frequency``, which sums
@@ -24,6 +24,7 @@ def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
     if detail != "brief":
         for layer, figures in zip(record.layers, figures_L, strict=True):
             values |= _under(f"moe/layer_{layer.layer}", figures)
+    # Layers times experts: thousands of scalars, which is why the default is brief.
     if detail == "per_expert":
         for layer in record.layers:
             values |= _frequencies(layer)
@@ -34,6 +35,7 @@ def _frequencies(layer: LayerRecord) -> dict[str, float]:
     return {
         f"moe/layer_{layer.layer}/expert_{expert}/frequency": float(frequency)
         for expert, frequency in enumerate(selection_frequency(layer.counts_E))
+        # Loggers draw NaN as a gap or refuse it: leave it out.
         if not math.isnan(frequency)
     }
 

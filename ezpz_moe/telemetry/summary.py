@@ -30,7 +30,7 @@ _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 
 
 def over_layers_rows(record: StepRecord) -> list[dict[str, str]]:
-    """A row per figure: over all layers, its worst value, and the layer that has it."""
+    """Return a row per figure: over all layers, its worst value, and the layer that has it."""
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     summary = over_layers(figures_L)
     return [
@@ -45,7 +45,7 @@ def over_layers_rows(record: StepRecord) -> list[dict[str, str]]:
 
 
 def layer_rows(record: StepRecord) -> list[dict[str, str]]:
-    """A row per layer, with every figure that some layer has."""
+    """Return a row per layer, with every figure that some layer has."""
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     has = [name for name in LABELS if any(name in figures for figures in figures_L)]
     return [
@@ -58,7 +58,7 @@ def layer_rows(record: StepRecord) -> list[dict[str, str]]:
 
 
 def headline(record: StepRecord) -> str:
-    """What the record covers, in one line."""
+    """Return what the record covers, in one line."""
     experts = sorted({len(layer.counts_E) for layer in record.layers})
     numbers = " or ".join(map(str, experts))
     loss = "" if record.loss is None else f", loss {shown(record.loss)}"
@@ -70,26 +70,27 @@ def headline(record: StepRecord) -> str:
 
 
 def steps(record: StepRecord) -> str:
-    """``step 7``, or ``steps 1 to 10`` for a record that covers several."""
+    """Return ``step 7``, or ``steps 1 to 10`` for a record that covers several."""
     if record.steps == 1:
         return f"step {record.step}"
     return f"steps {record.step - record.steps + 1} to {record.step}"
 
 
 def shown(value: float | None) -> str:
-    """Three digits, or a dash if there is no value."""
+    """Format with three digits, or as a dash if there is no value."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
 
 
 def _worst(record: StepRecord, figures_L: list[dict[str, float]], name: str) -> dict[str, str]:
-    """The worst value and its layer, the first of several; empty if all layers are equal."""
+    """Return the worst value and its layer, the first of several; empty if all layers are equal."""
     values = {
         layer.layer: figures[name]
         for layer, figures in zip(record.layers, figures_L, strict=True)
         if name in figures
     }
+    # If all layers agree, none of them is the worst.
     if name not in WORST or len(set(values.values())) == 1:
         return {"worst": "-", "in layer": "-"}
     worst = float(WORST[name](list(values.values())))

@@ -85,7 +85,7 @@ class Conversion:
 
 
 def convert(old: Path, new: Path) -> Conversion:
-    """What torchtitan 0.3 accepts from a job of torchtitan 0.2.
+    """Return what torchtitan 0.3 accepts from a job of torchtitan 0.2.
 
     Args:
         old: the job's TOML.
@@ -107,7 +107,7 @@ def convert(old: Path, new: Path) -> Conversion:
 
 
 def flavor_path(new: Path) -> Path:
-    """Where a new job's flavor file goes. No other job uses this name."""
+    """Return where a new job's flavor file goes. No other job uses this name."""
     return new.with_name(f"{new.stem}_model.toml")
 
 
@@ -123,6 +123,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
     if new.suffix != ".toml":
         raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
     if not conversion.flavor_file:
+        # No flavor file is written, so the named flavor must be found from the job's new folder.
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
     files = {path: text for path, text in files.items() if text}  # the job needs the flavor: last
@@ -145,7 +146,7 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
 
 
 def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
-    """What the job trains; None if its model is already this package's."""
+    """Return what the job trains; None if its model is already this package's."""
     model = values.get("model.name", _DEFAULT_MODEL)
     if model == MODEL_NAME:
         return None
@@ -157,13 +158,13 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
 def _changed_lines(
     old: Path, values: Mapping[str, Any], model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
-    """The old file's statements, and for assignments, what becomes of them."""
+    """Yield the old file's statements, and for assignments, what becomes of them."""
     for line in statements(old.read_bytes().decode("utf-8-sig")):
         yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 
 
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
-    """``section.name`` and value of an assignment."""
+    """Return ``section.name`` and value of an assignment."""
     found = list(flat(line.parsed, line.section))
     if len(found) != 1:
         raise EzpzError(
@@ -181,6 +182,7 @@ def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | N
         return Change(key, value, "dropped", f"torchtitan 0.2 and 0.3 have no such key.{near}")
     if model and key in ("model.name", "model.flavor"):
         return _model_change(key, value, model)
+    # Before asking whether 0.3 has the key: a default that is built in needs none.
     if is_one_of(row.unless, value):
         return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
     # In 0.3, an option of another mode of activation checkpointing is an error.
@@ -204,7 +206,7 @@ def _model_change(key: str, value: Any, model: NewModel) -> Change:
 
 
 def _switched_off(key: str, values: Mapping[str, Any]) -> str:
-    """The setting that leaves ``key`` without effect in 0.2: ``name = value``, or nothing."""
+    """Return the setting that makes ``key`` idle in 0.2, as ``name = value``; or nothing."""
     for prefix, other, default, off in NO_EFFECT:
         value = values.get(other, default)
         if key.startswith(prefix) and is_one_of(off, value):
@@ -213,20 +215,22 @@ def _switched_off(key: str, values: Mapping[str, Any]) -> str:
 
 
 def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
-    """What the old file left to defaults that have changed since.
+    """Yield what the old file left to defaults that have changed since.
 
     Nothing for a job whose model is ours already, or if no new job can be written.
     """
     if model is None or model.refusal:
         return
     for key, (default, switch) in CHANGED_DEFAULTS.items():
+        # A job that sets the key has made its choice. The switch: without it the default had no
+        # effect.
         if key not in values and (switch is None or values.get(switch) is True):
             new = model.flavor if key == "model.flavor" else default
             yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
 
 
 def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
-    """What the old file left to defaults that 0.3 cannot be given."""
+    """Yield what the old file left to defaults that 0.3 cannot be given."""
     for key, (default, now) in LOST_DEFAULTS.items():
         if key not in values and not _switched_off(key, values):
             yield Change(key, default, "differs", f"torchtitan 0.2's default; {now}")
@@ -238,13 +242,15 @@ def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
 def _rendered(
     lines: Sequence[tuple[Statement, Change | None]], added: Sequence[Change], source: str
 ) -> str:
-    """The old file's statements, with the changes made."""
+    """Return the old file's statements, with the changes made."""
     text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
     missing: dict[str, list[Change]] = {}
     for change in added:
         missing.setdefault(change.section, []).append(change)
+    # Sections stay in the user's order: the new file should look like the old one.
     for _, block in groupby(lines, key=lambda pair: pair[0].section):
         text += "".join(_rendered_section(list(block), missing))
+    # Sections that the old file lacks go to the end.
     for section, changes in missing.items():
         text += f"\n[{section}]\n" + "".join(_assignment(each, section) for each in changes)
     return text
@@ -253,7 +259,7 @@ def _rendered(
 def _rendered_section(
     block: Sequence[tuple[Statement, Change | None]], missing: dict[str, list[Change]]
 ) -> Iterator[str]:
-    """The lines of one section; if nothing is left of it, only the user's comments.
+    """Yield the lines of one section; if nothing is left of it, only the user's comments.
 
     What the section lacks follows its header, or its first key if it has no header, and is removed
     from ``missing``.
@@ -289,6 +295,6 @@ def _rendered_key(line: Statement, change: Change) -> str:
 
 
 def _assignment(change: Change, section: str) -> str:
-    """A replaced or added key, as written under the header ``section``."""
+    """Return a replaced or added key, as written under the header ``section``."""
     was = change.note if change.fate == "added" else f"was {shown(change.value)}"
     return assignment(change.key.removeprefix(f"{section}."), change.new, was)

@@ -33,7 +33,7 @@ class NewModel:
 
 
 def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
-    """The flavor for ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
+    """Find or make the flavor for ``[model] name = model, flavor = flavor`` of torchtitan 0.2.
 
     Args:
         model: 0.2's name of a model.
@@ -49,10 +49,12 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
     if not isinstance(flavor, str) or flavor not in flavors:
         return NewModel(refusal=_dense(f"{model}'s {shown(flavor)}", flavors, model))
     keys, remarks = dict(flavors[flavor]), []
+    # Only deepseek_v3's model depends on a setting outside of [model]: docs/convert.md, YaRN.
     if model == "deepseek_v3" and isinstance(seq_len, int):
         if seq_len <= YARN_BEYOND:
             keys["rope"] = {"scaling": "none"}
             remarks.append(f"no YaRN: torchtitan 0.2 applies it beyond {YARN_BEYOND} tokens")
+        # 0.2 makes its rotary tables as long as the sequence; here the flavor says how long.
         elif seq_len > _longest(keys["inherits"]):
             keys["rope"] = {"max_seq_len": seq_len}
     if difference := DIFFERENCES.get(f"{model}/{flavor}"):
@@ -78,15 +80,18 @@ def _longest(flavor: str) -> int:
 
 
 def _flavor(keys: Mapping[str, Any], name: str, comment: str) -> tuple[Flavor, str]:
-    """A flavor with these keys, and its file."""
+    """Make a flavor with these keys, and its file."""
     text = comment + _toml(keys)
+    # Load it as a user's file would be loaded: a mistake in the table shows now, and inherited
+    # values are filled in for comparison.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{name}.toml").write_text(text, encoding="utf-8")
         return load_flavor(name, near=Path(folder)), text
 
 
 def _shipped(wanted: Flavor) -> str:
-    """The name of an existing flavor that is the same model; empty for none."""
+    """Return the name of an existing flavor that is the same model; empty for none."""
+    # Attention is a suffix of the flavor's name, not another model.
     apart = {"name", "source", "attention"}
     model = wanted.model_dump(exclude=apart)
     for name in flavor_names():
@@ -98,7 +103,7 @@ def _shipped(wanted: Flavor) -> str:
 
 
 def _toml(keys: Mapping[str, Any]) -> str:
-    """Keys as TOML, with tables last."""
+    """Write keys as TOML, with tables last."""
     plain = [assignment(key, value) for key, value in keys.items() if not isinstance(value, dict)]
     tables = [
         f"\n[{key}]\n{_toml(value)}" for key, value in keys.items() if isinstance(value, dict)

@@ -62,6 +62,7 @@ def describe(
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
     part = host().anatomy()
+    # RANK and WORLD_SIZE of a surrounding job script are not the described job's.
     with outside_of_a_run():
         seq_len = part.sequence_length(config, host_flags)
         # The precision is that of the run's device, not of the machine that describes it.
@@ -69,6 +70,7 @@ def describe(
             precision = part.precision_in_words(config, host_flags, flavor)
         anatomy = part.anatomy(flavor, seq_len)
         described = Description(flavor.name, seq_len, precision, anatomy, dense_model(anatomy))
+        # A job has degrees, which say how many ranks it needs at least. A flavor has none.
         if world_size is None and job.path is not None:
             world_size = host().memory().fewest_ranks(config, host_flags)
         if world_size is None:
@@ -78,7 +80,7 @@ def describe(
 
 
 def as_json(description: Description) -> dict[str, Any]:
-    """The description as plain values; FLOPs are per token."""
+    """Return the description as plain values; FLOPs are per token."""
     anatomy = description.anatomy
     return {
         "flavor": description.flavor,
@@ -105,7 +107,7 @@ def as_json(description: Description) -> dict[str, Any]:
 
 
 def _memory(stage: StageMemory) -> dict[str, Any]:
-    """A stage's memory in bytes."""
+    """Return a stage's memory in bytes."""
     return {
         "rank": stage.rank,
         "microbatches_in_flight": stage.in_flight,

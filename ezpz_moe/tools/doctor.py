@@ -78,7 +78,7 @@ class Finding:
 
 
 def facts() -> dict[str, str]:
-    """What is installed and what it runs on."""
+    """Return what is installed and what it runs on."""
     return {
         "torch": torch.__version__,
         "torchtitan": _host_version(),
@@ -92,7 +92,7 @@ def facts() -> dict[str, str]:
 
 
 def host_findings() -> list[Finding]:
-    """Everything that the binding relies on in the host, and whether it works.
+    """Check everything that the binding relies on in the host.
 
     Raises:
         EzpzError: there is no host.
@@ -104,19 +104,21 @@ def host_findings() -> list[Finding]:
         if host() is None:
             raise
         generation, refusal = nearest_generation(), str(error)
+    # The evidence first: if it is gone, no other line means much.
     findings = [_finding(line) for line in (generation.evidence, *generation.relied_on)]
+    # Building a model would fail with a longer error that says the same.
     if can_train(findings):
         findings += _binding_findings(generation, refusal)
     return findings
 
 
 def can_train(findings: Iterable[Finding]) -> bool:
-    """Whether nothing vital is broken."""
+    """Return whether nothing vital is broken."""
     return all(finding.holds for finding in findings if finding.vital)
 
 
 def nearest_generation() -> Host:
-    """The generation most like a host that no binding fits: by its files, else by what holds."""
+    """Return the generation nearest to a host that no binding fits: by its files, or what holds."""
     written = [each for each in detect.HOSTS if each.is_written]
     return written[0] if written else min(detect.HOSTS, key=_share_broken)
 
@@ -168,11 +170,12 @@ def _finding(line: Reliance) -> Finding:
 
 
 def _share_broken(generation: Host) -> float:
+    # A share, because generations rely on different numbers of things.
     return mean(bool(line.why_broken()) for line in generation.relied_on)
 
 
 def _binding_findings(generation: Host, refusal: str) -> Iterator[Finding]:
-    """What no single line shows: whether the binding loads, and builds a model and a config."""
+    """Check what no single line shows: the binding loads, and builds a model and a config."""
     if refusal:  # every line holds, so it is about this machine's device
         yield Finding("the host", "training on this machine", refusal, NO_FLAVOR, vital=True)
         return
@@ -198,7 +201,7 @@ def _trainer_config(generation: Host) -> Any:
 
 
 def _tried(make: Callable[..., T], *args: Any) -> tuple[T | None, str]:
-    """What ``make`` returns, or its error in words, which may be any exception."""
+    """Call ``make``; return its result or, for any exception, the error in words."""
     try:
         return make(*args), ""
     except Exception as error:
@@ -236,8 +239,10 @@ def _usable(device: torch.device) -> dict:
 
 
 def _memory(config, parameters: int, world_size: int) -> Finding:
-    """Weights, gradients and optimizer states of an average rank; activations are extra."""
+    """Compare an average rank's model states with the device's memory; activations are extra."""
     size = getattr(torch, config.training.dtype).itemsize
+    # An average: shards differ by rounding, and pipeline stages by their layers. `ezpz-moe
+    # describe` counts each stage.
     held = parameters * share_of_model(config.parallelism, world_size)
     needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
     what = (
@@ -278,7 +283,7 @@ def _device() -> str:
 
 
 def _precision() -> str:
-    """The precision of a job here that does not set one."""
+    """Return the precision of a job here that does not set one."""
     if trains_in_float32(default_device()):
         return f"float32 unless a job says otherwise: {REASON}"
     return "as in torchtitan: bfloat16 unless a job says otherwise"

@@ -73,9 +73,9 @@ def train(
         here = ["--standalone", "--local-addr", "localhost"]
         return _run(here, arguments, nproc, shown, str, tell)
     with meet(placement, nproc) as nodes:
-
+        # A surviving worker's own error says only that a communication timed out.
         def lost(failure: ChildFailedError) -> str:
-            """Which node was lost and how to continue; torchrun's own report if none was."""
+            """Return which node was lost and how to continue; torchrun's own report if none was."""
             report = loss_report(nodes, placement.node_rank, _last_words(failure))
             if report is None:
                 return str(failure)
@@ -98,6 +98,7 @@ def _run(
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         arguments = [*where, "--nproc-per-node", str(nproc), "--log-dir", reports]
         arguments += ["--local-ranks-filter", shown]
@@ -109,12 +110,14 @@ def _run(
         try:
             torchrun.run(torchrun.parse_args(arguments))
         except ChildFailedError as failure:
+            # exit_on_user_error() has printed the message in the worker.
             if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
                 return EXIT_CODE
             tell(report(failure))
             return 1
         except SignalException as stop:
             tell(f"ezpz-moe: stopped by {stop.sigval.name}")
+            # The shell's convention for a process that a signal has ended.
             return 128 + stop.sigval
         finally:
             logging.disable(logging.NOTSET)
@@ -122,7 +125,7 @@ def _run(
 
 
 def _last_words(failure: ChildFailedError) -> str:
-    """What the first worker to fail said: its error's last line, or the signal that ended it."""
+    """Return what the first worker to fail said: its error's last line, or its signal."""
     words = failure.get_first_failure()[1].message
     if isinstance(words, dict):  # an exception, as torch's ``record`` writes it
         words = words["message"]
@@ -163,7 +166,7 @@ def _share_threads(nproc: int) -> None:
 
 
 def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
-    """Comma-separated local ranks whose output is shown.
+    """Return the local ranks to show, separated by commas.
 
     Always local rank 0, which reports mistakes. A pipeline's loss is on the first rank of its last
     stage, on one of the machines.
@@ -172,6 +175,7 @@ def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
     loss_rank = nproc * nnodes // degree * (degree - 1) % nproc
     asked = os.environ.get(_SHOWN_RANKS) or str(loss_rank)
     try:
+        # LOG_RANK replaces the loss's rank, but never rank 0, which reports mistakes.
         ranks = {0, *map(int, asked.split(","))}
     except ValueError:
         raise EzpzError(
@@ -181,6 +185,6 @@ def _shown_ranks(degree: int, nproc: int, nnodes: int) -> str:
 
 
 def _on_all_nodes(local_ranks: str, nproc: int, nnodes: int) -> str:
-    """Local ranks, counted over all machines, as a comma-separated list."""
+    """Count local ranks over all machines, as a comma-separated list."""
     local = [int(rank) for rank in local_ranks.split(",")]
     return ",".join(str(node * nproc + rank) for node in range(nnodes) for rank in local)

@@ -39,7 +39,7 @@ class Finding:
 
 
 def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
-    """Every trainer flag in a script.
+    """Find every trainer flag in a script.
 
     Args:
         path: the script.
@@ -52,13 +52,16 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error
+    # All words, not only those of a known command: flags are often collected in variables.
     found = [(number, word) for number, line in enumerate(lines, 1) for word in words(line)]
+    # Without the host's launcher in the script, a variable of that name is somebody else's.
     launched = any(Path(word).name == _LAUNCHER for _, word in found)
     findings = []
     for number, word in found:
         place = f"{path}:{number}"
         if (flag := _flag(word)) and _section(flag) in _sections():
             findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
+        # An unknown section is most likely another program's flag: report only a near miss.
         elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
             findings.append(Finding(place, flag, f"unknown section: did you mean {near[0]}?"))
         elif launched and (name := word.partition("=")[0]) != word and name in _variables():
@@ -67,7 +70,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
 
 
 def taken_flags() -> frozenset[str]:
-    """The flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
+    """Return the flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
 
     Raises:
         EzpzError: no host is installed that this package has a binding for.
@@ -77,7 +80,7 @@ def taken_flags() -> frozenset[str]:
 
 
 def words(line: str) -> Iterator[str]:
-    """The words of one line of a script up to a comment, including those inside quotes.
+    """Split one line of a script into words, up to a comment, including those inside quotes.
 
     A quote may begin or end on another line: what follows it is split into words.
     """
@@ -95,7 +98,7 @@ def words(line: str) -> Iterator[str]:
 
 
 def _flag(word: str) -> str:
-    """The flag in a word: ``--a.b``, ``--a.b=1``, ``ARGS=--a.b``, ``${X:+--a.b}``; or nothing."""
+    """Return the flag in ``--a.b``, ``--a.b=1``, ``ARGS=--a.b`` or ``${X:+--a.b}``; or nothing."""
     # `ARGS=--a.b` and `${X:+--a.b}` hide a flag behind an assignment or a default.
     for mark in ("=", ":-", ":+"):
         before, _, after = word.partition(mark)
@@ -115,7 +118,7 @@ def _section(flag: str) -> str:
 
 
 def _remedy(spelled: str, taken: frozenset[str]) -> str:
-    """What to do about a flag; empty if the host accepts it."""
+    """Return what to do about a flag; empty if the host accepts it."""
     section, _, name = spelled.rpartition(".")
     no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
     path = f"{section}.{name.removeprefix(no)}"
@@ -128,6 +131,8 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
     row = presumed_host().job_keys()[section].get(name)
     if row is None:  # the key belongs to a newer host
         return f"{presumed_host().name} has no such setting"
+    # A setting keeps its name, moves, or gets a flag of its own; any of these may be what the host
+    # takes.
     for now in (row.path, row.flag, key):
         if now in taken:
             return f"now {_dashed(now, no)}"
@@ -150,24 +155,25 @@ def _variable_remedy(name: str) -> str:
 
 @cache
 def _variables() -> frozenset[str]:
-    """The variables of every generation's launcher."""
+    """Return the variables of every generation's launcher."""
     return frozenset(chain(*(each.launcher_variables for each in HOSTS)))
 
 
 @cache
 def _keys_by_spelling() -> dict[str, str]:
-    """A setting as any generation of the host spells it -> the job's key for it."""
+    """Map a setting, as any generation of the host spells it, to the job's key for it."""
     keys: dict[str, str] = {}
     for each in HOSTS:
         for section, rows in each.job_keys().items():
             for name, row in rows.items():
                 for spelled in (row.path, row.flag, f"{section}.{name}"):
                     if spelled:
+                        # The first generation that knows a spelling decides.
                         keys.setdefault(spelled, f"{section}.{name}")
     return keys
 
 
 @cache
 def _sections() -> frozenset[str]:
-    """The first parts of trainer flags."""
+    """Return the first parts of trainer flags."""
     return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)

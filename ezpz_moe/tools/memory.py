@@ -1,6 +1,6 @@
 """What each rank of a job holds: weights, gradients, optimizer states, activations, in bytes.
 
-The ranks of one pipeline stage are alike. So one per stage is enough, each in a process of its own,
+The ranks of one pipeline stage are alike. So one per stage is enough, each in its own process,
 as in :mod:`ezpz_moe.tools.preflight`.
 """
 
@@ -86,6 +86,7 @@ def stage_memories(
         microbatches_in_flight(job.schedule, stage, job.stages, job.microbatches)
         for stage in range(job.stages)
     ]
+    # Attention and norms save other tensors on an accelerator than on the CPU.
     look = _activations if device == "accelerator" else _activations_on_cpu
     # One forward through all layers serves every stage; _stage picks out its own part.
     functions = [(look, 0), *((_weights, rank) for rank in ranks)]
@@ -112,7 +113,7 @@ def _activations_on_cpu(*arguments: Any) -> RankReport:
 
 
 def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """The most microbatches whose activations a stage holds at a time.
+    """Return the most microbatches whose activations a stage holds at a time.
 
     One without a pipeline. GPipe (arXiv 1811.06965) runs all forwards first; in 1F1B
     (PipeDream-Flush, arXiv 2006.09503) a stage is ahead of the last one by their distance.
@@ -126,6 +127,8 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
         case "gpipe":
             return microbatches
         case "1f1b":
+            # The last stage goes back at once and holds one; every stage before it waits for one
+            # more.
             return min(stages - stage, microbatches)
     raise EzpzError(
         f"parallelism.pipeline_parallel_schedule = {schedule!r}: only for 1F1B and GPipe is it "
@@ -136,6 +139,7 @@ def microbatches_in_flight(schedule: str, stage: int, stages: int, microbatches:
 
 def _stage(shards: RankReport, in_flight: int, forward: RankReport) -> StageMemory:
     """Select the stage's own activations from those of all layers."""
+    # A stage's own parts are those of which its rank holds weights.
     parts = {part for part, _ in shards.bytes_by_place}
     activations: Counter[str] = Counter()
     for (part, component), number in forward.bytes_by_place.items():

@@ -91,9 +91,10 @@ class Node:
     nproc: int
 
     def state(self) -> State:
-        """Whether its launcher lives; "silent" means that the machine is down or cut off."""
+        """Return whether its launcher lives; "silent" means that the machine is down or cut off."""
         try:
             socket.create_connection((self.address, self.port), SECONDS_TO_ANSWER).close()
+        # A refusal comes from the machine's kernel: the machine is up, but nobody listens any more.
         except ConnectionRefusedError:
             return "ended"
         except OSError:
@@ -105,7 +106,7 @@ class Node:
 def meet(
     placement: Placement, nproc: int, *, seconds: float = SECONDS_TO_MEET
 ) -> Iterator[list[Node]]:
-    """All nodes of the run, in order of rank, once each of them has arrived here.
+    """Wait for the other nodes; yield all, in order of rank, once each of them has arrived here.
 
     Within the context this node answers the others. It also tells gloo to use the network that
     leads to node 0, unless ``GLOO_SOCKET_IFNAME`` is set: by default gloo takes the network that
@@ -119,6 +120,7 @@ def meet(
         EzpzError: a node did not arrive, or arrived and does not answer, two have the same rank, or
             node 0 is not where ``--master-addr`` says.
     """
+    # monotonic, because the clocks of a cluster may be set while nodes wait.
     deadline = time.monotonic() + seconds
     with _open_port(backlog=placement.nnodes) as port:
         if placement.node_rank == 0:
@@ -134,7 +136,7 @@ def meet(
 
 
 def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | None:
-    """Which nodes were lost, in words; None if all others answer.
+    """Return which nodes were lost, in words; None if all others answer.
 
     Names nodes that have ended only if none is silent: they may have ended because of the silent
     one, as this node does now.
@@ -143,6 +145,7 @@ def loss_report(nodes: Sequence[Node], own_rank: int, last_words: str) -> str | 
         last_words: what the failed worker of this node said.
     """
     others = [node for node in nodes if node.rank != own_rank]
+    # Ask after the failure, not during the run: nothing is sent while all is well.
     states = _states(others)
     for state, meaning in (
         ("silent", "it does not answer, so it is down or cut off"),
@@ -171,18 +174,20 @@ def _described(node: Node, nodes: Sequence[Node]) -> str:
 
 @contextlib.contextmanager
 def _open_port(backlog: int) -> Iterator[int]:
-    """A port where the kernel answers knocks; nobody has to accept them."""
+    """Open a port where the kernel answers knocks; nobody has to accept them."""
     with _at_all_addresses(port=0) as server:
+        # Knocks stay in the queue, because nobody accepts them: leave room for all nodes.
         server.listen(max(backlog, 128))
         yield server.getsockname()[1]
 
 
 @contextlib.contextmanager
 def _at_all_addresses(port: int) -> Iterator[socket.socket]:
-    """A socket bound like the store's: to IPv4 and, if the machine has it, to IPv6."""
+    """Bind a socket like the store's: to IPv4 and, if the machine has it, to IPv6."""
     both = socket.has_dualstack_ipv6()
     # One IPv6 socket without V6ONLY also accepts IPv4, as the store's does.
     with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as bound:
+        # A node that is started again must not wait until the system forgets old connections.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if both:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -191,7 +196,7 @@ def _at_all_addresses(port: int) -> Iterator[socket.socket]:
 
 
 def _addresses_of_node_0(placement: Placement) -> list[tuple[socket.AddressFamily, str]]:
-    """What ``--master-addr`` means here, IPv4 first: all nodes then choose the same family."""
+    """Resolve ``--master-addr``, IPv4 first: all nodes then choose the same family."""
     name, port = placement.master_addr, placement.master_port
     try:
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
@@ -205,8 +210,7 @@ def _addresses_of_node_0(placement: Placement) -> list[tuple[socket.AddressFamil
 
 
 def _served_address(placement: Placement) -> str:
-    """The first address of ``--master-addr`` that is this machine's; checks that the port is
-    free."""
+    """Return the first address of ``--master-addr`` that is ours; check that the port is free."""
     reasons = []
     for family, address in _addresses_of_node_0(placement):
         try:
@@ -225,8 +229,9 @@ def _served_address(placement: Placement) -> str:
 
 
 def _route_to_node_0(placement: Placement, deadline: float) -> tuple[str, str]:
-    """This node's address on its route to node 0, where the others reach it, and node 0's."""
+    """Return this node's address on its route to node 0, for the others, and node 0's."""
     port = placement.master_port
+    # Try the addresses in one order everywhere: the nodes then meet in one network.
     addresses = [address for _, address in _addresses_of_node_0(placement)]
     while True:
         way, refusals = _first_answer(addresses, port)
@@ -246,7 +251,7 @@ def _route_to_node_0(placement: Placement, deadline: float) -> tuple[str, str]:
 
 
 def _first_answer(addresses: Sequence[str], port: int) -> tuple[tuple[str, str] | None, list[str]]:
-    """Our own and the other's address of the first connection made; why earlier ones failed."""
+    """Return both ends of the first connection made, and why earlier ones failed."""
     refusals: list[str] = []
     for address in addresses:
         try:
@@ -260,6 +265,7 @@ def _first_answer(addresses: Sequence[str], port: int) -> tuple[tuple[str, str] 
 def _use_network_of(address: str) -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
+            # The user's own choice wins.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
@@ -299,6 +305,8 @@ def _exchange(store: TCPStore, own: Node, placement: Placement, deadline: float)
 def _take_place(store: TCPStore, key: str, own: Node) -> None:
     """Register this node. It may take the place of an earlier start that has ended."""
     entry, known = json.dumps(asdict(own)), ""
+    # compare_set writes only if the key still has the value that we know. A restarted node finds
+    # the entry of its earlier start, and replaces it once that no longer answers.
     while (there := store.compare_set(key, known, entry).decode()) != entry:
         holder = Node(**json.loads(there))
         if holder.state() == "answers":
@@ -311,7 +319,9 @@ def _take_place(store: TCPStore, key: str, own: Node) -> None:
 
 
 def _may_begin(store: TCPStore, keys: Sequence[str], own: Node) -> bool:
-    """Whether all nodes have arrived and answer node 0: one may have ended while it waited."""
+    """Return whether all nodes are there and answer node 0: one may have ended while it waited."""
+    # Node 0 alone decides, and publishes the list: each node by itself could begin with another
+    # one.
     if own.rank == 0 and store.check(list(keys)):
         nodes = _come(store, keys)
         if all(state == "answers" for state in _states(nodes[1:]).values()):

@@ -1,7 +1,7 @@
 """Build the ranks of a big run one by one on this machine: ``ezpz-moe preflight``.
 
 The ranks of one pipeline stage differ only in their number, and the first has the largest shards.
-So one rank per stage is built, each in a process of its own.
+So one rank per stage is built, each in its own process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _run_rank(config: str, host_flags: list[str], world_size: int, rank: int) ->
 
 
 def first_ranks(world_size: int, stages: int) -> range:
-    """The first rank of every pipeline stage.
+    """Return the first rank of every pipeline stage.
 
     Raises:
         EzpzError: the stages cannot share the ranks equally.
@@ -65,7 +65,8 @@ def first_ranks(world_size: int, stages: int) -> range:
 
 
 def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankReport]:
-    """The jobs' reports in order; runs as many at a time as memory is likely to hold."""
+    """Run the jobs, as many at a time as memory is likely to hold; yield reports in order."""
+    # Threads only wait for their processes, and map() keeps the order.
     with ThreadPoolExecutor(_PROCESSES) as threads:
         yield from threads.map(lambda job: job(), jobs)
 
@@ -73,9 +74,9 @@ def concurrently(jobs: Iterable[Callable[[], RankReport]]) -> Iterator[RankRepor
 def in_a_process(
     function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """What ``function`` reports about a rank. The process imports it, so it must be in a module.
+    """Run ``function`` in a process, which imports it from its module, and return its report.
 
-    Each rank has a pool of its own: a shared one would not tell whose process died.
+    Each rank has its own pool: a shared one would not tell which rank's process died.
 
     Raises:
         EzpzError: the process died.
@@ -95,7 +96,7 @@ def in_a_process(
 def _run(
     function: Look, config: str, host_flags: list[str], world_size: int, rank: int
 ) -> RankReport:
-    """Runs in the new process. Whatever goes wrong becomes the report."""
+    """Run in the new process. Whatever goes wrong becomes the report."""
     os.environ[DEBUG_VARIABLE] = "1"  # mistakes are raised, not printed
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ def pipeline_degree(job: Job, host_flags: list[str]) -> int:
 
 
 def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """The folder that the trainer would resume from; None if there is none, or it is told not to.
+    """Return the folder that the trainer would resume from; None if there is none, or it must not.
 
     Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
     ``step-N`` per checkpoint, which is complete once it has its metadata. The trainer takes the
@@ -29,6 +29,7 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
     values, parser = job.values, _parser()
     enable, disable = "--checkpoint.enable", "--checkpoint.no-enable"
     default = values.get("checkpoint.enable", False)
+    # Both switches write one value, so the last one given wins, as in the trainer.
     parser.add_argument(enable, dest="enable", action="store_true", default=default)
     parser.add_argument(disable, dest="enable", action="store_false")
     parser.add_argument(
@@ -65,9 +66,10 @@ def _newest_step(folder: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # No abbreviations: --checkpoint.enable must not match a longer flag that is only the trainer's.
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 
 
 def _spellings(key: str) -> list[str]:
-    """The spellings of a flag: the host accepts both underscores and dashes."""
+    """Return the spellings of a flag: the host accepts both underscores and dashes."""
     return list(dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"]))

@@ -52,6 +52,8 @@ def tune(
     from ezpz_moe.compute import agreement, tuning
 
     _check_folder()
+    # In a scratch folder, so nothing is taken from earlier runs, and old times stay if the step
+    # fails.
     with tuning.elsewhere() as scratch, tuning.variable(agreement.ALONE_VARIABLE, "1"):
         step = presumed_host().one_step(scratch)
         flags = [*step, *host_flags]
@@ -81,6 +83,7 @@ def _check_folder() -> None:
     folder = tuning.cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Try it now: a read-only folder would otherwise show after a whole step of training.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise EzpzError(

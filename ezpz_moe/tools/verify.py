@@ -77,13 +77,13 @@ class Row:
 
 
 def default_device() -> str:
-    """The accelerator that torch sees, else the CPU."""
+    """Return the accelerator that torch sees, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
 
 def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
-    """For every installed backend, why it cannot run there; an empty list means usable.
+    """Return, for every installed backend, why it cannot run there; an empty list means usable.
 
     Raises:
         EzpzError: torch knows no such device.
@@ -96,7 +96,7 @@ def reasons_against(device: str, dtype: str) -> dict[str, list[str]]:
 
 
 def properties(name: str) -> dict[str, Any]:
-    """What a backend says about itself; None if its package does not load."""
+    """Return what a backend says about itself; None if its package does not load."""
     keys = ("host_syncs", "static_shapes", "drops_tokens", "summary")
     try:
         backend = get_backend(name)
@@ -107,7 +107,7 @@ def properties(name: str) -> dict[str, Any]:
 
 
 def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
-    """Every check of the usable backends on ``device``.
+    """List every check of the usable backends on ``device``.
 
     Raises:
         EzpzError: nothing can be compared there; if no backend is usable, with all reasons.
@@ -136,7 +136,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
 
 
 def compare(check: Check) -> list[Row]:
-    """The rows of one check: the output and the four gradients. Syncs the device.
+    """Run one check; return a row for the output and each gradient. Syncs the device.
 
     An exception of the backend becomes a verdict, and the other checks still run.
     """
@@ -154,24 +154,26 @@ def compare(check: Check) -> list[Row]:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row that failed, or the one nearest to its bound."""
+    """Return the row that failed, or the one nearest to its bound."""
+    # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
 def cosine(value: Tensor, true: Tensor) -> float:
-    """Cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
+    """Return the cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
     norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]
     if not all(norms):
         return float(norms[0] == norms[1])
     return torch.sum(value * true).item() / math.prod(norms)
 
 
+# plan() goes through all routings for one backend after the other, so this many are asked for
+# again.
 @lru_cache(maxsize=len(ROUTINGS))
 def _reference(
     device: str, dtype: str, routing: str
 ) -> tuple[Case, dict[str, Tensor], dict[str, float]]:
-    """The inputs, what float64 computes from them, and the allowed errors. Shared by the
-    backends."""
+    """Return a routing's inputs, float64's results and the allowed errors, for all backends."""
     counts, tail = ROUTINGS[routing]
     case = random_case(
         counts,
@@ -202,6 +204,7 @@ def _judged(
 ) -> dict[str, Any]:
     if value is None:
         return _unknown(name, bound, "is None")
+    # In float64 on the CPU: comparing in the value's dtype would round the difference.
     on_host = value.cpu().double()
     error = relative_error(value, true)
     within = ["beyond the bound"] if not error <= bound else []  # NaN is not within
@@ -216,11 +219,12 @@ def _judged(
 
 
 def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
-    """What the contract demands exactly, besides the error bound."""
+    """Yield what the contract demands exactly, besides the error bound."""
     if value.dtype != case.x_RD.dtype:
         yield f"is {value.dtype}"
     counts_E = case.num_tokens_per_expert_E
     if name in ("y", "grad_x"):
+        # any() is True for NaN as well.
         if value[counts_E.sum() :].any():
             yield "tail rows are not zero"
     elif value[counts_E == 0].any():

@@ -100,8 +100,11 @@ class _Choice:
 
     def look_at(self, counts: list[int]) -> int:
         """Look at the load, and return its class of skew."""
+        # Busiest over mean: it decides how much padding costs, and so which backend is fastest.
         now = max(counts) * len(counts) / sum(counts)
         self.loads = [*self.loads, now][-_LOOKS:]
+        # median_low returns a load that was seen. The mean of two could be in a class that neither
+        # is in.
         return tuning.skew_class(statistics.median_low(self.loads))
 
     def follow(self, winner: str) -> None:
@@ -110,6 +113,8 @@ class _Choice:
         self.decisions += 1
 
 
+# Global, because the kernels are functions without an object that could hold state, and layers of
+# the same size share a choice.
 _CHOICES: dict[_Layer, _Choice] = {}
 
 
@@ -118,11 +123,12 @@ def forget() -> None:
     _CHOICES.clear()
 
 
+# Asked at every call of every layer. The answer cannot change within a process.
 @cache
 def candidates(
     among: str, device: torch.device, dtype: torch.dtype, dims: tuple[int, ...] = ()
 ) -> list[str]:
-    """The usable backends to choose from: those in ``among``, or all that drop no tokens."""
+    """Return the usable backends to choose from: those in ``among``, or all that drop no tokens."""
     named = among.split()
     found = []
     for name in named or backend_names():
@@ -155,7 +161,7 @@ def _drop_tokens(names: Sequence[str]) -> bool:
 
 
 def _chosen(layer: _Layer) -> KernelBackend:
-    """The backend that computes now; any backend while there were no rows to choose by."""
+    """Return the backend that computes now; any backend while there were no rows to choose by."""
     choice = _CHOICES.get(layer)
     return _kernels(choice.winner if choice and choice.winner else layer.candidates[0])
 
@@ -183,6 +189,8 @@ def _look(
     # Measure each class once: a load that swings between two classes must not time them each time.
     if choice.skew not in choice.fastest:
         runs = {name: partial(one_pass, _kernels(name)) for name in question.candidates}
+        # Powers of two: under expert parallelism R changes with every step, but which backend is
+        # fastest hardly does.
         situation = tuning.Situation(question, _up_to(rows), choice.skew)
         choice.fastest[choice.skew] = tuning.fastest(situation, runs, layer.device)
     if choice.fastest[choice.skew] != choice.winner:
@@ -204,16 +212,18 @@ def _propose(question: tuning.Question, choice: _Choice, own: str) -> None:
 
 
 def _up_to(rows: int) -> int:
-    """``rows`` rounded up to a power of two."""
+    """Round ``rows`` up to a power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def _forward(
     layer: _Layer, rows: int, counts_of: Callable[[Tensor, int], list[int]], *inputs: Tensor
 ) -> Any:
-    """Forward by the fastest backend; the output itself serves as a gradient when timing."""
+    """Run forward by the fastest backend. Timing takes the output itself for a gradient."""
 
     def one_pass(backend: KernelBackend) -> None:
+        # compute() runs the plain kernels: no autograd graph is built, and nothing is kept between
+        # turns.
         outputs = backend.compute(layer.product, *inputs)
         if isinstance(outputs, Tensor):
             backend.compute(f"{layer.product}_backward", outputs, *inputs)
@@ -225,6 +235,7 @@ def _forward(
             backend.compute(f"{layer.product}_backward", y_RD, *inputs, *saved)
 
     choice = _CHOICES.setdefault(layer, _Choice())
+    # A choice that may drop tokens is made once: backward must drop what forward dropped.
     look_again = choice.calls % _EVERY == 0 and not _drop_tokens(layer.candidates)
     if look_again or not choice.winner:
         counts = counts_of(inputs[-1], rows)
@@ -326,7 +337,7 @@ class Auto(KernelBackend):
         return replace(self, among=" ".join(kept))
 
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor | None:
-        """What the chosen backend makes of these counts; None before the first choice."""
+        """Return what the chosen backend makes of these counts; None before the first choice."""
         asked = (self.among, self.recompute, num_tokens_per_expert_E.shape[0])
         # Telemetry does not know the layer's sizes, so any layer with these options answers for
         # all.

@@ -37,7 +37,9 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
-    """C, which is at most all rows."""
+    """Return C, which is at most all rows."""
+    # A factor above E changes nothing. Limiting it first keeps the product finite: ceil(inf)
+    # raises.
     return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
 
 
@@ -52,6 +54,8 @@ class _Slots:
         starts_E = F.pad(ends_E[:-1], (1, 0))
 
         place_C = torch.arange(self.capacity, device=device)
+        # An expert's rows are neighbours, so its slot c holds row start + c: nothing to sort or
+        # scatter.
         row_EC = starts_E.unsqueeze(1) + place_C
         void_EC = row_EC >= ends_E.unsqueeze(1)
         self.void_S1 = void_EC.view(-1, 1)
@@ -59,6 +63,7 @@ class _Slots:
         self.row_S = row_EC.masked_fill(void_EC, 0).flatten()
 
         row_R = torch.arange(R, device=device)
+        # right=True skips experts without rows, whose end is also the next expert's first row.
         expert_R = torch.searchsorted(ends_E, row_R, right=True).clamp_(max=E - 1)
         place_R = row_R - starts_E[expert_R]
         # Tail rows follow the last expert's own; the clamp gives them to it, so drop them here.
@@ -67,19 +72,20 @@ class _Slots:
         self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
 
     def take(self, rows_RX: Tensor) -> Tensor:
-        """[R, X] -> [E, C, X]; slots without a row are zero, which adds nothing to a gradient."""
+        """Gather [R, X] -> [E, C, X]. An empty slot is zero: it adds nothing to a gradient."""
+        # Fill, do not multiply by zero: the row that a void slot reads may hold NaN.
         taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
         return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
 
     def put(self, slots_ECX: Tensor, like_RX: Tensor | None = None) -> Tensor:
-        """[E, C, X] -> [R, X], laid out like ``like_RX``; dropped and tail rows are zero."""
+        """Gather [E, C, X] -> [R, X], laid out like ``like_RX``. Dropped and tail rows are zero."""
         rows_RX = slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
         rows_RX.masked_fill_(self.dropped_R1, 0)
         return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
 
 
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
-    """``left.T @ right``, laid out like ``like_EMN``."""
+    """Return ``left.T @ right``, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
         # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
         # view.
@@ -117,6 +123,7 @@ def _swiglu(
     slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
     gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, slots.take(x_RD))
     y_ECD = products.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
+    # Keep rows, not slots: [E, C, F] is capacity_factor times as large.
     return slots.put(y_ECD), slots.put(gate_ECF), slots.put(up_ECF)
 
 
@@ -139,6 +146,7 @@ def _swiglu_backward(
         gate_ECF, up_ECF = slots.take(gate_RF), slots.take(up_RF)
     activated_ECF = F.silu(gate_ECF)
     hidden_ECF = activated_ECF * up_ECF
+    # w2's gradient first: what follows overwrites hidden and activated.
     grad_w2_EDF = _weight_gradient(grad_y_ECD, hidden_ECF, w2_EDF)
 
     grad_hidden_ECF = products.bmm(grad_y_ECD, w2_EDF, hidden_ECF)
@@ -183,6 +191,8 @@ class BatchedMMCapacity(KernelBackend):
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
         E = num_tokens_per_expert_E.shape[0]
         C = rows_per_expert(num_rows, E, self.capacity_factor)
+        # Computed on the device, without reading a count; full_like makes the constant there as
+        # well.
         dropped = (num_tokens_per_expert_E.to(torch.int64) - C).clamp_(min=0).sum()
         return torch.stack([torch.full_like(dropped, E * C), dropped])
 

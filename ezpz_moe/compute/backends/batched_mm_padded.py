@@ -62,6 +62,8 @@ class _Plan:
         self.runs = runs_within(tuple(counts), max_padding)
         ends = [0, *(run.stop for run in self.runs)]
         begins = [*(run.first for run in self.runs), len(counts)]
+        # Gaps between runs, and at both ends. Their weight gradients must be zeroed, since no
+        # product writes them.
         self.idle = [slice(end, begin) for end, begin in zip(ends, begins, strict=True)]
         self.n = sum(counts)
         self.P, self.slot_of = 0, {}
@@ -89,9 +91,10 @@ class _Plan:
 
 
 def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
-    """``start, ..., start + length - 1`` of every cell, one after the other: ``total`` numbers."""
+    """Return ``start, ..., start + length - 1`` of all cells as one tensor of ``total`` numbers."""
     # Each number is its own index in the result plus a shift that is constant within its cell.
     shift_c = start_c - (torch.cumsum(length_c, 0) - length_c)
+    # output_size is known here. Without it torch would wait for the device to learn it.
     shift_t = torch.repeat_interleave(shift_c, length_c, output_size=total)
     return torch.arange(total, device=start_c.device) + shift_t
 
@@ -106,24 +109,27 @@ class _Rows:
 
     @classmethod
     def padded(cls, rows_RX: Tensor, plan: _Plan) -> "_Rows":
-        """For reading: padding is zero, which adds nothing to a gradient."""
+        """Prepare for reading: padding is zero, which adds nothing to a gradient."""
         rows = cls(rows_RX, plan)
         if plan.P:
+            # Gather every slot, then zero the padding: one pass instead of zeroing the buffer and
+            # scattering into it.
             torch.index_select(rows_RX, 0, plan.source_P, out=rows.padded_PX)
             rows.padded_PX.index_fill_(0, plan.void_v, 0)
         return rows
 
     def of(self, run: Run) -> Tensor:
-        """[g, C, X], a view."""
+        """Return a run's rows as a view [g, C, X]."""
         slot = self.plan.slot_of.get(run)
         if slot is None:
             rows_X = self.rows_RX[run.start : run.end]
         else:
+            # An even run needs no slot: its rows already lie as [g, C, X].
             rows_X = self.padded_PX[slot : slot + run.experts * run.capacity]
         return rows_X.unflatten(0, (run.experts, run.capacity))
 
     def unpadded(self) -> Tensor:
-        """[R, X] with everything that was written to the runs; tail rows are zero."""
+        """Return [R, X] with everything that was written to the runs; tail rows are zero."""
         if self.plan.P:
             written_pX = self.padded_PX.index_select(0, self.plan.slots_p)
             self.rows_RX.index_copy_(0, self.plan.rows_p, written_pX)
@@ -138,6 +144,7 @@ def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
         products.bmm(A_gCK, B_gKN, out_gCN)
 
 
+# Padded rows are multiplied too, and their results left behind: unpadded() copies only real ones.
 def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
     for run in A.plan.runs:
         _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
@@ -150,7 +157,7 @@ def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows
 
 
 def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
-    """``left.T @ right`` for every expert, laid out like ``like_EMN``."""
+    """Compute ``left.T @ right`` for every expert, laid out like ``like_EMN``."""
     if is_transposed(like_EMN):
         # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
         # view.
@@ -253,7 +260,7 @@ class BatchedMMPadded(KernelBackend):
     """Padded batched products. See the module's text.
 
     Attributes:
-        max_padding: rows computed in vain, of all experts together, as a share of the rows.
+        max_padding: most padding rows of all experts together, as a share of the rows.
     """
 
     name = "batched_mm_padded"
@@ -271,6 +278,7 @@ class BatchedMMPadded(KernelBackend):
     def kernel_options(self) -> tuple[float]:
         return (self.max_padding,)
 
+    # The runs are forward's, from the cache of runs_within: only copying the counts costs time.
     def rows_used(self, num_tokens_per_expert_E: Tensor, num_rows: int) -> Tensor:
         counts = counts_on_host(num_tokens_per_expert_E, num_rows)
         runs = runs_within(tuple(counts), self.max_padding)

@@ -28,17 +28,18 @@ in the loop costs as much as launching a small product."""
 
 
 def _rows(rows_RX: Tensor, counts: list[int]) -> Views:
-    """Every expert's rows [n, X]; tail rows belong to nobody."""
+    """Return every expert's rows [n, X]; tail rows belong to nobody."""
     return rows_RX[: sum(counts)].split(counts)
 
 
 def _columns(rows_RX: Tensor, counts: list[int]) -> Views:
-    """The same, transposed: [X, n]."""
+    """Return every expert's rows, transposed: [X, n]."""
     return rows_RX[: sum(counts)].T.split(counts, dim=1)
 
 
 def _multiply(A_nK: Views, B_KN: Views, out_nN: Views) -> None:
     for A, B, out in zip(A_nK, B_KN, out_nN, strict=True):
+        # An expert without rows writes nothing: skip its launch.
         if len(A):
             products.mm(A, B, out)
 
@@ -50,10 +51,11 @@ def _multiply_sum(A_nK: Views, B_KN: Views, A2_nL: Views, B2_LN: Views, out_nN: 
 
 
 def _weight_gradient(left_Mn: Views, right_nN: Views, like_EMN: Tensor) -> Tensor:
-    """``left @ right`` for every expert, laid out like ``like_EMN``.
+    """Compute ``left @ right`` for every expert, laid out like ``like_EMN``.
 
     An expert without rows gets zero, the sum over nothing.
     """
+    # empty, not zeros: every slice is written once, also that of an idle expert.
     grad_EMN = torch.empty_like(like_EMN)
     for left, right, grad in zip(left_Mn, right_nN, grad_EMN.unbind(), strict=True):
         products.mm(left, right, grad)
@@ -82,6 +84,7 @@ def _mm_backward(
 def _gate_and_up(
     w1_EFD: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
+    # Tail rows stay unwritten: for_loop's backward reads only the rows that belong to an expert.
     gate_RF, up_RF = (x_RD.new_empty(x_RD.shape[0], w1_EFD.shape[1]) for _ in range(2))
     x_nD = _rows(x_RD, counts)
     _multiply(x_nD, w1_EFD.transpose(1, 2).unbind(), _rows(gate_RF, counts))
@@ -96,6 +99,7 @@ def _swiglu(
     n = sum(counts)
     gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, counts)
     hidden_nF = F.silu(gate_RF[:n]).mul_(up_RF[:n])
+    # new_empty, not empty_like: outputs are contiguous, whatever x's strides.
     y_RD = x_RD.new_empty(x_RD.shape)
     _multiply(_rows(hidden_nF, counts), w2_EDF.transpose(1, 2).unbind(), _rows(y_RD, counts))
     y_RD[n:].zero_()
@@ -121,6 +125,7 @@ def _swiglu_backward(
     activated_nF = F.silu(gate_nF)
     hidden_nF = activated_nF * up_nF
     hidden = _rows(hidden_nF, counts)
+    # w2's gradient first: what follows overwrites hidden and activated.
     grad_w2_EDF = _weight_gradient(_columns(grad_y_RD, counts), hidden, w2_EDF)
 
     # hidden is no longer needed: its gradient takes over the memory.

@@ -29,12 +29,13 @@ _ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multipl
 
 @cache
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
+    """Return what ``torch._grouped_mm`` answers to a tiny product, or None if it computes it."""
     # Ask by computing: which devices and dtypes work changes from one torch release to the next.
     A_RK = torch.ones(16, 16, device=device, dtype=dtype)
     B_EKN = torch.ones(2, 16, 16, device=device, dtype=dtype).transpose(1, 2)
     offs_E = torch.tensor([8, 16], device=device, dtype=torch.int32)
     try:
+        # item() waits, so an asynchronous failure shows here and not in training.
         torch._grouped_mm(A_RK, B_EKN, offs=offs_E).sum().item()
     except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
         return str(error).splitlines()[0]
@@ -42,7 +43,7 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
-    """Every reason why ``torch._grouped_mm`` cannot compute this."""
+    """Return every reason why ``torch._grouped_mm`` cannot compute this."""
     reasons = []
     if device.type != "meta" and (refusal := _refusal(device, dtype)) is not None:
         reasons.append(
@@ -52,6 +53,7 @@ def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int
     reasons += [
         f"torch._grouped_mm needs dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
         f"but {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
+        # D and F may be equal: say it once.
         for dim in dict.fromkeys(dims)
         if dim * dtype.itemsize % _ALIGNMENT_BYTES
     ]
@@ -71,8 +73,11 @@ class GroupedMM(Backend):
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         check_where_free(counts_of_offsets, offs_E, A_RK)
+        # torch._grouped_mm takes int32 offsets only.
         offs_E = offs_E.to(A_RK.device, torch.int32)
         owned_R1 = (torch.arange(A_RK.shape[0], device=A_RK.device) < offs_E[-1]).unsqueeze(1)
+        # Masking A clears the tail of A's gradient in backward; masking C clears C's tail now and
+        # that of its gradient later. torch._grouped_mm leaves all of these rows unwritten.
         C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), aligned(B_EKN), offs=offs_E)
         return _OwnedRows.apply(C_RN, owned_R1)
 
@@ -98,6 +103,7 @@ class _OwnedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RX: Tensor, owned_R1: Tensor) -> Tensor:
         ctx.save_for_backward(owned_R1)
+        # where, not a product with the mask: NaN * 0 is NaN.
         return row_major(torch.where(owned_R1, rows_RX, 0))
 
     @staticmethod
@@ -107,7 +113,7 @@ class _OwnedRows(torch.autograd.Function):
 
 
 def row_major(rows_RX: Tensor) -> Tensor:
-    """The rows with the strides of a new tensor, copied only if they have others.
+    """Return the rows with the strides of a new tensor, copied only if they have others.
 
     ``contiguous()`` keeps any strides of one row or none, but ``torch._grouped_mm`` refuses them.
     """
@@ -117,7 +123,7 @@ def row_major(rows_RX: Tensor) -> Tensor:
 
 
 def aligned(matrices: Tensor) -> Tensor:
-    """The same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
+    """Return the same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
     strides = matrices.stride()[-2:]
     if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
         return matrices

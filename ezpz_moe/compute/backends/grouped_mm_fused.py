@@ -1,4 +1,4 @@
-"""``grouped_mm_fused``: the expert FFN on ``torch._grouped_mm`` with a backward of its own.
+"""``grouped_mm_fused``: the expert FFN on ``torch._grouped_mm`` with its own backward.
 
 The host's layer leaves its three products and the SwiGLU between them to autograd, which keeps four
 [R, F] tensors and runs one pass per operation in the elementwise part of backward. Here all of it
@@ -31,12 +31,12 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def _product(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    """``A[r] @ B[expert of r]``; tail rows are unwritten."""
+    """Compute ``A[r] @ B[expert of r]``; tail rows are unwritten."""
     return products.grouped_mm(row_major(A_RK), aligned(B_EKN), offs_E)
 
 
 def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
-    """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, M, N]."""
+    """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, M, N]."""
     if is_transposed(like):
         grad_ENM = _weight_gradient(right_RN, left_RM, offs_E, like.transpose(1, 2))
         return grad_ENM.transpose(1, 2)
@@ -77,6 +77,7 @@ def _swiglu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD).int()
     gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
+    # In place on silu's result, which nobody keeps: the bits are those of the host's product.
     y_RD = _product(F.silu(gate_RF).mul_(up_RF), w2_EDF.transpose(1, 2), offs_E)
     return _zero_tail(y_RD, offs_E), gate_RF, up_RF
 
@@ -95,11 +96,14 @@ def _swiglu_backward(
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
     activated_RF = F.silu(gate_RF)
+    # w2's gradient first: swiglu_gradients_ overwrites activated.
     grad_w2_EDF = _weight_gradient(grad_y_RD, activated_RF * up_RF, offs_E, w2_EDF)
 
     grad_hidden_RF = _product(grad_y_RD, w2_EDF, offs_E)
     grad_gate_RF, grad_up_RF = swiglu_gradients_(grad_hidden_RF, activated_RF, gate_RF, up_RF)
 
+    # Both paths to x, through gate and through up. aligned() copies weights only if their strides
+    # do not suit.
     grad_x_RD = products.grouped_mm_sum(
         *(row_major(grad_gate_RF), aligned(w1_EFD)),
         *(row_major(grad_up_RF), aligned(w3_EFD)),
@@ -115,7 +119,7 @@ def _swiglu_backward(
 
 @dataclass(frozen=True)
 class GroupedMMFused(KernelBackend):
-    """``torch._grouped_mm`` with a backward of its own. See the module's text."""
+    """``torch._grouped_mm`` with its own backward. See the module's text."""
 
     name = "grouped_mm_fused"
     summary = "torch._grouped_mm as the host calls it, with a backward that keeps less"

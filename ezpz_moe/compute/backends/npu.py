@@ -49,29 +49,34 @@ class _Groups:
     def of(cls, offs_E: Tensor, num_rows: int) -> "_Groups":
         rows_R = torch.arange(num_rows, device=offs_E.device)
         return cls(
+            # The last offset must be R, so the last expert gets the tail: zero rows, which change
+            # nothing.
             ends_E=torch.cat([offs_E[:-1], offs_E.new_full((1,), num_rows)]).to(torch.int64),
             owned_R1=(rows_R < offs_E[-1]).unsqueeze(1),
             empty_E11=torch.diff(offs_E, prepend=offs_E.new_zeros(1)).eq(0)[:, None, None],
         )
 
     def owned(self, rows_RX: Tensor) -> Tensor:
-        """The rows with a tail of zeros, contiguous."""
+        """Return the rows with a tail of zeros, contiguous."""
+        # where, not a product with the mask: tail rows may hold NaN.
         return torch.where(self.owned_R1, rows_RX, 0).contiguous()
 
     def multiply(self, A_RK: Tensor, B_EKN: Tensor) -> Tensor:
-        """``C[r] = A[r] @ B[expert of r]``; A must be contiguous, with a tail of zeros."""
+        """Compute ``C[r] = A[r] @ B[expert of r]``. A must be contiguous, with a tail of zeros."""
         if not A_RK.shape[0]:
             return A_RK.new_zeros(0, B_EKN.shape[2])
         return self._call(A_RK, _readable(B_EKN), group_type=0)
 
     def weight_gradient(self, left_RK: Tensor, right_RN: Tensor, like: Tensor) -> Tensor:
-        """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, K, N]."""
+        """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, K, N]."""
         if not left_RK.shape[0]:
             return torch.zeros_like(like)
         grad_EKN = self._call(left_RK.T, right_RN, group_type=2)
         return laid_out_like(grad_EKN.masked_fill_(self.empty_E11, 0), like)
 
     def _call(self, x: Tensor, weight: Tensor, group_type: int) -> Tensor:
+        # split_item=3 asks for one result tensor. Import here: torch_npu looks for an NPU when it
+        # is imported.
         (result,) = importlib.import_module("torch_npu").npu_grouped_matmul(
             [x],
             [weight],
@@ -84,7 +89,7 @@ class _Groups:
 
 
 def _readable(B_EKN: Tensor) -> Tensor:
-    """B, copied only if it is neither contiguous nor the transpose of a contiguous tensor."""
+    """Copy B only if it is neither contiguous nor the transpose of a contiguous tensor."""
     if B_EKN.is_contiguous() or B_EKN.transpose(1, 2).is_contiguous():
         return B_EKN
     return B_EKN.contiguous()
@@ -138,6 +143,7 @@ def _swiglu_backward(
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, owned_x_RD)
     activated_RF = F.silu(gate_RF)
+    # w2's gradient first: swiglu_gradients_ overwrites activated.
     grad_w2_EDF = groups.weight_gradient(grad_y_RD, activated_RF * up_RF, w2_EDF)
 
     grad_hidden_RF = groups.multiply(grad_y_RD, w2_EDF)

@@ -10,7 +10,7 @@ import torch
 
 
 def segment_counts(ids_SLK: torch.Tensor, num_experts: int, segment: int) -> torch.Tensor:
-    """How many tokens of each segment go to each expert: integers [N, E], N = S (L - m + 1).
+    """Return how many tokens of each segment go to each expert: integers [N, E], N = S (L - m + 1).
 
     Raises:
         ValueError: a segment is longer than a sequence, or has no tokens.
@@ -24,7 +24,7 @@ def segment_counts(ids_SLK: torch.Tensor, num_experts: int, segment: int) -> tor
 
 
 def best_routing(counts_NE: torch.Tensor, segment: int) -> float:
-    """Segment routing best performance (SRP): the best F1 score of routing segments, not tokens.
+    """Compute segment routing best performance (SRP): the best F1 of routing segments, not tokens.
 
     A segment router sends all m tokens of a segment to one set of experts. Compared with the
     model's choices, its precision and recall are best when it takes all (segment, expert) pairs
@@ -42,7 +42,7 @@ def best_routing(counts_NE: torch.Tensor, segment: int) -> float:
 
 
 def best_hit_rates(counts_NE: torch.Tensor) -> torch.Tensor:
-    """Segment cache best hit rate (SCH) for every cache size, 1 to E: [E] in float64.
+    """Compute the segment cache best hit rate (SCH) of every cache size, 1 to E: [E] in float64.
 
     For each segment, the cache holds the experts that it uses most; a hit is a choice of an expert
     in the cache. This is the definition of the paper's first version.

@@ -12,12 +12,12 @@ import torch
 
 
 def capacity(length: int, top_k: int, num_experts: int, factor: float) -> int:
-    """How many tokens of a sequence an expert takes: ceil(factor L K / E), arXiv 2006.16668."""
+    """Return how many of a sequence's tokens fit: ceil(factor L K / E), arXiv 2006.16668."""
     return math.ceil(factor * length * top_k / num_experts)
 
 
 def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Tensor:
-    """Which choices find their expert full: bool [S, L, K].
+    """Return which choices find their expert full: bool [S, L, K].
 
     Each sequence counts by itself, and its tokens come in order. An expert takes the first
     ``capacity`` of them.
@@ -31,12 +31,13 @@ def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Ten
     one_hot = torch.nn.functional.one_hot(ids_SLK.long(), num_experts)
     # For each expert, how many earlier tokens of the sequence chose it.
     before_SLE = one_hot.sum(2).cumsum(1) - one_hot.sum(2)
+    # A token's place in its expert's queue, from 0.
     rank_SLK = before_SLE.gather(2, ids_SLK.long())
     return rank_SLK >= capacity(length, top_k, num_experts, factor)
 
 
 def by_position(dropped_SLK: torch.Tensor, parts: int) -> torch.Tensor:
-    """Share of the choices dropped in each of ``parts`` equal stretches of the sequence.
+    """Return the share of the choices dropped in each of ``parts`` equal stretches of the sequence.
 
     Returns:
         [P] in float64. If P does not divide L, some stretches are one position longer.

@@ -38,13 +38,14 @@ def draw(layers: Layers, settings: Settings, folder: Path) -> Iterator[Path]:
         pictures["drift"] = _drift
     for name, picture in pictures.items():
         figure, file = picture(layers, settings), folder / f"{name}.png"
+        # Agg needs no display, and unlike pyplot it does not keep the figure.
         FigureCanvasAgg(figure)
         figure.savefig(file, dpi=_DPI)
         yield file
 
 
 def _load(layers: Layers, _: Settings) -> Figure:
-    """Each expert's share of the choices, as a multiple of an even share."""
+    """Draw each expert's share of the choices, as a multiple of an even share."""
     figure, axes = _one()
     loads = [[share * each.num_experts for share in each.load] for each in layers]
     most = max(2.0, *map(max, loads))
@@ -57,7 +58,7 @@ def _load(layers: Layers, _: Settings) -> Figure:
 
 
 def _tokens(layers: Layers, _: Settings) -> Figure:
-    """What the token ID predicts, and how narrow each expert's tokens are."""
+    """Draw what the token ID predicts, and how narrow each expert's tokens are."""
     figure = Figure(figsize=(11, 0.3 * len(layers) + 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = np.arange(len(layers))
@@ -82,7 +83,7 @@ def _tokens(layers: Layers, _: Settings) -> Figure:
 
 
 def _drops(layers: Layers, settings: Settings) -> Figure:
-    """Drops along the sequence."""
+    """Draw drops along the sequence."""
     figure, axes = _one()
     parts = len(layers[0].dropped_by_position)
     middles = (np.arange(parts) + 0.5) / parts
@@ -100,7 +101,7 @@ def _drops(layers: Layers, settings: Settings) -> Figure:
 
 
 def _consistency(layers: Layers, settings: Settings) -> Figure:
-    """Segment routing by layer, and hit rates by cache size."""
+    """Draw segment routing by layer, and hit rates by cache size."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(range(len(layers)), [each.srp for each in layers])
@@ -128,12 +129,13 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
 
 
 def _similarity(layers: Layers, _: Settings) -> Figure:
-    """Cosines between experts' weights, one map per layer, all on one scale."""
+    """Draw cosines between experts' weights, one map per layer, all on one scale."""
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.6 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     maps = [np.array(each.cosines, dtype=float) for each in layers]
+    # One scale for all layers, from what differs: the diagonal is always 1.
     off = np.concatenate([m[~np.eye(len(m), dtype=bool)] for m in maps])
     limit = float(np.nanmax(np.abs(off), initial=1e-3))
     palette = Palette(colormaps["RdBu_r"], Normalize(-limit, limit))
@@ -152,7 +154,7 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
 
 
 def _drift(layers: Layers, _: Settings) -> Figure:
-    """Tokens that the other checkpoint routes differently."""
+    """Draw the tokens that the other checkpoint routes differently."""
     figure, axes = _one()
     rows = np.arange(len(layers))
     changed = [each.drift.changed if each.drift else 0 for each in layers]
@@ -173,12 +175,12 @@ def _one() -> tuple[Figure, Any]:
 
 
 def _legend_below(axes: Any) -> None:
-    """A legend that covers no bar."""
+    """Add a legend that covers no bar."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
-    """A line per layer, the first ones dark, with a legend short enough to read."""
+    """Draw a line per layer, the first ones dark, with a legend short enough to read."""
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for each, (x, y), color in zip(layers, lines, colors, strict=True):
         axes.plot(x, y, color=color, label=f"layer {_short(each)}", marker=".")
@@ -188,7 +190,7 @@ def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _expert_columns(axes: Any, values_LE: Array, palette: Palette) -> None:
-    """A row per layer and a column for each expert; layers with fewer experts end earlier."""
+    """Draw a row per layer and a column for each expert; layers with fewer experts end earlier."""
     draw_cells(axes, values_LE, palette)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -81,9 +81,11 @@ def record(
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
+    # Schedules of the router (its temperature) depend on the step.
     part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
         parameter.data = parameter.data.to(dtype)
+    # Routers add jitter only in training.
     model.eval()
     _check_vocabulary(text, model, flavor)
     losses, chosen = [], _Chosen(part.routers(model))
@@ -95,6 +97,7 @@ def record(
                 model, sequence.tokens_L.to(device), sequence.positions_L.to(device)
             )
             labels_L = sequence.labels_L.to(device)
+            # In float32: a sum over a vocabulary loses too much in bfloat16.
             losses.append(nn.functional.cross_entropy(logits_LV.float(), labels_L).item())
     similar = {name: cosines(weights).cpu() for name, weights in part.expert_weights(model).items()}
     return Recording(sum(losses) / len(losses), chosen.routing(), similar)
@@ -120,6 +123,7 @@ class _Chosen:
         part = host().analysis()
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
+            # To the CPU at once: the ids of a long text would fill the device.
             self._ids[name].append(part.chosen(output).flatten(0, -2).cpu())
 
         return keep
@@ -145,11 +149,13 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
     with torch.no_grad():
         for name, tensor in state.items():
+            # Into the model's own memory, one tensor at a time: the checkpoint is never in memory
+            # as a whole.
             tensor.copy_(read_whole(checkpoint, metadata, name))
 
 
 def _step(checkpoint: Path) -> int:
-    """The training step in the folder's name; without one, a step after every schedule's end."""
+    """Return the step in the folder's name; without one, a step after every schedule's end."""
     match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
     return int(match[1]) if match else sys.maxsize
 

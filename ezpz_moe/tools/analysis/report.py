@@ -77,7 +77,7 @@ def report(
     settings: Settings,
     other: Recording | None = None,
 ) -> list[LayerReport]:
-    """Every layer's report, and what ``other`` routes differently on the same text."""
+    """Return every layer's report, and what ``other`` routes differently on the same text."""
     others: Mapping[str, Routing] = other.routing if other else {}
     return [
         _layer(name, routing, others.get(name), recording.cosines[name], tokens_SL, settings)
@@ -110,7 +110,9 @@ def _layer(
         load=(torch.bincount(ids_TK.flatten(), minlength=E) / ids_TK.numel()).tolist(),
         explained=_explained(ids_TK, tokens_T, E),
         concentration=[
-            None if each != each else each for each in concentration(ids_TK, tokens_T, E).tolist()
+            # Only NaN differs from itself.
+            None if each != each else each
+            for each in concentration(ids_TK, tokens_T, E).tolist()
         ],
         top_tokens=top_tokens(ids_TK, tokens_T, E, count=_TOP_TOKENS),
         dropped=dropped_SLK.double().mean().item(),

@@ -8,7 +8,7 @@ import torch
 
 
 def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Cosine between every two experts' weights: [E, E] in float64.
+    """Compute the cosine between every two experts' weights: [E, E] in float64.
 
     All weights of an expert form one vector. Hidden channels are compared position by position:
     experts with the same channels in another order are as far apart as any two. High values mean a
@@ -20,6 +20,7 @@ def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     Returns:
         NaN in the rows and columns of an expert whose weights are all zero.
     """
+    # Add the dot products of w1, w2 and w3: concatenating the weights would copy all of them.
     dots_EE = sum(flat @ flat.T for flat in (each.flatten(1).double() for each in weights))
     assert isinstance(dots_EE, torch.Tensor)
     norms_E = dots_EE.diagonal().sqrt()
@@ -27,6 +28,6 @@ def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def off_diagonal(cosines_EE: torch.Tensor) -> torch.Tensor:
-    """The cosines of two different experts, each pair once."""
+    """Return the cosines of two different experts, each pair once."""
     first, second = torch.triu_indices(*cosines_EE.shape, offset=1)
     return cosines_EE[first, second]

@@ -30,7 +30,7 @@ class Explained:
 
 
 def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int) -> Explained:
-    """How much of the routing the token ID alone explains.
+    """Return how much of the routing the token ID alone explains.
 
     Each token is left out of its own prediction. A token that occurs once therefore explains
     nothing, while mutual information, counted on the same text, would let it explain everything.
@@ -44,6 +44,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
         ValueError: no ID occurs twice.
     """
     chosen_TE = multi_hot(ids_TK, num_experts)
+    # Number the IDs that occur: a table over the whole vocabulary would be mostly zeros.
     _, index_T = torch.unique(tokens_T, return_inverse=True)
     counts_VE = torch.zeros(int(index_T.max()) + 1, num_experts, dtype=torch.float64)
     counts_VE.index_add_(0, index_T, chosen_TE)
@@ -61,7 +62,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
 
 
 def _overlap(counts_TE: torch.Tensor, chosen_TE: torch.Tensor, top_k: int) -> float:
-    """Mean share of the chosen experts among the ``top_k`` largest counts.
+    """Return the mean share of the chosen experts among the ``top_k`` largest counts.
 
     Experts with equal counts that compete for the last places share these equally, which is the
     mean over all ways to choose among them.
@@ -74,7 +75,7 @@ def _overlap(counts_TE: torch.Tensor, chosen_TE: torch.Tensor, top_k: int) -> fl
 
 
 def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How narrow each expert's tokens are: 1 - H(token | expert) / H(token).
+    """Return how narrow each expert's tokens are: 1 - H(token | expert) / H(token).
 
     H is the entropy of the token IDs among the expert's tokens, and in the whole text. 0: the
     expert sees the text as it is; 1: it sees a single ID. An expert with few tokens is narrow
@@ -97,7 +98,7 @@ def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int
 def top_tokens(
     ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int, *, count: int
 ) -> list[list[tuple[int, float]]]:
-    """The most frequent token IDs of each expert, with their shares of its tokens."""
+    """Return the most frequent token IDs of each expert, with their shares of its tokens."""
     found = []
     for e in range(num_experts):
         of_expert = tokens_T[(ids_TK == e).any(1)]
@@ -109,12 +110,12 @@ def top_tokens(
 
 
 def multi_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """1 for each chosen expert: [T, E] in float64."""
+    """Set 1 for each chosen expert: [T, E] in float64."""
     zeros_TE = torch.zeros(ids_TK.shape[0], num_experts, dtype=torch.float64)
     return zeros_TE.scatter_(1, ids_TK.long(), 1.0)
 
 
 def entropy(counts_NV: torch.Tensor) -> torch.Tensor:
-    """The entropy [N] in nats of each row's frequencies; 0 for a row of zeros."""
+    """Return the entropy [N] in nats of each row's frequencies; 0 for a row of zeros."""
     shares_NV = counts_NV / counts_NV.sum(1, keepdim=True).clamp_min(1)
     return torch.special.entr(shares_NV).sum(1)

@@ -54,7 +54,7 @@ class Contender:
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same values and memory, as inputs that require a gradient."""
+    """Return the same values and memory, as inputs that require a gradient."""
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 

@@ -23,19 +23,20 @@ from ezpz_moe.tools.bench.shapes import Shape
 
 
 def backends(specs: Sequence[str]) -> list[Contender]:
-    """The named backends; without names, all that are installed.
+    """Return the named backends; without names, all that are installed.
 
     Raises:
         EzpzError: a named backend does not exist, has no such option, or does not load. (If an
             installed backend that is not named does not load, that becomes its reason.)
     """
+    # Load them first: a misspelt name must not show after minutes of measuring.
     for spec in specs:
         get_backend(spec)
     return [_backend(spec) for spec in specs or backend_names()]
 
 
 def others(names: Sequence[str]) -> list[Contender]:
-    """What the backends are compared with; without names, everything but ``single_buffer``.
+    """Return what the backends are compared with; without names, everything but ``single_buffer``.
 
     Raises:
         EzpzError: there is no such contender.
@@ -72,7 +73,7 @@ def _not_reached(case: Case) -> Prepared:
 
 
 def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
-    """The loop one writes first. Each ``w[e]`` gets a gradient as large as the whole [E, F, D]."""
+    """Run the loop one writes first. Each ``w[e]`` gets a gradient as large as all of [E, F, D]."""
     outputs, start = [], 0
     for e, count in enumerate(counts_E.tolist()):
         x_nD = x_RD[start : start + count]
@@ -82,7 +83,7 @@ def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts
 
 
 def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
-    """The three products of torchtitan's layer, in the given dtype."""
+    """Compute the three products of torchtitan's layer, in the given dtype."""
     offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
     gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
     up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)
@@ -94,14 +95,16 @@ def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) ->
 
 
 def _dense(case: Case) -> Prepared:
-    """One FFN over all rows, with the first expert's weights: the same number of FLOPs."""
+    """Prepare one FFN over all rows, with the first expert's weights: the same number of FLOPs."""
+    # Clone: a view would keep all experts' weights in memory.
     of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
     w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
     return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
 
 
 def _stock(case: Case) -> Prepared:
-    """The installed torchtitan's own routed experts."""
+    """Prepare the installed torchtitan's own routed experts."""
+    # Imported here: without torchtitan the other contenders can still be measured.
     from ezpz_moe.hosts.detect import host
 
     (x_RD,), counts_E = leaves(case.x_RD), case.num_tokens_per_expert_E
@@ -122,7 +125,7 @@ def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> li
 
 
 def _single_buffer(case: Case) -> Prepared:
-    """All experts as one run of ``batched_mm_padded``, however much padding that is."""
+    """Prepare all experts as one run of ``batched_mm_padded``, however much padding that is."""
     return prepared(get_backend(_UNBOUNDED).swiglu)(case)
 
 

@@ -22,6 +22,8 @@ from ezpz_moe.compute.reference import Case, plain_loop
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.results import Figures
 
+# Relative to the norm of the output. Wide, because this finds wrong layers; `ezpz-moe verify`
+# judges rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _TOLERANCE_OF_HALF = 3e-2
 
@@ -36,7 +38,7 @@ class WrongOutputError(RuntimeError):
 def measure(
     contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
 ) -> tuple[dict[str, Figures], dict[str, str]]:
-    """The figures of all contenders, and the errors of those that failed.
+    """Measure all contenders; return their figures, and the errors of those that failed.
 
     They take turns, and each turn begins with another contender: a busy machine slows all alike.
     The runs that count bytes come first and warm up, as does the first turn. Earlier choices of
@@ -67,6 +69,7 @@ def _measure(
         for name in order:
             tick(name)
             forward_ms, both_ms = milliseconds(ready[name], case.grad_y_RD)
+            # The first turn warms up caches and clocks.
             if turn > 0:
                 figures[name].forward_ms.append(forward_ms)
                 figures[name].both_ms.append(both_ms)
@@ -76,12 +79,12 @@ def _measure(
 
 
 def ticks(contenders: Sequence[Contender], repeats: int) -> int:
-    """How often :func:`measure` ticks if none breaks."""
+    """Return how often :func:`measure` ticks if none breaks."""
     return len(contenders) * (2 + repeats)
 
 
 def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
-    """Milliseconds of forward, and of forward and backward, from one run.
+    """Return the milliseconds of forward, and of forward and backward, from one run.
 
     Uses the device's own clock where there is one. Ends when the gradients have been returned.
     """
@@ -90,6 +93,7 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
         start = time.perf_counter()
         y_RD = prepared.forward()
         between = time.perf_counter()
+        # Not backward(), which adds to .grad: from the second turn on it would time an addition.
         torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
         end = time.perf_counter()
         return (between - start) * 1e3, (end - start) * 1e3
@@ -105,7 +109,7 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
 
 
 def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
-    """Bytes that forward saves for backward, and the output.
+    """Return the bytes that forward saves for backward, and the output.
 
     Every storage counts once and in full. Inputs, weights and constants do not count: they stay in
     memory anyway.
@@ -125,7 +129,7 @@ def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes that ``work`` holds on the device at a time, beyond what is held already.
+    """Return the most bytes that ``work`` holds on the device at a time, beyond those held before.
 
     On the CPU this is what torch's profiler sees of its allocator, not what the C library keeps or
     wastes, or a kernel library allocates by itself. None if the device does not tell.
@@ -134,6 +138,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its log says that it starts and stops
         with profile(profile_memory=True, use_kineto=True) as profiled:
             result = work()
+        # Deleted only now: the gradients count as held until the end.
         del result
         return _most_at_a_time(profiled)
     of_device = getattr(torch, device.type)
@@ -148,7 +153,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _most_at_a_time(profiled: profile) -> int:
-    """The peak of the bytes allocated while the profiler was on.
+    """Return the peak of the bytes allocated while the profiler was on.
 
     Ignores an address that was not: its size comes from an earlier profile that saw it allocated.
     """
@@ -175,12 +180,13 @@ def _allocations(profiled: profile) -> Iterator[Any]:
 
 
 def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
-    """How often ``work`` waits for the device; None if torch cannot tell."""
+    """Count how often ``work`` waits for the device; None if torch cannot tell."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # torch warns at each synchronizing call; there is no counter.
         torch.cuda.set_sync_debug_mode("warn")
         try:
             work()
@@ -192,7 +198,7 @@ def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
 def _untimed(
     contender: Contender, prepared: Prepared, grad_y_RD: Tensor, true_RD: Tensor
 ) -> Figures:
-    """All figures except the times."""
+    """Measure all figures except the times."""
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(prepared.forward(), prepared.inputs, grad_y_RD)
@@ -223,7 +229,7 @@ def _expected(case: Case) -> Tensor:
 
 
 def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
-    """The share of rows left out; 0 unless that is allowed. All other rows have to be right.
+    """Return the share of rows left out; 0 unless that is allowed. All others have to be right.
 
     Raises:
         WrongOutputError: the output differs from the plain loop's by more than rounding explains.

@@ -30,7 +30,7 @@ Reasons = Callable[[torch.device, torch.dtype, Shape], list[str]]
 
 
 def expert_of_rows(case: Case) -> Tensor:
-    """The expert of each of the R rows."""
+    """Return the expert of each of the R rows."""
     counts_E = case.num_tokens_per_expert_E
     experts_E = torch.arange(len(counts_E), device=counts_E.device)
     return torch.repeat_interleave(experts_E, counts_E)
@@ -63,9 +63,10 @@ _TRANSFORMERS = _is_installed("transformers", "pip install transformers")
 
 
 def _transformers(implementation: str) -> Callable[[Case], Prepared]:
-    """transformers' OLMoE experts, computed by one of its experts backends."""
+    """Prepare transformers' OLMoE experts, computed by one of its experts backends."""
 
     def prepare(case: Case) -> Prepared:
+        # Peers are imported when they are prepared: none of them is a dependency.
         from transformers.models.olmoe import OlmoeConfig
         from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -93,9 +94,10 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
 
 
 def _copies_fit(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
-    """Whether transformers' batched_mm has room to copy each row's weights, and their gradients."""
+    """Return why transformers' batched_mm has no room for each row's weights and gradients."""
     if reasons := _TRANSFORMERS(device, dtype, shape):
         return reasons
+    # Three weights per row, and their gradients.
     needed = 2 * 3 * shape.R * shape.D * shape.F * dtype.itemsize
     free = (
         torch.cuda.mem_get_info(device)[0]
@@ -115,6 +117,7 @@ def _scattermoe(case: Case) -> Prepared:
 
     E, hidden_dim, dim = case.w1_EFD.shape
     layer = GLUMLP(dim, hidden_dim, E, top_k=1, activation=torch.nn.SiLU())
+    # Each peer stacks gate and up in its own order. A wrong one shows in the output, before timing.
     up_and_gate = torch.cat([case.w3_EFD, case.w1_EFD], dim=1)  # in this order
     layer.experts.weight = torch.nn.Parameter(up_and_gate)
     layer.output_experts.weight = torch.nn.Parameter(case.w2_EDF)

@@ -1,4 +1,4 @@
-"""A whole comparison: what to measure, and running it here or in a process of its own.
+"""A whole comparison: what to measure, and running it here or in its own process.
 
 A process settles at its start how the C library keeps memory, so the ``retain`` allocator needs a
 process with :data:`RETAIN` in its environment. ``default`` is measured in this process, with the
@@ -104,8 +104,10 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     Raises:
         EzpzError: as :func:`_chosen`; or there is not enough memory for a shape.
     """
+    # Cases are made one after the other, because the largest fills the memory alone.
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
         contenders, left_out = _chosen(plan, dtype, shape)
+        # The same counts for every dtype and allocator: only what is compared differs.
         counts = counts_of(routing, shape.E, shape.R)
         case = _case(shape, counts, dtype, plan.device)
         what = f"{shape.name} {routing} {dtype} {plan.allocator}"
@@ -127,7 +129,7 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Return what the figures depend on besides the code."""
     place = torch.device(device)
     if place.type == "cpu":
         name = f"{_cpu_name() or platform.machine()}, {os.cpu_count()} CPUs"
@@ -157,7 +159,7 @@ def _cpu_name() -> str | None:
 
 
 def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict[str, list[str]]]:
-    """The contenders to measure, and why the others are left out.
+    """Return the contenders to measure, and why the others are left out.
 
     Raises:
         EzpzError: a named contender is not usable, or no backend is.
@@ -182,7 +184,7 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
 
 
 def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
-    """Random inputs and weights of these sizes.
+    """Make random inputs and weights of these sizes.
 
     Raises:
         EzpzError: they do not fit in memory.
@@ -214,6 +216,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
     assert child.stdout is not None
     with child:
         try:
+            # The plan goes through stdin: it may be longer than a command line.
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
             child.stdin.close()
             yield from _read(child.stdout, progress)
@@ -228,7 +231,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
 
 
 def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
-    """What the child has measured; meanwhile passes its steps to ``progress``."""
+    """Yield what the child has measured; meanwhile pass its steps to ``progress``."""
     messages: TypeAdapter[Message] = TypeAdapter(Message)
     with contextlib.ExitStack() as open_progress:
         for line in lines:

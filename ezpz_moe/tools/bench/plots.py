@@ -32,6 +32,7 @@ def draw(results: Sequence[Measured], file: Path) -> list[Path]:
         chosen = [each for each in results if (each.dtype, each.allocator) == (dtype, allocator)]
         name = file if len(kinds) == 1 else file.with_stem(f"{file.stem}-{dtype}-{allocator}")
         figure = _picture(chosen)
+        # Agg needs no display, and unlike pyplot it does not keep the figure.
         FigureCanvasAgg(figure)
         figure.savefig(name, dpi=_DPI)
         files.append(name)
@@ -39,7 +40,7 @@ def draw(results: Sequence[Measured], file: Path) -> list[Path]:
 
 
 def _picture(results: Sequence[Measured]) -> Figure:
-    """Bars on top; below, for every shape with several routings, two pictures over skew."""
+    """Draw bars on top; below, for every shape with several routings, two pictures over skew."""
     by_shape: dict[str, list[Measured]] = {}
     for each in results:
         by_shape.setdefault(each.shape.name, []).append(each)
@@ -65,7 +66,7 @@ def _picture(results: Sequence[Measured]) -> Figure:
 
 
 def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
-    """Time as a multiple of the dense FFN's, or milliseconds if that was not measured."""
+    """Draw time as a multiple of the dense FFN's, or milliseconds if that was not measured."""
     by_limit = all(DENSE in each.figures for each in results)
     names = [name for name in colors if not (by_limit and name == DENSE)]
     width = 0.8 / max(1, len(names))
@@ -88,7 +89,7 @@ def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
 
 
 def _against_skew(axes: Any, results: Sequence[Measured], colors: Colors, value: Any) -> None:
-    """A line per contender, over the routings from even to uneven."""
+    """Draw a line per contender, over the routings from even to uneven."""
     for name, color in colors.items():
         heights = [
             value(each.figures[name]) if name in each.figures else np.nan for each in results
@@ -118,7 +119,7 @@ def _height(measured: Measured, name: str, by_limit: bool) -> float:
 
 
 def _all_handles(figure: Figure) -> tuple[list[Any], list[str]]:
-    """Each contender once, whichever picture shows it."""
+    """Return each contender once, whichever picture shows it."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -51,10 +51,11 @@ class Figures:
         return statistics.median(self.turns(timed))
 
     def quartiles(self, timed: Pass = "both") -> tuple[float, float]:
-        """The middle half of the turns lies between these."""
+        """Return the two values between which the middle half of the turns lies."""
         turns = self.turns(timed)
         if len(turns) == 1:
             return turns[0], turns[0]
+        # inclusive: the turns are all there are, not a sample of a larger range.
         first, _, third = statistics.quantiles(turns, n=4, method="inclusive")
         return first, third
 
@@ -101,21 +102,23 @@ class Measured:
     def time_ratio(
         self, above: str | None, below: str | None, timed: Pass = "both"
     ) -> float | None:
-        """Median over the turns of the ratio of two times: the machine is as busy for both.
+        """Return the median over turns of the ratio of two times: the machine is as busy for both.
 
         None if one of the two was not measured.
         """
         if above is None or below is None or not {above, below} <= self.figures.keys():
             return None
+        # Pair the turns: a ratio of two medians would compare different moments of a busy machine.
         pairs = zip(self.figures[above].turns(timed), self.figures[below].turns(timed), strict=True)
         return statistics.median(a / b for a, b in pairs)
 
     def tflops(self, name: str) -> float:
-        """TFLOP/s of forward and backward."""
+        """Return TFLOP/s of forward and backward."""
+        # FLOP per millisecond is 1e3 FLOP/s, and 1e12 of these are a TFLOP/s.
         return self.shape.flops / self.figures[name].median() / 1e9
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with medians and ratios next to the turns."""
+        """Return everything, with medians and ratios next to the turns."""
         document = asdict(self) | {"skew": self.skew, "stock": self.stock}
         for name, figures in document["figures"].items():
             mine = self.figures[name]
@@ -132,7 +135,7 @@ class Measured:
 
 
 def document(results: Sequence[Measured], about: Mapping[str, Any], command: str) -> str:
-    """Everything as JSON."""
+    """Write everything as JSON."""
     content = {
         "command": command,
         "environment": about,

@@ -29,7 +29,7 @@ def check_routing(routing: str) -> None:
 
 
 def counts_of(routing: str, experts: int, rows: int) -> list[int]:
-    """Rows of each expert; they sum to ``rows``. Equal arguments give equal counts.
+    """Return the rows of each expert; they sum to ``rows``. Equal arguments give equal counts.
 
     ``balanced``: the same for all. ``zipf<s>``: the expert of rank r gets a share of 1 / r^s.
     ``empty25``: a quarter of the experts (at least one, but never all) gets none, the others equal
@@ -40,12 +40,14 @@ def counts_of(routing: str, experts: int, rows: int) -> list[int]:
     """
     check_routing(routing)
     shares = _shares(routing, experts)
+    # Sorted by load, neighbours would be equally busy, which suits batched_mm_padded more than real
+    # routing does.
     random.Random(0).shuffle(shares)
     return _whole(shares, rows)
 
 
 def skew(counts: Sequence[int]) -> float:
-    """Rows of the busiest expert as a multiple of the mean."""
+    """Return the rows of the busiest expert as a multiple of the mean."""
     return max(counts) * len(counts) / max(1, sum(counts))
 
 
@@ -61,7 +63,7 @@ def _shares(routing: str, experts: int) -> list[float]:
 
 
 def _whole(shares: Sequence[float], rows: int) -> list[int]:
-    """``rows`` in proportion to the shares; leftovers of rounding go to the largest remainders."""
+    """Split ``rows`` by the shares; leftovers of rounding go to the largest remainders."""
     # Exact arithmetic: with floats the counts could miss the total by one.
     exact = [Fraction(share) for share in shares]
     wanted = [share * rows / sum(exact) for share in exact]

@@ -53,11 +53,12 @@ class Shape:
     @property
     def flops(self) -> int:
         """FLOPs of forward and backward: 6 R D F and 12 R D F."""
+        # Three products of 2 R D F each; backward computes two for each of them.
         return 18 * self.R * self.D * self.F
 
 
 def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
-    """``"olmoe"`` with D, F and T = ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
+    """Parse ``"olmoe"``, with D, F and ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
 
     Raises:
         EzpzError: neither a known model nor E,D,F,R; or ``scale`` does not divide a size.

@@ -43,7 +43,7 @@ class Contents:
 
 
 def inspect(folder: Path) -> Contents:
-    """What the checkpoint in ``folder`` holds, and which generation wrote it.
+    """Find out what the checkpoint in ``folder`` holds, and which generation wrote it.
 
     Raises:
         EzpzError: ``folder`` holds no DCP checkpoint, an incomplete one, or one of an unknown
@@ -57,6 +57,7 @@ def inspect(folder: Path) -> Contents:
         generation=generation(folder, metadata),
         step=_step(folder, metadata),
         layers=len({match[1] for name in model if (match := re.match(r"layers\.(\d+)\.", name))}),
+        # Every tensor of experts has E first; layers may differ in it.
         experts=max((each.size[0] for name, each in model.items() if _is_expert(name)), default=0),
         parameters=sum(each.size.numel() for each in model.values()),
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
@@ -67,7 +68,7 @@ def inspect(folder: Path) -> Contents:
 
 
 def generation(folder: Path, metadata: Metadata) -> str:
-    """The generation that wrote the checkpoint.
+    """Return the generation that wrote the checkpoint.
 
     Raises:
         EzpzError: it is unknown.
@@ -78,12 +79,12 @@ def generation(folder: Path, metadata: Metadata) -> str:
 
 
 def has_optimizer(metadata: Metadata) -> bool:
-    """Whether a run can resume from the checkpoint; otherwise it holds the model alone."""
+    """Return whether a run can resume from the checkpoint; otherwise it holds the model alone."""
     return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
 
 
 def model_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
-    """The model's parameters and buffers, without the training state."""
+    """Yield the model's parameters and buffers, without the training state."""
     for name, entry in metadata.state_dict_metadata.items():
         of_model = name.partition(".")[0] not in _TRAINING_STATE
         if isinstance(entry, TensorStorageMetadata) and of_model:
@@ -95,8 +96,9 @@ def _is_expert(name: str) -> bool:
 
 
 def _step(folder: Path, metadata: Metadata) -> int | None:
-    """The training step; for a checkpoint of the model alone, only the folder's name tells it."""
+    """Return the step. A checkpoint of the model alone has it in the folder's name only."""
     for index, entry in metadata.storage_data.items():
+        # The only entry that is read; it is a few bytes.
         if index.fqn == _STEP:
             return int(storage.load(folder, entry))
     match = re.fullmatch(r"step-(\d+)", folder.name)

@@ -35,6 +35,7 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed > (free := shutil.disk_usage(target.parent).free):
             raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
+        # Left by a killed run.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -42,6 +43,7 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # Within the same folder, hence the same file system: renaming is atomic.
         partial.rename(target)
     except OSError as error:
         raise EzpzError(
@@ -50,5 +52,5 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
 
 
 def size_of(files: Iterable[Path]) -> int:
-    """The total size of all files, in bytes."""
+    """Return the total size of all files, in bytes."""
     return sum(file.stat().st_size for file in files)

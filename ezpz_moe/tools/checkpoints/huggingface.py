@@ -49,7 +49,7 @@ class Model:
     buffers: frozenset[str]
 
     def keys(self, name: str) -> dict[str, torch.Size]:
-        """The tensors that hold a parameter in Hugging Face's checkpoint; empty if none does."""
+        """Return Hugging Face's tensors that hold a parameter; empty if none does."""
         to_hf = self.adapter.to_hf({name: self.tensors[name]})
         return {key: tensor.shape for key, tensor in to_hf.items()}
 
@@ -63,12 +63,12 @@ class Converted:
 
 
 def is_safetensors(folder: Path) -> bool:
-    """Whether ``folder`` holds Hugging Face's safetensors."""
+    """Return whether ``folder`` holds Hugging Face's safetensors."""
     return any(folder.glob("*.safetensors"))
 
 
 def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
-    """:func:`export` to "hf", or :func:`import_` to the installed host's generation.
+    """Call :func:`export` for "hf", or :func:`import_` for the installed host's generation.
 
     Raises:
         EzpzError: as these two; or safetensors should become a checkpoint of another host.
@@ -116,6 +116,7 @@ def export(source: Path, target: Path, model: Model) -> Converted:
     with atomic_folder(target, source=source, needed=sum(bytes_of.values())) as partial:
         files = _write_safetensors(partial, source, metadata, bytes_of, model)
         for name in bytes_of:
+            # Back through the adapter: this also finds an adapter that loses something on the way.
             back = _native(partial, files, name, keys[name], model)
             check_same(partial, source, name, back, read_whole(source, metadata, name))
     return Converted(len(files), left_out)
@@ -174,7 +175,7 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
 
 
 def some(names: list[str]) -> str:
-    """Up to three of the names, and how many more there are."""
+    """List up to three of the names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
@@ -187,6 +188,8 @@ def check_model(
         EzpzError: it belongs to another model.
     """
     expected = {name: tensor.shape for name, tensor in tensors.items()}
+    # Before anything is converted: a wrong flavor would otherwise fail in the adapter, with an
+    # error that does not say so.
     if sizes != expected:
         # One example is enough: a wrong flavor differs in almost every tensor.
         name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
@@ -200,7 +203,7 @@ def check_model(
 
 
 def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
-    """Parameters grouped by file, in order."""
+    """Group parameters by file, in order."""
     groups: list[list[str]] = []
     room = 0
     for name, size in bytes_of.items():
@@ -219,7 +222,7 @@ def _native(
     keys: Mapping[str, torch.Size],
     model: Model,
 ) -> torch.Tensor:
-    """A parameter in the host's form, made from its tensors in the safetensors."""
+    """Make a parameter in the host's form from its tensors in the safetensors."""
     tensors = dict(read_tensors(folder, files, keys))
     tensor = model.adapter.from_hf(tensors)[name]
     if tensor.shape != model.tensors[name].shape:
@@ -238,11 +241,13 @@ def read_tensors(
     Raises:
         EzpzError: one is quantized, or has another number of elements; a file cannot be read.
     """
+    # A parameter of experts comes from many tensors: open each file once for all of them.
     for file in sorted({files[key] for key in keys}):
         with open_file(folder / file) as opened:
             for key, shape in keys.items():
                 if files[key] == file:
                     tensor = opened.get_tensor(key)
+                    # float8 is floating point too, but is useless without its scales.
                     if not tensor.is_floating_point() or tensor.itemsize < 2:
                         raise EzpzError(
                             f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
@@ -273,12 +278,13 @@ def open_file(file: Path) -> Iterator[Any]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> the file that holds it.
+    """Map each tensor's name to the file that holds it.
 
     Raises:
         EzpzError: there is no such file, or one cannot be read.
     """
     files: dict[str, str] = {}
+    # From the files, not from the index: a model in one file has none, and an index may be stale.
     for file in sorted(folder.glob("*.safetensors")):
         with open_file(file) as opened:
             files |= dict.fromkeys(opened.keys(), file.name)

@@ -29,20 +29,20 @@ class Layout(Protocol):
         """How many dimensions the older tensor has; the newer has one more."""
 
     def size_after(self, size: torch.Size) -> torch.Size:
-        """The size of the newer tensor."""
+        """Return the size of the newer tensor."""
 
     def size_before(self, size: torch.Size) -> torch.Size:
-        """The size of the older tensor."""
+        """Return the size of the older tensor."""
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
-        """The box of the newer tensor that an older shard becomes.
+        """Return the box of the newer tensor that an older shard becomes.
 
         Raises:
             EzpzError: the shard is not a box there.
         """
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
-        """The older tensor's box in a newer shard; None if the shard holds nothing of it.
+        """Return the older tensor's box in a newer shard; None if the shard holds nothing of it.
 
         Raises:
             EzpzError: the shard is not a box there.
@@ -72,6 +72,7 @@ class Half:
         return ChunkStorageMetadata(_with(box.offsets, self.place), _with(box.sizes, 1))
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
+        # A rank's shard of w13 may hold gate alone, up alone, or both.
         if not 0 <= self.place - box.offsets[_PAIR] < box.sizes[_PAIR]:
             return None
         return ChunkStorageMetadata(_without(box.offsets), _without(box.sizes))
@@ -108,9 +109,11 @@ class InTurn:
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         if box.sizes[_PAIR] != 2:
             raise EzpzError("one of its shards has gate without up, or up without gate")
+        # Offsets map like sizes: f pairs before the shard are 2 f rows.
         return ChunkStorageMetadata(self.size_before(box.offsets), self.size_before(box.sizes))
 
     def to_newer(self, box: ChunkStorageMetadata) -> OfTensor:
+        # Rows are gate 0, up 0, gate 1, up 1, ...: group them by two, then separate the two.
         return lambda tensor: tensor.unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
 
     def to_older(self, box: ChunkStorageMetadata) -> OfTensor:

@@ -1,4 +1,4 @@
-"""What each generation of the host calls a parameter: one table, and what follows from it.
+"""The names of parameters in each generation of the host: one table, and what follows from it.
 
 2026_09 is upstream's form since September 2026. Before that, upstream used the names of 0.3.
 """
@@ -21,7 +21,7 @@ _FORMER_NAMES = {"main": TITAN_2026_09}
 
 
 def current_name(generation: str) -> str:
-    """A generation's name of today, for that or a former one."""
+    """Return a generation's current name, given that or a former one."""
     return _FORMER_NAMES.get(generation, generation)
 
 
@@ -42,7 +42,7 @@ class Part:
     layout: Layout | None = None
 
     def of(self, generation: str) -> str:
-        """This part in ``generation``."""
+        """Return this part in ``generation``."""
         return {
             TITAN_0_2: self.titan_0_2,
             TITAN_0_3: self.titan_0_3,
@@ -107,9 +107,10 @@ Renaming = Callable[[str], tuple[Renamed, ...]]
 
 
 def generation_of(names: Iterable[str]) -> str | None:
-    """The generation that uses these names, known by parts that only it has; None for no match."""
+    """Return the generation that uses these names, told by parts that only it has; else None."""
     names = list(names)
     parts = _parts(names)
+    # Names that several generations share say nothing: look for those that only this one has.
     for generation in GENERATIONS:
         # The oldest generation has none below it, so its names are compared with the next newer
         # ones.
@@ -122,7 +123,7 @@ def generation_of(names: Iterable[str]) -> str | None:
 
 
 def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
-    """What a name of generation ``source`` becomes in ``target``: one name, often two from w13.
+    """Return a function from a name of ``source`` to its names in ``target``, two of them for w13.
 
     Names that are the same in both, and those that are not parameters, stay unchanged.
     """
@@ -143,7 +144,7 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
 
 
 def _parts(names: Iterable[str]) -> list[Part]:
-    """The parts, of any generation, that apply to a checkpoint with these names."""
+    """Return the parts, of any generation, that apply to a checkpoint with these names."""
     names = list(names)
 
     def there(part: Part) -> bool:

@@ -66,7 +66,7 @@ class RemapPlan:
 
 
 def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
-    """The plan from generation ``source`` to ``target``.
+    """Plan the way from generation ``source`` to ``target``.
 
     Raises:
         EzpzError: a shard has no counterpart in the target; w1 and w3 have different shapes.
@@ -82,7 +82,7 @@ def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
 
 
 def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) -> dict[str, Entry]:
-    """Each entry under its new names, in its new shape; two of them may become one."""
+    """Return each entry under its new names, in its new shape; two of them may become one."""
     made: dict[str, Entry] = {}
     for name, entry in entries.items():
         for new in rename(name):
@@ -94,7 +94,7 @@ def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) ->
 def _new_paths(
     paths: Mapping[str, tuple[Any, ...]], rename: Renaming
 ) -> dict[str, tuple[Any, ...]]:
-    """The entries' new places: a path contains the parameter's name, and changes with it."""
+    """Return the entries' new places: a path contains the parameter's name, and changes with it."""
     return {
         new.name: tuple(_part(rename(part), place) for part in path)
         for name, path in paths.items()
@@ -103,7 +103,7 @@ def _new_paths(
 
 
 def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
-    """What becomes of each stored entry: a shard of a tensor, or an object."""
+    """Yield what becomes of each stored entry: a shard of a tensor, or an object."""
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
     shards = {
         (name, chunk.offsets): chunk
@@ -124,14 +124,16 @@ def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
 
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
-    """From the one or two names of a path's part, the one for ``place``."""
+    """Choose the name for ``place`` from the one or two names of a path's part."""
     return new[min(place, len(new) - 1)].name
 
 
 def _layout(entry: Entry, new: Renamed, target: str) -> Layout | None:
-    """The layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
+    """Return the layout of a tensor with its parameter's shape: a weight or an optimizer moment."""
     if new.layout is None or not isinstance(entry, TensorStorageMetadata):
         return None
+    # An optimizer also keeps scalars under a parameter's name, such as its step count. They are
+    # renamed, not reshaped: the number of dimensions tells them apart.
     dims = new.layout.dims if target == TITAN_2026_09 else new.layout.dims + 1
     return new.layout if len(entry.size) == dims else None
 
@@ -179,7 +181,7 @@ def _resized(
 
 
 def _joined(name: str, before: Entry | None, entry: Entry) -> Entry:
-    """The metadata of what two entries of the source become together."""
+    """Return the metadata of what two entries of the source become together."""
     if before is None or before == entry:
         return entry
     if (
@@ -188,4 +190,5 @@ def _joined(name: str, before: Entry | None, entry: Entry) -> Entry:
         or (before.size, before.properties) != (entry.size, entry.properties)
     ):
         raise EzpzError(f"{name}: it stacks w1 and w3, but they differ in shape or dtype.")
+    # w1 and w3 become two sets of shards of one tensor, w13: nothing is stacked in memory.
     return replace(before, chunks=[*before.chunks, *entry.chunks])

@@ -64,6 +64,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     notes = add_state(plan, source, metadata, to)
     if not contents.has_optimizer(metadata):
         notes.append(_MODEL_ALONE)
+    # In the order of the files: reading and writing are then sequential.
     steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
     needed = size_of(storage.data_files(source))
     with atomic_folder(target, source=source, needed=needed) as partial:
@@ -92,11 +93,13 @@ def _write(
     origin: dict[MetadataIndex, str] = {}
     for step in steps:
         entry = metadata.storage_data[step.source]
+        # w1 and w3 both bring this one.
         if step.target in written:
             _check_same(source, step, origin[step.target], metadata)
             continue
         with (target / entry.relative_path).open("ab") as file:
             offset = file.tell()
+            # Renamed only: copy the bytes without unpickling, however large the entry is.
             if step.convert is None:
                 file.writelines(storage.blocks(source, entry))
             else:
@@ -140,9 +143,9 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
 
 
 def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[str, str]) -> None:
-    """Check that the target's names and shapes lead back to the source's, and no shard lacks
-    data."""
+    """Check that the target's names and shapes lead to the source's, and no shard lacks data."""
     new = storage.read_metadata(target)
+    # There and back: a name that does not return to itself shows a mistake in the tables.
     plan = make_plan(new, *back)
     # The target may have more than the source: whatever its generation needs was added.
     lost = [
@@ -170,5 +173,5 @@ def _shape(entry: Entry | None) -> object:
 
 
 def _offsets(entry: Entry) -> list[torch.Size | None]:
-    """Where a tensor's shards are; an object has one place."""
+    """Return where a tensor's shards are; an object has one place."""
     return [c.offsets for c in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]

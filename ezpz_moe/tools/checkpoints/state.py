@@ -49,7 +49,9 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         EzpzError: a 0.3 checkpoint has several rates, and 0.2 has room for one.
     """
     positions = _dataloader_form(metadata.state_dict_metadata)
+    # None for 2026_09: its positions cannot be made from older ones.
     if (convert := _CONVERT_POSITION.get(target)) is not None:
+        # In place, because the plan is frozen.
         plan.steps[:] = [
             Step(step.source, step.target, convert)
             if _POSITION.fullmatch(step.source.fqn)
@@ -58,6 +60,7 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         ]
     if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
         _add_schedule(plan, _schedule(folder, metadata))
+    # Before and after August 2026 positions have different forms, in either direction.
     unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
     return [NO_POSITION.format(target)] if unreadable else []
 
@@ -75,7 +78,7 @@ def _dataloader_form(names: Iterable[str]) -> str | None:
 
 
 def _pairs(state: dict) -> dict:
-    """0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
+    """Make 0.3's buffers from 0.2's: the pairs that 0.2 would have trained on, as one document."""
     if "token_buffer" not in state or "inputs_buffer" in state:
         return {}
     tokens = state["token_buffer"]
@@ -85,12 +88,13 @@ def _pairs(state: dict) -> dict:
 
 
 def _tokens(state: dict) -> dict:
-    """0.2's buffer from 0.3's. A document's last label is no input, and the next starts at 0."""
+    """Make 0.2's buffer from 0.3's. A document's last label is no input; the next begins at 0."""
     if "inputs_buffer" not in state or "token_buffer" in state:
         return {}
     positions = state["positions_buffer"]
     if not positions:
         return {"token_buffer": []}
+    # Position 0 begins a document, so the pair before it is the last of its own.
     is_last = (following == 0 for following in (*positions[1:], 0))
     pairs = zip(state["inputs_buffer"], state["labels_buffer"], is_last, strict=True)
     documents = ([token, label] if last else [token] for token, label, last in pairs)
@@ -119,12 +123,13 @@ _CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tok
 
 
 def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
-    """The state of torch's LambdaLR after ``last_epoch`` steps."""
+    """Build the state of torch's LambdaLR after ``last_epoch`` steps."""
     entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
     last_epoch = storage.load(folder, entries[_LAST_EPOCH])
     rates = {}
     for key in ("initial_lr", "lr"):
         names = [name for name in entries if _is_group(name) and name.endswith(f".{key}")]
+        # 0.3 stores a rate for every parameter. 0.2's schedule has room for one.
         values = {float(storage.load(folder, entries[name])) for name in names}
         if len(values) != 1:
             raise EzpzError(
@@ -135,6 +140,7 @@ def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
     # Let torch build the state: its format is then the installed torch's own.
     optimizer = torch.optim.SGD([torch.zeros(())], lr=rates["initial_lr"])
     state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0).state_dict()
+    # LambdaLR takes one step when it is constructed.
     state |= {"_step_count": last_epoch + 1, "_last_lr": [rates["lr"]]}
     return {key: state[key] for key in state.keys() - {"lr_lambdas", "last_epoch"}}
 

@@ -26,7 +26,7 @@ _BLOCK = 16 * 2**20
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of the checkpoint in ``folder``.
+    """Read the metadata of the checkpoint in ``folder``.
 
     Raises:
         EzpzError: it is missing, or cannot be read.
@@ -45,7 +45,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _what_else(folder: Path) -> str:
-    """A hint for a folder that does not hold a checkpoint itself."""
+    """Give a hint for a folder that does not hold a checkpoint itself."""
     if any(folder.glob("*.safetensors")):
         return " It holds safetensors, which ckpt remap reads with --model FLAVOR|JOB.toml."
     steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
@@ -64,7 +64,7 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files that hold the entries."""
+    """Return the files that hold the entries."""
     return sorted(folder.glob("*.distcp"))
 
 
@@ -74,6 +74,8 @@ def check_data(folder: Path, metadata: Metadata) -> None:
     Raises:
         EzpzError: one is missing or too short.
     """
+    # The usual damage is a copy that was interrupted. Comparing lengths finds it in no time, even
+    # for terabytes.
     ends: dict[str, int] = {}
     for entry in metadata.storage_data.values():
         end = entry.offset + entry.length
@@ -87,7 +89,7 @@ def check_data(folder: Path, metadata: Metadata) -> None:
 
 
 def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
-    """The bytes of an entry, a few MiB at a time.
+    """Read the bytes of an entry, a few MiB at a time.
 
     Raises:
         EzpzError: the file ends before the entry does.
@@ -103,7 +105,7 @@ def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
 
 
 def load(folder: Path, entry: _StorageInfo) -> Any:
-    """The tensor or object of an entry; the caller trusts the checkpoint, as the trainer does.
+    """Load the tensor or object of an entry. The caller trusts the checkpoint, as the trainer does.
 
     Raises:
         EzpzError: it is compressed, or torch did not save it.
@@ -113,6 +115,7 @@ def load(folder: Path, entry: _StorageInfo) -> Any:
         raise EzpzError(f"{file}: is compressed, which ezpz_moe cannot read.")
     with file.open("rb") as stream:
         stream.seek(entry.offset)
+        # torch.load needs a file that ends with the entry; the data file goes on.
         saved = io.BytesIO(stream.read(entry.length))
     try:
         return torch.load(saved, map_location="cpu", weights_only=False)
@@ -126,7 +129,7 @@ def save(value: Any, stream: BinaryIO) -> None:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two tensors, NaNs included, or two objects are the same."""
+    """Return whether two tensors, NaNs included, or two objects are the same."""
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:

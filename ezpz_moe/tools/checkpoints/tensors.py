@@ -26,7 +26,7 @@ _FOLDER = "checkpoint"  # the host's default of checkpoint.folder
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: ``path`` itself, or the newest step below it.
+    """Find the folder of one checkpoint: ``path`` itself, or the newest step below it.
 
     Args:
         path: a ``step-N`` folder, the folder that contains these, or a run's dump folder.
@@ -37,6 +37,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / storage.METADATA).is_file():
         return path
     for folder in (path, path / _FOLDER):
+        # Compare steps as numbers: as strings, step-20 would be newer than step-100.
         steps = {
             int(match[1]): file.parent
             for file in folder.glob(f"step-*/{storage.METADATA}")
@@ -49,12 +50,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
-    """A tensor of a DCP checkpoint, assembled from its shards.
+    """Read a tensor of a DCP checkpoint, assembled from its shards.
 
     Raises:
         EzpzError: a shard cannot be read.
     """
     entry = metadata.state_dict_metadata[name]
+    # Shards cover the whole tensor, so nothing stays unwritten.
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
         box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -73,11 +75,13 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
             storage.save(tensor, file)
             zeros = torch.Size([0] * tensor.dim())
             properties = TensorProperties.create_from_tensor(tensor)
+            # One shard per tensor is enough: DCP cuts it for any number of ranks when it loads.
             chunk = ChunkStorageMetadata(zeros, tensor.shape)
             entries[name] = TensorStorageMetadata(properties, tensor.shape, [chunk])
             place = _StorageInfo(_DCP_FILE, start, file.tell() - start)
             places[MetadataIndex(name, zeros)] = place
         file.flush()
+        # What is read back for comparison must be what a crash would leave.
         os.fsync(file.fileno())
     storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
     return storage.read_metadata(folder)

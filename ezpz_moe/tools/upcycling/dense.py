@@ -27,13 +27,13 @@ class Dense(Protocol):
     itemsize: int
 
     def shape(self, name: str) -> torch.Size | None:
-        """The shape of a tensor; None if there is no tensor of that name."""
+        """Return the shape of a tensor; None if there is no tensor of that name."""
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor."""
 
     def left_over(self, used: Iterable[str]) -> list[str]:
-        """The names that it has besides ``used``."""
+        """Return the names that it has besides ``used``."""
 
 
 class DenseCheckpoint:
@@ -81,6 +81,7 @@ class DenseSafetensors:
         self._target, self._adapter = target, adapter
         self._files = weight_map(folder)
         self._keys: dict[str, str] = {}
+        # An upper bound for the disk's check: the dtypes are known only once every file is open.
         self.itemsize = torch.float32.itemsize
 
     def shape(self, name: str) -> torch.Size | None:
@@ -88,6 +89,7 @@ class DenseSafetensors:
             return None
         with open_file(self.folder / self._files[key]) as file:
             size = torch.Size(file.get_slice(key).get_shape())
+        # On the meta device: the adapter may transpose or split, and no data is read for a shape.
         as_host_has_it = self._adapter.from_hf({key: torch.empty(size, device="meta")})
         return as_host_has_it[name].shape
 
@@ -104,7 +106,7 @@ class DenseSafetensors:
         return sorted(key for key in self._files.keys() - keys if self._is_parameter(key))
 
     def _key(self, name: str) -> str | None:
-        """What the safetensors call ``name``; every dense parameter is one tensor."""
+        """Return what the safetensors call ``name``; every dense parameter is one tensor."""
         if name not in self._keys:
             # For names that the flavor's model lacks, the dense FFN's, the adapter needs no shape.
             value = self._target.tensors.get(name, torch.empty((1, 1), device="meta"))
@@ -115,7 +117,7 @@ class DenseSafetensors:
         return self._keys[name]
 
     def _is_parameter(self, key: str) -> bool:
-        """Whether the host has a parameter for it: it computes rotary frequencies itself."""
+        """Return whether the host has a parameter for it: it computes rotary frequencies itself."""
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
         except KeyError:

@@ -32,7 +32,7 @@ class Fit:
 
 
 def check_routing(flavor: Flavor) -> None:
-    """Refuse a router whose initial weights differ from those of the model's own top-k.
+    """Refuse a router that gives a token other initial weights than the model's own top-k.
 
     Raises:
         EzpzError: the flavor's ``[router]`` makes the output something other than a weighted sum of
@@ -59,7 +59,7 @@ def check_routing(flavor: Flavor) -> None:
 
 
 def weight_sum(layer: Layer) -> float:
-    """The sum of the weights of a token's k experts if all scores are equal, without the scale.
+    """Return the sum of a token's k weights if all scores are equal, without the scale.
 
     1 if they are normalized; k/E for a softmax over all experts; k/2 for sigmoids of zeros.
     """
@@ -69,7 +69,7 @@ def weight_sum(layer: Layer) -> float:
 
 
 def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: object) -> Fit:
-    """How the dense FFN with ``shapes`` becomes the experts of ``layer``.
+    """Decide how the dense FFN with ``shapes`` becomes the experts of ``layer``.
 
     A token that chooses whole copies gets ``scale * route_scale * weight_sum / G`` times the dense
     FFN's output, and ``scale`` makes that 1.
@@ -80,6 +80,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
     flavor = target.flavor.name
     hidden, dim = target.tensors[layer.experts["w1"]].shape[1:]
     dense_hidden = shapes["w1"][0]
+    # At least 1: a dense FFN smaller than an expert then fails the check of its shape below.
     granularity = max(1, dense_hidden // hidden)
     wanted = {
         "w1": (granularity * hidden, dim),
@@ -94,6 +95,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
                 f"dense FFN's hidden dimension must be a multiple of an expert's ({hidden}), and "
                 f"the model dimension must be the same ({dim})."
             )
+    # A router limited to groups must find all parts of a copy in one group.
     in_group = layer.num_experts // (layer.num_groups or 1)
     for what, number in {
         "num_experts": layer.num_experts,
@@ -107,4 +109,6 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
                 f"{what} of flavor {flavor}, {number}, must be a multiple of {granularity}."
             )
     total = weight_sum(layer)
+    # A token has k / G copies, and each part of them the weight total / k (times route_scale):
+    # together total / G of the dense output.
     return Fit(granularity, granularity / (layer.route_scale * total), total)

@@ -63,6 +63,7 @@ def upcycle(
         EzpzError: the two models do not fit, with the tensors' names; what was written differs; and
         as :func:`~ezpz_moe.tools.checkpoints.folder.atomic_folder`.
     """
+    # Check everything first: writing a large model takes long.
     check_routing(target.flavor)
     fits = {layer.name: _fit(dense, target, layer) for layer in target.layers}
     sources, tied = _copied(dense, target)
@@ -86,6 +87,8 @@ def upcycle(
         layers=len(target.layers),
         num_experts=first.num_experts,
         fit=fits[first.name],
+        # Without normalized weights the sum depends on the token: fit() is exact only for equal
+        # scores.
         is_preserved=first.route_norm and perturbation.is_none,
         notes=(*_notes(first, fits[first.name], perturbation), *tied),
     )
@@ -104,13 +107,14 @@ def _fit(dense: Dense, target: Target, layer: Layer) -> Fit:
 
 
 def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
-    """What is copied unchanged, with its name in the dense model; and notes on tied tensors."""
+    """Return what is copied unchanged, with its name in the dense model; and notes on ties."""
     new = {name for layer in target.layers for name in _new_names(layer)}
     sources, notes = {}, []
     for name, tensor in target.tensors.items():
         if name in new:
             continue
         source, shape = name, dense.shape(name)
+        # The flavor's model has two tensors where the dense one shares a single one.
         if shape is None and name in target.tied:
             source = target.tied[name]
             shape = dense.shape(source)
@@ -127,14 +131,14 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
 
 
 def _new_names(layer: Layer) -> Iterator[str]:
-    """What a layer has instead of the dense FFN."""
+    """Yield what a layer has instead of the dense FFN."""
     yield from (*layer.experts.values(), *layer.shared.values(), layer.gate, *layer.zeros)
 
 
 def _made(
     dense: Dense, target: Target, layer: Layer, fit: Fit, perturbation: Perturbation
 ) -> Mapping[str, Make]:
-    """A function for each of these that makes its tensor."""
+    """Return a function for each new tensor that makes it."""
 
     def experts(part: str) -> torch.Tensor:
         return weights.experts(
@@ -149,6 +153,8 @@ def _made(
 
     def shared(part: str) -> torch.Tensor:
         origin, shape = dense.read(layer.dense[part]), target.tensors[layer.shared[part]].shape
+        # With w2 = 0 a shared expert adds nothing at step 0. w1 and w3 must not be zero as well, or
+        # w2 would never get a gradient.
         if part == "w2":
             return torch.zeros(shape, dtype=origin.dtype)
         return weights.like(origin, shape, layer.name, part, seed=perturbation.seed)
@@ -161,6 +167,7 @@ def _made(
         return drawn.to(dense.read(layer.dense["w1"]).dtype)
 
     def zeros(name: str) -> torch.Tensor:
+        # The target's tensors are on the meta device: they have shapes and no memory.
         return torch.zeros_like(target.tensors[name], device="cpu")
 
     return {
@@ -172,7 +179,7 @@ def _made(
 
 
 def _notes(layer: Layer, fit: Fit, perturbation: Perturbation) -> Iterator[str]:
-    """What the user should know about the function at step 0."""
+    """Yield what the user should know about the function at step 0."""
     if fit.scale != 1:
         yield (
             f"w2 of the experts is multiplied by {fit.scale:.6g}, because the weights of a token's "

@@ -6,7 +6,7 @@ dense FFN, D = model dimension, G = H / F, the parts that the dense FFN is split
 The FFN is SwiGLU, ``w2 (silu(w1 x) * w3 x)``, a sum over its hidden channels: w1 and w3 [H, D]
 hold a channel in a row, w2 [D, H] in a column. Split into G groups of channels, it is the sum of G
 experts.
-Every random tensor has a generator of its own, by seed, tensor and expert: each can be computed
+Every random tensor has its own generator, by seed, tensor and expert: each can be computed
 again by itself.
 """
 
@@ -50,7 +50,7 @@ def experts(
     scale: float,
     perturbation: Perturbation,
 ) -> torch.Tensor:
-    """The routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
+    """Make the routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
 
     Sparse upcycling, arXiv 2212.05055; with ``granularity`` > 1 its fine-grained form with virtual
     groups, arXiv 2410.07524: expert e is part e mod G, so experts cG to cG + G - 1 together are one
@@ -70,6 +70,8 @@ def experts(
     """
     channel_dim = 1 if part == "w2" else 0
     parts = [_wide(each) for each in dense.chunk(granularity, dim=channel_dim)]
+    # Only the stack is in the dense dtype: noise and factors are applied in float32, expert by
+    # expert, and rounded once.
     written = torch.empty((num_experts, *parts[0].shape), dtype=dense.dtype)
     for e in range(num_experts):
         expert = parts[e % granularity]
@@ -79,6 +81,7 @@ def experts(
                 generator=generator(perturbation.seed, layer, part, e, "noise"),
                 dtype=expert.dtype,
             )
+            # Relative to the weight's own spread: layers differ in it by orders of magnitude.
             expert = expert + perturbation.noise * expert.std() * draw
         if perturbation.reinit:
             expert = reinitialized(expert, layer, part, e, perturbation)
@@ -90,7 +93,7 @@ def experts(
 def reinitialized(
     expert: torch.Tensor, layer: str, part: str, e: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """An expert's weight with a share of its hidden channels redrawn.
+    """Redraw a share of the hidden channels of an expert's weight.
 
     Drop-Upcycling, arXiv 2502.19261, section 3: the channels are the same in w1, w2 and w3, and the
     new values are Gaussian with the mean and standard deviation of those that they replace.
@@ -99,6 +102,7 @@ def reinitialized(
     count = int(expert.shape[channel_dim] * perturbation.reinit)
     if not count:
         return expert
+    # Without `part` in the key: w1, w2 and w3 redraw the same channels.
     order = generator(perturbation.seed, layer, e, "channels")
     channels = torch.randperm(expert.shape[channel_dim], generator=order)[:count]
     dropped = expert.index_select(channel_dim, channels)
@@ -107,13 +111,14 @@ def reinitialized(
         generator=generator(perturbation.seed, layer, part, e, "reinit"),
         dtype=expert.dtype,
     )
+    # Mean and deviation of the dropped values only: the rest of the expert is not touched.
     return expert.index_copy(channel_dim, channels, dropped.mean() + dropped.std() * draw)
 
 
 def router(
     shape: torch.Size, layer: str, *, granularity: int, perturbation: Perturbation
 ) -> torch.Tensor:
-    """The router's weight [E, D] in float32: Gaussian, with equal rows for the G parts of a copy.
+    """Draw the router's weight [E, D], float32, Gaussian: equal rows for the G parts of a copy.
 
     Equal rows give the parts equal scores, so a token chooses whole copies of the dense FFN.
     """
@@ -121,25 +126,27 @@ def router(
     draw = torch.randn(
         (copies, *shape[1:]), generator=generator(perturbation.seed, layer, "router")
     )
+    # Neighbours, because experts cG to cG + G - 1 are the parts of copy c.
     return (perturbation.router_std * draw).repeat_interleave(granularity, dim=0)
 
 
 def like(
     dense: torch.Tensor, shape: torch.Size, layer: str, part: str, *, seed: int
 ) -> torch.Tensor:
-    """A weight with the dense one's mean and standard deviation, in its dtype."""
+    """Draw a weight with the dense one's mean and standard deviation, in its dtype."""
     wide = _wide(dense)
     draw = torch.randn(shape, generator=generator(seed, layer, part, "shared"), dtype=wide.dtype)
     return (wide.mean() + wide.std() * draw).to(dense.dtype)
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
-    """A separate generator for ``key``, the same on every machine."""
+    """Make a separate generator for ``key``, the same on every machine."""
+    # Not hash(), which Python seeds anew in every process.
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     # One bit less keeps the seed within a signed 64-bit integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In at least float32, which sums and factors need."""
+    """Convert to at least float32, which sums and factors need."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

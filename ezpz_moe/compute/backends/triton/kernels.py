@@ -5,9 +5,9 @@ that the host knows. Cut into tiles of B rows, expert e with rows ``start : end`
 ``ceil((end - start) / B)`` of them. It gets the *slots* from ``start // B + e`` on: since
 ``a // B + ceil(b / B) <= (a + b) // B + 1``, they end before those of the next expert begin. The
 expert of a slot is then the number of first slots at or before it: one reduction over E numbers, no
-prefix sum, no map in memory, no earlier launch. Tail rows are treated as the rows of an expert
-number E whose product has no terms, so zeros are written there. R // B + E + 1 slots are enough for
-all; those without rows end at once.
+prefix sum, no map in memory, no earlier launch. Tail rows are the rows of an expert number E; its
+product has no terms, so zeros are written there. R // B + E + 1 slots are enough for all; those
+without rows end at once.
 
 **In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first.
 That keeps an expert's matrix and the rows in the L2 cache.
@@ -30,9 +30,13 @@ from ezpz_moe.compute.backends.triton.tuning import tuned
 
 @triton.jit
 def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A slot's expert, first row, and the end of the expert's rows. Expert E owns the tail."""
+    """Return a slot's expert, its first row and the end of its rows. Expert E owns the tail."""
+    # An expert starts where the one before it ends. Expert 0, which has none before it, is masked
+    # to 0; expert E starts where the last one ends.
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offs + experts - 1, (experts > 0) & (experts <= E), other=0).to(tl.int32)
+    # First slots rise strictly with e, even for experts without rows, so counting those at or
+    # before `slot` finds the one that owns it.
     begun = (starts // BLOCK_R + experts <= slot) & (experts <= E)
     expert = tl.sum(begun.to(tl.int32), 0) - 1
     start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
@@ -43,7 +47,7 @@ def _rows_of(slot, offs, E, R, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
-    """A tile's slot and column, in the launch order of the module's text."""
+    """Return a tile's slot and column, in the launch order of the module's text."""
     per_group = GROUP * num_columns
     first = tile // per_group * GROUP
     size = tl.minimum(num_slots - first, GROUP)
@@ -53,7 +57,7 @@ def _place(tile, num_slots, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _at(base, i, j, stride_i, stride_j):
-    """Pointers to the elements (i, j) of a matrix."""
+    """Return pointers to the elements (i, j) of a matrix."""
     return base + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
 
 
@@ -62,17 +66,19 @@ def _add_product(
     acc, A, B, rows, columns, end, K, N, a_r, a_k, b_k, b_n,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``acc + A[rows, :K] @ B[:K, columns]``; reads nothing beyond end, K and N."""
+    """Return ``acc + A[rows, :K] @ B[:K, columns]``; read nothing beyond end, K and N."""
     terms = tl.arange(0, BLOCK_K)
     a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
     in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
     for k in range(0, K, BLOCK_K):
+        # K is a multiple of the block: no mask along K, so loads can be vectorized.
         if EVEN_K:
             a = tl.load(a_at, in_rows, other=0.0)
             b = tl.load(b_at, in_columns, other=0.0)
         else:
             a = tl.load(a_at, in_rows & (terms < K - k)[None, :], other=0.0)
             b = tl.load(b_at, in_columns & (terms < K - k)[:, None], other=0.0)
+        # ieee: the default, tf32, would miss the contract's bound in float32.
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_at += BLOCK_K * a_k
         b_at += BLOCK_K * b_k
@@ -80,6 +86,8 @@ def _add_product(
 
 
 @tuned
+# R changes with every step: specialized on its value, Triton would compile again whenever it
+# becomes or stops being a multiple of 16.
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def multiply(
     A, B, A2, B2, offs, C, E, R, R_BUCKET, K, N,
@@ -87,14 +95,17 @@ def multiply(
     SECOND: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for the rows r of expert e."""
+    """Compute ``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for expert e's rows r."""
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
     if row < end:
         rows = row + tl.arange(0, BLOCK_R)
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         e = expert.to(tl.int64)
+        # The tail's sum has no terms: zeros are stored. B + E * b_e is beyond the weights, but is
+        # then never read.
         terms = tl.where(expert < E, K, 0)
+        # Sums are in float32 in every dtype, and are rounded once, when they are stored.
         acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         acc = _add_product(
             acc, A, B + e * b_e, rows, columns, end, terms, N, a_r, a_k, b_k, b_n, BLOCK_K, EVEN_K
@@ -116,7 +127,7 @@ def gate_and_up(
     HIDDEN_TOO: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up`` while reading x once. [R, N] each.
+    """Compute ``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, reading x once. [R, N] each.
 
     The two products are written out instead of called: a tile of x is then loaded once.
     """
@@ -153,26 +164,28 @@ def gate_and_up(
         tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
         tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
         if HIDDEN_TOO:
+            # From the float32 sums, not from the rounded gate and up.
             hidden = gate * tl.sigmoid(gate) * up
             tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
 
 
 @triton.jit
 def _halves(tile):
-    """The left and the right half of a tile's columns."""
+    """Split a tile's columns into the left and the right half."""
     pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def _through_swiglu(grad, GATE, UP, HIDDEN, DGATE, DUP, rows, columns, end, N):
-    """From the gradient of a tile of ``silu(gate) * up``: those of gate and up, and the tile."""
+    """Turn the gradient of a tile of ``silu(gate) * up`` into those of gate and up. Store all."""
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     inside = (rows < end)[:, None] & (columns < N)[None, :]
     gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
     up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
+    # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
     grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
     tl.store(HIDDEN + at, (silu * up).to(HIDDEN.dtype.element_ty), inside)
     tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
@@ -187,7 +200,7 @@ def hidden_gradients(
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Through SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
+    """Differentiate SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
 
     HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
     is cheaper than saving it between forward and backward. Works on a quarter of the columns at a
@@ -203,6 +216,7 @@ def hidden_gradients(
             grad, DY, W2 + expert.to(tl.int64) * w2_e, rows, columns, end,
             tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n, BLOCK_K, EVEN_K,
         )  # fmt: skip
+        # Triton cannot slice a tile in registers, but it can split one in two, so halve twice.
         left, right = _halves(grad)
         for half in tl.static_range(2):
             quarters = _halves(left if half == 0 else right)
@@ -219,7 +233,7 @@ def weight_gradient(
     l_r, l_k, r_r, r_n, g_e, g_k, g_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros if e has no rows.
+    """Compute ``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros without rows.
 
     Here rows are the terms of the sum: a tile covers BLOCK_R of K and BLOCK_K of them.
     """
@@ -228,6 +242,7 @@ def weight_gradient(
     block, column = _place(
         tl.program_id(0) % per_expert, tl.cdiv(K, BLOCK_R), tl.cdiv(N, BLOCK_N), GROUP
     )
+    # An expert without rows has start == end: no iteration, and the zeros of acc are stored.
     start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
     end = tl.load(offs + expert).to(tl.int32)
     ks = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -237,6 +252,7 @@ def weight_gradient(
     in_ks, in_columns = (ks < K)[:, None], (columns < N)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for row in range(start, end, BLOCK_K):
+        # The rows after `end` are the next expert's: mask them, or they would be added.
         in_rows = row + tl.arange(0, BLOCK_K) < end
         left = tl.load(left_at, in_ks & in_rows[None, :], other=0.0)
         right = tl.load(right_at, in_rows[:, None] & in_columns, other=0.0)

@@ -14,16 +14,18 @@ from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 
 
 def _slots(R: int, E: int, N: int) -> Callable[[dict[str, int]], tuple[int]]:
-    """The grid of a kernel over rows: see :mod:`.kernels`."""
+    """Return the grid of a kernel over rows: see :mod:`.kernels`."""
     return lambda meta: ((R // meta["BLOCK_R"] + E + 1) * triton.cdiv(N, meta["BLOCK_N"]),)
 
 
+# R_BUCKET is the key under which tile sizes are remembered; the kernels compute with R.
 def _sizes(E: int, R: int, K: int, N: int) -> tuple[int, ...]:
-    """E, R, R_BUCKET, K, N."""
+    """Return E, R, R_BUCKET, K, N."""
     return E, R, triton.next_power_of_2(max(R, 1)), K, N
 
 
 def _block_e(E: int) -> int:
+    # tl.arange needs a power of two.
     return triton.next_power_of_2(E + 1)  # one more, for the tail
 
 
@@ -34,7 +36,7 @@ def _multiply(
     C_RN: Tensor,
     second: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes."""
+    """Compute ``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes."""
     # Without a second pair the kernel does not read these; it only needs valid pointers.
     A2_RK, B2_EKN = second or (A_RK, B_EKN)
     (R, K), (E, _, N) = A_RK.shape, B_EKN.shape
@@ -48,7 +50,7 @@ def _multiply(
 
 
 def _weight_gradient(left_RK: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
-    """``left[rows].T @ right[rows]`` for every expert, laid out like ``like`` [E, K, N]."""
+    """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, K, N]."""
     grad_EKN = torch.empty_like(like)
     E, K, N = like.shape
     kernels.weight_gradient[
@@ -75,7 +77,8 @@ def _gate_and_up(
 
 
 def mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    """One launch."""
+    """Multiply rows by their expert's matrix, in one launch."""
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(A_RK):
         offs_E = offsets_on_device(offs_E, A_RK)
         return _multiply(A_RK, B_EKN, offs_E, A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]))
@@ -84,7 +87,7 @@ def mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
 def mm_backward(
     grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Two launches."""
+    """Return the gradients of A and B, in two launches."""
     with torch.cuda.device_of(A_RK):
         offs_E = offsets_on_device(offs_E, A_RK)
         grad_A_RK = _multiply(grad_C_RN, B_EKN.transpose(1, 2), offs_E, torch.empty_like(A_RK))
@@ -94,9 +97,10 @@ def mm_backward(
 def swiglu(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two launches: gate, up and their SwiGLU; then the product with w2."""
+    """Compute the FFN in two launches: gate, up and their SwiGLU; then the product with w2."""
     with torch.cuda.device_of(x_RD):
         offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
+        # Not kept for backward, which computes it again from two tiles that it loads anyway.
         hidden_RF = x_RD.new_empty(x_RD.shape[0], w1_EFD.shape[1])
         gate_RF, up_RF = _gate_and_up(x_RD, w1_EFD, w3_EFD, offs_E, hidden_RF)
         y_RD = x_RD.new_empty(x_RD.shape)
@@ -113,7 +117,7 @@ def swiglu_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Five launches, or six without gate and up. Holds three [R, F] of its own."""
+    """Return all gradients, in five launches, or six without gate and up. Holds three [R, F]."""
     with torch.cuda.device_of(x_RD):
         offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
         if gate_RF is None or up_RF is None:
@@ -124,6 +128,7 @@ def swiglu_backward(
             grad_y_RD, w2_EDF, gate_RF, up_RF, offs_E, hidden_RF, grad_gate_RF, grad_up_RF,
             *_sizes(E, R, D, F), *grad_y_RD.stride(), *w2_EDF.stride(), BLOCK_E=_block_e(E),
         )  # fmt: skip
+        # Both paths to x in one sum: no [R, D] in between, and one rounding.
         grad_x_RD = _multiply(
             grad_gate_RF, w1_EFD, offs_E, torch.empty_like(x_RD), second=(grad_up_RF, w3_EFD)
         )

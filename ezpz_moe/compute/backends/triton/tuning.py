@@ -38,6 +38,7 @@ _TWO_SUMS = [  # the same number of registers for sums, and half the columns
     _config(64, 64, 64, 4, 4),
     _config(32, 64, 64, 4, 4),
 ]
+# Four bytes per element fill shared memory twice as fast, so tiles are smaller.
 _FLOAT32 = [
     _config(128, 64, 16, 3, 8),
     _config(64, 64, 32, 3, 4),
@@ -48,12 +49,13 @@ _FLOAT32 = [
 def _to_time(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """The configurations for the dtype; or a single one, which is then not timed."""
+    """Return the configurations for the dtype; or a single one, which is then not timed."""
     if arguments["R_BUCKET"] * arguments["K"] * arguments["N"] < WORTH_TIMING:
         return [_SMALL]
     dtype = next(value.dtype for value in arguments.values() if isinstance(value, torch.Tensor))
     of_dtype = [config for config in configs if (config in _FLOAT32) == (dtype == torch.float32)]
     candidates = [config for config in of_dtype if config is not _SMALL]
+    # Timing waits for the device, which a capture does not allow.
     if not torch.cuda.is_current_stream_capturing():
         return candidates
     warnings.warn(
@@ -65,14 +67,17 @@ def _to_time(
 
 
 def tuned(kernel: Any, *, sums: int = 1) -> Any:
-    """The kernel with BLOCK_R, BLOCK_N, BLOCK_K, GROUP and EVEN_K filled in.
+    """Return the kernel with BLOCK_R, BLOCK_N, BLOCK_K, GROUP and EVEN_K filled in.
 
     ``sums`` is how many tiles of sums it holds in registers.
     """
     if "EVEN_K" in kernel.arg_names:
         even = triton.heuristics({"EVEN_K": lambda given: given["K"] % given["BLOCK_K"] == 0})
         kernel = even(kernel)
+    # All dtypes' configurations go in; _to_time() picks those for the arguments' dtype.
     configs = [_SMALL, *(_ONE_SUM if sums == 1 else _TWO_SUMS), *_FLOAT32]
+    # These strides tell weights from their transposed view: a tile is then read in another order,
+    # and another size may be best.
     layout = [name for name in kernel.arg_names if name in ("SECOND", "b_n", "w1_k", "w2_n")]
     return triton.autotune(
         [_INTERPRETED] if triton.knobs.runtime.interpret else configs,
