@@ -312,7 +312,7 @@ def test_experts_compute_in_bfloat16_and_leave_tail_rows_zero(name):
 
 @on_0_2
 def test_experts_that_are_no_swiglu_are_refused():
-    with pytest.raises(EzpzError, match=r"GptOssGroupedExperts is no SwiGLU|no model module"):
+    with pytest.raises(EzpzError, match=r"GptOssGroupedExperts is not a SwiGLU|no model module"):
         host().build_on_meta(load_flavor("gpt_oss_debugmodel_for_loop"))
 
 
