@@ -229,6 +229,26 @@ def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> N
     torch.library.opcheck(op, (*arguments[operator], *backend.kernel_options), test_utils=checks)
 
 
+@over_devices
+@over_installed
+def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, device: str) -> None:
+    """``auto`` may choose anew between forward and backward, and for_loop leaves them unwritten."""
+    backend = usable(name, device, torch.float32)
+    if not isinstance(backend, KernelBackend):
+        pytest.skip(f"{name} saves what torch's own operators save")
+    case = make_case(TAIL, device)
+    inputs = (*(each.detach() for each in leaves(case)), case.num_tokens_per_expert_E)
+    _, gate_RF, up_RF = backend.compute("swiglu", *inputs)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return backend.compute("swiglu_backward", case.grad_y_RD, *inputs, gate_RF, up_RF)
+
+    expected = gradients()
+    for saved_RF in (gate_RF, up_RF):
+        saved_RF[case.num_tokens_per_expert_E.sum() :] = torch.nan
+    assert all(map(torch.equal, gradients(), expected))
+
+
 def _save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """The rule of a trainer's selective checkpointing: keep products, recompute the rest."""
     expensive = "mm" in str(op) or "swiglu" in str(op)

@@ -132,6 +132,11 @@ class TestNumerics:
     def test_operators_keep_torchs_rules(self, operator: str) -> None:
         contract_autograd.test_operators_keep_torchs_rules("npu", operator, "cpu")
 
+    def test_saved_rows_of_the_tail(self) -> None:
+        contract_autograd.test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(
+            "npu", "cpu"
+        )
+
     def test_recomputing_gives_the_same_bits(self) -> None:
         layer = make_case(PATTERNS["tail"])
         saved, recomputed = get_backend("npu"), get_backend("npu(recompute=true)")

@@ -33,6 +33,8 @@ class Kernels:
         mm_backward: ``(grad_C_RN, A_RK, B_EKN, offs_E) -> (grad_A_RK, grad_B_EKN)``.
         swiglu: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
             ``x @ w1.T`` and ``x @ w3.T``, which is all that backward needs besides the inputs.
+            Their rows of the tail may hold anything, and backward must not read them: ``auto`` may
+            take another backend's backward.
         swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
             -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
             were not saved, and the kernel computes them again.

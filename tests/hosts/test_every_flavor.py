@@ -30,7 +30,7 @@ def why_refused(name: str) -> str:
         if "sdpa" in name:
             return "gpt_oss supports only flex attention"
         if load_flavor(name).compute_backend != "grouped_mm":
-            return "GptOssGroupedExperts is no SwiGLU"
+            return "GptOssGroupedExperts is not a SwiGLU"
     return ""
 
 

@@ -142,6 +142,10 @@ def _swiglu_backward(
     owned_x_RD, grad_y_RD = groups.owned(x_RD), groups.owned(grad_y_RD)
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, owned_x_RD)
+    else:
+        # ``auto`` may have computed forward with a backend that leaves rows of the tail unwritten,
+        # and here the tail's rows count as the last expert's: 0 times NaN would be NaN.
+        gate_RF, up_RF = groups.owned(gate_RF), groups.owned(up_RF)
     activated_RF = F.silu(gate_RF)
     # w2's gradient first: swiglu_gradients_ overwrites activated.
     grad_w2_EDF = groups.weight_gradient(grad_y_RD, activated_RF * up_RF, w2_EDF)
