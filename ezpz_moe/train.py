@@ -19,7 +19,7 @@ import threading
 import time
 
 from ezpz_moe.errors import EXIT_CODE, exit_on_user_error
-from ezpz_moe.hosts import check_host
+from ezpz_moe.hosts.detect import check_host
 
 _SECONDS_FOR_RANK_0 = 30
 

@@ -21,7 +21,6 @@ import psutil
 import pytest
 import torch
 
-import ezpz_moe.hosts
 import ezpz_moe.train
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect, untested
@@ -99,7 +98,7 @@ def test_a_tested_pair_and_its_patch_releases_pass_without_a_warning(
     monkeypatch, tmp_path, caplog, torch_version
 ):
     with_pair(monkeypatch, tmp_path, torch_version, "0.3.0")
-    ezpz_moe.hosts.check_host()
+    detect.check_host()
     assert not caplog.records
 
 
@@ -112,10 +111,10 @@ def test_a_tested_pair_and_its_patch_releases_pass_without_a_warning(
     ],
 )
 def test_a_host_without_what_the_binding_needs_is_refused(owner, name, monkeypatch):
-    ezpz_moe.hosts.check_host()  # imports the host, with its device
+    detect.check_host()  # imports the host, with its device
     monkeypatch.delattr(pkgutil.resolve_name(owner), name)
     with pytest.raises(EzpzError) as error:
-        ezpz_moe.hosts.check_host()
+        detect.check_host()
     message = str(error.value)
     assert name in message
     for distribution in ("torch", "torchtitan"):
@@ -139,19 +138,19 @@ def no_host(monkeypatch):
 
 def test_a_host_that_cannot_be_imported_says_why(no_host):
     with pytest.raises(EzpzError, match="No module named 'no_such_host'"):
-        ezpz_moe.hosts.check_host()
+        detect.check_host()
 
 
 def test_a_host_that_is_not_installed_is_said_to_be_so(monkeypatch, tmp_path, no_host):
     with_pair(monkeypatch, tmp_path, None, None)
     with pytest.raises(EzpzError, match="torch not installed and torchtitan not installed"):
-        ezpz_moe.hosts.check_host()
+        detect.check_host()
 
 
 def test_an_untested_pair_that_can_do_it_is_one_line_a_day(monkeypatch, tmp_path, caplog):
     for pair in (("9.1.0", "0.3.0"), ("9.1.0", "0.3.0"), ("2.15.0", "0.9.0"), ("9.1.0", "0.3.0")):
         with_pair(monkeypatch, tmp_path, *pair)
-        ezpz_moe.hosts.check_host()
+        detect.check_host()
     line = "ezpz_moe: torch {} with torchtitan {} is untested; `ezpz-moe verify` checks it here"
     assert caplog.messages == [line.format("9.1.0", "0.3.0"), line.format("2.15.0", "0.9.0")]
 
@@ -217,7 +216,7 @@ def test_a_worker_runs_the_hosts_module_and_lets_rank_0_report(
 
 WITH_A_HOST_THAT_ABORTS_THE_TEARDOWN = """
 import atexit, os, runpy, sys
-import ezpz_moe.hosts
+from ezpz_moe.hosts import detect
 
 class Aborts:
     def __del__(self, abort=os.abort):
@@ -228,7 +227,7 @@ def host(*_, **__):
     print("trained")
     atexit.register(print, "the host's own handler")
 
-ezpz_moe.hosts.check_host = lambda: None
+detect.check_host = lambda: None
 run_module, runpy.run_module = runpy.run_module, host
 run_module("ezpz_moe.train", run_name="__main__")
 """

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -48,10 +47,10 @@ Scenarios = Mapping[str, list[str]]
 def job_folder(folder: Path) -> Path:
     """``folder`` with the tests' job and its flavor in it, in the tests' precision."""
     folder = Path(shutil.copytree(TINY, folder, dirs_exist_ok=True))
-    key, dtype = dialect.precision("tiny")
+    _, dtype = dialect.precision("tiny")
     job = folder / "job.toml"
-    name = key.rpartition(".")[2].replace("-", "_")
-    job.write_text(re.sub(f'{name} = "[a-z0-9]+"', f'{name} = "{dtype}"', job.read_text()))
+    text = job.read_text()
+    job.write_text(text.replace('_precision_param = "float32"', f'_precision_param = "{dtype}"'))
     return folder
 
 

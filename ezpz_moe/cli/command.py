@@ -14,7 +14,7 @@ class Command(ABC):
     """A command: a frozen dataclass whose fields are its arguments, named by its file's COMMAND.
 
     Its docstring is its help. A field ``host_flags`` lets it take the trainer's flags as well as
-    its own; a field ``json`` means that it prints or writes its results as JSON.
+    its own.
     """
 
     group: ClassVar[str]

@@ -10,7 +10,3 @@
 The other modules are shared by the bindings. Only modules below this package import torchtitan.
 The modules directly in it import neither torchtitan nor torch on their own.
 """
-
-from ezpz_moe.hosts.detect import check_host
-
-__all__ = ["check_host"]
