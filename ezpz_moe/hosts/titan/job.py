@@ -6,7 +6,8 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - the tokenizer and the training text are the embedded ones, which need no download;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
-- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set.
+- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
+- ``checkpoint.last_save_model_only`` is false, unless ``last_save_in_hf`` is true.
 
 The host's bare config has no usable default for the optimizer and the loss. They are those of its
 own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
@@ -48,6 +49,7 @@ from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan.models import model_spec
@@ -165,6 +167,10 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
         "optimizer": default_adamw(),
         "training": TrainingConfig(disable_cuda_graphs=True),
         "dataloader": _dataloader(job, "training", infinite=True),
+        "checkpoint": Checkpointer.Config(
+            last_save_model_only=False,
+            _is_last_save_ours="checkpoint.last_save_model_only" not in job.values,
+        ),
     }
     if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
         data = _dataloader(job, "validation", infinite=False)

@@ -1,0 +1,44 @@
+"""Extend the host's checkpoint manager for the jobs of this plugin.
+
+The class only lists where the plugin takes part. What happens there is in modules beside it.
+"""
+
+# No `from __future__ import annotations`: the host's command line reads the fields of Config.
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from torchtitan.components.checkpointer import CheckpointManager
+
+
+class Checkpointer(CheckpointManager):
+    """``CheckpointManager`` with the plugin's part in loading and saving.
+
+    The hooks of a disabled manager are never called: the host's public methods see to that.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(CheckpointManager.Config):
+        _is_last_save_ours: Annotated[bool, tyro.conf.Suppress] = False
+        """Whether the job leaves ``last_save_model_only`` to the plugin, which keeps everything.
+
+        The underscore keeps it out of the host's ``to_dict``, and so out of what a user sees.
+        """
+
+        def __post_init__(self) -> None:
+            # Safetensors hold the model alone, so asking for them is asking for that.
+            if self._is_last_save_ours and self.last_save_in_hf:
+                self.last_save_model_only = True
+            # Called by name: `super()` without arguments does not work in a dataclass with slots,
+            # which is a new class.
+            CheckpointManager.Config.__post_init__(self)
+
+    def __init__(self, config: Config, **parts: Any) -> None:
+        super().__init__(config, **parts)
+
+    def _load(self, step: int = -1) -> bool:
+        return super()._load(step)
+
+    def _save(self, curr_step: int, last_step: bool = False) -> bool:
+        return super()._save(curr_step, last_step)
