@@ -81,7 +81,7 @@ def _locked(folder: Path, name: str) -> int | None:
                 raise
             time.sleep(0.1)
         except OSError as error:
-            _warn(name, error.strerror)
+            _warn(name, str(error))
             return None
     raise AssertionError("the last attempt returns or raises")
 
@@ -131,23 +131,26 @@ def steps(folder: Path) -> dict[str, int]:
     }
 
 
-def set_aside(folder: Path, *, after: int) -> tuple[Path, list[str]] | None:
-    """Move what the host would take for steps later than ``after`` where it does not look.
+def return_to(step: int, folder: Path) -> None:
+    """Move whatever the host takes for later steps than ``step`` where it does not look.
 
     The host goes on at the newest step that it finds, and keeps the newest when it deletes old
     ones. So after a return to an earlier step it must not find those of the abandoned attempt.
-
-    Returns:
-        The new folder in ``folder`` and the names in it, oldest first; None if nothing was later.
     """
-    later = {name: step for name, step in _named_like_steps(folder).items() if step > after}
+    later = {name: each for name, each in _named_like_steps(folder).items() if each > step}
     if not later:
-        return None
-    names = sorted(later, key=lambda name: (later[name], name))
+        return
     target = _new_folder(folder)
+    names = sorted(later, key=lambda name: (later[name], name))
     for name in names:
         (folder / name).rename(target / name)
-    return target, names
+    logger.warning(
+        "ezpz_moe: the run goes back to step %d. Later steps are of an abandoned attempt, and now "
+        "in %s: %s. To go on from those, move them back and leave checkpoint.load_step out.",
+        step,
+        target,
+        ", ".join(names),
+    )
 
 
 def _named_like_steps(folder: Path) -> dict[str, int]:

@@ -37,6 +37,13 @@ class CheckpointSettings:
     folder: Path
     load_step: int | None
 
+    def newest(self) -> int | None:
+        """Return the newest step that is complete, which has its metadata."""
+        whole = (file.parent.name for file in self.folder.glob("step-*/.metadata"))
+        # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a copy.
+        matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
+        return max((int(match[1]) for match in matches if match), default=None)
+
 
 def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
     """Return what the job and the trainer's own flags say; a flag wins over the job."""
@@ -69,30 +76,6 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         folder=Path(told.dump_folder, told.folder),
         load_step=None if told.load_step == _NEWEST else told.load_step,
     )
-
-
-def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """Return the folder that the trainer would resume from; None if there is none, or it must not.
-
-    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
-    ``step-N`` per checkpoint, which is complete once it has its metadata. The trainer takes the
-    newest of them, or without checking the one that ``checkpoint.load_step`` names, which may not
-    exist.
-    """
-    settings = checkpoint_settings(job, host_flags)
-    if not settings.is_enabled:
-        return None
-    step = settings.load_step
-    if step is None:
-        step = _newest_step(settings.folder)
-    return None if step == _NEWEST else settings.folder / f"step-{step}"
-
-
-def _newest_step(folder: Path) -> int:
-    whole = (file.parent.name for file in folder.glob("step-*/.metadata"))
-    # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a user's copy.
-    matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
-    return max((int(match[1]) for match in matches if match), default=_NEWEST)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the se
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -45,8 +46,10 @@ from ezpz_moe.config.flavors import Flavor, load_flavor
 from ezpz_moe.config.job import Job
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
@@ -98,6 +101,18 @@ class JobConfig(Trainer.Config):
                 Trainer.Config.__post_init__(self)
         if self.is_precision_ours and is_about_to_train():
             precision.log_once(self)
+
+    def build(self, **parts: Any) -> Any:
+        """Build the trainer, in a folder where no other run writes.
+
+        Telemetry and checkpoints of two runs would be mixed. Without either, a run may share one.
+        """
+        is_writing = self.checkpoint.enable and not self.checkpoint.load_only
+        is_writing |= getattr(self.metrics, "telemetry", None) is not None
+        if is_writing and os.environ.get("RANK") == "0" and not is_dry_run(self):
+            with exit_on_user_error():
+                run_folder.hold(self.dump_folder)
+        return Trainer.Config.build(self, **parts)
 
 
 def trainer_config(job: Job) -> JobConfig:
