@@ -6,10 +6,15 @@ The class only lists where the plugin takes part. What happens there is in modul
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer import MODEL, CheckpointManager
+from torchtitan.tools import filesystem
+
+from ezpz_moe.errors import exit_on_user_error
+from ezpz_moe.hosts.titan import kept_settings, resuming, saving
 
 
 class Checkpointer(CheckpointManager):
@@ -40,5 +45,32 @@ class Checkpointer(CheckpointManager):
     def _load(self, step: int = -1) -> bool:
         return super()._load(step)
 
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """Load what the checkpoint has for this run, and log what is begun afresh or left out."""
+        # Neither the host's adapters for safetensors nor remote folders let us look inside first.
+        if from_hf or filesystem.is_remote(checkpoint_id):
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        with exit_on_user_error():
+            part = resuming.what_fits(state_dict, Path(checkpoint_id))
+        asked = kept_settings.settings(state_dict)
+        super().dcp_load(part, checkpoint_id, from_hf, from_quantized)
+        kept_settings.log_kept(state_dict, asked)
+
+    def dcp_save(self, state_dict: dict[str, Any], *where: Any, **how: Any) -> Any:
+        """Save ``state_dict`` with its selection biases unrounded."""
+        exact = saving.with_exact_biases(state_dict, self.states[MODEL].state_dict())
+        return super().dcp_save(exact, *where, **how)
+
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        return super()._save(curr_step, last_step)
+        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), curr_step):
+            is_saved = super()._save(curr_step, last_step)
+        if is_saved:
+            self._saved_step = curr_step
+        return is_saved
+
+    def _wait_for_saving(self) -> None:
+        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), self._saved_step):
+            super()._wait_for_saving()
