@@ -113,7 +113,7 @@ class Stopping:
         # wait for the main thread, and that one for a collective.
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
-        os.register_at_fork(after_in_child=_forget)
+        _keep_from_forks()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="ezpz_moe stopping")
         self._thread.start()
 
@@ -198,6 +198,27 @@ def _end_now(reason: str) -> None:
 def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _keep_from_forks() -> None:
+    """Let processes that this one forks, such as a data loader's workers, die of SIGTERM as ever.
+
+    They would inherit the handler, and the socket through which it would end the whole run.
+    """
+
+    def mask(how: int) -> None:
+        signal.pthread_sigmask(how, [signal.SIGTERM])
+
+    def in_child() -> None:
+        _forget()
+        mask(signal.SIG_UNBLOCK)
+
+    # Blocked in between, or one that is sent at once would still meet the handler.
+    os.register_at_fork(
+        before=lambda: mask(signal.SIG_BLOCK),
+        after_in_parent=lambda: mask(signal.SIG_UNBLOCK),
+        after_in_child=in_child,
+    )
 
 
 def _store(ranks: int) -> torch.distributed.Store:
