@@ -22,8 +22,14 @@ import pytest
 import torch
 from trainer_runs import job_folder
 
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import run_folder
+from ezpz_moe.hosts.titan import stopping
 from ezpz_moe.hosts.titan.stopping import Agreement
+from ezpz_moe.tools import launch
 from ezpz_moe.tools.checkpoints import inspect
+from ezpz_moe.tools.nodes import Node
+from ezpz_moe.tools.trainer_settings import CheckpointSettings
 
 # --- the agreement ----------------------------------------------------------------------------
 
@@ -152,9 +158,40 @@ def test_a_process_of_the_run_dies_of_its_own_sigterm_alone():
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=10 * PATIENCE,
     )
     assert result.returncode == -signal.SIGTERM, result.stderr
+
+
+# --- what the launcher says --------------------------------------------------------------------
+
+
+OFF = "Nothing was saved, because checkpoints are off ([checkpoint] enable)."
+
+
+@pytest.mark.parametrize(
+    ("enabled", "load_step", "steps", "nodes", "expected"),
+    [
+        (False, None, [4], 1, OFF),
+        (True, None, [], 1, ". There is no checkpoint to resume from: it begins at step 1."),
+        (True, None, [2, 4], 1, ": it resumes from {}/step-4."),
+        (True, 4, [2, 4], 2, " on every node: it resumes from {}/step-4."),
+        (True, 2, [2, 4], 1, ", without checkpoint.load_step: it resumes from {}/step-4."),
+        (True, 7, [2, 4], 1, ", without checkpoint.load_step: it resumes from {}/step-4."),
+    ],
+)
+def test_a_stopped_run_says_how_it_goes_on(enabled, load_step, steps, nodes, expected, tmp_path):
+    for step in steps:
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / ".metadata").touch()
+    (tmp_path / "step-9").mkdir()  # the signal came while it was written
+    settings = CheckpointSettings(enabled, enabled, "run", tmp_path, load_step)
+    said = []
+    of_run = [Node(rank, "host", "address", 1, 1) for rank in range(nodes)] if nodes > 1 else []
+    code = launch._Ending(settings, said.append, of_run).stopped(signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    again = "To continue, run the same command again" if enabled else ""
+    assert said == [f"ezpz-moe: stopped by SIGINT. {again}{expected.format(tmp_path)}"]
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -253,3 +290,78 @@ def test_sigterm_saves_the_step_of_all_ranks_and_says_where_the_run_resumes(fold
     assert (saved.step, saved.optimizer, saved.files) == (step, True, 2)
     assert f"the run ends after step {step}," in run.said()
     assert not re.search(rf"step: +{step + 1} ", run.said())
+
+
+def losses(run: Run) -> dict[int, str]:
+    found = re.findall(r"step: +(\d+) +loss: +(\S+)", run.said())
+    return {int(step): loss for step, loss in found}
+
+
+@pytest.mark.full
+@pytest.mark.train
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_a_stopped_run_goes_on_with_the_losses_that_it_would_have_had(mode, folder):
+    """Whatever way it saves; each step is saved, so that a save is under way at the signal."""
+    if mode == "async_with_pinned_mem" and not torch.accelerator.is_available():
+        pytest.skip("there is no memory to pin without an accelerator")
+    # As many steps in each: the schedule of the learning rate depends on it.
+    flags = ["--training.steps", "10", "--checkpoint.interval", "1"]
+    flags += ["--checkpoint.async-mode", mode]
+    with running(folder, *flags) as run:
+        run.wait_for("step:  3 ")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.finish()[0] == 128 + signal.SIGTERM
+        first = losses(run)
+    assert max(saved_steps(folder)) == max(first) < 10
+    with running(folder, *flags) as run:
+        assert run.finish()[0] == 0
+        second = losses(run)
+    assert list(second) == list(range(max(first) + 1, 11))
+    with running(folder, *flags, "--dump-folder", "undisturbed") as run:
+        assert run.finish()[0] == 0
+        assert losses(run) == first | second
+
+
+@pytest.mark.full
+@pytest.mark.train
+@pytest.mark.ranks
+def test_a_signal_to_one_rank_ends_all_of_them_with_the_same_step(folder):
+    with running(folder, python=sys.executable) as run:
+        run.wait_for("step:  2 ")
+        run.workers()[1].send_signal(signal.SIGTERM)
+        code, line = run.finish()
+    (step,) = saved_steps(folder)
+    assert code == 128 + signal.SIGTERM
+    assert line.endswith(f"it resumes from outputs/checkpoint/step-{step}.")
+
+
+@pytest.mark.full
+@pytest.mark.train
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_does_not_leave_the_others_waiting(folder):
+    """torchrun sends them SIGTERM too, which must not look like a wish to save."""
+    with running(folder, python=sys.executable) as run:
+        run.wait_for("step:  2 ")
+        run.workers()[1].kill()
+        killed = time.monotonic()
+        code, _ = run.finish()
+    assert code == 1
+    assert time.monotonic() - killed < stopping.SECONDS_TO_AGREE / 2
+    assert saved_steps(folder) == []
+
+
+@pytest.mark.full
+@pytest.mark.train
+@pytest.mark.ranks
+def test_a_killed_launcher_leaves_no_worker_and_no_lock(folder):
+    with running(folder, python=sys.executable) as run:
+        run.wait_for("step:  2 ")
+        workers = run.workers()
+        assert len(workers) == 2
+        with pytest.raises(EzpzError, match=f"process {workers[0].pid} on "):
+            run_folder.refuse_if_held(str(folder / "outputs"))
+        run.process.kill()
+        _, alive = psutil.wait_procs(workers, timeout=PATIENCE)
+    assert not alive
+    run_folder.refuse_if_held(str(folder / "outputs"))
