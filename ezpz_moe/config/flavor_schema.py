@@ -135,8 +135,8 @@ class Flavor(Data):
     def is_watched(self) -> bool:
         """Whether the routers have to know the step, or have to report what they did."""
         rate = self.balance.bias_rate
-        moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
-        return self.reported is not None or bool(moves)
+        schedules = [*self.router.schedules.values(), *([rate] if rate else [])]
+        return self.reported is not None or not all(each.is_constant for each in schedules)
 
     @field_validator("base")
     @classmethod

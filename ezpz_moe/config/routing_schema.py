@@ -92,6 +92,16 @@ class Router(Data):
         """How many of the router's choices need no expert computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
 
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules that differ from their default, by key. A default changes no bits."""
+        values = {key: getattr(self, key) for key in type(self).model_fields}
+        return {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, Schedule) and value != type(self).model_fields[key].default
+        }
+
     def choices_of_token(self, num_experts: int, top_k: int) -> int:
         """Return how many choices a token makes, given the model's experts and top-k."""
         return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
