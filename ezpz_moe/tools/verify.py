@@ -78,6 +78,7 @@ class Row:
 
 def default_device() -> str:
     """Return the accelerator that torch sees, else the CPU."""
+    # check_available: torch may be built for an accelerator that this machine does not have.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
@@ -115,6 +116,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     if not dtypes:
         raise EzpzError("--dtype: name at least one, for example bfloat16")
     reasons = {dtype: reasons_against(device, dtype) for dtype in dtypes}
+    # After the reasons, which refuse a name that torch does not know.
     if torch.device(device).type == "meta":
         raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
     checks = [
@@ -125,6 +127,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
         for routing in ROUTINGS
     ]
     if not checks:
+        # A reason that holds for several dtypes is printed once.
         lines = dict.fromkeys(
             f"{name}: {reason}"
             for by_name in reasons.values()
@@ -162,6 +165,7 @@ def worst(rows: Sequence[Row]) -> Row:
 def cosine(value: Tensor, true: Tensor) -> float:
     """Return the cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
     norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]
+    # A gradient may be exactly zero, as with no tokens: equal then means both are.
     if not all(norms):
         return float(norms[0] == norms[1])
     return torch.sum(value * true).item() / math.prod(norms)

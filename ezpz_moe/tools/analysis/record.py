@@ -156,6 +156,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
 
 def _step(checkpoint: Path) -> int:
     """Return the step in the folder's name; without one, a step after every schedule's end."""
+    # resolve(), because the folder may be named by a link.
     match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
     return int(match[1]) if match else sys.maxsize
 

@@ -41,6 +41,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Tick]]
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
 """glibc: never take a single block from the system, and never give memory back to it."""
 
+# As pip names them, which is not always what is imported.
 _PEER_PACKAGES = ("transformers", "triton", "scattermoe", "megablocks", "sonic-moe")
 
 
@@ -134,6 +135,7 @@ def environment(device: str) -> dict[str, Any]:
     if place.type == "cpu":
         name = f"{_cpu_name() or platform.machine()}, {os.cpu_count()} CPUs"
     else:
+        # torch.cuda, torch.xpu, ...: each has this function.
         name = getattr(torch, place.type).get_device_name(place)
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -218,6 +220,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
         try:
             # The plan goes through stdin: it may be longer than a command line.
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
+            # The child reads until the end of its input.
             child.stdin.close()
             yield from _read(child.stdout, progress)
         except BaseException:  # nobody will read the rest
@@ -241,5 +244,6 @@ def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
                 case Ticked(name):
                     tick(name)
                 case Measured() as measured:
+                    # The bar ends before the table is printed, which would otherwise run into it.
                     open_progress.close()
                     yield measured

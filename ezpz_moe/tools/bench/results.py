@@ -88,6 +88,7 @@ class Measured:
 
     @property
     def itemsize(self) -> int:
+        # Not asked of torch, which this module does not import.
         return {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[self.dtype]
 
     @property
