@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with exit_on_user_error():
             return parsed.command.run()
-    # Not a mistake of anybody's: no traceback, and the exit code by which shells know it.
+    # Not a mistake, so no traceback; 128 + n is how shells report signal n.
     except KeyboardInterrupt:
         display.print_to_stderr("ezpz-moe: stopped by SIGINT")
         return 128 + signal.SIGINT
@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str]) -> Any:
 
 
 def _arguments(known: dict[str, type[Command]]) -> type:
-    # Named by the file: tyro would make a name from the class's.
+    # Named after the file: tyro would derive a name from the class.
     of_a_command = tuple(Annotated[command, subcommand(name)] for name, command in known.items())
     return make_dataclass(
         "Arguments",

@@ -157,8 +157,8 @@ class Flavor(Data):
     @classmethod
     def _is_installed(cls, name: str) -> str:
         try:
-            # Only the name and the form. Which options a backend has, it can say only once it is
-            # imported, and that may need torch.
+            # Only the name and the form. A backend can name its options only once it is imported,
+            # which may need torch.
             name_and_options(name)
         except EzpzError as error:
             raise mistake(str(error)) from None

@@ -250,6 +250,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as TOML writes it, shortened."""
-    # TOML has dates and times, which JSON has not: hence default=str.
+    # default=str, because TOML has dates and times, which JSON lacks.
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

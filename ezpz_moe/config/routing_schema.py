@@ -132,8 +132,7 @@ class Balance(Data):
     mse_loss: _NotNegative = 0.0
     z_loss: _NotNegative = 0.0
     scope: Literal["sequence", "batch", "global"] = "sequence"
-    # Not set: as the model has it. "none": no bias at all, which a flavor can say to what it
-    # inherits.
+    # Not set: the model's own. "none" removes the bias, also an inherited one.
     bias_update: Literal["sign", "proportional", "none"] | None = None
     bias_rate: Schedule | None = None
 

@@ -159,6 +159,7 @@ def compare(check: Check) -> list[Row]:
 def worst(rows: Sequence[Row]) -> Row:
     """Return the row that failed, or the one nearest to its bound."""
     # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
+    # A row without a figure has failed, so the first part of the key decides.
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 

@@ -62,6 +62,7 @@ def _load(layers: Layers, _: Settings) -> Figure:
 
 def _tokens(layers: Layers, _: Settings) -> Figure:
     """Draw what the token ID predicts, and how narrow each expert's tokens are."""
+    # Inches: 0.3 for the bars of a layer, and the rest for titles and legend.
     figure = Figure(figsize=(11, 0.3 * len(layers) + 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = np.arange(len(layers))
@@ -121,6 +122,7 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
     sizes = [np.arange(1, each.num_experts + 1) for each in layers]
     hit_rates = [each.sch_by_size for each in layers]
     _lines(right, layers, list(zip(sizes, hit_rates, strict=True)))
+    # The size of the cache whose hit rate the report has as a figure.
     right.axvline(layers[0].cache_size, color="grey", linestyle=":")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -85,7 +85,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Ticked:
-    """A step of it begins, with this name."""
+    """The step ``name`` of it begins."""
 
     name: str
 
@@ -149,10 +149,12 @@ def _versions() -> Mapping[str, str]:
     found = {"ezpz_moe": __version__, "torch": torch.__version__, "torchtitan": host_name()}
     found |= {name: version(name) for name in _PEER_PACKAGES}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    # None: not installed, or torch was built without it.
     return {name: number for name, number in found.items() if number}
 
 
 def _cpu_name() -> str | None:
+    # Only Linux has this file; elsewhere the architecture has to do.
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         return next(
             (line.partition(":")[2].strip() for line in lines if "model name" in line), None

@@ -77,7 +77,7 @@ def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
         left = np.arange(len(results)) - 0.4 + (number + 0.5) * width
         bars = axes.bar(left, heights, width=0.92 * width, color=colors[name], label=name)
         axes.bar_label(bars, fmt=_short, fontsize=8, padding=2)
-    # The bars show each shape's most even routing, which shapes may differ in.
+    # The bars show each shape's most even routing, and shapes may differ in that.
     routings = {each.routing for each in results}
     shared = f", {routings.pop()}" if len(routings) == 1 else ""
     if by_limit:

@@ -152,6 +152,7 @@ def _rounded(value: Any) -> Any:
             return {key: _rounded(each) for key, each in value.items()}
         case list() | tuple():
             return [_rounded(each) for each in value]
+        # Integers stay as they are: bytes and rows are exact.
         case float():
             return float(f"{value:.5g}")
     return value
