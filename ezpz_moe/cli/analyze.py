@@ -17,6 +17,7 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.tools.analysis.record import Recording
     from ezpz_moe.tools.analysis.report import LayerReport, Settings
@@ -64,13 +65,15 @@ class Analyze(Command):
     def run(self) -> int:
         self._check()
         job, checkpoint = self._model()
+        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         other = find_checkpoint(self.against) if self.against else None
         host = import_host()
-        text = self._text(job, host.analysis().encoder(_tokenizer(job)))
-        recording = self._record(job, checkpoint, text)
-        compared = self._record(job, other, text) if other else None
+        flavor = load_flavor(job.flavor, near=job.folder)
+        text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
+        recording = self._record(flavor, checkpoint, text)
+        compared = self._record(flavor, other, text) if other else None
 
         import torch
 
@@ -160,10 +163,9 @@ class Analyze(Command):
             )
         return text
 
-    def _record(self, job: Job, checkpoint: Path, text: list[TextSequence]) -> Recording:
+    def _record(self, flavor: Flavor, checkpoint: Path, text: list[TextSequence]) -> Recording:
         import torch
 
-        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.analysis.record import record
         from ezpz_moe.tools.verify import default_device
 
@@ -172,7 +174,7 @@ class Analyze(Command):
 
         return record(
             checkpoint,
-            load_flavor(job.flavor, near=job.folder),
+            flavor,
             text,
             device=self.device or default_device(),
             dtype=getattr(torch, self.dtype),
