@@ -229,7 +229,7 @@ def test_a_dry_run_stands_for_as_many_ranks_as_the_host_is_told(monkeypatch, in_
     monkeypatch.setattr(utils, "device_type", "cpu")
     dry_run = {"comm__mode": "fake_backend", "parallelism__tensor_parallel_degree": 2}
     monkeypatch.setenv("NGPU", "4")
-    assert config("debugmodel", **dry_run), "what this machine cannot run is no conflict"
+    assert config("debugmodel", **dry_run), "what this machine cannot run is not a conflict"
     monkeypatch.setenv("NGPU", "3")
     assert "3 ranks do not fit the degrees" in conflict("debugmodel", **dry_run)
 
@@ -265,6 +265,9 @@ def test_a_tokenizer_with_more_ids_than_the_model(monkeypatch, in_training, tmp_
     assert f"hf_assets_path = {str(folder)!r}: its tokenizer can give the token ID 3002" in said
     assert "'debugmodel_sdpa' has a vocabulary of 2048, so its last ID is 2047" in said
     assert "vocab_size is at least 3003" in said
+    monkeypatch.setenv("NGPU", "4")
+    dry_run = {"comm__mode": "fake_backend", "model__hf_assets_path": str(folder)}
+    assert "can give the token ID 3002" in conflict(**dry_run)
     special_token(same := tokenizer_with(tmp_path / "same"), "<pad>")
     assert "can give the token ID 2048" in conflict(model__hf_assets_path=str(same))
     assert config(model__hf_assets_path=str(tokenizer_with(tmp_path / "fits")))

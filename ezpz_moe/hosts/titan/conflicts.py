@@ -74,7 +74,8 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
 def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
     if not is_about_to_train():
         return ()
-    return (_ranks,) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+    # A dry run stands for another machine, but a tokenizer that is here as well tells about it.
+    return (_ranks, _vocabulary) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
 
 
 def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
