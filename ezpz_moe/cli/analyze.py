@@ -17,6 +17,7 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.tools.analysis.record import Recording
     from ezpz_moe.tools.analysis.report import LayerReport, Settings
@@ -66,14 +67,16 @@ class Analyze(Command):
         # Before torch is imported: a wrong number is reported at once.
         self._check()
         job, checkpoint = self._model()
+        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_checkpoint(self.against) if self.against else None
         host = import_host()
-        text = self._text(job, host.analysis().encoder(_tokenizer(job)))
-        recording = self._record(job, checkpoint, text)
-        compared = self._record(job, other, text) if other else None
+        flavor = load_flavor(job.flavor, near=job.folder)
+        text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
+        recording = self._record(flavor, checkpoint, text)
+        compared = self._record(flavor, other, text) if other else None
 
         import torch
 
@@ -170,10 +173,9 @@ class Analyze(Command):
             )
         return text
 
-    def _record(self, job: Job, checkpoint: Path, text: list[TextSequence]) -> Recording:
+    def _record(self, flavor: Flavor, checkpoint: Path, text: list[TextSequence]) -> Recording:
         import torch
 
-        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.analysis.record import record
         from ezpz_moe.tools.verify import default_device
 
@@ -182,7 +184,7 @@ class Analyze(Command):
 
         return record(
             checkpoint,
-            load_flavor(job.flavor, near=job.folder),
+            flavor,
             text,
             device=self.device or default_device(),
             dtype=getattr(torch, self.dtype),

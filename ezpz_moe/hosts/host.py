@@ -399,9 +399,9 @@ class Analysis(Protocol):
     def at_step(self, model: nn.Module, step: int) -> None:
         """Set what the flavor schedules to its value at a training step."""
 
-    def encoder(self, folder: str) -> Callable[[str], list[int]]:
+    def encoder(self, folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
         """Return a function that encodes a document, with the marks that the trainer adds.
 
         Raises:
-            EzpzError: ``folder`` has no tokenizer.
+            EzpzError: ``folder`` has no tokenizer, or one with IDs that the model does not have.
         """

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config.configs import TrainingConfig
+from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
@@ -92,20 +94,25 @@ def at_step(model: nn.Module, step: int) -> None:
         moe.router.at_step(step)
 
 
-def encoder(folder: str) -> Callable[[str], list[int]]:
+def encoder(folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
     """Return a function that encodes a document, with the beginning and end marks of the trainer.
 
     Args:
         folder: ``hf_assets_path``, which contains the tokenizer.
+        flavor: that of the model, whose vocabulary has to contain every ID of the tokenizer.
 
     Raises:
-        EzpzError: there is no tokenizer.
+        EzpzError: there is no tokenizer, or it can give IDs that the model does not have.
     """
-    try:
-        tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise EzpzError(f"hf_assets_path = {folder!r}: no tokenizer: {error}") from error
-    return partial(tokenizer.encode, add_bos=True, add_eos=True)
+    build = partial(HuggingFaceTokenizer.Config().build, tokenizer_path=folder)
+    vocabulary = decoder_vocab_size(model_spec(flavor))
+    problems = [
+        *missing_files(folder, None),
+        *vocabulary_problems(build, folder, vocabulary, flavor.name),
+    ]
+    if problems:
+        raise EzpzError(problems[0])
+    return partial(build().encode, add_bos=True, add_eos=True)
 
 
 def _moes(model: nn.Module) -> dict[str, MoE]:

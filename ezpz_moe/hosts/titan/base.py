@@ -119,6 +119,10 @@ class Titan(Host):
         """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
 
     @abstractmethod
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        """Return what a validator tells its dataloader about batches, and how many make a step."""
+
+    @abstractmethod
     def dataloader_config(
         self,
         dataset: str | None,

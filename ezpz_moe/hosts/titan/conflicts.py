@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torchtitan.config import Configurable
 from torchtitan.models.common.attention import BaseAttention, ScaledDotProductAttention
+from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
@@ -24,7 +25,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
-from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
@@ -73,7 +74,8 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
 def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
     if not is_about_to_train():
         return ()
-    return (_ranks,) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+    # A dry run stands for another machine, but a tokenizer that is here as well tells about it.
+    return (_ranks, _vocabulary) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
 
 
 def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
@@ -265,6 +267,17 @@ def _files(config: Trainer.Config) -> Iterator[str]:
     return missing_files(config.hf_assets_path, config.checkpoint.initial_load_path)
 
 
+def _vocabulary(config: Trainer.Config) -> Iterator[str]:
+    if config.model_spec is None or not isinstance(config.model_spec.model, Decoder.Config):
+        return iter(())
+    return vocabulary_problems(
+        lambda: config.tokenizer.build(tokenizer_path=config.hf_assets_path),
+        config.hf_assets_path,
+        decoder_vocab_size(config.model_spec),
+        _flavor(config),
+    )
+
+
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
     # If torch finds no device, torchtitan falls back to "cuda" and fails when it first uses it.
     if no_accelerator() and utils.device_type != "cpu":
@@ -369,4 +382,4 @@ _ALWAYS: tuple[_Check, ...] = (
     _telemetry,
     _of_this_host,
 )
-_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)

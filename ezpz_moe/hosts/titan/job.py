@@ -46,11 +46,13 @@ from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,
@@ -168,11 +170,18 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
     }
     if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
         data = _dataloader(job, "validation", infinite=False)
-        sections["validator"] = Validator.Config(dataloader=data)
+        sections["validator"] = _validator(job, data)
     if (mode := job.values.get("activation_checkpoint.mode")) is not None:
         policy = _ACTIVATION_CHECKPOINTING[mode]
         sections["activation_checkpoint"] = policy() if policy else None
     return sections
+
+
+def _validator(job: Job, data: Configurable.Config) -> Validator.Config:
+    """Return the host's validator; for our own texts the one that counts what ranks have of it."""
+    # The host's datasets are streamed: counting would mean downloading them before the first step.
+    dataset = job.values.get("validation.dataset", TEXT_FILE).lower()
+    return (WholeTextValidator if is_ours(dataset) else Validator).Config(dataloader=data)
 
 
 def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:

@@ -200,6 +200,13 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.attention import causal_attention
         return causal_attention(config)
 
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        batch, microbatches = validator.local_batch_size, 1
+        if validator.parallel_dims.pp_enabled:
+            size = validator.parallelism.pipeline_parallel_microbatch_size
+            batch, microbatches = size, batch // size
+        return {"seq_len": validator.seq_len, "local_batch_size": batch}, microbatches
+
     def dataloader_config(
         self,
         dataset: str | None,

@@ -123,6 +123,14 @@ class Titan2026_08(Titan03):
             from ezpz_moe.hosts.titan.attention_2026_08 import causal_attention
         return causal_attention(config)
 
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        batch = {
+            "max_context_length": validator.seq_len,
+            "num_tokens_per_batch": validator.num_tokens_per_batch,
+        }
+        has_pipeline = validator.parallel_dims.pp_enabled
+        return batch, validator.parallelism.num_pp_microbatches if has_pipeline else 1
+
     def dataloader_config(
         self,
         dataset: str | None,

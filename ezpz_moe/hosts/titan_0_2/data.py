@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.hf_datasets.text_datasets import DATASETS, build_text_validation_dataloader
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
@@ -17,7 +17,9 @@ from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
     TEXT_FILE,
     TOPICS_PATH,
+    check_validation,
     find_text,
+    is_ours,
     load_topics,
     read_documents,
     text_of,
@@ -47,6 +49,22 @@ def choose_text(config: Any, job: Job) -> None:
             )
         except EzpzError as error:
             raise EzpzError(f"{job.source}: [{name}] {error}") from error
+
+
+def check_validation_shares(config: Any, ranks: int, tokenizer: Any) -> None:
+    """Check a validation of the whole text, ``validation.steps = -1``, on several data ranks.
+
+    Raises:
+        EzpzError: the ranks have text for different numbers of steps.
+    """
+    validation = config.validation
+    # The host's datasets are streamed: counting would mean downloading them before the first step.
+    if validation.steps != -1 or ranks == 1 or not is_ours(validation.dataset):
+        return
+    loaders = (
+        build_text_validation_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)
+    )
+    check_validation([sum(1 for _ in loader) for loader in loaders])
 
 
 def _register_our_texts() -> None:

@@ -145,6 +145,19 @@ RELIED_ON: tuple[Reliance, ...] = (
         takes=("dp_world_size", "job_config"),
         vital=True,
     ),
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:build_text_validation_dataloader",
+        used_for="counting the steps that each rank has of a validation text",
+        if_broken=NO_FLAVOR,
+        takes=("dp_world_size", "dp_rank", "tokenizer", "job_config"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.validate:BaseValidator",
+        used_for="the validation of every flavor",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
     DATASET_CONFIG,
     Reliance(
         "torchtitan.components.metrics:build_metrics_processor",
