@@ -51,7 +51,8 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
     table = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         header_style="bold",
-        title=title,
+        # Escaped, as the cells are: rich would take a [folder] in a path for a style.
+        title=escape(title),
         title_justify="left",
     )
     for column, heading in enumerate(rows[0]):

@@ -148,7 +148,9 @@ def compare(check: Check) -> list[Row]:
         # lossless, because dropped rows would count as errors.
         values = run(get_backend(check.backend).lossless.swiglu, case)
     except Exception as error:
-        verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # An assertion has no text of its own.
+        text = str(error).strip().partition("\n")[0]
+        verdict = f"{type(error).__name__}: {text}" if text else type(error).__name__
         return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in NAMES]
     return [
         Row(**vars(check), **_judged(name, values[name], true[name], bounds[name], case))
