@@ -168,7 +168,8 @@ def test_show_a_job(capsys) -> None:
 
 
 def test_a_title_keeps_its_brackets(capsys) -> None:
-    display.print_table([{"a": "[red]b"}], title="runs/[bold]x.toml")
+    row = {"a": "[red]b, in a row that is wider than the title"}
+    display.print_table([row], title="runs/[bold]x.toml")
     printed = capsys.readouterr().out
     assert "runs/[bold]x.toml" in printed
     assert "[red]b" in printed
