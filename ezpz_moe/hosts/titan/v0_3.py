@@ -12,7 +12,6 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ezpz_moe.hosts.host import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.hosts.titan.base import Experts, Sequences, Titan
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
     from ezpz_moe.hosts.model_summary import ModelSummary
+    from ezpz_moe.hosts.parts import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
     from ezpz_moe.hosts.titan.job import JobConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ezpz_moe.hosts.host import Host, StateDictAdapter
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
     from ezpz_moe.hosts.model_summary import ModelSummary
+    from ezpz_moe.hosts.parts import StateDictAdapter
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
 
