@@ -51,7 +51,7 @@ def checkout(session: nox.Session) -> None:
     folder = Path(session.posargs[0]).expanduser().absolute()
     project = folder / "pyproject.toml"
     if not (folder / "torchtitan").is_dir() or not project.is_file():
-        session.error(f"{folder}: is no checkout of torchtitan (no torchtitan/, pyproject.toml)")
+        session.error(f"{folder}: not a checkout of torchtitan (no torchtitan/, pyproject.toml)")
     _see(session, folder)
     session.install(*tomli.loads(project.read_text())["project"]["dependencies"])
     _test(session)

@@ -164,7 +164,7 @@ def measure(runs: Mapping[str, Callable[[], object]], device: torch.device) -> M
         # One timed turn always completes, however slow it is.
         if turn > 1 and time.perf_counter() - start > _SECONDS:
             break
-        # Out of memory excludes a backend for good, but is no error: others may need less.
+        # Out of memory excludes a backend for good, but is not an error: others may need less.
         for name, run in runs.items():
             if name in too_large:
                 continue

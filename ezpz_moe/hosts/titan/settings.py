@@ -30,6 +30,6 @@ def flags(config: Trainer.Config) -> frozenset[str]:
     Options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
     """
     paths = {setting.path for setting in settings(config)}
-    # They are no flags of the top level, so a command line may not contain them there.
+    # They are not flags of the top level, so a command line may not contain them there.
     behind = {path for path in paths if path.startswith("activation_checkpoint.")}
     return frozenset(paths - behind | {"module", "config"})
