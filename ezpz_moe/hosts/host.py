@@ -234,6 +234,7 @@ class Host(ABC):
         """
         try:
             yield
+        # Ours are for the user already.
         except EzpzError:
             raise
         # Not only ImportError: class bodies run on import, and a changed host breaks them with

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+# What the host's tokenizer can load from; it needs one of these.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 

@@ -40,6 +40,7 @@ ALIKE: Mapping[str, Mapping[str, Any]] = {
         "save_traces_folder": Text,
         "profile_freq": Positive,
         "profiler_active": Positive,
+        # torch's profiler can do without a warm-up, but not without a step to record.
         "profiler_warmup": NonNegative,
         "enable_memory_snapshot": bool,
         "save_memory_snapshot_folder": Text,
@@ -76,13 +77,16 @@ ALIKE: Mapping[str, Mapping[str, Any]] = {
         "dataset": Text,
         "dataset_path": Text,
         "local_batch_size": Positive,
+        # -1 means as little as possible: one microbatch of every rank.
         "global_batch_size": MinusOneOrPositive,
         "seq_len": Positive,
+        # A norm of 0 would turn every gradient into zero.
         "max_norm": Annotated[float, Gt(0)],
         "steps": Positive,
         "enable_cpu_offload": bool,
         "dtype": Dtype,
         "mixed_precision_param": Dtype,
+        # A key with one value, because the host's field has one.
         "mixed_precision_reduce": Literal["float32"],
         "gc_freq": Positive,
         "gc_debug": bool,
@@ -95,11 +99,13 @@ ALIKE: Mapping[str, Mapping[str, Any]] = {
     },
     "parallelism": {
         "data_parallel_replicate_degree": Positive,
+        # -1 means the ranks that the other degrees leave.
         "data_parallel_shard_degree": MinusOneOrPositive,
         "fsdp_reshard_after_forward": Literal["default", "always", "never"],
         "tensor_parallel_degree": Positive,
         "enable_async_tensor_parallel": bool,
         "pipeline_parallel_degree": Positive,
+        # For each stage the names of its modules; a stage without any would have nothing to do.
         "module_fqns_per_model_part": Annotated[list[Annotated[list[Text], MinLen(1)]], MinLen(1)],
         "pipeline_parallel_first_stage_less_layers": NonNegative,
         "pipeline_parallel_last_stage_less_layers": NonNegative,
@@ -123,7 +129,9 @@ ALIKE: Mapping[str, Mapping[str, Any]] = {
         "last_save_in_hf": bool,
         "export_dtype": Literal["float16", "bfloat16", "float32"],
         "async_mode": Literal["disabled", "async", "async_with_pinned_mem"],
+        # 0 keeps all. The host itself refuses 1, in a sentence that says why.
         "keep_latest_k": NonNegative,
+        # -1 means the latest.
         "load_step": Annotated[int, Ge(-1)],
         "exclude_from_loading": list[Text],
         "enable_first_step_checkpoint": bool,
@@ -147,6 +155,7 @@ ALIKE: Mapping[str, Mapping[str, Any]] = {
     "comm": {
         "init_timeout_seconds": Seconds,
         "train_timeout_seconds": Seconds,
+        # 0 turns torch's flight recorder off.
         "trace_buf_size": NonNegative,
         "save_traces_folder": Text,
         "save_traces_file_prefix": str,

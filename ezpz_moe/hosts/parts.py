@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # --- the host's own types -----------------------------------------------------------------------
 
 
+# Only what tools read by name, to estimate memory; they get the rest from `Host.settings`.
 class TrainerConfig(Protocol):
     """The config of a run; besides these sections it has whatever the host has."""
 

@@ -117,6 +117,7 @@ def trainer_config(job: Job) -> JobConfig:
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
+    # Not JobConfig(), which would already check itself.
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)

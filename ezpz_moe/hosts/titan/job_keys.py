@@ -95,6 +95,7 @@ _OTHERS: Keys = {
         "config_file": gone(
             "the file is named on the command line: --module ezpz_moe --config PATH. Leave it out."
         ),
+        # A job that both hosts read names us here, as the shipped ones do.
         "custom_config_module": gone(_SUBCLASS, unless=("", "ezpz_moe")),
     },
     "profiling": {
@@ -106,6 +107,7 @@ _OTHERS: Keys = {
     },
     "model": {
         "tokenizer_path": gone("use hf_assets_path, the folder that holds tokenizer.json."),
+        # An empty list quantizes nothing.
         "converters": gone(_QUANTIZE, unless=([],)),
         "print_after_conversion": gone(
             "there are no converters between which to print the model; `ezpz-moe show` prints its "
@@ -153,9 +155,11 @@ _OTHERS: Keys = {
             "parallelism, which is what 1 means in 0.2. Set only expert_parallel_degree.",
             unless=(1,),
         ),
+        # No field of the config has it: the host's model builders take it as an argument.
         "expert_parallel_comm_backend": own(CommBackend),
     },
     "checkpoint": {
+        # true is 0.2's default, and has no effect there without fault tolerance.
         "enable_ft_dataloader_checkpoints": gone(_FAULT_TOLERANCE, unless=(True,)),
     },
     "activation_checkpoint": {
@@ -211,6 +215,7 @@ _OTHERS: Keys = {
         "custom_args_module": gone(_SUBCLASS, unless=("",)),
     },
     "validation": {
+        # Nothing is accepted here: whether a value says the same depends on another key.
         "local_batch_size": gone(
             "torchtitan 0.3 validates with training.local_batch_size. Leave it out."
         ),
@@ -222,6 +227,7 @@ _OTHERS: Keys = {
         "enable_structured_logging": new("debug.enable_structured_logging", bool),
     },
     "override": {
+        # Names alone: keyword arguments of an override can be given as a flag.
         "imports": new("override.imports", list[Text]),
     },
 }

@@ -64,6 +64,7 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
     """
     job = _job_being_overridden()
     if job is not None and get_backend(backend).host_syncs and captures_cuda_graphs(job):
+        # In place: the host looks at this very object after the overrides, before it captures.
         job.training.disable_cuda_graphs = True
         logger.warning(
             f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "

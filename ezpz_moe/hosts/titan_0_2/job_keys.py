@@ -48,7 +48,8 @@ _NEVER_AS_0_2_DOES = (
 _OTHERS: Mapping[str, Mapping[str, Any]] = {
     "job": {
         "config_file": Text,
-        "custom_config_module": Literal["", "ezpz_moe"],  # the host takes one, and we are it
+        # The host merges one module, and without ours no flavor is known.
+        "custom_config_module": Literal["", "ezpz_moe"],
     },
     "model": {
         "tokenizer_path": Text,

@@ -31,6 +31,7 @@ class Titan02(Host):
     generation = "0.2"
     name = "torchtitan 0.2"
     evidence = Reliance(
+        # 0.3 has no TrainSpec; ModelSpec took its place.
         "torchtitan.protocols.train_spec:register_train_spec",
         used_for="recognizing the host's generation",
         if_broken="this is neither torchtitan 0.2 nor 0.3",
@@ -52,6 +53,7 @@ class Titan02(Host):
         return STATE_DICT_KEYS
 
     def modules(self) -> tuple[str, ...]:
+        # By file name and not by import: the list must not need torch or the host.
         found = iter_modules([str(Path(__file__).parent)])
         return tuple(f"{__package__}.{each.name}" for each in found)
 
@@ -67,6 +69,7 @@ class Titan02(Host):
 
     def one_step(self, folder: str) -> list[str]:
         return [
+            # Flags, because they win over the job's file, whatever it says.
             *("--training.steps", "1", "--job.dump-folder", folder),
             *("--checkpoint.no-enable", "--validation.no-enable"),
             *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
