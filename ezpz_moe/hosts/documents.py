@@ -64,6 +64,7 @@ def find_text(
     Raises:
         EzpzError: unknown dataset, or a file that is missing, empty, of an unknown kind or broken.
     """
+    # The host looks names up in lower case.
     name = (dataset or (TEXT_FILE if dataset_path else DEFAULT_DATASET)).lower()
     if name not in known:
         raise EzpzError(
@@ -202,6 +203,7 @@ def _read_jsonl(file: Path) -> Dataset:
 
 def _read_json(file: Path) -> Dataset:
     text = file.read_text(encoding="utf-8-sig")
+    # An empty file is no JSON; as a file without text it gets a better message.
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
         raise EzpzError(
@@ -226,7 +228,7 @@ def _read_parquet(file: Path) -> Dataset:
             f"dataset_path = '{file}': column {COLUMN!r} must hold a string in every "
             f"row, but it is {texts.type} with {_count(texts.null_count, 'null')}."
         )
-    return Dataset(pa.table({COLUMN: texts}))
+    return Dataset(pa.table({COLUMN: texts}))  # Arrow's own column: no copy as Python strings
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
@@ -268,6 +270,7 @@ def _from_rows(rows: Iterator[tuple[str, Any]], file: Path) -> Dataset:
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             raise EzpzError(f"dataset_path = '{file}', {where}: {error.reason}.") from error
         texts.append(row[COLUMN])
+    # Strings of one column: other keys of an object would only take memory.
     return Dataset.from_dict({COLUMN: texts})
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# What the host's tokenizer can load from; it needs one of these.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 

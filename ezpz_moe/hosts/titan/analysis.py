@@ -49,6 +49,7 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
     # not in it.
     with torch.no_grad():
         model.init_states(buffer_device=torch.device(device))
+    # On the model, because `forward` gets nothing else from `build`.
     model.is_masked = has_masked_attention(spec)
     return model
 
@@ -62,6 +63,7 @@ def forward(model: Any, tokens_L: torch.Tensor, positions_L: torch.Tensor) -> to
     # to.
     if model.is_masked:
         inputs["attention_masks"] = model.get_attention_masks(positions=positions)
+    # [1, L, V] has a batch of one; where the host folds it, nothing is flattened.
     return model(tokens, **inputs).flatten(0, -2)
 
 

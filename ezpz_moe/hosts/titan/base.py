@@ -76,6 +76,7 @@ class Titan(Host):
         MICROBATCH: path of what one rank computes at once, in the unit of ``STEP``.
     """
 
+    # Paths and not values, because messages have to name the setting that is wrong.
     LENGTH: ClassVar[str]
     LONGEST: ClassVar[str]
     CUT_BY_LOSS: ClassVar[str]

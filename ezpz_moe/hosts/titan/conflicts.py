@@ -41,6 +41,7 @@ from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
 
+# By name and not by effect: overrides are applied later, when the trainer is built.
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
         "the flavor has already chosen its compute_backend. Remove the override, or choose another "
@@ -96,6 +97,7 @@ def is_about_to_train() -> bool:
 def captures_cuda_graphs(config: Trainer.Config) -> bool:
     """Return whether the host captures the training step: asked for, and possible here."""
     return (
+        # The last three are the host's own condition: on ROCm it captures nothing.
         not config.training.disable_cuda_graphs
         and utils.device_type == "cuda"
         and torch.cuda.is_available()
@@ -151,6 +153,7 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
 
 def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     degree = config.parallelism.expert_parallel_degree
+    # A set: layers of one size need one message.
     for experts in {sizes.num_experts for sizes in _sizes(config)}:
         if experts % degree:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
@@ -168,6 +171,7 @@ def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     heads = (
         getattr(node, name, None)
         for _, node, _, _ in attentions
+        # Grouped queries have fewer key heads; not every attention has the second field.
         for name in ("n_heads", "n_kv_heads")
     )
     return head_problems(config.parallelism, filter(None, heads), _flavor(config))
@@ -224,6 +228,7 @@ def _at(node: Any, path: str) -> Any:
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
     host = titan()
     seq_len = _at(config, host.LENGTH)
+    # Only decoders have such a limit.
     if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
         longest = getattr(config.model_spec.model, host.LONGEST)
         if seq_len > longest:
@@ -342,7 +347,9 @@ def _flavor_with_sdpa(config: Trainer.Config) -> str:
 def _routers(config: Trainer.Config) -> Iterator[str]:
     """Check what a flavor's ``[router]`` asks of the run. All layers have the same settings."""
     every = Configurable.Config
+    # recurse, because every node is of this class: the search would otherwise end at the root.
     nodes = config.model_spec.model.traverse(every, recurse=True) if config.model_spec else ()
+    # By attribute: our class is not imported, as only flavors with a router need what it relies on.
     moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "settings"))
     moe = next(moes, None)
     return router_problems(config, moe, _flavor(config)) if moe else iter(())
@@ -354,6 +361,7 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
     if settings is None:
         return
     every, log_freq = settings.every, metrics.log_freq
+    # `trainer_config` has chosen a divisor, but the job or a flag may have set another.
     if every and every % log_freq:
         yield (
             f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
@@ -382,4 +390,5 @@ _ALWAYS: tuple[_Check, ...] = (
     _telemetry,
     _of_this_host,
 )
+# A dry run skips these: it stands for ranks with other files and devices.
 _ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)

@@ -215,6 +215,7 @@ class _Router(Module):
         top1_GN, best_GN = p_GNE.max(-1)
         # Not topk(2): selective checkpointing would save its result, as it does for the choices.
         second_GN = p_GNE.scatter(-1, best_GN.unsqueeze(-1), 0).amax(-1)
+        # In the order of SUMS: these three, then the losses, then the logits that are not finite.
         of_tokens_GN3 = torch.stack([torch.ones_like(top1_GN), top1_GN, top1_GN - second_GN], -1)
         of_tokens_3 = torch.where(mask_GN.unsqueeze(-1), of_tokens_GN3, 0).sum((0, 1))
         not_finite_1 = (~logits_GNE.isfinite().all(-1) & mask_GN).sum().float().view(1)

@@ -74,10 +74,12 @@ def _ranges(config: Any) -> Iterator[str]:
     for section, keys in KEYS.items():
         node = config
         for name in section.split("."):
+            # A section may be 0.3's alone.
             node = getattr(node, name, None)
         for name, key in keys.items():
             value = getattr(node, name, None)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # No type: this host refuses the key, and a field without effect may stand for it.
             if is_number and key.type is not None and not accepts(key, value):
                 yield f"{section}.{name} = {value}: must be {allowed(key)}."
 
@@ -92,6 +94,7 @@ def _expert_parallel_degree(config: Any, args: Any) -> Iterator[str]:
 
 
 def _tensor_parallel_degree(config: Any, args: Any) -> Iterator[str]:
+    # Not every model of the host has key heads of their own.
     heads = filter(None, (args.n_heads, getattr(args, "n_kv_heads", None)))
     return head_problems(config.parallelism, heads, config.model.flavor)
 

@@ -72,4 +72,5 @@ def _register_our_texts() -> None:
     DATASETS[DEFAULT_DATASET] = DatasetConfig(
         path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )
+    # No path: the host takes the job's dataset_path in its place.
     DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

@@ -40,6 +40,7 @@ def register_flavors(job: Job, *, complete: Complete) -> None:
         job: where flavors and files are looked up.
         complete: fills what the job leaves open in the host's config.
     """
+    # Always made anew: the functions in it are bound to this job's folder.
     spec = _train_spec(job, complete)
     try:
         registered = get_train_spec(MODEL_NAME)
@@ -72,6 +73,7 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
 @exit_on_user_error()
 def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Complete) -> Any:
     complete(config, job)
+    # The flavor of the flags, which need not be the one of the file.
     refuse_conflicts(config, flavors[config.model.flavor], f"{job.source} and the command line")
     return build_hf_tokenizer(config)
 
