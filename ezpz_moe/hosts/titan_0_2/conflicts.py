@@ -64,8 +64,8 @@ def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str
 
 
 def _checks(config: Any) -> tuple[_Check, ...]:
-    # A dry run stands for another machine, with other files and devices. A tokenizer that is here as
-    # well tells about it.
+    # A dry run stands for another machine, with other files and devices. A tokenizer that is here
+    # as well tells about it.
     return (*_SETTINGS, _vocabulary) if is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
 
 
