@@ -5,6 +5,8 @@ The class only lists where the plugin takes part. What happens there is in modul
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +36,8 @@ class Checkpointer(CheckpointManager):
         def __post_init__(self) -> None:
             # Safetensors hold the model alone, so asking for them is asking for that.
             if self._is_last_save_ours and self.last_save_in_hf:
-                self.last_save_model_only = True
+                config: Any = self  # mypy knows only the slots that are added here
+                config.last_save_model_only = True
             # Called by name: `super()` without arguments does not work in a dataclass with slots,
             # which is a new class.
             CheckpointManager.Config.__post_init__(self)
@@ -65,12 +68,17 @@ class Checkpointer(CheckpointManager):
         return super().dcp_save(exact, *where, **how)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), curr_step):
+        with self._reporting_failure(curr_step):
             is_saved = super()._save(curr_step, last_step)
         if is_saved:
             self._saved_step = curr_step
         return is_saved
 
     def _wait_for_saving(self) -> None:
-        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), self._saved_step):
+        with self._reporting_failure(self._saved_step):
             super()._wait_for_saving()
+
+    @contextmanager
+    def _reporting_failure(self, step: int) -> Iterator[None]:
+        with exit_on_user_error(), saving.reporting_failure(self.folder, step):
+            yield
