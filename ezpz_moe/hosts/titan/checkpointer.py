@@ -5,8 +5,6 @@ The class only lists where the plugin takes part. What happens there is in modul
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,17 +66,12 @@ class Checkpointer(CheckpointManager):
         return super().dcp_save(exact, *where, **how)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
-        with self._reporting_failure(curr_step):
+        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), curr_step):
             is_saved = super()._save(curr_step, last_step)
         if is_saved:
             self._saved_step = curr_step
         return is_saved
 
     def _wait_for_saving(self) -> None:
-        with self._reporting_failure(self._saved_step):
+        with exit_on_user_error(), saving.reporting_failure(Path(self.folder), self._saved_step):
             super()._wait_for_saving()
-
-    @contextmanager
-    def _reporting_failure(self, step: int) -> Iterator[None]:
-        with exit_on_user_error(), saving.reporting_failure(self.folder, step):
-            yield

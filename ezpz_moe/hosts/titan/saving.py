@@ -10,7 +10,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.tools import filesystem
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.resuming import is_selection_bias
@@ -28,7 +27,7 @@ def with_exact_biases(states: Mapping[str, Any], of_model: Mapping[str, Any]) ->
 
 
 @contextmanager
-def reporting_failure(folder: str, step: int) -> Iterator[None]:
+def reporting_failure(folder: Path, step: int) -> Iterator[None]:
     """Turn a failure to write the checkpoint of ``step`` into one line, and remove its remains.
 
     ``folder`` has the checkpoints of all steps. Every rank learns of a failure of any.
@@ -39,15 +38,16 @@ def reporting_failure(folder: str, step: int) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError) as error:
-        if filesystem.is_remote(folder):  # not like a folder here, neither to look at nor to clear
-            raise
-        written = Path(folder, f"step-{step}")
+        if not folder.is_dir():  # a remote one, or one that could not be made
+            raise EzpzError(
+                f"{folder}: checkpoints cannot be written here: {_reason(error)}."
+            ) from error
+        written = folder / f"step-{step}"
         # Without metadata the host ignores it, but still counts it among those that it keeps.
         if dist.get_rank() == 0 and not (written / METADATA).exists():
             shutil.rmtree(written, ignore_errors=True)
         raise EzpzError(
-            f"{written}: the checkpoint could not be written: {_reason(error)}. "
-            f"{_rest(written.parent)}"
+            f"{written}: the checkpoint could not be written: {_reason(error)}. {_rest(folder)}"
         ) from error
 
 
@@ -66,8 +66,7 @@ def _reason(error: BaseException) -> str:
 
 def _rest(folder: Path) -> str:
     """Say how much room there is, and from which step the run can go on."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB are free there"
+    free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
     steps = sorted(whole_steps(folder))
     if not steps:
         return f"{free}, and no other checkpoint is. Make room, and start again."
