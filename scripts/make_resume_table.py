@@ -35,7 +35,7 @@ STEPS = 2
 
 _OURS = re.compile(r"WARNING - ezpz_moe: (?:\S+/step-\d+: )?(.*)\.$", re.MULTILINE)
 _REFUSED = re.compile(r"ezpz-moe: error: (?:\S+/step-\d+: )?(.*)$", re.MULTILINE)
-_UNRELATED = ("is untested", "for expert parallelism on the CPU")
+_UNRELATED = ("is untested", "for expert parallelism on the CPU", "drops tokens beyond")
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,13 @@ class Trials:
             log = self._train(name, change.after)
         except AssertionError as failure:
             if refused := _REFUSED.search(str(failure)):
-                return "**refused**", refused[1]
+                return "**refused**", _first_sentence(refused[1])
             return FAILS, str(failure).strip().rpartition("\n")[2]
         finally:
             shutil.rmtree(self._folder / name)
-        notes = [note for note in dict.fromkeys(_OURS.findall(log)) if not _is_unrelated(note)]
-        return "resumes, with a note" if notes else "resumes", "; ".join(notes)
+        said = [note for note in dict.fromkeys(_OURS.findall(log)) if not _is_unrelated(note)]
+        words = "; ".join(map(_first_sentence, said))
+        return "resumes, with a note" if said else "resumes", words
 
     def _before(self, setup: Setup) -> Path:
         if setup not in self._trained:
@@ -303,6 +304,10 @@ def _job(base: Path, setup: Setup) -> str:
 
 def _is_unrelated(note: str) -> bool:
     return any(words in note for words in _UNRELATED)
+
+
+def _first_sentence(words: str) -> str:
+    return words.partition(". ")[0].removesuffix(".")
 
 
 def rows(folder: Path, only: str) -> Iterator[dict[str, str]]:
