@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,14 @@ import torch.distributed.checkpoint as dcp
 from config_cases import config, conflict
 
 from ezpz_moe import cli
+from ezpz_moe.config.routing_schema import Balance, Router
 from ezpz_moe.hosts.detect import check_host, host
 
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.config import ConfigManager  # noqa: E402
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 JOB = """
 [model]
 name = "ezpz_moe"
@@ -51,6 +55,23 @@ def checkpoint_of(path: Path, *flags: str):
         .parse_args(["--module", "ezpz_moe", "--config", str(path), *flags])
         .checkpoint
     )
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def test_the_table_has_tried_every_key_of_the_tables(monkeypatch):
+    """Whoever adds a key to a flavor's table tries to resume with it, and writes the result."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    changes = importlib.import_module("make_resume_table").CHANGES
+    named = "".join(change.what for section in changes.values() for change in section)
+    keys = {*Router.model_fields, *Balance.model_fields}
+    assert {key for key in keys if f"`{key}`" not in named} == set()
+    text = (SCRIPTS.parent / "docs" / "checkpoints.md").read_text()
+    rows = re.findall(
+        r"^\| .* \| (.*) \| (?:resumes|resumes, with a note|\*\*refused\*\*) \|", text, re.M
+    )
+    assert rows == [change.what for section in changes.values() for change in section]
 
 
 # What is saved last -------------------------------------------------------------------------------

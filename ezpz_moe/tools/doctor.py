@@ -23,9 +23,10 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.cpu import CpuDeviceModule
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
-from ezpz_moe.hosts.host import Host, TrainerConfig
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.installed import host, version
 from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words

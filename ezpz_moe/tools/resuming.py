@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
-from ezpz_moe.hosts.host import TrainerConfig
+from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.resuming import rates_differ
 from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.trainer_settings import last_checkpoint
