@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from ezpz_moe.errors import EzpzError
 
@@ -37,7 +37,7 @@ class Fit:
     """
 
     afresh: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def fit(
@@ -127,13 +127,13 @@ def _refuse_other_model(wanted: Entries, saved: Entries, where: str, resumes: bo
         f"{name} is missing" for name in sorted(ours - theirs) if not is_selection_bias(name)
     ]
     if resumes:  # starting from the weights of a larger model is a choice, resuming is not
-        more = sorted(theirs - ours)
-        differences += [f"{name} is only there" for name in more if not is_selection_bias(name)]
+        others = sorted(theirs - ours)
+        differences += [f"{name} is only there" for name in others if not is_selection_bias(name)]
     if differences:
+        shown, more = "; ".join(differences[:2]), len(differences) - 2
         raise EzpzError(
-            f"{where}: is of another model: {'; '.join(differences[:2])}"
-            f"{f'; {len(differences) - 2} more' if differences[2:] else ''}. Use the flavor that it "
-            "was saved with, or a new --dump_folder."
+            f"{where}: is of another model: {shown}{f'; {more} more' if more > 0 else ''}. Use the "
+            "flavor that it was saved with, or a new --dump_folder."
         )
 
 
@@ -147,15 +147,14 @@ def _refuse_other_degree(saved: Entries, where: str, data_ranks: int) -> None:
 
 
 def _leave_out(names: Iterable[str]) -> str:
-    sections = sorted({name.partition(".")[0] for name in names} & set(_TRAINING_STATE))
-    without = " ".join(name for name in sections if name != "train_state")
-    return f"To do without, resume with --checkpoint.exclude_from_loading {without}."
+    sections = sorted({name.partition(".")[0] for name in names})
+    return f"To do without, resume with --checkpoint.exclude_from_loading {' '.join(sections)}."
 
 
 # --- what may differ ------------------------------------------------------------------------------
 
 
-def _notes(wanted: Entries, saved: Entries, resumes: bool) -> Iterable[str]:
+def _notes(wanted: Entries, saved: Entries, resumes: bool) -> Iterator[str]:
     if missing := sorted(_missing_biases(wanted, saved)):
         yield f"the checkpoint has no {some(missing)}: a selection bias begins at zero"
     if dropped := sorted(filter(is_selection_bias, _of_model(saved) - _of_model(wanted))):

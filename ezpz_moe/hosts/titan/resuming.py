@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import DATALOADER, OPTIMIZER
@@ -67,18 +67,18 @@ def whole_steps(folder: Path) -> Iterator[int]:
 
 
 def _entries(states: Mapping[str, Any]) -> Entries:
-    """Return the entries that torch.distributed.checkpoint would ask for."""
-    return dict(_flat(states, ""))
-
-
-def _flat(node: Any, name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    if isinstance(node, Stateful):
-        node = node.state_dict()
-    if isinstance(node, Mapping):
-        for key, child in node.items():
-            yield from _flat(child, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, tuple(node.shape) if isinstance(node, torch.Tensor) else None
+    """Return the entries that torch.distributed.checkpoint will ask for, as it names them."""
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(
+        {
+            name: part.state_dict() if isinstance(part, Stateful) else part
+            for name, part in states.items()
+        }
+    )
+    return {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        for name, value in planner.state_dict.items()
+    }
 
 
 def _of_all_ranks(wanted: Entries, saved: Entries) -> Entries:

@@ -38,6 +38,10 @@ def reporting_failure(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError) as error:
+        if not folder.is_dir():  # a remote one, or one that could not be made
+            raise EzpzError(
+                f"{folder}: checkpoints cannot be written here: {_reason(error)}."
+            ) from error
         written = folder / f"step-{step}"
         # Without metadata the host ignores it, but still counts it among those that it keeps.
         if dist.get_rank() == 0 and not (written / METADATA).exists():
@@ -57,14 +61,15 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return str(error).splitlines()[0]
+    return str(error).partition("\n")[0]
 
 
 def _rest(folder: Path) -> str:
+    """Say how much room there is, and from which step the run can go on."""
     free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
     steps = sorted(whole_steps(folder))
     if not steps:
-        return f"{free}, and it has no other checkpoint. Make room, and start again."
+        return f"{free}, and no other checkpoint is. Make room, and start again."
     return (
         f"{free}. The newest whole checkpoint is step-{steps[-1]}: make room, and run the same "
         "command again to resume from it."
