@@ -160,7 +160,7 @@ def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
 @pytest.mark.parametrize("command", [inspect, lambda folder: remap(folder, folder / "a", "0.3")])
 def test_a_checkpoint_that_is_not_whole(tmp_path, damage, command) -> None:
     source = save(tmp_path / "source", FAMILIES["qwen3"])
-    file = storage.data_files(source)[-1]
+    file = sorted(source.glob("*.distcp"))[-1]
     if damage == "is missing":
         file.unlink()
     else:
@@ -192,7 +192,8 @@ def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("to", ["0.2", "main"])
 def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
-    source = save(tmp_path / "source", ["layers.0.moe.router.gate.weight", f"{EXPERTS}.w1_EFD"])
+    names = ["layers.0.moe.router.gate.weight", f"{EXPERTS}.w1_EFD", f"{EXPERTS}.w3_EFD"]
+    source = save(tmp_path / "source", names)
 
     def broken(folder, metadata):
         write_metadata(folder, metadata)
@@ -207,6 +208,14 @@ def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
     with pytest.raises(EzpzError, match="differs from"):
         remap(source, tmp_path / "target", to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing half-written"
+
+
+def test_half_of_w13_is_not_a_checkpoint(tmp_path) -> None:
+    """The other half of its memory would be what happened to be there."""
+    source = save(tmp_path / "source", [f"{EXPERTS}.w1_EFD", f"{EXPERTS}.w2_EDF"])
+    with pytest.raises(EzpzError, match="w13.weight: .* has only one of them"):
+        remap(source, tmp_path / "target", "2026_09")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_mistakes_are_said(tmp_path, capsys) -> None:

@@ -53,7 +53,7 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
     """Read a tensor of a DCP checkpoint, assembled from its shards.
 
     Raises:
-        EzpzError: a shard cannot be read.
+        EzpzError: a shard cannot be read, or is not as the metadata says.
     """
     entry = metadata.state_dict_metadata[name]
     # Shards cover the whole tensor, so nothing stays unwritten.
@@ -61,7 +61,7 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
     for chunk in entry.chunks:
         box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
         place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        tensor[box] = storage.load(folder, place)
+        tensor[box] = storage.load_tensor(folder, place, tensor.dtype, chunk.sizes)
     return tensor
 
 
