@@ -187,8 +187,18 @@ def _refused(saved: io.BytesIO) -> str:
 
 
 def save(value: Any, stream: BinaryIO) -> None:
-    """Append an entry as DCP would."""
-    torch.save(value, stream)
+    """Append an entry as DCP would.
+
+    Raises:
+        OSError: the stream cannot be written.
+    """
+    try:
+        torch.save(value, stream)
+    except RuntimeError as error:
+        # Of a full disk torch says only that a position is not the one that it expected.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def same_bits(a: Any, b: Any) -> bool:
