@@ -46,8 +46,8 @@ def append(path: Path, record: StepRecord) -> None:
     except OSError as error:
         if path not in _unwritable:
             logger.warning(
-                "ezpz_moe: %s: cannot be written: %s. The run goes on; its record lacks step %d and "
-                "what else cannot be written.",
+                "ezpz_moe: %s: cannot be written: %s. The run goes on, without a record of step %d "
+                "and of those until this is repaired.",
                 path,
                 error.strerror or error,
                 record.step,

@@ -58,7 +58,7 @@ def inspect(folder: Path) -> Contents:
         step=_step(folder, metadata),
         layers=len({match[1] for name in model if (match := re.match(r"layers\.(\d+)\.", name))}),
         # Every tensor of experts has E first; layers may differ in it.
-        experts=max((each.size[0] for name, each in model.items() if _is_expert(name)), default=0),
+        experts=max((sum(e.size[:1]) for name, e in model.items() if _is_expert(name)), default=0),
         parameters=sum(each.size.numel() for each in model.values()),
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
         optimizer=has_optimizer(metadata),

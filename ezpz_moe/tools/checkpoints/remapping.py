@@ -59,7 +59,10 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     metadata = storage.read_metadata(source)
     storage.check_data(source, metadata)
     generation = contents.generation(source, metadata)
-    plan = make_plan(metadata, generation, to)
+    try:
+        plan = make_plan(metadata, generation, to)
+    except EzpzError as error:
+        raise EzpzError(f"{source}: {error}") from error
     if not plan.changed:
         raise EzpzError(f"{source}: already has the names of torchtitan {to}.")
     notes = add_state(plan, source, metadata, to)

@@ -48,7 +48,10 @@ def read_metadata(folder: Path) -> Metadata:
             "run; do not resume from this folder."
         ) from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise EzpzError(f"{folder / METADATA}: cannot be read: {_reason(error)}.") from error
+        raise EzpzError(
+            f"{folder / METADATA}: cannot be read: {_reason(error)}. Copy the checkpoint again, or "
+            "take another step."
+        ) from error
     return metadata
 
 

@@ -99,9 +99,10 @@ _CLASSES: dict[tuple[str, str], Any] = {
     },
     # Where it was saved, possibly on another system; Python 3.13 has a module of its own for it.
     **{
-        (module, name): pure
+        (module, f"{pure}{kind.__name__.removeprefix('Pure')}"): kind
         for module in ("pathlib", "pathlib._local")
-        for name, pure in (("PosixPath", PurePosixPath), ("WindowsPath", PureWindowsPath))
+        for pure in ("", "Pure")
+        for kind in (PurePosixPath, PureWindowsPath)
     },
 }
 
