@@ -18,7 +18,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_cases import EXPERTS, THREE, trained
 from damage_cases import mutations
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.analysis import record
@@ -28,6 +33,8 @@ from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+WRITTEN = Path(__file__).parent / "data" / "metadata"
 
 COMMANDS: dict[str, Callable] = {
     "inspect": inspect,
@@ -175,12 +182,50 @@ def test_a_position_of_a_strangers_dataset_is_copied_unread_and_said(tmp_path, p
     assert storage.load(tmp_path / "out", place[MetadataIndex("dataloader.dp_rank_0")]) == pickled
 
 
-def test_what_dcp_itself_writes_is_read(source) -> None:
-    """With a path for its place, as torch records it if it was saved to one."""
+def test_what_dcp_itself_writes_is_read_as_it_is(source) -> None:
     metadata = storage.read_metadata(source)
-    assert metadata.storage_meta.checkpoint_id == PurePosixPath(metadata.storage_meta.checkpoint_id)
-    with (source / ".metadata").open("rb") as file:
-        assert metadata.state_dict_metadata == pickle.load(file).state_dict_metadata
+    assert isinstance(metadata.storage_meta.checkpoint_id, PurePosixPath)
+    read_by_torch = pickle.loads((source / ".metadata").read_bytes())
+    assert metadata.state_dict_metadata == read_by_torch.state_dict_metadata
+    assert metadata.storage_data == read_by_torch.storage_data
+    assert metadata.planner_data == read_by_torch.planner_data
+
+
+@pytest.mark.parametrize("file", sorted(WRITTEN.glob("*.metadata")), ids=lambda file: file.stem)
+def test_what_every_torch_writes_is_read(tmp_path, file) -> None:
+    """Of two ranks, with shards, objects and a path; see write.py there."""
+    (tmp_path / ".metadata").write_bytes(file.read_bytes())
+    metadata = storage.read_metadata(tmp_path)
+    w1 = metadata.state_dict_metadata[THREE[0]]
+    assert [chunk.offsets[0] for chunk in w1.chunks] == [0, 2]
+    assert metadata.state_dict_metadata["norm.weight"].properties.dtype is torch.bfloat16
+    assert len({place.relative_path for place in metadata.storage_data.values()}) == 2
+    # What remap writes of it, torch reads.
+    storage.write_metadata(tmp_path, replace(metadata, storage_meta=None))
+    rewritten = pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert rewritten.state_dict_metadata == metadata.state_dict_metadata
+    assert type(rewritten.state_dict_metadata[THREE[0]].properties) is TensorProperties
+
+
+def test_there_is_a_file_of_every_minor_release_that_is_supported() -> None:
+    minor = torch.__version__.rpartition(".")[0]
+    assert list(WRITTEN.glob(f"torch-{minor}.*")), f"run {WRITTEN / 'write.py'} with this torch"
+
+
+@pytest.mark.parametrize("file", sorted(WRITTEN.glob("*.metadata")), ids=lambda file: file.stem)
+def test_a_file_that_the_installed_torch_cannot_read_is_not_resumed_from(tmp_path, file) -> None:
+    """2.14 does not read what 2.15 saved, and its error says nothing of it; remap does."""
+    (tmp_path / ".metadata").write_bytes(file.read_bytes())
+    for place in storage.read_metadata(tmp_path).storage_data.values():
+        (tmp_path / place.relative_path).write_bytes(bytes(10**5))
+    try:
+        pickle.loads(file.read_bytes())
+    except ValueError:
+        said = refusal(storage.check_metadata, tmp_path)
+        assert f".metadata: torch {torch.__version__} cannot read it: " in said
+        assert "Resume with the torch that saved it" in said
+    else:
+        storage.check_metadata(tmp_path)
 
 
 # Files below the folder --------------------------------------------------------------------------

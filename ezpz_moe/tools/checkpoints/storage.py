@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -59,9 +60,18 @@ def check_metadata(folder: Path) -> None:
     """Check a checkpoint before the trainer resumes from it, which unpickles its metadata.
 
     Raises:
-        EzpzError: as :func:`read_metadata` and :func:`check_data`.
+        EzpzError: as :func:`read_metadata` and :func:`check_data`; or the installed torch cannot
+            read what another one saved.
     """
     check_data(folder, read_metadata(folder))
+    try:
+        # What the trainer will do. All that it names has just been found harmless.
+        FileSystemReader(folder).read_metadata()
+    except Exception as error:
+        raise EzpzError(
+            f"{folder / METADATA}: torch {torch.__version__} cannot read it: {_reason(error)}. "
+            "Resume with the torch that saved it."
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -79,6 +79,19 @@ def _layout(name: str) -> torch.layout:
     return torch.strided
 
 
+class _Properties(dcp.TensorProperties):
+    """The properties of a tensor that any torch has saved, as the installed torch has them."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # Our class would otherwise be named in what remap writes, and the host does not have it.
+        self.__class__ = dcp.TensorProperties
+        try:
+            self.__setstate__(state)
+        except ValueError:
+            # Since 2.15 torch adds the strides, for which 2.14 has no place. Nothing reads them.
+            self.__setstate__(state[:5])
+
+
 _CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     # Which torch does by looking for an attribute of itself.
@@ -92,11 +105,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
             dcp.Metadata,
             dcp.MetadataIndex,
             dcp.StorageMeta,
-            dcp.TensorProperties,
             dcp.TensorStorageMetadata,
             dcp._MEM_FORMAT_ENCODING,
         )
     },
+    (dcp.__name__, dcp.TensorProperties.__name__): _Properties,
     # Where it was saved, possibly on another system; Python 3.13 has a module of its own for it.
     **{
         (module, f"{pure}{kind.__name__.removeprefix('Pure')}"): kind
