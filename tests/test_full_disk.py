@@ -9,6 +9,7 @@ import contextlib
 import logging
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ def test_safetensors_on_a_full_disk_are_one_line_and_nothing_is_left(tmp_path) -
     assert not list(tmp_path.iterdir())
 
 
+# The kernel's own folder takes nothing, and of nobody.
+READ_ONLY = Path("/sys/ezpz_moe")
+
+
+def test_remap_to_a_read_only_folder_is_one_line(tmp_path) -> None:
+    dcp.save(trained(), checkpoint_id=tmp_path / "source")
+    with pytest.raises(EzpzError) as error:
+        remap(tmp_path / "source", READ_ONLY / "target", "0.2")
+    assert str(error.value).startswith(f"{READ_ONLY / 'target'} was not written: {READ_ONLY}: ")
+
+
 # Telemetry ---------------------------------------------------------------------------------------
 
 
@@ -94,6 +106,13 @@ def test_lines_that_cannot_be_written_are_said_once_and_the_next_are_written(
     with room_for(size):
         append(path, record(layer([3, 4]), step=50))
     assert "step 50" in warnings(caplog)[-1], "another failure is said again"
+
+
+def test_lines_for_a_read_only_folder_are_said_once(caplog) -> None:
+    for step in (10, 20):
+        append(READ_ONLY / "telemetry.jsonl", record(layer([3, 4]), step=step))
+    (said,) = warnings(caplog)
+    assert f"{READ_ONLY / 'telemetry.jsonl'}: cannot be written: " in said
 
 
 @pytest.mark.train

@@ -133,6 +133,11 @@ def test_a_damaged_file_is_said(tmp_path, damage) -> None:
     assert refusal(tmp_path).startswith(f"{file}: cannot be read: ")
 
 
+def test_a_name_that_a_terminal_would_act_on_is_refused(tmp_path) -> None:
+    write(tmp_path / "x.safetensors", **{"a\x1b[2J": 1})
+    assert refusal(tmp_path).endswith(r"'a\x1b[2J' is not the name of a tensor.")
+
+
 @pytest.mark.parametrize(
     ("config", "tied"),
     [

@@ -319,8 +319,16 @@ def _one_more(metadata: Metadata) -> None:
     metadata.storage_data[MetadataIndex(THREE[0], torch.Size((1, 0, 0)))] = place
 
 
+def _resize(metadata: Metadata, size: torch.Size) -> None:
+    entry = _of_w1(metadata)
+    entry.size = size
+    entry.chunks[0].sizes = size
+
+
 DAMAGE: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "smaller": (lambda m: setattr(_of_w1(m), "size", torch.Size((4, 6, 4))), "do not make up"),
+    "huge": (lambda m: _resize(m, torch.Size((2**40, 6, 4))), "has fewer bytes than"),
+    "beyond int64": (lambda m: _resize(m, torch.Size((2**32, 2**32, 4))), "has fewer bytes than"),
     "negative": (lambda m: setattr(_of_w1(m), "size", torch.Size((-5, 6, 4))), "has no shape"),
     "hole": (lambda m: _of_w1(m).chunks.clear(), "do not make up"),
     "no dtype": (lambda m: setattr(_of_w1(m).properties, "dtype", "float32"), "has no dtype"),
@@ -398,6 +406,11 @@ def test_links_and_folders_in_a_files_place_are_said(source, tmp_path) -> None:
     data.write_bytes(content)
     (source / "stray.distcp").symlink_to(tmp_path / "gone")
     assert inspect(source).files == 1, "what the checkpoint does not name is not of it"
+
+
+def test_a_name_that_a_terminal_would_act_on_is_refused(tmp_path) -> None:
+    source = save(tmp_path / "source", **{"a\nb": torch.ones(1)})
+    assert r"'a\nb': is not a name" in refusal(inspect, source)
 
 
 def test_a_step_that_is_not_a_number_is_said(tmp_path) -> None:

@@ -304,6 +304,21 @@ def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
     assert "norm.weight is [16] there, but norm.weight of flavor small is [32]" in said
 
 
+def test_safetensors_of_something_else_are_refused(qwen3, tmp_path, capsys):
+    """Names that no adapter knows, and a number in a matrix's place."""
+    keys = host().adapter(load_flavor("small")).to_hf(qwen3().state_dict())
+    keys = {key: each.clone() for key, each in keys.items()}
+    (tmp_path / "hf").mkdir()
+    for key in ("model.layers.mlp.weight", "model.layers.0.", "layers", "", "..experts.."):
+        save_file(keys | {key: torch.ones(1)}, tmp_path / "hf/model.safetensors")
+        said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+        assert "for which flavor small has no place" in said
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    save_file(keys | {gate: torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert "layers.0.feed_forward.w1.weight is []" in said
+
+
 def test_a_mixture_of_experts_is_no_dense_model(qwen3, tmp_path, capsys):
     save(qwen3(), tmp_path / "dense")
     run(tmp_path / "dense", "small", tmp_path / "out")

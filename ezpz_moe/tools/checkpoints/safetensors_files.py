@@ -53,6 +53,9 @@ def _held(folder: Path, names: Set[str]) -> dict[str, str]:
         with open_file(folder / name) as opened:
             keys = opened.keys()
         for key in keys:
+            # Messages name tensors, and may not hold what a terminal acts on.
+            if not key.isprintable():
+                raise EzpzError(f"{folder / name}: {key!r} is not the name of a tensor.")
             # Whichever was read last would win, and the other may be the model's.
             if key in held:
                 raise EzpzError(

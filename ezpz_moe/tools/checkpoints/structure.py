@@ -7,6 +7,7 @@ wrote, or as a file outside the checkpoint's folder.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath, PureWindowsPath
@@ -42,7 +43,8 @@ def check_structure(metadata: Any) -> None:
         _check_place(index, place)
     described: set[MetadataIndex] = set()
     for name, entry in entries.items():
-        _require(isinstance(name, str), f"{name!r}: is not a name")
+        # Messages name entries, and may not hold what a terminal acts on.
+        _require(isinstance(name, str) and name.isprintable(), f"{name!r}: is not a name")
         if isinstance(entry, TensorStorageMetadata):
             _check_tensor(name, entry, places)
             described |= {MetadataIndex(name, chunk.offsets) for chunk in entry.chunks}
@@ -115,7 +117,7 @@ def _check_tensor(name: str, entry: TensorStorageMetadata, places: dict) -> None
         # torch.save compresses nothing, and adds a few hundred bytes.
         _require(
             bool(place.transform_descriptors)
-            or place.length >= chunk.sizes.numel() * dtype.itemsize,
+            or place.length >= math.prod(chunk.sizes) * dtype.itemsize,
             f"{name!r}: has fewer bytes than a shard of {list(chunk.sizes)} needs",
         )
 

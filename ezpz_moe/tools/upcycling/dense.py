@@ -132,7 +132,8 @@ class DenseSafetensors:
         """Return whether the host has a parameter for it: it computes rotary frequencies itself."""
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
-        except KeyError:
+        except (AttributeError, LookupError, TypeError, ValueError):
+            # The adapter asks no name whether it has the form of a parameter's.
             return True
 
 
