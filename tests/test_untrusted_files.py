@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import dcp_unpickling
+from ezpz_moe.hosts.dcp_structure import covers
 from ezpz_moe.tools.analysis import record
-from ezpz_moe.tools.checkpoints import inspect, remap, storage, unpickling
-from ezpz_moe.tools.checkpoints.structure import covers
+from ezpz_moe.tools.checkpoints import inspect, remap, storage
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
 
@@ -138,8 +139,8 @@ def naming(module: str, name: str) -> bytes:
 @pytest.mark.parametrize("module", ["os", "builtins", "torch", "pathlib", "torch.serialization"])
 def test_a_known_module_is_not_a_known_name(module) -> None:
     for name in ("getcwd", "print", "load", "Path", "os", "Size.__new__", "float32\n\x1b[2J"):
-        with pytest.raises(unpickling.Refused) as refused:
-            unpickling.load_metadata(naming(module, name))
+        with pytest.raises(dcp_unpickling.Refused) as refused:
+            dcp_unpickling.load_metadata(naming(module, name))
         assert str(refused.value).isprintable()
 
 
@@ -294,7 +295,7 @@ def test_a_reference_to_the_two_billionth_object_takes_no_memory() -> None:
     """Python would make room for all of them: 32 GB."""
     bomb = pickle.dumps("a")[:-2] + b"r\xff\xff\xff\x7f."
     with pytest.raises(pickle.UnpicklingError, match="LONG_BINPUT"):
-        unpickling.load_metadata(bomb)
+        dcp_unpickling.load_metadata(bomb)
 
 
 def _of_w1(metadata: Metadata):

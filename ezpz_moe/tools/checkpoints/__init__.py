@@ -3,8 +3,6 @@
 ``names``       what each generation calls a parameter, in one table
 ``layouts``     where the newest tensors hold the values of older ones
 ``storage``     checkpoints of torch.distributed.checkpoint (DCP) on a disk, entry by entry
-``unpickling``  reading pickles without running what they name
-``structure``   whether a checkpoint's metadata contradicts itself
 ``contents``    what a checkpoint holds
 ``tensors``     reading and writing whole tensors of a DCP checkpoint; a run's newest checkpoint
 ``folder``      a folder that appears only when it is complete

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_structure import covers
 from ezpz_moe.tools.checkpoints.layouts import Layout
 from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, renaming
-from ezpz_moe.tools.checkpoints.structure import covers
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata

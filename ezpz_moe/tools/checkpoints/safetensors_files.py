@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints.structure import is_below
+from ezpz_moe.hosts.dcp_structure import is_below
 
 INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"

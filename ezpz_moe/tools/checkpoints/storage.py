@@ -2,7 +2,7 @@
 
 A DCP checkpoint is a file ``.metadata`` and data files. A data file is a sequence of entries, each
 a ``torch.save`` of one tensor (or a rank's shard of it) or of one object; ``.metadata`` says where
-each entry is. Both may be a stranger's: see :mod:`.unpickling`.
+each entry is. Both may be a stranger's: see :mod:`ezpz_moe.hosts.dcp_unpickling`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints import unpickling
-from ezpz_moe.tools.checkpoints.structure import check_structure
+from ezpz_moe.hosts import dcp_metadata
+from ezpz_moe.hosts.dcp_metadata import METADATA, reason
 
-METADATA = ".metadata"
 _BLOCK = 16 * 2**20
 
 
@@ -40,20 +38,7 @@ def read_metadata(folder: Path) -> Metadata:
             f"{folder}: holds no checkpoint of torch.distributed.checkpoint (no .metadata)."
             f"{_what_else(folder)}"
         )
-    try:
-        metadata = unpickling.load_metadata((folder / METADATA).read_bytes())
-        check_structure(metadata)
-    except unpickling.Refused as error:
-        raise EzpzError(
-            f"{folder / METADATA}: names {error}, which no checkpoint's metadata needs. It was not "
-            "run; do not resume from this folder."
-        ) from error
-    except Exception as error:  # a damaged pickle may raise anything
-        raise EzpzError(
-            f"{folder / METADATA}: cannot be read: {_reason(error)}. Copy the checkpoint again, or "
-            "take another step."
-        ) from error
-    return metadata
+    return dcp_metadata.read_metadata(folder)
 
 
 def check_metadata(folder: Path) -> None:
@@ -64,20 +49,7 @@ def check_metadata(folder: Path) -> None:
             read what another one saved.
     """
     check_data(folder, read_metadata(folder))
-    try:
-        # What the trainer will do. All that it names has just been found harmless.
-        FileSystemReader(folder).read_metadata()
-    except Exception as error:
-        raise EzpzError(
-            f"{folder / METADATA}: torch {torch.__version__} cannot read it: {_reason(error)}. "
-            "Resume with the torch that saved it."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what an exception of Python or torch says, on one line."""
-    said = str(error).partition("\n")[0].strip().rstrip(".")
-    return f"{said} ({type(error).__name__})" if said else type(error).__name__
+    dcp_metadata.check_torch_reads(folder)
 
 
 def _what_else(folder: Path) -> str:
@@ -168,8 +140,8 @@ def load(folder: Path, entry: _StorageInfo) -> Any:
     try:
         return torch.load(saved, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes may raise anything
-        reason = _refused(saved) or f"cannot be read: {_reason(error)}"
-        raise EzpzError(f"{file}, byte {entry.offset}: {reason}.") from error
+        what = _refused(saved) or f"cannot be read: {reason(error)}"
+        raise EzpzError(f"{file}, byte {entry.offset}: {what}.") from error
 
 
 def load_tensor(

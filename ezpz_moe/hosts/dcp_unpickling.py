@@ -31,7 +31,7 @@ class Refused(Exception):
 
 
 def load_metadata(pickled: bytes) -> Any:
-    """Unpickle DCP's metadata. The result may have any type: see :mod:`.structure`.
+    """Unpickle DCP's metadata. The result may have any type: see :mod:`.dcp_structure`.
 
     Raises:
         Refused: it names something else than DCP's classes, dtypes and paths.
