@@ -133,7 +133,8 @@ class DenseSafetensors:
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
         except (AttributeError, LookupError, TypeError, ValueError):
-            # The adapter asks no name whether it has the form of a parameter's.
+            # The adapter asks of no name whether it knows its form. One that it does not know
+            # counts as a parameter: it is then refused as left over, and not lost in silence.
             return True
 
 
