@@ -10,6 +10,7 @@
 ``state``       what differs besides names: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
 ``huggingface`` the model alone, to and from safetensors
+``safetensors_files``  which of a folder's safetensors holds a tensor, and reading it
 """
 
 from ezpz_moe.tools.checkpoints.contents import Contents, inspect

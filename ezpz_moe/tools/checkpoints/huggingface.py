@@ -6,16 +6,13 @@ parameter and what it becomes, besides the file that is being filled.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -23,6 +20,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
 from ezpz_moe.tools.checkpoints.names import current_name
+from ezpz_moe.tools.checkpoints.safetensors_files import read_tensors, weight_map
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -231,63 +229,3 @@ def _native(
             f"{list(model.tensors[name].shape)}."
         )
     return tensor
-
-
-def read_tensors(
-    folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors ``keys`` from safetensors, file by file.
-
-    Raises:
-        EzpzError: one is quantized, or has another number of elements; a file cannot be read.
-    """
-    # A parameter of experts comes from many tensors: open each file once for all of them.
-    for file in sorted({files[key] for key in keys}):
-        with open_file(folder / file) as opened:
-            for key, shape in keys.items():
-                if files[key] == file:
-                    tensor = opened.get_tensor(key)
-                    # float8 is floating point too, but is useless without its scales.
-                    if not tensor.is_floating_point() or tensor.itemsize < 2:
-                        raise EzpzError(
-                            f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
-                            "reads such weights with their scales: --checkpoint.initial_load_in_hf "
-                            "--checkpoint.initial_load_in_hf_quantized "
-                            f"--checkpoint.initial_load_path {folder.absolute()}"
-                        )
-                    if math.prod(tensor.shape) != math.prod(shape):
-                        raise EzpzError(
-                            f"{folder / file}: {key} has the shape {list(tensor.shape)}, but the "
-                            f"flavor's model wants {list(shape)}."
-                        )
-                    yield key, tensor
-
-
-@contextlib.contextmanager
-def open_file(file: Path) -> Iterator[Any]:
-    """Open a safetensors file for reading.
-
-    Raises:
-        EzpzError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise EzpzError(f"{file}: cannot be read: {error}.") from error
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """Map each tensor's name to the file that holds it.
-
-    Raises:
-        EzpzError: there is no such file, or one cannot be read.
-    """
-    files: dict[str, str] = {}
-    # From the files, not from the index: a model in one file has none, and an index may be stale.
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_file(file) as opened:
-            files |= dict.fromkeys(opened.keys(), file.name)
-    if not files:
-        raise EzpzError(f"{folder}: holds no safetensors.")
-    return files

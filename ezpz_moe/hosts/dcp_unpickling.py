@@ -1,0 +1,126 @@
+"""Read pickles of strangers: nothing that they name is run, apart from a few known classes.
+
+A pickle is a program. It calls whatever function it names, which may be any of the machine's, so
+``pickle.load`` of a file means to trust whoever wrote it. Here a name that is not on a list ends
+the reading. The lists are short, because DCP's metadata is made of a few dataclasses, and the
+position in the data of plain values.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections.abc import Callable
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp
+
+Known = Callable[[str, str], Any]
+"""Return what a pickle may name, given module and name; None for all else."""
+
+_MEMO_AT_INDEX = {"PUT", "BINPUT", "LONG_BINPUT"}
+"""How protocols below 4 number what they refer to again; DCP writes protocol 4 or later."""
+
+
+class Refused(Exception):
+    """A pickle names what is not on the list. ``str`` of it is the name."""
+
+
+def load_metadata(pickled: bytes) -> Any:
+    """Unpickle DCP's metadata. The result may have any type: see :mod:`.dcp_structure`.
+
+    Raises:
+        Refused: it names something else than DCP's classes, dtypes and paths.
+        Exception: of any class, if it is damaged.
+    """
+    return _load(pickled, _known_in_metadata)
+
+
+def load_plain(pickled: bytes) -> Any:
+    """Unpickle numbers, strings, bytes, lists, tuples, dicts and sets of such.
+
+    Raises:
+        Refused: it names a class or function.
+        Exception: of any class, if it is damaged.
+    """
+    return _load(pickled, lambda module, name: None)
+
+
+def _load(pickled: bytes, known: Known) -> Any:
+    # Python makes room for as many references as the largest index says: a single damaged byte
+    # would ask for gigabytes. genops also finds lengths that lead beyond the end.
+    for opcode, _, position in pickletools.genops(pickled):
+        if opcode.name in _MEMO_AT_INDEX:
+            raise pickle.UnpicklingError(f"unexpected {opcode.name} at byte {position}")
+    return _Unpickler(pickled, known).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, known: Known) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._known = known
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what the pickle names; Python asks here for everything that it would call."""
+        found = self._known(module, name)
+        if found is None:
+            # As a literal: it is a stranger's text, and may hold what a terminal acts on.
+            raise Refused(repr(f"{module}.{name}"))
+        return found
+
+
+def _layout(name: str) -> torch.layout:
+    if name != "torch.strided":
+        raise ValueError(f"unknown layout {name!r}")
+    return torch.strided
+
+
+class _Properties(dcp.TensorProperties):
+    """The properties of a tensor that any torch has saved, as the installed torch has them."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # Our class would otherwise be named in what remap writes, and the host does not have it.
+        self.__class__ = dcp.TensorProperties
+        try:
+            self.__setstate__(state)
+        except ValueError:
+            # Since 2.15 torch adds the strides, for which 2.14 has no place. Nothing reads them.
+            self.__setstate__(state[:5])
+
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    # Which torch does by looking for an attribute of itself.
+    ("torch.serialization", "_get_layout"): _layout,
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    **{
+        (dcp.__name__, each.__name__): each
+        for each in (
+            dcp.BytesStorageMetadata,
+            dcp.ChunkStorageMetadata,
+            dcp.Metadata,
+            dcp.MetadataIndex,
+            dcp.StorageMeta,
+            dcp.TensorStorageMetadata,
+            dcp._MEM_FORMAT_ENCODING,
+        )
+    },
+    (dcp.__name__, dcp.TensorProperties.__name__): _Properties,
+    # Where it was saved, possibly on another system; Python 3.13 has a module of its own for it.
+    **{
+        (module, f"{pure}{kind.__name__.removeprefix('Pure')}"): kind
+        for module in ("pathlib", "pathlib._local")
+        for pure in ("", "Pure")
+        for kind in (PurePosixPath, PureWindowsPath)
+    },
+}
+
+
+def _known_in_metadata(module: str, name: str) -> Any:
+    if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+        return dtype
+    return _CLASSES.get((module, name))
