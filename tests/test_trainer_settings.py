@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ezpz_moe.config.job import Job
-from ezpz_moe.tools.trainer_settings import checkpoint_settings, pipeline_degree
+from ezpz_moe.tools.trainer_settings import checkpoint_settings, last_checkpoint, pipeline_degree
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,29 @@ ELSEWHERE = {"job.dump_folder": "other", "checkpoint.folder": "mine"}
 @pytest.mark.parametrize(
     ("values", "flags", "expected"),
     [
-        ({}, [], "outputs/checkpoint/step-10"),
-        (ELSEWHERE, [], "other/mine/step-10"),
-        ({"job.dump_folder": "empty"}, [], None),
-        ({}, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
-        ({}, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
+        ({}, [], None),
+        (ON, [], "outputs/checkpoint/step-10"),
+        (ON, ["--checkpoint.no-enable"], None),
+        ({}, ["--checkpoint.enable"], "outputs/checkpoint/step-10"),
+        (ON | ELSEWHERE, [], "other/mine/step-10"),
+        (ON | {"job.dump_folder": "empty"}, [], None),
+        (ON, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
+        (ON, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
+        (ON | {"checkpoint.load_step": 5}, [], "outputs/checkpoint/step-5"),
+        (ON | {"checkpoint.load_step": 7}, [], "outputs/checkpoint/step-7"),  # is not there
+        (ON, ["--checkpoint.load_step", "5"], "outputs/checkpoint/step-5"),
+        (ON, ["--checkpoint.load-step=5"], "outputs/checkpoint/step-5"),
+        (
+            ON | {"checkpoint.load_step": 5},
+            ["--checkpoint.load_step", "-1"],
+            "outputs/checkpoint/step-10",
+        ),
+        ({"checkpoint.load_step": 5}, [], None),
     ],
 )
-def test_the_newest_checkpoint(values, flags, expected):
-    settings = checkpoint_settings(Job(flavor="x", values=values), flags)
-    newest = settings.newest()
-    assert expected == (None if newest is None else f"{settings.folder}/step-{newest}")
+def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expected):
+    found = last_checkpoint(Job(flavor="x", values=values), flags)
+    assert found == (expected and Path(expected))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import run_folder
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
-
     from ezpz_moe.tools.trainer_settings import CheckpointSettings
 
 
@@ -54,10 +52,13 @@ def _newest_whole(folder: Path, found: dict[str, int]) -> int | None:
 
 
 def _can_be_resumed(checkpoint: Path) -> bool:
+    # Not imported at the top: a first start should not wait for torch here.
+    from ezpz_moe.tools.checkpoints import storage
     from ezpz_moe.tools.checkpoints.contents import has_optimizer
 
     try:
-        metadata = _checked(checkpoint)
+        metadata = storage.read_metadata(checkpoint)
+        storage.check_data(checkpoint, metadata)
     except EzpzError:
         return False
     # Step 0 is a seed: it never has more than the model, and the trainer knows.
@@ -66,24 +67,17 @@ def _can_be_resumed(checkpoint: Path) -> bool:
 
 def _damage(folder: Path, step: int, found: dict[str, int]) -> str | None:
     """Return what is wrong with what the trainer takes for ``step``."""
+    from ezpz_moe.tools.checkpoints import storage
+
     checkpoint = folder / f"step-{step}"
     if not checkpoint.is_dir() and step in found.values():
         copy = next(name for name, each in found.items() if each == step)
         return f"{folder / copy}: the trainer takes it for {checkpoint.name}, which is not there."
     try:
-        _checked(checkpoint)
+        storage.check_metadata(checkpoint)
     except EzpzError as error:
         return str(error)
     return None
-
-
-def _checked(checkpoint: Path) -> Metadata:
-    # Not imported at the top: a first start should not wait for torch here.
-    from ezpz_moe.tools.checkpoints import storage
-
-    metadata = storage.read_metadata(checkpoint)
-    storage.check_data(checkpoint, metadata)
-    return metadata
 
 
 def _remedy(settings: CheckpointSettings, found: dict[str, int]) -> str:

@@ -78,6 +78,20 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
     )
 
 
+def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
+    """Return the folder that the trainer would resume from; None if there is none, or it must not.
+
+    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
+    ``step-N`` per checkpoint. The trainer takes the newest of them, or without checking the one
+    that ``checkpoint.load_step`` names, which may not exist.
+    """
+    settings = checkpoint_settings(job, host_flags)
+    if not settings.is_enabled:
+        return None
+    step = settings.newest() if settings.load_step is None else settings.load_step
+    return None if step is None else settings.folder / f"step-{step}"
+
+
 def _parser() -> argparse.ArgumentParser:
     # No abbreviations: --checkpoint.enable must not match a longer flag that is only the trainer's.
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False)

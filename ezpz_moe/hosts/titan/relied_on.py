@@ -252,8 +252,8 @@ _CHECKPOINTS = (
         "torchtitan.components.checkpointer:CheckpointManager",
         used_for="a job's checkpointer is a subclass of it",
         if_broken=NO_FLAVOR,
-        has=("Config", "dcp_load", "dcp_save", "_load", "_save", "_wait_for_saving"),
-        sets=("folder", "states"),
+        has=("Config", "dcp_load", "dcp_save", "_load", "_save", "_wait_for_saving", "_close"),
+        sets=("folder", "states", "load_only", "interval"),
         vital=True,
     ),
     Reliance(
@@ -267,7 +267,7 @@ _CHECKPOINTS = (
         "torchtitan.components.checkpointer",
         used_for="the names of a run's state, which a checkpoint may lack in part",
         if_broken=NO_FLAVOR,
-        has=("MODEL", "OPTIMIZER", "DATALOADER", "LR_SCHEDULER"),
+        has=("MODEL", "OPTIMIZER", "DATALOADER", "LR_SCHEDULER", "TRAIN_STATE"),
         vital=True,
     ),
     Reliance(

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import DATALOADER, OPTIMIZER
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from ezpz_moe.hosts import dcp_metadata
 from ezpz_moe.hosts.resuming import Entries, Fit, fit
 
 METADATA = ".metadata"
@@ -48,7 +49,7 @@ def saved_entries(folder: Path) -> Entries:
     """Return the entries of a checkpoint; those of safetensors are not looked at."""
     if not (folder / METADATA).is_file():
         return {}
-    metadata = FileSystemReader(folder).read_metadata()
+    metadata = dcp_metadata.read_metadata(folder)
     return {
         name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         for name, entry in metadata.state_dict_metadata.items()
