@@ -331,3 +331,40 @@ def test_a_return_to_an_earlier_step_leaves_the_abandoned_ones_behind(job):
     assert "the run goes back to step 2" in (job.parent / "log.txt").read_text()
     records = json_lines.read(job.parent / "run" / json_lines.FILE_NAME)
     assert [each.step for each in records] == [1, 2, 3]
+
+
+@pytest.mark.full
+@pytest.mark.train
+def test_a_run_whose_newest_step_is_damaged_resumes_from_the_one_before(job):
+    """By the command of the message, which leaves the damaged step beside the others."""
+    said = ezpz_moe("train", job, "--training.steps", "3")
+    assert said.returncode == 0, said.stderr
+    checkpoints = job.parent / "outputs" / "checkpoint"
+    cut(checkpoints / "step-3" / ".metadata")
+    refused = ezpz_moe("train", job, "--training.steps", "4")
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert line.startswith("ezpz-moe: error: outputs/checkpoint/step-3/.metadata: cannot be read")
+    assert line.endswith("Add --resume-from-last-whole to resume from step-2.")
+    said = ezpz_moe("train", job, "--training.steps", "4", "--resume-from-last-whole")
+    assert said.returncode == 0, said.stderr
+    assert "Training starts at step 3" in said.stdout
+    assert {each.name for each in checkpoints.iterdir()} == {
+        *("step-1", "step-2", "step-3", "step-4"),
+        "abandoned-1",
+    }
+    assert [each.name for each in (checkpoints / "abandoned-1").iterdir()] == ["step-3"]
+
+
+def ezpz_moe(command: str, job: Path, *flags: str) -> subprocess.CompletedProcess:
+    code = "import sys; from ezpz_moe.cli import main; sys.exit(main())"
+    flags = (*flags, "--checkpoint.enable", "--checkpoint.interval", "1")
+    return subprocess.run(
+        [fork_server.python(), "-c", code, command, job.name, *flags],
+        cwd=job.parent,
+        env={**os.environ, "PYTHON_EXEC": fork_server.python(), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
