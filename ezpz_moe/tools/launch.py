@@ -74,30 +74,24 @@ def train(
             started then.
     """
     # Check before importing torch: most mistakes then show without a wait.
-    job, host = find_job(config), presumed_host()
+    job = find_job(config)
     settings = checkpoint_settings(job, host_flags)
     if settings.is_saving:
         run_folder.refuse_if_held(settings.dump_folder)
     # The user's flags come last: nothing may follow a subcommand (activation-checkpoint:full).
-    arguments = host.arguments(job)
+    arguments = [*_TRAINER, *presumed_host().arguments(job)]
     arguments += flags_to_resume(settings, from_last_whole=from_last_whole) + host_flags
     _check_processes(nproc)
     _share_threads(nproc)
-    nnodes = placement.nnodes if placement else 1
-    shown = _shown_ranks(pipeline_degree(job, host_flags), nproc, nnodes)
-    # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
-    os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
-    if settings.is_saving and host.generation == "0.2":
-        run_folder.hold(settings.dump_folder)  # later trainers of ours do so themselves
-    torchrun = [*_workers(nproc, shown), *_patience(settings)]
+    workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
     if placement is None:
         # By default torchrun uses this machine's name; where that cannot be resolved, it waits
         # long.
-        torchrun += ["--standalone", "--local-addr", "localhost"]
-        return _run([*torchrun, *_TRAINER, *arguments], _Ending(settings, tell))
+        here = ["--standalone", "--local-addr", "localhost"]
+        return _run([*workers, *here, *arguments], _Ending(settings, tell))
     with meet(placement, nproc) as nodes:
         ending = _Ending(settings, tell, nodes, placement.node_rank)
-        return _run([*torchrun, *placement.torchrun_arguments, *_TRAINER, *arguments], ending)
+        return _run([*workers, *placement.torchrun_arguments, *arguments], ending)
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,12 @@ class _Ending:
         return f"{again}: it resumes from {self.settings.folder / f'step-{newest}'}."
 
 
-def _workers(nproc: int, shown: str) -> list[str]:
+def _workers(nproc: int, placement: Placement | None, degree: int) -> list[str]:
+    """Return torchrun's arguments about the workers of this machine; choose whose output shows."""
+    nnodes = placement.nnodes if placement else 1
+    shown = _shown_ranks(degree, nproc, nnodes)
+    # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
+    os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
     prefix = ["--role", "rank", "--tee", "3"] if "," in shown else []  # "[rank0]:" before each line
     return ["--nproc-per-node", str(nproc), "--local-ranks-filter", shown, *prefix]
 
@@ -163,11 +162,18 @@ def _patience(settings: CheckpointSettings) -> list[str]:
 
 
 def _run(arguments: list[str], ending: _Ending) -> int:
-    """Run torchrun, and return the exit code that ``ending`` chooses if it fails."""
+    """Run torchrun, and return the exit code that ``ending`` chooses if it fails.
+
+    Raises:
+        EzpzError: another run has the dump folder.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Since 0.3 rank 0 does so itself, whatever has started it.
+    if presumed_host().generation == "0.2" and ending.settings.is_saving and ending.own_rank == 0:
+        run_folder.hold(ending.settings.dump_folder)
     # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         # A failure arrives as an exception with torchrun's whole report: do not print it twice.

@@ -106,6 +106,8 @@ class Stopping:
 
     def __init__(self, passed: int) -> None:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if torch.distributed.get_backend() == "fake":  # a fake group has no other ranks
+            rank, ranks = 0, 1
         self._agreement = Agreement(_store(ranks), rank, ranks, passed)
         self._own, self._signals = socket.socketpair()
         self._signals.setblocking(False)
