@@ -83,6 +83,7 @@ def test_the_table_has_tried_every_key_of_the_tables(monkeypatch):
         ([], False),
         (["--checkpoint.last-save-model-only"], True),
         (["--checkpoint.last-save-in-hf"], True),
+        (["--checkpoint.create-seed-checkpoint"], True),
         (["--checkpoint.interval", "7"], False),
     ],
 )

@@ -142,6 +142,10 @@ def test_the_model_alone_is_refused_with_the_step_that_is_whole(whole, words) ->
     assert words in said
 
 
+def test_safetensors_hold_the_model_alone() -> None:
+    assert "path, --checkpoint.initial_load_in_hf, and a new --dump_folder" in refusal(WHOLE, {})
+
+
 @pytest.mark.parametrize("form", ["dataloader.dp_rank_{}", "dataloader.dp_rank_{}.sources.0"])
 def test_another_number_of_data_parallel_ranks(form) -> None:
     """In the form of 0.3, and in that since August 2026."""

@@ -188,10 +188,17 @@ def test_another_number_of_data_parallel_ranks_names_the_remedy(runs, ended) -> 
 
 @pytest.mark.ranks
 @pytest.mark.full
-def test_a_stage_of_a_pipeline_does_not_miss_the_others_layers(runs, ended) -> None:
+def test_the_stages_of_a_pipeline_lack_and_miss_different_layers(runs, balanced) -> None:
     stages = "pipeline_parallel_degree = 2"
-    (rates,) = set(notes(runs.resume("pipeline", ended, "sign", 4, ranks=2, parallelism=stages)))
-    assert rates.startswith("the learning rate of step 4")
+    log = runs.resume("pipeline", balanced, "sign", 3, ranks=2, parallelism=stages)
+    bias, gate = dict.fromkeys(notes(log))  # each rank says the same
+    assert f"no {BIAS} and 1 more" in bias
+    assert f"no optimizer state of {GATE} and 1 more" in gate
+    steps = [
+        runs.tensor("pipeline", 3, f"optimizer.state.layers.{layer}.moe.router.gate.weight.step")
+        for layer in (1, 2)
+    ]
+    assert steps == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def fit(
 
     Args:
         wanted: what the run loads. Without ``train_state`` it loads weights, and does not resume.
-        saved: what the checkpoint holds.
+        saved: what the checkpoint holds; nothing if it holds safetensors.
         where: the checkpoint's folder, for messages.
         data_ranks: the run's data-parallel degree; None if it does not load the data's position.
         whole_steps: finds the steps from which a run can resume, for the message.
@@ -65,7 +65,7 @@ def fit(
     """
     resumes = _STEP in wanted
     if resumes and _STEP not in saved:
-        raise EzpzError(_model_alone(where, whole_steps()))
+        raise EzpzError(_model_alone(where, whole_steps(), is_dcp=bool(saved)))
     _refuse_other_model(wanted, saved, where, resumes)
     if data_ranks is not None:
         _refuse_other_degree(saved, where, data_ranks)
@@ -102,10 +102,11 @@ def some(names: Iterable[str]) -> str:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def _model_alone(where: str, whole_steps: Collection[int]) -> str:
+def _model_alone(where: str, whole_steps: Collection[int], *, is_dcp: bool) -> str:
     weights = (
         "To start a new run from its weights, use --checkpoint.initial_load_path with its "
-        "absolute path, and a new --dump_folder."
+        f"absolute path{'' if is_dcp else ', --checkpoint.initial_load_in_hf'}, and a new "
+        "--dump_folder."
     )
     if not whole_steps:
         return f"{where}: holds the model alone, so no run can resume from it. {weights}"

@@ -35,8 +35,8 @@ class Checkpointer(CheckpointManager):
         """
 
         def __post_init__(self) -> None:
-            # Safetensors hold the model alone, so asking for them is asking for that.
-            if self._is_last_save_ours and self.last_save_in_hf:
+            # Safetensors and a seed are the model alone, so asking for them is asking for that.
+            if self._is_last_save_ours and (self.last_save_in_hf or self.create_seed_checkpoint):
                 config: Any = self  # mypy knows only the slots that are added here
                 config.last_save_model_only = True
             # Called by name: `super()` without arguments does not work in a dataclass with slots,

@@ -7,7 +7,7 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
 - ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
-- ``checkpoint.last_save_model_only`` is false, unless ``last_save_in_hf`` is true.
+- ``checkpoint.last_save_model_only`` is false, except for safetensors and a seed checkpoint.
 
 The host's bare config has no usable default for the optimizer and the loss. They are those of its
 own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.

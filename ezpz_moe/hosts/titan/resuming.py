@@ -125,7 +125,7 @@ class _Part(Stateful):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         own = self._whole.state_dict()
-        for name in self._without:
+        for name in self._without & own.keys():  # other stages of a pipeline lack other names
             # To make its state, the host takes a step, which does not count.
             if name.endswith(".step"):
                 own[name] = torch.zeros_like(own[name])
