@@ -61,8 +61,8 @@ class Converted:
 
 
 def is_safetensors(folder: Path) -> bool:
-    """Return whether ``folder`` holds Hugging Face's safetensors."""
-    return any(folder.glob("*.safetensors"))
+    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 
 def convert(source: Path, target: Path, to: str, model: Model) -> Converted:

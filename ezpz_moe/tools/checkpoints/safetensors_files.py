@@ -90,7 +90,7 @@ def _read_index(file: Path) -> dict[str, str] | None:
     if absent:
         raise EzpzError(
             f"{file.parent / absent[0]}: is missing, but {file.name} names it"
-            + (f", and {len(absent) - 1} others that are missing" if absent[1:] else "")
+            + (f" ({len(absent)} of its files are missing)" if absent[1:] else "")
             + ". Was the whole model downloaded?"
         )
     return index
