@@ -66,6 +66,7 @@ def record(
     device: str,
     dtype: torch.dtype,
     progress: Progress = iter,
+    with_bias: bool = True,
 ) -> Recording:
     """Run the model of ``flavor`` with the weights in ``checkpoint`` on ``text``.
 
@@ -73,6 +74,7 @@ def record(
         checkpoint: a DCP checkpoint's folder.
         text: at least one sequence, all of one length.
         device, dtype: where and in what the model computes; the host computes experts in bfloat16.
+        with_bias: whether the experts' selection biases count.
 
     Raises:
         EzpzError: the checkpoint is incomplete, or of another generation or model; the text has
@@ -81,6 +83,8 @@ def record(
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
+    if not with_bias:
+        _drop_bias(model)
     # Schedules of the router (its temperature) depend on the step.
     part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
@@ -152,6 +156,13 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
             # Into the model's own memory, one tensor at a time: the checkpoint is never in memory
             # as a whole.
             tensor.copy_(read_whole(checkpoint, metadata, name))
+
+
+def _drop_bias(model: nn.Module) -> None:
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:  # as no other buffer is
+            buffer.zero_()
 
 
 def _step(checkpoint: Path) -> int:

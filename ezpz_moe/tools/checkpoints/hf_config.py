@@ -26,14 +26,15 @@ class TransformersClass:
     Attributes:
         name: such as "DeepseekV3ForCausalLM".
         config: for ``config.json``, without dtype and special tokens.
-        has_bias: whether it has a place for the experts' selection bias.
+        biases: its places for the experts' selection bias -> how many experts; empty if it has
+            none.
         differences: what the model computes and the class does not; empty if they agree.
         notes: small deviations that no config can express.
     """
 
     name: str
     config: dict[str, Any]
-    has_bias: bool
+    biases: dict[str, int]
     differences: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -63,7 +64,7 @@ def transformers_class(model: Architecture) -> TransformersClass:
             "tie_word_embeddings": model.tied,
             **config,
         },
-        has_bias=form is _deepseek_v3,
+        biases=_biases(model) if form is _deepseek_v3 else {},
         differences=(*common.differences(), *differences),
         notes=tuple(_notes(common.attention)),
     )
@@ -128,6 +129,9 @@ class _Common:
             if any(value != values[0] for value in values):
                 yield f"its layers differ in {what}"
         yield from (f"it has {part}" for part in self.model.besides)
+        if self.model.tied:
+            # Their adapters do not convert one parameter at a time; no mixture of experts has it.
+            yield "its embedding and its output share their weight"
 
 
 _Form = tuple[str, str, dict[str, Any], list[str]]
@@ -274,6 +278,14 @@ def _grouped_query_differences(common: _Common) -> list[str]:
         *_when(experts.route_scale != 1, f"its router scales weights by {experts.route_scale:g}"),
         *_when(experts.shared_hidden > 0, "it has shared experts"),
     ]
+
+
+def _biases(model: Architecture) -> dict[str, int]:
+    return {
+        f"model.layers.{number}.mlp.gate.e_score_correction_bias": layer.experts.number
+        for number, layer in enumerate(model.layers)
+        if layer.experts is not None
+    }
 
 
 def _rope(rope: Rope, attention_factor: float, mscale: dict[str, float] | None = None) -> dict:

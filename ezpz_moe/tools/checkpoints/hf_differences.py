@@ -15,7 +15,7 @@ CONFIG = "config.json"
 
 _OTHERWISE = {
     # compared below, in another way
-    *("architectures", "model_type", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("architectures", "model_type", "rms_norm_eps", "rope_parameters"),
     # of no consequence for the logits of sequences that both can hold
     *("max_position_embeddings", "num_nextn_predict_layers"),
 }
@@ -49,8 +49,6 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     for key, wanted in form.config.items():
         if key not in _OTHERWISE and key in config and not _same(config[key], wanted):
             yield f"{key} is {config[key]}, the flavor has {wanted}"
-    if form.config["tie_word_embeddings"] and not config.get("tie_word_embeddings", False):
-        yield "tie_word_embeddings is false, the flavor ties them"
     found_rope, wanted_rope = _rope(config), _rope(form.config)
     if found_rope is not None and wanted_rope is not None:
         for key, wanted in wanted_rope.items():
