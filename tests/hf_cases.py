@@ -143,10 +143,11 @@ class Case:
 
     kind: str
     folder: Path
+    job_name: str = "job.toml"
 
     @property
     def job(self) -> str:
-        return str(self.folder / "job.toml")
+        return str(self.folder / self.job_name)
 
     def remap(self, *arguments: object) -> int:
         return cli.main(["ckpt", "remap", *map(str, arguments), "--model", self.job])
@@ -162,10 +163,13 @@ class Case:
     def flavor(self) -> Any:
         return load_flavor(self.kind, near=self.folder)
 
-    def logits(self, weights: Mapping[str, torch.Tensor], tokens_L: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, weights: Mapping[str, torch.Tensor], tokens_L: torch.Tensor, step: int = 1
+    ) -> torch.Tensor:
         """What the host computes."""
         model = self.build()
         model.load_state_dict(weights)
+        host().analysis().at_step(model, step)
         with torch.inference_mode():
             return host().analysis().forward(model, tokens_L, torch.arange(len(tokens_L)))
 
@@ -173,7 +177,8 @@ class Case:
 def make_case(kind: str, folder: Path, extra: str = "") -> Case:
     """Write the job and its flavor; ``extra`` is TOML for the flavor's end."""
     folder.mkdir()
-    (folder / f"{kind}.toml").write_text(FLAVORS[kind] + extra)
+    (folder / "plain.toml").write_text(FLAVORS[kind])
+    (folder / f"{kind}.toml").write_text(f'inherits = "plain"\n{extra}')
     (folder / "job.toml").write_text(f'[model]\nname = "ezpz_moe"\nflavor = "{kind}"\n')
     return Case(kind, folder)
 

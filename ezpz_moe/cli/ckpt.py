@@ -85,6 +85,8 @@ class Remap:
         from ezpz_moe.tools.checkpoints.huggingface import convert
 
         model = _model(self.model)
+        if self.drop_bias and model.form is None:
+            raise EzpzError("--drop-bias: needs torchtitan 0.3 or later, which runs the model.")
         if self.drop_bias and (self.to != "hf" or not model.loses_biases):
             raise EzpzError(
                 "--drop-bias: this conversion leaves out no selection bias, because both sides "

@@ -140,7 +140,7 @@ class _Chosen:
 
 
 def _load(checkpoint: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's tensors into the model, one at a time."""
+    """Copy a checkpoint's tensors into the model."""
     metadata = storage.read_metadata(checkpoint)
     storage.check_data(checkpoint, metadata)
     generation = host().checkpoint_names
@@ -151,11 +151,22 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
         )
     entries, state = dict(contents.model_tensors(metadata)), model.state_dict()
     check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
-    with torch.no_grad():
-        for name, tensor in state.items():
-            # Into the model's own memory, one tensor at a time: the checkpoint is never in memory
-            # as a whole.
-            tensor.copy_(read_whole(checkpoint, metadata, name))
+    # Layer by layer: the checkpoint is never in memory as a whole. Not tensor by tensor, and not
+    # into the tensors of the state dict: a host may fuse the queries', keys' and values' weights,
+    # and make the state dict's from a copy.
+    for names in _by_layer(state).values():
+        loaded = model.load_state_dict(
+            {name: read_whole(checkpoint, metadata, name) for name in names}, strict=False
+        )
+        assert not loaded.unexpected_keys, loaded.unexpected_keys
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r"layers\.\d+\.", name)
+        groups.setdefault(layer[0] if layer else name, []).append(name)
+    return groups
 
 
 def _drop_bias(model: nn.Module) -> None:

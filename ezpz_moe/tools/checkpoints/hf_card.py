@@ -98,12 +98,16 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     config = _read(source / _TOKENIZER_CONFIG)
-    if not config:
-        # Without a class, transformers takes one by model_type, which may cut text in other pieces
-        # than tokenizer.json does.
-        _write(target / _TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    if "tokenizer_class" not in config:
+        # transformers would take one by model_type. Qwen2Tokenizer, that of qwen3_moe, ignores how
+        # tokenizer.json cuts the text.
+        named = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        _write(target / _TOKENIZER_CONFIG, config | named)
     tokens = {key: _content(config.get(key)) for key in _SPECIAL}
-    known = _ids(source, config)
+    try:
+        known = _ids(source, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EzpzError(f"{source}: its files are not those of a tokenizer: {error!r}.") from error
     return {f"{key}_id": known.get(token) for key, token in tokens.items() if token is not None}
 
 

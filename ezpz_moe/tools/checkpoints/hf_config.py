@@ -7,7 +7,7 @@ the logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,9 +112,9 @@ class _Common:
         return self.of_attention[0]
 
     @property
-    def dense_hidden(self) -> int:
-        """The dense FFN's inner dimension; the experts' if there is none, and nobody reads it."""
-        return self.dense[0] if self.dense else self.experts.hidden
+    def dense_size(self) -> dict[str, int]:
+        """The dense FFN's inner dimension, if there is any."""
+        return {"intermediate_size": self.dense[0]} if self.dense else {}
 
     def differences(self) -> Iterator[str]:
         """Yield what differs from layer to layer, and parts that no class has."""
@@ -183,7 +183,7 @@ def _deepseek(common: _Common) -> dict[str, Any]:
     # given. The host scales the scores alone.
     mscale = {"mscale": latent.mscale, "mscale_all_dim": latent.mscale}
     return {
-        "intermediate_size": common.dense_hidden,
+        **common.dense_size,
         "first_k_dense_replace": len(common.dense_layers),
         "moe_intermediate_size": experts.hidden,
         "n_routed_experts": experts.number,
@@ -228,7 +228,7 @@ def _qwen3_moe(common: _Common) -> _Form:
     ]
     config = {
         "head_dim": attention.head_dim,
-        "intermediate_size": common.dense_hidden,
+        **common.dense_size,
         "mlp_only_layers": common.dense_layers,
         "decoder_sparse_step": 1,
         "moe_intermediate_size": experts.hidden,
@@ -317,5 +317,5 @@ def _notes(attention: Attention) -> Iterable[str]:
         )
 
 
-def _when(holds: bool, difference: str) -> Sequence[str]:
+def _when(holds: bool, difference: str) -> list[str]:
     return [difference] if holds else []

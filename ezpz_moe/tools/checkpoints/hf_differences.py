@@ -52,15 +52,15 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     found_rope, wanted_rope = _rope(config), _rope(form.config)
     if found_rope is not None and wanted_rope is not None:
         for key, wanted in wanted_rope.items():
-            if not _same(found_rope[key], wanted):
-                yield f"rope: {key} is {found_rope[key]}, the flavor has {wanted}"
+            if not _same(found := found_rope.get(key), wanted):
+                yield f"rope: {key} is {found}, the flavor has {wanted}"
 
 
 def eps_note(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:
     """Yield a note if the norms' eps differs: no flavor can change the host's."""
     found, wanted = config.get("rms_norm_eps"), form.config["rms_norm_eps"]
     if found is not None and not _same(found, wanted):
-        yield f"{CONFIG} has rms_norm_eps = {found:g}, torchtitan computes with {wanted:g}"
+        yield f"{CONFIG} has rms_norm_eps = {found}, torchtitan computes with {wanted}"
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -72,10 +72,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "yarn":
         return {"rope_type": kind, "rope_theta": theta}
-    factor, of_scores = rope["factor"], rope.get("mscale_all_dim") or 0
+    factor, of_scores = rope.get("factor", 1), rope.get("mscale_all_dim") or 0
     given, own = rope.get("attention_factor"), rope.get("mscale")
-    if given is None:
-        given = _mscale(factor, own) / _mscale(factor, of_scores) if own and of_scores else None
+    if given is None and own and of_scores:
+        given = _mscale(factor, own) / _mscale(factor, of_scores)
     return {
         "rope_type": kind,
         "rope_theta": theta,

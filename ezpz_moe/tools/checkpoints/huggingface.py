@@ -7,9 +7,8 @@ parameter and what it becomes, besides the file that is being filled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -74,10 +73,10 @@ def export(
             transformers computes it; it has biases that the class has no place for, and there is no
             ``measure``; what was written differs; and as :func:`atomic_folder`.
     """
-    metadata = _read_checkpoint(source, model)
     step = contents.inspect(source).step
     if model.form is not None:
         _check_class(source, model, model.form, step)
+    metadata = _read_checkpoint(source, model)
     if model.tokenizer is not None:
         check_tokenizer(model.tokenizer)
     lost = model.buffers if model.loses_biases else ()
@@ -124,8 +123,8 @@ def _read_checkpoint(source: Path, model: Model) -> Metadata:
 
 
 def _check_class(source: Path, model: Model, form: TransformersClass, step: int | None) -> None:
-    differences = [*form.differences, *router_differences(model.flavor.router, step)]
-    if differences:
+    # A scheduled temperature depends on the step.
+    if differences := [*form.differences, *router_differences(model.flavor.router, step)]:
         raise EzpzError(
             f"{source}: no class of transformers computes the model of flavor "
             f"{model.flavor.name}. {form.name} comes closest, but: {'; '.join(differences)}."
@@ -148,8 +147,8 @@ def _without_biases(
         largest = max(biases[name].abs().max().item() for name in trained)
         raise EzpzError(
             f"{source}: {some(trained)} choose experts (biases up to {largest:.2g}), and "
-            f"{model.form.name if model.form else 'the other format'} has no place for them. Add "
-            "--drop-bias to export without them; it says how many choices change."
+            f"{model.form.name if model.form else 'the other format'} has no place for them. With "
+            "--drop-bias they are left out, and it says how many choices change."
         )
     return measure()
 
@@ -165,7 +164,7 @@ def _export_notes(model: Model, said: str) -> list[str]:
     return notes
 
 
-def _bytes(metadata: Metadata, names: Mapping[str, Any]) -> int:
+def _bytes(metadata: Metadata, names: Iterable[str]) -> int:
     entries = [metadata.state_dict_metadata[name] for name in names]
     return sum(each.size.numel() * each.properties.dtype.itemsize for each in entries)
 
