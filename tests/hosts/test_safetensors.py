@@ -79,6 +79,8 @@ def test_there_and_back_keeps_every_bit(
         assert {index[key] for key in tensors} == {file}
         written |= tensors
     assert written.keys() == index.keys()
+    size = json.loads((target / huggingface.INDEX).read_text())["metadata"]["total_size"]
+    assert size == sum(tensor.nbytes for tensor in written.values())
     for number in range(8):
         expert = written[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]
         up = weights[UP][number]
