@@ -90,7 +90,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def sequences(folder: Path, count: int) -> list[text.Sequence]:
-    encode = host().analysis().encoder(str(EMBEDDED_TOKENIZER))
+    encode = host().analysis().encoder(str(EMBEDDED_TOKENIZER), load_flavor("small", near=folder))
     documents = read_documents(str(folder / "text.txt"))[COLUMN]
     found = text.sequences(documents, encode, LENGTH)
     return list(found)[:count]
@@ -294,17 +294,16 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     (folder / "other.toml").write_text('inherits = "small"\nmoe_hidden_dim = 16\n')
     other = refused(capsys, step, *data, "--config", "other", "--seq-len", LENGTH)
     assert "is not the flavor's model" in other
-    (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
+    (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 4096\n')
     few = refused(capsys, step, *data, "--config", "few", "--seq-len", LENGTH)
     assert "is not the flavor's model" in few
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr("ezpz_moe.tools.analysis.record._load", lambda *_: None)
+def test_a_tokenizer_of_another_model_is_refused(folder, capsys):
     (folder / "few.toml").write_text('inherits = "small"\nvocab_size = 300\n')
     flags = ("--config", "few", "--seq-len", LENGTH, "--data", folder / "text.txt")
     said = refused(capsys, folder / "run", *flags)
-    assert "flavor few has a vocabulary of 300" in said
+    assert "the token ID 2047, but flavor 'few' has a vocabulary of 300" in said
 
 
 def test_a_host_without_the_part_says_so():

@@ -167,6 +167,14 @@ def test_show_a_job(capsys) -> None:
     assert captured.err == ""
 
 
+def test_a_title_keeps_its_brackets(capsys) -> None:
+    row = {"a": "[red]b, in a row that is wider than the title"}
+    display.print_table([row], title="runs/[bold]x.toml")
+    printed = capsys.readouterr().out
+    assert "runs/[bold]x.toml" in printed
+    assert "[red]b" in printed
+
+
 def test_show_all_of_a_flavor(capsys) -> None:
     assert cli.main(["show", "16B_sdpa", "--all"]) == 0
     rows = table(capsys.readouterr().out)

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 from config_cases import config, conflict
+from text_cases import special_token, tokenizer_with
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.job_files import largest_token_id
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 
@@ -227,7 +229,7 @@ def test_a_dry_run_stands_for_as_many_ranks_as_the_host_is_told(monkeypatch, in_
     monkeypatch.setattr(utils, "device_type", "cpu")
     dry_run = {"comm__mode": "fake_backend", "parallelism__tensor_parallel_degree": 2}
     monkeypatch.setenv("NGPU", "4")
-    assert config("debugmodel", **dry_run), "what this machine cannot run is no conflict"
+    assert config("debugmodel", **dry_run), "what this machine cannot run is not a conflict"
     monkeypatch.setenv("NGPU", "3")
     assert "3 ranks do not fit the degrees" in conflict("debugmodel", **dry_run)
 
@@ -253,6 +255,43 @@ def test_a_global_batch_that_the_ranks_cannot_share(monkeypatch, in_training):
 def test_a_tokenizer_that_is_not_there(monkeypatch, in_training, tmp_path):
     monkeypatch.setattr(utils, "device_type", "cpu")
     assert "has no tokenizer" in conflict(model__hf_assets_path=str(tmp_path))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(monkeypatch, in_training, tmp_path):
+    """Added tokens and special ones count: the host's loader adds those of the config's file."""
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    folder = tokenizer_with(tmp_path / "more", *(f"<extra {i}>" for i in range(955)))
+    said = conflict(model__hf_assets_path=str(folder))
+    assert f"hf_assets_path = {str(folder)!r}: its tokenizer can give the token ID 3002" in said
+    assert "'debugmodel_sdpa' has a vocabulary of 2048, so its last ID is 2047" in said
+    assert "vocab_size is at least 3003" in said
+    monkeypatch.setenv("NGPU", "4")
+    dry_run = {"comm__mode": "fake_backend", "model__hf_assets_path": str(folder)}
+    assert "can give the token ID 3002" in conflict(**dry_run)
+    special_token(same := tokenizer_with(tmp_path / "same"), "<pad>")
+    assert "can give the token ID 2048" in conflict(model__hf_assets_path=str(same))
+    assert config(model__hf_assets_path=str(tokenizer_with(tmp_path / "fits")))
+
+
+def test_a_tokenizer_that_cannot_be_read(monkeypatch, in_training, tmp_path):
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    assert "its tokenizer cannot be read: " in conflict(model__hf_assets_path=str(tmp_path))
+
+
+def test_an_id_beyond_a_gap_is_the_largest():
+    class Sparse:
+        def get_vocab(self):
+            return {"a": 0, "b": 7}
+
+        def get_vocab_size(self):
+            return 2
+
+    class OnlyItsSize:
+        get_vocab_size = Sparse.get_vocab_size
+
+    assert largest_token_id(Sparse()) == 7
+    assert largest_token_id(OnlyItsSize()) == 1
 
 
 def test_a_checkpoint_that_is_not_there(monkeypatch, in_training, tmp_path):

@@ -4,20 +4,25 @@ without, and that every mistake in a file is one message before the run starts."
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from text_cases import EQUAL, UNEQUAL
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host
 
 check_host()  # the host's device, before anything else imports the host
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
+from torchtitan.components.validate import Validator  # noqa: E402
 
 from ezpz_moe.hosts.titan.data import dataloader_config, read_documents  # noqa: E402
+from ezpz_moe.hosts.titan.job import trainer_config  # noqa: E402
 
 TEXTS = ["First document.\nIts second line.", "Zweites, mit Umlauten: äöü, 日本語 🙂.", "Third."]
 
@@ -237,3 +242,66 @@ def test_a_path_given_on_the_hosts_command_line_is_checked_too(tmp_path, tokeniz
     config.dataset, config.dataset_path = "text_file", str(tmp_path / "no.txt")
     with pytest.raises(EzpzError, match="is not a file"):
         build(config, tokenizer)
+
+
+# Validation of the whole text --------------------------------------------------------------------
+
+
+def validator(file: Path, tokenizer, *, ranks: int, steps: int = -1, **parallel):
+    validation = {"enable": True, "dataset_path": str(file), "steps": steps}
+    values = {f"validation.{key}": value for key, value in validation.items()}
+    section = trainer_config(Job(flavor="debugmodel_sdpa", values=values)).validator
+    return section.build(
+        parallelism=SimpleNamespace(pipeline_parallel_microbatch_size=1),
+        dp_world_size=ranks,
+        dp_rank=ranks - 1,
+        tokenizer=tokenizer,
+        parallel_dims=SimpleNamespace(pp_enabled=bool(parallel)),
+        loss_fn=None,
+        validation_context=None,
+        metrics_processor=None,
+        seq_len=32,
+        local_batch_size=parallel.get("microbatches", 1),
+    )
+
+
+def batches(file: Path, tokenizer) -> list[int]:
+    """Batches of 32 tokens that two ranks have of a text, the fewest first."""
+    data = dataloader_config(None, str(file), job_folder=None, infinite=False)
+    return sorted(
+        sum(1 for _ in build(data, tokenizer, rank=rank, ranks=2, seq_len=32)) for rank in (0, 1)
+    )
+
+
+def test_unequal_shares_of_a_validation_text_are_refused_with_the_number_that_works(
+    tmp_path, tokenizer
+):
+    """The host would stop on one rank, and the other would wait in a collective."""
+    file = tmp_path / "valid.txt"
+    file.write_text(UNEQUAL)
+    fewest, most = batches(file, tokenizer)
+    assert fewest < most
+    with pytest.raises(EzpzError, match="the 2 data-parallel ranks have text for") as refused:
+        validator(file, tokenizer, ranks=2)
+    assert f"for {fewest} to {most} steps" in str(refused.value)
+    assert f"Set validation.steps to {fewest}." in str(refused.value)
+    assert validator(file, tokenizer, ranks=2, steps=fewest)
+    assert validator(file, tokenizer, ranks=1)
+    file.write_text(EQUAL)
+    assert validator(file, tokenizer, ranks=2)
+
+
+def test_what_a_pipeline_cannot_fill_is_not_a_step(tmp_path, tokenizer):
+    """Both ranks leave the loop at the same step, although one has a batch more."""
+    file = tmp_path / "valid.txt"
+    file.write_text(UNEQUAL)
+    _, most = batches(file, tokenizer)
+    with pytest.raises(EzpzError, match=r"for 0 to 1 steps.*Use more text"):
+        validator(file, tokenizer, ranks=2, microbatches=most)
+    assert validator(file, tokenizer, ranks=2, microbatches=most + 1)
+
+
+def test_a_validation_text_of_the_hosts_is_the_hosts_affair():
+    values = {"validation.enable": True, "validation.dataset": "c4_validation"}
+    section = trainer_config(Job(flavor="debugmodel_sdpa", values=values)).validator
+    assert type(section) is Validator.Config

@@ -70,6 +70,10 @@ def _raises(w1, w2, w3, x, counts):
     raise RuntimeError("no such kernel\nsecond line")
 
 
+def _asserts(w1, w2, w3, x, counts):
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("swiglu", "tensor", "verdict"),
     [
@@ -81,6 +85,7 @@ def _raises(w1, w2, w3, x, counts):
         (_ignores_a_weight, "grad_w2", "is None"),
         (_feeds_empty_experts, "grad_w2", "experts without tokens have a gradient"),
         (_raises, "y", "RuntimeError: no such kernel"),
+        (_asserts, "y", "AssertionError"),
     ],
 )
 def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch) -> None:

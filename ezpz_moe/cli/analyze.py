@@ -17,6 +17,7 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.tools.analysis.record import Recording
     from ezpz_moe.tools.analysis.report import LayerReport, Settings
@@ -34,6 +35,7 @@ class Analyze(Command):
 
     group = "after a run"
 
+    # The underscores: `run` is the method, and `json` the module.
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
     """A checkpoint's folder, a run's folder (its newest checkpoint), or the job of the run."""
     data: Annotated[Path, arg(metavar="FILE")]
@@ -62,15 +64,19 @@ class Analyze(Command):
     """Draw the measurements as PNG files in this folder."""
 
     def run(self) -> int:
+        # Before torch is imported: a wrong number is reported at once.
         self._check()
         job, checkpoint = self._model()
+        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
+        # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_checkpoint(self.against) if self.against else None
         host = import_host()
-        text = self._text(job, host.analysis().encoder(_tokenizer(job)))
-        recording = self._record(job, checkpoint, text)
-        compared = self._record(job, other, text) if other else None
+        flavor = load_flavor(job.flavor, near=job.folder)
+        text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
+        recording = self._record(flavor, checkpoint, text)
+        compared = self._record(flavor, other, text) if other else None
 
         import torch
 
@@ -89,6 +95,7 @@ class Analyze(Command):
             "against": str(other) if other else None,
             "against_loss": compared.loss if compared else None,
         }
+        # Printed first: if a file cannot be written, the results of a long run are not lost.
         _print(facts, layers, settings)
         try:
             self._write(facts, layers, settings)
@@ -115,6 +122,7 @@ class Analyze(Command):
                 raise EzpzError(f"{flag} {number}: must be at least 1.")
         factors = {"--capacity-factor": self.capacity_factor, "--cache": self.cache}
         for flag, factor in factors.items():
+            # Refuses NaN as well: every comparison with it is false.
             if not 0 < factor < float("inf"):
                 raise EzpzError(f"{flag} {factor}: must be a number above 0.")
         if self.json_ and not self.json_.absolute().parent.is_dir():
@@ -129,6 +137,8 @@ class Analyze(Command):
 
         if self.run_.endswith(".toml"):
             job = load_job(self.run_)
+            # The defaults are the host's. As in the host, the folder is relative to the working
+            # directory, not to the job.
             folder = Path(
                 job.values.get("job.dump_folder", "./outputs"),
                 job.values.get("checkpoint.folder", "checkpoint"),
@@ -145,6 +155,8 @@ class Analyze(Command):
         from ezpz_moe.hosts.documents import COLUMN, read_documents
         from ezpz_moe.tools.analysis.text import sequences
 
+        # 2048 is the host's default. --segment is checked here, because the length may be the
+        # job's.
         length = self.seq_len or job.values.get("training.seq_len", 2048)
         if length < self.segment:
             raise EzpzError(
@@ -152,6 +164,7 @@ class Analyze(Command):
             )
 
         documents = read_documents(str(self.data))[COLUMN]
+        # islice: only as many documents are tokenized as these sequences need.
         text = list(islice(sequences(documents, encode, length), self.sequences))
         if not text:
             raise EzpzError(
@@ -160,10 +173,9 @@ class Analyze(Command):
             )
         return text
 
-    def _record(self, job: Job, checkpoint: Path, text: list[TextSequence]) -> Recording:
+    def _record(self, flavor: Flavor, checkpoint: Path, text: list[TextSequence]) -> Recording:
         import torch
 
-        from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.tools.analysis.record import record
         from ezpz_moe.tools.verify import default_device
 
@@ -172,7 +184,7 @@ class Analyze(Command):
 
         return record(
             checkpoint,
-            load_flavor(job.flavor, near=job.folder),
+            flavor,
             text,
             device=self.device or default_device(),
             dtype=getattr(torch, self.dtype),
@@ -201,6 +213,7 @@ def _print(facts: dict[str, Any], layers: list[LayerReport], settings: Any) -> N
 
 
 def _row(each: LayerReport, settings: Any) -> dict[str, str]:
+    # None for an expert without tokens, which must not count as one that sees every token.
     explained, narrow = each.explained, [x for x in each.concentration if x is not None]
     told = (
         (explained.by_token, explained.by_frequency, explained.share) if explained else [None] * 3
@@ -221,6 +234,7 @@ def _row(each: LayerReport, settings: Any) -> dict[str, str]:
         "cosine": display.number(each.mean_cosine, ".3f"),
         "max": display.number(each.max_cosine, ".3f"),
     }
+    # All layers have it or none, so all rows have the same columns.
     if each.drift:
         row |= {"rerouted": f"{each.drift.changed:.1%}", "Jaccard": f"{each.drift.jaccard:.3f}"}
     return row
@@ -232,4 +246,5 @@ def _finite(value: Any) -> Any:
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
+    # Only NaN differs from itself.
     return None if isinstance(value, float) and value != value else value

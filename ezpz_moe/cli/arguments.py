@@ -21,12 +21,14 @@ def print_emulated(device: str, dtypes: Iterable[str]) -> None:
 
     from ezpz_moe.compute.native import emulation_note
 
+    # dict.fromkeys keeps the order: each dtype once, as the user named them.
     for dtype in dict.fromkeys(dtypes):
         if note := emulation_note(device, getattr(torch, dtype)):
             display.print_line(f"{note}.")
 
 
 DType = Literal["bfloat16", "float32", "float16", "float64"]
+# Without a metavar, tyro would show these types in the help as {None}|STR and STR.
 Device = Annotated[str | None, arg(metavar="DEVICE")]
 Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
 
@@ -45,6 +47,9 @@ def import_host() -> Host:
     """Return the host, for looking at configs. Silences the host's remarks about training."""
     from ezpz_moe.hosts.detect import check_host, host
 
+    # First: it refuses a host that lacks what every run needs, before anything uses that.
     check_host()
-    logging.getLogger().setLevel(logging.ERROR)  # the host logs on the root logger
+    # Only now, to let through the notice of check_host() that a pair of versions is untested. The
+    # host logs on the root logger.
+    logging.getLogger().setLevel(logging.ERROR)
     return host()

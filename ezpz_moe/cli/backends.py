@@ -22,6 +22,7 @@ class Backends(Command):
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):
+            # Within the status: the import of torch is what takes the time.
             from ezpz_moe.tools.verify import default_device, properties, reasons_against
 
             device = self.device or default_device()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ezpz_moe.tools.bench.plan import Allocator, Plan
     from ezpz_moe.tools.bench.results import Figures, Measured
 
+# Full sizes would keep a CPU busy for long; with these a comparison takes minutes.
 _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 
 
@@ -64,11 +65,14 @@ class Bench(Command):
     """Draw bars per shape, and time and memory over skew, to this file."""
 
     def run(self) -> int:
+        # Before torch is imported: a mistake in a flag is reported at once.
         self._check()
         with display.progress().status("Asking torch and torchtitan ..."):
             plan = self._plan()
             from ezpz_moe.tools.bench.plan import check, environment, run
 
+            # Before anything is measured: a contender that is named but cannot run is refused at
+            # once.
             check(plan)
             about = environment(plan.device)
         display.print_table(_facts(about))
@@ -76,6 +80,7 @@ class Bench(Command):
         both: tuple[Allocator, ...] = ("default", "retain")
         allocators = both if self.allocator == "both" else (self.allocator,)
         results: list[Measured] = []
+        # Every layer leaves out the same contenders, mostly: each reason is printed once.
         told: set[str] = set()
         for measured in chain.from_iterable(
             run(replace(plan, allocator=allocator), display.steps) for allocator in allocators
@@ -93,6 +98,7 @@ class Bench(Command):
         ):
             if number is not None and number < 1:
                 raise EzpzError(f"{flag} {number}: must be at least 1.")
+        # tyro takes a flag without values, such as a bare --shape, as an empty tuple.
         for flag, names in (
             ("--shape", self.shape),
             ("--routing", self.routing),
@@ -126,6 +132,7 @@ class Bench(Command):
         from ezpz_moe.tools.bench.plan import Plan
 
         return Plan(
+            # What is named twice is measured once, in the order of the first.
             shapes=tuple(dict.fromkeys(shapes)),
             routings=tuple(dict.fromkeys(self.routing)),
             dtypes=tuple(dict.fromkeys(self.dtype)),
@@ -161,12 +168,14 @@ class Bench(Command):
         if self.json:
             from ezpz_moe.tools.bench.results import document
 
+            # Not argv[0], which is a path of this machine.
             command = shlex.join(["ezpz-moe", *sys.argv[1:]])
             self.json.write_text(document(results, about, command))
             display.print_line(f"Written: {self.json}")
         if self.plot:
             from ezpz_moe.tools.bench.plots import draw
 
+            # With several dtypes or allocators it draws a file for each.
             for file in draw(results, self.plot):
                 display.print_line(f"Drawn: {file}")
 
@@ -220,8 +229,11 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
             "contender": name,
             "forward ms": f"{figures.median('forward'):.4g}",
             "fwd+bwd ms": f"{figures.median():.4g}",
+            # From here to the ratios, of forward and backward together.
             "quartiles": "{:.4g}-{:.4g}".format(*figures.quartiles()),
             "TFLOP/s": f"{measured.tflops(name):.3g}",
+            # Speed is the inverse of time, so stock's time is on top here, and the contender's
+            # below.
             f"speed / {stock or 'stock'}": display.number(measured.time_ratio(stock, name), ".2f"),
             "time / dense": display.number(measured.time_ratio(name, DENSE), ".2f"),
             "saved": display.memory(figures.saved_bytes),

@@ -17,6 +17,8 @@ class Command(ABC):
     its own.
     """
 
+    # tyro takes the string below a field as its help, and without one a comment above it. So only a
+    # field with a string may have a comment.
     group: ClassVar[str]
     """One of :data:`GROUPS`."""
 
@@ -30,4 +32,5 @@ class Command(ABC):
 
     @classmethod
     def takes_host_flags(cls) -> bool:
+        # Asked of the class: the arguments are parsed only after this is known.
         return "host_flags" in {each.name for each in fields(cls)}  # type: ignore[arg-type]

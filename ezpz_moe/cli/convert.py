@@ -37,6 +37,7 @@ class Convert(Command):
             return _lint(self.files)
         if self.lint:
             raise EzpzError("convert --lint: name the scripts to check.")
+        # tyro can ask for a fixed number of words or for any, but not for one or two.
         if len(self.files) not in (1, 2):
             raise EzpzError(
                 f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
@@ -52,6 +53,7 @@ def _convert(old: Path, new: Path | None = None) -> int:
     from ezpz_moe.config.job import shown
     from ezpz_moe.tools.convert import convert, write
 
+    # Without a new file, the old name only serves to name the flavor's file in the report.
     conversion = convert(old, new or old)
     display.print_table(
         {

@@ -56,6 +56,7 @@ class Describe(Command):
         for line in _remarks(described):
             display.print_line(line)
         if described.ranks is not None:
+            # Whoever named a number of ranks knows where it comes from.
             fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
             display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
             display.print_table(_memory_rows(described.memory))
@@ -115,6 +116,7 @@ def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
     """Yield rows by component if all ranks are alike, else by pipeline stage."""
     if len(stages) == 1:
         (stage,) = stages
+        # One stage leaves room for the components; several are compared with each other instead.
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
             yield {"component": name} | _in_words(held)
         return

@@ -19,11 +19,13 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+# Columns. Without a terminal to ask, rich would wrap at 80.
 _UNLIMITED = 10_000
 
 
 def output() -> Console:
     """Return the console for results."""
+    # highlight would colour whatever looks like a number or a path.
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_UNLIMITED)
 
@@ -40,6 +42,8 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
 
     Without rows, print nothing.
     """
+    # As text at once: alignment and width depend on what is printed. And a list, because the rows
+    # are needed twice and may come from a generator.
     rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
     if not rows:
         return
@@ -47,24 +51,30 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
     table = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None,
         header_style="bold",
-        title=title,
+        # Escaped, as the cells are: rich would take a [folder] in a path for a style.
+        title=escape(title),
         title_justify="left",
     )
     for column, heading in enumerate(rows[0]):
+        # The first column names the row, also where a name begins with a digit, such as 16B.
         figures = column > 0 and all(row[heading][:1].isdigit() for row in rows)
         table.add_column(
             heading.replace("_", " "),
             justify="right" if figures else "left",
+            # Whole names can be copied. Elsewhere, what does not fit is folded: rich's own default
+            # cuts it off.
             no_wrap=column == 0,
             overflow="fold",
         )
     for row in rows:
+        # Escaped: rich would take [router] in a cell for a style, and leave it out.
         table.add_row(*map(escape, row.values()))
     console.print(table)
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """Wrap the items in a progress bar that shows how many are done."""
+    # transient: a bar that has ended goes away, and only the results stay.
     return track(items, description=what, total=total, console=progress(), transient=True)
 
 
@@ -78,6 +88,7 @@ def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
         def step(name: str) -> None:
             nonlocal begun
+            # What begins now is not done yet, so the count rises afterwards.
             bar.update(task, completed=begun, description=f"{what}: {name}")
             begun += 1
 
@@ -86,11 +97,14 @@ def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 def print_line(line: str) -> None:
     """Print one line unwrapped, however long."""
+    # No markup: messages name tables such as [router]. soft_wrap: the terminal breaks long lines,
+    # so they can be copied whole.
     output().print(line, markup=False, soft_wrap=True)
 
 
 def print_to_stderr(lines: str) -> None:
     """Print why something ended, unformatted."""
+    # Not by progress(), which is silent when stderr is a file.
     print(lines, file=sys.stderr, flush=True)
 
 
@@ -112,6 +126,7 @@ def print_findings(findings: Sequence[Any]) -> None:
     """Print a row per finding, then a line per problem, the broken ones last."""
     print_table({"": each.state, "relied on": each.what, "for": each.used_for} for each in findings)
     with_problem = [each for each in findings if each.problem]
+    # False sorts first: what is broken comes last, where the reader looks.
     for each in sorted(with_problem, key=lambda each: not each.holds):
         print_line(f"{each.state} {each.what}: {each.problem}")
         if each.meaning:
@@ -128,6 +143,7 @@ def text(value: Any) -> str:
             return "-"
         case bool():
             return "yes" if value else "no"
+        # An empty cell would look like a missing value.
         case "":
             return '""'
         case _:
@@ -141,6 +157,7 @@ def gibibytes(number: int | None) -> str:
 
 def memory(number: int) -> str:
     """Format 4080218931 as "3.80 GiB", 524288 as "0.50 MiB"."""
+    # 2**27 bytes are 0.13 GiB: below that, two decimals would say too little.
     return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
 
 

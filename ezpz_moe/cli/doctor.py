@@ -37,6 +37,7 @@ class Doctor(Command):
             facts = doctor.facts()
             findings = doctor.host_findings()
             can_train = doctor.can_train(findings)
+            # The host itself checks a job, so it has to work.
             if self.config is not None and can_train:
                 findings += doctor.job_findings(self.config, self.world_size)
         display.print_table(({"installed": what, "": said} for what, said in facts.items()))

@@ -21,6 +21,7 @@ class Flavors(Command):
         from ezpz_moe.config.flavor_schema import Attention
         from ezpz_moe.config.flavors import flavor_names, load_flavor
 
+        # Before torch is imported: a mistake in a file is reported at once.
         flavors = [load_flavor(name) for name in flavor_names()]
         with display.progress().status("Building the models on the meta device, to count ..."):
             summarize = import_host().summarize

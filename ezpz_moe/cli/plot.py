@@ -29,6 +29,7 @@ class Plot(Command):
 
     def run(self) -> int:
         with display.progress().status("Drawing ..."):
+            # Within the status: importing matplotlib takes a while too.
             from ezpz_moe.telemetry.plot import plot
             from ezpz_moe.telemetry.summary import headline, over_layers_rows
 

@@ -36,6 +36,7 @@ class Preflight(Command):
         flags = list(self.host_flags)
         stages = pipeline_degree(find_job(self.config), flags)
         built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
+        # preflight() yields each report as soon as its rank is built, which moves the bar.
         reports = list(display.tracked(built, "Building ranks", total=stages))
         display.print_table(
             (
@@ -50,6 +51,7 @@ class Preflight(Command):
             ),
             title=f"{self.config} on {self.world_size} ranks",
         )
+        # Ranks mostly fail for the same reason, which is then printed once.
         errors: dict[str, list[int]] = {}
         for report in reports:
             if report.error:

@@ -32,10 +32,12 @@ class Show(Command):
         flavor = load_flavor(job.flavor, near=job.folder)
         with display.progress().status("Building the config ..."):
             host = import_host()
+            # None means that the host decides, which its own config below shows.
             fields = flavor.model_dump(exclude_none=True)
             fields["counted"] = asdict(host.summarize(flavor))
             config = host.trainer_config(job)
             fields["precision"] = host.precision_in_words(config, flavor)
+            # Most settings keep torchtitan's defaults; the others are what the job asks for.
             told = [s for s in host.settings(config) if self.all or s.changed]
         rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
         display.print_table(rows, title=job.source)

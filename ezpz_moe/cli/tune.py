@@ -25,6 +25,7 @@ class Tune(Train):
         from ezpz_moe.tools.tune import tune
 
         code, measured = tune(self.config, list(self.host_flags), **self._launch())
+        # The trainer has already said why.
         if code:
             return code
         if not measured:

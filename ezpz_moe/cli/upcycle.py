@@ -46,6 +46,7 @@ class Upcycle(Command):
     """Seed all random draws."""
 
     def run(self) -> int:
+        # Before torch is imported: a wrong number is reported at once.
         self._check()
         from ezpz_moe.config.flavors import load_flavor
         from ezpz_moe.hosts.jobs import find_job
@@ -92,6 +93,7 @@ class Upcycle(Command):
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
         from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
 
+        # What the folder holds decides, not what it is called.
         if not is_safetensors(self.source):
             return DenseCheckpoint(self.source, target)
         adapter = import_host().adapter(target.flavor)

@@ -32,6 +32,7 @@ class Verify(Command):
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
+        # stdout has to hold nothing but the document.
         if not self.json:
             print_emulated(device, self.dtype)
         compared = [compare(check) for check in display.tracked(checks, "Verifying")]
@@ -40,9 +41,12 @@ class Verify(Command):
         reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
         if self.json:
             report = {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+            # Rows have None for a figure that is not finite, because JSON has no NaN: one here is a
+            # bug, and must not reach a file that nobody can read.
             display.output().print_json(data=report, allow_nan=False)
         else:
             display.print_table(
+                # One row for five tensors: a table of all would have hundreds.
                 (_figures(worst(rows)) for rows in compared),
                 title=f"Errors against float64 on {device}: the worst tensor of each case",
             )

@@ -52,9 +52,11 @@ class Dimensions(Data):
     n_layers: Annotated[int, Field(ge=1, le=2**10)]
     n_dense_layers: Annotated[int, Field(ge=0)]
     n_heads: _Width
+    # 0: the queries are not compressed.
     q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
     kv_lora_rank: _Width
     qk_nope_head_dim: _Width
+    # Even, because a rotation turns channels in pairs.
     qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
     v_head_dim: _Width
     mscale: Annotated[float, Field(ge=0)]
@@ -93,6 +95,7 @@ class Flavor(Data):
     compute_backend: str = "grouped_mm"
     expert_precision: ExpertPrecision | None = None
     dimensions: Dimensions | None = None
+    # Shared defaults are safe: all tables are frozen.
     router: Router = Router()
     balance: Balance = Balance()
     telemetry: Telemetry | None = None
@@ -100,6 +103,8 @@ class Flavor(Data):
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
         conflicts = list(routing_conflicts(self.router, self.balance))
+        # The sizes of a `base` are the host's: its binding asks the same question once the model is
+        # known.
         if size := self.dimensions:
             conflicts += size_conflicts(
                 self.router,
@@ -123,6 +128,7 @@ class Flavor(Data):
     @property
     def is_routed(self) -> bool:
         """Whether the flavor asks the routers for anything that the host's own do not do."""
+        # By value: a table that repeats the defaults leaves the host's routers in place.
         own = self.router != Router() or self.balance != Balance()
         return own or self.telemetry is not None
 
@@ -135,8 +141,8 @@ class Flavor(Data):
     def is_watched(self) -> bool:
         """Whether the routers have to know the step, or have to report what they did."""
         rate = self.balance.bias_rate
-        moves = not self.router.temperature.is_constant or (rate and not rate.is_constant)
-        return self.reported is not None or bool(moves)
+        schedules = [*self.router.schedules.values(), *([rate] if rate else [])]
+        return self.reported is not None or not all(each.is_constant for each in schedules)
 
     @field_validator("base")
     @classmethod
@@ -151,6 +157,8 @@ class Flavor(Data):
     @classmethod
     def _is_installed(cls, name: str) -> str:
         try:
+            # Only the name and the form. A backend can name its options only once it is imported,
+            # which may need torch.
             name_and_options(name)
         except EzpzError as error:
             raise mistake(str(error)) from None

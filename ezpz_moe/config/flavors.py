@@ -48,6 +48,8 @@ _TABLES: dict[str, type[Data]] = {
     "balance": Balance,
     "telemetry": Telemetry,
 }
+# What a file may say at its top. Name and source come from the file itself, and the dimensions
+# stand there one by one, not in a table.
 _KEYS = (
     _DIMENSION_KEYS | {"inherits"} | (Flavor.model_fields.keys() - {"name", "source", "dimensions"})
 )
@@ -66,12 +68,15 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
     """
     folders = _folders(near)
     files = _public(_flavor_files(folders))
+    # By the suffixes that exist, not at an underscore: names of files and backends have underscores
+    # too.
     suffixes = variant_suffixes()
     # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
     for stem in sorted(files, key=len, reverse=True):
         suffix = name.removeprefix(stem)
         if name == stem + suffix and suffix in suffixes:
             return _resolve(name, files[stem], folders, suffixes[suffix])
+    # All variants, for the hint: `16B_sdap` is nearest to one of them.
     known = [stem + suffix for stem, suffix in product(files, suffixes)]
     raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
 
@@ -112,6 +117,7 @@ def _folders(near: Path | None) -> list[Path]:
 def _shipped_folder() -> Path:
     """Return the flavors' folder: in the wheel, or in a checkout."""
     package = Path(__file__).parents[1]
+    # pyproject.toml puts the folder into the package; in a checkout it lies beside it.
     in_wheel = package / "_flavors"
     return in_wheel if in_wheel.is_dir() else package.parent / "flavors"
 
@@ -219,6 +225,7 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
     if "base" not in values:
         values["dimensions"] = dimensions
     try:
+        # The variant comes last: a suffix of the name beats the key in the file.
         return Flavor.model_validate({"name": name, "source": path, **values, **variant})
     except ValidationError as error:
         raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
@@ -230,6 +237,7 @@ def _messages(
     """Yield a line per wrong key, with the file that sets it, and one for all missing keys."""
     missing = []
     for error in errors:
+        # Flavor has the dimensions in a model of their own; the file has their keys at its top.
         key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
         # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
         file = origin.get(key) or origin.get(key.rpartition(".")[0], path)
@@ -242,6 +250,7 @@ def _messages(
             table, _, inner = key.partition(".")
             hint = did_you_mean(inner.rpartition(".")[2], _table_keys(table))
             yield f"{file}: unknown key {key!r}.{hint}"
+        # Several keys do not fit together, so there is no single value to show.
         elif error["type"] == "mistake" and (not key or key in _TABLES):
             of_dimensions = error["loc"] == ("dimensions",)
             where = "the dimensions do not fit together:" if of_dimensions else f"[{key}]"
@@ -264,8 +273,10 @@ def _expectation(error: ErrorDetails) -> str:
         return "should be a table."
     text = error["msg"].replace("Input should", "should").rstrip(".")
     if error["type"] == "literal_error" and isinstance(error["input"], str):
+        # pydantic lists the choices only as text: 'a', 'b' or 'c'.
         allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         return f"{text}.{did_you_mean(error['input'], allowed)}"
+    # Some messages of ours end in a hint, which is a question.
     return text if text.endswith("?") else f"{text}."
 
 
@@ -278,6 +289,7 @@ def _shown(value: Any) -> str:
 
 def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
     for folder in folders:
+        # A name with a slash leads out of the folder, where no flavors are looked for.
         path = folder / f"{name}.toml"
         if path.parent == folder and path.is_file():
             keys = ", ".join(sorted(_KEYS))

@@ -57,6 +57,7 @@ class Job:
         if "://" in location:
             return location
         path = Path(location).expanduser()
+        # The working directory comes first, as in the host: beside the job is only our addition.
         if not path.exists() and self.folder is not None and (self.folder / path).exists():
             path = self.folder / path
         return str(path.absolute())
@@ -75,6 +76,7 @@ def load_job(path: str | Path, keys: Keys) -> Job:
     """
     path = Path(path)
     document = read_toml(path)
+    # With [model] it is a job, and a flavor's table in it a mistake that is reported below.
     if is_flavor(document) and "model" not in document:
         raise EzpzError(
             f"{path}: is a flavor's file, not a job's. Pass the flavor's name, {path.stem}, "
@@ -133,6 +135,7 @@ def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], l
         key = keys.get(section, {}).get(name)
         if key is None:
             problems.append(_unknown(section, name, value, keys))
+        # Before the type is asked: a key that is gone has none.
         elif key.message:
             if not is_one_of(key.unless, value):
                 outdated.setdefault((section, key.message), []).append(name)
@@ -186,6 +189,7 @@ def _model_problems(
         return  # reported already
     if "name" not in model:
         yield f'[model] name is missing: write name = "{MODEL_NAME}".'
+    # A name of the wrong type is not among the values: that problem is reported already.
     elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
         yield (
             f'[model] name = {shown(name)}: must be "{MODEL_NAME}" for this trainer module. '
@@ -246,5 +250,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as TOML writes it, shortened."""
+    # default=str, because TOML has dates and times, which JSON lacks.
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

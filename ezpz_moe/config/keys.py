@@ -82,11 +82,14 @@ def sections(keys: Keys) -> set[str]:
 
 Positive = Annotated[int, Ge(1)]
 NonNegative = Annotated[int, Ge(0)]
+# -1 leaves the number to the host.
 MinusOneOrPositive = Literal[-1] | Positive
 Seconds = Annotated[int, Ge(1), Le(10**9)]
+# What torch.manual_seed takes, without negative numbers, which it maps to large ones.
 Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
 Rate = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+# Adam refuses 1: its means would stay at zero.
 Beta = Annotated[float, Ge(0), Lt(1)]
 Text = Annotated[str, StringConstraints(pattern=r"\A[^\x00]+\z")]  # no file name has a null
 Dtype = Literal["bfloat16", "float32"]

@@ -18,6 +18,8 @@ DEFAULT_JITTER = 0.01
 
 Experts = Annotated[int, Field(ge=1, le=2**14)]
 
+# The upper bounds here are far above any use, as in flavor_schema.py: they keep a typing mistake
+# from becoming a tensor of that size.
 _NoExperts = Annotated[int, Field(ge=0, le=2**14)]
 _Steps = Annotated[int, Field(ge=1, le=2**40)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -48,6 +50,8 @@ class Schedule(Data):
             or not 0 < value < math.inf
         ):
             raise mistake("should be a number above 0, or a table of start, end and steps")
+        # One step, as in the fields' defaults: with another number, a 1 in the file would not equal
+        # the default 1.
         return {"start": value, "end": value, "steps": 1}
 
     @property
@@ -59,6 +63,7 @@ class Router(Data):
     """``[router]``: how a token's experts are chosen."""
 
     routing: Literal["topk", "sinkhorn", "balanced"] = "topk"
+    # Below 1: from there on an input could vanish or change its sign.
     jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gate_precision: Literal["bfloat16", "float32", "float64"] | None = None
     freeze: bool = False
@@ -92,6 +97,16 @@ class Router(Data):
         """How many of the router's choices need no expert computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
 
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules that differ from their default, by key. A default changes no bits."""
+        values = {key: getattr(self, key) for key in type(self).model_fields}
+        return {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, Schedule) and value != type(self).model_fields[key].default
+        }
+
     def choices_of_token(self, num_experts: int, top_k: int) -> int:
         """Return how many choices a token makes, given the model's experts and top-k."""
         return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
@@ -117,6 +132,7 @@ class Balance(Data):
     mse_loss: _NotNegative = 0.0
     z_loss: _NotNegative = 0.0
     scope: Literal["sequence", "batch", "global"] = "sequence"
+    # Not set: the model's own. "none" removes the bias, also an inherited one.
     bias_update: Literal["sign", "proportional", "none"] | None = None
     bias_rate: Schedule | None = None
 
@@ -146,6 +162,7 @@ class AlertThresholds(Data):
 class Telemetry(AlertThresholds):
     """``[telemetry]``: what a run reports about its experts."""
 
+    # Not set: as often as the trainer logs.
     every: _Steps | None = None
     detail: Literal["brief", "per_layer", "per_expert"] = "brief"
     images: bool = True
@@ -166,6 +183,7 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
             "stochastic and thus balanced already. Remove the loss (set it to 0 if it is "
             'inherited), or route with "topk"'
         )
+    # "none" is the way out of an inherited update, so it conflicts with nothing.
     bias = [] if balance.bias_update == "none" else ["bias_update"]
     if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
         yield (
@@ -186,6 +204,7 @@ def size_conflicts(router: Router, *, choices: int, top_k: int) -> Iterator[str]
     The choices include zero-computation experts.
     """
     zero_experts, skipped = router.zero_computation_experts, router.skip_first_n_experts
+    # Only the top-k of this table: the model's own is checked with the model's sizes.
     if router.top_k is not None and top_k > choices:
         yield (
             f"router.top_k = {router.top_k} exceeds the {choices} available experts: "

@@ -12,7 +12,7 @@ class Data(BaseModel):
     """Read-only data of exact types that rejects unknown keys."""
 
     # Strict, because TOML has types: "1" for 1 is a mistake. No extra keys: a misspelt one would
-    # have no effect.
+    # have no effect. No inf and nan, which TOML can write: no setting here has a use for them.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -22,4 +22,6 @@ class Data(BaseModel):
 
 def mistake(message: str) -> PydanticCustomError:
     """Return a validation error whose text is entirely ours."""
+    # Through a placeholder: the first text is a template, in which braces of the message would be
+    # fields.
     return PydanticCustomError("mistake", "{message}", {"message": message})

@@ -20,6 +20,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        # A misspelt name is the usual reason, and the file that was meant lies in the same folder.
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.toml")])
         raise EzpzError(f"{path}: there is no such file.{near}") from None
     except IsADirectoryError:

@@ -48,11 +48,14 @@ def statements(text: str) -> Iterator[Statement]:
     for line in io.StringIO(text, newline="\n"):  # TOML ends lines only with \n or \r\n
         pending += line
         try:
+            # Quadratic in the lines of one value, which are few; a parser of our own would have to
+            # know all of TOML.
             parsed = tomli.loads(pending)
         except tomli.TOMLDecodeError:
             continue  # the value continues on the next line
         if parsed and pending.lstrip().startswith("["):
             section = _header_path(parsed)
+        # The last line of a file may lack its end, and something may be written after it.
         yield Statement(pending if pending.endswith("\n") else f"{pending}\n", section, parsed)
         pending = ""
 
@@ -64,6 +67,7 @@ def commented(text: str) -> str:
 
 def assignment(key: str, value: Any, comment: str = "") -> str:
     """Write ``key = value`` and a comment. The value is a string, a number or a boolean."""
+    # Strings, numbers and booleans are written alike in JSON and TOML.
     return f"{key} = {json.dumps(value, ensure_ascii=False)}{comment and f' # {comment}'}\n"
 
 

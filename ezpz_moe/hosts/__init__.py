@@ -1,6 +1,7 @@
 """Bind the plugin to the trainer: one class for each generation of torchtitan.
 
 ``host``          what the plugin asks of a trainer, and so what a new binding has to provide
+``parts``         what a trainer may lack
 ``detect``        finds out which host is installed
 ``jobs``          reads jobs with the keys of the installed host
 ``titan``         torchtitan since 0.3: the code its generations share, and a class for each

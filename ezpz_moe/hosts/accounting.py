@@ -51,6 +51,7 @@ class Cost:
     """
 
     parameters: int = 0
+    # Floats, because both are averages: over the choices of a token, over a sequence's positions.
     active: float = 0
     forward: float = 0
 
@@ -154,6 +155,7 @@ def dense_model(anatomy: Anatomy) -> DenseModel:
     if not anatomy.n_moe_layers:
         raise EzpzError("the model has no layer with experts to compare with a dense one")
     instead = sum((anatomy.costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
+    # Only layers with experts change: dense layers between them keep their FFN.
     per_hidden_unit = FFN_MATRICES * anatomy.dim * anatomy.n_moe_layers
     # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
     hidden_dim = round(instead.forward / (2 * per_hidden_unit))

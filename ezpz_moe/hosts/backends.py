@@ -21,6 +21,7 @@ def backend_of(flavor: Flavor) -> Backend:
         EzpzError: the backend does not load, or does not take these options. The message names
             the flavor's file.
     """
+    # Only here do options meet their backend: a flavor's file is read without torch.
     try:
         return get_backend(flavor.compute_backend)
     except EzpzError as error:

@@ -65,6 +65,7 @@ def host() -> Host:
         raise _refusal([f"choosing its device: {in_words(error)}"]) from error
     reasons = []
     for candidate in HOSTS:
+        # By import, unlike `presumed_host`: a host whose files are there may still not load here.
         if not (reason := candidate.evidence.why_broken()):
             remember(candidate)
             return candidate
@@ -81,6 +82,7 @@ def check_host() -> None:
     Raises:
         EzpzError: the host lacks something that every run needs.
     """
+    # The other lines each cost one feature, which says so when somebody asks for it.
     vital = [reliance for reliance in host().relied_on if reliance.vital]
     if missing := broken(vital):
         raise _refusal(_with_meanings(missing))

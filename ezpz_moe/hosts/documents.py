@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -64,6 +64,7 @@ def find_text(
     Raises:
         EzpzError: unknown dataset, or a file that is missing, empty, of an unknown kind or broken.
     """
+    # The host looks names up in lower case.
     name = (dataset or (TEXT_FILE if dataset_path else DEFAULT_DATASET)).lower()
     if name not in known:
         raise EzpzError(
@@ -88,6 +89,11 @@ def find_text(
     return name, dataset_path
 
 
+def is_ours(dataset: str) -> bool:
+    """Return whether this module reads the dataset, and not the host."""
+    return dataset in (DEFAULT_DATASET, TEXT_FILE)
+
+
 def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
     """Check that our own texts have a document for every data-parallel rank.
 
@@ -96,7 +102,7 @@ def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
     Raises:
         EzpzError: there are fewer documents than ranks.
     """
-    if dataset not in (DEFAULT_DATASET, TEXT_FILE):
+    if not is_ours(dataset):
         return
     path = dataset_path or TOPICS_PATH
     documents = len(load_topics(path) if dataset == DEFAULT_DATASET else read_documents(path))
@@ -106,6 +112,33 @@ def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
             f"for {ranks} data-parallel ranks, but each needs at least one. Use "
             "fewer ranks or more documents (in a .txt file, blank lines separate them)."
         )
+
+
+def check_validation(steps: Sequence[int]) -> None:
+    """Check that a validation over the whole text takes every data-parallel rank as many steps.
+
+    The host leaves the loop where a rank's own text ends. The others would wait in a collective for
+    that rank until the communication library aborts the run.
+
+    Args:
+        steps: the number of steps for which each rank has text.
+
+    Raises:
+        EzpzError: they differ.
+    """
+    fewest, most = min(steps), max(steps)
+    if fewest == most:
+        return
+    remedy = (
+        f"Set validation.steps to {fewest}"
+        if fewest
+        else "Use more text, shorter sequences or smaller batches"
+    )
+    raise EzpzError(
+        f"validation.steps = -1: the {len(steps)} data-parallel ranks have text for {fewest} to "
+        f"{most} steps, because their documents differ in length, and would wait for each other "
+        f"forever. {remedy}."
+    )
 
 
 def read_documents(path: str) -> Dataset:
@@ -170,6 +203,7 @@ def _read_jsonl(file: Path) -> Dataset:
 
 def _read_json(file: Path) -> Dataset:
     text = file.read_text(encoding="utf-8-sig")
+    # An empty file is no JSON; as a file without text it gets a better message.
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
         raise EzpzError(
@@ -194,7 +228,7 @@ def _read_parquet(file: Path) -> Dataset:
             f"dataset_path = '{file}': column {COLUMN!r} must hold a string in every "
             f"row, but it is {texts.type} with {_count(texts.null_count, 'null')}."
         )
-    return Dataset(pa.table({COLUMN: texts}))
+    return Dataset(pa.table({COLUMN: texts}))  # Arrow's own column: no copy as Python strings
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
@@ -236,6 +270,7 @@ def _from_rows(rows: Iterator[tuple[str, Any]], file: Path) -> Dataset:
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             raise EzpzError(f"dataset_path = '{file}', {where}: {error.reason}.") from error
         texts.append(row[COLUMN])
+    # Strings of one column: other keys of an object would only take memory.
     return Dataset.from_dict({COLUMN: texts})
 
 

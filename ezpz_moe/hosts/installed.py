@@ -69,6 +69,7 @@ def passed(runs: Iterable[HostRun]) -> tuple[tuple[str, str], ...]:
     return tuple((run.torch, run.torchtitan) for run in runs if not run.failed)
 
 
+# Beside this file, because an installed package, which has no docs/, has to know it too.
 RECORD = Path(__file__).with_name("tested.json")
 HOST_RUNS = tuple(HostRun(**run) for run in json.loads(RECORD.read_text()))
 """The last run with each pair, newest host last; docs/rebasing.md shows them."""
@@ -96,6 +97,7 @@ def host() -> Host | None:
     for distribution in metadata.distributions(name=HOST):
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if folder in (_installed_folder(distribution), _editable_folder(origin)):
+            # pip writes down the commit of a `git+https` installation; a checkout has its own.
             commit = origin.get("vcs_info", {}).get("commit_id", "") or _commit(folder)
             return Host(folder, distribution.version.partition("+")[0], commit)
     return Host(folder, commit=_commit(folder))
@@ -115,6 +117,7 @@ def _editable_folder(origin: dict) -> Path | None:
     """Return the package folder of ``pip install --editable CHECKOUT``; None if not editable."""
     if not origin.get("dir_info", {}).get("editable"):
         return None
+    # A URL: a space in the folder's name is %20 there.
     return Path(unquote(urlparse(origin["url"]).path), HOST).resolve()
 
 

@@ -1,16 +1,20 @@
-"""Check that the files a job names exist. The same for all hosts."""
+"""Check the files that a job names: they exist, and the tokenizer fits. The same for all hosts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+# What the host's tokenizer can load from; it needs one of these.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def missing_files(hf_assets_path: str, initial_load_path: str | None) -> Iterator[str]:
     """Yield one sentence per missing file; addresses (``gs://...``) are not looked up."""
-    if not any((Path(hf_assets_path) / name).is_file() for name in _TOKENIZERS):
+    if not _has_tokenizer(hf_assets_path):
         yield (
             f"hf_assets_path = {hf_assets_path!r} has no tokenizer (tokenizer.json, or "
             "vocab.json or vocab.txt). Download the model's, or leave the key out to use the "
@@ -19,3 +23,61 @@ def missing_files(hf_assets_path: str, initial_load_path: str | None) -> Iterato
     checkpoint = initial_load_path
     if checkpoint and "://" not in checkpoint and not Path(checkpoint).exists():
         yield f"checkpoint.initial_load_path = {checkpoint!r} does not exist."
+
+
+def vocabulary_problems(
+    build: Callable[[], Any], hf_assets_path: str, vocabulary: int, flavor: str
+) -> Iterator[str]:
+    """Yield a sentence if the tokenizer can give an ID for which the model has no embedding.
+
+    The first such ID in the text would end the run inside the embedding, perhaps after hours, and
+    on a GPU with an assertion that names no token.
+
+    Args:
+        build: returns the host's tokenizer in ``hf_assets_path``, as the run will build it.
+        hf_assets_path: its folder. Without a tokenizer, :func:`missing_files` says so.
+        vocabulary: rows of the model's embedding.
+        flavor: the model's name, for the message.
+    """
+    if not _has_tokenizer(hf_assets_path):
+        return
+    named = f"hf_assets_path = {hf_assets_path!r}"
+    try:
+        with _without_remarks():
+            largest = largest_token_id(build())
+    # The tokenizers library raises a bare Exception, whatever is wrong with a file.
+    except Exception as error:
+        yield f"{named}: its tokenizer cannot be read: {error}"
+        return
+    if largest >= vocabulary:
+        yield (
+            f"{named}: its tokenizer can give the token ID {largest}, but flavor {flavor!r} has a "
+            f"vocabulary of {vocabulary}, so its last ID is {vocabulary - 1}. Use the tokenizer "
+            f"that belongs to the model, or a flavor whose vocab_size is at least {largest + 1}."
+        )
+
+
+def largest_token_id(tokenizer: Any) -> int:
+    """Return the largest ID that a tokenizer of the host can give, added and special ones included.
+
+    The number of entries would not do: added tokens may have any ID, and leave gaps.
+    """
+    if hasattr(tokenizer, "get_vocab"):
+        return max(tokenizer.get_vocab().values())
+    # All that the host's base class promises.
+    return tokenizer.get_vocab_size() - 1
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in _TOKENIZERS)
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Silence the host, which will say the same when the run builds its tokenizer."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -20,6 +20,7 @@ def load_job(path: str | Path) -> Job:
     Raises:
         EzpzError: as :func:`ezpz_moe.config.job.load_job`.
     """
+    # The presumed host: `host` would import torch, for seconds, to report a typing error.
     return job.load_job(path, presumed_host().job_keys())
 
 

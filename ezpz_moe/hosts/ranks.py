@@ -45,6 +45,7 @@ def started_rank_problems(
     """Yield :func:`rank_problems` for the number of ranks in the environment, if it is set."""
     # Both variables are the host's. It reports by itself if a dry run lacks NGPU.
     ranks = os.environ.get("NGPU" if is_dry_run(config) else "WORLD_SIZE")
+    # Not set: no rank of a run, so there is nothing to compare with.
     if not ranks:
         return iter(())
     return rank_problems(
@@ -101,6 +102,7 @@ def rank_problems(
     inner = par.context_parallel_degree * par.tensor_parallel_degree
     shard = par.data_parallel_shard_degree
     if shard == -1:
+        # Rounded down: if something is left over, the next check sees it.
         shard = ranks // (outer * inner)
     if outer * shard * inner != ranks:
         yield (
@@ -112,6 +114,7 @@ def rank_problems(
         )
         # The checks below make sense only for degrees that fit.
         return
+    # Replicas are not in it: each has all experts.
     if shard * inner % (par.expert_parallel_degree * within):
         yield (
             f"parallelism.expert_parallel_degree = {par.expert_parallel_degree}"
@@ -125,6 +128,7 @@ def rank_problems(
 def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
     (step_path, step), (path, size) = batch.step, batch.microbatch
     least = size * batch.microbatches * data_ranks
+    # Otherwise the step is one microbatch of every rank, which always fits.
     if step > 0 and step % least:
         yield (
             f"{step_path} = {step} is not a multiple of {least}, which is {path} = {size} x the "
@@ -136,6 +140,7 @@ def _batch_problems(batch: Batch, data_ranks: int) -> Iterator[str]:
 def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterator[str]:
     """Check each number of attention heads in the model, those of queries and those of keys."""
     degree = parallelism.tensor_parallel_degree
+    # Layers mostly have the same numbers, and one message about them is enough.
     for number in dict.fromkeys(heads):
         if number % degree:
             yield (
@@ -147,6 +152,7 @@ def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterat
 def schedule_problems(config: Any) -> Iterator[str]:
     """Check that torch knows the pipeline's schedule."""
     try:
+        # torch's own lookup: its error lists the names, and it ignores case like the run.
         get_schedule_class(config.parallelism.pipeline_parallel_schedule)
     except ValueError as error:
         yield f"parallelism.pipeline_parallel_schedule: {error}"

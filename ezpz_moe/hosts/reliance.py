@@ -60,6 +60,7 @@ class Reliance:
             if not (attribute or self.has):
                 return "" if util.find_spec(module) else f"No module named {module!r}"
             found = import_module(module)
+            # hasattr first, for a message with the owner's name; getattr's own varies by type.
             for name in filter(None, attribute.split(".")):
                 if not hasattr(found, name):
                     return f"{found.__name__} has no {name}"
@@ -83,6 +84,7 @@ class Reliance:
     def _parameters_missing(self, found: Any) -> Iterator[str]:
         if not self.takes:
             return
+        # Of a class, these are the parameters of its __init__.
         parameters = inspect.signature(found).parameters
         # It takes every name, so its signature cannot tell.
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -12,6 +12,7 @@ import torch
 
 from ezpz_moe.config.flavors import Flavor
 
+# Gate, down and up of a SwiGLU FFN: w2(silu(w1 x) * w3 x).
 PARTS = ("w1", "w2", "w3")
 
 

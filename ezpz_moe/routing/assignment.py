@@ -1,12 +1,92 @@
 """Ways to choose experts other than the top-k of the scores, which is the host's.
 
+A host's router calls :func:`chosen`, which does what ``[router]`` asks for.
+
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ezpz_moe.config.routing_schema import Router
+
+
+class HostRules(NamedTuple):
+    """What the host's router does with scores, and what other choices have to do as well.
+
+    Attributes:
+        norm: whether a token's weights are divided by their sum.
+        scale: what they are multiplied by.
+        limited: sets scores outside of a token's groups of experts to -inf; None without groups.
+    """
+
+    norm: bool
+    scale: float
+    limited: Callable[[Tensor], Tensor] | None
+
+
+def chosen(
+    weights_BLK: Tensor,
+    ids_BLK: Tensor,
+    scores_BLE: Tensor,
+    mask_BL: Tensor,
+    settings: Router,
+    rules: HostRules,
+    *,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return weights_BLK and ids_BLK as the options want them, given the host's own choice.
+
+    Device syncs: those of sinkhorn, in training.
+    """
+    if settings.routing == "balanced":
+        return _in_turn(weights_BLK, ids_BLK, scores_BLE.shape[-1], settings, rules)
+    # In training only: a plan depends on the other tokens of the batch, which at inference would
+    # include later ones.
+    if settings.routing == "sinkhorn" and training:
+        return _by_sinkhorn(scores_BLE, mask_BL, ids_BLK.shape[-1], settings, rules)
+    return weights_BLK, ids_BLK
+
+
+def _in_turn(
+    weights_BLK: Tensor, ids_BLK: Tensor, E: int, settings: Router, rules: HostRules
+) -> tuple[Tensor, Tensor]:
+    ids_TK = ids_BLK.flatten(0, -2)
+    T, K = ids_TK.shape
+    first = settings.skip_first_n_experts
+    even_TK = balanced_experts(T, K, E, first=first, device=ids_TK.device)
+    # Constant weights: a balanced choice says nothing about the token, so no gradient should
+    # reach the gate through it.
+    weights_TK = torch.full_like(weights_BLK, rules.scale / K).flatten(0, -2)
+    if settings.noise:
+        even_TK, weights_TK = perturbed(even_TK, weights_TK, noise=settings.noise, E=E, first=first)
+    return weights_TK.view_as(weights_BLK), even_TK.view_as(ids_BLK)
+
+
+def _by_sinkhorn(
+    scores_BLE: Tensor, mask_BL: Tensor, K: int, settings: Router, rules: HostRules
+) -> tuple[Tensor, Tensor]:
+    plan_TE = sinkhorn(
+        scores_BLE.detach().flatten(0, -2).float(),
+        mask_BL.flatten(),
+        settings.sinkhorn_tolerance,
+        settings.sinkhorn_iterations,
+    )
+    plan_BLE = plan_TE.view_as(scores_BLE)
+    if rules.limited is not None:
+        plan_BLE = rules.limited(plan_BLE)
+    ids_BLK = plan_BLE.topk(K, dim=-1, sorted=False).indices
+    # The plan only chooses. Weights come from the scores, which have a gradient.
+    weights_BLK = scores_BLE.gather(-1, ids_BLK)
+    if rules.norm:
+        # 1e-20 as in the host, whose weights these have to equal for the same choice.
+        weights_BLK = weights_BLK / (weights_BLK.sum(-1, keepdim=True) + 1e-20)
+    return weights_BLK * rules.scale, ids_BLK
 
 
 @torch.library.custom_op("ezpz_moe::sinkhorn", mutates_args=())

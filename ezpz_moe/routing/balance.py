@@ -68,6 +68,15 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
     return _Inject.apply(carrier, loss)
 
 
+def first_value(schedule: Schedule, device: torch.device) -> Tensor | float:
+    """Return the value in step 1: a tensor if it moves, to be filled in later steps."""
+    if schedule.is_constant:
+        return schedule.end
+    # A tensor, because torch.compile would build a float into the code, and compile again when it
+    # changes.
+    return torch.tensor(value_at(schedule, 1), device=device)
+
+
 def value_at(schedule: Schedule, step: int) -> float:
     """Return the schedule's value in training step ``step``, counted from 1.
 

@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.routing.losses import LOSSES
 
-SUMS = (
-    "tokens",
-    "top1_probability",
-    "margin",
-    "aux_loss",
-    "mse_loss",
-    "z_loss",
-    "not_finite",
-)
+SUMS = ("tokens", "top1_probability", "margin", *LOSSES, "not_finite")
 """What ``sums_S`` adds up: the first three over tokens; the losses over groups, weighted by the
 group; and the tokens with a logit that is not finite."""
 

@@ -1,5 +1,8 @@
 """The steps around the choice of experts: the logits before it, zero-computation experts after it.
 
+A host's gate calls three functions, in this order: :func:`gate_input`, :func:`gate_product` and
+:func:`gate_logits`. Each applies the options of ``[router]``; a new one is a line there.
+
 Zero-computation experts have no FFN and are numbered after the routed ones. A null expert outputs
 zero, a copy expert its input, a constant expert a learned mix of its input and a learned vector.
 Sources: AdaMoE, arXiv 2406.13233 (null experts); MoE++, arXiv 2410.07348 (zero, copy and constant
@@ -10,9 +13,59 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ezpz_moe.config.routing_schema import Router
+
+
+def gate_input(x: Tensor, settings: Router, *, training: bool) -> Tensor:
+    """Return the gate's input with what the options do to it."""
+    if training and settings.jitter_noise:
+        x = jittered(x, settings.jitter_noise)
+    return x
+
+
+def gate_product(
+    x: Tensor, weight_ED: Tensor, bias_E: Tensor | None, settings: Router
+) -> Tensor | None:
+    """Return the gate's product as the options want it, or None if the host's own will do."""
+    if settings.gate_precision is None:
+        return None
+    dtype = getattr(torch, settings.gate_precision)
+    bias_E = None if bias_E is None else bias_E.to(dtype)
+    # autocast would turn the product back into bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        logits_BLE = F.linear(x.to(dtype), weight_ED.to(dtype), bias_E)
+    # Only the product has that precision: bfloat16 scores would tie where they are merely close.
+    return logits_BLE.to(torch.promote_types(dtype, torch.float32))
+
+
+def gate_logits(
+    logits_BLE: Tensor,
+    settings: Router,
+    now: Mapping[str, Tensor | float],
+    *,
+    is_counted: bool,
+) -> Tensor:
+    """Return the gate's logits with what the options do to them, before the scores.
+
+    Args:
+        logits_BLE: the gate's product.
+        settings: the flavor's.
+        now: the values of ``settings.schedules`` in this training step.
+        is_counted: whether telemetry reports logits that are not finite.
+    """
+    if "temperature" in now:
+        logits_BLE = logits_BLE / now["temperature"]
+    # Telemetry stops the run if logits are not finite. Without it, or if an activation hides an
+    # infinity from the counters, the loss has to become NaN.
+    if not (is_counted and settings.activation == "identity"):
+        logits_BLE = losing_infinities(logits_BLE)
+    return activated(logits_BLE, settings.activation)
 
 
 def jittered(x: Tensor, noise: float) -> Tensor:

@@ -1,8 +1,9 @@
 """Balance losses: what a router is trained on besides the model's own loss.
 
-Each function returns one value per *group* of tokens, differentiable in the scores or logits;
-float32, or float64 if they are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding
-token: no sum includes it, and its gradient is exactly zero. A group without tokens has the loss 0.
+A host's router calls :func:`of_microbatch` and :func:`weighted`. The function of a loss returns one
+value per *group* of tokens, differentiable in the scores or logits; float32, or float64 if they
+are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding token: no sum includes it, and
+its gradient is exactly zero. A group without tokens has the loss 0.
 
 A group may be spread over ranks: ``share`` then sums a tensor over them, and passes the gradient to
 this rank's addend alone. The gradients of all ranks add up to that of the group's loss.
@@ -13,11 +14,79 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ezpz_moe.config.routing_schema import Balance
+
+LOSSES = ("aux_loss", "mse_loss", "z_loss")
+"""The losses by their keys of ``[balance]``, in the order of ``of_each_L``."""
+
 Share = Callable[[Tensor], Tensor]
+
+
+class OfMicrobatch(NamedTuple):
+    """What :func:`of_microbatch` returns; the counters need all of it.
+
+    Attributes:
+        p_GNE: probabilities of the experts, for each token.
+        counts_GE: assignments to each expert, of this rank's tokens alone.
+        of_each_L: one value for each of ``LOSSES``, summed over groups, without its coefficient.
+    """
+
+    p_GNE: Tensor
+    counts_GE: Tensor
+    of_each_L: Tensor
+
+
+def of_microbatch(
+    logits_GNE: Tensor,
+    scores_GNE: Tensor,
+    ids_GNK: Tensor,
+    mask_GN: Tensor,
+    share: Share,
+    *,
+    routed_experts: int,
+) -> OfMicrobatch:
+    """Return all losses of a microbatch, and what they are made from.
+
+    Args:
+        logits_GNE: the gate's, before the scores.
+        scores_GNE: of all experts.
+        ids_GNK: the chosen experts.
+        mask_GN: bool, False for padding.
+        share: sums over the ranks of a group.
+        routed_experts: how many of the E experts compute; the others come last.
+    """
+    E, K = scores_GNE.shape[-1], ids_GNK.shape[-1]
+    p_GNE = probabilities(scores_GNE, mask_GN)
+    n_G = tokens_in_group(mask_GN, share)
+    counts_GE = assignments(ids_GNK, mask_GN, E)
+    f_GE = share(counts_GE) / (n_G * K).unsqueeze(-1)
+    if routed_experts < E:
+        # Which zero-computation expert a token takes does not matter, so the loss must not favour
+        # one.
+        f_GE = merged_null_share(f_GE, routed_experts)
+    P_GE = mean_probability(p_GNE, mask_GN, n_G, share)
+    of_each_L = torch.stack(
+        [
+            switch_loss(f_GE, P_GE).sum(),
+            mse_loss(P_GE).sum(),
+            z_loss(logits_GNE, mask_GN, n_G, share).sum(),
+        ]
+    )
+    return OfMicrobatch(p_GNE, counts_GE, of_each_L)
+
+
+def weighted(of_each_L: Tensor, balance: Balance) -> Tensor:
+    """Return the sum of the losses, each times its coefficient in ``[balance]``."""
+    return (
+        balance.aux_loss * of_each_L[0]
+        + balance.mse_loss * of_each_L[1]
+        + balance.z_loss * of_each_L[2]
+    )
 
 
 def alone(addend: Tensor) -> Tensor:

@@ -131,9 +131,11 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
         if path.exists():
             raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
     try:
-        # Write both files before moving either: a full disk then leaves nothing behind.
+        # Write both files before moving either: a full disk then leaves nothing behind. In the same
+        # folder, because os.replace cannot move a file to another file system.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
             for path, text in files.items():
+                # newline="": the text has the line endings of the old file already.
                 Path(folder, path.name).write_text(text, encoding="utf-8", newline="")
             for path in files:
                 os.replace(Path(folder, path.name), path)
@@ -150,6 +152,7 @@ def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
     model = values.get("model.name", _DEFAULT_MODEL)
     if model == MODEL_NAME:
         return None
+    # A job that names no size got 0.2's default, which the new one has to train too.
     flavor = values.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
     seq_len = values.get("training.seq_len", _DEFAULT_SEQ_LEN)
     return new_model(model, flavor, seq_len=seq_len, name=name)
@@ -159,6 +162,7 @@ def _changed_lines(
     old: Path, values: Mapping[str, Any], model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
     """Yield the old file's statements, and for assignments, what becomes of them."""
+    # As bytes: read_text() would make one kind of line ending of both.
     for line in statements(old.read_bytes().decode("utf-8-sig")):
         yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
 

@@ -41,6 +41,7 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
         seq_len: tokens of a sequence: 0.2's deepseek_v3 depends on it.
         name: the flavor's, if it needs a file.
     """
+    # Nothing has checked the old file: its values may have any type.
     flavors = MOE_MODELS.get(model) if isinstance(model, str) else None
     if flavors is None:
         return NewModel(refusal=_dense(shown(model), MOE_MODELS, model))
@@ -104,6 +105,7 @@ def _shipped(wanted: Flavor) -> str:
 
 def _toml(keys: Mapping[str, Any]) -> str:
     """Write keys as TOML, with tables last."""
+    # Tables last: a key below a table's header would belong to that table.
     plain = [assignment(key, value) for key, value in keys.items() if not isinstance(value, dict)]
     tables = [
         f"\n[{key}]\n{_toml(value)}" for key, value in keys.items() if isinstance(value, dict)

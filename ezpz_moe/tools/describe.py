@@ -75,6 +75,7 @@ def describe(
             world_size = host().memory().fewest_ranks(config, host_flags)
         if world_size is None:
             return described
+        # Last, because it takes the longest: it builds the ranks, each in its own process.
         memory = stage_memories(config, host_flags, world_size=world_size, device=device)
     return replace(described, ranks=world_size, memory=memory)
 

@@ -49,6 +49,8 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
         EzpzError: the file cannot be read.
     """
     try:
+        # Flags are ASCII in every encoding, so no byte that cannot be read matters. And not
+        # splitlines(): it also splits at form feeds, where an editor counts no line.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error.strerror}.") from error

@@ -100,6 +100,7 @@ def stage_memories(
     return [_stage(*each, forward) for each in zip(shards, in_flight, strict=True)]
 
 
+# Functions of this module: a process that is started anew finds what it runs by its name.
 def _weights(*arguments: Any) -> RankReport:
     return host().memory().weights(*arguments)
 

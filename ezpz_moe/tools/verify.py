@@ -78,6 +78,7 @@ class Row:
 
 def default_device() -> str:
     """Return the accelerator that torch sees, else the CPU."""
+    # check_available: torch may be built for an accelerator that this machine does not have.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
@@ -115,6 +116,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     if not dtypes:
         raise EzpzError("--dtype: name at least one, for example bfloat16")
     reasons = {dtype: reasons_against(device, dtype) for dtype in dtypes}
+    # After the reasons, which refuse a name that torch does not know.
     if torch.device(device).type == "meta":
         raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
     checks = [
@@ -125,6 +127,7 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
         for routing in ROUTINGS
     ]
     if not checks:
+        # A reason that holds for several dtypes is printed once.
         lines = dict.fromkeys(
             f"{name}: {reason}"
             for by_name in reasons.values()
@@ -145,7 +148,9 @@ def compare(check: Check) -> list[Row]:
         # lossless, because dropped rows would count as errors.
         values = run(get_backend(check.backend).lossless.swiglu, case)
     except Exception as error:
-        verdict = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # An assertion has no text of its own.
+        text = str(error).strip().partition("\n")[0]
+        verdict = f"{type(error).__name__}: {text}" if text else type(error).__name__
         return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in NAMES]
     return [
         Row(**vars(check), **_judged(name, values[name], true[name], bounds[name], case))
@@ -156,12 +161,14 @@ def compare(check: Check) -> list[Row]:
 def worst(rows: Sequence[Row]) -> Row:
     """Return the row that failed, or the one nearest to its bound."""
     # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
+    # A row without a figure has failed, so the first part of the key decides.
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
 def cosine(value: Tensor, true: Tensor) -> float:
     """Return the cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
     norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]
+    # A gradient may be exactly zero, as with no tokens: equal then means both are.
     if not all(norms):
         return float(norms[0] == norms[1])
     return torch.sum(value * true).item() / math.prod(norms)

@@ -1,7 +1,11 @@
 """What a flavor's router chooses, and by which scores."""
 
 import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +97,54 @@ def test_a_gate_of_bfloat16_has_scores_of_float32(model_with):
     weights_TK, _, scores_TE = routed(router, x_BLD)
     assert (weights_TK.dtype, scores_TE.dtype) == (torch.float32, torch.float32)
     assert torch.equal(scores_TE, logits_TE.float().softmax(-1))
+
+
+MADE_UP = {
+    "config/routing_schema.py": (
+        '    activation: Literal["identity"',
+        "    sharpness: Schedule = Schedule(start=1.0, end=1.0, steps=1)\n",
+    ),
+    "routing/gate.py": (
+        "    return activated(",
+        '    if "sharpness" in now:\n        logits_BLE = logits_BLE * now["sharpness"]\n',
+    ),
+}
+PROGRAM = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "ezpz_moe"]:
+    del sys.modules[name]
+sys.path.insert(0, ".")
+from pathlib import Path
+from ezpz_moe.hosts.detect import host
+host()  # finds the binding
+from router_cases import routed, router_of, small_model, tokens
+
+schedule = "sharpness = {start = 3.0, end = 5.0, steps = 3}"
+router = router_of(small_model(Path.cwd(), f"[router]\\n{schedule}"))
+x_BLD = tokens(router.gate.in_features)
+logits_TE = x_BLD.flatten(0, 1) @ router.gate.weight.T
+for step, value in ((1, 3.0), (2, 4.0), (9, 5.0)):
+    router.at_step(step)
+    off = routed(router, x_BLD)[2] - (value * logits_TE).softmax(-1)
+    print(float(off.abs().max()) < 1e-6)
+"""
+
+
+def test_an_option_of_the_gate_is_its_key_and_its_formula(tmp_path):
+    """A made-up one with a schedule, in a copy of this package."""
+    package = Path(__file__).parents[2]
+    for folder in ("ezpz_moe", "flavors"):
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package / folder, tmp_path / folder, ignore=leave)
+    for name, (before, added) in MADE_UP.items():
+        file = tmp_path / "ezpz_moe" / name
+        text = file.read_text()
+        assert text.count(before) == 1
+        file.write_text(text.replace(before, added + before))
+    done = subprocess.run(
+        [fork_server.python(), "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n" * 3, done.stderr
 
 
 @pytest.mark.parametrize("base", UPSTREAM.values(), ids=UPSTREAM)

@@ -16,6 +16,7 @@ from trainer_runs import TORCHRUN
 
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import allowed
+from ezpz_moe.config.keys import Key
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
@@ -27,7 +28,9 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 JOBS = Path(__file__).parents[2] / "flavors" / "jobs"
 KEYS_0_2 = Titan02().job_keys()
-LIST_0_2 = Path(__file__).parents[1] / "data" / "titan_0_2_2_keys.txt"
+DATA = Path(__file__).parents[1] / "data"
+LIST_0_2 = DATA / "titan_0_2_2_keys.txt"
+ACCEPTED_0_2 = DATA / "titan_0_2_accepts.txt"  # recorded when the table began to be its own
 
 pytestmark = pytest.mark.smoke
 
@@ -77,6 +80,22 @@ def test_every_legal_key_has_a_type_that_can_be_said():
         for key in keys.values():
             assert bool(key.type) != bool(key.message)
             assert key.message or allowed(key)
+
+
+def accepted(key: Key) -> str:
+    if key.message:
+        return f"only {list(key.unless)}; else: {key.message}"
+    return f"{allowed(key)}{' (a file)' if key.is_file else ''}"
+
+
+def test_what_0_2_accepts_stays_as_it_is():
+    """It shares rows with newer hosts; what one of them takes since then is not 0.2's."""
+    lines = {
+        f"{section}.{name}: {accepted(key)}"
+        for section, keys in KEYS_0_2.items()
+        for name, key in keys.items()
+    }
+    assert lines == set(ACCEPTED_0_2.read_text().splitlines())
 
 
 # Jobs, as a user starts them ------------------------------------------------------------------

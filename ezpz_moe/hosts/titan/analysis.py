@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config.configs import TrainingConfig
+from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
@@ -47,6 +49,7 @@ def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
     # not in it.
     with torch.no_grad():
         model.init_states(buffer_device=torch.device(device))
+    # On the model, because `forward` gets nothing else from `build`.
     model.is_masked = has_masked_attention(spec)
     return model
 
@@ -60,6 +63,7 @@ def forward(model: Any, tokens_L: torch.Tensor, positions_L: torch.Tensor) -> to
     # to.
     if model.is_masked:
         inputs["attention_masks"] = model.get_attention_masks(positions=positions)
+    # [1, L, V] has a batch of one; where the host folds it, nothing is flattened.
     return model(tokens, **inputs).flatten(0, -2)
 
 
@@ -92,20 +96,25 @@ def at_step(model: nn.Module, step: int) -> None:
         moe.router.at_step(step)
 
 
-def encoder(folder: str) -> Callable[[str], list[int]]:
+def encoder(folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
     """Return a function that encodes a document, with the beginning and end marks of the trainer.
 
     Args:
         folder: ``hf_assets_path``, which contains the tokenizer.
+        flavor: that of the model, whose vocabulary has to contain every ID of the tokenizer.
 
     Raises:
-        EzpzError: there is no tokenizer.
+        EzpzError: there is no tokenizer, or it can give IDs that the model does not have.
     """
-    try:
-        tokenizer = HuggingFaceTokenizer.Config().build(tokenizer_path=folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise EzpzError(f"hf_assets_path = {folder!r}: no tokenizer: {error}") from error
-    return partial(tokenizer.encode, add_bos=True, add_eos=True)
+    build = partial(HuggingFaceTokenizer.Config().build, tokenizer_path=folder)
+    vocabulary = decoder_vocab_size(model_spec(flavor))
+    problems = [
+        *missing_files(folder, None),
+        *vocabulary_problems(build, folder, vocabulary, flavor.name),
+    ]
+    if problems:
+        raise EzpzError(problems[0])
+    return partial(build().encode, add_bos=True, add_eos=True)
 
 
 def _moes(model: nn.Module) -> dict[str, MoE]:

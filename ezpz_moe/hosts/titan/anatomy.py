@@ -55,6 +55,7 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
         num_experts=chosen.num_experts,
         zero_experts=chosen.zero_experts,
         top_k=chosen.top_k,
+        # The first of its two numbers counts parameters, as `weigh` does.
         host_flops=config.get_nparams_and_flops(model, seq_len)[1],
         uncounted=tuple(uncounted),
     )
@@ -91,6 +92,7 @@ def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
             # the same paths. It counts earlier tokens; mean_keys also counts the token itself.
             heads, qk_dim, v_dim = _heads(module, path, config.dim)
             window = None if windows[path] < 0 else windows[path] + 1
+            # 2 FLOPs for a multiplication and an addition.
             flops += 2 * heads * (qk_dim + v_dim) * mean_keys(seq_len, window)
     return flops
 
@@ -109,6 +111,7 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
     def look(_: nn.Module, tensors: tuple[torch.Tensor, ...]) -> None:
         raise _Seen(tensors)
 
+    # A class of attention outside of the host's own models may keep its kernel elsewhere.
     kernel = getattr(attention, "inner_attention", None)
     if kernel is None:
         raise _unknown(path, attention)

@@ -82,6 +82,7 @@ def use_sdpa(model_config) -> int:
         if isinstance(config.inner_attention, MASKED_ATTENTION)
     ]
     for config in attentions:
+        # Asked of the host: with folded tokens it has another class for this.
         config.inner_attention = titan().causal_attention(config)
     return len(attentions)
 
@@ -113,6 +114,7 @@ def _attention_with_lse(
     """Compute causal softmax attention in float32, and the log-sum-exp of its scores."""
     L, N, H = q_BLNH.shape[1:]
     G = N // k_BLNH.shape[2]
+    # Written out, every query head needs keys of its own: einsum has no grouped queries.
     k_BLNH, v_BLNH = (t.repeat_interleave(G, dim=2) for t in (k_BLNH, v_BLNH))
     scale = H**-0.5 if scale is None else scale
     # float32, as in fused kernels: in bfloat16 the log-sum-exp would keep 8 bits, and gpt_oss
@@ -125,7 +127,9 @@ def _attention_with_lse(
     if left_window >= 0:
         hidden_LS |= distance_LS > left_window
     scores_BNLS = scores_BNLS.masked_fill(hidden_LS, float("-inf"))
+    # A token always sees itself, so no row is -inf throughout, which would give NaN.
     lse_BNL = torch.logsumexp(scores_BNLS, dim=-1)
+    # Back to the model's dtype for the second product, as fused kernels do.
     weights_BNLS = torch.exp(scores_BNLS - lse_BNL.unsqueeze(-1)).to(v_BLNH.dtype)
     out_BLNH = torch.einsum("bnls,bsnh->blnh", weights_BNLS, v_BLNH)
     return out_BLNH, lse_BNL.transpose(1, 2)

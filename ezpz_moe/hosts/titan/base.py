@@ -76,6 +76,7 @@ class Titan(Host):
         MICROBATCH: path of what one rank computes at once, in the unit of ``STEP``.
     """
 
+    # Paths and not values, because messages have to name the setting that is wrong.
     LENGTH: ClassVar[str]
     LONGEST: ClassVar[str]
     CUT_BY_LOSS: ClassVar[str]
@@ -117,6 +118,10 @@ class Titan(Host):
     @abstractmethod
     def causal_attention(self, config: Any) -> Any:
         """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
+
+    @abstractmethod
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        """Return what a validator tells its dataloader about batches, and how many make a step."""
 
     @abstractmethod
     def dataloader_config(

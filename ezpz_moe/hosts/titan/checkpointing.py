@@ -38,6 +38,7 @@ class FullACKeepingChoices(FullAC):
             context_fn=functools.partial(create_selective_checkpoint_contexts, _CHOICES),
             preserve_rng_state=self.config.preserve_rng_state,
             determinism_check=self.config.determinism_check,
+            # The host's own value, which its config has no field for.
             early_stop=False,
             debug=self.config.debug,
         )

@@ -89,6 +89,7 @@ def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], li
 
 def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield every module below ``model`` with its component."""
+    # By name: the head is a plain linear layer, and every vision encoder has a class of its own.
     names = {"lm_head": "output head", "vision_encoder": "vision encoder"}
     yield from _below(model, "other", names)
 

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torchtitan.config import Configurable
 from torchtitan.models.common.attention import BaseAttention, ScaledDotProductAttention
+from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
@@ -24,7 +25,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
-from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
@@ -40,6 +41,7 @@ from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
 
+# By name and not by effect: overrides are applied later, when the trainer is built.
 _OVERRIDES = {
     "ezpz_moe.overrides.experts": (
         "the flavor has already chosen its compute_backend. Remove the override, or choose another "
@@ -73,7 +75,8 @@ def refuse_conflicts(config: Trainer.Config, source: str) -> None:
 def _checks_before_training(config: Trainer.Config) -> tuple[_Check, ...]:
     if not is_about_to_train():
         return ()
-    return (_ranks,) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
+    # A dry run stands for another machine, but a tokenizer that is here as well tells about it.
+    return (_ranks, _vocabulary) if is_dry_run(config) else (_ranks, *_ON_THIS_MACHINE)
 
 
 def machine_problems(config: Trainer.Config, ranks: int | None) -> list[str]:
@@ -94,6 +97,7 @@ def is_about_to_train() -> bool:
 def captures_cuda_graphs(config: Trainer.Config) -> bool:
     """Return whether the host captures the training step: asked for, and possible here."""
     return (
+        # The last three are the host's own condition: on ROCm it captures nothing.
         not config.training.disable_cuda_graphs
         and utils.device_type == "cuda"
         and torch.cuda.is_available()
@@ -149,6 +153,7 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
 
 def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     degree = config.parallelism.expert_parallel_degree
+    # A set: layers of one size need one message.
     for experts in {sizes.num_experts for sizes in _sizes(config)}:
         if experts % degree:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
@@ -166,6 +171,7 @@ def _tensor_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     heads = (
         getattr(node, name, None)
         for _, node, _, _ in attentions
+        # Grouped queries have fewer key heads; not every attention has the second field.
         for name in ("n_heads", "n_kv_heads")
     )
     return head_problems(config.parallelism, filter(None, heads), _flavor(config))
@@ -222,6 +228,7 @@ def _at(node: Any, path: str) -> Any:
 def _sequence_length(config: Trainer.Config) -> Iterator[str]:
     host = titan()
     seq_len = _at(config, host.LENGTH)
+    # Only decoders have such a limit.
     if config.model_spec is not None and isinstance(config.model_spec.model, Decoder.Config):
         longest = getattr(config.model_spec.model, host.LONGEST)
         if seq_len > longest:
@@ -263,6 +270,17 @@ def _of_this_host(config: Trainer.Config) -> Iterator[str]:
 
 def _files(config: Trainer.Config) -> Iterator[str]:
     return missing_files(config.hf_assets_path, config.checkpoint.initial_load_path)
+
+
+def _vocabulary(config: Trainer.Config) -> Iterator[str]:
+    if config.model_spec is None or not isinstance(config.model_spec.model, Decoder.Config):
+        return iter(())
+    return vocabulary_problems(
+        lambda: config.tokenizer.build(tokenizer_path=config.hf_assets_path),
+        config.hf_assets_path,
+        decoder_vocab_size(config.model_spec),
+        _flavor(config),
+    )
 
 
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
@@ -329,7 +347,9 @@ def _flavor_with_sdpa(config: Trainer.Config) -> str:
 def _routers(config: Trainer.Config) -> Iterator[str]:
     """Check what a flavor's ``[router]`` asks of the run. All layers have the same settings."""
     every = Configurable.Config
+    # recurse, because every node is of this class: the search would otherwise end at the root.
     nodes = config.model_spec.model.traverse(every, recurse=True) if config.model_spec else ()
+    # By attribute: our class is not imported, as only flavors with a router need what it relies on.
     moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "settings"))
     moe = next(moes, None)
     return router_problems(config, moe, _flavor(config)) if moe else iter(())
@@ -341,6 +361,7 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
     if settings is None:
         return
     every, log_freq = settings.every, metrics.log_freq
+    # `trainer_config` has chosen a divisor, but the job or a flag may have set another.
     if every and every % log_freq:
         yield (
             f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
@@ -369,4 +390,5 @@ _ALWAYS: tuple[_Check, ...] = (
     _telemetry,
     _of_this_host,
 )
-_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
+# A dry run skips these: it stands for ranks with other files and devices.
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)

@@ -33,6 +33,7 @@ class TextDataLoader(HuggingFaceTextDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTextDataLoader.Config):
+        # Nothing new, but its own: the host builds the class that a Config is nested in.
         pass
 
     def __init__(self, config: Config, *, dp_world_size: int, **kwargs: Any) -> None:
@@ -63,4 +64,5 @@ def _register_our_texts() -> None:
     DATASETS[DEFAULT_DATASET] = DatasetConfig(
         path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )
+    # No path: the host takes the job's dataset_path in its place.
     DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

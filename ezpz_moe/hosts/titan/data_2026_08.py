@@ -41,6 +41,7 @@ class Documents:
     path: str | None
 
     def build(self, *, dataset_iteration_policy: DatasetIterationPolicy) -> Dataset:
+        # Here and not in the config: only the trainer knows how many data-parallel ranks there are.
         check_shares(self.dataset, self.path, dataset_iteration_policy.dp_world_size)
         if self.dataset == DEFAULT_DATASET:
             return load_topics(TOPICS_PATH)
@@ -63,6 +64,7 @@ def dataloader_config(
     known = [*DATASETS, DEFAULT_DATASET, TEXT_FILE]
     name, path = find_text(dataset, dataset_path, known=known, job_folder=job_folder)
     text = _hosts_own(name, path) if name in DATASETS else _ours(name, path)
+    # Training repeats its text, validation reads it once.
     return GrainDataLoader.Config(
         dataset=ConcatThenSplitPackingConfig(dataset=text), repeat=infinite
     )

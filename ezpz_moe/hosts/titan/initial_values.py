@@ -34,6 +34,7 @@ class _Root(BaseModel):
 
 
 def _as_the_host_does(model: Any, buffer_device: torch.device | None) -> None:
+    # Past our own init_states, which is what calls this.
     super(_Root, model).init_states(buffer_device=buffer_device)
 
 
@@ -55,6 +56,7 @@ def refuse_twins(config: Trainer.Config, door: str) -> None:
     Raises:
         EzpzError: every rank would draw the same values for its part of the model.
     """
+    # With offloading the host makes weights on the CPU, whatever it trains on.
     on_cpu = utils.device_type == "cpu" or config.training.enable_cpu_offload
     ours = issubclass(type(config.model_spec.model)._owner, _Root)
     if ours or not (on_cpu and has_several_ranks()) or _loads_checkpoint(config):

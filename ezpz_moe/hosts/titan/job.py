@@ -46,11 +46,13 @@ from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,
@@ -64,11 +66,10 @@ _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None
 class JobConfig(Trainer.Config):
     """The config of a job: the stock trainer's, plus checks. ``build()`` builds the stock trainer.
 
-    A job is constructed up to twice. ``trainer_config`` constructs it first, from the file. In a
-    process that is about to train, that one is not checked, because a flag may still correct the
-    file. Then the host makes a copy with the flags of its command line. The run trains with that
-    copy, and the copy is checked. If nothing will be trained (``show``, ``doctor``), the first one
-    is checked.
+    ``trainer_config`` constructs a job from its file and then sets ``handed_over``, which every
+    copy inherits. The host copies it twice: with the flags of its command line, and in ``build()``.
+    In a process that is about to train only copies are checked, because a flag may still correct
+    the file; elsewhere (``show``, ``doctor``) the first construction is checked too.
     """
 
     origin: Annotated[str, tyro.conf.Suppress] = ""
@@ -78,12 +79,14 @@ class JobConfig(Trainer.Config):
     """Whether the job leaves ``training.mixed_precision_param`` to this CPU."""
 
     handed_over: Annotated[bool, tyro.conf.Suppress] = False
-    """False in the first construction, true in the host's copy. A mistake in the copy ends the
+    """False in the first construction, true in the host's copies. A mistake in a copy ends the
     process, because the host would show a traceback."""
 
+    # Not in `build()`: the host calls that after it has opened its trace log in the dump folder.
+    # The host's own checks are in the constructor, too.
     def __post_init__(self) -> None:
         if is_about_to_train() and not self.handed_over:
-            return  # the host's copy will be checked
+            return  # the host's copies will be checked
         # Before the checks, which look at the model as it will be trained.
         titan().fit_model(self)
         precision.settle(self)
@@ -116,6 +119,7 @@ def trainer_config(job: Job) -> JobConfig:
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
+    # Not JobConfig(), which would already check itself.
     sections = _fields(Trainer.Config()) | _sections(job, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
@@ -126,7 +130,7 @@ def trainer_config(job: Job) -> JobConfig:
         with _refusals(f"{job.source}: {name}"):
             sections[name] = _changed(sections[name], change)
     config = JobConfig(**sections, origin=job.source, is_precision_ours=bool(in_float32))
-    # Not in the constructor call: the host's copy must see true, this construction false.
+    # Not in the constructor call: the host's copies must see true, this construction false.
     config.handed_over = True
     return config
 
@@ -168,11 +172,18 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
     }
     if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
         data = _dataloader(job, "validation", infinite=False)
-        sections["validator"] = Validator.Config(dataloader=data)
+        sections["validator"] = _validator(job, data)
     if (mode := job.values.get("activation_checkpoint.mode")) is not None:
         policy = _ACTIVATION_CHECKPOINTING[mode]
         sections["activation_checkpoint"] = policy() if policy else None
     return sections
+
+
+def _validator(job: Job, data: Configurable.Config) -> Validator.Config:
+    """Return the host's validator; for our own texts the one that counts what ranks have of it."""
+    # The host's datasets are streamed: counting would mean downloading them before the first step.
+    dataset = job.values.get("validation.dataset", TEXT_FILE).lower()
+    return (WholeTextValidator if is_ours(dataset) else Validator).Config(dataloader=data)
 
 
 def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:

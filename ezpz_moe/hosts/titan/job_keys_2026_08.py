@@ -61,6 +61,7 @@ _OTHERWISE: Keys = {
     },
     "training.dataloader": _dataloader("dataloader"),
     "parallelism": {
+        # 0.3's full_dtensor is gone.
         "spmd_backend": new("parallelism.spmd_backend", Literal["partial_dtensor", "spmd_types"]),
         "pipeline_parallel_microbatch_size": own(
             Positive, flag=REPLACED["parallelism.pipeline_parallel_microbatch_size"]

@@ -187,6 +187,7 @@ def _without_neighbours(config: Trainer.Config, world_size: int) -> int:
         expert_parallel_degree=1,
         data_parallel_shard_degree=-1,
     )
+    # The other degrees keep their ranks: those of experts and of the sequence join the sharding.
     return world_size // par.pipeline_parallel_degree
 
 

@@ -11,6 +11,7 @@ from typing import Any
 def mixed(host_class: Any, mixin: type) -> Any:
     """Return ``host_class`` with ``mixin`` before it, and with a ``Config`` of its own."""
 
+    # Cached above: layers of one class would otherwise get a new class each.
     class Mixed(mixin, host_class):
         # Its own Config, even without a new field: the host builds the class that a Config is
         # nested in.

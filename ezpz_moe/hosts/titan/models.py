@@ -108,6 +108,7 @@ def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Mode
         ),
         layers=layers,
     )
+    # The host's messages and logs then do not speak of its deepseek_v3.
     return dataclasses.replace(spec, name="ezpz_moe", model=model)
 
 

@@ -1,4 +1,10 @@
-"""Give door 2 what it needs from torchtitan: targets, and the job that an override belongs to."""
+"""Give door 2 what it needs from torchtitan: targets, and the job that an override belongs to.
+
+The host passes an override one node of the config, and offers no way to the job that the node
+belongs to. The job is therefore looked up in the host's functions that are applying the override:
+a local variable there is called ``config_root``. If a host renames it, no job is found, and door 2
+does without its checks and hints.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -54,12 +60,11 @@ def causal_attention(config: Any) -> Any:
 def turn_off_cuda_graphs_for(backend: str) -> None:
     """Turn CUDA graphs off: they are on by default and cannot capture a backend with host syncs.
 
-    The host passes one node to an override, not the job, and asks nothing of it later. The job is
-    therefore taken from the host function that calls the override. If it is not found there, the
-    backend itself refuses to be captured, and names the same remedy.
+    If no job is found, the backend itself refuses to be captured, and names the same remedy.
     """
     job = _job_being_overridden()
     if job is not None and get_backend(backend).host_syncs and captures_cuda_graphs(job):
+        # In place: the host looks at this very object after the overrides, before it captures.
         job.training.disable_cuda_graphs = True
         logger.warning(
             f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "
@@ -94,8 +99,8 @@ def _warn_once(line: str) -> None:
 
 
 def _job_being_overridden() -> Trainer.Config | None:
-    # `config_root` is the host's own name for the job, in the functions that apply overrides. If a
-    # host renames it, nothing is found and the callers do without. context=0 reads no source files.
+    # An override cannot claim the root itself: the host refuses to replace it in place.
+    # context=0 reads no source files; the default would, for every frame of every layer's override.
     for caller in inspect.stack(context=0):
         root = caller.frame.f_locals.get("config_root")
         if isinstance(root, Trainer.Config):

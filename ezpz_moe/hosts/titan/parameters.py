@@ -29,6 +29,7 @@ def summarize(flavor: Flavor) -> ModelSummary:
         EzpzError: the host cannot build the model.
     """
     return _summarize(
+        # The flavor is the key of the cache: what does not change the size gets one value for all.
         flavor.model_copy(
             update={
                 "name": flavor.source.stem,
@@ -52,6 +53,7 @@ def _summarize(flavor: Flavor) -> ModelSummary:
     costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
     total = sum(costs.values(), Cost())
     host_experts = titan().experts()
+    # The first stands for all: layers with experts have the same sizes.
     _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
     sizes = host_experts.sizes(experts)
     return ModelSummary(
@@ -61,6 +63,7 @@ def _summarize(flavor: Flavor) -> ModelSummary:
         top_k=chosen.top_k,
         expert_hidden_dim=sizes.hidden_dim,
         total=total.parameters,
+        # A fraction only with zero-computation experts.
         active=round(total.active),
         embedding=costs["embeddings"].parameters,
     )

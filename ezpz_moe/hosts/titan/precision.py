@@ -59,6 +59,7 @@ def settle(config: Trainer.Config) -> None:
 
 def experts_dtypes(config: Trainer.Config) -> list[str]:
     """Return the names of the dtypes that the model's routed experts compute in; usually one."""
+    # Without the field the forward is the host's, which casts.
     dtypes = (getattr(node, "computed_in", HOSTS_CAST) for node in _experts(config))
     return list(dict.fromkeys(dtypes))
 

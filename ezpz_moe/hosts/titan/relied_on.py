@@ -32,6 +32,7 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.models.common.moe:GroupedExperts._grouped_mm",
+        # Not vital: only models with experts like gpt_oss's go through it.
         used_for="the seam that a backend replaces in experts other than SwiGLU (gpt_oss)",
         if_broken=SEAM_MOVED.format(" to experts other than SwiGLU"),
         takes=("A", "B_t", "offs"),
@@ -40,6 +41,7 @@ _EXPERTS = (
         "torchtitan.models.common.moe:GroupedExperts.forward",
         used_for="a backend computes the whole SwiGLU FFN in its place",
         if_broken=NO_BACKEND,
+        # The host looks up how inputs are sharded by these names.
         takes=("x_RD", "num_tokens_per_expert_E"),
         vital=True,
     ),
@@ -73,6 +75,7 @@ _EXPERTS = (
 _DOORS = (
     Reliance(
         "torchtitan.config.override:override",
+        # Not vital, because door 1 does without.
         used_for="door 2",
         if_broken=_DOOR_2,
         takes=("target", "description"),
@@ -92,6 +95,7 @@ _DOORS = (
     ),
     Reliance(
         "torchtitan.config:ConfigManager.parse_args",
+        # Not vital, because door 2 does without.
         used_for="door 1: it asks ezpz_moe.config_registry for the name after --config",
         if_broken=_DOOR_1,
         takes=("args",),
@@ -195,11 +199,13 @@ _MODELS = (
         "torchtitan.models.deepseek_v3",
         used_for="model sizes that upstream does not have, with upstream's initial values",
         if_broken=NO_FLAVOR,
+        # Two private names: `models.py` says why.
         has=("model_registry", "_build_dsv3_layers", "_output_linear_init"),
         vital=True,
     ),
     Reliance(
         "torchtitan.models.deepseek_v3:build_mla_moe_layers",
+        # Called by `_build_dsv3_layers`, which takes any keyword and passes it on.
         used_for="the same: it takes the dimensions of a flavor",
         if_broken=NO_SIZES,
         takes=("moe_hidden_dim", "num_experts", "router_top_k", "rope", "attn_backend"),
@@ -244,6 +250,7 @@ _MODELS = (
 # docs/hosts.md shows the lines in this order.
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
+        # torch's, because the host does not say which torch it needs.
         "torch.distributed:set_timeout",
         used_for="the host calls it after the first step (torch older than 2.14 lacks it)",
         if_broken=NOTHING_TRAINS,

@@ -8,6 +8,7 @@ _NO_TELEMETRY = "flavors with [telemetry] or with schedules cannot be trained; o
 _NO_PICTURES = "a flavor with [telemetry] must set images = false if loggers are enabled"
 _NO_ZERO_COMPUTATION = "zero-computation experts and dispatch_padding = false cannot be used"
 
+# Attributes of instances (`sets`): the classes themselves do not show them.
 PICTURES = (
     Reliance(
         "torchtitan.components.metrics:LoggerContainer",
@@ -35,6 +36,7 @@ ROUTERS = (
         "torchtitan.models.common.moe:TokenChoiceTopKRouter",
         used_for="a flavor's router is a subclass of it",
         if_broken=NO_ROUTER,
+        # The last limits groups, and is applied to the plan of sinkhorn.
         has=("Config", "forward", "_get_node_limited_routing_scores"),
     ),
     Reliance(
@@ -81,12 +83,14 @@ ROUTERS = (
         fields=("state_shardings",),
     ),
     Reliance(
+        # Private, like torch's own way to recognize a recomputation.
         "torch._C:_current_graph_task_id",
         used_for="recognizing a recomputation, which the routers' counters skip",
         if_broken=NO_ROUTER,
     ),
     Reliance(
         "torchtitan.components.optimizer:register_moe_load_balancing_hook",
+        # Ours takes its place in the spec, with these parameters, and never calls it.
         used_for="a hook of ours replaces it, to update the bias in other ways",
         if_broken="balance.bias_update may have no effect",
         takes=("optimizers", "model_parts", "parallel_dims"),

@@ -40,6 +40,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
 def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     """Check sizes: for a flavor with ``base``, only the host's model has them."""
     router = moe.router
+    # `choices`, because this router's experts include the zero-computation ones.
     for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
         yield f"{problem}."
 
@@ -106,6 +107,7 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     """Refuse choices of our own on distributed tensors: only the host's choice works on those."""
     parallelism = config.parallelism
     backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
+    # full_dtensor distributes everything, partial_dtensor what tensor parallelism cuts.
     is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
     if settings.routing != "topk" and is_distributed:
         yield (
@@ -121,6 +123,7 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     parallelism, scope = config.parallelism, moe.router.balance.scope
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
+    # A host that folds the batch has one dimension for the tokens of a sequence, others two.
     is_folded = len(titan().one_sequence(1)) == 1
     if is_folded and ranks_share and scope == "sequence":
         degrees = (
@@ -159,6 +162,7 @@ def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     """Refuse random numbers that would differ when a block is recomputed."""
     policy = config.activation_checkpoint
     drawn = [key for key in ("jitter_noise", "noise") if getattr(settings, key)]
+    # None: nothing is recomputed.
     if not drawn or policy is None:
         return
     named = f"[router] {drawn[0]} = {getattr(settings, drawn[0])} cannot be combined with"

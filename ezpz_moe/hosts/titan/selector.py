@@ -39,12 +39,14 @@ class RowCounts(Module):
         super().__init__()
         self.compute_backend = compute_backend
         self.on = False
+        # Not persistent: a checkpoint must have the same keys as the host's own model.
         self.register_buffer("rows_3", torch.zeros(3, dtype=torch.int64), persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.rows_3 = torch.zeros_like(self.rows_3, device=buffer_device or self.rows_3.device)
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+        # Validation is no part of the steps that telemetry reports.
         if self.on and self.training:
             count_rows(self.rows_3, num_tokens_per_expert_E, x_RD.shape[0], self.compute_backend)
 
@@ -83,6 +85,7 @@ class Selector(Module):
 def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Module]:
     """Return ``host_class`` with ``selector`` before it, and ``compute_backend`` in its config."""
 
+    # Cached above: layers of one class would otherwise get a new class each.
     class Selected(selector, host_class):  # type: ignore[misc, valid-type]
         @dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):  # type: ignore[name-defined]

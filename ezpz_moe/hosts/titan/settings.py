@@ -11,6 +11,7 @@ from ezpz_moe.hosts.setting import Setting, flat
 
 def settings(config: Trainer.Config) -> list[Setting]:
     """Return every field of the trainer's config except the model, in the host's order."""
+    # With the model, because `to_dict` of a config without one fails.
     defaults = dict(flat(Trainer.Config(model_spec=config.model_spec).to_dict()))
     # Fields of JobConfig that the host does not have, such as `origin`, are not settings.
     ours = {field.name for field in dataclasses.fields(config)} - {

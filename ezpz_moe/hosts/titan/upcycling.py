@@ -13,6 +13,7 @@ from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 _INNER = "routed_experts.inner_experts"
 _EXPERTS = {"w1": f"{_INNER}.w1_EFD", "w2": f"{_INNER}.w2_EDF", "w3": f"{_INNER}.w3_EFD"}
 _ZEROS = {"expert_bias_E", "router.gate.bias", "shared_experts.gate.weight"}
+# A dense model with tied embeddings has no output matrix of its own.
 _TIED = {"lm_head.weight": "tok_embeddings.weight"}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ezpz_moe.hosts.host import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.hosts.titan.base import Experts, Sequences, Titan
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.keys import Keys
     from ezpz_moe.hosts.architecture import Architecture
     from ezpz_moe.hosts.model_summary import ModelSummary
+    from ezpz_moe.hosts.parts import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
     from ezpz_moe.hosts.titan.job import JobConfig
@@ -70,10 +70,12 @@ class Titan03(Titan):
     def arguments(self, job: Job) -> list[str]:
         from ezpz_moe.hosts.titan.command import named
 
+        # One argument of the host's for both: `find_job` tells them apart.
         return named(str(job.path or job.flavor))
 
     def one_step(self, folder: str) -> list[str]:
         return [
+            # Flags, because they win over the job's file, whatever it says.
             *("--training.steps", "1", "--dump-folder", folder),
             *("--checkpoint.no-enable", "--validator.no-enable"),
             *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
@@ -87,6 +89,7 @@ class Titan03(Titan):
     def machine_problems(self, config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
         with self.importing():
             from ezpz_moe.hosts.titan.conflicts import machine_problems
+        # The flavor is not needed: its model is in the config.
         return machine_problems(config, ranks)
 
     def settings(self, config: Any) -> list[Setting]:
@@ -168,6 +171,7 @@ class Titan03(Titan):
 
     LENGTH = "training.seq_len"
     LONGEST = "max_seq_len"
+    # The loss cuts along the sequence, a dimension of its own on this host.
     CUT_BY_LOSS = "training.seq_len"
     STEP = "training.global_batch_size"
     MICROBATCH = "training.local_batch_size"
@@ -185,6 +189,7 @@ class Titan03(Titan):
         whole, batch = training.global_batch_size, training.local_batch_size
         piped = parallelism.pipeline_parallel_degree > 1
         return Sequences(
+            # -1: as little as possible, one microbatch of every rank.
             of_step=batch * data_ranks if whole < 0 else whole,
             of_microbatch=parallelism.pipeline_parallel_microbatch_size if piped else batch,
             length=training.seq_len,
@@ -205,6 +210,13 @@ class Titan03(Titan):
         with self.importing():
             from ezpz_moe.hosts.titan.attention import causal_attention
         return causal_attention(config)
+
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        batch, microbatches = validator.local_batch_size, 1
+        if validator.parallel_dims.pp_enabled:
+            size = validator.parallelism.pipeline_parallel_microbatch_size
+            batch, microbatches = size, batch // size
+        return {"seq_len": validator.seq_len, "local_batch_size": batch}, microbatches
 
     def dataloader_config(
         self,

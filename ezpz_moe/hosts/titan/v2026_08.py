@@ -33,6 +33,7 @@ class Titan2026_08(Titan03):
         "torchtitan.config.configs:TrainingConfig",
         used_for="recognizing the host's generation",
         if_broken="this is torchtitan 0.3 or older",
+        # A field, because the class itself is in 0.3 too.
         fields=("max_context_length",),
         vital=True,
     )
@@ -50,6 +51,7 @@ class Titan2026_08(Titan03):
 
     LENGTH = "training.max_context_length"
     LONGEST = "max_context_length"
+    # Folded: the loss cuts all tokens of a microbatch, across sequences.
     CUT_BY_LOSS = "training.num_tokens_per_microbatch_per_dp_rank"
     STEP = "training.num_tokens_per_train_step"
     MICROBATCH = "training.num_tokens_per_microbatch_per_dp_rank"
@@ -74,6 +76,7 @@ class Titan2026_08(Titan03):
         # Otherwise the new keys would be overwritten with products of 0.3's defaults.
         if not values.keys() & REPLACED.keys():
             return {}
+        # One of the two names at most is set, as checked above; without either, 0.3's default.
         length = values.get("training.seq_len", values.get(self.LENGTH, _LENGTH))
         sequences = values.get("training.local_batch_size", _BATCH)
         fields = {self.LENGTH: length}
@@ -88,6 +91,7 @@ class Titan2026_08(Titan03):
             fields[_PP_MICROBATCHES] = sequences // size
             sequences = size
         fields[self.MICROBATCH] = sequences * length
+        # -1 counts nothing, so there is nothing to convert.
         if (whole := values.get("training.global_batch_size", -1)) != -1:
             fields[self.STEP] = whole * length
         return fields
@@ -112,6 +116,7 @@ class Titan2026_08(Titan03):
     def own_conflicts(self, config: Any) -> Iterator[str]:
         """Refuse microbatches that are not whole sequences: SDPA attends within whole ones."""
         tokens, length = config.training.num_tokens_per_microbatch_per_dp_rank, _sequence(config)
+        # FlexAttention needs no whole sequences: its mask comes from the positions.
         if tokens % length and any(True for _ in _causal_attentions(self, config)):
             yield (
                 f"{self.MICROBATCH} = {tokens} is not a multiple of {self.LENGTH} = {length}, but "
@@ -122,6 +127,14 @@ class Titan2026_08(Titan03):
         with self.importing():
             from ezpz_moe.hosts.titan.attention_2026_08 import causal_attention
         return causal_attention(config)
+
+    def validation_batches(self, validator: Any) -> tuple[dict[str, Any], int]:
+        batch = {
+            "max_context_length": validator.seq_len,
+            "num_tokens_per_batch": validator.num_tokens_per_batch,
+        }
+        has_pipeline = validator.parallel_dims.pp_enabled
+        return batch, validator.parallelism.num_pp_microbatches if has_pipeline else 1
 
     def dataloader_config(
         self,

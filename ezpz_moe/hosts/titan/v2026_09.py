@@ -20,10 +20,12 @@ class Titan2026_09(Titan2026_08):
     name = "torchtitan since September 2026"
     evidence = Reliance(
         "torchtitan.models.common.linear:GroupedLinear",
+        # A class that older hosts lack; the version says nothing about a snapshot.
         used_for="recognizing the host's generation",
         if_broken="this is torchtitan of August 2026 or older",
         vital=True,
     )
+    # August kept the names of 0.3.
     checkpoint_names = "2026_09"
 
     @property

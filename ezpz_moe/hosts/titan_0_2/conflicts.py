@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.tools import utils
 
 from ezpz_moe.compute import get_backend
@@ -17,7 +18,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH
-from ezpz_moe.hosts.job_files import missing_files
+from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -63,8 +64,9 @@ def machine_problems(config: Any, flavor: Flavor, ranks: int | None) -> list[str
 
 
 def _checks(config: Any) -> tuple[_Check, ...]:
-    # A dry run stands for another machine, with other files and devices.
-    return _SETTINGS if is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
+    # A dry run stands for another machine, with other files and devices. A tokenizer that is here
+    # as well tells about it.
+    return (*_SETTINGS, _vocabulary) if is_dry_run(config) else (*_SETTINGS, *_ON_THIS_MACHINE)
 
 
 def _ranges(config: Any) -> Iterator[str]:
@@ -72,10 +74,12 @@ def _ranges(config: Any) -> Iterator[str]:
     for section, keys in KEYS.items():
         node = config
         for name in section.split("."):
+            # A section may be 0.3's alone.
             node = getattr(node, name, None)
         for name, key in keys.items():
             value = getattr(node, name, None)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # No type: this host refuses the key, and a field without effect may stand for it.
             if is_number and key.type is not None and not accepts(key, value):
                 yield f"{section}.{name} = {value}: must be {allowed(key)}."
 
@@ -90,6 +94,7 @@ def _expert_parallel_degree(config: Any, args: Any) -> Iterator[str]:
 
 
 def _tensor_parallel_degree(config: Any, args: Any) -> Iterator[str]:
+    # Not every model of the host has key heads of their own.
     heads = filter(None, (args.n_heads, getattr(args, "n_kv_heads", None)))
     return head_problems(config.parallelism, heads, config.model.flavor)
 
@@ -141,6 +146,15 @@ def _files(config: Any, args: Any) -> Iterator[str]:
     return missing_files(config.model.hf_assets_path, config.checkpoint.initial_load_path)
 
 
+def _vocabulary(config: Any, args: Any) -> Iterator[str]:
+    return vocabulary_problems(
+        lambda: build_hf_tokenizer(config),
+        config.model.hf_assets_path,
+        args.vocab_size,
+        config.model.flavor,
+    )
+
+
 def _backend_on_device(config: Any, args: Any) -> Iterator[str]:
     if args.compute_backend == HOST_PATH and not utils.has_cuda_capability(9, 0):
         return  # the host takes its for-loop, which runs everywhere
@@ -181,4 +195,4 @@ _SETTINGS: tuple[_Check, ...] = (
     _sequence_length,
     _quantized_experts,
 )
-_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _backend_on_device, _cpu)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.hf_datasets.text_datasets import DATASETS, build_text_validation_dataloader
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
@@ -17,7 +17,9 @@ from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
     TEXT_FILE,
     TOPICS_PATH,
+    check_validation,
     find_text,
+    is_ours,
     load_topics,
     read_documents,
     text_of,
@@ -49,9 +51,26 @@ def choose_text(config: Any, job: Job) -> None:
             raise EzpzError(f"{job.source}: [{name}] {error}") from error
 
 
+def check_validation_shares(config: Any, ranks: int, tokenizer: Any) -> None:
+    """Check a validation of the whole text, ``validation.steps = -1``, on several data ranks.
+
+    Raises:
+        EzpzError: the ranks have text for different numbers of steps.
+    """
+    validation = config.validation
+    # The host's datasets are streamed: counting would mean downloading them before the first step.
+    if validation.steps != -1 or ranks == 1 or not is_ours(validation.dataset):
+        return
+    loaders = (
+        build_text_validation_dataloader(ranks, rank, tokenizer, config) for rank in range(ranks)
+    )
+    check_validation([sum(1 for _ in loader) for loader in loaders])
+
+
 def _register_our_texts() -> None:
     """Add our texts to the host's registry, where the trainer will look them up by name."""
     DATASETS[DEFAULT_DATASET] = DatasetConfig(
         path=TOPICS_PATH, loader=load_topics, sample_processor=text_of
     )
+    # No path: the host takes the job's dataset_path in its place.
     DATASETS[TEXT_FILE] = DatasetConfig(path="", loader=read_documents, sample_processor=text_of)

@@ -123,6 +123,7 @@ def select_backend(
                 f"compute_backend = {HOST_PATH!r}, or torchtitan 0.3."
             )
     if backend == HOST_PATH:
+        # One layer tells: the host sets it from the model's arguments, for all of them.
         grouped = layers[0].experts.use_grouped_mm
         path = "the host's own path: " + ("torch._grouped_mm" if grouped else "its for-loop")
     dtype = in_words(computed_in, backend, utils.device_type, is_forward_ours=True)

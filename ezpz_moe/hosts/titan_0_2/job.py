@@ -32,6 +32,7 @@ from ezpz_moe.hosts.titan_0_2.data import choose_text
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
 from ezpz_moe.hosts.titan_0_2.train_spec import register_flavors
 
+# The two spellings that the host itself looks for.
 _FILE_FLAGS = ("--job.config_file", "--job.config-file")
 
 # Path -> type and default, where they differ from the host's. None means that `complete` fills it.
@@ -55,6 +56,7 @@ def job_config() -> type[JobConfig]:
     """
     # From sys.argv, because the host asks a module for this class and passes nothing.
     path = _job_file(sys.argv[1:])
+    # Without a file the flavor is a flag, which the host reads later.
     job = Job(flavor="") if path is None else load_job(path, KEYS)
     extended = _extended(JobConfig, _nested(_fields()))
     refuse_missing(job)
@@ -71,6 +73,7 @@ def trainer_config(job: Job) -> JobConfig:
     refuse_missing(job)
     # The host's own merge, to look at the very config that a run would have.
     config = ConfigManager._merge_configs(JobConfig, _extended(JobConfig, _nested(_fields())))()
+    # Not among the values: a flavor may be trained without a job's file.
     config.model.flavor = job.flavor
     for key, value in job.values.items():
         section, _, name = key.rpartition(".")
@@ -93,6 +96,7 @@ def complete(config: Any, job: Job) -> None:
     for name in ("local_batch_size", "seq_len"):
         if getattr(config.validation, name) is None:
             setattr(config.validation, name, getattr(config.training, name))
+    # The job's paths may be relative to its file, and the host knows only the working directory.
     for path, key in _rows():
         section, name = _at(config, path.rpartition(".")[0]), path.rpartition(".")[2]
         if key.is_file and getattr(section, name, None):

@@ -1,8 +1,9 @@
 """List every section and key of the trainer's TOML, as torchtitan 0.2 takes them.
 
-The table is that of :mod:`ezpz_moe.hosts.titan.job_keys` with three differences. Keys that are gone
-from 0.3 are legal here. Keys that are new in 0.3 are refused, unless they ask for what 0.2 does
-anyway. And some keys have fewer choices. When a run starts, the host's own dataclass shows which
+:mod:`ezpz_moe.hosts.job_keys` has the keys that 0.3 takes in the same way. Here are those that 0.3
+lacks, those with other choices there, and those that only 0.3 has. The last are refused, unless
+they ask for what 0.2 does anyway. A key that a host after 0.3 brings is unknown here: nothing that
+is done for a newer host changes this table. When a run starts, the host's own dataclass shows which
 keys it has, because 0.2.1 lacks a few of 0.2.2's.
 
 Pure data: this file imports neither torch nor torchtitan.
@@ -11,11 +12,11 @@ Pure data: this file imports neither torch nor torchtitan.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ezpz_moe.config.keys import Key, Keys, Positive, Text, gone
-from ezpz_moe.hosts.titan.job_keys import KEYS as KEYS_0_3
+from ezpz_moe.hosts.job_keys import ALIKE, FILES
 
 _HAS_NO = "torchtitan 0.2 has no such setting. Leave it out{}. torchtitan 0.3 has it."
 _WHAT_IT_DOES = ", or set it to {}, which is what 0.2 does"
@@ -36,64 +37,111 @@ AS_0_2_DOES: Mapping[str, tuple[Any, ...]] = {
     "override.imports": ([],),
 }
 
-_TYPES: Mapping[str, Any] = {
-    # Gone from 0.3.
-    "job.config_file": Text,
-    "job.custom_config_module": Literal["", "ezpz_moe"],  # the host takes one, and we are it
-    "model.tokenizer_path": Text,
-    "model.converters": list[Text],
-    "model.print_after_conversion": bool,
-    "optimizer.early_step_in_backward": bool,
-    "parallelism.disable_loss_parallel": bool,
-    "parallelism.pipeline_parallel_expert_parallel_overlap": bool,
-    "parallelism.context_parallel_rotate_method": Literal["allgather", "alltoall"],
-    "parallelism.expert_tensor_parallel_degree": Positive,
-    "checkpoint.enable_ft_dataloader_checkpoints": bool,
-    "activation_checkpoint.selective_ac_option": Text,
-    "activation_checkpoint.early_stop": bool,
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": bool,
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": bool,
-    "quantize.linear.float8.recipe_name": Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"],
-    "quantize.linear.float8.filter_fqns": list[Text],
-    "quantize.linear.float8.emulate": bool,
-    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": Literal["triton", "cuda", "torch"],
-    "quantize.linear.mx.recipe_name": Text,
-    "quantize.linear.mx.filter_fqns": list[Text],
-    "quantize.grouped_mm.float8.fqns": list[Text] | Text,
-    "quantize.grouped_mm.mx.recipe_name": Literal["mxfp8"],
-    "quantize.grouped_mm.mx.fqns": list[Text] | Text,
-    "memory_estimation.enable": bool,
-    "memory_estimation.disable_fake_mode": bool,
-    "fault_tolerance.enable": bool,
-    "fault_tolerance.process_group": Text,
-    "fault_tolerance.process_group_timeout_ms": Positive,
-    "fault_tolerance.replica_id": int,
-    "fault_tolerance.group_size": int,
-    "fault_tolerance.min_replica_size": int,
-    "fault_tolerance.semi_sync_method": Text,
-    "experimental.custom_import": str,
-    "experimental.custom_args_module": str,
-    "validation.local_batch_size": Positive,
-    "validation.seq_len": Positive,
-    # Fewer choices than in 0.3.
-    "optimizer.implementation": Literal["for-loop", "foreach", "fused"],
-    "parallelism.expert_parallel_comm_backend": Literal["standard", "deepep"],
-    "comm.mode": Literal["default", "fake_backend", "local_tensor"],
+# Keys that only 0.3 has, and that never ask for what 0.2 does.
+_NEVER_AS_0_2_DOES = (
+    "profiling.memory_snapshot_freq",
+    "profiling.memory_snapshot_max_entries",
+    "parallelism.context_parallel_ptrr_mask_key",
+)
+
+# Keys that 0.3 lacks or takes otherwise.
+_OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "job": {
+        "config_file": Text,
+        # The host merges one module, and without ours no flavor is known.
+        "custom_config_module": Literal["", "ezpz_moe"],
+    },
+    "model": {
+        "tokenizer_path": Text,
+        "converters": list[Text],
+        "print_after_conversion": bool,
+    },
+    "optimizer": {
+        "early_step_in_backward": bool,
+        "implementation": Literal["for-loop", "foreach", "fused"],  # 0.3 has more
+    },
+    "parallelism": {
+        "disable_loss_parallel": bool,
+        "pipeline_parallel_expert_parallel_overlap": bool,
+        "context_parallel_rotate_method": Literal["allgather", "alltoall"],
+        "expert_tensor_parallel_degree": Positive,
+        "expert_parallel_comm_backend": Literal["standard", "deepep"],  # 0.3 has more
+    },
+    "checkpoint": {
+        "enable_ft_dataloader_checkpoints": bool,
+    },
+    "activation_checkpoint": {
+        "selective_ac_option": Text,
+        "early_stop": bool,
+    },
+    "quantize.linear.float8": {
+        "enable_fsdp_float8_all_gather": bool,
+        "precompute_float8_dynamic_scale_for_fsdp": bool,
+        "recipe_name": Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"],
+        "filter_fqns": list[Text],
+        "emulate": bool,
+    },
+    "quantize.linear.mx": {
+        "mxfp8_dim1_cast_kernel_choice": Literal["triton", "cuda", "torch"],
+        "recipe_name": Text,
+        "filter_fqns": list[Text],
+    },
+    "quantize.grouped_mm.float8": {
+        "fqns": list[Text] | Text,
+    },
+    "quantize.grouped_mm.mx": {
+        "recipe_name": Literal["mxfp8"],
+        "fqns": list[Text] | Text,
+    },
+    "memory_estimation": {
+        "enable": bool,
+        "disable_fake_mode": bool,
+    },
+    "fault_tolerance": {
+        "enable": bool,
+        "process_group": Text,
+        "process_group_timeout_ms": Positive,
+        "replica_id": int,
+        "group_size": int,
+        "min_replica_size": int,
+        "semi_sync_method": Text,
+    },
+    "experimental": {
+        "custom_import": str,
+        "custom_args_module": str,
+    },
+    "validation": {
+        "local_batch_size": Positive,
+        "seq_len": Positive,
+    },
+    "comm": {
+        "mode": Literal["default", "fake_backend", "local_tensor"],  # 0.3 has more
+    },
 }
 
 
-def _as_in_0_2(path: str, key: Key) -> Key:
-    if key.since_0_3:
-        does = AS_0_2_DOES.get(path, ())
-        remedy = _WHAT_IT_DOES.format(json.dumps(does[0])) if does else ""
-        return gone(_HAS_NO.format(remedy), unless=does)
-    return Key(type=_TYPES.get(path, key.type), is_file=key.is_file)
+def _taken() -> Iterator[tuple[str, str, Key]]:
+    for table in (ALIKE, _OTHERS):
+        for section, types in table.items():
+            for name, type in types.items():
+                yield section, name, Key(type=type, is_file=f"{section}.{name}" in FILES)
 
 
-KEYS: Keys = {
-    section: {name: _as_in_0_2(f"{section}.{name}", key) for name, key in keys.items()}
-    for section, keys in KEYS_0_3.items()
-}
+def _refused() -> Iterator[tuple[str, str, Key]]:
+    for path, values in {**AS_0_2_DOES, **dict.fromkeys(_NEVER_AS_0_2_DOES, ())}.items():
+        section, _, name = path.rpartition(".")
+        remedy = _WHAT_IT_DOES.format(json.dumps(values[0])) if values else ""
+        yield section, name, gone(_HAS_NO.format(remedy), unless=values)
+
+
+def _table() -> Keys:
+    table: dict[str, dict[str, Key]] = {}
+    for section, name, key in (*_taken(), *_refused()):
+        table.setdefault(section, {})[name] = key
+    return table
+
+
+KEYS: Keys = _table()
 
 NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
     ("quantize.", "model.converters", [], ([],)),

@@ -35,6 +35,7 @@ class DropMetrics(MetricsProcessor):
 
     def __init__(self, *args: Any, num_layers: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Of the whole model: the stages of a pipeline add up one tensor.
         self._num_layers = num_layers
 
     def log(
@@ -63,6 +64,7 @@ class DropMetrics(MetricsProcessor):
         for part in self.model_parts or ():
             for number, block in part.layers.items():
                 for module in block.modules():
+                    # Without counts, the layer has not computed yet.
                     if isinstance(module, EzpzGroupedExperts) and module.rows_3 is not None:
                         rows_L3[int(number)] += module.rows_3
                         module.rows_3.zero_()

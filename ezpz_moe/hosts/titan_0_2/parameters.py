@@ -26,6 +26,7 @@ def summarize(flavor: Flavor) -> ModelSummary:
     Raises:
         EzpzError: the host cannot build the model.
     """
+    # The flavor is the key of the cache: what does not change the size gets one value for all.
     size = {"name": flavor.source.stem, "attention": None, "compute_backend": "grouped_mm"}
     return _summarize(flavor.model_copy(update=size))
 

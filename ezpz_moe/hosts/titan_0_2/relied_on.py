@@ -7,6 +7,7 @@ _NO_PREFLIGHT = "`ezpz-moe preflight` cannot build the ranks of a run"
 
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
+        # Private, but it is the very call that the host makes for custom_config_module.
         "torchtitan.config.manager:ConfigManager._merge_configs",
         used_for="job.custom_config_module: it merges ezpz_moe.JobConfig into the host's",
         if_broken='[job] custom_config_module = "ezpz_moe" has no effect',
@@ -145,6 +146,19 @@ RELIED_ON: tuple[Reliance, ...] = (
         takes=("dp_world_size", "job_config"),
         vital=True,
     ),
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:build_text_validation_dataloader",
+        used_for="counting the steps that each rank has of a validation text",
+        if_broken=NO_FLAVOR,
+        takes=("dp_world_size", "dp_rank", "tokenizer", "job_config"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.validate:BaseValidator",
+        used_for="the validation of every flavor",
+        if_broken=NO_FLAVOR,
+        vital=True,
+    ),
     DATASET_CONFIG,
     Reliance(
         "torchtitan.components.metrics:build_metrics_processor",
@@ -163,6 +177,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     Reliance(
         "torchtitan.config:ConfigManager.parse_args",
+        # Not vital, like the two after it: training does without preflight.
         used_for="preflight reads the host's flags with it",
         if_broken=_NO_PREFLIGHT,
         takes=("args",),

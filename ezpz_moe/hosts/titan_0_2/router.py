@@ -55,5 +55,6 @@ def count_on_cpu(model: nn.Module) -> None:
     """
     for moe in model.modules():
         if isinstance(moe, MoE):
+            # The host has no door for a router's class, and a new module would need its parameters.
             moe.router.__class__ = CpuRouter
             moe.reorderer.__class__ = CpuReorderer

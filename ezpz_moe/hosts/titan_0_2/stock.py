@@ -16,6 +16,7 @@ def stock_experts(
     cannot run, and they use the host's for-loop.
     """
     E, F, D = w1_EFD.shape
+    # Meta device and assign=True: the module takes over the given tensors, without a second copy.
     with torch.device("meta"):
         experts = GroupedExperts(D, F, E, use_grouped_mm=w1_EFD.device.type != "cpu")
     experts.load_state_dict({"w1": w1_EFD, "w2": w2_EDF, "w3": w3_EFD}, assign=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import build_hf_tokenizer
-from torchtitan.components.validate import build_validator
+from torchtitan.components.validate import BaseValidator, build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 
@@ -27,6 +27,7 @@ from ezpz_moe.hosts.documents import check_shares
 from ezpz_moe.hosts.precision import PARAM, agreeing_on_precision
 from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
+from ezpz_moe.hosts.titan_0_2.data import check_validation_shares
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
 
 Complete = Callable[[Any, Job], None]
@@ -39,6 +40,7 @@ def register_flavors(job: Job, *, complete: Complete) -> None:
         job: where flavors and files are looked up.
         complete: fills what the job leaves open in the host's config.
     """
+    # Always made anew: the functions in it are bound to this job's folder.
     spec = _train_spec(job, complete)
     try:
         registered = get_train_spec(MODEL_NAME)
@@ -62,7 +64,7 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
         build_dataloader_fn=_build_dataloader,
         build_tokenizer_fn=partial(_build_tokenizer, job=job, flavors=flavors, complete=complete),
         build_loss_fn=build_cross_entropy_loss,
-        build_validator_fn=build_validator,
+        build_validator_fn=_build_validator,
         build_metrics_processor_fn=metrics.build,
         state_dict_adapter=_state_dict_adapter,
     )
@@ -71,6 +73,7 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
 @exit_on_user_error()
 def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Complete) -> Any:
     complete(config, job)
+    # The flavor of the flags, which need not be the one of the file.
     refuse_conflicts(config, flavors[config.model.flavor], f"{job.source} and the command line")
     return build_hf_tokenizer(config)
 
@@ -81,6 +84,16 @@ def _build_dataloader(*, dp_world_size: int, job_config: Any, **more: Any) -> An
     # Only here is the number of data-parallel ranks known.
     check_shares(training.dataset, training.dataset_path, dp_world_size)
     return build_text_dataloader(dp_world_size=dp_world_size, job_config=job_config, **more)
+
+
+@exit_on_user_error()
+def _build_validator(
+    *, job_config: Any, dp_world_size: int, tokenizer: Any, **more: Any
+) -> BaseValidator:
+    check_validation_shares(job_config, dp_world_size, tokenizer)
+    return build_validator(
+        job_config=job_config, dp_world_size=dp_world_size, tokenizer=tokenizer, **more
+    )
 
 
 @exit_on_user_error()

@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ezpz_moe.hosts.host import Host, StateDictAdapter
+from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
     from ezpz_moe.hosts.model_summary import ModelSummary
+    from ezpz_moe.hosts.parts import StateDictAdapter
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
 
@@ -30,6 +31,7 @@ class Titan02(Host):
     generation = "0.2"
     name = "torchtitan 0.2"
     evidence = Reliance(
+        # 0.3 has no TrainSpec; ModelSpec took its place.
         "torchtitan.protocols.train_spec:register_train_spec",
         used_for="recognizing the host's generation",
         if_broken="this is neither torchtitan 0.2 nor 0.3",
@@ -51,6 +53,7 @@ class Titan02(Host):
         return STATE_DICT_KEYS
 
     def modules(self) -> tuple[str, ...]:
+        # By file name and not by import: the list must not need torch or the host.
         found = iter_modules([str(Path(__file__).parent)])
         return tuple(f"{__package__}.{each.name}" for each in found)
 
@@ -66,6 +69,7 @@ class Titan02(Host):
 
     def one_step(self, folder: str) -> list[str]:
         return [
+            # Flags, because they win over the job's file, whatever it says.
             *("--training.steps", "1", "--job.dump-folder", folder),
             *("--checkpoint.no-enable", "--validation.no-enable"),
             *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),

@@ -19,6 +19,7 @@ def segment_counts(ids_SLK: torch.Tensor, num_experts: int, segment: int) -> tor
         raise ValueError(f"a segment of {segment} in a sequence of {ids_SLK.shape[1]} tokens")
     # Sums over a sliding window, as differences of cumulative sums.
     chosen_SLE = torch.nn.functional.one_hot(ids_SLK.long(), num_experts).sum(2)
+    # A zero in front: the segment at position 0 is then a difference like all others.
     sums_SLE = torch.nn.functional.pad(chosen_SLE.cumsum(1), (0, 0, 1, 0))
     return (sums_SLE[:, segment:] - sums_SLE[:, :-segment]).flatten(0, 1)
 
@@ -37,7 +38,10 @@ def best_routing(counts_NE: torch.Tensor, segment: int) -> float:
     # For each threshold: how many pairs it takes, and how many choices these get right.
     taken = pairs.flip(0).cumsum(0).flip(0)
     right = (pairs * torch.arange(len(pairs))).flip(0).cumsum(0).flip(0)
+    # F1 = 2 right / (choices of the segment router + choices of the model); a pair that the segment
+    # router takes stands for `segment` choices.
     f1 = 2 * right.double() / (taken * segment + total)
+    # Without threshold 0, which sends every segment to all experts.
     return f1[1:].max().item()
 
 

@@ -35,6 +35,7 @@ def drift(ids_TK: torch.Tensor, others_TK: torch.Tensor, num_experts: int) -> Dr
     chosen_TE, others_TE = (multi_hot(ids, num_experts).bool() for ids in (ids_TK, others_TK))
     both_T, either_T = (chosen_TE & others_TE).sum(1), (chosen_TE | others_TE).sum(1)
     return Drift(
+        # Two sets differ if one of them has an expert that the other lacks.
         changed=(both_T < either_T).double().mean().item(),
         jaccard=(both_T.double() / either_T).mean().item(),
     )

@@ -19,6 +19,7 @@ from ezpz_moe.tools.analysis.report import LayerReport, Settings
 
 _COLUMNS = 4
 _DPI = 130
+# More names than this would cover the picture: then the legend has every second or third layer.
 _LEGEND_ROWS = 12
 
 Layers = Sequence[LayerReport]
@@ -48,7 +49,9 @@ def _load(layers: Layers, _: Settings) -> Figure:
     """Draw each expert's share of the choices, as a multiple of an even share."""
     figure, axes = _one()
     loads = [[share * each.num_experts for share in each.load] for each in layers]
+    # At least 2: on a scale of its own, an almost even load would look as uneven as any.
     most = max(2.0, *map(max, loads))
+    # White is an even load; the two sides differ in length, so each has its own slope.
     palette = Palette(colormaps["RdBu_r"], TwoSlopeNorm(1, vmin=0, vmax=most))
     _expert_columns(axes, filled(loads), palette)
     figure.colorbar(palette.bar, ax=axes, label="load / even load")
@@ -59,6 +62,7 @@ def _load(layers: Layers, _: Settings) -> Figure:
 
 def _tokens(layers: Layers, _: Settings) -> Figure:
     """Draw what the token ID predicts, and how narrow each expert's tokens are."""
+    # Inches: 0.3 for the bars of a layer, and the rest for titles and legend.
     figure = Figure(figsize=(11, 0.3 * len(layers) + 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = np.arange(len(layers))
@@ -67,12 +71,14 @@ def _tokens(layers: Layers, _: Settings) -> Figure:
         (0.2, "frequency", [each.explained and each.explained.by_frequency for each in layers]),
     ):
         left.barh(rows + offset, [value or 0 for value in values], height=0.38, label=label)
+    # Bars are drawn from the bottom up; the first layer belongs at the top, as in the map.
     left.invert_yaxis()
     left.xaxis.set_major_formatter(PercentFormatter(1))
     left.set(title="Experts of a token predicted by", xlabel="share of its experts right")
     _legend_below(left)
     _layer_rows(left, layers)
     concentration_LE = filled([each.concentration for each in layers])
+    # A scale needs some height, also where nothing is concentrated.
     most = float(np.nan_to_num(concentration_LE).max(initial=1e-9))
     palette = Palette(colormaps["viridis"], Normalize(0, most))
     _expert_columns(right, concentration_LE, palette)
@@ -116,6 +122,7 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
     sizes = [np.arange(1, each.num_experts + 1) for each in layers]
     hit_rates = [each.sch_by_size for each in layers]
     _lines(right, layers, list(zip(sizes, hit_rates, strict=True)))
+    # The size of the cache whose hit rate the report has as a figure.
     right.axvline(layers[0].cache_size, color="grey", linestyle=":")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,6 +131,7 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
         xlabel="experts in the cache",
         ylabel="hits",
     )
+    # Some room above 1, or the frame would hide a curve that reaches it.
     right.set_ylim(0, 1.03)
     return figure
 
@@ -181,6 +189,7 @@ def _legend_below(axes: Any) -> None:
 
 def _lines(axes: Any, layers: Layers, lines: Sequence[tuple[Any, Any]]) -> None:
     """Draw a line per layer, the first ones dark, with a legend short enough to read."""
+    # Only to 0.9: the yellow at the end is hard to see on white.
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for each, (x, y), color in zip(layers, lines, colors, strict=True):
         axes.plot(x, y, color=color, label=f"layer {_short(each)}", marker=".")

@@ -77,8 +77,8 @@ def record(
         with_bias: whether the experts' selection biases count.
 
     Raises:
-        EzpzError: the checkpoint is incomplete, or of another generation or model; the text has
-            token IDs beyond the model's vocabulary; the host has no such slot.
+        EzpzError: the checkpoint is incomplete, or of another generation or model; the host has no
+            such slot.
     """
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
@@ -91,7 +91,6 @@ def record(
         parameter.data = parameter.data.to(dtype)
     # Routers add jitter only in training.
     model.eval()
-    _check_vocabulary(text, model, flavor)
     losses, chosen = [], _Chosen(part.routers(model))
     with torch.inference_mode(), chosen, warnings.catch_warnings():
         # The host asks for float32 in the gate, which the CPU's autocast ignores with a warning.
@@ -178,16 +177,6 @@ def _drop_bias(model: nn.Module) -> None:
 
 def _step(checkpoint: Path) -> int:
     """Return the step in the folder's name; without one, a step after every schedule's end."""
+    # resolve(), because the folder may be named by a link.
     match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
     return int(match[1]) if match else sys.maxsize
-
-
-def _check_vocabulary(text: Sequence[TextSequence], model: nn.Module, flavor: Flavor) -> None:
-    rows = model.get_submodule("tok_embeddings").weight.shape[0]
-    largest = max(int(each.labels_L.max()) for each in text)
-    if largest >= rows:
-        raise EzpzError(
-            f"the tokenizer produces the ID {largest}, but flavor {flavor.name} has a vocabulary "
-            f"of {rows}: set hf_assets_path in the job to the tokenizer that the model was trained "
-            "with, and pass the job with --config."
-        )

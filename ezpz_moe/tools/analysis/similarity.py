@@ -23,6 +23,7 @@ def cosines(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     # Add the dot products of w1, w2 and w3: concatenating the weights would copy all of them.
     dots_EE = sum(flat @ flat.T for flat in (each.flatten(1).double() for each in weights))
     assert isinstance(dots_EE, torch.Tensor)
+    # The diagonal has each weight's product with itself, so no norm is computed twice.
     norms_E = dots_EE.diagonal().sqrt()
     return dots_EE / torch.outer(norms_E, norms_E)
 

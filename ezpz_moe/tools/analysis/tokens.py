@@ -103,6 +103,7 @@ def top_tokens(
     for e in range(num_experts):
         of_expert = tokens_T[(ids_TK == e).any(1)]
         values, counts = torch.unique(of_expert, return_counts=True)
+        # stable: IDs that are equally frequent come in order, the same on every machine.
         order = counts.argsort(descending=True, stable=True)[:count]
         shares = counts[order] / max(1, len(of_expert))
         found.append(list(zip(values[order].tolist(), shares.tolist(), strict=True)))
@@ -111,11 +112,13 @@ def top_tokens(
 
 def multi_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Set 1 for each chosen expert: [T, E] in float64."""
+    # float64, in which sums and differences of counts are exact.
     zeros_TE = torch.zeros(ids_TK.shape[0], num_experts, dtype=torch.float64)
     return zeros_TE.scatter_(1, ids_TK.long(), 1.0)
 
 
 def entropy(counts_NV: torch.Tensor) -> torch.Tensor:
     """Return the entropy [N] in nats of each row's frequencies; 0 for a row of zeros."""
+    # clamp: a row of zeros stays zero instead of becoming 0 / 0.
     shares_NV = counts_NV / counts_NV.sum(1, keepdim=True).clamp_min(1)
     return torch.special.entr(shares_NV).sum(1)

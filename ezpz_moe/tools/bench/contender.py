@@ -55,6 +55,7 @@ class Contender:
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the same values and memory, as inputs that require a gradient."""
+    # Not cloned: a second copy of the weights may not fit in memory.
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 

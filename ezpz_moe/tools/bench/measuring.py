@@ -101,9 +101,11 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
     before, between_, after = (of_device.Event(enable_timing=True) for _ in range(3))
     before.record()
     y_RD = prepared.forward()
+    # An event is recorded in the device's queue, without waiting for what is in it.
     between_.record()
     torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
     after.record()
+    # The only wait of this clock: until then the host may run ahead, as in training.
     after.synchronize()
     return before.elapsed_time(between_), before.elapsed_time(after)
 
@@ -244,6 +246,7 @@ def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
         kept_R1 = y_RD.any(dim=1, keepdim=True).to(wide)  # inputs are random: no other row is zero
     true_RD = true_RD * kept_R1
     error = (y_RD - true_RD).norm() / true_RD.norm()
+    # Not `error > limit`, which NaN would pass.
     if not error <= limit:
         raise WrongOutputError(
             f"its output is wrong: its relative distance from the plain loop's is {error:.2g}, and "
@@ -253,5 +256,6 @@ def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
 
 
 def _in_a_line(error: Exception) -> str:
+    # Compilers report over many lines.
     words = " ".join(str(error).split())
     return words if isinstance(error, WrongOutputError) else f"{type(error).__name__}: {words}"

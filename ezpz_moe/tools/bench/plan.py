@@ -41,6 +41,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Tick]]
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
 """glibc: never take a single block from the system, and never give memory back to it."""
 
+# As pip names them, which is not always what is imported.
 _PEER_PACKAGES = ("transformers", "triton", "scattermoe", "megablocks", "sonic-moe")
 
 
@@ -84,7 +85,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Ticked:
-    """A step of it begins, with this name."""
+    """The step ``name`` of it begins."""
 
     name: str
 
@@ -134,6 +135,7 @@ def environment(device: str) -> dict[str, Any]:
     if place.type == "cpu":
         name = f"{_cpu_name() or platform.machine()}, {os.cpu_count()} CPUs"
     else:
+        # torch.cuda, torch.xpu, ...: each has this function.
         name = getattr(torch, place.type).get_device_name(place)
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -147,10 +149,12 @@ def _versions() -> Mapping[str, str]:
     found = {"ezpz_moe": __version__, "torch": torch.__version__, "torchtitan": host_name()}
     found |= {name: version(name) for name in _PEER_PACKAGES}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    # None: not installed, or torch was built without it.
     return {name: number for name, number in found.items() if number}
 
 
 def _cpu_name() -> str | None:
+    # Only Linux has this file; elsewhere the architecture has to do.
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         return next(
             (line.partition(":")[2].strip() for line in lines if "model name" in line), None
@@ -218,6 +222,7 @@ def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:
         try:
             # The plan goes through stdin: it may be longer than a command line.
             child.stdin.write(TypeAdapter(Plan).dump_json(plan).decode())
+            # The child reads until the end of its input.
             child.stdin.close()
             yield from _read(child.stdout, progress)
         except BaseException:  # nobody will read the rest
@@ -241,5 +246,6 @@ def _read(lines: Iterable[str], progress: Progress) -> Iterator[Measured]:
                 case Ticked(name):
                     tick(name)
                 case Measured() as measured:
+                    # The bar ends before the table is printed, which would otherwise run into it.
                     open_progress.close()
                     yield measured

@@ -45,7 +45,9 @@ def _picture(results: Sequence[Measured]) -> Figure:
     for each in results:
         by_shape.setdefault(each.shape.name, []).append(each)
     skewed = {name: sorted(them, key=_skew) for name, them in by_shape.items() if len(them) > 1}
+    # One colour for a contender in all pictures, even where some of them lack it.
     names = list(dict.fromkeys(name for each in results for name in each.figures))
+    # The ten colours are easier to tell apart than the twenty.
     palette = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     colors = {name: palette[number % len(palette)] for number, name in enumerate(names)}
 
@@ -75,6 +77,7 @@ def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
         left = np.arange(len(results)) - 0.4 + (number + 0.5) * width
         bars = axes.bar(left, heights, width=0.92 * width, color=colors[name], label=name)
         axes.bar_label(bars, fmt=_short, fontsize=8, padding=2)
+    # The bars show each shape's most even routing, and shapes may differ in that.
     routings = {each.routing for each in results}
     shared = f", {routings.pop()}" if len(routings) == 1 else ""
     if by_limit:
@@ -94,6 +97,7 @@ def _against_skew(axes: Any, results: Sequence[Measured], colors: Colors, value:
         heights = [
             value(each.figures[name]) if name in each.figures else np.nan for each in results
         ]
+        # Dashed: a limit, not a way to compute the layer.
         style = {"linestyle": "--"} if name == DENSE else {"marker": "o", "markersize": 4}
         axes.plot(range(len(results)), heights, color=color, label=name, **style)
     _logarithmic(axes)
@@ -115,6 +119,7 @@ def _height(measured: Measured, name: str, by_limit: bool) -> float:
     if name not in measured.figures:
         return np.nan
     ratio = measured.time_ratio(name, DENSE) if by_limit else measured.figures[name].median()
+    # matplotlib leaves out what is NaN.
     return np.nan if ratio is None else ratio
 
 

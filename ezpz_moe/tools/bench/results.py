@@ -88,6 +88,7 @@ class Measured:
 
     @property
     def itemsize(self) -> int:
+        # Not asked of torch, which this module does not import.
         return {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[self.dtype]
 
     @property
@@ -151,6 +152,7 @@ def _rounded(value: Any) -> Any:
             return {key: _rounded(each) for key, each in value.items()}
         case list() | tuple():
             return [_rounded(each) for each in value]
+        # Integers stay as they are: bytes and rows are exact.
         case float():
             return float(f"{value:.5g}")
     return value

@@ -68,6 +68,7 @@ def _whole(shares: Sequence[float], rows: int) -> list[int]:
     exact = [Fraction(share) for share in shares]
     wanted = [share * rows / sum(exact) for share in exact]
     counts = [int(each) for each in wanted]
+    # The most negative difference first: these lost most by rounding down.
     by_remainder = sorted(range(len(counts)), key=lambda e: counts[e] - wanted[e])
     for expert in by_remainder[: rows - sum(counts)]:
         counts[expert] += 1

@@ -35,6 +35,7 @@ def _progress(told: TextIO, what: str, total: int) -> Iterator[Tick]:
 
 
 def _tell(told: TextIO, message: Message) -> None:
+    # flush: the parent shows a step when it begins, not when a buffer is full.
     line: TypeAdapter[Message] = TypeAdapter(type(message))
     print(line.dump_json(message).decode(), file=told, flush=True)
 

@@ -88,7 +88,7 @@ def _pairs(state: dict) -> dict:
 
 
 def _tokens(state: dict) -> dict:
-    """Make 0.2's buffer from 0.3's. A document's last label is not an input; the next has 0."""
+    """Make 0.2's buffer from 0.3's. A last label is not an input; the next document begins at 0."""
     if "inputs_buffer" not in state or "token_buffer" in state:
         return {}
     positions = state["positions_buffer"]

@@ -122,6 +122,8 @@ class DenseSafetensors:
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
         except KeyError:
+            # A name that the adapter does not know counts as one: it is then refused as left over,
+            # and not lost in silence.
             return True
 
 

@@ -74,6 +74,8 @@ def upcycle(
     for layer in target.layers:
         make |= _made(dense, target, layer, fits[layer.name], perturbation)
     order = list(target.tensors)
+    # More than is written if the dense model has several dtypes: the check of the disk errs on the
+    # safe side.
     needed = dense.itemsize * sum(math.prod(each.shape) for each in target.tensors.values())
     with atomic_folder(out, source=dense.folder, needed=needed) as folder:
         written = write_checkpoint(folder, ((name, make[name]()) for name in progress(order)))

@@ -6,6 +6,7 @@ dense FFN, D = model dimension, G = H / F, the parts that the dense FFN is split
 The FFN is SwiGLU, ``w2 (silu(w1 x) * w3 x)``, a sum over its hidden channels: w1 and w3 [H, D]
 hold a channel in a row, w2 [D, H] in a column. Split into G groups of channels, it is the sum of G
 experts.
+
 Every random tensor has its own generator, by seed, tensor and expert: each can be computed
 again by itself.
 """
