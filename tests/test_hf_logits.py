@@ -165,7 +165,7 @@ def test_biases_are_dropped_only_when_asked_for(exports, tmp_path, capsys) -> No
     assert not target.exists()
     assert case.remap(source, target, "--to", "hf", "--drop-bias") == 0
     said = capsys.readouterr().out
-    text = _sample(host().analysis().encoder(str(EMBEDDED_TOKENIZER)))
+    text = _sample(host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor))
     tokens_SL = torch.stack([each.tokens_L for each in text])
     forced = 0
     model = opened(target)
@@ -340,10 +340,10 @@ def test_tensors_that_would_be_lost_are_refused(exports, tmp_path, capsys) -> No
 
 
 def test_the_folder_needs_nothing_else(exports) -> None:
-    _, _, folder = exports.plain("qwen3_moe")
+    case, (_, _, folder) = exports.case("qwen3_moe"), exports.plain("qwen3_moe")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "A text of 12345 tokens,\n  or fewer."
-    begin, *ids, end = host().analysis().encoder(str(EMBEDDED_TOKENIZER))(text)
+    begin, *ids, end = host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor)(text)
     assert tokenizer(text)["input_ids"] == ids
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (begin, end)
     model = opened(folder)
@@ -369,7 +369,7 @@ def test_a_tokenizer_without_a_class_stays_what_it_is(exports, tmp_path) -> None
     job.write_text(job.read_text() + f'hf_assets_path = "{case.folder / "assets"}"\n')
     assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
     text = "don't  split\n\n 12345"
-    _, *ids, _ = host().analysis().encoder(str(EMBEDDED_TOKENIZER))(text)
+    _, *ids, _ = host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor)(text)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
 

@@ -46,7 +46,7 @@ def changed_choices(checkpoint: Path, flavor: Flavor, tokenizer: Path) -> Change
     Raises:
         EzpzError: there is no tokenizer, or it does not fit the model; and as :func:`record`.
     """
-    text = _sample(host().analysis().encoder(str(tokenizer)))
+    text = _sample(host().analysis().encoder(str(tokenizer), flavor))
     # float32, because rounded scores would tie where a small bias decides.
     with_bias, without = (
         record(checkpoint, flavor, text, device="cpu", dtype=torch.float32, with_bias=with_bias)

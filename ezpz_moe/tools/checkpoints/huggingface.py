@@ -157,6 +157,8 @@ def _export_notes(model: Model, said: str) -> list[str]:
     if model.form is None:
         return ["config.json was not written: ezpz_moe reads models of torchtitan 0.3 and later."]
     notes = [f"Open it with transformers: {model.form.name}.", *model.form.notes]
+    if model.flavor.router.gate_precision == "bfloat16":
+        notes.append("The router computed its logits in bfloat16, transformers rounds them less.")
     if said:
         notes.append(f"Without {said}.")
     if model.tokenizer is None:
