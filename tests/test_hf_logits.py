@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -310,33 +310,57 @@ def test_another_eps_is_said(exports, tmp_path, capsys) -> None:
     assert "rms_norm_eps = 1e-06, torchtitan computes with 1e-05" in capsys.readouterr().out
 
 
-def test_tensors_that_would_be_lost_are_refused(exports, tmp_path, capsys) -> None:
-    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
-    (file,) = folder.glob("*.safetensors")
-    biases = {key for key in load_file(file) if "e_score" in key}
-    for number, (more, without, message) in enumerate(
-        [
-            ({"model.layers.0.self_attn.o_proj.bias": torch.ones(32)}, set(), "o_proj.bias has no"),
-            ({}, biases, "2 of 91 tensors are missing"),
-            ({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}, set(), None),
-            ({"model.layers.3.eh_proj.weight": torch.ones(2)}, set(), None),
-        ]
-    ):
-        other = tmp_path / f"other{number}"
-        shutil.copytree(folder, other)
-        tensors = load_file(file)
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in without} | more
-        save_file(tensors, other / file.name, {"format": "pt"})
-        index = other / "model.safetensors.index.json"
-        named = json.loads(index.read_text())
-        index.write_text(json.dumps(named | {"weight_map": dict.fromkeys(tensors, file.name)}))
-        back = tmp_path / f"back{number}"
-        if message is None:
-            assert case.remap(other, back, "--to", "0.3") == 0
-            continue
-        with pytest.raises(SystemExit):
-            case.remap(other, back, "--to", "0.3")
-        assert message in capsys.readouterr().err
+def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> Path:
+    """A copy of an export with other tensors."""
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = change(load_file(file))
+    save_file(tensors, file, {"format": "pt"})
+    weight_map = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (target / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    return target
+
+
+BIAS = "model.layers.0.self_attn.o_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("deepseek_v3", lambda x: x | {BIAS: torch.ones(32)}, f"{BIAS} has no place"),
+        (
+            "deepseek_v3",
+            lambda x: {key: each for key, each in x.items() if "e_score" not in key},
+            "2 of 91 tensors are missing",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key.replace("up_proj", "up_proj_blocks"): each for key, each in x.items()},
+            "is quantized (MXFP4)",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key: each for key, each in x.items() if "experts" not in key},
+            "8 of 37 tensors are missing",
+        ),
+        ("deepseek_v3", lambda x: x | {BIAS: torch.zeros(32)}, None),
+        ("deepseek_v3", lambda x: x | {"model.layers.3.eh_proj.weight": torch.ones(2)}, None),
+    ],
+)
+def test_tensors_that_would_be_lost_are_refused(
+    exports, kind, change, message, tmp_path, capsys
+) -> None:
+    """No message names the trainer's own import, which leaves gpt_oss's experts random."""
+    case, (_, _, folder) = exports.case(kind), exports.plain(kind)
+    other = with_tensors(folder, tmp_path / "other", change)
+    if message is None:
+        assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
+        return
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert message in said
+    assert "initial_load" not in said
 
 
 def test_the_folder_needs_nothing_else(exports) -> None:
@@ -365,6 +389,7 @@ def test_a_tokenizer_without_a_class_stays_what_it_is(exports, tmp_path) -> None
     case = exports.case("qwen3_moe", "# with its own tokenizer\n")
     (case.folder / "assets").mkdir()
     shutil.copy(EMBEDDED_TOKENIZER / "tokenizer.json", case.folder / "assets")
+    (case.folder / "assets" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     job = Path(case.job)
     job.write_text(job.read_text() + f'hf_assets_path = "{case.folder / "assets"}"\n')
     assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
@@ -372,6 +397,18 @@ def test_a_tokenizer_without_a_class_stays_what_it_is(exports, tmp_path) -> None
     _, *ids, _ = host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor)(text)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+    assert opened(tmp_path / "hf").generation_config.eos_token_id == [1, 7]
+
+
+def test_a_job_without_its_tokenizer_is_refused(exports, tmp_path, capsys):
+    _, source, _ = exports.plain("qwen3_moe")
+    case = exports.case("qwen3_moe", "# whose tokenizer is gone\n")
+    job = Path(case.job)
+    job.write_text(job.read_text() + f'hf_assets_path = "{tmp_path / "gone"}"\n')
+    with pytest.raises(SystemExit):
+        case.remap(source, tmp_path / "hf", "--to", "hf")
+    assert "hf_assets_path holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_the_lines_of_the_documents_run(exports, monkeypatch, capsys) -> None:

@@ -88,7 +88,7 @@ def _check_unused(source: Path, unused: list[str], files: Files, config: Config 
     for key in unused:
         match = re.match(r"model\.layers\.(\d+)\.", key)
         # Layers after the last of the model predict further tokens.
-        is_further = match and layers and int(match[1]) >= layers
+        is_further = match and isinstance(layers, int) and int(match[1]) >= layers
         if key.endswith("rotary_emb.inv_freq") or is_further or _is_zero(source, files[key], key):
             continue
         raise EzpzError(
