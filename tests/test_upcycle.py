@@ -248,6 +248,10 @@ def test_a_file_that_the_index_names_and_that_is_not_there_is_named(qwen3, tmp_p
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
     assert f"{tmp_path / 'hf' / 'b.safetensors'}: is missing" in said
+    (tmp_path / "hf" / "a.safetensors").unlink()
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert f"{tmp_path / 'hf' / 'a.safetensors'}: is missing" in said
+    assert "2 of its files are missing" in said
 
 
 def test_the_newest_step_of_a_run_is_taken(qwen3, tmp_path):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,8 +47,7 @@ def check_structure(metadata: Any) -> None:
         # Messages name entries, and may not hold what a terminal acts on.
         _require(isinstance(name, str) and name.isprintable(), f"{name!r}: is not a name")
         if isinstance(entry, TensorStorageMetadata):
-            _check_tensor(name, entry, places)
-            described |= {MetadataIndex(name, chunk.offsets) for chunk in entry.chunks}
+            described |= _check_tensor(name, entry, places)
         else:
             _require(isinstance(entry, BytesStorageMetadata), f"{name!r}: is of an unknown kind")
             _require(MetadataIndex(name) in places, f"{name!r}: is not stored anywhere")
@@ -56,6 +56,7 @@ def check_structure(metadata: Any) -> None:
         raise ValueError(f"{next(iter(strange)).fqn!r}: is stored, but is not described")
 
 
+@cache  # a checkpoint has thousands of shards in a few files
 def is_below(name: str) -> bool:
     """Return whether a file's name, from a stranger, is a plain path below the folder it is in."""
     # By the rules of both systems: a checkpoint may come from the other one.
@@ -70,35 +71,41 @@ def covers(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
     A box is a sum of its corners with alternating signs (of its indicator function, this is the
     mixed derivative). So boxes make up a larger one if, and only if, their corners add up to its.
     """
-    if len(chunks) == 1 and not any(chunks[0].offsets):
-        return chunks[0].sizes == size
+    if any(len(box) != len(size) for chunk in chunks for box in (chunk.offsets, chunk.sizes)):
+        return False
+    # Dimensions in which no chunk is cut make no difference, and most are of that kind.
+    dims = [
+        dim
+        for dim, whole in enumerate(size)
+        if any(chunk.offsets[dim] or chunk.sizes[dim] != whole for chunk in chunks)
+    ]
     corners: Counter[tuple[int, ...]] = Counter()
     for sign, offsets, sizes in (
         (-1, [0] * len(size), size),
         *((1, chunk.offsets, chunk.sizes) for chunk in chunks),
     ):
-        edges = [((o, 1), (o + s, -1)) for o, s in zip(offsets, sizes, strict=True)]
-        for corner in itertools.product(*edges):
-            number = sign
-            for _, side in corner:
-                number *= side
-            corners[tuple(place for place, _ in corner)] += number
+        ends = [(offsets[dim], offsets[dim] + sizes[dim]) for dim in dims]
+        for sides in itertools.product((0, 1), repeat=len(dims)):
+            corner = tuple(end[side] for end, side in zip(ends, sides, strict=True))
+            corners[corner] += -sign if sum(sides) % 2 else sign
     return not any(corners.values())
 
 
 def _check_place(index: Any, place: Any) -> None:
-    _require(isinstance(index, MetadataIndex) and isinstance(index.fqn, str), "has no entry's name")
-    _require(isinstance(place, _StorageInfo), f"{index.fqn!r}: is not stored anywhere")
-    path, numbers = place.relative_path, (place.offset, place.length)
+    is_named = isinstance(index, MetadataIndex) and isinstance(index.fqn, str)
+    _require(is_named, "something without a name is stored")
+    _require(isinstance(place, _StorageInfo), "an entry is stored in an unknown way")
+    path, begin, length = place.relative_path, place.offset, place.length
     if not (isinstance(path, str) and is_below(path)):
         raise ValueError(f"{index.fqn!r}: its file {path!r} is not in the checkpoint's folder")
-    _require(
-        all(type(each) is int and each >= 0 for each in numbers),
-        f"{index.fqn!r}: begins or ends nowhere",
-    )
+    if not (type(begin) is int and type(length) is int and begin >= 0 and length >= 0):
+        raise ValueError(f"{index.fqn!r}: begins or ends nowhere")
 
 
-def _check_tensor(name: str, entry: TensorStorageMetadata, places: dict) -> None:
+def _check_tensor(
+    name: str, entry: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]
+) -> set[MetadataIndex]:
+    """Check a tensor, and return where its shards are."""
     dtype, size, chunks = entry.properties.dtype, entry.size, entry.chunks
     boxes = [size, *(each for chunk in chunks for each in (chunk.offsets, chunk.sizes))]
     _require(isinstance(dtype, torch.dtype), f"{name!r}: has no dtype")
@@ -110,16 +117,16 @@ def _check_tensor(name: str, entry: TensorStorageMetadata, places: dict) -> None
         all(isinstance(chunk, ChunkStorageMetadata) for chunk in chunks) and covers(size, chunks),
         f"{name!r}: its shards do not make up a tensor of {list(size)}",
     )
-    for chunk in chunks:
-        place = places.get(MetadataIndex(name, chunk.offsets))
+    shards = {MetadataIndex(name, chunk.offsets): chunk for chunk in chunks}
+    for index, chunk in shards.items():
+        place = places.get(index)
         if place is None:
             raise ValueError(f"{name!r}: a shard is not stored anywhere")
         # torch.save compresses nothing, and adds a few hundred bytes.
-        _require(
-            bool(place.transform_descriptors)
-            or place.length >= math.prod(chunk.sizes) * dtype.itemsize,
-            f"{name!r}: has fewer bytes than a shard of {list(chunk.sizes)} needs",
-        )
+        needed = math.prod(chunk.sizes) * dtype.itemsize
+        if place.length < needed and not place.transform_descriptors:
+            raise ValueError(f"{name!r}: has fewer bytes than a shard of {list(chunk.sizes)} needs")
+    return set(shards)
 
 
 def _require(holds: bool, otherwise: str) -> None:

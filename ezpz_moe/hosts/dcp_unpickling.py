@@ -22,8 +22,14 @@ from torch.distributed.checkpoint import metadata as dcp
 Known = Callable[[str, str], Any]
 """Return what a pickle may name, given module and name; None for all else."""
 
-_MEMO_AT_INDEX = {"PUT", "BINPUT", "LONG_BINPUT"}
-"""How protocols below 4 number what they refer to again; DCP writes protocol 4 or later."""
+_AT_INDEX = {"BINPUT", "LONG_BINPUT"}
+"""Opcodes that number what is referred to again. DCP writes protocol 4 or later, without them."""
+_WIDTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
 
 
 class Refused(Exception):
@@ -51,12 +57,52 @@ def load_plain(pickled: bytes) -> Any:
 
 
 def _load(pickled: bytes, known: Known) -> Any:
-    # Python makes room for as many references as the largest index says: a single damaged byte
-    # would ask for gigabytes. genops also finds lengths that lead beyond the end.
-    for opcode, _, position in pickletools.genops(pickled):
-        if opcode.name in _MEMO_AT_INDEX:
-            raise pickle.UnpicklingError(f"unexpected {opcode.name} at byte {position}")
+    _check_opcodes(pickled)
     return _Unpickler(pickled, known).load()
+
+
+def _check_opcodes(pickled: bytes) -> None:
+    """Check that unpickling takes no more memory than the pickle is large.
+
+    Python makes room for as many references as the largest number of one says, and for as many
+    bytes as a length says: a single damaged byte would ask for gigabytes.
+
+    Raises:
+        UnpicklingError: it is cut off, or has opcodes that no DCP writes.
+    """
+    # By a table, because pickletools.genops takes longer than the unpickling.
+    at, end, stop = 0, len(pickled), pickle.STOP[0]
+    while at < end and (code := pickled[at]) != stop:
+        step = _STEPS[code]
+        if step > 0:
+            at += step
+        elif step < 0:
+            text = at + 1 - step
+            at = text + int.from_bytes(pickled[at + 1 : text], "little")
+        else:
+            raise pickle.UnpicklingError(f"unexpected byte at {at}")
+    if at >= end:
+        raise pickle.UnpicklingError("it is cut off")
+
+
+def _steps() -> list[int]:
+    """Return, for each byte, how long its opcode is with its argument.
+
+    Negative is the width of a length that is followed by so many bytes; 0 is refused.
+    """
+    steps = [0] * 256
+    for opcode in pickletools.opcodes:
+        size = opcode.arg.n if opcode.arg else 0
+        if opcode.name in _AT_INDEX:
+            continue
+        if size >= 0:
+            steps[ord(opcode.code)] = 1 + size
+        elif size in _WIDTHS:  # and not text up to a newline, as in protocol 0
+            steps[ord(opcode.code)] = -_WIDTHS[size]
+    return steps
+
+
+_STEPS = _steps()
 
 
 class _Unpickler(pickle.Unpickler):

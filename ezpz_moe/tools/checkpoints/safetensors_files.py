@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp_structure import is_below
 
 INDEX = "model.safetensors.index.json"
-_CONFIG = "config.json"
+CONFIG = "config.json"
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -72,15 +72,24 @@ def is_tied(folder: Path) -> bool:
     Raises:
         EzpzError: the file is there, and cannot be read.
     """
-    file = folder / _CONFIG
-    return os.path.lexists(file) and _read_json(file).get("tie_word_embeddings") is True
+    return (read_config(folder) or {}).get("tie_word_embeddings") is True
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Read ``config.json``; None if there is none.
+
+    Raises:
+        EzpzError: it cannot be read.
+    """
+    file = folder / CONFIG
+    return _read_json(file, dict) if os.path.lexists(file) else None
 
 
 def _read_index(file: Path) -> dict[str, str] | None:
     """Return the index's map from tensors to files; None if there is no index."""
     if not os.path.lexists(file):
         return None
-    index = _read_json(file).get("weight_map")
+    index = _read_json(file, _unique).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise EzpzError(f'{file}: has no "weight_map" from tensors to files.')
     for key, name in index.items():
@@ -90,15 +99,15 @@ def _read_index(file: Path) -> dict[str, str] | None:
     if absent:
         raise EzpzError(
             f"{file.parent / absent[0]}: is missing, but {file.name} names it"
-            + (f", and {len(absent) - 1} others that are missing" if absent[1:] else "")
+            + (f" ({len(absent)} of its files are missing)" if absent[1:] else "")
             + ". Was the whole model downloaded?"
         )
     return index
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, made_of_pairs: Callable) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        content = json.loads(file.read_bytes(), object_pairs_hook=made_of_pairs)
     except (OSError, ValueError, RecursionError) as error:
         raise EzpzError(f"{file}: cannot be read: {error}.") from error
     if not isinstance(content, dict):
