@@ -15,7 +15,8 @@ from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.tools.checkpoints.huggingface import Model
+    from ezpz_moe.config.job import Job
+    from ezpz_moe.tools.checkpoints.hf_model import Model
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Inspect:
 class Remap:
     """Copy a checkpoint to the names of another generation of torchtitan, bit for bit.
 
-    With --to hf, write the model alone as Hugging Face safetensors. From safetensors, write a
-    checkpoint of the installed torchtitan.
+    With --to hf, write the model alone as a folder that transformers opens. From such a folder,
+    write a checkpoint of the installed torchtitan.
     """
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
@@ -57,13 +58,18 @@ class Remap:
     """Write these names: 0.3 until August 2026, 2026_09 (once called main) since then, hf for
     safetensors."""
     model: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
-    """Name the model; needed to convert to or from safetensors."""
+    """Name the model; needed to convert to or from safetensors. A job also names the tokenizer."""
+    drop_bias: bool = False
+    """With --to hf, leave out selection biases that the class of transformers has no place for.
+    Runs the model on sample text first, and says how many choices of experts change."""
 
     def run(self) -> int:
         from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
 
         if self.to == "hf" or is_safetensors(self.source):
             return self._through_the_host()
+        if self.drop_bias:
+            raise EzpzError("--drop-bias: only --to hf leaves out biases. Remove it.")
         from ezpz_moe.tools.checkpoints import remap
 
         copied = partial(display.tracked, what="Writing and comparing")
@@ -78,8 +84,17 @@ class Remap:
     def _through_the_host(self) -> int:
         from ezpz_moe.tools.checkpoints.huggingface import convert
 
+        model = _model(self.model)
+        if self.drop_bias and model.form is None:
+            raise EzpzError("--drop-bias: needs torchtitan 0.3 or later, which runs the model.")
+        if self.drop_bias and (self.to != "hf" or not model.loses_biases):
+            raise EzpzError(
+                "--drop-bias: this conversion leaves out no selection bias, because both sides "
+                "have a place for it or the source has none. Remove it."
+            )
+        measure = partial(self._measure, model) if self.drop_bias else None
         with display.progress().status("Writing and comparing ..."):
-            done = convert(self.source, self.target, self.to, _model(self.model))
+            done = convert(self.source, self.target, self.to, model, measure)
         display.print_line(
             f"{self.target}: {done.tensors} tensors of the model written and compared; no "
             "optimizer, no step, no position in the data"
@@ -87,7 +102,21 @@ class Remap:
         if done.left_out:
             names = ", ".join(done.left_out)
             display.print_line(f"Left out, because the other format has no place for it: {names}")
+        for note in done.notes:
+            display.print_line(note)
         return 0
+
+    def _measure(self, model: Model) -> str:
+        from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+        from ezpz_moe.tools.analysis.dropped_bias import changed_choices
+
+        found = changed_choices(self.source, model.flavor, model.tokenizer or EMBEDDED_TOKENIZER)
+        return (
+            f"the experts' selection biases, which changes {found.changed:,} of {found.choices:,} "
+            f"choices ({found.changed / found.choices:.1%}) on sample text"
+            f"{'' if model.tokenizer else ' in the tokens of the embedded tokenizer'}, and its "
+            f"loss from {found.loss:.4f} to {found.loss_without:.4f}"
+        )
 
 
 def _model(config: str | None) -> Model:
@@ -96,14 +125,32 @@ def _model(config: str | None) -> Model:
         raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
     from ezpz_moe.hosts.jobs import find_job
-    from ezpz_moe.tools.checkpoints.huggingface import Model
+    from ezpz_moe.tools.checkpoints.hf_config import transformers_class
+    from ezpz_moe.tools.checkpoints.hf_model import Model
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
     host = import_host()
-    model = host.build_on_meta(flavor)
-    buffers = frozenset(name for name, _ in model.named_buffers())
-    return Model(host.checkpoint_names, host.adapter(flavor), model.state_dict(), buffers)
+    model, architecture = host.build_on_meta(flavor), host.architecture(flavor)
+    return Model(
+        generation=host.checkpoint_names,
+        adapter=host.adapter(flavor),
+        tensors=(tensors := model.state_dict()),
+        buffers=frozenset(name for name, _ in model.named_buffers()) & tensors.keys(),
+        flavor=flavor,
+        form=transformers_class(architecture) if architecture else None,
+        tokenizer=_tokenizer(job),
+    )
+
+
+def _tokenizer(job: Job) -> Path | None:
+    """Return the folder of the job's tokenizer; None for a flavor, which does not name any."""
+    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+
+    if job.path is None:
+        return None
+    assets = job.values.get("model.hf_assets_path")
+    return Path(job.resolve(assets)) if assets else EMBEDDED_TOKENIZER
 
 
 @dataclass(frozen=True)

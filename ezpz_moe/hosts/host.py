@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
+    from ezpz_moe.hosts.architecture import Architecture
     from ezpz_moe.hosts.model_summary import ModelSummary
     from ezpz_moe.hosts.parts import (
         Analysis,
@@ -181,6 +182,14 @@ class Host(ABC):
         Raises:
             EzpzError: the host has none for this model.
         """
+
+    def architecture(self, flavor: Flavor) -> Architecture | None:
+        """Return what the flavor's model computes; None if this binding does not read it.
+
+        Raises:
+            EzpzError: as :meth:`summarize`; or no class of transformers is known for the model.
+        """
+        return None
 
     @abstractmethod
     def run_rank(

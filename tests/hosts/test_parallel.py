@@ -164,9 +164,13 @@ def test_rounding_the_experts_alone_costs_less_than_rounding_everything(runs, pa
 
 
 @over_backends_of(ALL)
-def test_the_second_loss_is_lower(runs, parallelism, backend):
-    first, second = losses(runs[parallelism, backend])
-    assert second < first
+def test_a_step_changes_the_loss_as_the_hosts_own_does(runs, parallelism, backend):
+    """Not that it falls: since August 2026 the data is shuffled, and the next batch may be harder.
+
+    bfloat16 rounds gradients by 2**-8, and so much of what the step changes may differ.
+    """
+    (first, ours), (_, host) = (losses(runs[parallelism, b]) for b in (backend, HOST))
+    assert abs(ours - host) <= 2.0**-8 * abs(host - first)
 
 
 ADDENDS = {

@@ -16,8 +16,8 @@ from ezpz_moe import cli
 from ezpz_moe.cli.ckpt import _model
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.tools.checkpoints import huggingface, storage
-from ezpz_moe.tools.checkpoints.huggingface import Model
+from ezpz_moe.tools.checkpoints import huggingface, safetensors_files, storage
+from ezpz_moe.tools.checkpoints.hf_model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -38,12 +38,15 @@ def job(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def weights(job) -> dict[str, torch.Tensor]:
-    """The tiny model in the dtype of a checkpoint for inference, its bias of experts in float32."""
+    """The tiny model in the dtype of a checkpoint for inference.
+
+    Its biases of experts are zero: DeepseekV2, which computes its softmax router, has none.
+    """
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(tensor.shape, generator=generator).to(
-            torch.float32 if "expert_bias" in name else torch.bfloat16
-        )
+        name: torch.zeros(tensor.shape)
+        if "expert_bias" in name
+        else torch.randn(tensor.shape, generator=generator).bfloat16()
         for name, tensor in _model(job).tensors.items()
     }
 
@@ -76,12 +79,16 @@ def test_there_and_back_keeps_every_bit(
         assert {index[key] for key in tensors} == {file}
         written |= tensors
     assert written.keys() == index.keys()
+    size = json.loads((target / huggingface.INDEX).read_text())["metadata"]["total_size"]
+    assert size == sum(tensor.nbytes for tensor in written.values())
     for number in range(8):
         expert = written[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]
         up = weights[UP][number]
         assert torch.equal(expert, up[1] if GENERATION == "2026_09" else up)
+    parameters = [tensor for name, tensor in weights.items() if "expert_bias" not in name]
+    written = {name: tensor for name, tensor in written.items() if "bias" not in name}
     assert sum(each.numel() for each in written.values()) == sum(
-        each.numel() for each in weights.values()
+        each.numel() for each in parameters
     )
     assert remap(target, tmp_path / "back", "--to", GENERATION, "--model", job) == 0
     metadata = storage.read_metadata(tmp_path / "back")
@@ -120,6 +127,7 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
     save_file(quantized | less, tmp_path / "quantized" / "model.safetensors")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_text("version https://git-lfs.github.com")
+    (hf / "config.json").unlink(missing_ok=True)  # it would say that the flavor is another
     folder = Path(job).parent
     (folder / "deeper.toml").write_text('inherits = "tiny"\nn_layers = 4\n')
     deeper = folder / "deeper_job.toml"
@@ -136,7 +144,7 @@ def test_mistakes_are_said(tmp_path, source, job, weights, capsys) -> None:
         ((source, new, "--to", "hf", "--model", deeper), "is nothing in the checkpoint"),
         ((hf, new, "--to", OTHER, "--model", job), f"Use --to {GENERATION}, then"),
         ((hf, *back, deeper), "Is this the model's flavor?"),
-        ((tmp_path / "less", *back, job), "1 of 85 tensors are missing"),
+        ((tmp_path / "less", *back, job), f"1 of {len(tensors) + 1} tensors are missing"),
         ((tmp_path / "quantized", *back, job), "is quantized (torch.float8_e4m3fn). The trainer"),
         ((tmp_path / "broken", *back, job), "model.safetensors: cannot be read"),
     ):
@@ -157,37 +165,45 @@ def save_zeros(folder: Path, flavor: str) -> Model:
     return model
 
 
-def test_buffers_without_a_place_are_left_out(tmp_path, capsys) -> None:
+def test_zero_biases_without_a_place_are_left_out_and_come_back(tmp_path, capsys) -> None:
     save_zeros(tmp_path / "source", "qwen3_debugmodel")
     model = ("--model", "qwen3_debugmodel")
     assert remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", *model) == 0
     said = capsys.readouterr().out
     assert "Left out" in said
     assert said.count("expert_bias") == 8
-    with pytest.raises(SystemExit):
-        remap(tmp_path / "hf", tmp_path / "new", "--to", GENERATION, *model)
-    assert "initial_load_in_hf" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    assert remap(tmp_path / "hf", tmp_path / "new", "--to", GENERATION, *model) == 0
+    assert "biases, which the other format lacks, are zero" in capsys.readouterr().out
+    metadata = storage.read_metadata(tmp_path / "new")
+    assert metadata.state_dict_metadata.keys() == _model("qwen3_debugmodel").tensors.keys()
 
 
-def test_parameters_without_a_place_are_refused(tmp_path, capsys) -> None:
-    """0.3's adapter of gpt_oss knows the experts under the names of 0.2."""
+def test_gpt_oss_has_the_names_and_shapes_of_transformers() -> None:
+    """The host's own adapter has names of the quantized checkpoint, or of an older host."""
     if util.find_spec("torchtitan.models.gpt_oss") is None:
         pytest.skip("this host has no gpt_oss")
-    model = save_zeros(tmp_path / "source", "gpt_oss_debugmodel")
-    if all(model.keys(name) for name in model.tensors if name not in model.buffers):
-        pytest.skip("this host's adapter of gpt_oss knows all of its parameters")
-    with pytest.raises(SystemExit):
-        remap(tmp_path / "source", tmp_path / "hf", "--to", "hf", "--model", "gpt_oss_debugmodel")
-    assert "would be incomplete" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
+    model = _model("gpt_oss_debugmodel")
+    keys = {name: model.keys(name) for name in model.tensors}
+    assert {name for name in keys if not keys[name]} == model.buffers
+    experts = {key: shape for each in keys.values() for key, shape in each.items()}
+    E, D, F = 8, 256, 2880
+    assert {
+        key.removeprefix("model.layers.3.mlp.experts."): shape
+        for key, shape in experts.items()
+        if "layers.3.mlp.experts" in key
+    } == {
+        "gate_up_proj": (E, D, 2 * F),
+        "gate_up_proj_bias": (E, 2 * F),
+        "down_proj": (E, F, D),
+        "down_proj_bias": (E, D),
+    }
 
 
 def test_the_flag_that_is_said_of_quantized_weights_has_an_absolute_path(tmp_path, monkeypatch):
     """In its flag the host takes no relative one."""
     monkeypatch.chdir(tmp_path)
     save_file({"weight": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "model.safetensors")
-    tensors = huggingface.read_tensors(
+    tensors = safetensors_files.read_tensors(
         Path("."), {"weight": "model.safetensors"}, {"weight": torch.Size([2])}
     )
     with pytest.raises(EzpzError) as refusal:

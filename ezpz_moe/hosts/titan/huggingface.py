@@ -6,7 +6,9 @@ from typing import Any
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.gpt_oss_adapter import GptOssAdapter
 from ezpz_moe.hosts.titan.models import host_spec
+from ezpz_moe.hosts.titan.parameters import build_on_meta
 
 
 def adapter(flavor: Flavor) -> Any:
@@ -20,4 +22,7 @@ def adapter(flavor: Flavor) -> Any:
     spec = host_spec(flavor)
     if spec.state_dict_adapter is None:
         raise EzpzError(f"{flavor.source}: torchtitan has no Hugging Face adapter for this model.")
-    return spec.state_dict_adapter(spec.model, None)
+    own = spec.state_dict_adapter(spec.model, None)
+    if spec.name == "gpt_oss":
+        return GptOssAdapter(own, build_on_meta(flavor).state_dict())
+    return own

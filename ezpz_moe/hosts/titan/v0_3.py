@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.config.keys import Keys
+    from ezpz_moe.hosts.architecture import Architecture
     from ezpz_moe.hosts.model_summary import ModelSummary
     from ezpz_moe.hosts.parts import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
     from ezpz_moe.hosts.rank_report import RankReport
@@ -133,6 +134,11 @@ class Titan03(Titan):
         with self.importing():
             from ezpz_moe.hosts.titan.huggingface import adapter
         return adapter(flavor)
+
+    def architecture(self, flavor: Flavor) -> Architecture:
+        with self.importing():
+            from ezpz_moe.hosts.titan.architecture import architecture
+        return architecture(flavor)
 
     def run_rank(
         self, config: str, host_flags: list[str], world_size: int, rank: int

@@ -66,6 +66,7 @@ def record(
     device: str,
     dtype: torch.dtype,
     progress: Progress = iter,
+    with_bias: bool = True,
 ) -> Recording:
     """Run the model of ``flavor`` with the weights in ``checkpoint`` on ``text``.
 
@@ -73,6 +74,7 @@ def record(
         checkpoint: a DCP checkpoint's folder.
         text: at least one sequence, all of one length.
         device, dtype: where and in what the model computes; the host computes experts in bfloat16.
+        with_bias: whether the experts' selection biases count.
 
     Raises:
         EzpzError: the checkpoint is incomplete, or of another generation or model; the host has no
@@ -81,6 +83,8 @@ def record(
     part = host().analysis()
     model = part.build(flavor, len(text[0].tokens_L), device=device)
     _load(checkpoint, model)
+    if not with_bias:
+        _drop_bias(model)
     # Schedules of the router (its temperature) depend on the step.
     part.at_step(model, _step(checkpoint))
     for parameter in model.parameters():  # but no buffers: rotary positions may be complex
@@ -135,7 +139,7 @@ class _Chosen:
 
 
 def _load(checkpoint: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's tensors into the model, one at a time."""
+    """Copy a checkpoint's tensors into the model."""
     metadata = storage.read_metadata(checkpoint)
     storage.check_data(checkpoint, metadata)
     generation = host().checkpoint_names
@@ -146,11 +150,29 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
         )
     entries, state = dict(contents.model_tensors(metadata)), model.state_dict()
     check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
-    with torch.no_grad():
-        for name, tensor in state.items():
-            # Into the model's own memory, one tensor at a time: the checkpoint is never in memory
-            # as a whole.
-            tensor.copy_(read_whole(checkpoint, metadata, name))
+    # Layer by layer: the checkpoint is never in memory as a whole. Not tensor by tensor, and not
+    # into the tensors of the state dict: a host may fuse the queries', keys' and values' weights,
+    # and make the state dict's from a copy.
+    for names in _by_layer(state).values():
+        loaded = model.load_state_dict(
+            {name: read_whole(checkpoint, metadata, name) for name in names}, strict=False
+        )
+        assert not loaded.unexpected_keys, loaded.unexpected_keys
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r"layers\.\d+\.", name)
+        groups.setdefault(layer[0] if layer else name, []).append(name)
+    return groups
+
+
+def _drop_bias(model: nn.Module) -> None:
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:  # as no other buffer is
+            buffer.zero_()
 
 
 def _step(checkpoint: Path) -> int:

@@ -6,60 +6,29 @@ parameter and what it becomes, besides the file that is being filled.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.folder import atomic_folder
+from ezpz_moe.tools.checkpoints.hf_card import Origin, check_tokenizer, write_description
+from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, router_differences
+from ezpz_moe.tools.checkpoints.hf_import import import_
+from ezpz_moe.tools.checkpoints.hf_model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.names import current_name
-from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
+from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 
 INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 2 * 2**30
 """Close a file when it holds this much, which is also how much of it is in memory."""
-
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the host knows of a model.
-
-    Attributes:
-        generation: the one that uses these parameter names.
-        adapter: the host's, with ``to_hf`` and ``from_hf``.
-        tensors: its parameters and buffers on the meta device, by name.
-        buffers: the names that are buffers.
-    """
-
-    generation: str
-    adapter: Any
-    tensors: Mapping[str, torch.Tensor]
-    buffers: frozenset[str]
-
-    def keys(self, name: str) -> dict[str, torch.Size]:
-        """Return Hugging Face's tensors that hold a parameter; empty if none does."""
-        to_hf = self.adapter.to_hf({name: self.tensors[name]})
-        return {key: tensor.shape for key, tensor in to_hf.items()}
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was done: how many tensors were written, and which have no counterpart."""
-
-    tensors: int
-    left_out: tuple[str, ...]
+_EMBEDDING = "tok_embeddings.weight"
 
 
 def is_safetensors(folder: Path) -> bool:
@@ -67,14 +36,20 @@ def is_safetensors(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    model: Model,
+    measure: Callable[[], str] | None = None,
+) -> Converted:
     """Call :func:`export` for "hf", or :func:`import_` for the installed host's generation.
 
     Raises:
         EzpzError: as these two; or safetensors should become a checkpoint of another host.
     """
     if to == "hf":
-        return export(source, target, model)
+        return export(source, target, model, measure)
     to = current_name(to)
     if to != model.generation:
         raise EzpzError(
@@ -84,13 +59,56 @@ def convert(source: Path, target: Path, to: str, model: Model) -> Converted:
     return import_(source, target, model)
 
 
-def export(source: Path, target: Path, model: Model) -> Converted:
-    """Write the model of the DCP checkpoint in ``source`` as safetensors, then compare.
+def export(
+    source: Path, target: Path, model: Model, measure: Callable[[], str] | None = None
+) -> Converted:
+    """Write the model of the DCP checkpoint in ``source`` for transformers, then compare.
+
+    Args:
+        measure: says what the model loses without its selection biases. Needed to leave out biases
+            that are not zero.
 
     Raises:
-        EzpzError: the checkpoint has another generation's names or another model; what was written
-            differs; and as :func:`atomic_folder`.
+        EzpzError: the checkpoint has another generation's names or another model; no class of
+            transformers computes it; it has biases that the class has no place for, and there is no
+            ``measure``; what was written differs; and as :func:`atomic_folder`.
     """
+    step = contents.inspect(source).step
+    if model.form is not None:
+        _check_class(source, model, model.form, step)
+    metadata = _read_checkpoint(source, model)
+    if model.tokenizer is not None:
+        check_tokenizer(model.tokenizer)
+    lost = model.buffers if model.loses_biases else ()
+    keys = {name: {} if name in lost else model.keys(name) for name in model.tensors}
+    left_out = tuple(name for name, of_hf in keys.items() if not of_hf)
+    if lacking := [name for name in left_out if name not in model.buffers]:
+        raise EzpzError(
+            f"{source}: Hugging Face's format has no counterpart for {some(lacking)}, so the model "
+            "would be incomplete."
+        )
+    said = _without_biases(source, metadata, model, left_out, measure)
+    keys = {name: of_hf for name, of_hf in keys.items() if of_hf}
+    with atomic_folder(target, source=source, needed=_bytes(metadata, keys)) as partial:
+        files = _write_safetensors(partial, source, metadata, keys, model)
+        if model.form is not None:
+            origin = Origin(
+                flavor=model.flavor,
+                step=step,
+                dtype=metadata.state_dict_metadata[_EMBEDDING].properties.dtype,
+                parameters=sum(model.tensors[name].numel() for name in keys),
+                left_out=said,
+            )
+            write_description(partial, model.form, origin, model.tokenizer)
+        for name, of_hf in keys.items():
+            # Back through the adapter: this also finds an adapter that loses something on the way.
+            back = model.native(partial, files, name, of_hf)
+            check_same(partial, source, name, back, read_whole(source, metadata, name))
+    notes = tuple(_export_notes(model, said))
+    return Converted(len(files), left_out, notes)
+
+
+def _read_checkpoint(source: Path, model: Model) -> Metadata:
     metadata = storage.read_metadata(source)
     storage.check_data(source, metadata)
     if (generation := contents.generation(source, metadata)) != model.generation:
@@ -101,77 +119,85 @@ def export(source: Path, target: Path, model: Model) -> Converted:
         )
     entries = dict(contents.model_tensors(metadata))
     check_model(source, {name: entry.size for name, entry in entries.items()}, model.tensors)
-    keys = {name: model.keys(name) for name in entries}
-    left_out = tuple(name for name in entries if not keys[name])
-    if lacking := [name for name in left_out if name not in model.buffers]:
+    return metadata
+
+
+def _check_class(source: Path, model: Model, form: TransformersClass, step: int | None) -> None:
+    # A scheduled temperature depends on the step.
+    if differences := [*form.differences, *router_differences(model.flavor.router, step)]:
         raise EzpzError(
-            f"{source}: the host's adapter has no counterpart for {some(lacking)}, so the model "
-            "would be incomplete."
+            f"{source}: no class of transformers computes the model of flavor "
+            f"{model.flavor.name}. {form.name} comes closest, but: {'; '.join(differences)}."
         )
-    bytes_of = {
-        name: entry.size.numel() * entry.properties.dtype.itemsize
-        for name, entry in entries.items()
-        if keys[name]
-    }
-    with atomic_folder(target, source=source, needed=sum(bytes_of.values())) as partial:
-        files = _write_safetensors(partial, source, metadata, bytes_of, model)
-        for name in bytes_of:
-            # Back through the adapter: this also finds an adapter that loses something on the way.
-            back = _native(partial, files, name, keys[name], model)
-            check_same(partial, source, name, back, read_whole(source, metadata, name))
-    return Converted(len(files), left_out)
+
+
+def _without_biases(
+    source: Path,
+    metadata: Metadata,
+    model: Model,
+    names: tuple[str, ...],
+    measure: Callable[[], str] | None,
+) -> str:
+    """Return what the model loses without these biases; nothing if they are zero."""
+    biases = {name: read_whole(source, metadata, name) for name in names}
+    trained = [name for name, bias in biases.items() if bias.any()]
+    if not trained:
+        return ""
+    if measure is None:
+        largest = max(biases[name].abs().max().item() for name in trained)
+        raise EzpzError(
+            f"{source}: {some(trained)} choose experts (biases up to {largest:.2g}), and "
+            f"{model.form.name if model.form else 'the other format'} has no place for them. With "
+            "--drop-bias they are left out, and it says how many choices change."
+        )
+    return measure()
+
+
+def _export_notes(model: Model, said: str) -> list[str]:
+    if model.form is None:
+        return ["config.json was not written: ezpz_moe reads models of torchtitan 0.3 and later."]
+    notes = [f"Open it with transformers: {model.form.name}.", *model.form.notes]
+    if model.flavor.router.gate_precision == "bfloat16":
+        notes.append("The router computed its logits in bfloat16, transformers rounds them less.")
+    if said:
+        notes.append(f"Without {said}.")
+    if model.tokenizer is None:
+        notes.append("No tokenizer was written: --model names a flavor. Name the job to add it.")
+    return notes
+
+
+def _bytes(metadata: Metadata, names: Iterable[str]) -> int:
+    entries = [metadata.state_dict_metadata[name] for name in names]
+    return sum(each.size.numel() * each.properties.dtype.itemsize for each in entries)
 
 
 def _write_safetensors(
-    target: Path, source: Path, metadata: Metadata, bytes_of: Mapping[str, int], model: Model
+    target: Path, source: Path, metadata: Metadata, names: Mapping[str, Keys], model: Model
 ) -> dict[str, str]:
     """Write the files and their index; return which file has which tensor."""
     files: dict[str, str] = {}
-    groups = _grouped(bytes_of)
-    for number, names in enumerate(groups, start=1):
+    groups = _grouped({name: _bytes(metadata, [name]) for name in names})
+    size = 0
+    for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         written: Tensors = {}
-        for name in names:
+        for name in group:
             written |= model.adapter.to_hf({name: read_whole(source, metadata, name)})
+        if number == len(groups) and model.form is not None:
+            # The class has a bias in every layer, also if the run had none.
+            missing = model.form.biases.keys() - files.keys() - written.keys()
+            written |= {key: torch.zeros(model.form.biases[key]) for key in sorted(missing)}
         # Experts are views of one tensor, which safetensors refuses to write.
-        copies = {key: tensor.clone() for key, tensor in written.items()}
+        copies = {
+            key: tensor.clone(memory_format=torch.contiguous_format)
+            for key, tensor in written.items()
+        }
         save_file(copies, target / file, {"format": "pt"})
         files |= dict.fromkeys(written, file)
-    index = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": files}
+        size += sum(tensor.nbytes for tensor in copies.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
     (target / INDEX).write_text(json.dumps(index, indent=2))
     return files
-
-
-def import_(source: Path, target: Path, model: Model) -> Converted:
-    """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
-
-    Raises:
-        EzpzError: a tensor is missing, quantized or of another shape; the model has parameters that
-            Hugging Face's format lacks; what was written differs; and as :func:`atomic_folder`.
-    """
-    files = weight_map(source)
-    keys = {name: model.keys(name) for name in model.tensors}
-    if lacking := [name for name in keys if not keys[name]]:
-        raise EzpzError(
-            f"{source}: the host's adapter has no counterpart for {some(lacking)}. Let the trainer "
-            "load the model, which leaves them at their initial values: "
-            "--checkpoint.initial_load_in_hf --checkpoint.initial_load_path."
-        )
-    wanted = [key for name in keys for key in keys[name]]
-    if missing := [key for key in wanted if key not in files]:
-        raise EzpzError(
-            f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
-            "Is this the model's flavor?"
-        )
-    needed = size_of(source.glob("*.safetensors"))
-    with atomic_folder(target, source=source, needed=needed) as partial:
-        written = write_checkpoint(
-            partial, ((name, _native(source, files, name, keys[name], model)) for name in keys)
-        )
-        for name in keys:
-            back = _native(source, files, name, keys[name], model)
-            check_same(partial, source, name, read_whole(partial, written, name), back)
-    return Converted(len(keys), tuple(sorted(files.keys() - set(wanted))))
 
 
 def some(names: list[str]) -> str:
@@ -213,81 +239,3 @@ def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _native(
-    folder: Path,
-    files: Mapping[str, str],
-    name: str,
-    keys: Mapping[str, torch.Size],
-    model: Model,
-) -> torch.Tensor:
-    """Make a parameter in the host's form from its tensors in the safetensors."""
-    tensors = dict(read_tensors(folder, files, keys))
-    tensor = model.adapter.from_hf(tensors)[name]
-    if tensor.shape != model.tensors[name].shape:
-        raise EzpzError(
-            f"{folder}: gives {name} the shape {list(tensor.shape)}, but the flavor's model has "
-            f"{list(model.tensors[name].shape)}."
-        )
-    return tensor
-
-
-def read_tensors(
-    folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors ``keys`` from safetensors, file by file.
-
-    Raises:
-        EzpzError: one is quantized, or has another number of elements; a file cannot be read.
-    """
-    # A parameter of experts comes from many tensors: open each file once for all of them.
-    for file in sorted({files[key] for key in keys}):
-        with open_file(folder / file) as opened:
-            for key, shape in keys.items():
-                if files[key] == file:
-                    tensor = opened.get_tensor(key)
-                    # float8 is floating point too, but is useless without its scales.
-                    if not tensor.is_floating_point() or tensor.itemsize < 2:
-                        raise EzpzError(
-                            f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
-                            "reads such weights with their scales: --checkpoint.initial_load_in_hf "
-                            "--checkpoint.initial_load_in_hf_quantized "
-                            f"--checkpoint.initial_load_path {folder.absolute()}"
-                        )
-                    if math.prod(tensor.shape) != math.prod(shape):
-                        raise EzpzError(
-                            f"{folder / file}: {key} has the shape {list(tensor.shape)}, but the "
-                            f"flavor's model wants {list(shape)}."
-                        )
-                    yield key, tensor
-
-
-@contextlib.contextmanager
-def open_file(file: Path) -> Iterator[Any]:
-    """Open a safetensors file for reading.
-
-    Raises:
-        EzpzError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise EzpzError(f"{file}: cannot be read: {error}.") from error
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """Map each tensor's name to the file that holds it.
-
-    Raises:
-        EzpzError: there is no such file, or one cannot be read.
-    """
-    files: dict[str, str] = {}
-    # From the files, not from the index: a model in one file has none, and an index may be stale.
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_file(file) as opened:
-            files |= dict.fromkeys(opened.keys(), file.name)
-    if not files:
-        raise EzpzError(f"{folder}: holds no safetensors.")
-    return files

@@ -11,7 +11,8 @@ import torch
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
-from ezpz_moe.tools.checkpoints.huggingface import open_file, read_tensors, some, weight_map
+from ezpz_moe.tools.checkpoints.huggingface import some
+from ezpz_moe.tools.checkpoints.safetensors_files import open_file, read_tensors, weight_map
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
 
 

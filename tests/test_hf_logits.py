@@ -1,0 +1,423 @@
+"""Exports and imports compute what the host computes: by logits, in float32, with transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
+from ezpz_moe.hosts.detect import check_host, host, presumed_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+
+if type(presumed_host()) is not Titan03:
+    pytest.skip("builds models of torchtitan 0.3", allow_module_level=True)
+check_host()  # before torchtitan is imported: it chooses the device
+
+import hf_cases  # noqa: E402
+from hf_cases import CLASSES, LENGTH, Case, load, random_weights, save  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from ezpz_moe.routing.balance import bias_change  # noqa: E402
+from ezpz_moe.tools.analysis.dropped_bias import _sample  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is unavailable"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+]
+
+BOUND = 1e-4
+"""Of the largest logit. DeepSeek's classes norm latents with another eps than the host; the others
+stay a hundred times below."""
+TOKENS_L = torch.randint(
+    0, hf_cases.VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(3)
+)
+
+
+class Exports:
+    """What the tests of this file share, made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.case = cache(self._case)
+        self.plain = cache(self._plain)
+
+    def _case(self, kind: str, extra: str = "") -> Case:
+        return hf_cases.make_case(kind, self._new(kind), extra)
+
+    def _plain(self, kind: str) -> tuple[dict[str, torch.Tensor], Path, Path]:
+        """Weights without biases, their checkpoint and their export."""
+        case = self.case(kind)
+        weights = random_weights(case, bias=0.1 if kind == "deepseek_v3" else 0)
+        source, target = save(weights, case.folder / "step-7"), case.folder / "hf"
+        assert case.remap(source, target, "--to", "hf") == 0
+        return weights, source, target
+
+    def _new(self, name: str) -> Path:
+        return self._folder / f"{len(list(self._folder.iterdir()))}.{name}"
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Iterator[Exports]:
+    with pytest.MonkeyPatch.context() as patch:
+        hf_cases.add_tiny_bases(patch)
+        yield Exports(tmp_path_factory.mktemp("hf"))
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    """The model, when transformers has found every tensor and nothing else."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS_L.unsqueeze(0)).logits[0]
+
+
+def assert_same_logits(theirs_LV, ours_LV, bound: float = BOUND) -> None:
+    assert (theirs_LV - ours_LV).abs().max() <= bound * ours_LV.abs().max()
+
+
+def with_the_hosts_eps(model: PreTrainedModel) -> PreTrainedModel:
+    """DeepSeek's classes have 1e-6 in their latents' norms, whatever the config says."""
+    for name, module in model.named_modules():
+        if name.endswith("_a_layernorm"):
+            assert module.variance_epsilon == 1e-6
+            module.variance_epsilon = 1e-5
+    return model
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_export_computes_the_same(exports, kind) -> None:
+    weights, _, folder = exports.plain(kind)
+    model = opened(folder)
+    assert type(model).__name__ == CLASSES[kind]
+    assert model.dtype == torch.float32
+    ours_LV = exports.case(kind).logits(weights, TOKENS_L)
+    assert_same_logits(logits(model), ours_LV)
+    assert_same_logits(logits(with_the_hosts_eps(model)), ours_LV, BOUND / 10)
+
+
+def test_biases_as_the_trainer_moves_them_are_exported(exports) -> None:
+    weights, _, _ = exports.plain("deepseek_v3")
+    case, weights = exports.case("deepseek_v3"), dict(weights)
+    for name in weights:
+        if "expert_bias" in name:
+            counts = torch.randint(0, 9, (400, 8), generator=torch.Generator().manual_seed(5))
+            weights[name] = sum(bias_change(each, rate=1e-3, by_sign=True) for each in counts)
+    source = save(weights, case.folder / "trained")
+    assert case.remap(source, case.folder / "hf_trained", "--to", "hf") == 0
+    ours_LV = case.logits(weights, TOKENS_L)
+    assert_same_logits(logits(opened(case.folder / "hf_trained")), ours_LV)
+    without = {name: 0 * w if "expert_bias" in name else w for name, w in weights.items()}
+    with pytest.raises(AssertionError):  # they matter
+        assert_same_logits(case.logits(without, TOKENS_L), ours_LV)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_saved_model_is_imported(exports, kind, tmp_path) -> None:
+    case, (_, _, folder) = exports.case(kind), exports.plain(kind)
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            drawn = torch.randn_like(tensor)
+            if "norm" in name:
+                tensor.copy_(1 + 0.3 * drawn)
+            elif name.endswith(("bias", "sinks")):
+                tensor.copy_(0.1 * drawn)
+            else:
+                tensor.copy_(drawn * (tensor.shape[-1] ** -0.5 if "embed" not in name else 1))
+    model.save_pretrained(tmp_path / "saved")
+    assert case.remap(tmp_path / "saved", tmp_path / "step-0", "--to", "0.3") == 0
+    ours_LV = case.logits(load(tmp_path / "step-0"), TOKENS_L)
+    assert_same_logits(logits(model), ours_LV)
+    assert_same_logits(logits(with_the_hosts_eps(model)), ours_LV, BOUND / 10)
+
+
+def test_biases_are_dropped_only_when_asked_for(exports, tmp_path, capsys) -> None:
+    """The last layer's bias forces expert 5, and nothing after it: an independent count."""
+    case = exports.case("qwen3_moe")
+    weights = dict(exports.plain("qwen3_moe")[0])
+    weights["layers.1.moe.expert_bias_E"] = torch.eye(8)[5] * 10
+    source, target = save(weights, tmp_path / "step-7"), tmp_path / "hf"
+    with pytest.raises(SystemExit):
+        case.remap(source, target, "--to", "hf")
+    said = capsys.readouterr().err
+    assert "layers.1.moe.expert_bias_E choose experts (biases up to 10)" in said
+    assert "--drop-bias" in said
+    assert not target.exists()
+    assert case.remap(source, target, "--to", "hf", "--drop-bias") == 0
+    said = capsys.readouterr().out
+    text = _sample(host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor))
+    tokens_SL = torch.stack([each.tokens_L for each in text])
+    forced = 0
+    model = opened(target)
+    for tokens_L, sequence in zip(tokens_SL, text, strict=True):
+        with torch.inference_mode():
+            positions = sequence.positions_L.unsqueeze(0)
+            output = model(tokens_L.unsqueeze(0), position_ids=positions, output_router_logits=True)
+        chosen_LK = output.router_logits[1].view(-1, 8).topk(3).indices
+        forced += int((chosen_LK != 5).all(-1).sum())
+    choices = tokens_SL.numel() * 3 * 2
+    assert f"changes {forced:,} of {choices:,} choices ({forced / choices:.1%})" in said
+    assert f"{forced:,} of {choices:,}" in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "gpt_oss"])
+def test_biases_that_no_class_has_are_refused(exports, kind, tmp_path, capsys) -> None:
+    weights = dict(exports.plain(kind)[0])
+    weights["layers.1.moe.expert_bias_E"] = torch.full((8,), 1e-3)
+    source = save(weights, tmp_path / "step-7")
+    with pytest.raises(SystemExit):
+        exports.case(kind).remap(source, tmp_path / "hf", "--to", "hf")
+    assert f"{CLASSES[kind]} has no place for them" in capsys.readouterr().err
+
+
+def test_drop_bias_that_would_drop_nothing_is_refused(exports, tmp_path, capsys) -> None:
+    case, (_, source, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    for arguments in (
+        (source, tmp_path / "hf", "--to", "hf"),
+        (folder, tmp_path / "x", "--to", "0.3"),
+    ):
+        with pytest.raises(SystemExit):
+            case.remap(*arguments, "--drop-bias")
+        assert "leaves out no selection bias" in capsys.readouterr().err
+
+
+GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "difference"),
+    [
+        ("deepseek_v2", GROUPS, "2 of 4 groups, chosen by their two best experts"),
+        ("deepseek_v2", "router_route_norm = true", "normalizes the weights of softmax"),
+        ("deepseek_v2", "n_heads = 3", "a dim (32) that is no multiple of its 3 heads"),
+        ("deepseek_v3", "[router]\ntemperature = 2", "router.temperature is 2 at this step"),
+        (
+            "deepseek_v3",
+            "[router]\ntemperature = {start = 2, end = 1, steps = 14}",
+            "router.temperature is 1.5",
+        ),
+        ("qwen3_moe", '[router]\nactivation = "softplus"', 'router.activation = "softplus"'),
+        (
+            "gpt_oss",
+            '[router]\nrouting = "balanced"',
+            'router.routing = "balanced" chooses experts without looking',
+        ),
+        ("qwen3_moe", "[router]\nnull_experts = 2", "router.null_experts = 2"),
+        ("qwen3_moe", "[router]\nconstant_experts = 1", "router.constant_experts = 1"),
+        ("qwen3_moe", "[router]\ncopy_experts = 1", "router.copy_experts = 1"),
+    ],
+)
+def test_a_model_of_no_class_is_refused(exports, kind, extra, difference, tmp_path, capsys) -> None:
+    _, source, _ = exports.plain(kind)
+    case = exports.case(kind, f"\n{extra}\n")
+    with pytest.raises(SystemExit):
+        case.remap(source, tmp_path / "hf", "--to", "hf")
+    said = capsys.readouterr().err
+    assert f"no class of transformers computes the model of flavor {kind}" in said
+    assert difference in said
+    assert not (tmp_path / "hf").exists()
+
+
+def test_what_matters_in_training_alone_is_exported(exports, tmp_path) -> None:
+    """Without selection biases in the run, those that the class has are zero."""
+    case = exports.case(
+        "deepseek_v3",
+        "\n[router]\njitter_noise = 0.1\nfreeze = true\ntemperature = {start = 2, end = 1, steps "
+        '= 7}\n[balance]\nbias_update = "none"\naux_loss = 0.01\n',
+    )
+    weights, _, _ = exports.plain("deepseek_v3")
+    weights = {name: tensor for name, tensor in weights.items() if "expert_bias" not in name}
+    source = save(weights, tmp_path / "step-8")
+    assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
+    model = opened(tmp_path / "hf")
+    assert not model.model.layers[1].mlp.gate.e_score_correction_bias.any()
+    assert_same_logits(logits(model), case.logits(weights, TOKENS_L, step=8))
+    assert case.remap(tmp_path / "hf", tmp_path / "back", "--to", "0.3") == 0
+    assert load(tmp_path / "back").keys() == weights.keys()
+
+
+def test_a_vision_tower_is_refused_both_ways(exports, tmp_path, capsys) -> None:
+    _, source, folder = exports.plain("deepseek_v2")
+    case = exports.case("deepseek_v2")
+    (case.folder / "kimi.toml").write_text('base = "kimi_k2_7/debugmodel"\n')
+    job = case.folder / "kimi_job.toml"
+    job.write_text('[model]\nname = "ezpz_moe"\nflavor = "kimi"\n')
+    for arguments in (
+        (source, tmp_path / "x", "--to", "hf"),
+        (folder, tmp_path / "y", "--to", "0.3"),
+    ):
+        with pytest.raises(SystemExit):
+            hf_cases.cli.main(["ckpt", "remap", *map(str, arguments), "--model", str(job)])
+        assert "it has a vision tower" in capsys.readouterr().err
+
+
+def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
+    """A copy of an export with other values in its config."""
+    shutil.copytree(folder, target)
+    described = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(described | config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor is 1.0, the flavor has 2.5"),
+        ({"topk_group": 1}, "topk_group is 1, the flavor has 2"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope: rope_type is"),
+        (
+            {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+            "model_type is deepseek_v2, the flavor's model is a deepseek_v3",
+        ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ],
+)
+def test_another_config_is_refused(exports, config, message, tmp_path, capsys) -> None:
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    other = changed(folder, tmp_path / "other", config)
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_eps_is_said(exports, tmp_path, capsys) -> None:
+    """No flavor can change that of torchtitan."""
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    other = changed(folder, tmp_path / "other", {"rms_norm_eps": 1e-6})
+    assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
+    assert "rms_norm_eps = 1e-06, torchtitan computes with 1e-05" in capsys.readouterr().out
+
+
+def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> Path:
+    """A copy of an export with other tensors."""
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = change(load_file(file))
+    save_file(tensors, file, {"format": "pt"})
+    weight_map = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (target / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    return target
+
+
+BIAS = "model.layers.0.self_attn.o_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("deepseek_v3", lambda x: x | {BIAS: torch.ones(32)}, f"{BIAS} has no place"),
+        (
+            "deepseek_v3",
+            lambda x: {key: each for key, each in x.items() if "e_score" not in key},
+            "2 of 91 tensors are missing",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key.replace("up_proj", "up_proj_blocks"): each for key, each in x.items()},
+            "is quantized (MXFP4)",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key: each for key, each in x.items() if "experts" not in key},
+            "8 of 37 tensors are missing",
+        ),
+        ("deepseek_v3", lambda x: x | {BIAS: torch.zeros(32)}, None),
+        ("deepseek_v3", lambda x: x | {"model.layers.3.eh_proj.weight": torch.ones(2)}, None),
+    ],
+)
+def test_tensors_that_would_be_lost_are_refused(
+    exports, kind, change, message, tmp_path, capsys
+) -> None:
+    """No message names the trainer's own import, which leaves gpt_oss's experts random."""
+    case, (_, _, folder) = exports.case(kind), exports.plain(kind)
+    other = with_tensors(folder, tmp_path / "other", change)
+    if message is None:
+        assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
+        return
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert message in said
+    assert "initial_load" not in said
+
+
+def test_the_folder_needs_nothing_else(exports) -> None:
+    case, (_, _, folder) = exports.case("qwen3_moe"), exports.plain("qwen3_moe")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "A text of 12345 tokens,\n  or fewer."
+    begin, *ids, end = host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor)(text)
+    assert tokenizer(text)["input_ids"] == ids
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (begin, end)
+    model = opened(folder)
+    assert model.generation_config.eos_token_id == end
+    assert model.config.bos_token_id == begin
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (file,) = folder.glob("*.safetensors")
+    size = sum(each.nbytes for each in load_file(file).values())
+    assert index["metadata"]["total_size"] == size
+    card = (folder / "README.md").read_text()
+    assert "Training step: 7" in card
+    assert "Flavor: qwen3_moe (torchtitan's qwen3/tiny_moe)" in card
+    assert len(card.splitlines()) == 9
+
+
+def test_a_tokenizer_without_a_class_stays_what_it_is(exports, tmp_path) -> None:
+    """transformers would take Qwen2Tokenizer for qwen3_moe, which cuts text in its own way."""
+    _, source, _ = exports.plain("qwen3_moe")
+    case = exports.case("qwen3_moe", "# with its own tokenizer\n")
+    (case.folder / "assets").mkdir()
+    shutil.copy(EMBEDDED_TOKENIZER / "tokenizer.json", case.folder / "assets")
+    (case.folder / "assets" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    job = Path(case.job)
+    job.write_text(job.read_text() + f'hf_assets_path = "{case.folder / "assets"}"\n')
+    assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
+    text = "don't  split\n\n 12345"
+    _, *ids, _ = host().analysis().encoder(str(EMBEDDED_TOKENIZER), case.flavor)(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+    assert opened(tmp_path / "hf").generation_config.eos_token_id == [1, 7]
+
+
+def test_a_job_without_its_tokenizer_is_refused(exports, tmp_path, capsys):
+    _, source, _ = exports.plain("qwen3_moe")
+    case = exports.case("qwen3_moe", "# whose tokenizer is gone\n")
+    job = Path(case.job)
+    job.write_text(job.read_text() + f'hf_assets_path = "{tmp_path / "gone"}"\n')
+    with pytest.raises(SystemExit):
+        case.remap(source, tmp_path / "hf", "--to", "hf")
+    assert "hf_assets_path holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_lines_of_the_documents_run(exports, monkeypatch, capsys) -> None:
+    """docs/checkpoints.md opens an export and samples from it in five lines."""
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    (code,) = re.findall(r"```python\n(from transformers.*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 5
+    _, _, folder = exports.plain("deepseek_v2")
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
