@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from ezpz_moe.hosts.detect import check_host, host
 check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.config import ConfigManager  # noqa: E402
+
+from ezpz_moe.hosts.titan.resuming import whole_steps  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 JOB = """
@@ -107,6 +110,19 @@ def test_no_field_of_our_own_is_a_setting(job):
         if each.path.startswith("checkpoint.") and each.changed
     )
     assert setting.path == "checkpoint.last_save_model_only"
+
+
+# The steps of a folder ----------------------------------------------------------------------------
+
+
+def test_only_what_can_be_resumed_is_whole(tmp_path):
+    """Neither the model alone nor damaged metadata, also when a full disk has ended the run."""
+    save_run(tmp_path, steps=2, rate=0.1)
+    save_run(tmp_path, steps=4, rate=None)
+    damaged = save_run(tmp_path, steps=6, rate=0.1) / ".metadata"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    shutil.copytree(tmp_path / "checkpoint" / "step-2", tmp_path / "checkpoint" / "step-8.bak")
+    assert list(whole_steps(tmp_path / "checkpoint")) == [2]
 
 
 # doctor -------------------------------------------------------------------------------------------

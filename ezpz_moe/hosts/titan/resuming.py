@@ -60,8 +60,15 @@ def whole_steps(folder: Path) -> Iterator[int]:
     """Yield the steps in ``folder`` whose checkpoints have all of a run's state."""
     for file in folder.glob(f"step-*/{METADATA}"):
         step = re.fullmatch(r"step-(\d+)", file.parent.name)
-        if step and "train_state.step" in saved_entries(file.parent):
+        if step and _is_whole(file.parent):
             yield int(step[1])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "train_state.step" in saved_entries(checkpoint)
+    except Exception:  # damaged metadata may raise anything
+        return False
 
 
 # --- what fits ------------------------------------------------------------------------------------
