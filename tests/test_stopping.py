@@ -164,6 +164,41 @@ def test_a_process_of_the_run_dies_of_its_own_sigterm_alone():
     assert result.returncode == -signal.SIGTERM, result.stderr
 
 
+WITH_A_SILENT_STORE = """
+import time
+import torch
+from ezpz_moe.hosts.titan import stopping
+
+class Silent:
+    def set(self, *_):
+        pass
+
+    def check(self, _):
+        print("asked", flush=True)
+        time.sleep(600)
+
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+stopping._store = lambda _: Silent()
+listening = stopping.Stopping(passed=0)
+time.sleep(1.5)
+listening.close()
+listening.close()
+"""
+
+
+def test_a_run_can_end_where_the_store_has_gone_silent():
+    """As on a machine that is cut off from node 0."""
+    result = subprocess.run(
+        [fork_server.python(), "-c", WITH_A_SILENT_STORE],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert (result.returncode, result.stdout) == (0, "asked\n"), result.stderr
+
+
 # --- what the launcher says --------------------------------------------------------------------
 
 

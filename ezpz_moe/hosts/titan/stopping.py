@@ -30,6 +30,9 @@ SECONDS_TO_AGREE = 30
 SECONDS_FOR_CTRL_C = 30
 """For a rank that Ctrl-C does not interrupt, because it waits for the device or for other ranks."""
 
+SECONDS_TO_CLOSE = 2
+"""The patience with our own thread, which asks the store."""
+
 _ASKED = "asked"  # somebody wants the run to end
 _END = "end"  # the step at which it does
 _CLOSED = 0  # no signal has this number
@@ -116,6 +119,7 @@ class Stopping:
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         _keep_from_forks()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._listen, daemon=True, name="ezpz_moe stopping")
         self._thread.start()
 
@@ -125,12 +129,13 @@ class Stopping:
 
     def close(self) -> None:
         """Stop listening. SIGTERM ends the process at once again."""
-        if self._thread.is_alive():
-            _forget()
-            self._signals.send(bytes([_CLOSED]))
-            self._thread.join()
-            self._own.close()
-            self._signals.close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        _forget()
+        self._signals.send(bytes([_CLOSED]))
+        # With the machine of the store cut off, it waits for an answer for ever.
+        self._thread.join(SECONDS_TO_CLOSE)
 
     # --- the thread -------------------------------------------------------------------------------
 
@@ -158,7 +163,7 @@ class Stopping:
             try:
                 if has_store and self._agreement.is_asked():
                     return True
-            except torch.distributed.DistError:
+            except Exception:  # whatever torch raises of a connection
                 has_store = False
 
     def _agree(self) -> None:
