@@ -14,7 +14,12 @@ import pytest
 from hypothesis import settings
 
 pytest.register_assert_rewrite(
-    "checkpoint_cases", "contract_cases", "flavor_files", "trainer_runs", "upcycle_cases"
+    "checkpoint_cases",
+    "contract_cases",
+    "damage_cases",
+    "flavor_files",
+    "trainer_runs",
+    "upcycle_cases",
 )
 
 settings.register_profile("ezpz_moe", derandomize=True, deadline=None, max_examples=100)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_cases import EXPERTS, assert_same_checkpoint
+from checkpoint_cases import EXPERTS, assert_same_checkpoint, trained
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ezpz_moe import cli
@@ -160,7 +160,7 @@ def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
 @pytest.mark.parametrize("command", [inspect, lambda folder: remap(folder, folder / "a", "0.3")])
 def test_a_checkpoint_that_is_not_whole(tmp_path, damage, command) -> None:
     source = save(tmp_path / "source", FAMILIES["qwen3"])
-    file = storage.data_files(source)[-1]
+    file = sorted(source.glob("*.distcp"))[-1]
     if damage == "is missing":
         file.unlink()
     else:
@@ -192,12 +192,13 @@ def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("to", ["0.2", "main"])
 def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
-    source = save(tmp_path / "source", ["layers.0.moe.router.gate.weight", f"{EXPERTS}.w1_EFD"])
+    source = tmp_path / "source"
+    dcp.save(trained(), checkpoint_id=source)
 
     def broken(folder, metadata):
         write_metadata(folder, metadata)
         for index, entry in metadata.storage_data.items():
-            if ("experts.w1" in index.fqn and index.offset) or "w13" in index.fqn:
+            if ("experts.w1" in index.fqn or "w13" in index.fqn) and index.offset:
                 with (folder / entry.relative_path).open("r+b") as file:
                     file.seek(entry.offset + entry.length // 2)  # a value, in the middle
                     file.write(b"?")
@@ -207,6 +208,14 @@ def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
     with pytest.raises(EzpzError, match="differs from"):
         remap(source, tmp_path / "target", to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"], "nothing half-written"
+
+
+def test_half_of_w13_is_not_a_checkpoint(tmp_path) -> None:
+    """The other half of its memory would be what happened to be there."""
+    source = save(tmp_path / "source", [f"{EXPERTS}.w1_EFD", f"{EXPERTS}.w2_EDF"])
+    with pytest.raises(EzpzError, match=r"w13\.weight: .* has only one of them"):
+        remap(source, tmp_path / "target", "2026_09")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_mistakes_are_said(tmp_path, capsys) -> None:

@@ -19,7 +19,7 @@ def test_a_data_file_that_lacks_its_last_byte_is_cut_off(tmp_path: Path) -> None
     metadata = write_checkpoint(tmp_path, tensors.items())
     storage.check_data(tmp_path, metadata)
     assert all(torch.equal(read_whole(tmp_path, metadata, n), t) for n, t in tensors.items())
-    (file,) = storage.data_files(tmp_path)
+    (file,) = storage.data_files(tmp_path, metadata)
     size = file.stat().st_size
     os.truncate(file, size - 1)
     with pytest.raises(EzpzError, match=f"is truncated, at {size - 1} of {size} bytes"):

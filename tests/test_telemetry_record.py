@@ -202,12 +202,12 @@ def test_a_wrong_value_is_named(path: Path, changed: dict, key: str) -> None:
     assert refusal(path).startswith(f"{path}, line 1: {key}: ")
 
 
-def test_missing_and_unreadable_files(path: Path) -> None:
+def test_missing_and_unreadable_files(path: Path, caplog) -> None:
     assert refusal(path).startswith(f"{path}: there is no such file. A run whose flavor has")
     path.mkdir(parents=True)
     assert refusal(path).startswith(f"{path}: cannot be read: ")
-    with pytest.raises(EzpzError, match=r"cannot be written: "):
-        append(path, record(layer([1])))
+    append(path, record(layer([1])))  # a run goes on without it
+    assert f"{path}: cannot be written: " in caplog.text
 
 
 def test_a_record_that_cannot_be_spelled_leaves_the_file_as_it_was(path: Path) -> None:

@@ -5,6 +5,7 @@ Legend: :mod:`upcycle_cases`.
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -205,9 +206,11 @@ def test_safetensors_give_the_same_as_a_checkpoint(qwen3, tmp_path, capsys):
     adapter = host().adapter(load_flavor("small"))
     state = dense.state_dict()
     del state["lm_head.weight"]  # tied to the embeddings: such files do not have it
+    config = {"tie_word_embeddings": True}
     keys = adapter.to_hf(state) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     (tmp_path / "hf").mkdir()
     save_file({key: each.clone() for key, each in keys.items()}, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     assert run(tmp_path / "run", "small", tmp_path / "a", "--noise", 0.1) == 0
     assert "step-3" in capsys.readouterr().out
     assert run(tmp_path / "hf", "small", tmp_path / "b", "--noise", 0.1) == 0
@@ -215,6 +218,40 @@ def test_safetensors_give_the_same_as_a_checkpoint(qwen3, tmp_path, capsys):
     a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("config", ['{"tie_word_embeddings": false}', None])
+def test_an_output_matrix_that_is_absent_is_tied_only_if_the_config_says_so(
+    qwen3, tmp_path, capsys, config
+):
+    """Otherwise the file that has it may be missing, and the model would compute something else."""
+    state = qwen3(F).state_dict()
+    del state["lm_head.weight"]
+    (tmp_path / "dense").mkdir()
+    if config:
+        keys = host().adapter(load_flavor("small")).to_hf(state)
+        save_file({k: v.clone() for k, v in keys.items()}, tmp_path / "dense/model.safetensors")
+        (tmp_path / "dense" / "config.json").write_text(config)
+    else:
+        write_checkpoint(tmp_path / "dense", state.items())
+    said = refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
+    assert f"{tmp_path / 'dense'}: has no lm_head.weight, and no config.json there says" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there_is_named(qwen3, tmp_path, capsys):
+    state = qwen3(F).state_dict()
+    keys = host().adapter(load_flavor("small")).to_hf(state)
+    (tmp_path / "hf").mkdir()
+    save_file({key: each.clone() for key, each in keys.items()}, tmp_path / "hf/a.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "a.safetensors") | {"more": "b.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert f"{tmp_path / 'hf' / 'b.safetensors'}: is missing" in said
+    (tmp_path / "hf" / "a.safetensors").unlink()
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert f"{tmp_path / 'hf' / 'a.safetensors'}: is missing" in said
+    assert "2 of its files are missing" in said
 
 
 def test_the_newest_step_of_a_run_is_taken(qwen3, tmp_path):
@@ -269,6 +306,21 @@ def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
     write_checkpoint(tmp_path / "dense", state.items())
     said = refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
     assert "norm.weight is [16] there, but norm.weight of flavor small is [32]" in said
+
+
+def test_safetensors_of_something_else_are_refused(qwen3, tmp_path, capsys):
+    """Names that no adapter knows, and a number in a matrix's place."""
+    keys = host().adapter(load_flavor("small")).to_hf(qwen3().state_dict())
+    keys = {key: each.clone() for key, each in keys.items()}
+    (tmp_path / "hf").mkdir()
+    for key in ("model.layers.mlp.weight", "model.layers.0.", "layers", "", "..experts.."):
+        save_file(keys | {key: torch.ones(1)}, tmp_path / "hf/model.safetensors")
+        said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+        assert "for which flavor small has no place" in said
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    save_file(keys | {gate: torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert "layers.0.feed_forward.w1.weight is []" in said
 
 
 def test_a_mixture_of_experts_is_no_dense_model(qwen3, tmp_path, capsys):

@@ -24,14 +24,16 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER = TypeAdapter(StepRecord)
 
+_unwritable: set[Path] = set()
+"""Files whose last line could not be written, and whose next failure is not said again."""
+
 
 def append(path: Path, record: StepRecord) -> None:
     """Append the record to the file as one line, and flush it. Creates the folder if needed.
 
-    First removes a truncated last line, which a killed run may have left.
-
-    Raises:
-        EzpzError: the file cannot be written.
+    First removes a truncated last line, which a killed run or a full disk may have left. If the
+    file cannot be written, the line is lost, and the first such line of a file is a warning in the
+    log: a record is not worth the end of a run, whose checkpoints may go to another disk.
     """
     line = f"{json.dumps(_as_json(record))}\n".encode()
     try:
@@ -42,7 +44,17 @@ def append(path: Path, record: StepRecord) -> None:
             _end_last_line(file)
             file.write(line)
     except OSError as error:
-        raise EzpzError(f"{path}: cannot be written: {error}.") from error
+        if path not in _unwritable:
+            logger.warning(
+                "ezpz_moe: %s: cannot be written: %s. The run goes on, without a record of step %d "
+                "and of those until this is repaired.",
+                path,
+                error.strerror or error,
+                record.step,
+            )
+        _unwritable.add(path)
+    else:
+        _unwritable.discard(path)
 
 
 def read(path: Path) -> list[StepRecord]:

@@ -52,13 +52,13 @@ def inspect(folder: Path) -> Contents:
     metadata = storage.read_metadata(folder)
     storage.check_data(folder, metadata)
     model = dict(model_tensors(metadata))
-    data = storage.data_files(folder)
+    data = storage.data_files(folder, metadata)
     return Contents(
         generation=generation(folder, metadata),
         step=_step(folder, metadata),
         layers=len({match[1] for name in model if (match := re.match(r"layers\.(\d+)\.", name))}),
         # Every tensor of experts has E first; layers may differ in it.
-        experts=max((each.size[0] for name, each in model.items() if _is_expert(name)), default=0),
+        experts=max((sum(e.size[:1]) for name, e in model.items() if _is_expert(name)), default=0),
         parameters=sum(each.size.numel() for each in model.values()),
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
         optimizer=has_optimizer(metadata),
@@ -100,6 +100,12 @@ def _step(folder: Path, metadata: Metadata) -> int | None:
     for index, entry in metadata.storage_data.items():
         # The only entry that is read; it is a few bytes.
         if index.fqn == _STEP:
-            return int(storage.load(folder, entry))
+            step = storage.load(folder, entry)
+            try:
+                return int(step)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise EzpzError(
+                    f"{folder / entry.relative_path}: {_STEP} is not a number."
+                ) from error
     match = re.fullmatch(r"step-(\d+)", folder.name)
     return int(match[1]) if match else None

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ezpz_moe.errors import EzpzError
 
 
@@ -47,10 +49,12 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         partial.rename(target)
     except OSError as error:
         raise EzpzError(
-            f"{target} was not written: {error.filename or partial}: {error.strerror}."
+            f"{target} was not written: {error.filename or partial}: {error.strerror or error}."
         ) from error
+    except SafetensorError as error:  # it does not say so in an OSError if the disk is full
+        raise EzpzError(f"{target} was not written: {partial}: {error}.") from error
 
 
 def size_of(files: Iterable[Path]) -> int:
-    """Return the total size of all files, in bytes."""
-    return sum(file.stat().st_size for file in files)
+    """Return the total size of all files, in bytes. A folder or a broken link has none."""
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -16,7 +16,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.untested import installed_pair
 from ezpz_moe.tools.checkpoints.hf_config import TransformersClass
-from ezpz_moe.tools.checkpoints.hf_differences import CONFIG
+from ezpz_moe.tools.checkpoints.safetensors_files import CONFIG
 
 GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer.json"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.hf_config import TransformersClass
-
-CONFIG = "config.json"
+from ezpz_moe.tools.checkpoints.safetensors_files import CONFIG
 
 _OTHERWISE = {
     # compared below, in another way
@@ -19,24 +15,6 @@ _OTHERWISE = {
     # of no consequence for the logits of sequences that both can hold
     *("max_position_embeddings", "num_nextn_predict_layers"),
 }
-
-
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Read ``config.json``; None if there is none.
-
-    Raises:
-        EzpzError: it is not a JSON object.
-    """
-    file = folder / CONFIG
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EzpzError(f"{file}: cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise EzpzError(f"{file}: must hold a JSON object.")
-    return config
 
 
 def config_differences(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:

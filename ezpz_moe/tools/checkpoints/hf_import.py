@@ -10,9 +10,9 @@ from typing import Any
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
 from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.hf_differences import config_differences, eps_note, read_config
+from ezpz_moe.tools.checkpoints.hf_differences import config_differences, eps_note
 from ezpz_moe.tools.checkpoints.hf_model import Converted, Files, Keys, Model
-from ezpz_moe.tools.checkpoints.safetensors_files import open_file, weight_map
+from ezpz_moe.tools.checkpoints.safetensors_files import open_file, read_config, weight_map
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 Config = Mapping[str, Any]
@@ -46,7 +46,7 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
         )
     unused = sorted(files.keys() - wanted)
     _check_unused(source, unused, files, config)
-    needed = size_of(source.glob("*.safetensors"))
+    needed = size_of({source / file for file in files.values()})
     with atomic_folder(target, source=source, needed=needed) as partial:
         written = write_checkpoint(
             partial, ((name, model.native(source, files, name, keys[name])) for name in keys)

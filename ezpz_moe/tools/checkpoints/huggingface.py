@@ -22,9 +22,9 @@ from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, router_diffe
 from ezpz_moe.tools.checkpoints.hf_import import import_
 from ezpz_moe.tools.checkpoints.hf_model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.names import current_name
+from ezpz_moe.tools.checkpoints.safetensors_files import INDEX
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 
-INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 2 * 2**30
 """Close a file when it holds this much, which is also how much of it is in memory."""
 Tensors = dict[str, torch.Tensor]
@@ -32,8 +32,8 @@ _EMBEDDING = "tok_embeddings.weight"
 
 
 def is_safetensors(folder: Path) -> bool:
-    """Return whether ``folder`` holds Hugging Face's safetensors."""
-    return any(folder.glob("*.safetensors"))
+    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
 
 
 def convert(

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_structure import covers
 from ezpz_moe.tools.checkpoints.layouts import Layout
 from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, renaming
 
@@ -41,11 +42,13 @@ class Step:
 
     Attributes:
         convert: turns the old tensor or object into the new one; None keeps the stored bytes.
+        shard: the old tensor's dtype and shape; None for an object.
     """
 
     source: MetadataIndex
     target: MetadataIndex
     convert: Convert | None = None
+    shard: tuple[torch.dtype, torch.Size] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) ->
         for new in rename(name):
             reshaped = _reshaped(name, entry, new, target)
             made[new.name] = _joined(new.name, made.get(new.name), reshaped)
+    for name, entry in made.items():
+        if isinstance(entry, TensorStorageMetadata) and not covers(entry.size, entry.chunks):
+            raise EzpzError(
+                f"{name}: it stacks w1 and w3, but the checkpoint has only one of them."
+            )
     return made
 
 
@@ -96,7 +104,11 @@ def _new_paths(
 ) -> dict[str, tuple[Any, ...]]:
     """Return the entries' new places: a path contains the parameter's name, and changes with it."""
     return {
-        new.name: tuple(_part(rename(part), place) for part in path)
+        new.name: tuple(
+            # Places in a list are numbers.
+            _part(rename(part), place) if isinstance(part, str) else part
+            for part in path
+        )
         for name, path in paths.items()
         for place, new in enumerate(rename(name))
     }
@@ -113,10 +125,11 @@ def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
     }
     for index in metadata.storage_data:
         for new in rename(index.fqn):
-            layout = _layout(entries[index.fqn], new, target)
-            if layout is not None:
+            entry = entries[index.fqn]
+            if (layout := _layout(entry, new, target)) is not None:
                 shard = shards[index.fqn, index.offset]
-                yield from _shard_steps(index, shard, new.name, layout, target)
+                for step in _shard_steps(index, shard, new.name, layout, target):
+                    yield replace(step, shard=(entry.properties.dtype, shard.sizes))
             else:
                 # Both w1 and w3 bring this value, but only one is kept: the two are compared.
                 convert = None if new.layout is None else _unchanged

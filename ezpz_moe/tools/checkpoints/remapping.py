@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -58,7 +59,10 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     metadata = storage.read_metadata(source)
     storage.check_data(source, metadata)
     generation = contents.generation(source, metadata)
-    plan = make_plan(metadata, generation, to)
+    try:
+        plan = make_plan(metadata, generation, to)
+    except EzpzError as error:
+        raise EzpzError(f"{source}: {error}") from error
     if not plan.changed:
         raise EzpzError(f"{source}: already has the names of torchtitan {to}.")
     notes = add_state(plan, source, metadata, to)
@@ -66,10 +70,12 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
         notes.append(_MODEL_ALONE)
     # In the order of the files: reading and writing are then sequential.
     steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
-    needed = size_of(storage.data_files(source))
+    needed = size_of(storage.data_files(source, metadata))
     with atomic_folder(target, source=source, needed=needed) as partial:
         new = replace(
             metadata,
+            # It says where the source was saved.
+            storage_meta=None,
             state_dict_metadata=plan.entries,
             planner_data=plan.paths,
             storage_data=_write(source, partial, metadata, progress(steps)),
@@ -97,20 +103,37 @@ def _write(
         if step.target in written:
             _check_same(source, step, origin[step.target], metadata)
             continue
-        with (target / entry.relative_path).open("ab") as file:
-            offset = file.tell()
+        file = target / entry.relative_path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            offset = stream.tell()
             # Renamed only: copy the bytes without unpickling, however large the entry is.
             if step.convert is None:
-                file.writelines(storage.blocks(source, entry))
+                stream.writelines(storage.blocks(source, entry))
             else:
-                storage.save(step.convert(storage.load(source, entry)), file)
-            written[step.target] = replace(entry, offset=offset, length=file.tell() - offset)
+                storage.save(_converted(source, step, metadata), stream)
+            written[step.target] = replace(entry, offset=offset, length=stream.tell() - offset)
         origin[step.target] = step.source.fqn
     for name in {entry.relative_path for entry in written.values()}:
-        with (target / name).open("rb") as file:
+        with (target / name).open("rb") as stream:
             # The new checkpoint has to survive a crash right after this command.
-            os.fsync(file.fileno())
+            os.fsync(stream.fileno())
     return written
+
+
+def _converted(source: Path, step: Step, metadata: Metadata) -> Any:
+    """Load what a step converts, and convert it."""
+    entry = metadata.storage_data[step.source]
+    assert step.convert
+    if step.shard:
+        return step.convert(storage.load_tensor(source, entry, *step.shard))
+    try:
+        return step.convert(storage.load(source, entry))
+    except (TypeError, ValueError, LookupError) as error:
+        raise EzpzError(
+            f"{source / entry.relative_path}: {step.source.fqn} is not in the form that a trainer "
+            f"saves: {error}."
+        ) from error
 
 
 def _check_same(source: Path, step: Step, other: str, metadata: Metadata) -> None:
@@ -133,7 +156,7 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
             pairs = itertools.zip_longest(storage.blocks(source, old), storage.blocks(target, new))
             same = old.length == new.length and all(a == b for a, b in pairs)
         else:
-            expected = step.convert(storage.load(source, old))
+            expected = _converted(source, step, metadata)
             same = storage.same_bits(storage.load(target, new), expected)
         if not same:
             raise EzpzError(

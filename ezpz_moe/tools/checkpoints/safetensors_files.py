@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,114 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_structure import is_below
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 def weight_map(folder: Path) -> dict[str, str]:
     """Map each tensor's name to the file that holds it.
 
+    With an index these are the tensors and files that it names, and nothing else; without one, all
+    files that end in ``.safetensors``.
+
     Raises:
-        EzpzError: there is no such file, or one cannot be read.
+        EzpzError: there is no such file; one cannot be read; the index is damaged, or names a file
+            or a tensor that is not there; or two files hold the same tensor.
     """
-    files: dict[str, str] = {}
-    # From the files, not from the index: a model in one file has none, and an index may be stale.
-    for file in sorted(folder.glob("*.safetensors")):
-        with open_file(file) as opened:
-            files |= dict.fromkeys(opened.keys(), file.name)
-    if not files:
+    index = _read_index(folder / INDEX)
+    if index is None:
+        return _held(folder, {file.name for file in folder.glob("*.safetensors")})
+    held = _held(folder, set(index.values()))
+    # What is in a file counts; the index may be that of an older download.
+    for key, name in index.items():
+        if held.get(key) != name:
+            raise EzpzError(
+                f"{folder / INDEX}: says that {key!r} is in {name}, where it is not. Download the "
+                "index and the files again, together."
+            )
+    return index
+
+
+def _held(folder: Path, names: Set[str]) -> dict[str, str]:
+    """Return which of the files holds which tensor."""
+    if not names:
         raise EzpzError(f"{folder}: holds no safetensors.")
-    return files
+    held: dict[str, str] = {}
+    for name in sorted(names):
+        with open_file(folder / name) as opened:
+            keys = opened.keys()
+        for key in keys:
+            # Messages name tensors, and may not hold what a terminal acts on.
+            if not key.isprintable():
+                raise EzpzError(f"{folder / name}: {key!r} is not the name of a tensor.")
+            # Whichever was read last would win, and the other may be the model's.
+            if key in held:
+                raise EzpzError(
+                    f"{folder}: {key!r} is both in {held[key]} and in {name}. Move the file that "
+                    "does not belong to the model to another folder."
+                )
+            held[key] = name
+    return held
+
+
+def is_tied(folder: Path) -> bool:
+    """Return whether the model's ``config.json`` says that its output matrix is its embeddings.
+
+    Raises:
+        EzpzError: the file is there, and cannot be read.
+    """
+    return (read_config(folder) or {}).get("tie_word_embeddings") is True
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Read ``config.json``; None if there is none.
+
+    Raises:
+        EzpzError: it cannot be read.
+    """
+    file = folder / CONFIG
+    return _read_json(file, dict) if os.path.lexists(file) else None
+
+
+def _read_index(file: Path) -> dict[str, str] | None:
+    """Return the index's map from tensors to files; None if there is no index."""
+    if not os.path.lexists(file):
+        return None
+    index = _read_json(file, _unique).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise EzpzError(f'{file}: has no "weight_map" from tensors to files.')
+    for key, name in index.items():
+        if not (isinstance(name, str) and is_below(name)):
+            raise EzpzError(f"{file}: {key!r}: {name!r} is not a file in its folder.")
+    absent = sorted({name for name in index.values() if not (file.parent / name).is_file()})
+    if absent:
+        raise EzpzError(
+            f"{file.parent / absent[0]}: is missing, but {file.name} names it"
+            + (f" ({len(absent)} of its files are missing)" if absent[1:] else "")
+            + ". Was the whole model downloaded?"
+        )
+    return index
+
+
+def _read_json(file: Path, made_of_pairs: Callable) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes(), object_pairs_hook=made_of_pairs)
+    except (OSError, ValueError, RecursionError) as error:
+        raise EzpzError(f"{file}: cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise EzpzError(f"{file}: is not a JSON object.")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object's pairs; json itself takes the last of two with the same key."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        key = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"it has two values for {key!r}")
+    return made
 
 
 def read_tensors(
@@ -70,5 +164,5 @@ def open_file(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:  # a folder or a broken link is an OSError
         raise EzpzError(f"{file}: cannot be read: {error}.") from error

@@ -27,6 +27,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_unpickling import Refused, load_plain
 from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
 from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
@@ -36,6 +37,10 @@ _POSITION_SINCE_2026_08 = re.compile(r"dataloader\.dp_rank_\d+\..*")
 _SCHEDULE = "lr_scheduler"
 _LAST_EPOCH = f"{_SCHEDULE}.last_epoch"
 
+UNREAD_POSITION = (
+    "The position in the data names {0}, which is not run here: it was copied as it is. Resume "
+    "with --checkpoint.exclude_from_loading dataloader, and the data starts over."
+)
 NO_POSITION = (
     "The position in the data is in a form that torchtitan {0} cannot read: resume with "
     "--checkpoint.exclude_from_loading dataloader, and the data starts over."
@@ -49,20 +54,26 @@ def add_state(plan: RemapPlan, folder: Path, metadata: Metadata, target: str) ->
         EzpzError: a 0.3 checkpoint has several rates, and 0.2 has room for one.
     """
     positions = _dataloader_form(metadata.state_dict_metadata)
+    notes = []
     # None for 2026_09: its positions cannot be made from older ones.
     if (convert := _CONVERT_POSITION.get(target)) is not None:
-        # In place, because the plan is frozen.
-        plan.steps[:] = [
-            Step(step.source, step.target, convert)
-            if _POSITION.fullmatch(step.source.fqn)
-            else step
-            for step in plan.steps
-        ]
+        if foreign := _foreign_name(folder, metadata):
+            notes.append(UNREAD_POSITION.format(foreign))
+        else:
+            # In place, because the plan is frozen.
+            plan.steps[:] = [
+                Step(step.source, step.target, convert)
+                if _POSITION.fullmatch(step.source.fqn)
+                else step
+                for step in plan.steps
+            ]
     if target == TITAN_0_2 and _LAST_EPOCH in metadata.state_dict_metadata:
         _add_schedule(plan, _schedule(folder, metadata))
     # Before and after August 2026 positions have different forms, in either direction.
     unreadable = positions and (positions == TITAN_2026_09) != (target == TITAN_2026_09)
-    return [NO_POSITION.format(target)] if unreadable else []
+    if unreadable:
+        notes.append(NO_POSITION.format(target))
+    return notes
 
 
 # The position in the data ------------------------------------------------------------------------
@@ -74,6 +85,22 @@ def _dataloader_form(names: Iterable[str]) -> str | None:
             return TITAN_2026_09
         if _POSITION.fullmatch(name):
             return TITAN_0_3
+    return None
+
+
+def _foreign_name(folder: Path, metadata: Metadata) -> str | None:
+    """Return what a position names besides plain values; a dataset of the user's may need it."""
+    for index, place in metadata.storage_data.items():
+        if _POSITION.fullmatch(index.fqn):
+            pickled = storage.load(folder, place)
+            try:
+                load_plain(pickled)
+            except Refused as error:
+                return str(error)
+            except Exception as error:  # a damaged pickle may raise anything
+                raise EzpzError(
+                    f"{folder / place.relative_path}: {index.fqn} cannot be read: {error}."
+                ) from error
     return None
 
 
@@ -110,8 +137,7 @@ def _everywhere(added: Convert) -> Convert:
         return state
 
     def convert(pickled: Any) -> Any:
-        # Unpickling trusts the checkpoint, as the trainer does when it resumes.
-        return pickle.dumps(visit(pickle.loads(pickled)))
+        return pickle.dumps(visit(load_plain(pickled)))
 
     return convert
 
@@ -125,12 +151,19 @@ _CONVERT_POSITION = {TITAN_0_3: _everywhere(_pairs), TITAN_0_2: _everywhere(_tok
 def _schedule(folder: Path, metadata: Metadata) -> dict[str, Any]:
     """Build the state of torch's LambdaLR after ``last_epoch`` steps."""
     entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
-    last_epoch = storage.load(folder, entries[_LAST_EPOCH])
+
+    def number(name: str) -> Any:
+        value = storage.load(folder, entries[name])
+        if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and not value.dim()):
+            return value
+        raise EzpzError(f"{folder / entries[name].relative_path}: {name} is not a number.")
+
+    last_epoch = number(_LAST_EPOCH)
     rates = {}
     for key in ("initial_lr", "lr"):
         names = [name for name in entries if _is_group(name) and name.endswith(f".{key}")]
         # 0.3 stores a rate for every parameter. 0.2's schedule has room for one.
-        values = {float(storage.load(folder, entries[name])) for name in names}
+        values = {float(number(name)) for name in names}
         if len(values) != 1:
             raise EzpzError(
                 f"{folder}: its parameters have {len(values)} values of {key}, but torchtitan 0.2 "

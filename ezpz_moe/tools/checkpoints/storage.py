@@ -2,7 +2,7 @@
 
 A DCP checkpoint is a file ``.metadata`` and data files. A data file is a sequence of entries, each
 a ``torch.save`` of one tensor (or a rank's shard of it) or of one object; ``.metadata`` says where
-each entry is.
+each entry is. Both may be a stranger's: see :mod:`ezpz_moe.hosts.dcp_unpickling`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import dcp_metadata
+from ezpz_moe.hosts.dcp_metadata import METADATA, reason
 
-METADATA = ".metadata"
 _BLOCK = 16 * 2**20
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read the metadata of the checkpoint in ``folder``.
+    """Read the metadata of the checkpoint in ``folder``, without running anything that it names.
 
     Raises:
-        EzpzError: it is missing, or cannot be read.
+        EzpzError: it is missing or damaged, or names something that no metadata needs.
     """
     if not folder.is_dir():
         raise EzpzError(f"{folder}: there is no such folder.")
@@ -38,10 +38,18 @@ def read_metadata(folder: Path) -> Metadata:
             f"{folder}: holds no checkpoint of torch.distributed.checkpoint (no .metadata)."
             f"{_what_else(folder)}"
         )
-    try:
-        return FileSystemReader(folder).read_metadata()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise EzpzError(f"{folder / METADATA}: cannot be read: {error}.") from error
+    return dcp_metadata.read_metadata(folder)
+
+
+def check_metadata(folder: Path) -> None:
+    """Check a checkpoint before the trainer resumes from it, which unpickles its metadata.
+
+    Raises:
+        EzpzError: as :func:`read_metadata` and :func:`check_data`; or the installed torch cannot
+            read what another one saved.
+    """
+    check_data(folder, read_metadata(folder))
+    dcp_metadata.check_torch_reads(folder)
 
 
 def _what_else(folder: Path) -> str:
@@ -63,29 +71,41 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
         os.fsync(file.fileno())
 
 
-def data_files(folder: Path) -> list[Path]:
+def data_files(folder: Path, metadata: Metadata) -> list[Path]:
     """Return the files that hold the entries."""
-    return sorted(folder.glob("*.distcp"))
+    # Not all that end in .distcp: what else lies in the folder is none of the checkpoint's.
+    return [folder / name for name in sorted(_places(metadata))]
 
 
 def check_data(folder: Path, metadata: Metadata) -> None:
     """Check that every data file exists and is as long as the metadata says. Reads no data.
 
     Raises:
-        EzpzError: one is missing or too short.
+        EzpzError: one is missing or too short, or two entries are in the same place.
     """
     # The usual damage is a copy that was interrupted. Comparing lengths finds it in no time, even
     # for terabytes.
-    ends: dict[str, int] = {}
-    for entry in metadata.storage_data.values():
-        end = entry.offset + entry.length
-        ends[entry.relative_path] = max(end, ends.get(entry.relative_path, 0))
-    for name, end in sorted(ends.items()):
-        file = folder / name
+    for name, places in sorted(_places(metadata).items()):
+        file, end = folder / name, 0
+        for begin, length in sorted(places):
+            if begin < end:
+                raise EzpzError(
+                    f"{folder / METADATA}: is damaged: two entries overlap at byte {begin} of "
+                    f"{name}."
+                )
+            end = begin + length
         if not file.is_file():
             raise EzpzError(f"{file}: is missing. Was the whole checkpoint copied?")
         if (size := file.stat().st_size) < end:
             raise EzpzError(f"{file}: is truncated, at {size} of {end} bytes.")
+
+
+def _places(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
+    """Return where each file's entries begin, and their lengths."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for entry in metadata.storage_data.values():
+        places.setdefault(entry.relative_path, []).append((entry.offset, entry.length))
+    return places
 
 
 def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
@@ -105,10 +125,10 @@ def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:
 
 
 def load(folder: Path, entry: _StorageInfo) -> Any:
-    """Load the tensor or object of an entry. The caller trusts the checkpoint, as the trainer does.
+    """Load the tensor or object of an entry: what torch's ``weights_only`` allows, and no code.
 
     Raises:
-        EzpzError: it is compressed, or torch did not save it.
+        EzpzError: it is compressed, holds other objects, or torch did not save it.
     """
     file = folder / entry.relative_path
     if entry.transform_descriptors:
@@ -118,14 +138,52 @@ def load(folder: Path, entry: _StorageInfo) -> Any:
         # torch.load needs a file that ends with the entry; the data file goes on.
         saved = io.BytesIO(stream.read(entry.length))
     try:
-        return torch.load(saved, map_location="cpu", weights_only=False)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise EzpzError(f"{file}, byte {entry.offset}: cannot be read: {error}.") from error
+        return torch.load(saved, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes may raise anything
+        what = _refused(saved) or f"cannot be read: {reason(error)}"
+        raise EzpzError(f"{file}, byte {entry.offset}: {what}.") from error
+
+
+def load_tensor(
+    folder: Path, entry: _StorageInfo, dtype: torch.dtype, shape: torch.Size
+) -> torch.Tensor:
+    """Load a tensor, or a shard of one, that the metadata describes so.
+
+    Raises:
+        EzpzError: as :func:`load`; or it is something else.
+    """
+    value = load(folder, entry)
+    if not isinstance(value, torch.Tensor) or (value.dtype, value.shape) != (dtype, shape):
+        raise EzpzError(
+            f"{folder / entry.relative_path}, byte {entry.offset}: does not hold the {dtype} "
+            f"{list(shape)} that {METADATA} describes."
+        )
+    return value
+
+
+def _refused(saved: io.BytesIO) -> str:
+    """Return why an entry is not unpickled; empty if the reason is another one."""
+    try:
+        saved.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(saved)
+    except Exception:  # it is damaged
+        return ""
+    return f"names {names[0]!r}, which is not run" if names else ""
 
 
 def save(value: Any, stream: BinaryIO) -> None:
-    """Append an entry as DCP would."""
-    torch.save(value, stream)
+    """Append an entry as DCP would.
+
+    Raises:
+        OSError: the stream cannot be written.
+    """
+    try:
+        torch.save(value, stream)
+    except RuntimeError as error:
+        # Of a full disk torch says only that a position is not the one that it expected.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def same_bits(a: Any, b: Any) -> bool:

@@ -53,16 +53,20 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
     """Read a tensor of a DCP checkpoint, assembled from its shards.
 
     Raises:
-        EzpzError: a shard cannot be read.
+        EzpzError: a shard cannot be read, or is not as the metadata says.
     """
     entry = metadata.state_dict_metadata[name]
-    # Shards cover the whole tensor, so nothing stays unwritten.
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dtype, tensor = entry.properties.dtype, None
     for chunk in entry.chunks:
         box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
         place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        tensor[box] = storage.load(folder, place)
-    return tensor
+        shard = storage.load_tensor(folder, place, dtype, chunk.sizes)
+        if tensor is None:
+            # Only now: a size that nothing is stored for may be too large for any memory. Shards
+            # cover the whole tensor, so nothing stays unwritten.
+            tensor = torch.empty(entry.size, dtype=dtype)
+        tensor[box] = shard
+    return torch.empty(entry.size, dtype=dtype) if tensor is None else tensor
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Metadata:

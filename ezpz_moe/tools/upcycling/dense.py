@@ -12,7 +12,12 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
 from ezpz_moe.tools.checkpoints.huggingface import some
-from ezpz_moe.tools.checkpoints.safetensors_files import open_file, read_tensors, weight_map
+from ezpz_moe.tools.checkpoints.safetensors_files import (
+    is_tied,
+    open_file,
+    read_tensors,
+    weight_map,
+)
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
 
 
@@ -22,10 +27,12 @@ class Dense(Protocol):
     Attributes:
         folder: where it is.
         itemsize: bytes of its widest number type.
+        is_tied: whether it says that one tensor is both its embeddings and its output matrix.
     """
 
     folder: Path
     itemsize: int
+    is_tied: bool
 
     def shape(self, name: str) -> torch.Size | None:
         """Return the shape of a tensor; None if there is no tensor of that name."""
@@ -58,7 +65,10 @@ class DenseCheckpoint:
             raise EzpzError(
                 f"{self.folder}: is already a mixture of experts; upcycle needs a dense model."
             )
-        self.itemsize = max(each.properties.dtype.itemsize for each in self._entries.values())
+        sizes = (each.properties.dtype.itemsize for each in self._entries.values())
+        self.itemsize = max(sizes, default=0)
+        # The host saves a tied tensor under both of its names.
+        self.is_tied = False
 
     def shape(self, name: str) -> torch.Size | None:
         return self._entries[name].size if name in self._entries else None
@@ -81,6 +91,7 @@ class DenseSafetensors:
         self.folder = folder
         self._target, self._adapter = target, adapter
         self._files = weight_map(folder)
+        self.is_tied = is_tied(folder)
         self._keys: dict[str, str] = {}
         # An upper bound for the disk's check: the dtypes are known only once every file is open.
         self.itemsize = torch.float32.itemsize
@@ -121,9 +132,9 @@ class DenseSafetensors:
         """Return whether the host has a parameter for it: it computes rotary frequencies itself."""
         try:
             return bool(self._adapter.from_hf({key: torch.empty((1, 1), device="meta")}))
-        except KeyError:
-            # A name that the adapter does not know counts as one: it is then refused as left over,
-            # and not lost in silence.
+        except (AttributeError, LookupError, TypeError, ValueError):
+            # The adapter asks of no name whether it knows its form. One that it does not know
+            # counts as a parameter: it is then refused as left over, and not lost in silence.
             return True
 
 

@@ -79,7 +79,7 @@ def fit(target: Target, layer: Layer, shapes: Mapping[str, torch.Size], source: 
     """
     flavor = target.flavor.name
     hidden, dim = target.tensors[layer.experts["w1"]].shape[1:]
-    dense_hidden = shapes["w1"][0]
+    dense_hidden = sum(shapes["w1"][:1])  # 0 if it is a single number, which then does not fit
     # At least 1: a dense FFN smaller than an expert then fails the check of its shape below.
     granularity = max(1, dense_hidden // hidden)
     wanted = {

@@ -119,6 +119,12 @@ def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
         # The flavor's model has two tensors where the dense one shares a single one.
         if shape is None and name in target.tied:
             source = target.tied[name]
+            # A file that was left out in copying looks the same.
+            if not dense.is_tied:
+                raise EzpzError(
+                    f"{dense.folder}: has no {name}, and no config.json there says "
+                    f'"tie_word_embeddings": true, with which it would be {source}. Is it whole?'
+                )
             shape = dense.shape(source)
             notes.append(f"{name}: a copy of {source}, to which the dense model ties it.")
         if shape != tensor.shape:
