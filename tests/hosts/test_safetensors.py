@@ -71,11 +71,11 @@ def test_there_and_back_keeps_every_bit(
     assert remap(source, target, "--to", "hf", "--model", job) == 0
     assert "no optimizer" in capsys.readouterr().out
     index = json.loads((target / files.INDEX).read_text())["weight_map"]
-    written = sorted(set(index.values()))
-    assert len(written) > 3
-    assert written[0] == f"model-00001-of-{len(written):05}.safetensors"
+    names = sorted(set(index.values()))
+    assert len(names) > 3
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
     written: dict[str, torch.Tensor] = {}
-    for file in written:
+    for file in names:
         tensors = load_file(target / file)
         assert {index[key] for key in tensors} == {file}
         written |= tensors
