@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 EXIT_CODE = 2
 DEBUG_VARIABLE = "EZPZ_MOE_DEBUG"
@@ -26,6 +26,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     candidates = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.6)
     return f" Did you mean {candidates[near[0]]!r}?" if near else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """List up to three of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
 @contextlib.contextmanager

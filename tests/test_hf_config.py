@@ -10,8 +10,8 @@ import pytest
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import host, presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, transformers_class
-from ezpz_moe.tools.checkpoints.hf_differences import config_differences, eps_note
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, transformers_class
+from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
 
 pytestmark = pytest.mark.skipif(
     type(presumed_host()) is not Titan03, reason="reads models of torchtitan 0.3"

@@ -16,7 +16,7 @@ from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
-    from ezpz_moe.tools.checkpoints.hf_model import Model
+    from ezpz_moe.tools.checkpoints.huggingface.model import Model
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Remap:
     Runs the model on sample text first, and says how many choices of experts change."""
 
     def run(self) -> int:
-        from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
+        from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
 
         if self.to == "hf" or is_safetensors(self.source):
             return self._through_the_host()
@@ -125,8 +125,8 @@ def _model(config: str | None) -> Model:
         raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
     from ezpz_moe.hosts.jobs import find_job
-    from ezpz_moe.tools.checkpoints.hf_config import transformers_class
-    from ezpz_moe.tools.checkpoints.hf_model import Model
+    from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
+    from ezpz_moe.tools.checkpoints.huggingface.model import Model
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)

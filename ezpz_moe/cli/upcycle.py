@@ -90,7 +90,7 @@ class Upcycle(Command):
             raise EzpzError(f"--reinit {self.reinit}: a share must be between 0 and 1.")
 
     def _dense(self, target: Target) -> Dense:
-        from ezpz_moe.tools.checkpoints.huggingface import is_safetensors
+        from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
         from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
 
         # What the folder holds decides, not what it is called.

@@ -14,7 +14,7 @@ from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.resuming import rates_differ
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.trainer_settings import last_checkpoint
+from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
 _STEP = "train_state.step"
 _RATE = "optimizer.param_groups."
@@ -45,8 +45,8 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
     Raises:
         EzpzError: the checkpoint cannot be read.
     """
-    checkpoint = last_checkpoint(job, [])
-    if checkpoint is None or not checkpoint.is_dir():
+    checkpoint = _newest(job)
+    if checkpoint is None:
         return None
     metadata = storage.read_metadata(checkpoint)
     if _STEP not in metadata.state_dict_metadata:
@@ -62,6 +62,22 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
         ours=detect.host().learning_rate(config, steps),
     )
     return Resumption(checkpoint, steps + 1, rates)
+
+
+def _newest(job: Job) -> Path | None:
+    """Return the checkpoint that the job loads; None without one, or if it loads none."""
+    values = job.values
+    folder = Path(
+        values.get("job.dump_folder", "./outputs"), values.get("checkpoint.folder", "checkpoint")
+    )
+    if (step := values.get("checkpoint.load_step", -1)) != -1:
+        folder /= f"step-{step}"
+    if not values.get("checkpoint.enable", False) or not folder.is_dir():
+        return None
+    try:
+        return find_checkpoint(folder)
+    except EzpzError:  # a folder without checkpoints
+        return None
 
 
 def _is_rate(name: str) -> bool:

@@ -16,8 +16,9 @@ from ezpz_moe import cli
 from ezpz_moe.cli.ckpt import _model
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.tools.checkpoints import huggingface, safetensors_files, storage
-from ezpz_moe.tools.checkpoints.hf_model import Model
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.huggingface import exporting, files
+from ezpz_moe.tools.checkpoints.huggingface.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -65,21 +66,21 @@ def remap(*arguments: object) -> int:
 def test_there_and_back_keeps_every_bit(
     tmp_path, source, job, weights, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(huggingface, "_FILE_BYTES", 2**18)
+    monkeypatch.setattr(exporting, "_FILE_BYTES", 2**18)
     target = tmp_path / "hf"
     assert remap(source, target, "--to", "hf", "--model", job) == 0
     assert "no optimizer" in capsys.readouterr().out
-    index = json.loads((target / huggingface.INDEX).read_text())["weight_map"]
-    files = sorted(set(index.values()))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((target / files.INDEX).read_text())["weight_map"]
+    names = sorted(set(index.values()))
+    assert len(names) > 3
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
     written: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in names:
         tensors = load_file(target / file)
         assert {index[key] for key in tensors} == {file}
         written |= tensors
     assert written.keys() == index.keys()
-    size = json.loads((target / huggingface.INDEX).read_text())["metadata"]["total_size"]
+    size = json.loads((target / files.INDEX).read_text())["metadata"]["total_size"]
     assert size == sum(tensor.nbytes for tensor in written.values())
     for number in range(8):
         expert = written[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]
@@ -105,7 +106,7 @@ def test_what_differs_when_read_back_is_not_kept(
         tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] += 1
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(huggingface, "save_file", broken)
+    monkeypatch.setattr(exporting, "save_file", broken)
     with pytest.raises(SystemExit):
         remap(source, tmp_path / "hf", "--to", "hf", "--model", job)
     assert f"{UP}, read back, differs" in capsys.readouterr().err
@@ -203,7 +204,7 @@ def test_the_flag_that_is_said_of_quantized_weights_has_an_absolute_path(tmp_pat
     """In its flag the host takes no relative one."""
     monkeypatch.chdir(tmp_path)
     save_file({"weight": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "model.safetensors")
-    tensors = safetensors_files.read_tensors(
+    tensors = files.read_tensors(
         Path("."), {"weight": "model.safetensors"}, {"weight": torch.Size([2])}
     )
     with pytest.raises(EzpzError) as refusal:

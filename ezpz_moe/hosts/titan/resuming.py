@@ -16,10 +16,10 @@ from torchtitan.components.checkpointer import DATALOADER, OPTIMIZER
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from ezpz_moe.hosts import dcp_metadata
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_metadata import METADATA, read_metadata
 from ezpz_moe.hosts.resuming import Entries, Fit, fit
 
-METADATA = ".metadata"
 # The degree's key in a dataloader's state: in 0.3, and since August 2026.
 _DEGREE = ("world_size", "dp_world_size")
 
@@ -30,7 +30,7 @@ def what_fits(states: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Collective: a stage of a pipeline may lack what the others have, and all have to stop together.
 
     Raises:
-        EzpzError: the run cannot load the checkpoint.
+        EzpzError: the run cannot load the checkpoint, or its metadata is damaged.
     """
     wanted, saved = _entries(states), saved_entries(folder)
     found = fit(
@@ -46,13 +46,16 @@ def what_fits(states: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def saved_entries(folder: Path) -> Entries:
-    """Return the entries of a checkpoint; those of safetensors are not looked at."""
+    """Return the entries of a checkpoint; those of safetensors are not looked at.
+
+    Raises:
+        EzpzError: its metadata is damaged, or names what no metadata needs: the host would run it.
+    """
     if not (folder / METADATA).is_file():
         return {}
-    metadata = dcp_metadata.read_metadata(folder)
     return {
         name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        for name, entry in metadata.state_dict_metadata.items()
+        for name, entry in read_metadata(folder).state_dict_metadata.items()
     }
 
 
@@ -67,7 +70,7 @@ def whole_steps(folder: Path) -> Iterator[int]:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         return "train_state.step" in saved_entries(checkpoint)
-    except Exception:  # damaged metadata may raise anything
+    except EzpzError:
         return False
 
 

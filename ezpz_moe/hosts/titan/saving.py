@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp_metadata import METADATA
 from ezpz_moe.hosts.resuming import is_selection_bias
-from ezpz_moe.hosts.titan.resuming import METADATA, whole_steps
+from ezpz_moe.hosts.titan.resuming import whole_steps
 
 
 def with_exact_biases(states: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:

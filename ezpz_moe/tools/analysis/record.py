@@ -24,7 +24,6 @@ from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.analysis.similarity import cosines
 from ezpz_moe.tools.analysis.text import Sequence as TextSequence
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.huggingface import check_model
 from ezpz_moe.tools.checkpoints.tensors import read_whole
 
 Progress = Callable[[Sequence[TextSequence]], Iterable[TextSequence]]
@@ -149,7 +148,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
             f"{checkpoint} DIR --to {generation}"
         )
     entries, state = dict(contents.model_tensors(metadata)), model.state_dict()
-    check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
+    contents.check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
     # Layer by layer: the checkpoint is never in memory as a whole. Not tensor by tensor, and not
     # into the tensors of the state dict: a host may fuse the queries', keys' and values' weights,
     # and make the state dict's from a copy.

@@ -9,11 +9,7 @@
 ``plan``        which entry becomes which under another generation's names
 ``state``       what differs besides names: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
-``huggingface`` the model alone, as a folder that transformers opens
-``hf_config``, ``hf_card``  the class that computes it, and what stands beside the weights
-``hf_import``, ``hf_differences``  the way back, and what another config says otherwise
-``hf_model``    what both ways know of a model
-``safetensors_files``  which of a folder's safetensors holds a tensor, and reading it
+``huggingface`` the model alone, as a folder that transformers opens, and back
 """
 
 from ezpz_moe.tools.checkpoints.contents import Contents, inspect

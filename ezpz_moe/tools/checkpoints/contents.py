@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ezpz_moe.errors import EzpzError
@@ -109,3 +110,26 @@ def _step(folder: Path, metadata: Metadata) -> int | None:
                 ) from error
     match = re.fullmatch(r"step-(\d+)", folder.name)
     return int(match[1]) if match else None
+
+
+def check_model(
+    source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that a checkpoint has the flavor's tensors, by names and sizes.
+
+    Raises:
+        EzpzError: it belongs to another model.
+    """
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
+    # Before anything is converted: a wrong flavor would otherwise fail in the adapter, with an
+    # error that does not say so.
+    if sizes != expected:
+        # One example is enough: a wrong flavor differs in almost every tensor.
+        name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
+        has, wants = (
+            f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (sizes, expected)
+        )
+        raise EzpzError(
+            f"{source}: is not the flavor's model: {name} is {has} in the checkpoint and "
+            f"{wants} in the flavor's model."
+        )

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, some
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
-from ezpz_moe.tools.checkpoints.huggingface import some
-from ezpz_moe.tools.checkpoints.safetensors_files import (
+from ezpz_moe.tools.checkpoints.huggingface.files import (
     is_tied,
     open_file,
     read_tensors,

@@ -1,7 +1,7 @@
-"""A model's tensors to and from Hugging Face's safetensors, through the host's own adapter.
+"""Write the model of a checkpoint as a folder that transformers opens, or say why it would differ.
 
-The adapter (``to_hf``, ``from_hf``) converts one parameter at a time. Memory then holds one
-parameter and what it becomes, besides the file that is being filled.
+Parameters are converted one at a time, by the host's own adapter. Memory then holds one parameter
+and what it becomes, besides the file that is being filled.
 """
 
 from __future__ import annotations
@@ -14,49 +14,19 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, some
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
-from ezpz_moe.tools.checkpoints.hf_card import Origin, check_tokenizer, write_description
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.hf_import import import_
-from ezpz_moe.tools.checkpoints.hf_model import Converted, Keys, Model
-from ezpz_moe.tools.checkpoints.names import current_name
-from ezpz_moe.tools.checkpoints.safetensors_files import INDEX
+from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
+from ezpz_moe.tools.checkpoints.huggingface.files import INDEX
+from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 
 _FILE_BYTES = 2 * 2**30
 """Close a file when it holds this much, which is also how much of it is in memory."""
 Tensors = dict[str, torch.Tensor]
 _EMBEDDING = "tok_embeddings.weight"
-
-
-def is_safetensors(folder: Path) -> bool:
-    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
-
-
-def convert(
-    source: Path,
-    target: Path,
-    to: str,
-    model: Model,
-    measure: Callable[[], str] | None = None,
-) -> Converted:
-    """Call :func:`export` for "hf", or :func:`import_` for the installed host's generation.
-
-    Raises:
-        EzpzError: as these two; or safetensors should become a checkpoint of another host.
-    """
-    if to == "hf":
-        return export(source, target, model, measure)
-    to = current_name(to)
-    if to != model.generation:
-        raise EzpzError(
-            f"{source}: the installed host writes the names of torchtitan {model.generation}, not "
-            f"{to}. Use --to {model.generation}, then run ezpz-moe ckpt remap again."
-        )
-    return import_(source, target, model)
 
 
 def export(
@@ -118,7 +88,9 @@ def _read_checkpoint(source: Path, model: Model) -> Metadata:
             f"{model.generation}"
         )
     entries = dict(contents.model_tensors(metadata))
-    check_model(source, {name: entry.size for name, entry in entries.items()}, model.tensors)
+    contents.check_model(
+        source, {name: entry.size for name, entry in entries.items()}, model.tensors
+    )
     return metadata
 
 
@@ -198,34 +170,6 @@ def _write_safetensors(
     index = {"metadata": {"total_size": size}, "weight_map": files}
     (target / INDEX).write_text(json.dumps(index, indent=2))
     return files
-
-
-def some(names: list[str]) -> str:
-    """List up to three of the names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
-
-
-def check_model(
-    source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Check that a checkpoint has the flavor's tensors, by names and sizes.
-
-    Raises:
-        EzpzError: it belongs to another model.
-    """
-    expected = {name: tensor.shape for name, tensor in tensors.items()}
-    # Before anything is converted: a wrong flavor would otherwise fail in the adapter, with an
-    # error that does not say so.
-    if sizes != expected:
-        # One example is enough: a wrong flavor differs in almost every tensor.
-        name = next(n for n in [*sizes, *expected] if sizes.get(n) != expected.get(n))
-        has, wants = (
-            f"{list(shapes[name])}" if name in shapes else "nothing" for shapes in (sizes, expected)
-        )
-        raise EzpzError(
-            f"{source}: is not the flavor's model: {name} is {has} in the checkpoint and "
-            f"{wants} in the flavor's model."
-        )
 
 
 def _grouped(bytes_of: Mapping[str, int]) -> list[list[str]]:

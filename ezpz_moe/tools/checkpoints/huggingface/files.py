@@ -20,6 +20,11 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 
+def is_safetensors(folder: Path) -> bool:
+    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
 def weight_map(folder: Path) -> dict[str, str]:
     """Map each tensor's name to the file that holds it.
 

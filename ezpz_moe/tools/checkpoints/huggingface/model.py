@@ -11,8 +11,8 @@ import torch
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass
-from ezpz_moe.tools.checkpoints.safetensors_files import read_tensors
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
+from ezpz_moe.tools.checkpoints.huggingface.files import read_tensors
 
 Files = Mapping[str, str]
 """Tensor -> the file that holds it."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass
-from ezpz_moe.tools.checkpoints.safetensors_files import CONFIG
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
+from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
 
 _OTHERWISE = {
     # compared below, in another way

@@ -15,8 +15,8 @@ from ezpz_moe import __version__
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.untested import installed_pair
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass
-from ezpz_moe.tools.checkpoints.safetensors_files import CONFIG
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
+from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
 
 GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer.json"

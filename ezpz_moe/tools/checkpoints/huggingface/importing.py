@@ -9,10 +9,10 @@ from typing import Any
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
-from ezpz_moe.tools.checkpoints.hf_config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.hf_differences import config_differences, eps_note
-from ezpz_moe.tools.checkpoints.hf_model import Converted, Files, Keys, Model
-from ezpz_moe.tools.checkpoints.safetensors_files import open_file, read_config, weight_map
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
+from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
+from ezpz_moe.tools.checkpoints.huggingface.files import open_file, read_config, weight_map
+from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Files, Keys, Model
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 Config = Mapping[str, Any]
