@@ -45,9 +45,6 @@ class Checkpointer(CheckpointManager):
 
     _stopping: Stopping | None = None
 
-    def __init__(self, config: Config, **parts: Any) -> None:
-        super().__init__(config, **parts)
-
     def _load(self, step: int = -1) -> bool:
         found = super()._load(step)
         if not self.load_only:
