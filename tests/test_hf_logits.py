@@ -209,8 +209,8 @@ GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
     [
         ("deepseek_v2", GROUPS, "2 of 4 groups, chosen by their two best experts"),
         ("deepseek_v2", "router_route_norm = true", "normalizes the weights of softmax"),
-        ("deepseek_v2", "n_heads = 3", "a dim (32) that is no multiple of its 3 heads"),
-        ("deepseek_v3", "[router]\ntemperature = 2", "router.temperature is 2 at this step"),
+        ("deepseek_v2", "n_heads = 3", "a dim (32) that is not a multiple of its 3 heads"),
+        ("deepseek_v3", "[router]\ntemperature = 2", "router.temperature is 2"),
         (
             "deepseek_v3",
             "[router]\ntemperature = {start = 2, end = 1, steps = 14}",
@@ -236,6 +236,31 @@ def test_a_model_of_no_class_is_refused(exports, kind, extra, difference, tmp_pa
     assert f"no class of transformers computes the model of flavor {kind}" in said
     assert difference in said
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_step_of_a_schedule_must_be_known(exports, monkeypatch, tmp_path, capsys) -> None:
+    """At the end of its schedule the temperature would not matter."""
+    _, source, _ = exports.plain("deepseek_v3")
+    moves = "\n[router]\ntemperature = {start = 2, end = 1, steps = 14}\n"
+    case = exports.case("deepseek_v3", moves)
+    (tmp_path / "final").symlink_to(source)
+    shutil.copytree(source, tmp_path / "best")
+    monkeypatch.chdir(source)
+    for folder, said in (
+        (".", "temperature is 1.53846 at step 7"),
+        (tmp_path / "final", "temperature is 1.53846 at step 7"),
+        (tmp_path / "best", "temperature moves from 2 to 1, and the step is not known"),
+    ):
+        with pytest.raises(SystemExit):
+            case.remap(folder, tmp_path / "hf", "--to", "hf")
+        assert said in capsys.readouterr().err
+
+
+def test_an_export_is_not_exported_again(exports, tmp_path, capsys) -> None:
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    with pytest.raises(SystemExit):
+        case.remap(folder, tmp_path / "hf", "--to", "hf")
+    assert "holds safetensors, which --to hf writes" in capsys.readouterr().err
 
 
 def test_what_matters_in_training_alone_is_exported(exports, tmp_path) -> None:
@@ -288,7 +313,7 @@ def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope: rope_type is"),
         (
             {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
-            "model_type is deepseek_v2, the flavor's model is a deepseek_v3",
+            "model_type is 'deepseek_v2', the flavor's model is a deepseek_v3",
         ),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ],
@@ -322,6 +347,7 @@ def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> 
 
 
 BIAS = "model.layers.0.self_attn.o_proj.bias"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -343,6 +369,16 @@ BIAS = "model.layers.0.self_attn.o_proj.bias"
             lambda x: {key: each for key, each in x.items() if "experts" not in key},
             "8 of 37 tensors are missing",
         ),
+        (
+            "qwen3_moe",
+            lambda x: x | {f"{EXPERT}_scale_inv": torch.ones(1, 1)},
+            "quantization_config=FineGrainedFP8Config(dequantize=True)",
+        ),
+        (
+            "deepseek_v3",
+            lambda x: x | {EXPERT: x[EXPERT].T.contiguous()},
+            f"{EXPERT} has the shape [32, 24], but the flavor's model wants [24, 32]",
+        ),
         ("deepseek_v3", lambda x: x | {BIAS: torch.zeros(32)}, None),
         ("deepseek_v3", lambda x: x | {"model.layers.3.eh_proj.weight": torch.ones(2)}, None),
     ],
@@ -361,6 +397,22 @@ def test_tensors_that_would_be_lost_are_refused(
     said = capsys.readouterr().err
     assert message in said
     assert "initial_load" not in said
+
+
+def test_the_trainer_reads_fp8_if_checkpoints_are_enabled(
+    exports, monkeypatch, tmp_path, capsys
+) -> None:
+    """Otherwise it starts with random weights; and it takes no relative path."""
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    scale = {f"{EXPERT}_scale_inv": torch.ones(1, 1)}
+    with_tensors(folder, tmp_path / "fp8", lambda x: x | scale)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        case.remap("fp8", "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert f"{EXPERT} is quantized (FP8)" in said
+    assert "--checkpoint.enable --checkpoint.initial_load_in_hf " in said
+    assert f"--checkpoint.initial_load_path {tmp_path / 'fp8'}" in said
 
 
 def test_the_folder_needs_nothing_else(exports) -> None:
@@ -407,7 +459,7 @@ def test_a_job_without_its_tokenizer_is_refused(exports, tmp_path, capsys):
     job.write_text(job.read_text() + f'hf_assets_path = "{tmp_path / "gone"}"\n')
     with pytest.raises(SystemExit):
         case.remap(source, tmp_path / "hf", "--to", "hf")
-    assert "hf_assets_path holds no tokenizer" in capsys.readouterr().err
+    assert "hf_assets_path holds no tokenizer.json" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
 
