@@ -86,8 +86,8 @@ def router_differences(router: Router, step: int | None) -> Iterator[str]:
     schedule = router.temperature
     if step is None and not schedule.is_constant:
         yield (
-            f"router.temperature moves from {schedule.start:g} to {schedule.end:g}, and the step is "
-            "not known (the folder of a model without training state must be called step-N)"
+            f"router.temperature moves from {schedule.start:g} to {schedule.end:g}, and the step "
+            "is not known (the folder of a model without training state must be called step-N)"
         )
     elif (temperature := value_at(schedule, step or 0)) != 1:
         yield f"router.temperature is {temperature:g}" + (f" at step {step}" if step else "")

@@ -52,10 +52,10 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     An absent key says what transformers takes for it, or nothing if the tensors show it.
     """
     model_type, classes = form.config["model_type"], config.get("architectures")
-    if not isinstance(classes, list) or form.name not in classes:
-        if (found := config.get("model_type")) not in (None, model_type):
-            yield f"model_type is {found!r}, the flavor's model is a {model_type}"
-            return  # whose keys have other meanings
+    is_named = isinstance(classes, list) and form.name in classes
+    if not is_named and (found := config.get("model_type")) not in (None, model_type):
+        yield f"model_type is {found!r}, the flavor's model is a {model_type}"
+        return  # whose keys have other meanings
     said = _DEFAULTS[model_type] | config
     for key, wanted in form.config.items():
         if key not in _OTHERWISE and key in said and not _same(said[key], wanted):
@@ -129,7 +129,5 @@ def _mscale(factor: float, mscale: float) -> float:
 def _same(found: Any, wanted: Any) -> bool:
     if isinstance(found, int | float) and isinstance(wanted, int | float):
         # An integer may be too large for a float.
-        return found == wanted or (
-            abs(found) < 2**53 and math.isclose(found, wanted, rel_tol=1e-9)
-        )
+        return found == wanted or (abs(found) < 2**53 and math.isclose(found, wanted, rel_tol=1e-9))
     return bool(found == wanted)

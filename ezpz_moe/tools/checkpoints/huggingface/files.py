@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, printable
 from ezpz_moe.hosts.dcp_structure import is_below
 
 INDEX = "model.safetensors.index.json"
@@ -167,4 +167,4 @@ def open_file(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (OSError, SafetensorError) as error:  # a folder or a broken link is an OSError
-        raise EzpzError(f"{file}: cannot be read: {error}.") from error
+        raise EzpzError(f"{file}: cannot be read: {printable(str(error))}.") from error
