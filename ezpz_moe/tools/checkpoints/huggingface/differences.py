@@ -56,7 +56,7 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     if not is_named and (found := config.get("model_type")) not in (None, model_type):
         yield f"model_type is {found!r}, the flavor's model is a {model_type}"
         return  # whose keys have other meanings
-    said = _DEFAULTS[model_type] | config
+    said = {**_DEFAULTS[model_type], **config}
     for key, wanted in form.config.items():
         if key not in _OTHERWISE and key in said and not _same(said[key], wanted):
             yield _difference(key, said[key], wanted, is_default=key not in config)
