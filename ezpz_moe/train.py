@@ -4,7 +4,7 @@
 with the same arguments. Two things happen first: a check that torch and torchtitan can do what the
 binding needs and, on a machine without an accelerator, the CPU becomes the host's device. One thing
 happens last: a run that ended well stays so. Start it under torchrun, like the host's own trainer;
-:mod:`ezpz_moe.tools.launch` does.
+:mod:`ezpz_moe.tools.launch` does. If torchrun is killed, its workers end too.
 """
 
 from __future__ import annotations
@@ -40,25 +40,45 @@ def main() -> None:
         raise
 
 
-_has_ended_well = threading.Event()
+def _end_with(launcher: int) -> None:
+    """End this process, and what it has started, soon after its launcher.
+
+    A launcher that is killed cannot end its workers. They would train on, and nobody would know.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1)
+    if os.getpgrp() == os.getpid():  # torchrun starts every worker as the head of a group
+        os.killpg(0, signal.SIGKILL)
+    os._exit(128 + signal.SIGKILL)
+
+
+_exit_code: int | None = None
+"""Of a run that has ended as it should: trained to its end, or saved and stopped by SIGTERM."""
 
 
 def _end_without_teardown() -> None:
-    """End the process before the interpreter tears down, if its run ended well.
+    """End the process before the interpreter tears down, if its run ended as it should.
 
     A gloo thread may still hold tensors that Python knows about. If it releases them during
     teardown, torch aborts the process (pytorch/pytorch#179291), and a run that trained to its end
     would count as failed.
     """
-    if _has_ended_well.is_set():
+    if _exit_code is not None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(_exit_code)
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun, which is its parent
+        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     # atexit runs the last handler first: those of the host and of wandb come before this one.
     atexit.register(_end_without_teardown)
-    main()
-    _has_ended_well.set()
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM:
+            _exit_code = stop.code
+        raise
+    _exit_code = 0

@@ -1,12 +1,15 @@
 """The launch scripts of docs/launch: what each node would type, with schedulers made of shell."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from ezpz_moe.tools.launch import SECONDS_TO_SAVE
 
 SCRIPTS = Path(__file__).parents[1] / "docs" / "launch"
 
@@ -22,6 +25,8 @@ COMMANDS = {
     "scontrol": "#!/bin/bash\necho first; seq -f node%g 20000",
     "module": "#!/bin/bash",
     "conda": "#!/bin/bash",
+    "qstat": "#!/bin/bash\necho Job Id: $2; echo '    Resource_List.walltime = 02:01:05'",
+    "timeout": '#!/bin/bash\necho $1 $2 >&2; exec "${@:3}"',
     "ezpz-moe": "#!/bin/bash\nprintf '%s|' \"$@\"; echo",
 }
 
@@ -41,6 +46,7 @@ def environment(tmp_path) -> dict[str, str]:
         "SLURM_JOB_NODELIST": "[first-second]",
         "PBS_NODEFILE": str(nodes),
         "PBS_O_WORKDIR": str(tmp_path),
+        "PBS_JOBID": "7",
     }
 
 
@@ -66,6 +72,20 @@ def test_each_node_starts_the_same_job_with_its_own_rank(script, nproc, master, 
         f"train|{job}|--nproc|{nproc}|--nnodes|2|--node-rank|{node}|--master-addr|{master}|"
         for node in (0, 1)
     ]
+    assert _seconds_before_limit(script, result.stderr) >= SECONDS_TO_SAVE + 60
+
+
+def _seconds_before_limit(script: str, said: str) -> int:
+    """When a run of 2:01:05 is sent SIGTERM; the latest of both nodes."""
+    if script == "slurm.sh":
+        return int(re.search(r"^#SBATCH --signal=TERM@(\d+)$", _text(script), re.M)[1])
+    after = [int(each) for each in re.findall(r"^--signal=TERM (\d+)$", said, re.M)]
+    assert len(after) == 2
+    return 2 * 3600 + 65 - max(after)
+
+
+def _text(script: str) -> str:
+    return (SCRIPTS / script).read_text()
 
 
 def test_every_script_is_tested():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ezpz_moe.config.job import Job
-from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
+from ezpz_moe.tools.trainer_settings import checkpoint_settings, last_checkpoint, pipeline_degree
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,27 @@ ELSEWHERE = {"job.dump_folder": "other", "checkpoint.folder": "mine"}
 def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expected):
     found = last_checkpoint(Job(flavor="x", values=values), flags)
     assert found == (expected and Path(expected))
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected"),
+    [
+        ({}, [], (False, False, None)),
+        (ON, [], (True, True, None)),
+        (ON, ["--checkpoint.no-enable"], (False, False, None)),
+        ({}, ["--checkpoint.enable"], (True, True, None)),
+        (ON | {"checkpoint.load_only": True}, [], (True, False, None)),
+        (ON, ["--checkpoint.load-only"], (True, False, None)),
+        (ON, ["--checkpoint.load_only", "--checkpoint.no-load-only"], (True, True, None)),
+        (ON | {"checkpoint.load_step": 7}, [], (True, True, 7)),
+        (ON, ["--checkpoint.load_step", "5"], (True, True, 5)),
+        (ON, ["--checkpoint.load-step=0"], (True, True, 0)),
+        (ON | {"checkpoint.load_step": 5}, ["--checkpoint.load_step", "-1"], (True, True, None)),
+    ],
+)
+def test_what_is_loaded_and_whether_any_is_written(values, flags, expected):
+    settings = checkpoint_settings(Job(flavor="x", values=values), flags)
+    assert expected == (settings.is_enabled, settings.is_saving, settings.load_step)
 
 
 def test_the_hosts_defaults_are_where_we_look():

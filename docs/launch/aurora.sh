@@ -22,11 +22,19 @@ unset CCL_KVS_MODE CCL_KVS_USE_MPI_RANKS
 
 NNODES=$(sort -u "$PBS_NODEFILE" | wc -l)
 MASTER_ADDR=$(head -n 1 "$PBS_NODEFILE" | cut -d . -f 1).hsn.cm.aurora.alcf.anl.gov
-export TILES_PER_NODE NNODES MASTER_ADDR
+
+# PBS kills a job seconds after its limit. So the run gets SIGTERM 360 seconds before: it saves the
+# step that it is at, which it has 300 seconds for, and ends. Submit the same line to go on.
+WALLTIME=$(qstat -f "$PBS_JOBID" | awk '
+    /Resource_List.walltime/ { split($3, part, ":"); print part[1] * 3600 + part[2] * 60 + part[3] }
+')
+SECONDS_TO_TRAIN=$((WALLTIME - SECONDS - 360)) # SECONDS: since this script has begun
+export TILES_PER_NODE NNODES MASTER_ADDR SECONDS_TO_TRAIN
 
 # Single quotes: PALS_RANKID is each node's own.
 # shellcheck disable=SC2016
 mpiexec -n "$NNODES" --ppn 1 --cpu-bind none bash -c '
-    exec ezpz-moe train "$@" --nproc "$TILES_PER_NODE" --nnodes "$NNODES" \
+    exec timeout --signal=TERM "$SECONDS_TO_TRAIN" ezpz-moe train "$@" \
+        --nproc "$TILES_PER_NODE" --nnodes "$NNODES" \
         --node-rank "$PALS_RANKID" --master-addr "$MASTER_ADDR"
 ' bash "$JOB"

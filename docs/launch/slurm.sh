@@ -5,10 +5,12 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --no-kill
+#SBATCH --signal=TERM@360
 # sbatch --account=PROJECT --time=02:00:00 slurm.sh my/job.toml [the trainer's flags]
 #
 # One launcher on each node starts a process for each GPU. --no-kill leaves the other nodes the time
-# to say which one was lost.
+# to say which one was lost. --signal asks for SIGTERM 360 seconds before the limit: the run saves
+# the step that it is at, which it has 300 seconds for, and ends. Submit the same line to go on.
 set -euo pipefail
 
 GPUS_PER_NODE=8

@@ -34,6 +34,8 @@ class Train(Command):
     """Name node 0, by host name or address."""
     master_port: int = 29500
     """Use this free port of node 0."""
+    resume_from_last_whole: bool = False
+    """Resume from the newest step that is whole, if a later one is damaged."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
@@ -46,6 +48,7 @@ class Train(Command):
         return {
             "nproc": self.nproc,
             "placement": self._placement(),
+            "from_last_whole": self.resume_from_last_whole,
             "tell": display.print_to_stderr,
         }
 

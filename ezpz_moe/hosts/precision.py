@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -176,7 +177,9 @@ def _refuse_other_precisions(own: str) -> None:
     # The store and not a collective: it needs no device and no tensors, and its counters work even
     # if the ranks disagree, which is the case to detect.
     default = torch.distributed.distributed_c10d._get_default_store()
-    store = torch.distributed.PrefixStore("ezpz_moe/precision", default)
+    # torchrun's store outlives a restart of the ranks, with the counters of the attempt before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"ezpz_moe/precision/{attempt}", default)
     # Each rank counts itself under its own precision, and only then as arrived. When the last one
     # has arrived, all counters are complete.
     store.add(own, 1)

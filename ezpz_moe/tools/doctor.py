@@ -18,7 +18,7 @@ from torch import nn
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import job_for_flavor
+from ezpz_moe.config.job import Job, job_for_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.cpu import CpuDeviceModule
@@ -26,10 +26,12 @@ from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.installed import host, version
 from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
 from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.hosts.untested import is_tested, tested_pairs
+from ezpz_moe.tools.resuming import resumption
 from ezpz_moe.tools.verify import default_device
 
 # Nobody needs all of these; without a package, what stands beside it does not work.
@@ -158,6 +160,7 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
         ),
     ]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
+    findings += _resuming(job, trainer_config)
     summary = detect.host().summarize(flavor)
     findings += _alignment(summary)
     if world_size is not None:
@@ -217,6 +220,23 @@ def _state_dict_findings(model: nn.Module, generation: Host) -> Iterator[Finding
             "" if key in found else "the model's state dict has no such key",
             "checkpoints saved before this release do not load, and newer ones only here",
         )
+
+
+def _resuming(job: Job, trainer_config: TrainerConfig) -> Iterator[Finding]:
+    """Say where the job resumes, and both learning rates if its schedule has another one there."""
+    used_for = "the checkpoint that the run resumes from"
+    try:
+        found = resumption(job, trainer_config)
+    except EzpzError as error:
+        yield Finding("checkpoint", used_for, str(error), "the run cannot resume")
+        return
+    if found is None:
+        return
+    folder = str(found.checkpoint)
+    if found.step is None:
+        yield Finding(folder, used_for, "it holds the model alone", "the run is refused")
+    else:
+        yield Finding(folder, f"{used_for}, at step {found.step}", found.rates, is_note=True)
 
 
 def _alignment(summary) -> Iterator[Finding]:

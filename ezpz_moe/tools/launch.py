@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.jobs import find_job
-from ezpz_moe.tools.nodes import Placement, loss_report, meet
-from ezpz_moe.tools.trainer_settings import last_checkpoint, pipeline_degree
+from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
+from ezpz_moe.tools.resume_point import flags_to_resume
+from ezpz_moe.tools.trainer_settings import (
+    CheckpointSettings,
+    checkpoint_settings,
+    pipeline_degree,
+)
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+SECONDS_TO_SAVE = 300
+"""From the signal that ends a run with checkpoints until its workers are killed."""
 
+_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own variable, for the same seconds
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
+_TRAINER = ("--module", "ezpz_moe.train")
 
 
 Tell = Callable[[str], None]
@@ -37,6 +48,7 @@ def train(
     tell: Tell,
     nproc: int = 1,
     placement: Placement | None = None,
+    from_last_whole: bool = False,
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
@@ -46,99 +58,143 @@ def train(
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
-        tell: takes torchrun's report of a failure, or that of the node that was lost.
+        tell: takes torchrun's report of a failure, that of the node that was lost, or what a
+            stopped run has saved.
         nproc: processes on this machine, one per accelerator.
         placement: this machine's place among several; None if it is the only one.
+        from_last_whole: whether to resume from an earlier step if the newest is damaged.
 
     Returns:
         An exit code: 0; 2 for a user's mistake that a worker has already reported; 1 for any other
             failure, whose report ``tell`` was given; 128 + n when signal n ended the run.
 
     Raises:
-        EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, or a machine did not show up.
-            Nothing has been started then.
+        EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, the checkpoint to resume from is
+            damaged, another run has the dump folder, or a machine did not show up. Nothing has been
+            started then.
     """
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
-    arguments = presumed_host().arguments(job) + host_flags
+    settings = checkpoint_settings(job, host_flags)
+    if settings.is_saving:
+        run_folder.refuse_if_held(settings.dump_folder)
+    # The user's flags come last: nothing may follow a subcommand (activation-checkpoint:full).
+    arguments = [*_TRAINER, *presumed_host().arguments(job)]
+    arguments += flags_to_resume(settings, from_last_whole=from_last_whole) + host_flags
     _check_processes(nproc)
     _share_threads(nproc)
-    nnodes = placement.nnodes if placement else 1
-    shown = _shown_ranks(pipeline_degree(job, host_flags), nproc, nnodes)
-    # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
-    os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
+    workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
     if placement is None:
         # By default torchrun uses this machine's name; where that cannot be resolved, it waits
         # long.
         here = ["--standalone", "--local-addr", "localhost"]
-        return _run(here, arguments, nproc, shown, str, tell)
+        return _run([*workers, *here, *arguments], _Ending(settings, tell))
     with meet(placement, nproc) as nodes:
+        ending = _Ending(settings, tell, nodes, placement.node_rank)
+        return _run([*workers, *placement.torchrun_arguments, *arguments], ending)
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What the user is told when a run has not ended by itself.
+
+    Attributes:
+        settings: where the run's checkpoints are.
+        tell: takes the text.
+        nodes: all machines of the run; none if this is the only one.
+        own_rank: this machine's place among them.
+    """
+
+    settings: CheckpointSettings
+    tell: Tell
+    nodes: Sequence[Node] = ()
+    own_rank: int = 0
+
+    def failed(self, failure: ChildFailedError) -> int:
+        """Tell which node was lost and how to continue; torchrun's own report if none was."""
+        # exit_on_user_error() has printed the message in the worker.
+        if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
+            return EXIT_CODE
+        first = failure.get_first_failure()[1]
+        # Only a worker, or another machine, was sent the signal.
+        if first.exitcode == 128 + signal.SIGTERM:
+            return self.stopped(signal.SIGTERM)
         # A surviving worker's own error says only that a communication timed out.
-        def lost(failure: ChildFailedError) -> str:
-            """Return which node was lost and how to continue; torchrun's own report if none was."""
-            report = loss_report(nodes, placement.node_rank, _last_words(failure))
-            if report is None:
-                return str(failure)
-            checkpoint = last_checkpoint(job, host_flags)
-            return f"ezpz-moe: error: {report}\n{_how_to_go_on(checkpoint)}"
+        report = loss_report(self.nodes, self.own_rank, _last_words(first))
+        if report is None:
+            self.tell(str(failure))
+        else:
+            self.tell(f"ezpz-moe: error: {report}\n{self._how_to_go_on()}")
+        return 1
 
-        return _run(placement.torchrun_arguments, arguments, nproc, shown, lost, tell)
+    def stopped(self, by: signal.Signals) -> int:
+        """Tell from which step a run resumes that a signal has ended."""
+        self.tell(f"ezpz-moe: stopped by {by.name}. {self._how_to_go_on()}")
+        return 128 + by  # the shell's convention
+
+    def _how_to_go_on(self) -> str:
+        if not self.settings.is_enabled:
+            return "Nothing was saved, because checkpoints are off ([checkpoint] enable)."
+        again = f"To continue, run the same command again{' on every node' if self.nodes else ''}"
+        newest, load_step = self.settings.newest(), self.settings.load_step
+        if newest is None:
+            return f"{again}. There is no checkpoint to resume from: it begins at step 1."
+        if load_step not in (None, newest):
+            again += ", without checkpoint.load_step"
+        return f"{again}: it resumes from {self.settings.folder / f'step-{newest}'}."
 
 
-def _run(
-    where: list[str],
-    trainer_arguments: list[str],
-    nproc: int,
-    shown: str,
-    report: Callable[[ChildFailedError], str],
-    tell: Tell,
-) -> int:
-    """Run torchrun, and let ``report`` decide what to tell about a failure."""
+def _workers(nproc: int, placement: Placement | None, degree: int) -> list[str]:
+    """Return torchrun's arguments about the workers of this machine; choose whose output shows."""
+    nnodes = placement.nnodes if placement else 1
+    shown = _shown_ranks(degree, nproc, nnodes)
+    # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
+    os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
+    prefix = ["--role", "rank", "--tee", "3"] if "," in shown else []  # "[rank0]:" before each line
+    return ["--nproc-per-node", str(nproc), "--local-ranks-filter", shown, *prefix]
+
+
+def _patience(settings: CheckpointSettings) -> list[str]:
+    """Return how long torchrun waits for workers that it has passed a signal on to."""
+    if not settings.is_saving or _PATIENCE in os.environ:
+        return []
+    return ["--shutdown-timeout", str(SECONDS_TO_SAVE)]
+
+
+def _run(arguments: list[str], ending: _Ending) -> int:
+    """Run torchrun, and return the exit code that ``ending`` chooses if it fails.
+
+    Raises:
+        EzpzError: another run has the dump folder.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Since 0.3 rank 0 does so itself, whatever has started it.
+    if presumed_host().generation == "0.2" and ending.settings.is_saving and ending.own_rank == 0:
+        run_folder.hold(ending.settings.dump_folder)
     # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
-        arguments = [*where, "--nproc-per-node", str(nproc), "--log-dir", reports]
-        arguments += ["--local-ranks-filter", shown]
-        if "," in shown:
-            arguments += ["--role", "rank", "--tee", "3"]  # "[rank0]:" before each line
-        arguments += ["--module", "ezpz_moe.train", *trainer_arguments]
         # A failure arrives as an exception with torchrun's whole report: do not print it twice.
         logging.disable(logging.ERROR)
         try:
-            torchrun.run(torchrun.parse_args(arguments))
+            torchrun.run(torchrun.parse_args(["--log-dir", reports, *arguments]))
         except ChildFailedError as failure:
-            # exit_on_user_error() has printed the message in the worker.
-            if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
-                return EXIT_CODE
-            tell(report(failure))
-            return 1
+            return ending.failed(failure)
         except SignalException as stop:
-            tell(f"ezpz-moe: stopped by {stop.sigval.name}")
-            # The shell's convention for a process that a signal has ended.
-            return 128 + stop.sigval
+            return ending.stopped(stop.sigval)
         finally:
             logging.disable(logging.NOTSET)
     return 0
 
 
-def _last_words(failure: ChildFailedError) -> str:
-    """Return what the first worker to fail said: its error's last line, or its signal."""
-    words = failure.get_first_failure()[1].message
+def _last_words(failure: ProcessFailure) -> str:
+    """Return what a failed worker said: its error's last line, or its signal."""
+    words = failure.message
     if isinstance(words, dict):  # an exception, as torch's ``record`` writes it
         words = words["message"]
     return words.strip().splitlines()[-1]
-
-
-def _how_to_go_on(checkpoint: Path | None) -> str:
-    again = "To continue, run the same command again on every node"
-    if checkpoint is None:
-        return f"{again}. There is no checkpoint to resume from: it begins at step 1."
-    if not checkpoint.is_dir():
-        return f"{again}, without checkpoint.load_step: it names {checkpoint}, which is missing."
-    return f"{again}: it resumes from {checkpoint}."
 
 
 def _check_processes(nproc: int) -> None:

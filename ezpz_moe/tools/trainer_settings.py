@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ezpz_moe.config.job import Job
@@ -18,20 +19,37 @@ def pipeline_degree(job: Job, host_flags: list[str]) -> int:
     return max(1, parser.parse_known_args(host_flags)[0].degree)
 
 
-def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """Return the folder that the trainer would resume from; None if there is none, or it must not.
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What the trainer will be told about checkpoints.
 
-    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
-    ``step-N`` per checkpoint, which is complete once it has its metadata. The trainer takes the
-    newest of them, or without checking the one that ``checkpoint.load_step`` names, which may not
-    exist.
+    Attributes:
+        is_enabled: whether it loads the newest, if there is one.
+        is_saving: whether it writes any.
+        dump_folder: where a run writes everything, as it was given.
+        folder: where the checkpoints are, each in a folder ``step-N``.
+        load_step: the step that it must resume from; None for the newest.
     """
+
+    is_enabled: bool
+    is_saving: bool
+    dump_folder: str
+    folder: Path
+    load_step: int | None
+
+    def newest(self) -> int | None:
+        """Return the newest step that is complete, which has its metadata."""
+        whole = (file.parent.name for file in self.folder.glob("step-*/.metadata"))
+        # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a copy.
+        matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
+        return max((int(match[1]) for match in matches if match), default=None)
+
+
+def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
+    """Return what the job and the trainer's own flags say; a flag wins over the job."""
     values, parser = job.values, _parser()
-    enable, disable = "--checkpoint.enable", "--checkpoint.no-enable"
-    default = values.get("checkpoint.enable", False)
-    # Both switches write one value, so the last one given wins, as in the trainer.
-    parser.add_argument(enable, dest="enable", action="store_true", default=default)
-    parser.add_argument(disable, dest="enable", action="store_false")
+    _add_switch(parser, "checkpoint.enable", values.get("checkpoint.enable", False))
+    _add_switch(parser, "checkpoint.load_only", values.get("checkpoint.load_only", False))
     parser.add_argument(
         *_spellings("checkpoint.folder"),
         dest="folder",
@@ -51,23 +69,39 @@ def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
     )
     # The trainer parses all its flags; only the ones above matter here.
     told = parser.parse_known_args(host_flags)[0]
-    if not told.enable:
+    return CheckpointSettings(
+        is_enabled=told.enable,
+        is_saving=told.enable and not told.load_only,
+        dump_folder=told.dump_folder,
+        folder=Path(told.dump_folder, told.folder),
+        load_step=None if told.load_step == _NEWEST else told.load_step,
+    )
+
+
+def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
+    """Return the folder that the trainer would resume from; None if there is none, or it must not.
+
+    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
+    ``step-N`` per checkpoint. The trainer takes the newest of them, or without checking the one
+    that ``checkpoint.load_step`` names, which may not exist.
+    """
+    settings = checkpoint_settings(job, host_flags)
+    if not settings.is_enabled:
         return None
-    folder = Path(told.dump_folder, told.folder)
-    step = _newest_step(folder) if told.load_step == _NEWEST else told.load_step
-    return None if step == _NEWEST else folder / f"step-{step}"
-
-
-def _newest_step(folder: Path) -> int:
-    whole = (file.parent.name for file in folder.glob("step-*/.metadata"))
-    # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a user's copy.
-    matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
-    return max((int(match[1]) for match in matches if match), default=_NEWEST)
+    step = settings.newest() if settings.load_step is None else settings.load_step
+    return None if step is None else settings.folder / f"step-{step}"
 
 
 def _parser() -> argparse.ArgumentParser:
     # No abbreviations: --checkpoint.enable must not match a longer flag that is only the trainer's.
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+
+
+def _add_switch(parser: argparse.ArgumentParser, key: str, default: bool) -> None:
+    """Add ``--section.name`` and ``--section.no-name``, of which the last one given wins."""
+    section, _, name = key.rpartition(".")
+    parser.add_argument(*_spellings(key), dest=name, action="store_true", default=default)
+    parser.add_argument(*_spellings(f"{section}.no-{name}"), dest=name, action="store_false")
 
 
 def _spellings(key: str) -> list[str]:

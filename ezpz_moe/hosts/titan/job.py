@@ -6,7 +6,8 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - the tokenizer and the training text are the embedded ones, which need no download;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
-- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set.
+- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
+- ``checkpoint.last_save_model_only`` is false, except for safetensors and a seed checkpoint.
 
 The host's bare config has no usable default for the optimizer and the loss. They are those of its
 own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the sequence.
@@ -16,6 +17,7 @@ own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the se
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -44,11 +46,14 @@ from ezpz_moe.config.flavors import Flavor, load_flavor
 from ezpz_moe.config.job import Job
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
+from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
 from ezpz_moe.hosts.titan.models import model_spec
@@ -99,6 +104,18 @@ class JobConfig(Trainer.Config):
                 Trainer.Config.__post_init__(self)
         if self.is_precision_ours and is_about_to_train():
             precision.log_once(self)
+
+    def build(self, **parts: Any) -> Any:
+        """Build the trainer, in a folder where no other run writes.
+
+        Telemetry and checkpoints of two runs would be mixed. Without either, a run may share one.
+        """
+        is_writing = self.checkpoint.enable and not self.checkpoint.load_only
+        is_writing |= getattr(self.metrics, "telemetry", None) is not None
+        if is_writing and os.environ.get("RANK") == "0" and not is_dry_run(self):
+            with exit_on_user_error():
+                run_folder.hold(self.dump_folder)
+        return Trainer.Config.build(self, **parts)
 
 
 def trainer_config(job: Job) -> JobConfig:
@@ -169,6 +186,10 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
         "optimizer": default_adamw(),
         "training": TrainingConfig(disable_cuda_graphs=True),
         "dataloader": _dataloader(job, "training", infinite=True),
+        "checkpoint": Checkpointer.Config(
+            last_save_model_only=False,
+            _is_last_save_ours="checkpoint.last_save_model_only" not in job.values,
+        ),
     }
     if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
         data = _dataloader(job, "validation", infinite=False)

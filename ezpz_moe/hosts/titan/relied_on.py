@@ -247,6 +247,44 @@ _MODELS = (
     ),
 )
 
+_CHECKPOINTS = (
+    Reliance(
+        "torchtitan.components.checkpointer:CheckpointManager",
+        used_for="a job's checkpointer is a subclass of it",
+        if_broken=NO_FLAVOR,
+        has=("Config", "dcp_load", "dcp_save", "_load", "_save", "_wait_for_saving", "_close"),
+        sets=("folder", "states", "load_only", "interval"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.checkpointer:CheckpointManager.Config",
+        used_for="a job keeps a whole last checkpoint",
+        if_broken=NO_FLAVOR,
+        fields=("last_save_model_only", "last_save_in_hf"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.checkpointer",
+        used_for="the names of a run's state, which a checkpoint may lack in part",
+        if_broken=NO_FLAVOR,
+        has=("MODEL", "OPTIMIZER", "DATALOADER", "LR_SCHEDULER", "TRAIN_STATE"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.tools:filesystem",
+        used_for="telling a checkpoint on a disk from a remote one",
+        if_broken=NO_FLAVOR,
+        has=("is_remote",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.components.optimizer.lr_scheduler:LRSchedulersContainer.Config.build",
+        used_for="the learning rate at which a job would resume, for `ezpz-moe doctor JOB.toml`",
+        if_broken="`ezpz-moe doctor JOB.toml` does not know it",
+        takes=("optimizers", "training_steps"),
+    ),
+)
+
 # docs/hosts.md shows the lines in this order.
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
@@ -262,6 +300,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *COMPONENTS,
     *_DOORS,
     *_JOB,
+    *_CHECKPOINTS,
     *_MODELS,
     DATASET_CONFIG,
     Reliance(

@@ -73,7 +73,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         for moe in moe_layers([model]).values():
             moe.router.groups = groups
             moe.router.gate.is_counted = flavor.reported is not None
-            if flavor.router.freeze:
+            # A balanced choice ignores the gate, which then has no gradient and no state to resume.
+            if flavor.router.freeze or flavor.router.routing == "balanced":
                 # Only now: parameters that parallelize_fn lays out again lose requires_grad =
                 # False.
                 moe.router.gate.requires_grad_(False)

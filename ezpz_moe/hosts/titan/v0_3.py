@@ -107,6 +107,11 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.precision import in_words
         return in_words(config)
 
+    def learning_rate(self, config: Any, steps: int) -> float:
+        with self.importing():
+            from ezpz_moe.hosts.titan.learning_rate import learning_rate
+        return learning_rate(config, steps)
+
     def summarize(self, flavor: Flavor) -> ModelSummary:
         with self.importing():
             from ezpz_moe.hosts.titan.parameters import summarize

@@ -105,6 +105,11 @@ class Titan02(Host):
             from ezpz_moe.hosts.titan_0_2.precision import in_words
         return in_words(config, flavor)
 
+    def learning_rate(self, config: Any, steps: int) -> float:
+        with self.importing():
+            from ezpz_moe.hosts.titan_0_2.learning_rate import learning_rate
+        return learning_rate(config, steps)
+
     def summarize(self, flavor: Flavor) -> ModelSummary:
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.parameters import summarize

@@ -1,0 +1,15 @@
+"""Compute the learning rate that a job's schedule has at a step, without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+
+
+def learning_rate(config: Any, steps: int) -> float:
+    """Return the learning rate of the step after ``steps`` steps."""
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=config.optimizer.lr)
+    schedule = build_lr_schedulers([optimizer], config.lr_scheduler, config.training.steps)
+    return config.optimizer.lr * schedule.schedulers[0].lr_lambdas[0](steps)

@@ -1,0 +1,89 @@
+"""The step from which a run will resume, checked before anything is started.
+
+The trainer takes the newest folder that is named like a step and has metadata. It looks at nothing
+else before it loads, on all ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import run_folder
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.trainer_settings import CheckpointSettings
+
+
+def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> list[str]:
+    """Return flags with which the trainer resumes from a whole step; none if it does so by itself.
+
+    Args:
+        from_last_whole: whether to pass over steps that are damaged or hold the model alone.
+
+    Raises:
+        EzpzError: what the trainer would load is damaged or missing; the message names the file,
+            and the step that is whole. Or ``from_last_whole``, and none is.
+    """
+    found = run_folder.steps(settings.folder) if settings.is_enabled else {}
+    if not found and settings.load_step is None:
+        return []
+    newest = max(found.values(), default=0)
+    if from_last_whole and settings.load_step is None:
+        whole = _newest_whole(settings.folder, found)
+        if whole is None:
+            raise EzpzError(
+                f"{settings.folder}: no step in it is whole. Start a new run, in another "
+                "--dump_folder."
+            )
+        is_chosen = whole == newest and found == {**found, f"step-{newest}": newest}
+        return [] if is_chosen else ["--checkpoint.load_step", str(whole)]
+    step = newest if settings.load_step is None else settings.load_step
+    if settings.is_enabled and (problem := _damage(settings.folder, step, found)):
+        raise EzpzError(f"{problem} {_remedy(settings, found)}")
+    return []
+
+
+def _newest_whole(folder: Path, found: dict[str, int]) -> int | None:
+    """Return the newest step that a run can resume from."""
+    steps = sorted((step for name, step in found.items() if name == f"step-{step}"), reverse=True)
+    return next((step for step in steps if _can_be_resumed(folder / f"step-{step}")), None)
+
+
+def _can_be_resumed(checkpoint: Path) -> bool:
+    # Not imported at the top: a first start should not wait for torch here.
+    from ezpz_moe.tools.checkpoints import storage
+    from ezpz_moe.tools.checkpoints.contents import has_optimizer
+
+    try:
+        metadata = storage.read_metadata(checkpoint)
+        storage.check_data(checkpoint, metadata)
+    except EzpzError:
+        return False
+    # Step 0 is a seed: it never has more than the model, and the trainer knows.
+    return has_optimizer(metadata) or checkpoint.name == "step-0"
+
+
+def _damage(folder: Path, step: int, found: dict[str, int]) -> str | None:
+    """Return what is wrong with what the trainer takes for ``step``."""
+    from ezpz_moe.tools.checkpoints import storage
+
+    checkpoint = folder / f"step-{step}"
+    if not checkpoint.is_dir() and step in found.values():
+        copy = next(name for name, each in found.items() if each == step)
+        return f"{folder / copy}: the trainer takes it for {checkpoint.name}, which is not there."
+    try:
+        storage.check_metadata(checkpoint)
+    except EzpzError as error:
+        return str(error)
+    return None
+
+
+def _remedy(settings: CheckpointSettings, found: dict[str, int]) -> str:
+    whole = _newest_whole(settings.folder, found)
+    if whole is None:
+        return "No other step is whole: start a new run, in another --dump_folder."
+    if settings.load_step is not None:
+        return f"Set checkpoint.load_step to {whole}, which is whole."
+    return f"Add --resume-from-last-whole to resume from step-{whole}."
