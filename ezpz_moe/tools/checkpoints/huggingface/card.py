@@ -55,15 +55,18 @@ class Origin:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Check that ``folder`` holds a tokenizer.
+    """Check that ``folder`` holds a tokenizer that transformers and the host read alike.
+
+    Without ``tokenizer.json``, the host makes one of ``vocab.json`` or ``vocab.txt`` by rules of
+    its own, and transformers by those of a class, or not at all.
 
     Raises:
         EzpzError: it does not.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not (folder / _TOKENIZER).is_file():
         raise EzpzError(
-            f"{folder}: the job's hf_assets_path holds no tokenizer. Correct the path, or pass "
-            "--model FLAVOR instead of the job to export without a tokenizer."
+            f"{folder}: the job's hf_assets_path holds no tokenizer.json. Correct the path, or "
+            "pass --model FLAVOR instead of the job to export without a tokenizer."
         )
 
 
@@ -106,9 +109,9 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     tokens = {key: _content(config.get(key)) for key in _SPECIAL}
     try:
         known = _ids(source, config)
+        return {f"{key}_id": known.get(token) for key, token in tokens.items() if token is not None}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EzpzError(f"{source}: its files are not those of a tokenizer: {error!r}.") from error
-    return {f"{key}_id": known.get(token) for key, token in tokens.items() if token is not None}
 
 
 def _ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
@@ -131,7 +134,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EzpzError(f"{file}: cannot be read: {error}.") from error
     return found if isinstance(found, dict) else {}
 
