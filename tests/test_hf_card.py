@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_cases import tokenizer_with
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import load_flavor
@@ -56,4 +57,11 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, damaged) -> None:
 def test_what_transformers_would_not_read_as_the_host_does_is_no_tokenizer(tmp_path, name) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(EzpzError, match=r"holds no tokenizer\.json"):
-        check_tokenizer(tmp_path)
+        check_tokenizer(tmp_path, 2048, "debugmodel")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_exported(tmp_path) -> None:
+    check_tokenizer(tokenizer_with(tmp_path / "fits"), 2048, "debugmodel")
+    more = tokenizer_with(tmp_path / "more", "<one more>")
+    with pytest.raises(EzpzError, match="can give the token ID 2048"):
+        check_tokenizer(more, 2048, "debugmodel")

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from ezpz_moe import __version__
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.job_files import vocabulary_problems
 from ezpz_moe.hosts.untested import installed_pair
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
 from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
@@ -54,11 +56,16 @@ class Origin:
     left_out: str
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Check that ``folder`` holds a tokenizer that transformers and the host read alike.
+def check_tokenizer(folder: Path, vocabulary: int, flavor: str) -> None:
+    """Check that ``folder`` holds a tokenizer for the model, which the host reads alike.
 
     Without ``tokenizer.json``, the host makes one of ``vocab.json`` or ``vocab.txt`` by rules of
     its own, and transformers by those of a class, or not at all.
+
+    Args:
+        folder: ``hf_assets_path``.
+        vocabulary: rows of the model's embedding: each ID of the tokenizer needs one.
+        flavor: the model's name, for the message.
 
     Raises:
         EzpzError: it does not.
@@ -68,6 +75,12 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder}: the job's hf_assets_path holds no tokenizer.json. Correct the path, or "
             "pass --model FLAVOR instead of the job to export without a tokenizer."
         )
+
+    def build() -> Tokenizer:
+        return Tokenizer.from_file(str(folder / _TOKENIZER))
+
+    for problem in vocabulary_problems(build, str(folder), vocabulary, flavor):
+        raise EzpzError(problem)
 
 
 def write_description(

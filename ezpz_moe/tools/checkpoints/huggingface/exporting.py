@@ -49,7 +49,7 @@ def export(
         _check_class(source, model, model.form, step)
     metadata = _read_checkpoint(source, model)
     if model.tokenizer is not None:
-        check_tokenizer(model.tokenizer)
+        check_tokenizer(model.tokenizer, len(model.tensors[_EMBEDDING]), model.flavor.name)
     lost = model.buffers if model.loses_biases else ()
     keys = {name: {} if name in lost else model.keys(name) for name in model.tensors}
     left_out = tuple(name for name, of_hf in keys.items() if not of_hf)
