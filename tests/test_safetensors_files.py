@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp_metadata import reason
+from ezpz_moe.hosts.dcp.metadata import reason
 from ezpz_moe.tools.checkpoints.huggingface.files import (
     INDEX,
     is_tied,

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ezpz_moe.errors import EzpzError, printable
-from ezpz_moe.hosts.dcp_structure import is_below
+from ezpz_moe.hosts.dcp.structure import is_below
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"

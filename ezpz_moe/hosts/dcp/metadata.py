@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError, printable
-from ezpz_moe.hosts.dcp_structure import check_structure
-from ezpz_moe.hosts.dcp_unpickling import Refused, load_metadata
+from ezpz_moe.hosts.dcp.structure import check_structure
+from ezpz_moe.hosts.dcp.unpickling import Refused, load_metadata
 
 METADATA = ".metadata"
 
