@@ -260,7 +260,12 @@ def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:
     assert cli.main(["train", "job.toml", *flags[:4], "--nproc", "2", *flags[4:]]) == 7
     ((arguments, keywords),) = calls
     assert arguments == ("job.toml", flags)
-    assert keywords == {"nproc": 2, "placement": None, "tell": display.print_to_stderr}
+    assert keywords == {
+        "nproc": 2,
+        "placement": None,
+        "from_last_whole": False,
+        "tell": display.print_to_stderr,
+    }
     assert os.environ[DEBUG_VARIABLE] == "0", "--debug.seed is the host's, not our --debug"
 
 
@@ -268,9 +273,10 @@ def test_train_hands_on_the_machines_place(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(launch, "train", lambda *args, **kw: calls.append(kw) or 0)
     where = ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node0", "--master-port", "7"]
-    assert cli.main(["train", "job.toml", *where]) == 0
-    placement = Placement(4, 3, "node0", 7)
-    assert calls == [{"nproc": 1, "placement": placement, "tell": display.print_to_stderr}]
+    assert cli.main(["train", "job.toml", *where, "--resume-from-last-whole"]) == 0
+    (call,) = calls
+    assert call["placement"] == Placement(4, 3, "node0", 7)
+    assert (call["nproc"], call["from_last_whole"]) == (1, True)
 
 
 @pytest.mark.parametrize(

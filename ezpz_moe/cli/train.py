@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Train(Command):
-    """Train a flavor or job with torchtitan. All other flags go to the trainer unchanged."""
+class Launched(Command):
+    """A command that starts the trainer with torchrun."""
 
     group = "runs"
 
@@ -34,21 +34,13 @@ class Train(Command):
     """Name node 0, by host name or address."""
     master_port: int = 29500
     """Use this free port of node 0."""
-    resume_from_last_whole: bool = False
-    """Resume from the newest step that is whole, if a later one is damaged."""
     host_flags: Suppress[tuple[str, ...]] = ()
-
-    def run(self) -> int:
-        from ezpz_moe.tools.launch import train
-
-        return train(self.config, list(self.host_flags), **self._launch())
 
     def _launch(self) -> dict[str, Any]:
         """Return what the launcher must know in addition to the job."""
         return {
             "nproc": self.nproc,
             "placement": self._placement(),
-            "from_last_whole": self.resume_from_last_whole,
             "tell": display.print_to_stderr,
         }
 
@@ -63,6 +55,24 @@ class Train(Command):
                 "--master-addr, the name or address of node 0."
             )
         return Placement(self.nnodes, self.node_rank or 0, self.master_addr or "", self.master_port)
+
+
+@dataclass(frozen=True)
+class Train(Launched):
+    """Train a flavor or job with torchtitan. All other flags go to the trainer unchanged."""
+
+    resume_from_last_whole: bool = False
+    """Resume from the newest step that is whole, if a later one is damaged."""
+
+    def run(self) -> int:
+        from ezpz_moe.tools.launch import train
+
+        return train(
+            self.config,
+            list(self.host_flags),
+            from_last_whole=self.resume_from_last_whole,
+            **self._launch(),
+        )
 
 
 COMMAND = Train

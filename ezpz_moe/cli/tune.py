@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import print_emulated
-from ezpz_moe.cli.train import Train
+from ezpz_moe.cli.train import Launched
 
 if TYPE_CHECKING:
     from ezpz_moe.compute.tuning import Measured, Situation
 
 
 @dataclass(frozen=True)
-class Tune(Train):
+class Tune(Launched):
     """Time the backends that compute_backend = "auto" chooses from, during one step of a job.
 
     The job's later runs then know the fastest from the start. All other flags go to the trainer

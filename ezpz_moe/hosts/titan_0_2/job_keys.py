@@ -176,6 +176,7 @@ CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
     "model.hf_assets_path": ("./tests/assets/tokenizer", None),
     "training.dataset": ("c4_test", None),
     "validation.dataset": ("c4_validation", "validation.enable"),
+    "checkpoint.last_save_model_only": (True, "checkpoint.enable"),
     "profiling.save_traces_folder": ("profile_traces", "profiling.enable_profiling"),
     "profiling.save_memory_snapshot_folder": (
         "memory_snapshot",
