@@ -166,6 +166,23 @@ def test_doctor_says_that_a_checkpoint_cannot_be_resumed(capsys, tmp_path, job):
     assert f"BROKEN {checkpoint}: it holds the model alone" in said
 
 
+def test_doctor_says_that_a_step_which_the_job_names_is_not_there(capsys, tmp_path, job):
+    save_run(tmp_path, steps=60, rate=0.1)
+    job.write_text(job.read_text().replace("enable = true", "enable = true\nload_step = 50"))
+    code, said = doctor(capsys, job)
+    assert code == 1
+    assert f"BROKEN checkpoint: {tmp_path}/checkpoint/step-50: there is no such folder." in said
+
+
+def test_doctor_knows_that_a_run_begins_with_a_seed(capsys, tmp_path, job):
+    """Which is the model alone, as `ckpt remap` makes it of safetensors."""
+    seed = save_run(tmp_path, steps=0, rate=None)
+    code, said = doctor(capsys, job)
+    assert code == 0, said
+    assert f"{seed}" in said
+    assert "at step 1" in said
+
+
 def test_doctor_says_that_a_checkpoint_is_damaged(capsys, tmp_path, job):
     (save_run(tmp_path, steps=60, rate=0.1) / ".metadata").write_bytes(b"")
     code, said = doctor(capsys, job)
