@@ -6,6 +6,7 @@ Nothing here trains but the last two, which are refused or go back.
 import dataclasses
 import errno
 import fcntl
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -92,6 +93,15 @@ def test_a_killed_run_frees_its_folder(other, tmp_path):
     run_folder.refuse_if_held(str(tmp_path / "run"))
     run_folder.hold(str(tmp_path / "run"))
     assert f"process {os.getpid()} " in (tmp_path / "run" / run_folder.LOCK).read_text()
+
+
+def test_a_fork_does_not_keep_the_folder_of_a_run_that_has_ended(tmp_path):
+    """Such as a data loader's worker, which lives on for seconds."""
+    run_folder.hold(str(tmp_path))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(os.getpid)  # it runs
+        os.close(run_folder._held.pop(tmp_path))  # as the end of this process would
+        run_folder.refuse_if_held(str(tmp_path))
 
 
 def test_a_process_may_hold_its_folder_twice_and_asking_does_not_hold_it(tmp_path, monkeypatch):

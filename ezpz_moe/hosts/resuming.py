@@ -17,14 +17,11 @@ from ezpz_moe.errors import EzpzError
 Entries = Mapping[str, tuple[int, ...] | None]
 
 _STEP = "train_state.step"
-_TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+_DATA = "dataloader"
+_TRAINING_STATE = ("optimizer", "lr_scheduler", _DATA, "train_state")
 _OPTIMIZER_STATE = re.compile(r"optimizer\.state\.(?P<parameter>.+)\.[^.]+")
 _OPTIMIZER_GROUP = re.compile(r"optimizer\.param_groups\.(?P<parameter>.+)\.[^.]+")
 _POSITION = re.compile(r"dataloader\.dp_rank_(\d+)(\..*)?")
-_START_OVER = (
-    "To start the data over, resume with --checkpoint.exclude_from_loading dataloader; to go on "
-    "in it, resume with as many"
-)
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,9 @@ def _refuse_other_degree(saved: Entries, where: str, data_ranks: int) -> None:
     if ranks and len(ranks) != data_ranks:
         raise EzpzError(
             f"{where}: holds the position in the data of {len(ranks)} data-parallel rank(s), and "
-            f"this run has {data_ranks}. {_START_OVER}."
+            f"this run has {data_ranks}. To start the data over, add "
+            f"--checkpoint.exclude_from_loading {_DATA}; to go on where it was, resume with "
+            f"{len(ranks)}."
         )
 
 

@@ -29,6 +29,16 @@ _held: dict[Path, int] = {}
 """Folder -> the open file, whose lock lasts as long as the process."""
 
 
+def _leave_to_parent() -> None:
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+# A fork shares the lock: a data loader's worker would keep it for seconds after its run was killed.
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def hold(dump_folder: str) -> None:
     """Make this process the only one that trains in ``dump_folder``, until it ends.
 
