@@ -21,14 +21,11 @@ import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torchtitan.components.checkpointer import MODEL
-from torchtitan.components.checkpointer.base import ModelWrapper
 from trainer_runs import job_folder
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import run_folder
-from ezpz_moe.hosts.titan import resuming, saving, stopping
-from ezpz_moe.hosts.titan.checkpointer import Checkpointer
+from ezpz_moe.hosts.titan import checkpointer, resuming, saving, stopping
 from ezpz_moe.hosts.titan.stopping import Agreement
 from ezpz_moe.tools import launch
 from ezpz_moe.tools.checkpoints import inspect
@@ -272,9 +269,8 @@ def test_ctrl_c_while_saving_or_loading_stays_ctrl_c(tmp_path, monkeypatch):
     def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    manager = object.__new__(Checkpointer)
-    manager.pg, manager.states = None, {MODEL: ModelWrapper(torch.nn.Linear(2, 2))}
-    model = manager.states[MODEL].state_dict()
+    manager, layer = object.__new__(checkpointer.Checkpointer), torch.nn.Linear(2, 2)
+    manager.pg, manager.states, model = None, {checkpointer.MODEL: layer}, layer.state_dict()
     manager.dcp_save(model, checkpoint_id=str(tmp_path / "step-1"), async_mode="disabled")
     monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)
     with pytest.raises(KeyboardInterrupt), saving.reporting_failure(tmp_path, 2):

@@ -66,6 +66,7 @@ def fit(
     _refuse_other_model(wanted, saved, where, resumes)
     if data_ranks is not None:
         _refuse_other_degree(saved, where, data_ranks)
+    # Of one model: what is still missing belongs to the training state.
     afresh = _missing_biases(wanted, saved) | _missing_optimizer_state(wanted, saved)
     if left := sorted(wanted.keys() - saved.keys() - afresh):
         raise EzpzError(f"{where}: lacks {some(left)}, which this run needs. {_leave_out(left)}")
@@ -164,6 +165,7 @@ def _notes(wanted: Entries, saved: Entries, resumes: bool) -> Iterator[str]:
     ours, theirs = _with_state(wanted), _with_state(saved)
     if fresh := sorted(ours - theirs):
         yield f"the checkpoint has no optimizer state of {some(fresh)}, which begins afresh"
+    # Without any of its own, the run does not load the optimizer: it was told to leave it out.
     if ours and (frozen := sorted(theirs - ours)):
         yield f"the optimizer's state of {some(frozen)} is left out: it is not trained any more"
 
@@ -175,6 +177,7 @@ def _missing_biases(wanted: Entries, saved: Entries) -> set[str]:
 def _missing_optimizer_state(wanted: Entries, saved: Entries) -> set[str]:
     """Return the entries of parameters of which the checkpoint has no state, unless it has none."""
     known = _with_state(saved)
+    # No setting of ours takes the state of all parameters away, so something else is wrong.
     if not known:
         return set()
     return {

@@ -157,7 +157,8 @@ def return_to(step: int, folder: Path) -> None:
         (folder / name).rename(target / name)
     logger.warning(
         "ezpz_moe: the run goes back to step %d. Later steps are of an abandoned attempt, and now "
-        "in %s: %s. To go on from those, move them back and leave checkpoint.load_step out.",
+        "in %s: %s. To go on from those instead, end this run, put them in the place of its own "
+        "later steps, and leave checkpoint.load_step out.",
         step,
         target,
         ", ".join(names),

@@ -36,7 +36,8 @@ SECONDS_TO_SAVE = 300
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own variable, for the same seconds
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 _TRAINER = ("--module", "ezpz_moe.train")
-
+# By default torchrun uses this machine's name; where that cannot be resolved, it waits long.
+_HERE = ("--standalone", "--local-addr", "localhost")
 
 Tell = Callable[[str], None]
 """Takes what the user must know about how the run ended."""
@@ -77,6 +78,7 @@ def train(
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
     settings = checkpoint_settings(job, host_flags)
+    # Rank 0 refuses too, but only when all ranks have started.
     if settings.is_saving:
         run_folder.refuse_if_held(settings.dump_folder)
     # The user's flags come last: nothing may follow a subcommand (activation-checkpoint:full).
@@ -87,10 +89,7 @@ def train(
     _share_threads(nproc)
     workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
     if placement is None:
-        # By default torchrun uses this machine's name; where that cannot be resolved, it waits
-        # long.
-        here = ["--standalone", "--local-addr", "localhost"]
-        return _run([*workers, *here, *arguments], _Ending(settings, tell, back))
+        return _run([*workers, *_HERE, *arguments], _Ending(settings, tell, back))
     with meet(placement, nproc) as nodes:
         ending = _Ending(settings, tell, back, nodes, placement.node_rank)
         return _run([*workers, *placement.torchrun_arguments, *arguments], ending)

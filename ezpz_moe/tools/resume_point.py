@@ -42,8 +42,8 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
                 f"{settings.folder}: no step in it is whole. Start a new run, in another "
                 "--dump_folder."
             )
-        is_chosen = whole == newest and found == {**found, f"step-{newest}": newest}
-        return [] if is_chosen else ["--checkpoint.load_step", str(whole)]
+        # Without load_step: a run that needs none sets nothing aside, and may go on unattended.
+        return [] if whole == newest else ["--checkpoint.load_step", str(whole)]
     step = newest if settings.load_step is None else settings.load_step
     if settings.is_enabled and (problem := _damage(settings.folder, step, found)):
         raise EzpzError(f"{problem} {_remedy(settings, found)}")

@@ -47,6 +47,7 @@ class Checkpointer(CheckpointManager):
 
     def _load(self, step: int = -1) -> bool:
         found = super()._load(step)
+        # Only now: a run that could not load its step has not gone back.
         if not self.load_only:
             if step != -1 and torch.distributed.get_rank() == 0:
                 run_folder.return_to(step, Path(self.folder))
