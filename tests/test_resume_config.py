@@ -20,6 +20,7 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.config import ConfigManager  # noqa: E402
 
+from ezpz_moe.hosts.titan import checkpointer, resuming  # noqa: E402
 from ezpz_moe.hosts.titan.resuming import whole_steps  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -123,6 +124,24 @@ def test_only_what_can_be_resumed_is_whole(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:100])
     shutil.copytree(tmp_path / "checkpoint" / "step-2", tmp_path / "checkpoint" / "step-8.bak")
     assert list(whole_steps(tmp_path / "checkpoint")) == [2]
+
+
+def test_bytes_that_are_no_checkpoint_are_one_line(tmp_path, monkeypatch, capsys):
+    """As zeros after a power cut: lengths are right, and only loading finds it, under any door."""
+    save_run(tmp_path, steps=2, rate=0.1)
+    newest = save_run(tmp_path, steps=4, rate=0.1)
+    file = newest / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    monkeypatch.setattr(resuming, "what_fits", lambda states, _: states)
+    manager, states = object.__new__(checkpointer.Checkpointer), {"lm_head.weight": torch.zeros(2)}
+    manager.folder = str(newest.parent)
+    with pytest.raises(SystemExit):
+        manager.dcp_load(states, str(newest), False, False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"ezpz-moe: error: {newest}: cannot be loaded: its bytes are not what torch saved. Copy the "
+        "checkpoint again, or resume from another step: --checkpoint.load_step 2."
+    )
 
 
 # doctor -------------------------------------------------------------------------------------------

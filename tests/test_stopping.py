@@ -270,6 +270,7 @@ def test_ctrl_c_while_saving_or_loading_stays_ctrl_c(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     manager, layer = object.__new__(checkpointer.Checkpointer), torch.nn.Linear(2, 2)
+    manager.folder = str(tmp_path)
     manager.pg, manager.states, model = None, {checkpointer.MODEL: layer}, layer.state_dict()
     manager.dcp_save(model, checkpoint_id=str(tmp_path / "step-1"), async_mode="disabled")
     monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)

@@ -65,7 +65,8 @@ class Checkpointer(CheckpointManager):
         with exit_on_user_error():
             part = resuming.what_fits(state_dict, Path(checkpoint_id))
         asked = kept_settings.settings(state_dict)
-        with ctrl_c_unwrapped():
+        damage = resuming.reporting_damage(Path(checkpoint_id), Path(self.folder))
+        with exit_on_user_error(), damage, ctrl_c_unwrapped():
             super().dcp_load(part, checkpoint_id, from_hf, from_quantized)
         kept_settings.log_kept(state_dict, asked)
 
