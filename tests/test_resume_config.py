@@ -139,8 +139,8 @@ def test_bytes_that_are_no_checkpoint_are_one_line(tmp_path, monkeypatch, capsys
         manager.dcp_load(states, str(newest), False, False)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"ezpz-moe: error: {newest}: cannot be loaded: its bytes are not what torch saved. Copy the "
-        "checkpoint again, or resume from another step: --checkpoint.load_step 2."
+        f"ezpz-moe: error: {newest}: cannot be loaded: its bytes are not what torch saved. Copy "
+        "the checkpoint again, or resume from another step: --checkpoint.load_step 2."
     )
 
 
