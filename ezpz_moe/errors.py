@@ -33,6 +33,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if names[3:] else "")
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would act on; libraries quote a damaged file in their messages."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print an :class:`EzpzError` once per node and exit with code 2.

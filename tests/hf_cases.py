@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,26 @@ def save(weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
 def load(folder: Path) -> dict[str, torch.Tensor]:
     metadata = storage.read_metadata(folder)
     return {name: read_whole(folder, metadata, name) for name in metadata.state_dict_metadata}
+
+
+class Exports:
+    """What the tests of this file share, made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.case = cache(self._case)
+        self.plain = cache(self._plain)
+
+    def _case(self, kind: str, extra: str = "") -> Case:
+        return make_case(kind, self._new(kind), extra)
+
+    def _plain(self, kind: str) -> tuple[dict[str, torch.Tensor], Path, Path]:
+        """Weights without biases, their checkpoint and their export."""
+        case = self.case(kind)
+        weights = random_weights(case, bias=0.1 if kind == "deepseek_v3" else 0)
+        source, target = save(weights, case.folder / "step-7"), case.folder / "hf"
+        assert case.remap(source, target, "--to", "hf") == 0
+        return weights, source, target
+
+    def _new(self, name: str) -> Path:
+        return self._folder / f"{len(list(self._folder.iterdir()))}.{name}"

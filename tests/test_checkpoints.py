@@ -151,9 +151,36 @@ def test_what_a_killed_run_left_is_not_in_the_next(tmp_path) -> None:
 
 def test_the_source_is_not_taken_for_what_a_killed_run_left(tmp_path) -> None:
     source = save(tmp_path / "step_7.partial", FAMILIES["qwen3"])
-    with pytest.raises(EzpzError, match="would be written there first"):
+    with pytest.raises(EzpzError, match=r"would be written to .*partial first"):
         remap(source, tmp_path / "step-7", "0.3")
     assert inspect(source).step == 7
+
+
+def test_a_source_inside_of_what_a_killed_run_left_stays(tmp_path) -> None:
+    (tmp_path / "new.partial").mkdir()
+    source = save(tmp_path / "new.partial" / "step-7", FAMILIES["qwen3"])
+    with pytest.raises(EzpzError, match=r"would be written to .*partial first"):
+        remap(source, tmp_path / "new", "0.3")
+    assert inspect(source).step == 7
+
+
+def test_a_link_to_nothing_is_not_replaced(tmp_path) -> None:
+    source = save(tmp_path / "source", FAMILIES["qwen3"])
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(EzpzError, match="link: already exists"):
+        remap(source, tmp_path / "link", "0.3")
+
+
+def test_what_cannot_be_renamed_is_removed(tmp_path, monkeypatch) -> None:
+    source = save(tmp_path / "source", FAMILIES["qwen3"])
+
+    def refused(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(target))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(EzpzError, match=r"target was not written: .*not permitted"):
+        remap(source, tmp_path / "target", "0.3")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize("damage", ["is missing", "is truncated, at 100 of"])

@@ -19,8 +19,8 @@ from damage_cases import COMMANDS, mutations, refusal, save, save_run
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import dcp_unpickling
-from ezpz_moe.hosts.dcp_structure import covers
+from ezpz_moe.hosts.dcp import unpickling
+from ezpz_moe.hosts.dcp.structure import covers
 from ezpz_moe.tools.checkpoints import inspect, remap, storage
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
@@ -86,7 +86,7 @@ def test_a_reference_to_the_two_billionth_object_takes_no_memory() -> None:
     """Python would make room for all of them: 32 GB."""
     bomb = pickle.dumps("a")[:-2] + b"r\xff\xff\xff\x7f."
     with pytest.raises(pickle.UnpicklingError, match="unexpected byte at 14"):
-        dcp_unpickling.load_metadata(bomb)
+        unpickling.load_metadata(bomb)
 
 
 def _of_w1(metadata: Metadata):

@@ -10,6 +10,7 @@ import pytest
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import host, presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools.checkpoints.huggingface import differences
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, transformers_class
 from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
 
@@ -178,6 +179,58 @@ def test_a_published_config_is_that_of_the_hosts_size(base, config, tmp_path) ->
 def test_what_differs_is_named(base, config, change, difference, tmp_path) -> None:
     (found,) = config_differences(config | change, form(base, tmp_path))
     assert difference in found
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "absent", "difference"),
+    [
+        # The class would normalize no weights and scale by nothing.
+        ("qwen3/30B-A3B", QWEN3_30B_A3B, ["norm_topk_prob"], "norm_topk_prob is False by default"),
+        ("qwen3/30B-A3B", QWEN3_30B_A3B, ["rope_theta"], "rope: rope_theta is 10000.0"),
+        ("deepseek_v3/671B", DEEPSEEK_V3, ["rope_theta", "rope_scaling"], "rope_type is 'default'"),
+        ("deepseek_v3/671B", DEEPSEEK_V3, ["n_group", "topk_group", "norm_topk_prob"], None),
+        ("gpt_oss/20b", GPT_OSS_20B, ["rope_theta", "rope_scaling", "sliding_window"], None),
+    ],
+)
+def test_an_absent_key_is_the_default_of_transformers(
+    base, config, absent, difference, tmp_path
+) -> None:
+    rest = {key: value for key, value in config.items() if key not in absent}
+    found = list(config_differences(rest, form(base, tmp_path)))
+    assert [difference in each for each in found] == [True] if difference else not found
+
+
+def test_the_defaults_are_those_of_transformers() -> None:
+    from transformers import AutoConfig
+
+    for model_type, defaults in differences._DEFAULTS.items():
+        default = AutoConfig.for_model(model_type).to_dict()
+        assert {key: default[key] for key in defaults} == defaults
+        rope = differences._rope(default, model_type)
+        assert differences._rope({}, model_type) == rope
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"architectures": 5, "model_type": "x\x1b[2J"}, r"model_type is 'x\x1b[2J'"),
+        ({"architectures": "notDeepseekV3ForCausalLM", "model_type": "llama"}, "is 'llama'"),
+        ({"rope_scaling": "linear"}, "rope: rope_type is 'linear', the flavor has yarn"),
+        ({"rope_scaling": ["yarn"]}, "rope: rope_type is ['yarn']"),
+        ({"rope_scaling": {"type": "yarn", "factor": "x"}}, "rope: factor is 'x'"),
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, "rope: factor is None"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 3, "mscale": 1, "mscale_all_dim": "x"}},
+            "rope: mscale_all_dim is 'x'",
+        ),
+        ({"routed_scaling_factor": 10**400}, "routed_scaling_factor is 1000"),
+        ({"hidden_act": "a\nb"}, r"hidden_act is 'a\nb'"),
+    ],
+)
+def test_a_damaged_config_differs_and_stays_on_one_line(change, difference, tmp_path) -> None:
+    found = list(config_differences(DEEPSEEK_V3 | change, form("deepseek_v3/671B", tmp_path)))
+    assert any(difference in each for each in found)
+    assert all(each.isprintable() for each in found)
 
 
 def test_groups_of_a_softmax_router_have_no_class(tmp_path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp.metadata import reason
 from ezpz_moe.tools.checkpoints.huggingface.files import (
     INDEX,
     is_tied,
@@ -136,6 +137,21 @@ def test_a_damaged_file_is_said(tmp_path, damage) -> None:
 def test_a_name_that_a_terminal_would_act_on_is_refused(tmp_path) -> None:
     write(tmp_path / "x.safetensors", **{"a\x1b[2J": 1})
     assert refusal(tmp_path).endswith(r"'a\x1b[2J' is not the name of a tensor.")
+
+
+def test_a_library_that_quotes_a_damaged_file_does_not_reach_the_terminal(tmp_path) -> None:
+    header = json.dumps(
+        {"a": {"dtype": "F\x1b[2J\n", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    said = refusal(tmp_path)
+    assert said.isprintable()
+    assert r"`F\x1b[2J\n`" in said
+    # torch quotes names of an archive's files.
+    assert reason(RuntimeError("file archive\x11.data is not there.\nException raised ...")) == (
+        r"file archive\x11.data is not there (RuntimeError)"
+    )
 
 
 @pytest.mark.parametrize(

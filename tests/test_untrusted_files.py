@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 
-from ezpz_moe.hosts import dcp_unpickling
+from ezpz_moe.hosts.dcp import unpickling
 from ezpz_moe.tools.checkpoints import inspect, remap, storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -84,8 +84,8 @@ def naming(module: str, name: str) -> bytes:
 @pytest.mark.parametrize("module", ["os", "builtins", "torch", "pathlib", "torch.serialization"])
 def test_a_known_module_is_not_a_known_name(module) -> None:
     for name in ("getcwd", "print", "load", "Path", "os", "Size.__new__", "float32\n\x1b[2J"):
-        with pytest.raises(dcp_unpickling.Refused) as refused:
-            dcp_unpickling.load_metadata(naming(module, name))
+        with pytest.raises(unpickling.Refused) as refused:
+            unpickling.load_metadata(naming(module, name))
         assert str(refused.value).isprintable()
 
 

@@ -318,6 +318,10 @@ def test_safetensors_of_something_else_are_refused(qwen3, tmp_path, capsys):
         said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
         assert "for which flavor small has no place" in said
     gate = "model.layers.0.mlp.gate_proj.weight"
+    scaled = keys | {f"{gate}_scale_inv": torch.ones(1, 1)}
+    save_file(scaled, tmp_path / "hf/model.safetensors")
+    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
+    assert f"{gate} is quantized (FP8)" in said
     save_file(keys | {gate: torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
     said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
     assert "layers.0.feed_forward.w1.weight is []" in said

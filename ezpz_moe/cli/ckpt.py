@@ -112,10 +112,11 @@ class Remap:
 
         found = changed_choices(self.source, model.flavor, model.tokenizer or EMBEDDED_TOKENIZER)
         return (
-            f"the experts' selection biases, which changes {found.changed:,} of {found.choices:,} "
-            f"choices ({found.changed / found.choices:.1%}) on sample text"
-            f"{'' if model.tokenizer else ' in the tokens of the embedded tokenizer'}, and its "
-            f"loss from {found.loss:.4f} to {found.loss_without:.4f}"
+            "the experts' selection biases. On sample text"
+            f"{'' if model.tokenizer else ' in the tokens of the embedded tokenizer'}, this "
+            f"changes {found.changed:,} of {found.choices:,} choices "
+            f"({found.changed / found.choices:.1%}), and the loss from {found.loss:.4f} to "
+            f"{found.loss_without:.4f}"
         )
 
 

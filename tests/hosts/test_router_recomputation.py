@@ -5,7 +5,7 @@ import torch
 from router_cases import B, L, flat, router_of, tokens
 from torchtitan.distributed.activation_checkpoint import FullAC
 
-from ezpz_moe.hosts.titan.checkpointing import keeping_choices
+from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 
 
 class _Recomputed(torch.nn.Module):

@@ -14,8 +14,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.routing_schema import Balance, Schedule
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
 from ezpz_moe.hosts.titan.selector import RowCounts
 from ezpz_moe.hosts.titan.zero_computation import with_zero_computation

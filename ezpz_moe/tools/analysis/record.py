@@ -175,7 +175,6 @@ def _drop_bias(model: nn.Module) -> None:
 
 
 def _step(checkpoint: Path) -> int:
-    """Return the step in the folder's name; without one, a step after every schedule's end."""
-    # resolve(), because the folder may be named by a link.
-    match = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
-    return int(match[1]) if match else sys.maxsize
+    """Return the checkpoint's step; if it is not known, one after every schedule's end."""
+    step = contents.step(checkpoint, storage.read_metadata(checkpoint))
+    return sys.maxsize if step is None else step

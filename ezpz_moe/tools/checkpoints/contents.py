@@ -56,7 +56,7 @@ def inspect(folder: Path) -> Contents:
     data = storage.data_files(folder, metadata)
     return Contents(
         generation=generation(folder, metadata),
-        step=_step(folder, metadata),
+        step=step(folder, metadata),
         layers=len({match[1] for name in model if (match := re.match(r"layers\.(\d+)\.", name))}),
         # Every tensor of experts has E first; layers may differ in it.
         experts=max((sum(e.size[:1]) for name, e in model.items() if _is_expert(name)), default=0),
@@ -96,19 +96,24 @@ def _is_expert(name: str) -> bool:
     return ".moe.experts." in name or ".moe.routed_experts." in name
 
 
-def _step(folder: Path, metadata: Metadata) -> int | None:
-    """Return the step. A checkpoint of the model alone has it in the folder's name only."""
+def step(folder: Path, metadata: Metadata) -> int | None:
+    """Return the step. A checkpoint of the model alone has it in the folder's name only.
+
+    Raises:
+        EzpzError: the checkpoint's own step cannot be read, or is not a number.
+    """
     for index, entry in metadata.storage_data.items():
         # The only entry that is read; it is a few bytes.
         if index.fqn == _STEP:
-            step = storage.load(folder, entry)
+            saved = storage.load(folder, entry)
             try:
-                return int(step)
+                return int(saved)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise EzpzError(
                     f"{folder / entry.relative_path}: {_STEP} is not a number."
                 ) from error
-    match = re.fullmatch(r"step-(\d+)", folder.name)
+    # resolve(), because the folder may be named by a link, or be ".".
+    match = re.fullmatch(r"step-(\d+)", folder.resolve().name)
     return int(match[1]) if match else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         EzpzError: ``target`` exists, would overwrite ``source``, or cannot be written; the disk is
             too small; or reading or writing in the ``with`` fails.
     """
-    if target.exists():
+    if os.path.lexists(target):  # also a link to nothing, which renaming would not replace
         raise EzpzError(f"{target}: already exists. Choose another folder, or remove it.")
     # The name must not contain "step-N", or the host would take it for a checkpoint.
     partial = target.with_name(f"{target.name.replace('-', '_')}.partial")
-    if partial.resolve() == source.resolve():
-        raise EzpzError(f"{source}: {target} would be written there first. Choose another name.")
+    if source.resolve().is_relative_to(partial.resolve()):
+        raise EzpzError(
+            f"{source}: {target} would be written to {partial} first. Choose another name."
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed > (free := shutil.disk_usage(target.parent).free):
@@ -42,11 +45,11 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            # Within the same folder, hence the same file system: renaming is atomic.
+            partial.rename(target)
         except BaseException:  # Ctrl-C too
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # Within the same folder, hence the same file system: renaming is atomic.
-        partial.rename(target)
     except OSError as error:
         raise EzpzError(
             f"{target} was not written: {error.filename or partial}: {error.strerror or error}."

@@ -27,7 +27,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp_unpickling import Refused, load_plain
+from ezpz_moe.hosts.dcp.unpickling import Refused, load_plain
 from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
 from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step

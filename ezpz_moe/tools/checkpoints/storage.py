@@ -2,7 +2,7 @@
 
 A DCP checkpoint is a file ``.metadata`` and data files. A data file is a sequence of entries, each
 a ``torch.save`` of one tensor (or a rank's shard of it) or of one object; ``.metadata`` says where
-each entry is. Both may be a stranger's: see :mod:`ezpz_moe.hosts.dcp_unpickling`.
+each entry is. Both may be a stranger's: see :mod:`ezpz_moe.hosts.dcp.unpickling`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts import dcp_metadata
-from ezpz_moe.hosts.dcp_metadata import METADATA, reason
+from ezpz_moe.hosts.dcp import metadata as dcp_metadata
+from ezpz_moe.hosts.dcp.metadata import METADATA, reason
 
 _BLOCK = 16 * 2**20
 

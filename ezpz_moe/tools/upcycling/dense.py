@@ -141,9 +141,15 @@ def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
     """Refuse a dense model if something of it would be lost.
 
     Raises:
-        EzpzError: the flavor's model has no place for one of its tensors.
+        EzpzError: the flavor's model has no place for one of its tensors, or they are quantized.
     """
-    if lost := dense.left_over(used):
+    lost = dense.left_over(used)
+    if scales := [key for key in lost if key.endswith("_scale_inv")]:
+        raise EzpzError(
+            f"{dense.folder}: {scales[0].removesuffix('_scale_inv')} is quantized (FP8). Convert "
+            "the model to bfloat16 first."
+        )
+    if lost:
         raise EzpzError(
             f"{dense.folder}: has {some(lost)}, for which flavor {flavor} has no place. Is the "
             "flavor of the same family, with the same number of layers?"

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from ezpz_moe import __version__
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.job_files import vocabulary_problems
 from ezpz_moe.hosts.untested import installed_pair
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
 from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
@@ -54,17 +56,31 @@ class Origin:
     left_out: str
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Check that ``folder`` holds a tokenizer.
+def check_tokenizer(folder: Path, vocabulary: int, flavor: str) -> None:
+    """Check that ``folder`` holds a tokenizer for the model, which the host reads alike.
+
+    Without ``tokenizer.json``, the host makes one of ``vocab.json`` or ``vocab.txt`` by rules of
+    its own, and transformers by those of a class, or not at all.
+
+    Args:
+        folder: ``hf_assets_path``.
+        vocabulary: rows of the model's embedding: each ID of the tokenizer needs one.
+        flavor: the model's name, for the message.
 
     Raises:
         EzpzError: it does not.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not (folder / _TOKENIZER).is_file():
         raise EzpzError(
-            f"{folder}: the job's hf_assets_path holds no tokenizer. Correct the path, or pass "
-            "--model FLAVOR instead of the job to export without a tokenizer."
+            f"{folder}: the job's hf_assets_path holds no tokenizer.json. Correct the path, or "
+            "pass --model FLAVOR instead of the job to export without a tokenizer."
         )
+
+    def build() -> Tokenizer:
+        return Tokenizer.from_file(str(folder / _TOKENIZER))
+
+    for problem in vocabulary_problems(build, str(folder), vocabulary, flavor):
+        raise EzpzError(problem)
 
 
 def write_description(
@@ -106,9 +122,9 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     tokens = {key: _content(config.get(key)) for key in _SPECIAL}
     try:
         known = _ids(source, config)
+        return {f"{key}_id": known.get(token) for key, token in tokens.items() if token is not None}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EzpzError(f"{source}: its files are not those of a tokenizer: {error!r}.") from error
-    return {f"{key}_id": known.get(token) for key, token in tokens.items() if token is not None}
 
 
 def _ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
@@ -131,7 +147,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EzpzError(f"{file}: cannot be read: {error}.") from error
     return found if isinstance(found, dict) else {}
 

@@ -77,16 +77,20 @@ def router_differences(router: Router, step: int | None) -> Iterator[str]:
 
     Args:
         router: the flavor's.
-        step: where a scheduled temperature is; None for its end.
+        step: where a scheduled temperature is; None if it is not known.
     """
     if router.routing == "balanced":
         yield 'router.routing = "balanced" chooses experts without looking at the token'
     if router.activation != "identity":
         yield f'router.activation = "{router.activation}"'
     schedule = router.temperature
-    temperature = schedule.end if step is None else value_at(schedule, step)
-    if temperature != 1:
-        yield f"router.temperature is {temperature:g} at this step"
+    if step is None and not schedule.is_constant:
+        yield (
+            f"router.temperature moves from {schedule.start:g} to {schedule.end:g}, and the step "
+            "is not known (the folder of a model without training state must be called step-N)"
+        )
+    elif (temperature := value_at(schedule, step or 0)) != 1:
+        yield f"router.temperature is {temperature:g}" + (f" at step {step}" if step else "")
     for key in ("null_experts", "copy_experts", "constant_experts"):
         if number := getattr(router, key):
             yield f"router.{key} = {number}"
@@ -151,7 +155,7 @@ def _deepseek_v2(common: _Common) -> _Form:
     )
     differences += _when(
         common.model.dim % common.attention.heads > 0,
-        f"DeepseekV2 refuses a dim ({common.model.dim}) that is no multiple of its "
+        f"DeepseekV2 refuses a dim ({common.model.dim}) that is not a multiple of its "
         f"{common.attention.heads} heads",
     )
     config = {
@@ -204,9 +208,13 @@ def _deepseek_differences(common: _Common) -> list[str]:
     return [
         *_rope_differences(common.attention.rope),
         *_when(
-            experts.shared_hidden == 0 or experts.shared_hidden % experts.hidden > 0,
-            f"its shared experts have {experts.shared_hidden} inner dimensions, no multiple of an "
-            f"expert's {experts.hidden}",
+            experts.shared_hidden == 0,
+            "it has no shared experts",
+        ),
+        *_when(
+            experts.shared_hidden % experts.hidden > 0,
+            f"its shared experts have {experts.shared_hidden} inner dimensions, which is not a "
+            f"multiple of an expert's {experts.hidden}",
         ),
         *_when(
             common.dense_layers != list(range(len(common.dense_layers))),

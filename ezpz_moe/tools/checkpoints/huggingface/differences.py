@@ -9,6 +9,35 @@ from typing import Any
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
 from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"topk_method": "greedy", "routed_scaling_factor": 1.0},
+    "deepseek_v3": {
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_experts_per_tok": 8,
+    },
+    "qwen3_moe": {"norm_topk_prob": False, "num_experts_per_tok": 8},
+    "gpt_oss": {
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+    },
+}
+"""What transformers takes for an absent key that no tensor's name or shape shows."""
+_DEFAULT_ROPE = {
+    "gpt_oss": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    }
+}
+"""The other classes have plain positions."""
+_DEFAULT_THETA = 10000.0
 _OTHERWISE = {
     # compared below, in another way
     *("architectures", "model_type", "rms_norm_eps", "rope_parameters"),
@@ -18,42 +47,55 @@ _OTHERWISE = {
 
 
 def config_differences(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:
-    """Yield what ``config`` says otherwise than the flavor's model. An absent key says nothing."""
-    if form.name not in (config.get("architectures") or ()):
-        wanted = form.config["model_type"]
-        if (found := config.get("model_type")) not in (None, wanted):
-            yield f"model_type is {found}, the flavor's model is a {wanted}"
-            return  # whose keys have other meanings
+    """Yield what ``config`` says otherwise than the flavor's model.
+
+    An absent key says what transformers takes for it, or nothing if the tensors show it.
+    """
+    model_type, classes = form.config["model_type"], config.get("architectures")
+    is_named = isinstance(classes, list) and form.name in classes
+    if not is_named and (found := config.get("model_type")) not in (None, model_type):
+        yield f"model_type is {found!r}, the flavor's model is a {model_type}"
+        return  # whose keys have other meanings
+    said = {**_DEFAULTS[model_type], **config}
     for key, wanted in form.config.items():
-        if key not in _OTHERWISE and key in config and not _same(config[key], wanted):
-            yield f"{key} is {config[key]}, the flavor has {wanted}"
-    found_rope, wanted_rope = _rope(config), _rope(form.config)
-    if found_rope is not None and wanted_rope is not None:
-        for key, wanted in wanted_rope.items():
-            if not _same(found := found_rope.get(key), wanted):
-                yield f"rope: {key} is {found}, the flavor has {wanted}"
+        if key not in _OTHERWISE and key in said and not _same(said[key], wanted):
+            yield _difference(key, said[key], wanted, is_default=key not in config)
+    yield from _rope_differences(_rope(config, model_type), _rope(form.config, model_type))
 
 
 def eps_note(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:
     """Yield a note if the norms' eps differs: no flavor can change the host's."""
     found, wanted = config.get("rms_norm_eps"), form.config["rms_norm_eps"]
     if found is not None and not _same(found, wanted):
-        yield f"{CONFIG} has rms_norm_eps = {found}, torchtitan computes with {wanted}"
+        yield f"{CONFIG} has rms_norm_eps = {found!r}, torchtitan computes with {wanted}"
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _difference(key: str, found: Any, wanted: Any, *, is_default: bool = False) -> str:
+    absent = " by default (the key is absent)" if is_default else ""
+    # As a literal: it is a stranger's text, and may hold what a terminal acts on.
+    return f"{key} is {found!r}{absent}, the flavor has {wanted}"
+
+
+def _rope_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    kind = "rope_type"  # Of another kind, the rest has other meanings.
+    for key in wanted if found[kind] == wanted[kind] else [kind]:
+        if not _same(found.get(key), wanted[key]):
+            yield _difference(f"rope: {key}", found.get(key), wanted[key])
+
+
+def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """Return what rotary positions compute, as transformers does with its defaults."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    default = _DEFAULT_ROPE.get(model_type, {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or default
+    if not isinstance(rope, dict):
+        return {"rope_type": rope}
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
-        return None
+        theta = default.get("rope_theta", _DEFAULT_THETA)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "yarn":
         return {"rope_type": kind, "rope_theta": theta}
     factor, of_scores = rope.get("factor", 1), rope.get("mscale_all_dim") or 0
-    given, own = rope.get("attention_factor"), rope.get("mscale")
-    if given is None and own and of_scores:
-        given = _mscale(factor, own) / _mscale(factor, of_scores)
     return {
         "rope_type": kind,
         "rope_theta": theta,
@@ -62,9 +104,22 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "beta_slow": rope.get("beta_slow") or 1,
         "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
         "truncate": rope.get("truncate", True),
-        "attention_factor": _mscale(factor, 1) if given is None else given,
+        "attention_factor": _attention_factor(rope, factor, of_scores),
         "mscale_all_dim": of_scores,
     }
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: Any, of_scores: Any) -> Any:
+    """Return what positions are scaled by; None if it is made of something else than numbers."""
+    given, own = rope.get("attention_factor"), rope.get("mscale")
+    if given is not None:
+        return given
+    try:
+        if own and of_scores:
+            return _mscale(factor, own) / _mscale(factor, of_scores)
+        return _mscale(factor, 1)
+    except (ArithmeticError, TypeError):
+        return None
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -73,5 +128,6 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def _same(found: Any, wanted: Any) -> bool:
     if isinstance(found, int | float) and isinstance(wanted, int | float):
-        return math.isclose(found, wanted, rel_tol=1e-9)
+        # An integer may be too large for a float.
+        return found == wanted or (abs(found) < 2**53 and math.isclose(found, wanted, rel_tol=1e-9))
     return bool(found == wanted)

@@ -19,7 +19,7 @@ from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.huggingface.files import INDEX
+from ezpz_moe.tools.checkpoints.huggingface.files import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 
@@ -43,12 +43,13 @@ def export(
             transformers computes it; it has biases that the class has no place for, and there is no
             ``measure``; what was written differs; and as :func:`atomic_folder`.
     """
+    _check_source(source, model)
     step = contents.inspect(source).step
     if model.form is not None:
         _check_class(source, model, model.form, step)
     metadata = _read_checkpoint(source, model)
     if model.tokenizer is not None:
-        check_tokenizer(model.tokenizer)
+        check_tokenizer(model.tokenizer, len(model.tensors[_EMBEDDING]), model.flavor.name)
     lost = model.buffers if model.loses_biases else ()
     keys = {name: {} if name in lost else model.keys(name) for name in model.tensors}
     left_out = tuple(name for name, of_hf in keys.items() if not of_hf)
@@ -74,8 +75,16 @@ def export(
             # Back through the adapter: this also finds an adapter that loses something on the way.
             back = model.native(partial, files, name, of_hf)
             check_same(partial, source, name, back, read_whole(source, metadata, name))
-    notes = tuple(_export_notes(model, said))
+    notes = tuple(_export_notes(model, left_out, said))
     return Converted(len(files), left_out, notes)
+
+
+def _check_source(source: Path, model: Model) -> None:
+    if is_safetensors(source) and not (source / storage.METADATA).exists():
+        raise EzpzError(
+            f"{source}: holds safetensors, which --to hf writes. Name a checkpoint of torchtitan, "
+            f"or make one of this folder, with --to {model.generation}."
+        )
 
 
 def _read_checkpoint(source: Path, model: Model) -> Metadata:
@@ -125,14 +134,14 @@ def _without_biases(
     return measure()
 
 
-def _export_notes(model: Model, said: str) -> list[str]:
+def _export_notes(model: Model, left_out: tuple[str, ...], said: str) -> list[str]:
     if model.form is None:
         return ["config.json was not written: ezpz_moe reads models of torchtitan 0.3 and later."]
     notes = [f"Open it with transformers: {model.form.name}.", *model.form.notes]
     if model.flavor.router.gate_precision == "bfloat16":
         notes.append("The router computed its logits in bfloat16, transformers rounds them less.")
-    if said:
-        notes.append(f"Without {said}.")
+    if left_out:
+        notes.insert(0, f"Left out: {said}." if said else "The biases that were left out are zero.")
     if model.tokenizer is None:
         notes.append("No tokenizer was written: --model names a flavor. Name the job to add it.")
     return notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp_structure import is_below
+from ezpz_moe.errors import EzpzError, printable
+from ezpz_moe.hosts.dcp.structure import is_below
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -135,7 +134,7 @@ def read_tensors(
     """Read the tensors ``keys`` from safetensors, file by file.
 
     Raises:
-        EzpzError: one is quantized, or has another number of elements; a file cannot be read.
+        EzpzError: one is quantized, or has another shape; a file cannot be read.
     """
     # A parameter of experts comes from many tensors: open each file once for all of them.
     for file in sorted({files[key] for key in keys}):
@@ -146,12 +145,10 @@ def read_tensors(
                     # float8 is floating point too, but is useless without its scales.
                     if not tensor.is_floating_point() or tensor.itemsize < 2:
                         raise EzpzError(
-                            f"{folder / file}: {key} is quantized ({tensor.dtype}). The trainer "
-                            "reads such weights with their scales: --checkpoint.initial_load_in_hf "
-                            "--checkpoint.initial_load_in_hf_quantized "
-                            f"--checkpoint.initial_load_path {folder.absolute()}"
+                            f"{folder / file}: {key} is quantized ({tensor.dtype}). Convert the "
+                            "model to bfloat16 first."
                         )
-                    if math.prod(tensor.shape) != math.prod(shape):
+                    if tensor.shape != shape:
                         raise EzpzError(
                             f"{folder / file}: {key} has the shape {list(tensor.shape)}, but the "
                             f"flavor's model wants {list(shape)}."
@@ -170,4 +167,4 @@ def open_file(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (OSError, SafetensorError) as error:  # a folder or a broken link is an OSError
-        raise EzpzError(f"{file}: cannot be read: {error}.") from error
+        raise EzpzError(f"{file}: cannot be read: {printable(str(error))}.") from error

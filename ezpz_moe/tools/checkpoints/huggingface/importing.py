@@ -33,12 +33,7 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
         _check_config(source, config, model, model.form)
     keys = {name: _sources(source, name, files, model) for name in model.tensors}
     wanted = {key for of_hf in keys.values() for key in of_hf}
-    if quantized := [key for key in files if key.endswith("_proj_blocks")]:
-        raise EzpzError(
-            f"{source}: {quantized[0]} is quantized (MXFP4). Save the model in bfloat16 first, "
-            "with transformers: AutoModelForCausalLM.from_pretrained(..., "
-            "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)."
-        )
+    _check_not_quantized(source, files, model)
     if missing := sorted(wanted - files.keys()):
         raise EzpzError(
             f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
@@ -55,6 +50,30 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             back = model.native(source, files, name, keys[name])
             check_same(partial, source, name, read_whole(partial, written, name), back)
     return Converted(len(keys), tuple(unused), tuple(_import_notes(config, keys, model)))
+
+
+def _check_not_quantized(source: Path, files: Files, model: Model) -> None:
+    """Check that no tensor has scales beside it: without them it would be another one."""
+    for suffix, kind, config in (
+        ("_proj_blocks", "MXFP4", "Mxfp4Config"),
+        (".weight_scale_inv", "FP8", "FineGrainedFP8Config"),
+    ):
+        if not (found := [key for key in files if key.endswith(suffix)]):
+            continue
+        key = found[0].removesuffix("_scale_inv")
+        # The only adapter of the host's that reads scales as transformers writes them.
+        if kind == "FP8" and model.form is not None and model.form.biases:
+            raise EzpzError(
+                f"{source}: {key} is quantized ({kind}). The trainer reads such weights with their "
+                "scales: --checkpoint.enable --checkpoint.initial_load_in_hf "
+                "--checkpoint.initial_load_in_hf_quantized --checkpoint.initial_load_path "
+                f"{source.absolute()}"
+            )
+        raise EzpzError(
+            f"{source}: {key} is quantized ({kind}). Save the model in bfloat16 first, with "
+            f"transformers: AutoModelForCausalLM.from_pretrained(..., quantization_config={config}"
+            "(dequantize=True)).save_pretrained(...)."
+        )
 
 
 def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
@@ -74,7 +93,7 @@ def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
 def _check_config(
     source: Path, config: Config | None, model: Model, form: TransformersClass
 ) -> None:
-    differences = [*form.differences, *(config_differences(config, form) if config else ())]
+    differences = [*form.differences, *(() if config is None else config_differences(config, form))]
     if differences:
         raise EzpzError(
             f"{source}: is not what flavor {model.flavor.name} computes (for transformers, "
@@ -86,7 +105,7 @@ def _check_unused(source: Path, unused: list[str], files: Files, config: Config 
     """Check that the tensors that the model does not use would not change what it computes."""
     layers = (config or {}).get("num_hidden_layers")
     for key in unused:
-        match = re.match(r"model\.layers\.(\d+)\.", key)
+        match = re.match(r"model\.layers\.(\d{1,9})\.", key)
         # Layers after the last of the model predict further tokens.
         is_further = match and isinstance(layers, int) and int(match[1]) >= layers
         if key.endswith("rotary_emb.inv_freq") or is_further or _is_zero(source, files[key], key):
@@ -109,7 +128,7 @@ def _import_notes(config: Config | None, keys: Mapping[str, Keys], model: Model)
     notes = list(eps_note(config, model.form)) if config and model.form else []
     if any(not keys[name] for name in model.buffers):
         notes.append("The experts' selection biases, which the other format lacks, are zero.")
-    changes = list(router_differences(model.flavor.router, None))
+    changes = list(router_differences(model.flavor.router, step=1))
     if changes:
         notes.append(f"The flavor computes something else with it: {'; '.join(changes)}.")
     return notes

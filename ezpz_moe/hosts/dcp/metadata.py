@@ -12,9 +12,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp_structure import check_structure
-from ezpz_moe.hosts.dcp_unpickling import Refused, load_metadata
+from ezpz_moe.errors import EzpzError, printable
+from ezpz_moe.hosts.dcp.structure import check_structure
+from ezpz_moe.hosts.dcp.unpickling import Refused, load_metadata
 
 METADATA = ".metadata"
 
@@ -59,5 +59,5 @@ def check_torch_reads(folder: Path) -> None:
 
 def reason(error: Exception) -> str:
     """Return what an exception of Python or torch says, on one line."""
-    said = str(error).partition("\n")[0].strip().rstrip(".")
+    said = printable(str(error).partition("\n")[0].strip().rstrip("."))
     return f"{said} ({type(error).__name__})" if said else type(error).__name__

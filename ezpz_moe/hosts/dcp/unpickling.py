@@ -37,7 +37,7 @@ class Refused(Exception):
 
 
 def load_metadata(pickled: bytes) -> Any:
-    """Unpickle DCP's metadata. The result may have any type: see :mod:`.dcp_structure`.
+    """Unpickle DCP's metadata. The result may have any type: see :mod:`.structure`.
 
     Raises:
         Refused: it names something else than DCP's classes, dtypes and paths.

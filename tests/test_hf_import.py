@@ -1,0 +1,151 @@
+"""Imports that would compute something else, or lose tensors, are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ezpz_moe.hosts.detect import check_host, presumed_host
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+
+if type(presumed_host()) is not Titan03:
+    pytest.skip("builds models of torchtitan 0.3", allow_module_level=True)
+check_host()  # before torchtitan is imported: it chooses the device
+
+import hf_cases  # noqa: E402
+from hf_cases import Exports  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Iterator[Exports]:
+    with pytest.MonkeyPatch.context() as patch:
+        hf_cases.add_tiny_bases(patch)
+        yield Exports(tmp_path_factory.mktemp("hf"))
+
+
+def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
+    """A copy of an export with other values in its config."""
+    shutil.copytree(folder, target)
+    described = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(described | config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"routed_scaling_factor": 1.0}, "routed_scaling_factor is 1.0, the flavor has 2.5"),
+        ({"topk_group": 1}, "topk_group is 1, the flavor has 2"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope: rope_type is"),
+        (
+            {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
+            "model_type is 'deepseek_v2', the flavor's model is a deepseek_v3",
+        ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ],
+)
+def test_another_config_is_refused(exports, config, message, tmp_path, capsys) -> None:
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    other = changed(folder, tmp_path / "other", config)
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_eps_is_said(exports, tmp_path, capsys) -> None:
+    """No flavor can change that of torchtitan."""
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    other = changed(folder, tmp_path / "other", {"rms_norm_eps": 1e-6})
+    assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
+    assert "rms_norm_eps = 1e-06, torchtitan computes with 1e-05" in capsys.readouterr().out
+
+
+def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> Path:
+    """A copy of an export with other tensors."""
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = change(load_file(file))
+    save_file(tensors, file, {"format": "pt"})
+    weight_map = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (target / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    return target
+
+
+BIAS = "model.layers.0.self_attn.o_proj.bias"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("deepseek_v3", lambda x: x | {BIAS: torch.ones(32)}, f"{BIAS} has no place"),
+        (
+            "deepseek_v3",
+            lambda x: {key: each for key, each in x.items() if "e_score" not in key},
+            "2 of 91 tensors are missing",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key.replace("up_proj", "up_proj_blocks"): each for key, each in x.items()},
+            "is quantized (MXFP4)",
+        ),
+        (
+            "gpt_oss",
+            lambda x: {key: each for key, each in x.items() if "experts" not in key},
+            "8 of 37 tensors are missing",
+        ),
+        (
+            "qwen3_moe",
+            lambda x: x | {f"{EXPERT}_scale_inv": torch.ones(1, 1)},
+            "quantization_config=FineGrainedFP8Config(dequantize=True)",
+        ),
+        (
+            "deepseek_v3",
+            lambda x: x | {EXPERT: x[EXPERT].T.contiguous()},
+            f"{EXPERT} has the shape [32, 24], but the flavor's model wants [24, 32]",
+        ),
+        ("deepseek_v3", lambda x: x | {BIAS: torch.zeros(32)}, None),
+        ("deepseek_v3", lambda x: x | {"model.layers.3.eh_proj.weight": torch.ones(2)}, None),
+    ],
+)
+def test_tensors_that_would_be_lost_are_refused(
+    exports, kind, change, message, tmp_path, capsys
+) -> None:
+    """No message names the trainer's own import, which leaves gpt_oss's experts random."""
+    case, (_, _, folder) = exports.case(kind), exports.plain(kind)
+    other = with_tensors(folder, tmp_path / "other", change)
+    if message is None:
+        assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
+        return
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert message in said
+    assert "initial_load" not in said
+
+
+def test_the_trainer_reads_fp8_if_checkpoints_are_enabled(
+    exports, monkeypatch, tmp_path, capsys
+) -> None:
+    """Otherwise it starts with random weights; and it takes no relative path."""
+    case, (_, _, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    scale = {f"{EXPERT}_scale_inv": torch.ones(1, 1)}
+    with_tensors(folder, tmp_path / "fp8", lambda x: x | scale)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        case.remap("fp8", "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert f"{EXPERT} is quantized (FP8)" in said
+    assert "--checkpoint.enable --checkpoint.initial_load_in_hf " in said
+    assert f"--checkpoint.initial_load_path {tmp_path / 'fp8'}" in said
