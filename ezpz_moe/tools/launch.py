@@ -54,8 +54,7 @@ def train(
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
-    The workers' output appears live. Of several ranks on this machine, it shows the first one,
-    those in ``LOG_RANK``, and the one that has a pipeline's loss.
+    Output appears live: of the first rank, those in ``LOG_RANK``, and one with a pipeline's loss.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
