@@ -20,6 +20,7 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.config import ConfigManager  # noqa: E402
 
+from ezpz_moe.hosts.titan import checkpointer, resuming  # noqa: E402
 from ezpz_moe.hosts.titan.resuming import whole_steps  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -125,6 +126,24 @@ def test_only_what_can_be_resumed_is_whole(tmp_path):
     assert list(whole_steps(tmp_path / "checkpoint")) == [2]
 
 
+def test_bytes_that_are_no_checkpoint_are_one_line(tmp_path, monkeypatch, capsys):
+    """As zeros after a power cut: lengths are right, and only loading finds it, under any door."""
+    save_run(tmp_path, steps=2, rate=0.1)
+    newest = save_run(tmp_path, steps=4, rate=0.1)
+    file = newest / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    monkeypatch.setattr(resuming, "what_fits", lambda states, _: states)
+    manager, states = object.__new__(checkpointer.Checkpointer), {"lm_head.weight": torch.zeros(2)}
+    manager.folder = str(newest.parent)
+    with pytest.raises(SystemExit):
+        manager.dcp_load(states, str(newest), False, False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"ezpz-moe: error: {newest}: cannot be loaded: its bytes are not what torch saved. Copy "
+        "the checkpoint again, or resume from another step: --checkpoint.load_step 2."
+    )
+
+
 # doctor -------------------------------------------------------------------------------------------
 
 
@@ -164,6 +183,23 @@ def test_doctor_says_that_a_checkpoint_cannot_be_resumed(capsys, tmp_path, job):
     code, said = doctor(capsys, job)
     assert code == 1
     assert f"BROKEN {checkpoint}: it holds the model alone" in said
+
+
+def test_doctor_says_that_a_step_which_the_job_names_is_not_there(capsys, tmp_path, job):
+    save_run(tmp_path, steps=60, rate=0.1)
+    job.write_text(job.read_text().replace("enable = true", "enable = true\nload_step = 50"))
+    code, said = doctor(capsys, job)
+    assert code == 1
+    assert f"BROKEN checkpoint: {tmp_path}/checkpoint/step-50: there is no such folder." in said
+
+
+def test_doctor_knows_that_a_run_begins_with_a_seed(capsys, tmp_path, job):
+    """Which is the model alone, as `ckpt remap` makes it of safetensors."""
+    seed = save_run(tmp_path, steps=0, rate=None)
+    code, said = doctor(capsys, job)
+    assert code == 0, said
+    assert f"{seed}" in said
+    assert "at step 1" in said
 
 
 def test_doctor_says_that_a_checkpoint_is_damaged(capsys, tmp_path, job):

@@ -3,8 +3,10 @@
 Nothing here trains but the last two, which are refused or go back.
 """
 
+import dataclasses
 import errno
 import fcntl
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import fork_server
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torchtitan.components.checkpointer import CheckpointManager
 from trainer_runs import job_folder, train
@@ -73,12 +76,32 @@ def test_the_second_run_in_a_folder_is_refused_by_name(ask, other, tmp_path):
     ask(str(tmp_path / "another"))
 
 
+def test_launchers_that_ask_at_once_do_not_refuse_each_other(tmp_path):
+    """As on several machines with one file system."""
+    run_folder.hold(str(tmp_path))
+    os.close(run_folder._held.pop(tmp_path))
+    with (tmp_path / run_folder.LOCK).open("r+") as asked:
+        fcntl.flock(asked, fcntl.LOCK_SH)  # as another launcher's does for an instant
+        run_folder.refuse_if_held(str(tmp_path))
+        with pytest.raises(EzpzError, match="is training in this folder"):
+            run_folder.hold(str(tmp_path))
+
+
 def test_a_killed_run_frees_its_folder(other, tmp_path):
     other.kill()
     other.wait()
     run_folder.refuse_if_held(str(tmp_path / "run"))
     run_folder.hold(str(tmp_path / "run"))
     assert f"process {os.getpid()} " in (tmp_path / "run" / run_folder.LOCK).read_text()
+
+
+def test_a_fork_does_not_keep_the_folder_of_a_run_that_has_ended(tmp_path):
+    """Such as a data loader's worker, which lives on for seconds."""
+    run_folder.hold(str(tmp_path))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(os.getpid)  # it runs
+        os.close(run_folder._held.pop(tmp_path))  # as the end of this process would
+        run_folder.refuse_if_held(str(tmp_path))
 
 
 def test_a_process_may_hold_its_folder_twice_and_asking_does_not_hold_it(tmp_path, monkeypatch):
@@ -207,6 +230,39 @@ def test_the_step_that_a_job_names_has_to_be_whole(from_last_whole, folder):
         assert "Set checkpoint.load_step to 6, which is whole." in str(error.value)
 
 
+def test_a_step_that_a_job_names_where_there_is_none(tmp_path):
+    """Another dump folder would not help: that one has no such step either."""
+    with pytest.raises(EzpzError) as error:
+        flags_to_resume(settings(tmp_path / "none", 2), from_last_whole=False)
+    assert str(error.value).endswith(
+        "There is no checkpoint at all: without checkpoint.load_step the run begins at step 1."
+    )
+
+
+def test_the_last_whole_step_needs_checkpoints(folder):
+    off = dataclasses.replace(settings(folder), is_enabled=False)
+    with pytest.raises(EzpzError, match="checkpoints are off"):
+        flags_to_resume(off, from_last_whole=True)
+    assert flags_to_resume(off, from_last_whole=False) == []
+
+
+def test_a_step_that_only_another_torch_reads_is_passed_over(folder, monkeypatch):
+    """Or the flag of the message would resume from the very step that was refused."""
+    read = FileSystemReader.read_metadata
+
+    def another_form(reader, *how):
+        if reader.path.name == "step-6":
+            raise ValueError("too many values to unpack")
+        return read(reader, *how)
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", another_form)
+    with pytest.raises(EzpzError, match="Resume with the torch that saved it") as error:
+        flags_to_resume(settings(folder), from_last_whole=False)
+    assert str(error.value).endswith("Add --resume-from-last-whole to resume from step-4.")
+    flags = flags_to_resume(settings(folder), from_last_whole=True)
+    assert flags == ["--checkpoint.load_step", "4"]
+
+
 def test_without_any_whole_step_a_new_run_is_what_is_left(folder):
     for step in (2, 4, 6):
         cut(folder / f"step-{step}" / "__0_0.distcp")
@@ -214,6 +270,8 @@ def test_without_any_whole_step_a_new_run_is_what_is_left(folder):
         flags_to_resume(settings(folder), from_last_whole=False)
     with pytest.raises(EzpzError, match="no step in it is whole"):
         flags_to_resume(settings(folder), from_last_whole=True)
+    with pytest.raises(EzpzError, match=r"a new run, without checkpoint\.load_step and in another"):
+        flags_to_resume(settings(folder, 4), from_last_whole=False)
 
 
 def found_by_host(folder: Path) -> int:

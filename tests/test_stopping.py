@@ -20,11 +20,12 @@ import fork_server
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from trainer_runs import job_folder
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import run_folder
-from ezpz_moe.hosts.titan import stopping
+from ezpz_moe.hosts.titan import checkpointer, resuming, saving, stopping
 from ezpz_moe.hosts.titan.stopping import Agreement
 from ezpz_moe.tools import launch
 from ezpz_moe.tools.checkpoints import inspect
@@ -224,10 +225,61 @@ def test_a_stopped_run_says_how_it_goes_on(enabled, load_step, steps, nodes, exp
     settings = CheckpointSettings(enabled, enabled, "run", tmp_path, load_step)
     said = []
     of_run = [Node(rank, "host", "address", 1, 1) for rank in range(nodes)] if nodes > 1 else []
-    code = launch._Ending(settings, said.append, of_run).stopped(signal.SIGINT)
+    code = launch._Ending(settings, said.append, nodes=of_run).stopped(signal.SIGINT)
     assert code == 128 + signal.SIGINT
     again = "To continue, run the same command again" if enabled else ""
     assert said == [f"ezpz-moe: stopped by SIGINT. {again}{expected.format(tmp_path)}"]
+
+
+def test_a_run_that_ends_before_it_has_gone_back_still_goes_back(tmp_path):
+    """Without ``load_step`` it would resume from the attempt that the user has given up."""
+    for step in (2, 4):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / ".metadata").touch()
+    by_user = CheckpointSettings(True, True, "run", tmp_path, 2)
+    by_launcher = CheckpointSettings(True, True, "run", tmp_path, None)
+    said = []
+    endings = [
+        launch._Ending(settings, said.append, launch._Return.of(settings, flags))
+        for settings, flags in ((by_user, []), (by_launcher, ["--checkpoint.load_step", "2"]))
+    ]
+    for ending in endings:
+        ending.stopped(signal.SIGTERM)
+    again = "ezpz-moe: stopped by SIGTERM. To continue, run the same command again"
+    assert (
+        said == [f"{again}: nothing has been saved yet, and it resumes from {tmp_path}/step-2."] * 2
+    )
+    # Then it goes back, and saves a step of the same name.
+    run_folder.return_to(2, tmp_path)
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / ".metadata").touch()
+    said.clear()
+    for ending in endings:
+        ending.stopped(signal.SIGTERM)
+    assert said == [
+        f"{again}, without checkpoint.load_step: it resumes from {tmp_path}/step-4.",
+        f"{again}: it resumes from {tmp_path}/step-4.",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_ctrl_c_while_saving_or_loading_stays_ctrl_c(tmp_path, monkeypatch):
+    """DCP reports it as a failure, of which we would say that the disk needs room."""
+
+    def interrupted(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    manager, layer = object.__new__(checkpointer.Checkpointer), torch.nn.Linear(2, 2)
+    manager.folder = str(tmp_path)
+    manager.pg, manager.states, model = None, {checkpointer.MODEL: layer}, layer.state_dict()
+    manager.dcp_save(model, checkpoint_id=str(tmp_path / "step-1"), async_mode="disabled")
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt), saving.reporting_failure(tmp_path, 2):
+        manager.dcp_save(model, checkpoint_id=str(tmp_path / "step-2"), async_mode="disabled")
+    monkeypatch.setattr(FileSystemReader, "read_data", interrupted)
+    monkeypatch.setattr(resuming, "what_fits", lambda states, _: states)
+    with pytest.raises(KeyboardInterrupt):
+        manager.dcp_load(model, str(tmp_path / "step-1"), False, False)
 
 
 # --- runs -------------------------------------------------------------------------------------

@@ -17,14 +17,11 @@ from ezpz_moe.errors import EzpzError
 Entries = Mapping[str, tuple[int, ...] | None]
 
 _STEP = "train_state.step"
-_TRAINING_STATE = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+_DATA = "dataloader"
+_TRAINING_STATE = ("optimizer", "lr_scheduler", _DATA, "train_state")
 _OPTIMIZER_STATE = re.compile(r"optimizer\.state\.(?P<parameter>.+)\.[^.]+")
 _OPTIMIZER_GROUP = re.compile(r"optimizer\.param_groups\.(?P<parameter>.+)\.[^.]+")
 _POSITION = re.compile(r"dataloader\.dp_rank_(\d+)(\..*)?")
-_START_OVER = (
-    "To start the data over, resume with --checkpoint.exclude_from_loading dataloader; to go on "
-    "in it, resume with as many"
-)
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ def fit(
     _refuse_other_model(wanted, saved, where, resumes)
     if data_ranks is not None:
         _refuse_other_degree(saved, where, data_ranks)
+    # Of one model: what is still missing belongs to the training state.
     afresh = _missing_biases(wanted, saved) | _missing_optimizer_state(wanted, saved)
     if left := sorted(wanted.keys() - saved.keys() - afresh):
         raise EzpzError(f"{where}: lacks {some(left)}, which this run needs. {_leave_out(left)}")
@@ -143,7 +141,9 @@ def _refuse_other_degree(saved: Entries, where: str, data_ranks: int) -> None:
     if ranks and len(ranks) != data_ranks:
         raise EzpzError(
             f"{where}: holds the position in the data of {len(ranks)} data-parallel rank(s), and "
-            f"this run has {data_ranks}. {_START_OVER}."
+            f"this run has {data_ranks}. To start the data over, add "
+            f"--checkpoint.exclude_from_loading {_DATA}; to go on where it was, resume with "
+            f"{len(ranks)}."
         )
 
 
@@ -165,6 +165,7 @@ def _notes(wanted: Entries, saved: Entries, resumes: bool) -> Iterator[str]:
     ours, theirs = _with_state(wanted), _with_state(saved)
     if fresh := sorted(ours - theirs):
         yield f"the checkpoint has no optimizer state of {some(fresh)}, which begins afresh"
+    # Without any of its own, the run does not load the optimizer: it was told to leave it out.
     if ours and (frozen := sorted(theirs - ours)):
         yield f"the optimizer's state of {some(frozen)} is left out: it is not trained any more"
 
@@ -176,6 +177,7 @@ def _missing_biases(wanted: Entries, saved: Entries) -> set[str]:
 def _missing_optimizer_state(wanted: Entries, saved: Entries) -> set[str]:
     """Return the entries of parameters of which the checkpoint has no state, unless it has none."""
     known = _with_state(saved)
+    # No setting of ours takes the state of all parameters away, so something else is wrong.
     if not known:
         return set()
     return {

@@ -21,12 +21,22 @@ LOCK = "run.lock"
 """In the dump folder. It stays when the run has ended: what counts is who holds it."""
 
 _ATTEMPTS = 5
-"""A launcher that asks holds the lock for an instant, so a refusal is asked about again."""
+"""A launcher that asks shares the lock for an instant, so a refusal is asked about again."""
 
 logger = logging.getLogger(__name__)
 
 _held: dict[Path, int] = {}
 """Folder -> the open file, whose lock lasts as long as the process."""
+
+
+def _leave_to_parent() -> None:
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+# A fork shares the lock: a data loader's worker would keep it for seconds after its run was killed.
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def hold(dump_folder: str) -> None:
@@ -60,7 +70,8 @@ def refuse_if_held(dump_folder: str) -> None:
     # The one that trains will say whatever else is wrong.
     if os.access(folder / LOCK, os.R_OK | os.W_OK):
         with contextlib.suppress(OSError):
-            file = _lock(folder / LOCK, dump_folder)
+            # Shared: several launchers may ask at once, one of each machine.
+            file = _lock(folder / LOCK, dump_folder, fcntl.LOCK_SH)
             os.close(file)
 
 
@@ -75,7 +86,7 @@ def _locked(folder: Path, name: str) -> int | None:
         ) from error
     for left in reversed(range(_ATTEMPTS)):
         try:
-            return _lock(folder / LOCK, name)
+            return _lock(folder / LOCK, name, fcntl.LOCK_EX)
         except EzpzError:
             if not left:
                 raise
@@ -86,8 +97,8 @@ def _locked(folder: Path, name: str) -> int | None:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _lock(path: Path, folder: str) -> int:
-    """Return the file at ``path``, open and locked.
+def _lock(path: Path, folder: str, how: int) -> int:
+    """Return the file at ``path``, open and locked; ``how`` is ``LOCK_EX`` or ``LOCK_SH``.
 
     Raises:
         EzpzError: somebody else has locked it.
@@ -95,7 +106,7 @@ def _lock(path: Path, folder: str) -> int:
     """
     file = os.open(path, os.O_RDWR)  # NFS locks only what is open for writing
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(file, 200, 0).decode(errors="replace") or "a process"
         os.close(file)
@@ -146,7 +157,8 @@ def return_to(step: int, folder: Path) -> None:
         (folder / name).rename(target / name)
     logger.warning(
         "ezpz_moe: the run goes back to step %d. Later steps are of an abandoned attempt, and now "
-        "in %s: %s. To go on from those, move them back and leave checkpoint.load_step out.",
+        "in %s: %s. To go on from those instead, end this run, put them in the place of its own "
+        "later steps, and leave checkpoint.load_step out.",
         step,
         target,
         ", ".join(names),

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
@@ -35,7 +36,8 @@ SECONDS_TO_SAVE = 300
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own variable, for the same seconds
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 _TRAINER = ("--module", "ezpz_moe.train")
-
+# By default torchrun uses this machine's name; where that cannot be resolved, it waits long.
+_HERE = ("--standalone", "--local-addr", "localhost")
 
 Tell = Callable[[str], None]
 """Takes what the user must know about how the run ended."""
@@ -52,8 +54,7 @@ def train(
 ) -> int:
     """Train ``config`` with ``nproc`` processes on this machine and wait for them.
 
-    The workers' output appears live. Of several ranks on this machine, it shows the first one,
-    those in ``LOG_RANK``, and the one that has a pipeline's loss.
+    Output appears live: of the first rank, those in ``LOG_RANK``, and one with a pipeline's loss.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
@@ -76,22 +77,50 @@ def train(
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
     settings = checkpoint_settings(job, host_flags)
+    # Rank 0 refuses too, but only when all ranks have started.
     if settings.is_saving:
         run_folder.refuse_if_held(settings.dump_folder)
     # The user's flags come last: nothing may follow a subcommand (activation-checkpoint:full).
-    arguments = [*_TRAINER, *presumed_host().arguments(job)]
-    arguments += flags_to_resume(settings, from_last_whole=from_last_whole) + host_flags
+    resuming = flags_to_resume(settings, from_last_whole=from_last_whole)
+    arguments = [*_TRAINER, *presumed_host().arguments(job), *resuming, *host_flags]
+    back = _Return.of(settings, resuming)
     _check_processes(nproc)
     _share_threads(nproc)
     workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
     if placement is None:
-        # By default torchrun uses this machine's name; where that cannot be resolved, it waits
-        # long.
-        here = ["--standalone", "--local-addr", "localhost"]
-        return _run([*workers, *here, *arguments], _Ending(settings, tell))
+        return _run([*workers, *_HERE, *arguments], _Ending(settings, tell, back))
     with meet(placement, nproc) as nodes:
-        ending = _Ending(settings, tell, nodes, placement.node_rank)
+        ending = _Ending(settings, tell, back, nodes, placement.node_rank)
         return _run([*workers, *placement.torchrun_arguments, *arguments], ending)
+
+
+@dataclass(frozen=True)
+class _Return:
+    """A run's way back to an earlier step than the newest, which it sets aside once it has loaded.
+
+    Attributes:
+        step: the earlier one.
+        newest: the folder of the newest.
+        inode: what identifies that folder: the new attempt may save a step of the same name.
+    """
+
+    step: int
+    newest: Path
+    inode: int
+
+    @classmethod
+    def of(cls, settings: CheckpointSettings, flags: list[str]) -> _Return | None:
+        """Return how a run goes back whose step is ``load_step``, or in ``flags`` to resume."""
+        step = int(flags[-1]) if flags else settings.load_step
+        newest = settings.newest()
+        if not settings.is_enabled or step is None or newest is None or newest <= step:
+            return None
+        folder = settings.folder / f"step-{newest}"
+        return cls(step, folder, folder.stat().st_ino)
+
+    def is_pending(self) -> bool:
+        """Whether the newest step has not been set aside yet."""
+        return self.newest.exists() and self.newest.stat().st_ino == self.inode
 
 
 @dataclass(frozen=True)
@@ -101,12 +130,14 @@ class _Ending:
     Attributes:
         settings: where the run's checkpoints are.
         tell: takes the text.
+        back: how the run goes back to an earlier step than the newest; None if it does not.
         nodes: all machines of the run; none if this is the only one.
         own_rank: this machine's place among them.
     """
 
     settings: CheckpointSettings
     tell: Tell
+    back: _Return | None = None
     nodes: Sequence[Node] = ()
     own_rank: int = 0
 
@@ -136,6 +167,10 @@ class _Ending:
         if not self.settings.is_enabled:
             return "Nothing was saved, because checkpoints are off ([checkpoint] enable)."
         again = f"To continue, run the same command again{' on every node' if self.nodes else ''}"
+        if self.back and self.back.is_pending():
+            # Without load_step it would resume from the attempt that the user has given up.
+            step = self.settings.folder / f"step-{self.back.step}"
+            return f"{again}: nothing has been saved yet, and it resumes from {step}."
         newest, load_step = self.settings.newest(), self.settings.load_step
         if newest is None:
             return f"{again}. There is no checkpoint to resume from: it begins at step 1."

@@ -24,8 +24,13 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
 
     Raises:
         EzpzError: what the trainer would load is damaged or missing; the message names the file,
-            and the step that is whole. Or ``from_last_whole``, and none is.
+            and the step that is whole. Or ``from_last_whole``, and none is, or checkpoints are off.
     """
+    if from_last_whole and not settings.is_enabled:
+        raise EzpzError(
+            "--resume-from-last-whole: checkpoints are off, so the run would begin at step 1. Add "
+            "--checkpoint.enable."
+        )
     found = run_folder.steps(settings.folder) if settings.is_enabled else {}
     if not found and settings.load_step is None:
         return []
@@ -37,8 +42,8 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
                 f"{settings.folder}: no step in it is whole. Start a new run, in another "
                 "--dump_folder."
             )
-        is_chosen = whole == newest and found == {**found, f"step-{newest}": newest}
-        return [] if is_chosen else ["--checkpoint.load_step", str(whole)]
+        # Without load_step: a run that needs none sets nothing aside, and may go on unattended.
+        return [] if whole == newest else ["--checkpoint.load_step", str(whole)]
     step = newest if settings.load_step is None else settings.load_step
     if settings.is_enabled and (problem := _damage(settings.folder, step, found)):
         raise EzpzError(f"{problem} {_remedy(settings, found)}")
@@ -57,8 +62,8 @@ def _can_be_resumed(checkpoint: Path) -> bool:
     from ezpz_moe.tools.checkpoints.contents import has_optimizer
 
     try:
+        storage.check_metadata(checkpoint)
         metadata = storage.read_metadata(checkpoint)
-        storage.check_data(checkpoint, metadata)
     except EzpzError:
         return False
     # Step 0 is a seed: it never has more than the model, and the trainer knows.
@@ -82,8 +87,14 @@ def _damage(folder: Path, step: int, found: dict[str, int]) -> str | None:
 
 def _remedy(settings: CheckpointSettings, found: dict[str, int]) -> str:
     whole = _newest_whole(settings.folder, found)
+    if settings.load_step is not None and not found:
+        return (
+            "There is no checkpoint at all: without checkpoint.load_step the run begins at step 1."
+        )
     if whole is None:
-        return "No other step is whole: start a new run, in another --dump_folder."
+        # A new folder has no steps either, so load_step must not stay.
+        flag = "" if settings.load_step is None else ", without checkpoint.load_step and"
+        return f"No other step is whole: start a new run{flag or ','} in another --dump_folder."
     if settings.load_step is not None:
         return f"Set checkpoint.load_step to {whole}, which is whole."
     return f"Add --resume-from-last-whole to resume from step-{whole}."

@@ -18,6 +18,7 @@ from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
 _STEP = "train_state.step"
 _RATE = "optimizer.param_groups."
+_SEED = "step-0"  # of it the trainer loads the model alone, whatever it holds
 _LEFT_OUT = "checkpoint.exclude_from_loading"
 
 
@@ -43,12 +44,14 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
         config: the trainer's, from the job.
 
     Raises:
-        EzpzError: the checkpoint cannot be read.
+        EzpzError: the checkpoint cannot be read, or the job names a step that is not there.
     """
-    checkpoint = _newest(job)
+    checkpoint = _loaded_by(job)
     if checkpoint is None:
         return None
     metadata = storage.read_metadata(checkpoint)
+    if checkpoint.name == _SEED:
+        return Resumption(checkpoint, 1)
     if _STEP not in metadata.state_dict_metadata:
         return Resumption(checkpoint)
     steps = int(_load(checkpoint, metadata, _STEP))
@@ -64,15 +67,21 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
     return Resumption(checkpoint, steps + 1, rates)
 
 
-def _newest(job: Job) -> Path | None:
-    """Return the checkpoint that the job loads; None without one, or if it loads none."""
+def _loaded_by(job: Job) -> Path | None:
+    """Return the checkpoint that the job loads; None without one, or if it loads none.
+
+    Raises:
+        EzpzError: the job names a step that is not there.
+    """
     values = job.values
+    if not values.get("checkpoint.enable", False):
+        return None
     folder = Path(
         values.get("job.dump_folder", "./outputs"), values.get("checkpoint.folder", "checkpoint")
     )
     if (step := values.get("checkpoint.load_step", -1)) != -1:
-        folder /= f"step-{step}"
-    if not values.get("checkpoint.enable", False) or not folder.is_dir():
+        return find_checkpoint(folder / f"step-{step}")
+    if not folder.is_dir():
         return None
     try:
         return find_checkpoint(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ezpz_moe.config.job import Job
 
-_NEWEST = -1  # the default of ``checkpoint.load_step``; as a step that was found: none
+_NEWEST = -1  # the default of ``checkpoint.load_step``
 
 
 def pipeline_degree(job: Job, host_flags: list[str]) -> int:

@@ -17,7 +17,7 @@ from torchtitan.tools import filesystem
 from ezpz_moe.errors import exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.titan import kept_settings, resuming, saving
-from ezpz_moe.hosts.titan.stopping import Stopping, end_of_run
+from ezpz_moe.hosts.titan.stopping import Stopping, ctrl_c_unwrapped, end_of_run
 
 
 class Checkpointer(CheckpointManager):
@@ -47,6 +47,7 @@ class Checkpointer(CheckpointManager):
 
     def _load(self, step: int = -1) -> bool:
         found = super()._load(step)
+        # Only now: a run that could not load its step has not gone back.
         if not self.load_only:
             if step != -1 and torch.distributed.get_rank() == 0:
                 run_folder.return_to(step, Path(self.folder))
@@ -64,13 +65,16 @@ class Checkpointer(CheckpointManager):
         with exit_on_user_error():
             part = resuming.what_fits(state_dict, Path(checkpoint_id))
         asked = kept_settings.settings(state_dict)
-        super().dcp_load(part, checkpoint_id, from_hf, from_quantized)
+        damage = resuming.reporting_damage(Path(checkpoint_id), Path(self.folder))
+        with exit_on_user_error(), damage, ctrl_c_unwrapped():
+            super().dcp_load(part, checkpoint_id, from_hf, from_quantized)
         kept_settings.log_kept(state_dict, asked)
 
     def dcp_save(self, state_dict: dict[str, Any], *where: Any, **how: Any) -> Any:
         """Save ``state_dict`` with its selection biases unrounded."""
         exact = saving.with_exact_biases(state_dict, self.states[MODEL].state_dict())
-        return super().dcp_save(exact, *where, **how)
+        with ctrl_c_unwrapped():
+            return super().dcp_save(exact, *where, **how)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         is_saved = self._save_or_say_why(curr_step, last_step)

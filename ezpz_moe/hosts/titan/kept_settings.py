@@ -49,6 +49,7 @@ def _kept(asked: Settings, loaded: Settings) -> Iterator[str]:
 
 def _rates(loaded: Settings, schedulers: list[Any]) -> Iterator[str]:
     ours = [(rate, each.last_epoch) for each in schedulers for rate in each.get_last_lr()]
+    # Not strict: either may have been excluded from loading, and then there is nothing to compare.
     for saved, (rate, steps) in zip(loaded, ours, strict=False):
         if note := rates_differ(steps + 1, saved=saved["lr"], ours=rate):
             yield note

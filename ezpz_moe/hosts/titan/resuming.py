@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer import DATALOADER, OPTIMIZER
@@ -65,6 +68,42 @@ def whole_steps(folder: Path) -> Iterator[int]:
         step = re.fullmatch(r"step-(\d+)", file.parent.name)
         if step and _is_whole(file.parent):
             yield int(step[1])
+
+
+@contextmanager
+def reporting_damage(folder: Path, steps: Path) -> Iterator[None]:
+    """Turn DCP's failure to load the checkpoint in ``folder`` into one line.
+
+    Files of the right length whose bytes are wrong, such as zeros after a power cut, show only now.
+    ``steps`` has the checkpoints of the run; the one that it starts from may be elsewhere.
+
+    Raises:
+        EzpzError: it could not be loaded, by any rank.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        others = [step for step in whole_steps(steps) if folder.name != f"step-{step}"]
+        remedy = "Copy the checkpoint again"
+        if others and folder.parent == steps:
+            remedy += f", or resume from another step: --checkpoint.load_step {max(others)}"
+        raise EzpzError(f"{folder}: cannot be loaded: {why_it_failed(error)}. {remedy}.") from error
+
+
+def why_it_failed(error: BaseException) -> str:
+    """Return the system's own reason, or the first line of what was raised instead."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    cause: BaseException | None = error
+    # torch raises an error about a position in the file, while it handles the system's.
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    # Of such bytes torch says that they may be a program, and how to run it all the same.
+    if isinstance(error, pickle.UnpicklingError):
+        return "its bytes are not what torch saved"
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _is_whole(checkpoint: Path) -> bool:

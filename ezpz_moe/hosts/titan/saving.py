@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.metadata import METADATA
 from ezpz_moe.hosts.resuming import is_selection_bias
-from ezpz_moe.hosts.titan.resuming import whole_steps
+from ezpz_moe.hosts.titan.resuming import whole_steps, why_it_failed
 
 
 def with_exact_biases(states: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,28 +41,16 @@ def reporting_failure(folder: Path, step: int) -> Iterator[None]:
     except (CheckpointException, OSError) as error:
         if not folder.is_dir():  # a remote one, or one that could not be made
             raise EzpzError(
-                f"{folder}: checkpoints cannot be written here: {_reason(error)}."
+                f"{folder}: checkpoints cannot be written here: {why_it_failed(error)}."
             ) from error
         written = folder / f"step-{step}"
         # Without metadata the host ignores it, but still counts it among those that it keeps.
         if dist.get_rank() == 0 and not (written / METADATA).exists():
             shutil.rmtree(written, ignore_errors=True)
         raise EzpzError(
-            f"{written}: the checkpoint could not be written: {_reason(error)}. {_rest(folder)}"
+            f"{written}: the checkpoint could not be written: {why_it_failed(error)}. "
+            f"{_rest(folder)}"
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Return the system's own reason, or the first line of what was raised instead."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    cause: BaseException | None = error
-    # torch raises an error about a position in the file, while it handles the system's.
-    while cause and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(error).partition("\n")[0]
 
 
 def _rest(folder: Path) -> str:

@@ -17,9 +17,11 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.tools.logging import logger
 
 EXIT_CODE = 128 + signal.SIGTERM  # the shell's convention for a process that a signal has ended
@@ -188,6 +190,21 @@ class Stopping:
             late.daemon = True
             late.start()
         return numbers
+
+
+@contextlib.contextmanager
+def ctrl_c_unwrapped() -> Iterator[None]:
+    """Raise Ctrl-C as itself. DCP makes a failed save or load of whatever it meets, this too.
+
+    Raises:
+        KeyboardInterrupt: a rank was interrupted.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        if any(isinstance(met, KeyboardInterrupt) for met, _ in error.failures.values()):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def end_of_run(trainer: Any) -> SystemExit:
