@@ -165,6 +165,7 @@ class Bench(Command):
         return name
 
     def _write(self, results: list[Measured], about: Mapping[str, Any]) -> None:
+        # Before the picture: that can be drawn again, and measuring takes minutes.
         if self.json:
             from ezpz_moe.tools.bench.results import document
 

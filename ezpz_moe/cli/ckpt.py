@@ -28,6 +28,7 @@ class Inspect:
 
     def run(self) -> int:
         with display.progress().status("Reading ..."):
+            # Within the status: this imports torch, which takes longer than reading.
             from ezpz_moe.tools.checkpoints import inspect
 
             contents = inspect(self.folder)
@@ -137,6 +138,7 @@ def _model(config: str | None) -> Model:
         generation=host.checkpoint_names,
         adapter=host.adapter(flavor),
         tensors=(tensors := model.state_dict()),
+        # named_buffers() lists also those that no checkpoint has, such as rotary tables.
         buffers=frozenset(name for name, _ in model.named_buffers()) & tensors.keys(),
         flavor=flavor,
         form=transformers_class(architecture) if architecture else None,

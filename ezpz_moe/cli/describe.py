@@ -82,6 +82,7 @@ def _rows(described: Description) -> Iterator[Mapping[str, str]]:
         yield {
             "component": name,
             "parameters": display.count(cost.parameters),
+            # A mean: with zero-computation experts, tokens use different numbers of parameters.
             "active": display.count(round(cost.active)),
             "forward FLOPs": display.flops(cost.forward),
             "backward FLOPs": display.flops(cost.backward),

@@ -47,6 +47,8 @@ class Launched(Command):
     def _placement(self) -> Placement | None:
         from ezpz_moe.tools.nodes import Placement
 
+        # A script may always pass --node-rank. A single machine meets no others; Placement refuses
+        # any other rank of it than 0.
         if self.nnodes == 1 and self.node_rank in (None, 0):
             return None
         if self.nnodes > 1 and (self.node_rank is None or self.master_addr is None):

@@ -77,6 +77,8 @@ class GptOssAdapter:
 
 def _to_hf(key: str, tensor: Tensor) -> Tensor:
     match key:
+        # transformers computes x @ W, so its matrices are the host's transposed: [E, D, G], with
+        # gate and up in turn along G.
         case "gate_up_proj" if tensor.dim() == 4:  # [E, 2, F, D]
             return tensor.permute(0, 3, 2, 1).flatten(2)
         case "gate_up_proj_bias" if tensor.dim() == 3:  # [E, 2, F]

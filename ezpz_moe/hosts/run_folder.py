@@ -55,6 +55,7 @@ def hold(dump_folder: str) -> None:
         return
     file = _locked(folder, dump_folder)
     if file is not None:
+        # What the last holder wrote may be longer.
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         _held[folder] = file
@@ -176,6 +177,7 @@ def _named_like_steps(folder: Path) -> dict[str, int]:
 def _new_folder(parent: Path) -> Path:
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
+            # mkdir() itself is the question: another process may take a name after a look at it.
             (made := parent / f"abandoned-{number}").mkdir()
             return made
     raise AssertionError("numbers do not end")

@@ -30,6 +30,7 @@ from ezpz_moe.tools.trainer_settings import (
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+# torchrun's own patience is 30 seconds, in which a large model may not be saved.
 SECONDS_TO_SAVE = 300
 """From the signal that ends a run with checkpoints until its workers are killed."""
 
@@ -146,8 +147,10 @@ class _Ending:
         # exit_on_user_error() has printed the message in the worker.
         if any(worker.exitcode == EXIT_CODE for worker in failure.failures.values()):
             return EXIT_CODE
+        # The first in time: others may have failed because of it.
         first = failure.get_first_failure()[1]
         # Only a worker, or another machine, was sent the signal.
+        # A worker ends with this code when it has heard the signal (hosts/titan/stopping.py).
         if first.exitcode == 128 + signal.SIGTERM:
             return self.stopped(signal.SIGTERM)
         # A surviving worker's own error says only that a communication timed out.
@@ -185,12 +188,14 @@ def _workers(nproc: int, placement: Placement | None, degree: int) -> list[str]:
     shown = _shown_ranks(degree, nproc, nnodes)
     # The trainer counts ranks over all machines, and warns if the loss is on a hidden one.
     os.environ[_SHOWN_RANKS] = _on_all_nodes(shown, nproc, nnodes)
+    # To torchrun, 3 means stdout and stderr. Lines of a single rank need no prefix.
     prefix = ["--role", "rank", "--tee", "3"] if "," in shown else []  # "[rank0]:" before each line
     return ["--nproc-per-node", str(nproc), "--local-ranks-filter", shown, *prefix]
 
 
 def _patience(settings: CheckpointSettings) -> list[str]:
     """Return how long torchrun waits for workers that it has passed a signal on to."""
+    # torchrun reads its variable only without the flag, which would overrule the user.
     if not settings.is_saving or _PATIENCE in os.environ:
         return []
     return ["--shutdown-timeout", str(SECONDS_TO_SAVE)]

@@ -122,11 +122,13 @@ def meet(
     """
     # monotonic, because the clocks of a cluster may be set while nodes wait.
     deadline = time.monotonic() + seconds
+    # Open before the store has this node's entry: node 0 knocks as soon as all have one.
     with _open_port(backlog=placement.nnodes) as port:
         if placement.node_rank == 0:
             address = address_of_node_0 = _served_address(placement)
         else:
             address, address_of_node_0 = _route_to_node_0(placement, deadline)
+        # Before torchrun starts the workers: they inherit the variable, and gloo reads it there.
         _use_network_of(address)
         store = _store(placement, deadline)  # served by node 0 until the context ends
         own = Node(placement.node_rank, socket.gethostname(), address, port, nproc)
@@ -199,6 +201,7 @@ def _addresses_of_node_0(placement: Placement) -> list[tuple[socket.AddressFamil
     """Resolve ``--master-addr``, IPv4 first: all nodes then choose the same family."""
     name, port = placement.master_addr, placement.master_port
     try:
+        # With the type, or each address comes once for every type of socket.
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as reason:
         raise EzpzError(
@@ -215,6 +218,7 @@ def _served_address(placement: Placement) -> str:
     for family, address in _addresses_of_node_0(placement):
         try:
             with socket.socket(family) as own:
+                # The kernel refuses addresses of other machines. Port 0 is any free one.
                 own.bind((address, 0))
             # Do not listen: a waiting node would take this socket for the store.
             with _at_all_addresses(placement.master_port):
@@ -256,6 +260,7 @@ def _first_answer(addresses: Sequence[str], port: int) -> tuple[tuple[str, str] 
     for address in addresses:
         try:
             with socket.create_connection((address, port), SECONDS_TO_ANSWER) as connection:
+                # Our end has the address that the kernel chose by its routes.
                 return (connection.getsockname()[0], address), refusals
         except OSError as reason:
             refusals.append(reason.strerror or str(reason))
@@ -304,6 +309,7 @@ def _exchange(store: TCPStore, own: Node, placement: Placement, deadline: float)
 
 def _take_place(store: TCPStore, key: str, own: Node) -> None:
     """Register this node. It may take the place of an earlier start that has ended."""
+    # compare_set takes an empty value for that of a key that is not there yet.
     entry, known = json.dumps(asdict(own)), ""
     # compare_set writes only if the key still has the value that we know. A restarted node finds
     # the entry of its earlier start, and replaces it once that no longer answers.
@@ -366,4 +372,5 @@ def _check_that_it_is_one_of(nodes: Sequence[Node], own: Node, placement: Placem
 
 
 def _left(deadline: float) -> timedelta:
+    # At the deadline node 0 may just have answered: leave a second to connect to its store.
     return timedelta(seconds=max(1.0, deadline - time.monotonic()))

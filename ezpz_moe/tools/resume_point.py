@@ -32,6 +32,7 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
             "--checkpoint.enable."
         )
     found = run_folder.steps(settings.folder) if settings.is_enabled else {}
+    # Also from_last_whole: a job script that always passes it has to start for the first time.
     if not found and settings.load_step is None:
         return []
     newest = max(found.values(), default=0)
@@ -52,6 +53,8 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
 
 def _newest_whole(folder: Path, found: dict[str, int]) -> int | None:
     """Return the newest step that a run can resume from."""
+    # Without copies such as step-20.bak. The trainer counts them, but load_step can only name
+    # step-20.
     steps = sorted((step for name, step in found.items() if name == f"step-{step}"), reverse=True)
     return next((step for step in steps if _can_be_resumed(folder / f"step-{step}")), None)
 

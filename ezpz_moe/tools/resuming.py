@@ -17,6 +17,7 @@ from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
 _STEP = "train_state.step"
+# The host saves the optimizer's settings for each parameter: optimizer.param_groups.NAME.lr.
 _RATE = "optimizer.param_groups."
 _SEED = "step-0"  # of it the trainer loads the model alone, whatever it holds
 _LEFT_OUT = "checkpoint.exclude_from_loading"
@@ -62,6 +63,7 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
     rates = rates_differ(
         steps + 1,
         saved=float(_load(checkpoint, metadata, saved)),
+        # The schedule counts from 0: step 1 has its value at 0, the resumed one that at `steps`.
         ours=detect.host().learning_rate(config, steps),
     )
     return Resumption(checkpoint, steps + 1, rates)

@@ -101,6 +101,7 @@ def _add_switch(parser: argparse.ArgumentParser, key: str, default: bool) -> Non
     """Add ``--section.name`` and ``--section.no-name``, of which the last one given wins."""
     section, _, name = key.rpartition(".")
     parser.add_argument(*_spellings(key), dest=name, action="store_true", default=default)
+    # The host's parser, tyro, puts `no-` before the last part of the name.
     parser.add_argument(*_spellings(f"{section}.no-{name}"), dest=name, action="store_false")
 
 

@@ -57,6 +57,7 @@ class LiveStorages(TorchDispatchMode):
         """Watch the operators, and track which module's forward is running."""
         hooks = [
             register_module_forward_pre_hook(self._enter),
+            # always_call: after an error in a forward too, or its place would stay on the stack.
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:

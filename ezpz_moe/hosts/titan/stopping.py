@@ -119,6 +119,7 @@ class Stopping:
         # The kernel's handler writes the signal's number here at once. Python's own would have to
         # wait for the main thread, and that one for a collective.
         signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
+        # It has nothing to do, but without it SIGTERM would end the process at once.
         signal.signal(signal.SIGTERM, lambda *_: None)
         _keep_from_forks()
         self._is_closed = False
@@ -271,6 +272,7 @@ def _promise_of(rank: int) -> str:
 
 def _runs(pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
+        # Signal 0 is never sent: the kernel only looks whether there is such a process.
         os.kill(pid, 0)
         return True
     return False

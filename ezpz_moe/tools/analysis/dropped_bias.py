@@ -55,6 +55,7 @@ def changed_choices(checkpoint: Path, flavor: Flavor, tokenizer: Path) -> Change
     changed = choices = 0
     for name, routing in with_bias.routing.items():
         ids_SLK, others_SLK = routing.ids_SLK, without.routing[name].ids_SLK
+        # Compared as sets: the same experts in another order are no change.
         kept_SLK = (ids_SLK.unsqueeze(-1) == others_SLK.unsqueeze(-2)).any(-1)
         changed += int((~kept_SLK).sum())
         choices += ids_SLK.numel()

@@ -30,6 +30,7 @@ def dropped(ids_SLK: torch.Tensor, num_experts: int, factor: float) -> torch.Ten
     _, length, top_k = ids_SLK.shape
     one_hot = torch.nn.functional.one_hot(ids_SLK.long(), num_experts)
     # For each expert, how many earlier tokens of the sequence chose it.
+    # cumsum() counts the token itself too, which is not before itself.
     before_SLE = one_hot.sum(2).cumsum(1) - one_hot.sum(2)
     # A token's place in its expert's queue, from 0.
     rank_SLK = before_SLE.gather(2, ids_SLK.long())

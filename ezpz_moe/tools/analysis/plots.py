@@ -140,6 +140,7 @@ def _similarity(layers: Layers, _: Settings) -> Figure:
     """Draw cosines between experts' weights, one map per layer, all on one scale."""
     columns = min(_COLUMNS, len(layers))
     rows = math.ceil(len(layers) / columns)
+    # Inches: 2.6 for a map, and the rest for the scale and the title.
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.6 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     maps = [np.array(each.cosines, dtype=float) for each in layers]

@@ -153,6 +153,7 @@ def _load(checkpoint: Path, model: nn.Module) -> None:
     # into the tensors of the state dict: a host may fuse the queries', keys' and values' weights,
     # and make the state dict's from a copy.
     for names in _by_layer(state).values():
+        # strict=False: a call has one layer's only. check_model() has compared the names of all.
         loaded = model.load_state_dict(
             {name: read_whole(checkpoint, metadata, name) for name in names}, strict=False
         )

@@ -88,6 +88,7 @@ def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int
     counts_EV = torch.zeros(num_experts, int(index_T.max()) + 1, dtype=torch.float64)
     pairs = index_T.unsqueeze(1).expand_as(ids_TK)
     ones = torch.ones(ids_TK.numel(), dtype=torch.float64)
+    # accumulate: a pair occurs many times, and without it only one of them would count.
     counts_EV.index_put_((ids_TK.flatten().long(), pairs.flatten()), ones, accumulate=True)
     of_text = entropy(torch.bincount(index_T).double().unsqueeze(0))
     is_used_E = counts_EV.sum(1) > 0

@@ -85,6 +85,7 @@ def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts
 
 def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
     """Compute the three products of torchtitan's layer, in the given dtype."""
+    # int32, because _grouped_mm takes the ends of the experts' rows in no other dtype.
     offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
     gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
     up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)

@@ -107,6 +107,7 @@ def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
     after.record()
     # The only wait of this clock: until then the host may run ahead, as in training.
     after.synchronize()
+    # Of events, elapsed_time() is in milliseconds already.
     return before.elapsed_time(between_), before.elapsed_time(after)
 
 
@@ -161,6 +162,7 @@ def _most_at_a_time(profiled: profile) -> int:
     """
     sizes: dict[int, int] = {}
     held = most = 0
+    # By time: the tree of events is not in that order, on which the peak depends.
     for event in sorted(_allocations(profiled), key=lambda event: event.start_time_ns):
         address, nbytes = event.extra_fields.ptr, event.extra_fields.alloc_size
         if nbytes > 0:

@@ -74,6 +74,8 @@ def _transformers(implementation: str) -> Callable[[Case], Prepared]:
         config = OlmoeConfig(
             hidden_size=dim, intermediate_size=hidden_dim, num_experts=E, hidden_act="silu"
         )
+        # What transformers sets for a whole model, from its argument experts_implementation. The
+        # experts' own class takes nothing but a config.
         config._experts_implementation = implementation
         # Built without memory: load_state_dict(assign=True) then takes our tensors as they are.
         with torch.device("meta"):

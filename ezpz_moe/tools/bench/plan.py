@@ -38,6 +38,7 @@ Allocator = Literal["default", "retain"]
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Tick]]
 """Takes what begins and how many steps it has; while it is open, it shows them."""
 
+# The underscores at the end belong to glibc's names of these variables.
 RETAIN = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "1"}
 """glibc: never take a single block from the system, and never give memory back to it."""
 

@@ -15,6 +15,8 @@ from ezpz_moe.tools.checkpoints import names, storage
 from ezpz_moe.tools.checkpoints.folder import size_of
 
 _STEP = "train_state.step"
+# The host saves the model's tensors at the top level, beside these: a name that begins with none of
+# them is the model's.
 _TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 
 

@@ -108,6 +108,7 @@ Renaming = Callable[[str], tuple[Renamed, ...]]
 
 def generation_of(names: Iterable[str]) -> str | None:
     """Return the generation that uses these names, told by parts that only it has; else None."""
+    # An iterable may be good for one pass only, and each pattern goes through all names.
     names = list(names)
     parts = _parts(names)
     # Names that several generations share say nothing: look for those that only this one has.
@@ -129,6 +130,7 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
     """
     parts = [(_pattern(part.of(source)), part) for part in _parts(names)]
 
+    # Asked several times for each name, and every answer tries all patterns.
     @cache
     def rename(name: str) -> tuple[Renamed, ...]:
         matching = [(pattern, part) for pattern, part in parts if pattern.search(name)]
@@ -151,6 +153,7 @@ def _parts(names: Iterable[str]) -> list[Part]:
         patterns = [_pattern(part.of(generation)) for generation in GENERATIONS]
         return any(pattern.search(name) for pattern in patterns for name in names)
 
+    # Since 2026_09 both families have the same names for weights. Only gpt_oss has biases.
     experts = GPT_OSS_EXPERTS if there(_GPT_OSS_BIAS) else EXPERTS
     return [*PARTS, *experts, *(ATTENTION if there(_WK) else ())]
 

@@ -91,6 +91,7 @@ def _new_entries(entries: Mapping[str, Entry], rename: Renaming, target: str) ->
         for new in rename(name):
             reshaped = _reshaped(name, entry, new, target)
             made[new.name] = _joined(new.name, made.get(new.name), reshaped)
+    # DCP would not notice: it compares sizes, and leaves what no shard covers as it was.
     for name, entry in made.items():
         if isinstance(entry, TensorStorageMetadata) and not covers(entry.size, entry.chunks):
             raise EzpzError(
@@ -117,6 +118,7 @@ def _new_paths(
 def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
     """Yield what becomes of each stored entry: a shard of a tensor, or an object."""
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
+    # storage_data knows a shard by its offsets alone. Its sizes are in the entry's chunks.
     shards = {
         (name, chunk.offsets): chunk
         for name, entry in entries.items()
@@ -138,6 +140,7 @@ def _steps(metadata: Metadata, rename: Renaming, target: str) -> Iterator[Step]:
 
 def _part(new: tuple[Renamed, ...], place: int) -> Any:
     """Choose the name for ``place`` from the one or two names of a path's part."""
+    # Only the part that is w13 itself has two names; what stands before and after it has one.
     return new[min(place, len(new) - 1)].name
 
 

@@ -112,11 +112,13 @@ def _write(
                 stream.writelines(storage.blocks(source, entry))
             else:
                 storage.save(_converted(source, step, metadata), stream)
+            # replace() keeps how the bytes are compressed, for those that were only copied.
             written[step.target] = replace(entry, offset=offset, length=stream.tell() - offset)
         origin[step.target] = step.source.fqn
     for name in {entry.relative_path for entry in written.values()}:
         with (target / name).open("rb") as stream:
             # The new checkpoint has to survive a crash right after this command.
+            # A file opened for reading will do: fsync() is about the file, not about who wrote.
             os.fsync(stream.fileno())
     return written
 
@@ -192,6 +194,7 @@ def _verify_names(source: Path, target: Path, metadata: Metadata, back: tuple[st
 def _shape(entry: Entry | None) -> object:
     if not isinstance(entry, TensorStorageMetadata):
         return type(entry)
+    # Not the number of shards: one that holds gate and up comes back as two. Their total stays.
     return entry.size, entry.properties.dtype, sum(each.sizes.numel() for each in entry.chunks)
 
 

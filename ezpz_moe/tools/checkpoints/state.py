@@ -32,6 +32,7 @@ from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.names import TITAN_0_2, TITAN_0_3, TITAN_2026_09
 from ezpz_moe.tools.checkpoints.plan import Convert, RemapPlan, Step
 
+# One for each data-parallel rank: the other dimensions' ranks read the same data.
 _POSITION = re.compile(r"dataloader\.dp_rank_\d+")
 _POSITION_SINCE_2026_08 = re.compile(r"dataloader\.dp_rank_\d+\..*")
 _SCHEDULE = "lr_scheduler"
@@ -137,6 +138,7 @@ def _everywhere(added: Convert) -> Convert:
         return state
 
     def convert(pickled: Any) -> Any:
+        # Bytes again: the host pickles the loader's state by itself, within what DCP saves.
         return pickle.dumps(visit(load_plain(pickled)))
 
     return convert

@@ -22,7 +22,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import metadata as dcp_metadata
 from ezpz_moe.hosts.dcp.metadata import METADATA, reason
 
-_BLOCK = 16 * 2**20
+_BLOCK = 16 * 2**20  # bytes
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -59,12 +59,14 @@ def _what_else(folder: Path) -> str:
     steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
     if not steps:
         return ""
+    # By time: these may be of several runs, whose step numbers do not compare.
     newest = max(steps, key=lambda path: path.stat().st_mtime)
     return f" There are checkpoints below it, such as {newest.parent}."
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
     """Write the metadata, and wait until it is on the disk."""
+    # In place, where DCP renames a temporary file: callers rename the whole folder at the end.
     with (folder / METADATA).open("wb") as file:
         pickle.dump(metadata, file)
         file.flush()
@@ -138,6 +140,8 @@ def load(folder: Path, entry: _StorageInfo) -> Any:
         # torch.load needs a file that ends with the entry; the data file goes on.
         saved = io.BytesIO(stream.read(entry.length))
     try:
+        # map_location: a pickled object may hold a GPU's tensors, and has to open without one. DCP
+        # moves only tensors to the CPU that have an entry of their own.
         return torch.load(saved, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes may raise anything
         what = _refused(saved) or f"cannot be read: {reason(error)}"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
 
-_DCP_FILE = "__0_0.distcp"
+_DCP_FILE = "__0_0.distcp"  # as DCP names rank 0's first file
 _FOLDER = "checkpoint"  # the host's default of checkpoint.folder
 
 
@@ -59,6 +59,7 @@ def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
     dtype, tensor = entry.properties.dtype, None
     for chunk in entry.chunks:
         box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        # Without an index's third field: DCP's hint, which does not count in comparing two.
         place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         shard = storage.load_tensor(folder, place, dtype, chunk.sizes)
         if tensor is None:
@@ -87,6 +88,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
         file.flush()
         # What is read back for comparison must be what a crash would leave.
         os.fsync(file.fileno())
+    # In the middle, each entry's path in the nested state that DCP flattened. A model's is flat.
     storage.write_metadata(folder, Metadata(entries, {name: (name,) for name in entries}, places))
     return storage.read_metadata(folder)
 

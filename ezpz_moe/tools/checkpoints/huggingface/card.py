@@ -97,6 +97,7 @@ def write_description(
     Raises:
         EzpzError: a file of the tokenizer cannot be read.
     """
+    # Without pad_token_id, whose default is None in all four classes.
     ids: dict[str, int | None] = dict.fromkeys(f"{name}_id" for name in _SPECIAL[:2])
     if tokenizer is not None:
         ids |= _copy_tokenizer(tokenizer, target)
@@ -104,6 +105,7 @@ def write_description(
     _write(target / CONFIG, form.config | {"dtype": _name(origin.dtype)} | ids)
     if not (target / GENERATION).exists():
         known = {key: value for key, value in ids.items() if value is not None}
+        # The mark that transformers gives to defaults which it took from a config.
         _write(target / GENERATION, {"_from_model_config": True, **known})
     (target / "README.md").write_text(_card(form, origin), encoding="utf-8")
 

@@ -102,6 +102,7 @@ class _Common:
     def __init__(self, model: Architecture) -> None:
         self.model = model
         self.of_experts = [each.experts for each in model.layers if each.experts is not None]
+        # Without the window, which may differ: gpt_oss's config has layer_types for it.
         self.of_attention = [replace(each.attention, window=None) for each in model.layers]
         self.dense_layers = [i for i, each in enumerate(model.layers) if each.experts is None]
         self.dense = [each.dense_hidden for each in model.layers if each.dense_hidden is not None]
@@ -160,7 +161,7 @@ def _deepseek_v2(common: _Common) -> _Form:
     )
     config = {
         **_deepseek(common),
-        "topk_method": "greedy",
+        "topk_method": "greedy",  # a limit to groups is among the differences
         "mlp_bias": False,
     }
     return "DeepseekV2ForCausalLM", "deepseek_v2", config, differences
@@ -193,7 +194,7 @@ def _deepseek(common: _Common) -> dict[str, Any]:
         "n_routed_experts": experts.number,
         "n_shared_experts": experts.shared_hidden // experts.hidden,
         "routed_scaling_factor": experts.route_scale,
-        "q_lora_rank": latent.q_lora_rank or None,
+        "q_lora_rank": latent.q_lora_rank or None,  # none is 0 in the host
         "kv_lora_rank": latent.kv_lora_rank,
         "qk_nope_head_dim": latent.qk_nope_head_dim,
         "qk_rope_head_dim": latent.qk_rope_head_dim,
@@ -238,7 +239,7 @@ def _qwen3_moe(common: _Common) -> _Form:
         "head_dim": attention.head_dim,
         **common.dense_size,
         "mlp_only_layers": common.dense_layers,
-        "decoder_sparse_step": 1,
+        "decoder_sparse_step": 1,  # all layers have experts, but for mlp_only_layers
         "moe_intermediate_size": experts.hidden,
         "num_experts": experts.number,
         "norm_topk_prob": experts.route_norm,
@@ -270,7 +271,7 @@ def _gpt_oss(common: _Common) -> _Form:
         "layer_types": [
             "full_attention" if window is None else "sliding_attention" for window in common.windows
         ],
-        "swiglu_alpha": 1.702,
+        "swiglu_alpha": 1.702,  # a constant of the host's
         "swiglu_limit": experts.swiglu_limit,
         "rope_parameters": _rope(rope, factor),
     }

@@ -86,6 +86,7 @@ def _rope_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> It
 def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """Return what rotary positions compute, as transformers does with its defaults."""
     default = _DEFAULT_ROPE.get(model_type, {})
+    # rope_scaling and, below, its key `type` are older names, which transformers still reads.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or default
     if not isinstance(rope, dict):
         return {"rope_type": rope}
@@ -96,6 +97,7 @@ def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     if kind != "yarn":
         return {"rope_type": kind, "rope_theta": theta}
     factor, of_scores = rope.get("factor", 1), rope.get("mscale_all_dim") or 0
+    # `or` for the betas, as in transformers: null and 0 mean the default there too.
     return {
         "rope_type": kind,
         "rope_theta": theta,

@@ -173,6 +173,7 @@ def _write_safetensors(
             key: tensor.clone(memory_format=torch.contiguous_format)
             for key, tensor in written.items()
         }
+        # The metadata that transformers' save_pretrained() writes.
         save_file(copies, target / file, {"format": "pt"})
         files |= dict.fromkeys(written, file)
         size += sum(tensor.nbytes for tensor in copies.values())

@@ -105,6 +105,7 @@ def _check_unused(source: Path, unused: list[str], files: Files, config: Config 
     """Check that the tensors that the model does not use would not change what it computes."""
     layers = (config or {}).get("num_hidden_layers")
     for key in unused:
+        # Few digits: int() refuses more than 4300 of them, and the name is a stranger's.
         match = re.match(r"model\.layers\.(\d{1,9})\.", key)
         # Layers after the last of the model predict further tokens.
         is_further = match and isinstance(layers, int) and int(match[1]) >= layers
