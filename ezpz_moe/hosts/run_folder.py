@@ -35,10 +35,6 @@ def _leave_to_parent() -> None:
     _held.clear()
 
 
-# A fork shares the lock: a data loader's worker would keep it for seconds after its run was killed.
-os.register_at_fork(after_in_child=_leave_to_parent)
-
-
 def hold(dump_folder: str) -> None:
     """Make this process the only one that trains in ``dump_folder``, until it ends.
 
@@ -58,6 +54,10 @@ def hold(dump_folder: str) -> None:
         # What the last holder wrote may be longer.
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        if not _held:
+            # A fork shares the lock: a data loader's worker would keep it for seconds after its run
+            # was killed.
+            os.register_at_fork(after_in_child=_leave_to_parent)
         _held[folder] = file
 
 

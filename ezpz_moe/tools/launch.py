@@ -149,8 +149,8 @@ class _Ending:
             return EXIT_CODE
         # The first in time: others may have failed because of it.
         first = failure.get_first_failure()[1]
-        # Only a worker, or another machine, was sent the signal.
-        # A worker ends with this code when it has heard the signal (hosts/titan/stopping.py).
+        # The signal went to a worker or to another machine, and not to this launcher. A worker that
+        # has heard it ends with this code (hosts/titan/stopping.py).
         if first.exitcode == 128 + signal.SIGTERM:
             return self.stopped(signal.SIGTERM)
         # A surviving worker's own error says only that a communication timed out.
@@ -211,8 +211,8 @@ def _run(arguments: list[str], ending: _Ending) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Since 0.3 rank 0 does so itself, whatever has started it.
-    if presumed_host().generation == "0.2" and ending.settings.is_saving and ending.own_rank == 0:
+    locks_here = not presumed_host().locks_run_folder and ending.own_rank == 0
+    if locks_here and ending.settings.is_saving:
         run_folder.hold(ending.settings.dump_folder)
     # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:

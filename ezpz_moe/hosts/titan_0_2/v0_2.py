@@ -39,6 +39,7 @@ class Titan02(Host):
     )
     checkpoint_names = "0.2"
     launcher_variables = ("CONFIG_FILE",)
+    locks_run_folder = False
 
     @property
     def relied_on(self) -> tuple[Reliance, ...]:
