@@ -120,10 +120,21 @@ def test_without_autograd_the_same_output(name: str, device: str) -> None:
 
 
 @over_devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "native"),
+    [
+        (torch.float32, "float32"),
+        # Where bfloat16 is native, products are written in place, which autocast leaves alone.
+        (torch.bfloat16, "float32"),
+        (torch.bfloat16, "float32,bfloat16"),
+    ],
+)
 @over_backends
-def test_autocast_changes_nothing(name: str, dtype: torch.dtype, device: str) -> None:
+def test_autocast_changes_nothing(
+    name: str, dtype: torch.dtype, native: str, device: str, cpu_with
+) -> None:
     """Kernels compute in the dtype that they are given; a caller who wants another one casts."""
+    cpu_with(native)
     backend = usable(name, device, dtype)
     layer = make_case(TAIL, device, dtype)
     product = make_product_case(TAIL, transposed=True, device=device, dtype=dtype)
