@@ -202,18 +202,11 @@ def _patience(settings: CheckpointSettings) -> list[str]:
 
 
 def _run(arguments: list[str], ending: _Ending) -> int:
-    """Run torchrun, and return the exit code that ``ending`` chooses if it fails.
-
-    Raises:
-        EzpzError: another run has the dump folder.
-    """
+    """Run torchrun, and return the exit code that ``ending`` chooses if it fails."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    locks_here = not presumed_host().locks_run_folder and ending.own_rank == 0
-    if locks_here and ending.settings.is_saving:
-        run_folder.hold(ending.settings.dump_folder)
     # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         # A failure arrives as an exception with torchrun's whole report: do not print it twice.
