@@ -231,6 +231,27 @@ def test_a_stopped_run_says_how_it_goes_on(enabled, load_step, steps, nodes, exp
     assert said == [f"ezpz-moe: stopped by SIGINT. {again}{expected.format(tmp_path)}"]
 
 
+def test_sigterm_after_the_last_step_is_no_failure(tmp_path):
+    """The host sleeps two seconds after it; a scheduler would start such a run again."""
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / ".metadata").touch()
+    said = []
+    for last_step, by, code in (
+        (4, signal.SIGTERM, 0),
+        (4, signal.SIGINT, 130),  # may have cut a validation off
+        (5, signal.SIGTERM, 143),
+        (None, signal.SIGTERM, 143),
+    ):
+        settings = CheckpointSettings(True, True, "run", tmp_path, None, last_step)
+        assert launch._Ending(settings, said.append).stopped(by) == code
+    assert said[0] == "ezpz-moe: SIGTERM came when the last step had been saved."
+    back = launch._Return.of(CheckpointSettings(True, True, "run", tmp_path, 2, 4), [])
+    again = CheckpointSettings(True, True, "run", tmp_path, 2, 4)
+    assert launch._Ending(again, said.append, back).stopped(signal.SIGTERM) == 143
+    only_loads = CheckpointSettings(True, False, "run", tmp_path, None, 4)
+    assert launch._Ending(only_loads, said.append).stopped(signal.SIGTERM) == 143
+
+
 def test_a_run_that_ends_before_it_has_gone_back_still_goes_back(tmp_path):
     """Without ``load_step`` it would resume from the attempt that the user has given up."""
     for step in (2, 4):

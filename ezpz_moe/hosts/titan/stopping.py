@@ -122,13 +122,17 @@ class Stopping:
         # It has nothing to do, but without it SIGTERM would end the process at once.
         signal.signal(signal.SIGTERM, lambda *_: None)
         _keep_from_forks()
-        self._is_closed = False
+        self._is_closed = self._has_finished = False
         self._thread = threading.Thread(target=self._listen, daemon=True, name="ezpz_moe stopping")
         self._thread.start()
 
     def ends_at(self, step: int) -> bool:
         """Return whether the run ends after ``step``, which then has to be saved."""
         return self._agreement.ends_at(step)
+
+    def finish(self) -> None:
+        """Note that the last step is saved. The run ends by itself, and SIGTERM changes nothing."""
+        self._has_finished = True
 
     def close(self) -> None:
         """Stop listening. SIGTERM ends the process at once again."""
@@ -179,7 +183,8 @@ class Stopping:
             if time.monotonic() > give_up:
                 _end_now(f"some ranks did not answer within {SECONDS_TO_AGREE} seconds")
             time.sleep(0.05)
-        logger.info(f"ezpz_moe: SIGTERM: the run ends after step {end}, once that is saved")
+        if not self._has_finished:
+            logger.info(f"ezpz_moe: SIGTERM: the run ends after step {end}, once that is saved")
 
     def _heard(self, *, seconds: float | None) -> bytes:
         """Wait for signals, at most so long; return their numbers."""
