@@ -165,6 +165,45 @@ def test_a_process_of_the_run_dies_of_its_own_sigterm_alone():
     assert result.returncode == -signal.SIGTERM, result.stderr
 
 
+AFTER_THE_LAST_STEP = """
+import os, signal, subprocess, sys, time
+import torch
+from ezpz_moe.hosts.titan import stopping
+
+store = torch.distributed.HashStore()
+group = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=group)
+torch.distributed.get_world_size = lambda: 2
+stopping._store = lambda _: store
+other = subprocess.Popen([sys.executable, "-c", ""])
+other.wait()
+store.set("pid/1", str(other.pid))
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+listening = stopping.Stopping(passed=3)
+listening.finish()
+os.kill(os.getpid(), signal.SIGTERM)
+while not store.check(["promise/0"]):
+    time.sleep(0.01)
+time.sleep(0.2)
+listening.close()
+torch.distributed.destroy_process_group()
+time.sleep(0.2)
+"""
+
+
+def test_after_the_last_step_a_rank_does_not_miss_those_that_have_ended():
+    """Rank 0 sleeps two seconds then. Whoever ends first is not lost, and has left the group."""
+    result = subprocess.run(
+        [fork_server.python(), "-c", AFTER_THE_LAST_STEP],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10 * PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SIGTERM" not in result.stdout + result.stderr
+
+
 WITH_A_SILENT_STORE = """
 import time
 import torch

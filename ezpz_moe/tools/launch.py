@@ -163,7 +163,7 @@ class _Ending:
         return 1
 
     def stopped(self, by: signal.Signals) -> int:
-        """Tell from which step a run resumes that a signal has ended; 0 if nothing is left to do."""
+        """Tell from which step a stopped run resumes; return 0 if its last step is saved."""
         # A worker that hears SIGTERM after its last step goes on to its own end.
         if by == signal.SIGTERM and self._has_last_step():
             self.tell(f"ezpz-moe: {by.name} came when the last step had been saved.")
