@@ -3,8 +3,9 @@
     torchrun ... -m torchtitan.train --module qwen3 --config qwen3_moe_debug \\
         --override.imports 'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'
 
-Add ``ezpz_moe.overrides.sdpa`` where FlexAttention does not run (CPU, XPU). The host logs every
-node it replaces, and warns when it found none.
+Add ``ezpz_moe.overrides.sdpa`` where FlexAttention does not run (CPU, XPU), and
+``ezpz_moe.overrides.checkpointer`` for a run that saves its step on SIGTERM. With any of them, rank
+0 locks the run's folder. The host logs every node it replaces, and warns when it found none.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def experts(
                 f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
                 f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
             )
-        _host.refuse_twins_of("ezpz_moe.overrides.experts")
+        _host.enter_run("ezpz_moe.overrides.experts")
         replacement = _host.selected(
             config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
         )
@@ -58,5 +59,13 @@ def experts(
 def sdpa(config):
     """Keep the attention, but with causal SDPA as its kernel: no per-document mask."""
     with exit_on_user_error():
-        _host.refuse_twins_of("ezpz_moe.overrides.sdpa")
+        _host.enter_run("ezpz_moe.overrides.sdpa")
     return dataclasses.replace(config, inner_attention=_host.causal_attention(config))
+
+
+@_host.for_checkpoints
+def checkpointer(config):
+    """Keep the settings of checkpoints, but save on SIGTERM and resume as our own jobs do."""
+    with exit_on_user_error():
+        _host.enter_run("ezpz_moe.overrides.checkpointer")
+    return _host.our_checkpointer(config)

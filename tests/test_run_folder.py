@@ -134,6 +134,34 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         run_folder.hold(str(tmp_path / "file" / "run"))
 
 
+@pytest.mark.parametrize(
+    ("rank", "mode", "checkpoint", "telemetry", "holds"),
+    [
+        ("0", "default", (True, False), None, True),
+        ("0", "default", (False, False), {}, True),
+        ("0", "default", (True, True), None, False),
+        ("0", "default", (False, False), None, False),
+        ("1", "default", (True, False), {}, False),
+        ("0", "fake_backend", (True, False), {}, False),
+        (None, "default", (True, False), {}, False),
+    ],
+)
+def test_rank_0_of_a_run_that_writes_holds_its_folder(
+    rank, mode, checkpoint, telemetry, holds, tmp_path, monkeypatch
+):
+    """Nobody else makes a file: not another rank, ``preflight``, nor what has no rank."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    config = SimpleNamespace(
+        checkpoint=SimpleNamespace(enable=checkpoint[0], load_only=checkpoint[1]),
+        metrics=SimpleNamespace(telemetry=telemetry),
+        comm=SimpleNamespace(mode=mode),
+    )
+    run_folder.hold_for(config, str(tmp_path))
+    assert [each.name for each in tmp_path.iterdir()] == [run_folder.LOCK] * holds
+
+
 # --- steps ------------------------------------------------------------------------------------
 
 

@@ -165,6 +165,45 @@ def test_a_process_of_the_run_dies_of_its_own_sigterm_alone():
     assert result.returncode == -signal.SIGTERM, result.stderr
 
 
+AFTER_THE_LAST_STEP = """
+import os, signal, subprocess, sys, time
+import torch
+from ezpz_moe.hosts.titan import stopping
+
+store = torch.distributed.HashStore()
+group = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=group)
+torch.distributed.get_world_size = lambda: 2
+stopping._store = lambda _: store
+other = subprocess.Popen([sys.executable, "-c", ""])
+other.wait()
+store.set("pid/1", str(other.pid))
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+listening = stopping.Stopping(passed=3)
+listening.finish()
+os.kill(os.getpid(), signal.SIGTERM)
+while not store.check(["promise/0"]):
+    time.sleep(0.01)
+time.sleep(0.2)
+listening.close()
+torch.distributed.destroy_process_group()
+time.sleep(0.2)
+"""
+
+
+def test_after_the_last_step_a_rank_does_not_miss_those_that_have_ended():
+    """Rank 0 sleeps two seconds then. Whoever ends first is not lost, and has left the group."""
+    result = subprocess.run(
+        [fork_server.python(), "-c", AFTER_THE_LAST_STEP],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10 * PATIENCE,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SIGTERM" not in result.stdout + result.stderr
+
+
 WITH_A_SILENT_STORE = """
 import time
 import torch
@@ -229,6 +268,27 @@ def test_a_stopped_run_says_how_it_goes_on(enabled, load_step, steps, nodes, exp
     assert code == 128 + signal.SIGINT
     again = "To continue, run the same command again" if enabled else ""
     assert said == [f"ezpz-moe: stopped by SIGINT. {again}{expected.format(tmp_path)}"]
+
+
+def test_sigterm_after_the_last_step_is_no_failure(tmp_path):
+    """The host sleeps two seconds after it; a scheduler would start such a run again."""
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / ".metadata").touch()
+    said = []
+    for last_step, by, code in (
+        (4, signal.SIGTERM, 0),
+        (4, signal.SIGINT, 130),  # may have cut a validation off
+        (5, signal.SIGTERM, 143),
+        (None, signal.SIGTERM, 143),
+    ):
+        settings = CheckpointSettings(True, True, "run", tmp_path, None, last_step)
+        assert launch._Ending(settings, said.append).stopped(by) == code
+    assert said[0] == "ezpz-moe: SIGTERM came when the last step had been saved."
+    back = launch._Return.of(CheckpointSettings(True, True, "run", tmp_path, 2, 4), [])
+    again = CheckpointSettings(True, True, "run", tmp_path, 2, 4)
+    assert launch._Ending(again, said.append, back).stopped(signal.SIGTERM) == 143
+    only_loads = CheckpointSettings(True, False, "run", tmp_path, None, 4)
+    assert launch._Ending(only_loads, said.append).stopped(signal.SIGTERM) == 143
 
 
 def test_a_run_that_ends_before_it_has_gone_back_still_goes_back(tmp_path):

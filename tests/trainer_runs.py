@@ -125,7 +125,7 @@ def _codes_of_ranks(command: list[str], ranks: int, folder: Path, log: IO[str]) 
     running = [
         subprocess.Popen(
             command,
-            env={**os.environ, **_of_rank(rank, ranks, folder)},
+            env={**os.environ, **of_rank(rank, ranks, folder)},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -142,7 +142,7 @@ def _codes_of_ranks(command: list[str], ranks: int, folder: Path, log: IO[str]) 
     return codes
 
 
-def _of_rank(rank: int, ranks: int, folder: Path) -> dict[str, str]:
+def of_rank(rank: int, ranks: int, folder: Path) -> dict[str, str]:
     """The variables that torchrun would set for one of the processes, and those of our tests."""
     return {
         "RANK": str(rank),

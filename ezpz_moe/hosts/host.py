@@ -54,8 +54,6 @@ class Host(ABC):
         checkpoint_names: the generation in ``tools/checkpoints/names.py`` that names its
             parameters.
         launcher_variables: environment variables that pass the job to the host's ``run_train.sh``.
-        locks_run_folder: whether rank 0 locks the run's folder, whatever has started it. Where it
-            does not, the launcher does.
     """
 
     generation: ClassVar[str]
@@ -63,7 +61,6 @@ class Host(ABC):
     evidence: ClassVar[Reliance]
     checkpoint_names: ClassVar[str]
     launcher_variables: ClassVar[tuple[str, ...]]
-    locks_run_folder: ClassVar[bool] = True
 
     # --- without torch and the host ---------------------------------------------------------------
 

@@ -51,6 +51,9 @@ class Overrides(Protocol):
     def for_attention(self, factory: Callable[..., Any]) -> Callable[..., Any]:
         """Register ``factory`` for the host's attention, and return it."""
 
+    def for_checkpoints(self, factory: Callable[..., Any]) -> Callable[..., Any]:
+        """Register ``factory`` for the host's checkpoint manager, and return it."""
+
     def selected(
         self,
         config: Any,
@@ -67,14 +70,18 @@ class Overrides(Protocol):
     def causal_attention(self, config: Any) -> Any:
         """Return the config of the SDPA kernel that replaces ``config.inner_attention``."""
 
+    def our_checkpointer(self, config: Any) -> Any:
+        """Return the config of the plugin's checkpoint manager, with the settings of ``config``."""
+
     def turn_off_cuda_graphs_for(self, backend: str) -> None:
         """Turn CUDA graphs off in the current run if ``backend`` copies to the host's memory."""
 
-    def refuse_twins_of(self, door: str) -> None:
-        """Refuse a run on several CPU ranks that would all start with the same values.
+    def enter_run(self, door: str) -> None:
+        """Refuse a run that must not start, and lock its folder.
 
         Raises:
-            EzpzError: they would.
+            EzpzError: several CPU ranks would start with the same values, or another run writes
+                into the folder.
         """
 
     def warn_of_emulation(self) -> None:

@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from ezpz_moe.errors import EzpzError
 
@@ -59,6 +60,32 @@ def hold(dump_folder: str) -> None:
             # was killed.
             os.register_at_fork(after_in_child=_leave_to_parent)
         _held[folder] = file
+
+
+def hold_for(config: Any, dump_folder: str) -> None:
+    """Hold the folder of a run that this process is rank 0 of, if the run writes into it.
+
+    Telemetry and checkpoints of two runs would be mixed. Without either, a run may share a folder;
+    and so may what only pretends to be a run (``preflight``).
+
+    Args:
+        config: the host's, of any generation.
+        dump_folder: where that writes; each generation has another key for it.
+
+    Raises:
+        EzpzError: as :func:`hold`.
+    """
+    # Not at the top, which has no torch. Whoever has a host's config has imported it.
+    from ezpz_moe.hosts.ranks import is_dry_run
+
+    is_writing = saves_checkpoints(config) or getattr(config.metrics, "telemetry", None) is not None
+    if is_writing and os.environ.get("RANK") == "0" and not is_dry_run(config):
+        hold(dump_folder)
+
+
+def saves_checkpoints(config: Any) -> bool:
+    """Return whether a run with this config, the host's, saves any."""
+    return config.checkpoint.enable and not config.checkpoint.load_only
 
 
 def refuse_if_held(dump_folder: str) -> None:

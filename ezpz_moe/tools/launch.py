@@ -68,7 +68,8 @@ def train(
 
     Returns:
         An exit code: 0; 2 for a user's mistake that a worker has already reported; 1 for any other
-            failure, whose report ``tell`` was given; 128 + n when signal n ended the run.
+            failure, whose report ``tell`` was given; 128 + n when signal n ended the run before its
+            last step was saved.
 
     Raises:
         EzpzError: ``config``, ``nproc`` or ``placement`` is wrong, the checkpoint to resume from is
@@ -162,9 +163,18 @@ class _Ending:
         return 1
 
     def stopped(self, by: signal.Signals) -> int:
-        """Tell from which step a run resumes that a signal has ended."""
+        """Tell from which step a stopped run resumes; return 0 if its last step is saved."""
+        # A worker that hears SIGTERM after its last step goes on to its own end.
+        if by == signal.SIGTERM and self._has_last_step():
+            self.tell(f"ezpz-moe: {by.name} came when the last step had been saved.")
+            return 0
         self.tell(f"ezpz-moe: stopped by {by.name}. {self._how_to_go_on()}")
         return 128 + by  # the shell's convention
+
+    def _has_last_step(self) -> bool:
+        last, newest = self.settings.last_step, self.settings.newest()
+        has_it = last is not None and newest is not None and newest >= last
+        return self.settings.is_saving and has_it and not (self.back and self.back.is_pending())
 
     def _how_to_go_on(self) -> str:
         if not self.settings.is_enabled:
@@ -202,18 +212,11 @@ def _patience(settings: CheckpointSettings) -> list[str]:
 
 
 def _run(arguments: list[str], ending: _Ending) -> int:
-    """Run torchrun, and return the exit code that ``ending`` chooses if it fails.
-
-    Raises:
-        EzpzError: another run has the dump folder.
-    """
+    """Run torchrun, and return the exit code that ``ending`` chooses if it fails."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    locks_here = not presumed_host().locks_run_folder and ending.own_rank == 0
-    if locks_here and ending.settings.is_saving:
-        run_folder.hold(ending.settings.dump_folder)
     # torchrun gets a failed worker's error through a file in its log folder.
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
         # A failure arrives as an exception with torchrun's whole report: do not print it twice.

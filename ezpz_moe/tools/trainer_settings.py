@@ -29,6 +29,7 @@ class CheckpointSettings:
         dump_folder: where a run writes everything, as it was given.
         folder: where the checkpoints are, each in a folder ``step-N``.
         load_step: the step that it must resume from; None for the newest.
+        last_step: the step after which it ends; None if that is the trainer's own default.
     """
 
     is_enabled: bool
@@ -36,6 +37,7 @@ class CheckpointSettings:
     dump_folder: str
     folder: Path
     load_step: int | None
+    last_step: int | None = None
 
     def newest(self) -> int | None:
         """Return the newest step that is complete, which has its metadata."""
@@ -67,6 +69,12 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         type=int,
         default=values.get("checkpoint.load_step", _NEWEST),
     )
+    parser.add_argument(
+        *_spellings("training.steps"),
+        dest="last_step",
+        type=int,
+        default=values.get("training.steps"),
+    )
     # The trainer parses all its flags; only the ones above matter here.
     told = parser.parse_known_args(host_flags)[0]
     return CheckpointSettings(
@@ -75,6 +83,7 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         dump_folder=told.dump_folder,
         folder=Path(told.dump_folder, told.folder),
         load_step=None if told.load_step == _NEWEST else told.load_step,
+        last_step=told.last_step,
     )
 
 

@@ -202,11 +202,17 @@ def test_an_override_refuses_a_fresh_start_on_several_cpu_ranks(config) -> None:
 
 
 def test_an_override_refuses_none_that_loads_a_checkpoint(config, tmp_path) -> None:
+    from ezpz_moe.errors import EzpzError
+
     config.checkpoint.enable = True
     config.checkpoint.initial_load_path = "/seed"
     refuse(config)
     config.checkpoint.initial_load_path = None
-    (tmp_path / config.checkpoint.folder / "step-0").mkdir(parents=True)
+    step = tmp_path / config.checkpoint.folder / "step-0"
+    step.mkdir(parents=True)
+    with pytest.raises(EzpzError, match="every expert would have a twin"):
+        refuse(config)  # of a run that was interrupted while it saved
+    (step / ".metadata").touch()
     refuse(config)
 
 

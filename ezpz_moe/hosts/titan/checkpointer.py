@@ -78,6 +78,8 @@ class Checkpointer(CheckpointManager):
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         is_saved = self._save_or_say_why(curr_step, last_step)
+        if self._stopping and last_step:
+            self._stopping.finish()
         # The run ends by itself after its last step.
         if self._stopping and self._stopping.ends_at(curr_step) and not last_step:
             if not is_saved:

@@ -12,6 +12,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.initial_values import (
     has_several_ranks,
     initialize_as_one_rank,
@@ -79,4 +80,4 @@ def _loads_checkpoint(config: Trainer.Config) -> bool:
     # folder to resume from.
     own = Path(config.dump_folder, checkpoint.folder)
     named = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
-    return bool(named) or any(own.glob("step-*"))
+    return bool(named) or bool(run_folder.steps(own))

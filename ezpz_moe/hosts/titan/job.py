@@ -17,7 +17,6 @@ own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the se
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -50,7 +49,6 @@ from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
-from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
@@ -106,15 +104,9 @@ class JobConfig(Trainer.Config):
             precision.log_once(self)
 
     def build(self, **parts: Any) -> Any:
-        """Build the trainer, in a folder where no other run writes.
-
-        Telemetry and checkpoints of two runs would be mixed. Without either, a run may share one.
-        """
-        is_writing = self.checkpoint.enable and not self.checkpoint.load_only
-        is_writing |= getattr(self.metrics, "telemetry", None) is not None
-        if is_writing and os.environ.get("RANK") == "0" and not is_dry_run(self):
-            with exit_on_user_error():
-                run_folder.hold(self.dump_folder)
+        """Build the trainer, in a folder where no other run writes."""
+        with exit_on_user_error():
+            run_folder.hold_for(self, self.dump_folder)
         return Trainer.Config.build(self, **parts)
 
 

@@ -2,8 +2,8 @@
 
 The host passes an override one node of the config, and offers no way to the job that the node
 belongs to. The job is therefore looked up in the host's functions that are applying the override:
-a local variable there is called ``config_root``. If a host renames it, no job is found, and door 2
-does without its checks and hints.
+a parameter there is called ``config_root``. If a host renames it, no job is found, and door 2 does
+without its checks, hints and the lock of the run's folder. ``ezpz-moe doctor`` says so.
 """
 
 import inspect
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from torchtitan.config.override import override
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.config.override import derive, override
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
@@ -19,10 +20,15 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
+from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
+
+_CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +44,14 @@ def for_attention(factory: Callable[..., Any]) -> Callable[..., Any]:
     return override(
         target=BaseAttention.Config,
         description="Causal SDPA in place of FlexAttention or varlen attention.",
+    )(factory)
+
+
+def for_checkpoints(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``factory`` as an override of the checkpoint manager, and return it."""
+    return override(
+        target=CheckpointManager.Config,
+        description="Save on SIGTERM, and resume as the jobs of ezpz_moe do.",
     )(factory)
 
 
@@ -57,6 +71,11 @@ def causal_attention(config: Any) -> Any:
     return titan().causal_attention(config)
 
 
+def our_checkpointer(config: Any) -> Any:
+    """Return the config of the plugin's checkpoint manager, with the settings of ``config``."""
+    return derive(config, Checkpointer.Config)
+
+
 def turn_off_cuda_graphs_for(backend: str) -> None:
     """Turn CUDA graphs off: they are on by default and cannot capture a backend with host syncs.
 
@@ -72,15 +91,23 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
         )
 
 
-def refuse_twins_of(door: str) -> None:
-    """Refuse a run on several CPU ranks that would start alike; do nothing if no job is found.
+def enter_run(door: str) -> None:
+    """Refuse a run that must not start, and lock its folder; do nothing if no job is found.
 
     Raises:
-        EzpzError: they would.
+        EzpzError: several CPU ranks would start alike, or another run writes into the folder.
     """
     job = _job_being_overridden()
-    if job is not None:
-        refuse_twins(job, f"--override.imports {door}")
+    if job is None:
+        return
+    refuse_twins(job, f"--override.imports {door}")
+    # The model is built after the overrides, and so is whatever writes into the folder.
+    run_folder.hold_for(job, job.dump_folder)
+    if _is_stopped_without_saving(job):
+        _warn_once(
+            "ezpz_moe: SIGTERM will end this run without saving the step that it is at. To have it "
+            f"saved, add {_CHECKPOINTER} to --override.imports"
+        )
 
 
 def warn_of_emulation() -> None:
@@ -90,6 +117,18 @@ def warn_of_emulation() -> None:
         line = door_2_line(job.training.mixed_precision_param)
         if line is not None:
             _warn_once(line)
+
+
+def _is_stopped_without_saving(job: Trainer.Config) -> bool:
+    checkpoint = job.checkpoint
+    # By name too: the override of the checkpointer may come later than the one that asks. An entry
+    # is a name, or a name with its keyword arguments.
+    named = [each if isinstance(each, str) else each[0] for each in job.override.imports]
+    is_ours = isinstance(checkpoint, Checkpointer.Config) or _CHECKPOINTER in named
+    # Of another manager than the host's usual one we have no kind that saves.
+    is_usual = isinstance(checkpoint, CheckpointManager.Config)
+    saves = run_folder.saves_checkpoints(job) and not is_dry_run(job)
+    return saves and is_usual and not is_ours
 
 
 # An override is called once per MoE layer.

@@ -81,6 +81,12 @@ _DOORS = (
         takes=("target", "description"),
     ),
     Reliance(
+        "torchtitan.config.override:apply_overrides",
+        used_for="door 2 finds the run that it is in by the name of this parameter",
+        if_broken="door 2 works without its checks, and without the lock of the run's folder",
+        takes=("config_root",),
+    ),
+    Reliance(
         "torchtitan.config.override:derive",
         used_for="turning the experts' config into ours, with every field copied",
         if_broken=NO_BACKEND,

@@ -122,13 +122,17 @@ class Stopping:
         # It has nothing to do, but without it SIGTERM would end the process at once.
         signal.signal(signal.SIGTERM, lambda *_: None)
         _keep_from_forks()
-        self._is_closed = False
+        self._is_closed = self._has_finished = False
         self._thread = threading.Thread(target=self._listen, daemon=True, name="ezpz_moe stopping")
         self._thread.start()
 
     def ends_at(self, step: int) -> bool:
         """Return whether the run ends after ``step``, which then has to be saved."""
         return self._agreement.ends_at(step)
+
+    def finish(self) -> None:
+        """Note that the last step is saved. The run ends by itself, and SIGTERM changes nothing."""
+        self._has_finished = True
 
     def close(self) -> None:
         """Stop listening. SIGTERM ends the process at once again."""
@@ -147,7 +151,8 @@ class Stopping:
             if self._is_asked_to_end():
                 self._agree()
         except Exception as error:
-            _end_now(f"the ranks cannot agree on a step: {error}")
+            if not self._has_finished:
+                _end_now(f"the ranks cannot agree on a step: {error}")
         while _CLOSED not in self._heard(seconds=None):
             pass
 
@@ -172,14 +177,21 @@ class Stopping:
     def _agree(self) -> None:
         self._agreement.promise()
         give_up = time.monotonic() + SECONDS_TO_AGREE
-        while (end := self._agreement.end()) is None:
-            # torchrun sends SIGTERM too when a rank has failed. The others wait for that one.
-            if self._agreement.has_lost(_ranks_of_this_machine()):
-                _end_now("another rank has ended")
-            if time.monotonic() > give_up:
-                _end_now(f"some ranks did not answer within {SECONDS_TO_AGREE} seconds")
+        # A rank that has finished answers as well: another may still have to learn that it has.
+        while (end := self._agreement.end()) is None and not self._is_closed:
+            if not self._has_finished:
+                self._end_without(give_up)
             time.sleep(0.05)
-        logger.info(f"ezpz_moe: SIGTERM: the run ends after step {end}, once that is saved")
+        if not self._has_finished:
+            logger.info(f"ezpz_moe: SIGTERM: the run ends after step {end}, once that is saved")
+
+    def _end_without(self, give_up: float) -> None:
+        """End at once if the others cannot agree on a step any more."""
+        # torchrun sends SIGTERM too when a rank has failed. The others wait for that one.
+        if self._agreement.has_lost(_ranks_of_this_machine()):
+            _end_now("another rank has ended")
+        if time.monotonic() > give_up:
+            _end_now(f"some ranks did not answer within {SECONDS_TO_AGREE} seconds")
 
     def _heard(self, *, seconds: float | None) -> bytes:
         """Wait for signals, at most so long; return their numbers."""

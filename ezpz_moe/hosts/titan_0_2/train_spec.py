@@ -2,7 +2,8 @@
 
 The host looks up all its functions in one spec, but flavors are built from several of its models.
 Each function below therefore asks the host's own spec for the current flavor. The host builds the
-tokenizer first, with the settings that the run trains with. They are completed and checked there.
+tokenizer first, with the settings that the run trains with. They are completed and checked there,
+and rank 0 locks the run's folder.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.components.validate import BaseValidator, build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
+from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.job import MODEL_NAME, Job
 from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import check_shares
 from ezpz_moe.hosts.precision import PARAM, agreeing_on_precision
+from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.data import check_validation_shares
@@ -75,6 +79,14 @@ def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Co
     complete(config, job)
     # The flavor of the flags, which need not be the one of the file.
     refuse_conflicts(config, flavors[config.model.flavor], f"{job.source} and the command line")
+    # Before anything else is built, so that a run that is refused has written nothing.
+    run_folder.hold_for(config, config.job.dump_folder)
+    if run_folder.saves_checkpoints(config) and not is_dry_run(config):
+        # The checkpoint manager is no part of the spec, and the host has no other door to it.
+        logger.info(
+            "ezpz_moe: SIGTERM ends this run without saving the step that it is at; with "
+            "torchtitan 0.3 it is saved"
+        )
     return build_hf_tokenizer(config)
 
 

@@ -39,7 +39,6 @@ class Titan02(Host):
     )
     checkpoint_names = "0.2"
     launcher_variables = ("CONFIG_FILE",)
-    locks_run_folder = False
 
     @property
     def relied_on(self) -> tuple[Reliance, ...]:
