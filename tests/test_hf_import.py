@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,8 +15,7 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import Exports  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from hf_cases import Exports, changed, with_tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -30,14 +25,6 @@ def exports(tmp_path_factory) -> Iterator[Exports]:
     with pytest.MonkeyPatch.context() as patch:
         hf_cases.add_tiny_bases(patch)
         yield Exports(tmp_path_factory.mktemp("hf"))
-
-
-def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
-    """A copy of an export with other values in its config."""
-    shutil.copytree(folder, target)
-    described = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(described | config))
-    return target
 
 
 @pytest.mark.parametrize(
@@ -51,7 +38,6 @@ def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
             {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
             "model_type is 'deepseek_v2', the flavor's model is a deepseek_v3",
         ),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ],
 )
 def test_another_config_is_refused(exports, config, message, tmp_path, capsys) -> None:
@@ -69,17 +55,6 @@ def test_another_eps_is_said(exports, tmp_path, capsys) -> None:
     other = changed(folder, tmp_path / "other", {"rms_norm_eps": 1e-6})
     assert case.remap(other, tmp_path / "back", "--to", "0.3") == 0
     assert "rms_norm_eps = 1e-06, torchtitan computes with 1e-05" in capsys.readouterr().out
-
-
-def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> Path:
-    """A copy of an export with other tensors."""
-    shutil.copytree(folder, target)
-    (file,) = target.glob("*.safetensors")
-    tensors = change(load_file(file))
-    save_file(tensors, file, {"format": "pt"})
-    weight_map = {"weight_map": dict.fromkeys(tensors, file.name)}
-    (target / "model.safetensors.index.json").write_text(json.dumps(weight_map))
-    return target
 
 
 BIAS = "model.layers.0.self_attn.o_proj.bias"

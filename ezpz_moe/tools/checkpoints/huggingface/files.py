@@ -17,6 +17,8 @@ from ezpz_moe.hosts.dcp.structure import is_below
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+Files = Mapping[str, str]
+"""Tensor -> the file that holds it."""
 
 
 def is_safetensors(folder: Path) -> bool:
@@ -70,15 +72,6 @@ def _held(folder: Path, names: Set[str]) -> dict[str, str]:
     return held
 
 
-def is_tied(folder: Path) -> bool:
-    """Return whether the model's ``config.json`` says that its output matrix is its embeddings.
-
-    Raises:
-        EzpzError: the file is there, and cannot be read.
-    """
-    return (read_config(folder) or {}).get("tie_word_embeddings") is True
-
-
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Read ``config.json``; None if there is none.
 
@@ -129,7 +122,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
+    folder: Path, files: Files, keys: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors ``keys`` from safetensors, file by file.
 
