@@ -12,7 +12,12 @@ from safetensors.torch import save_file
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.metadata import reason
-from ezpz_moe.tools.checkpoints.huggingface.files import INDEX, read_tensors, weight_map
+from ezpz_moe.tools.checkpoints.huggingface.files import (
+    INDEX,
+    is_safetensors,
+    read_tensors,
+    weight_map,
+)
 from ezpz_moe.tools.checkpoints.huggingface.tied import is_tied
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -179,3 +184,13 @@ def test_a_damaged_config_is_said(tmp_path, config, said) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(EzpzError, match=said):
         is_tied(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_weights_in_a_pickle_are_said(tmp_path, name) -> None:
+    """Beside safetensors, as older downloads have both, they are of no concern."""
+    (tmp_path / name).touch()
+    with pytest.raises(EzpzError, match=rf"{name}: is a pickle, .* Save the model as safetensors"):
+        is_safetensors(tmp_path)
+    write(tmp_path / ONE, a=1)
+    assert is_safetensors(tmp_path)

@@ -163,7 +163,7 @@ def _check_config(folder: Path, target: Target, architecture: Architecture) -> l
     said = (read_config(folder) or {}).get("model_type")
     forms = dense_classes(architecture)
     form = next((each for each in forms if each.config["model_type"] == said), forms[0])
-    return check_config(folder, form, target.flavor.name)
+    return check_config(folder, form, f"a dense model for flavor {target.flavor.name}")
 
 
 def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:

@@ -51,25 +51,24 @@ _OTHERWISE = {
 }
 
 
-def check_config(folder: Path, form: TransformersClass, flavor: str) -> list[str]:
-    """Check that the ``config.json`` in ``folder`` describes a flavor's model.
+def check_config(folder: Path, form: TransformersClass, model: str) -> list[str]:
+    """Check that the ``config.json`` in ``folder`` describes a model that a flavor needs.
 
     Args:
-        form: the class of transformers for the flavor's model.
-        flavor: its name.
+        form: the model's class of transformers.
+        model: the model, in words, for the message.
 
     Returns:
         What the user should know: small deviations, or that there is nothing to compare.
 
     Raises:
-        EzpzError: it describes another model; it cannot be read; or no class computes the flavor's.
+        EzpzError: it describes another model; it cannot be read; or no class computes this one.
     """
     config = read_config(folder)
     of_config = () if config is None else config_differences(config, form)
     if differences := [*form.differences, *of_config]:
         raise EzpzError(
-            f"{folder}: is not what flavor {flavor} computes (for transformers, {form.name}): "
-            f"{'; '.join(differences)}."
+            f"{folder}: is not {model} (for transformers, {form.name}): {'; '.join(differences)}."
         )
     if config is None:
         return [
@@ -87,7 +86,7 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     model_type, classes = form.config["model_type"], config.get("architectures")
     is_named = isinstance(classes, list) and form.name in classes
     if not is_named and (found := config.get("model_type")) not in (None, model_type):
-        yield f"model_type is {found!r}, the flavor's model is a {model_type}"
+        yield f"model_type is {found!r}, not {model_type!r}"
         return  # whose keys have other meanings
     said = {**_DEFAULTS[model_type], **config}
     for key, wanted in form.config.items():

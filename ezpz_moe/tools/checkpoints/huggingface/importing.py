@@ -31,7 +31,8 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             that it is another model; what was written differs; and as :func:`atomic_folder`.
     """
     config, files = read_config(source), weight_map(source)
-    notes = check_config(source, model.form, model.flavor.name) if model.form else []
+    computed = f"what flavor {model.flavor.name} computes"
+    notes = check_config(source, model.form, computed) if model.form else []
     keys = {name: _sources(source, name, files, model) for name in model.tensors}
     wanted = {key for of_hf in keys.values() for key in of_hf}
     _check_not_quantized(source, files, model)
