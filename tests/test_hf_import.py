@@ -110,6 +110,23 @@ def test_tensors_that_would_be_lost_are_refused(
     assert "initial_load" not in said
 
 
+def test_tensors_of_other_names_that_are_quantized_are_said_to_be(
+    exports, tmp_path, capsys
+) -> None:
+    """The names depend on the method, such as AWQ's; the config has the same key for all."""
+    case, (_, _, folder) = exports.case("qwen3_moe"), exports.plain("qwen3_moe")
+    described = changed(folder, tmp_path / "said", {"quantization_config": {"quant_method": "awq"}})
+    other = with_tensors(
+        described,
+        tmp_path / "awq",
+        lambda x: {key.replace("up_proj.weight", "up_proj.qweight"): x[key] for key in x},
+    )
+    with pytest.raises(SystemExit):
+        case.remap(other, tmp_path / "back", "--to", "0.3")
+    said = capsys.readouterr().err
+    assert "16 of 69 tensors are missing. config.json says that they are quantized" in said
+
+
 def test_the_trainer_reads_fp8_if_checkpoints_are_enabled(
     exports, monkeypatch, tmp_path, capsys
 ) -> None:

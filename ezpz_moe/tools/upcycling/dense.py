@@ -15,6 +15,7 @@ from ezpz_moe.tools.checkpoints import contents, names, storage
 from ezpz_moe.tools.checkpoints.huggingface.config import dense_classes
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
+    how_to_dequantize,
     open_file,
     read_config,
     read_tensors,
@@ -175,8 +176,8 @@ def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
     lost = dense.left_over(used)
     if scales := [key for key in lost if key.endswith("_scale_inv")]:
         raise EzpzError(
-            f"{dense.folder}: {scales[0].removesuffix('_scale_inv')} is quantized (FP8). Convert "
-            "the model to bfloat16 first."
+            f"{dense.folder}: {scales[0].removesuffix('_scale_inv')} is quantized (FP8). "
+            f"{how_to_dequantize('FineGrainedFP8Config')}"
         )
     if lost:
         raise EzpzError(

@@ -161,6 +161,16 @@ def read_tensors(
                     yield key, tensor
 
 
+def how_to_dequantize(config: str) -> str:
+    """Return what to do with weights that ``config`` of transformers quantizes."""
+    # The FP8 one does not begin without accelerate, even to dequantize.
+    return (
+        "Save the model in bfloat16 first, with transformers and accelerate: "
+        f"AutoModelForCausalLM.from_pretrained(..., quantization_config={config}"
+        "(dequantize=True)).save_pretrained(...)."
+    )
+
+
 @contextlib.contextmanager
 def open_file(file: Path) -> Iterator[Any]:
     """Open a safetensors file for reading.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
 from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
-from ezpz_moe.tools.checkpoints.huggingface.files import Files, open_file, read_config, weight_map
+from ezpz_moe.tools.checkpoints.huggingface.files import (
+    CONFIG,
+    Files,
+    how_to_dequantize,
+    open_file,
+    read_config,
+    weight_map,
+)
 from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.huggingface.tied import find_tied, tied_notes
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
@@ -37,11 +44,7 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
     wanted = {key for of_hf in keys.values() for key in of_hf}
     _check_not_quantized(source, files, model)
     tied = find_tied(source, files)
-    if missing := sorted(wanted - files.keys() - tied.keys()):
-        raise EzpzError(
-            f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
-            "Is this the model's flavor?"
-        )
+    _check_complete(source, wanted, files.keys() | tied.keys(), config)
     unused = sorted(files.keys() - wanted)
     _check_unused(source, unused, files, config)
     needed = size_of({source / file for file in files.values()})
@@ -82,11 +85,7 @@ def _check_not_quantized(source: Path, files: Files, model: Model) -> None:
                 "--checkpoint.initial_load_in_hf_quantized --checkpoint.initial_load_path "
                 f"{source.absolute()}"
             )
-        raise EzpzError(
-            f"{source}: {key} is quantized ({kind}). Save the model in bfloat16 first, with "
-            f"transformers: AutoModelForCausalLM.from_pretrained(..., quantization_config={config}"
-            "(dequantize=True)).save_pretrained(...)."
-        )
+        raise EzpzError(f"{source}: {key} is quantized ({kind}). {how_to_dequantize(config)}")
 
 
 def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
@@ -101,6 +100,19 @@ def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
             "Face's format, so ezpz_moe cannot import this model."
         )
     return keys
+
+
+def _check_complete(source: Path, wanted: Set[str], found: Set[str], config: Config | None) -> None:
+    if not (missing := sorted(wanted - found)):
+        return
+    # Other methods than those of _check_not_quantized() name and cut tensors in their own ways.
+    if (config or {}).get("quantization_config"):
+        why = f"{CONFIG} says that they are quantized: save the model in bfloat16 first."
+    else:
+        why = "Is this the model's flavor?"
+    raise EzpzError(
+        f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. {why}"
+    )
 
 
 def _check_unused(source: Path, unused: list[str], files: Files, config: Config | None) -> None:
