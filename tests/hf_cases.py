@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,17 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from torchtitan.models import gpt_oss, qwen3
-from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models import gpt_oss, kimi_k2_7, qwen3
+from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.gpt_oss import GptOssModel
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, swiglu
+from torchtitan.models.kimi_k2_7 import KimiK25Model
 from torchtitan.models.qwen3 import Qwen3Model
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.contents import model_tensors
 from ezpz_moe.tools.checkpoints.tensors import read_whole
 
 VOCABULARY, DIM = 2048, 32
@@ -58,19 +63,26 @@ router_num_limited_groups = 2
 router_route_norm = true
 router_route_scale = 2.5
 """,
+    "kimi_k2_7": f'base = "kimi_k2_7/tiny"{_COMPUTED}',
     "qwen3_moe": f'base = "qwen3/tiny_moe"{_COMPUTED}',
     "gpt_oss": 'base = "gpt_oss/tiny"\nattention = "sdpa"\ncompute_backend = "for_loop"\n',
 }
 CLASSES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2_7": "DeepseekV3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
 }
 
 
+WITH_BIASES = "DeepseekV3ForCausalLM"
+"""The class that has a place for selection biases."""
+
+
 def add_tiny_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the sizes of qwen3 and gpt_oss to those that the host knows by name."""
+    """Add the sizes of kimi, qwen3 and gpt_oss to those that the host knows by name."""
+    monkeypatch.setitem(kimi_k2_7.kimi_k2_5_configs, "tiny", _kimi)
     monkeypatch.setitem(qwen3.qwen3_configs, "tiny_moe", _qwen3)
     monkeypatch.setitem(gpt_oss.gptoss_configs, "tiny", _gpt_oss)
 
@@ -83,6 +95,39 @@ def _ends(eps: float) -> dict[str, Any]:
         "norm": RMSNorm.Config(normalized_shape=DIM, eps=eps),
         "lm_head": Linear.Config(in_features=DIM, out_features=VOCABULARY),
     }
+
+
+def _kimi(
+    attn_backend: str,
+    moe_comm_backend: str,
+    non_blocking_capacity_factor: float | None = None,
+) -> KimiK25Model.Config:
+    """The language model of the family, as Moonlight: without groups, queries' rank and YaRN."""
+    layers = kimi_k2_7._build_kimi_layers(
+        n_layers=3,
+        n_dense_layers=1,
+        dim=DIM,
+        n_heads=2,
+        q_lora_rank=0,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        mscale=1.0,
+        dense_hidden_dim=48,
+        moe_hidden_dim=24,
+        num_experts=8,
+        num_shared_experts=2,
+        router_top_k=3,
+        router_score_func="sigmoid",
+        router_route_scale=2.446,
+        router_route_norm=True,
+        attn_backend=attn_backend,
+        moe_comm_backend=moe_comm_backend,
+        non_blocking_capacity_factor=non_blocking_capacity_factor,
+        rope=ComplexRoPE.Config(dim=8, max_seq_len=512, theta=50000.0),
+    )
+    return KimiK25Model.Config(**_ends(1e-5), layers=layers)
 
 
 def _qwen3(attn_backend: str, moe_comm_backend: str = "standard") -> Qwen3Model.Config:
@@ -207,8 +252,28 @@ def save(weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
+    """The model of a checkpoint."""
     metadata = storage.read_metadata(folder)
-    return {name: read_whole(folder, metadata, name) for name in metadata.state_dict_metadata}
+    return {name: read_whole(folder, metadata, name) for name, _ in model_tensors(metadata)}
+
+
+def changed(folder: Path, target: Path, config: dict[str, Any]) -> Path:
+    """A copy of an export with other values in its config."""
+    shutil.copytree(folder, target)
+    described = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(described | config))
+    return target
+
+
+def with_tensors(folder: Path, target: Path, change: Callable[[dict], dict]) -> Path:
+    """A copy of an export with other tensors."""
+    shutil.copytree(folder, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = change(load_file(file))
+    save_file(tensors, file, {"format": "pt"})
+    weight_map = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (target / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    return target
 
 
 class Exports:
@@ -225,7 +290,7 @@ class Exports:
     def _plain(self, kind: str) -> tuple[dict[str, torch.Tensor], Path, Path]:
         """Weights without biases, their checkpoint and their export."""
         case = self.case(kind)
-        weights = random_weights(case, bias=0.1 if kind == "deepseek_v3" else 0)
+        weights = random_weights(case, bias=0.1 if CLASSES[kind] == WITH_BIASES else 0)
         source, target = save(weights, case.folder / "step-7"), case.folder / "hf"
         assert case.remap(source, target, "--to", "hf") == 0
         return weights, source, target

@@ -17,6 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from ezpz_moe.hosts.detect import host
@@ -81,7 +82,7 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for six flags of our own.
+    """Train as ``torchtitan.train`` would, but for seven flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
@@ -89,9 +90,13 @@ def run(arguments: list[str]) -> dict:
     microbatches and shared out to ranks (torchtitan 0.3);
     ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
-    later).
+    later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
+    if "--tiny-bases" in own_flags:
+        import hf_cases
+
+        hf_cases.add_tiny_bases(pytest.MonkeyPatch())
     trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
     if "--count-on-cpu" in own_flags:
         from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
@@ -164,7 +169,7 @@ def _same_sequences(trainer, dataloader):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += ("--same-sequences", "--infinite-logit", "--layers")
+    own += ("--same-sequences", "--infinite-logit", "--layers", "--tiny-bases")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]

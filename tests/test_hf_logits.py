@@ -20,16 +20,19 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import CLASSES, LENGTH, Exports, load, save  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
+from hf_cases import CLASSES, Exports, load, save  # noqa: E402
+from hf_models import (  # noqa: E402
+    BOUND,
+    TOKENS_L,
+    assert_same_logits,
+    drawn,
+    logits,
+    opened,
+    with_the_hosts_eps,
 )
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
-from ezpz_moe.routing.balance import bias_change  # noqa: E402
 from ezpz_moe.tools.analysis.dropped_bias import _sample  # noqa: E402
 
 pytestmark = [
@@ -38,46 +41,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
 ]
 
-BOUND = 1e-4
-"""Of the largest logit. DeepSeek's classes norm latents with another eps than the host; the others
-stay a hundred times below."""
-TOKENS_L = torch.randint(
-    0, hf_cases.VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(3)
-)
-
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> Iterator[Exports]:
     with pytest.MonkeyPatch.context() as patch:
         hf_cases.add_tiny_bases(patch)
         yield Exports(tmp_path_factory.mktemp("hf"))
-
-
-def opened(folder: Path) -> PreTrainedModel:
-    """The model, when transformers has found every tensor and nothing else."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS_L.unsqueeze(0)).logits[0]
-
-
-def assert_same_logits(theirs_LV, ours_LV, bound: float = BOUND) -> None:
-    difference = ((theirs_LV - ours_LV).abs().max() / ours_LV.abs().max()).item()
-    print(f"difference of the largest logit: {difference:.0e}")  # the docs' figures, with pytest -s
-    assert difference <= bound
-
-
-def with_the_hosts_eps(model: PreTrainedModel) -> PreTrainedModel:
-    """DeepSeek's classes have 1e-6 in their latents' norms, whatever the config says."""
-    for name, module in model.named_modules():
-        if name.endswith("_a_layernorm"):
-            assert module.variance_epsilon == 1e-6
-            module.variance_epsilon = 1e-5
-    return model
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -91,36 +60,10 @@ def test_an_export_computes_the_same(exports, kind) -> None:
     assert_same_logits(logits(with_the_hosts_eps(model)), ours_LV, BOUND / 10)
 
 
-def test_biases_as_the_trainer_moves_them_are_exported(exports) -> None:
-    weights, _, _ = exports.plain("deepseek_v3")
-    case, weights = exports.case("deepseek_v3"), dict(weights)
-    for name in weights:
-        if "expert_bias" in name:
-            counts = torch.randint(0, 9, (400, 8), generator=torch.Generator().manual_seed(5))
-            weights[name] = sum(bias_change(each, rate=1e-3, by_sign=True) for each in counts)
-    source = save(weights, case.folder / "trained")
-    assert case.remap(source, case.folder / "hf_trained", "--to", "hf") == 0
-    ours_LV = case.logits(weights, TOKENS_L)
-    assert_same_logits(logits(opened(case.folder / "hf_trained")), ours_LV)
-    without = {name: 0 * w if "expert_bias" in name else w for name, w in weights.items()}
-    with pytest.raises(AssertionError):  # they matter
-        assert_same_logits(case.logits(without, TOKENS_L), ours_LV)
-
-
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_saved_model_is_imported(exports, kind, tmp_path) -> None:
     case, (_, _, folder) = exports.case(kind), exports.plain(kind)
-    torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            drawn = torch.randn_like(tensor)
-            if "norm" in name:
-                tensor.copy_(1 + 0.3 * drawn)
-            elif name.endswith(("bias", "sinks")):
-                tensor.copy_(0.1 * drawn)
-            else:
-                tensor.copy_(drawn * (tensor.shape[-1] ** -0.5 if "embed" not in name else 1))
+    model = drawn(folder)
     model.save_pretrained(tmp_path / "saved")
     assert case.remap(tmp_path / "saved", tmp_path / "step-0", "--to", "0.3") == 0
     ours_LV = case.logits(load(tmp_path / "step-0"), TOKENS_L)
@@ -210,7 +153,9 @@ def test_a_model_of_no_class_is_refused(exports, kind, extra, difference, tmp_pa
     with pytest.raises(SystemExit):
         case.remap(source, tmp_path / "hf", "--to", "hf")
     said = capsys.readouterr().err
-    assert f"no class of transformers computes the model of flavor {kind}" in said
+    assert (
+        f"ezpz_moe knows no class of transformers that computes the model of flavor {kind}" in said
+    )
     assert difference in said
     assert not (tmp_path / "hf").exists()
 

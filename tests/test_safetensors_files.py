@@ -14,10 +14,11 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.metadata import reason
 from ezpz_moe.tools.checkpoints.huggingface.files import (
     INDEX,
-    is_tied,
+    is_safetensors,
     read_tensors,
     weight_map,
 )
+from ezpz_moe.tools.checkpoints.huggingface.tied import is_tied
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 MAP = {"a": ONE, "b": ONE, "c": TWO}
@@ -159,7 +160,6 @@ def test_a_library_that_quotes_a_damaged_file_does_not_reach_the_terminal(tmp_pa
     [
         ('{"tie_word_embeddings": true}', True),
         ('{"tie_word_embeddings": false}', False),
-        ('{"tie_word_embeddings": "true"}', False),
         ("{}", False),
         (None, False),
     ],
@@ -170,7 +170,27 @@ def test_a_model_is_tied_if_its_config_says_so(tmp_path, config, tied) -> None:
     assert is_tied(tmp_path) is tied
 
 
-def test_a_damaged_config_is_said(tmp_path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(EzpzError, match=r"config\.json: cannot be read"):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", r"config\.json: cannot be read"),
+        (
+            '{"tie_word_embeddings": "true"}',
+            r"config\.json: .* is 'true'; it must be true or false",
+        ),
+    ],
+)
+def test_a_damaged_config_is_said(tmp_path, config, said) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(EzpzError, match=said):
         is_tied(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_weights_in_a_pickle_are_said(tmp_path, name) -> None:
+    """Beside safetensors, as older downloads have both, they are of no concern."""
+    (tmp_path / name).touch()
+    with pytest.raises(EzpzError, match=rf"{name}: is a pickle, .* Save the model as safetensors"):
+        is_safetensors(tmp_path)
+    write(tmp_path / ONE, a=1)
+    assert is_safetensors(tmp_path)

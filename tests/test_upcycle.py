@@ -5,12 +5,10 @@ Legend: :mod:`upcycle_cases`.
 
 from __future__ import annotations
 
-import json
 import shlex
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from upcycle_cases import (
     MLA,
@@ -24,17 +22,17 @@ from upcycle_cases import (
     initialized,
     logits,
     mla_dense,
+    refused,
+    run,
     save,
     small_qwen3,
-    tensors,
     upcycled,
     with_ffn_error,
 )
 
-from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.detect import host, presumed_host
+from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, write_checkpoint
 from ezpz_moe.tools.upcycling import Perturbation, weights
@@ -48,17 +46,6 @@ pytestmark = pytest.mark.skipif(
 def qwen3(tmp_path, monkeypatch):
     """Makes dense models of the flavor "small"'s family."""
     return small_qwen3(tmp_path, monkeypatch)
-
-
-def run(*arguments: object) -> int:
-    return cli.main(["upcycle", *map(str, arguments)])
-
-
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 # The function at step 0 --------------------------------------------------------------------------
@@ -200,60 +187,6 @@ def test_the_parts_of_a_copy_have_the_same_router_row():
 # What is read ------------------------------------------------------------------------------------
 
 
-def test_safetensors_give_the_same_as_a_checkpoint(qwen3, tmp_path, capsys):
-    dense = qwen3(2 * F, tied=True)
-    save(dense, tmp_path / "run" / "checkpoint" / "step-3")
-    adapter = host().adapter(load_flavor("small"))
-    state = dense.state_dict()
-    del state["lm_head.weight"]  # tied to the embeddings: such files do not have it
-    config = {"tie_word_embeddings": True}
-    keys = adapter.to_hf(state) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    (tmp_path / "hf").mkdir()
-    save_file({key: each.clone() for key, each in keys.items()}, tmp_path / "hf/model.safetensors")
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    assert run(tmp_path / "run", "small", tmp_path / "a", "--noise", 0.1) == 0
-    assert "step-3" in capsys.readouterr().out
-    assert run(tmp_path / "hf", "small", tmp_path / "b", "--noise", 0.1) == 0
-    assert "lm_head.weight: a copy of tok_embeddings.weight" in capsys.readouterr().out
-    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("config", ['{"tie_word_embeddings": false}', None])
-def test_an_output_matrix_that_is_absent_is_tied_only_if_the_config_says_so(
-    qwen3, tmp_path, capsys, config
-):
-    """Otherwise the file that has it may be missing, and the model would compute something else."""
-    state = qwen3(F).state_dict()
-    del state["lm_head.weight"]
-    (tmp_path / "dense").mkdir()
-    if config:
-        keys = host().adapter(load_flavor("small")).to_hf(state)
-        save_file({k: v.clone() for k, v in keys.items()}, tmp_path / "dense/model.safetensors")
-        (tmp_path / "dense" / "config.json").write_text(config)
-    else:
-        write_checkpoint(tmp_path / "dense", state.items())
-    said = refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
-    assert f"{tmp_path / 'dense'}: has no lm_head.weight, and no config.json there says" in said
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_file_that_the_index_names_and_that_is_not_there_is_named(qwen3, tmp_path, capsys):
-    state = qwen3(F).state_dict()
-    keys = host().adapter(load_flavor("small")).to_hf(state)
-    (tmp_path / "hf").mkdir()
-    save_file({key: each.clone() for key, each in keys.items()}, tmp_path / "hf/a.safetensors")
-    index = {"weight_map": dict.fromkeys(keys, "a.safetensors") | {"more": "b.safetensors"}}
-    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
-    assert f"{tmp_path / 'hf' / 'b.safetensors'}: is missing" in said
-    (tmp_path / "hf" / "a.safetensors").unlink()
-    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
-    assert f"{tmp_path / 'hf' / 'a.safetensors'}: is missing" in said
-    assert "2 of its files are missing" in said
-
-
 def test_the_newest_step_of_a_run_is_taken(qwen3, tmp_path):
     for step in (9, 100, 20):
         save(qwen3(), tmp_path / "checkpoint" / f"step-{step}")
@@ -299,32 +232,21 @@ def test_a_copy_does_not_span_groups_of_experts(tmp_path, monkeypatch, capsys):
     assert "the experts of a group of flavor mla, 2, must be a multiple of 4" in said
 
 
-def test_a_tensor_of_another_shape_is_named(qwen3, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [(torch.ones(16), "norm.weight is [16] there"), (None, "has no norm.weight")],
+)
+def test_a_tensor_that_is_absent_or_of_another_shape_is_named(
+    qwen3, tmp_path, capsys, tensor, found
+):
     state = qwen3().state_dict()
-    state["norm.weight"] = torch.ones(16)
+    del state["norm.weight"]
+    if tensor is not None:
+        state["norm.weight"] = tensor
     (tmp_path / "dense").mkdir()
     write_checkpoint(tmp_path / "dense", state.items())
     said = refused(capsys, tmp_path / "dense", "small", tmp_path / "out")
-    assert "norm.weight is [16] there, but norm.weight of flavor small is [32]" in said
-
-
-def test_safetensors_of_something_else_are_refused(qwen3, tmp_path, capsys):
-    """Names that no adapter knows, and a number in a matrix's place."""
-    keys = host().adapter(load_flavor("small")).to_hf(qwen3().state_dict())
-    keys = {key: each.clone() for key, each in keys.items()}
-    (tmp_path / "hf").mkdir()
-    for key in ("model.layers.mlp.weight", "model.layers.0.", "layers", "", "..experts.."):
-        save_file(keys | {key: torch.ones(1)}, tmp_path / "hf/model.safetensors")
-        said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
-        assert "for which flavor small has no place" in said
-    gate = "model.layers.0.mlp.gate_proj.weight"
-    scaled = keys | {f"{gate}_scale_inv": torch.ones(1, 1)}
-    save_file(scaled, tmp_path / "hf/model.safetensors")
-    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
-    assert f"{gate} is quantized (FP8)" in said
-    save_file(keys | {gate: torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
-    said = refused(capsys, tmp_path / "hf", "small", tmp_path / "out")
-    assert "layers.0.feed_forward.w1.weight is []" in said
+    assert f"{found}, but norm.weight of flavor small is [32]" in said
 
 
 def test_a_mixture_of_experts_is_no_dense_model(qwen3, tmp_path, capsys):

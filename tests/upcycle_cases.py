@@ -1,7 +1,7 @@
 """Small dense models and mixtures of experts of the host's, and how their functions compare.
 
-Legend: E = experts, F = an expert's hidden dimension, H = the dense FFN's, D = model dimension,
-K = experts of a token, R = rows routed to experts.
+Legend: B = sequences, L = their length, E = experts, F = an expert's hidden dimension, H = the
+dense FFN's, D = model dimension, K = experts of a token, R = rows routed to experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host
 from ezpz_moe.hosts.titan.base import titan
@@ -22,6 +23,7 @@ from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 D, F, LAYERS, VOCABULARY, EXPERTS = 32, 24, 2, 64, 8
+TOKENS_BL = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(1))
 
 MLA = f"""
 vocab_size = {VOCABULARY}
@@ -149,6 +151,17 @@ def mla_dense(flavor: str) -> nn.Module:
     return initialized(dataclasses.replace(config, layers=layers))
 
 
+def run(*arguments: object) -> int:
+    return cli.main(["upcycle", *map(str, arguments)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
 def save(model: nn.Module, folder: Path) -> Path:
     folder.mkdir(parents=True)
     write_checkpoint(folder, model.state_dict().items())
@@ -191,10 +204,8 @@ def written_out_experts(module, x_RD, num_tokens_per_expert_E):
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    tokens = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(32).expand(3, 32)
     with torch.no_grad():
-        return model(tokens, positions=positions)
+        return model(TOKENS_BL, positions=torch.arange(32).expand(3, 32))
 
 
 def with_ffn_error(model: nn.Module, change) -> torch.Tensor:

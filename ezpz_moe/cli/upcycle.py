@@ -96,8 +96,10 @@ class Upcycle(Command):
         # What the folder holds decides, not what it is called.
         if not is_safetensors(self.source):
             return DenseCheckpoint(self.source, target)
-        adapter = import_host().adapter(target.flavor)
-        return DenseSafetensors(self.source, target, adapter)
+        host, flavor = import_host(), target.flavor
+        architecture = host.architecture(flavor)
+        assert architecture is not None  # of a host that can build the target
+        return DenseSafetensors(self.source, target, host.adapter(flavor), architecture)
 
 
 COMMAND = Upcycle

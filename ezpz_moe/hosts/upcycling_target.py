@@ -53,12 +53,10 @@ class Target:
         flavor: its flavor.
         tensors: its parameters and buffers on the meta device, by name.
         layers: those with experts.
-        tied: what a model with tied embeddings may lack -> what replaces it.
         generation: the one that uses these names.
     """
 
     flavor: Flavor
     tensors: Mapping[str, torch.Tensor]
     layers: tuple[Layer, ...]
-    tied: Mapping[str, str]
     generation: str

@@ -13,8 +13,6 @@ from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 _INNER = "routed_experts.inner_experts"
 _EXPERTS = {"w1": f"{_INNER}.w1_EFD", "w2": f"{_INNER}.w2_EDF", "w3": f"{_INNER}.w3_EFD"}
 _ZEROS = {"expert_bias_E", "router.gate.bias", "shared_experts.gate.weight"}
-# A dense model with tied embeddings has no output matrix of its own.
-_TIED = {"lm_head.weight": "tok_embeddings.weight"}
 
 
 def target(flavor: Flavor) -> Target:
@@ -30,7 +28,6 @@ def target(flavor: Flavor) -> Target:
         flavor=flavor,
         tensors=tensors,
         layers=tuple(_layer(flavor, name, moe, tensors) for name, moe in moes.items()),
-        tied=_TIED,
         generation=titan().checkpoint_names,
     )
 

@@ -9,14 +9,19 @@ from typing import Any, Protocol
 import torch
 
 from ezpz_moe.errors import EzpzError, some
+from ezpz_moe.hosts.architecture import Architecture
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
+from ezpz_moe.tools.checkpoints.huggingface.config import dense_classes
+from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
-    is_tied,
+    how_to_dequantize,
     open_file,
+    read_config,
     read_tensors,
     weight_map,
 )
+from ezpz_moe.tools.checkpoints.huggingface.tied import find_tied, tied_notes
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
 
 
@@ -26,12 +31,12 @@ class Dense(Protocol):
     Attributes:
         folder: where it is.
         itemsize: bytes of its widest number type.
-        is_tied: whether it says that one tensor is both its embeddings and its output matrix.
+        notes: what the user should know about it.
     """
 
     folder: Path
     itemsize: int
-    is_tied: bool
+    notes: tuple[str, ...]
 
     def shape(self, name: str) -> torch.Size | None:
         """Return the shape of a tensor; None if there is no tensor of that name."""
@@ -66,10 +71,10 @@ class DenseCheckpoint:
             )
         sizes = (each.properties.dtype.itemsize for each in self._entries.values())
         self.itemsize = max(sizes, default=0)
-        # The host saves a tied tensor under both of its names.
-        self.is_tied = False
+        self.notes: tuple[str, ...] = ()
 
     def shape(self, name: str) -> torch.Size | None:
+        # The host saves a tied tensor under both of its names.
         return self._entries[name].size if name in self._entries else None
 
     def read(self, name: str) -> torch.Tensor:
@@ -82,15 +87,23 @@ class DenseCheckpoint:
 class DenseSafetensors:
     """A dense model in Hugging Face's safetensors, through the host's adapter for the flavor.
 
+    Args:
+        architecture: what the flavor's model computes.
+
     Raises:
-        EzpzError: the files cannot be read.
+        EzpzError: the files cannot be read; or ``config.json`` describes a model that computes
+            something else than the flavor's does without its experts.
     """
 
-    def __init__(self, folder: Path, target: Target, adapter: Any) -> None:
+    def __init__(
+        self, folder: Path, target: Target, adapter: Any, architecture: Architecture
+    ) -> None:
         self.folder = folder
         self._target, self._adapter = target, adapter
         self._files = weight_map(folder)
-        self.is_tied = is_tied(folder)
+        compared = _check_config(folder, target, architecture)
+        self._tied = find_tied(folder, self._files)
+        self.notes = (*compared, *tied_notes(self._tied))
         self._keys: dict[str, str] = {}
         # An upper bound for the disk's check: the dtypes are known only once every file is open.
         self.itemsize = torch.float32.itemsize
@@ -98,30 +111,39 @@ class DenseSafetensors:
     def shape(self, name: str) -> torch.Size | None:
         if (key := self._key(name)) is None:
             return None
-        with open_file(self.folder / self._files[key]) as file:
-            size = torch.Size(file.get_slice(key).get_shape())
         # On the meta device: the adapter may transpose or split, and no data is read for a shape.
-        as_host_has_it = self._adapter.from_hf({key: torch.empty(size, device="meta")})
-        return as_host_has_it[name].shape
+        meta = torch.empty(self._size(self._stored(key)), device="meta")
+        return self._adapter.from_hf({key: meta})[name].shape
 
     def read(self, name: str) -> torch.Tensor:
         key = self._key(name)
         assert key is not None
-        with open_file(self.folder / self._files[key]) as file:
-            shape = torch.Size(file.get_slice(key).get_shape())
-        tensors = dict(read_tensors(self.folder, self._files, {key: shape}))
-        return self._adapter.from_hf(tensors)[name].contiguous()
+        stored = self._stored(key)
+        ((_, tensor),) = read_tensors(self.folder, self._files, {stored: self._size(stored)})
+        return self._adapter.from_hf({key: tensor})[name].contiguous()
 
     def left_over(self, used: Iterable[str]) -> list[str]:
         keys = {self._keys[name] for name in used if name in self._keys}
         return sorted(key for key in self._files.keys() - keys if self._is_parameter(key))
+
+    def _stored(self, key: str) -> str:
+        """Return the tensor that stands for ``key``: itself, unless it is tied to another."""
+        return self._tied.get(key, key)
+
+    def _size(self, stored: str) -> torch.Size:
+        with open_file(self.folder / self._files[stored]) as file:
+            return torch.Size(file.get_slice(stored).get_shape())
 
     def _key(self, name: str) -> str | None:
         """Return what the safetensors call ``name``; every dense parameter is one tensor."""
         if name not in self._keys:
             # For names that the flavor's model lacks, the dense FFN's, the adapter needs no shape.
             value = self._target.tensors.get(name, torch.empty((1, 1), device="meta"))
-            found = [key for key in self._adapter.to_hf({name: value}) if key in self._files]
+            found = [
+                key
+                for key in self._adapter.to_hf({name: value})
+                if self._stored(key) in self._files
+            ]
             if len(found) != 1:
                 return None
             self._keys[name] = found[0]
@@ -137,6 +159,14 @@ class DenseSafetensors:
             return True
 
 
+def _check_config(folder: Path, target: Target, architecture: Architecture) -> list[str]:
+    """Call :func:`check_config` with the class that ``config.json`` names, of those that fit."""
+    said = (read_config(folder) or {}).get("model_type")
+    forms = dense_classes(architecture)
+    form = next((each for each in forms if each.config["model_type"] == said), forms[0])
+    return check_config(folder, form, f"a dense model for flavor {target.flavor.name}")
+
+
 def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
     """Refuse a dense model if something of it would be lost.
 
@@ -146,8 +176,8 @@ def check_left_over(dense: Dense, used: Iterable[str], flavor: str) -> None:
     lost = dense.left_over(used)
     if scales := [key for key in lost if key.endswith("_scale_inv")]:
         raise EzpzError(
-            f"{dense.folder}: {scales[0].removesuffix('_scale_inv')} is quantized (FP8). Convert "
-            "the model to bfloat16 first."
+            f"{dense.folder}: {scales[0].removesuffix('_scale_inv')} is quantized (FP8). "
+            f"{how_to_dequantize('FineGrainedFP8Config')}"
         )
     if lost:
         raise EzpzError(

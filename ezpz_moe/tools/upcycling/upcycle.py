@@ -66,11 +66,11 @@ def upcycle(
     # Check everything first: writing a large model takes long.
     check_routing(target.flavor)
     fits = {layer.name: _fit(dense, target, layer) for layer in target.layers}
-    sources, tied = _copied(dense, target)
+    copied = _copied(dense, target)
     in_ffns = {name for layer in target.layers for name in layer.dense.values()}
-    check_left_over(dense, in_ffns | set(sources.values()), target.flavor.name)
+    check_left_over(dense, in_ffns | copied, target.flavor.name)
     # Functions, not tensors: each tensor is made when it is written, and once more to compare.
-    make: dict[str, Make] = {name: partial(dense.read, source) for name, source in sources.items()}
+    make: dict[str, Make] = {name: partial(dense.read, name) for name in copied}
     for layer in target.layers:
         make |= _made(dense, target, layer, fits[layer.name], perturbation)
     order = list(target.tensors)
@@ -92,7 +92,7 @@ def upcycle(
         # Without normalized weights the sum depends on the token: fit() is exact only for equal
         # scores.
         is_preserved=first.route_norm and perturbation.is_none,
-        notes=(*_notes(first, fits[first.name], perturbation), *tied),
+        notes=(*_notes(first, fits[first.name], perturbation), *dense.notes),
     )
 
 
@@ -108,34 +108,19 @@ def _fit(dense: Dense, target: Target, layer: Layer) -> Fit:
     return fit(target, layer, found, dense.folder)
 
 
-def _copied(dense: Dense, target: Target) -> tuple[dict[str, str], list[str]]:
-    """Return what is copied unchanged, with its name in the dense model; and notes on ties."""
+def _copied(dense: Dense, target: Target) -> set[str]:
+    """Return the names of what is copied unchanged."""
     new = {name for layer in target.layers for name in _new_names(layer)}
-    sources, notes = {}, []
-    for name, tensor in target.tensors.items():
-        if name in new:
-            continue
-        source, shape = name, dense.shape(name)
-        # The flavor's model has two tensors where the dense one shares a single one.
-        if shape is None and name in target.tied:
-            source = target.tied[name]
-            # A file that was left out in copying looks the same.
-            if not dense.is_tied:
-                raise EzpzError(
-                    f"{dense.folder}: has no {name}, and no config.json there says "
-                    f'"tie_word_embeddings": true, with which it would be {source}. Is it whole?'
-                )
-            shape = dense.shape(source)
-            notes.append(f"{name}: a copy of {source}, to which the dense model ties it.")
-        if shape != tensor.shape:
-            has = "nothing" if shape is None else f"{list(shape)}"
+    copied = {name: each for name, each in target.tensors.items() if name not in new}
+    for name, tensor in copied.items():
+        if (shape := dense.shape(name)) != tensor.shape:
+            has = f"has no {name}" if shape is None else f"{name} is {list(shape)} there"
             raise EzpzError(
-                f"{dense.folder}: {source} is {has} there, but {name} of flavor "
-                f"{target.flavor.name} is {list(tensor.shape)}. Is the flavor of the same family "
-                "and sizes?"
+                f"{dense.folder}: {has}, but {name} of flavor {target.flavor.name} is "
+                f"{list(tensor.shape)}. Is the model whole, and the flavor of the same family and "
+                "sizes?"
             )
-        sources[name] = source
-    return sources, notes
+    return set(copied)
 
 
 def _new_names(layer: Layer) -> Iterator[str]:

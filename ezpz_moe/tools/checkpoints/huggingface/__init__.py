@@ -4,6 +4,7 @@
 ``importing``    the way back
 ``config``       the class of transformers that computes a model, and its ``config.json``
 ``differences``  what another ``config.json`` says otherwise
+``tied``         embeddings and output matrix as one tensor
 ``card``         what stands beside the weights: config, tokenizer, model card
 ``model``        what both ways know of a model
 ``files``        which of a folder's safetensors holds a tensor, and reading it

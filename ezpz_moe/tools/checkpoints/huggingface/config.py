@@ -46,7 +46,32 @@ def transformers_class(model: Architecture) -> TransformersClass:
         form = _gpt_oss if model.family == "gpt_oss" else _qwen3_moe
     else:
         form = _deepseek_v3 if common.experts.score_func == "sigmoid" else _deepseek_v2
-    name, model_type, config, differences = form(common)
+    return _made(common, form(common), _biases(model) if form is _deepseek_v3 else {})
+
+
+def dense_classes(model: Architecture) -> tuple[TransformersClass, ...]:
+    """Return the classes of the dense models that a model with SwiGLU experts may be made from.
+
+    They have its embeddings, attention and norms. The inner dimension of their FFN is left open.
+    """
+    layers = tuple(replace(each, dense_hidden=None, experts=None) for each in model.layers)
+    common = _Common(replace(model, layers=layers))
+    differences = _rope_differences(common.attention.rope)
+    if common.attention.latent is None:
+        differences += _qwen3_differences(common)
+        return (_made(common, ("Qwen3ForCausalLM", "qwen3", _qwen3(common), differences)),)
+    v2 = _latent(common.attention)
+    v3 = v2 | {"rope_interleave": True}
+    return (
+        _made(common, ("DeepseekV3ForCausalLM", "deepseek_v3", v3, differences)),
+        _made(common, ("DeepseekV2ForCausalLM", "deepseek_v2", v2, differences)),
+    )
+
+
+def _made(common: _Common, form: _Form, biases: dict[str, int] | None = None) -> TransformersClass:
+    """Make a class, with what is the same in all configs."""
+    name, model_type, config, differences = form
+    model = common.model
     return TransformersClass(
         name=name,
         config={
@@ -57,14 +82,13 @@ def transformers_class(model: Architecture) -> TransformersClass:
             "num_hidden_layers": len(model.layers),
             "num_attention_heads": common.attention.heads,
             "num_key_value_heads": common.attention.kv_heads,
-            "num_experts_per_tok": common.experts.top_k,
             "hidden_act": "silu",
             "max_position_embeddings": common.attention.rope.longest,
             "rms_norm_eps": model.norm_eps,
             "tie_word_embeddings": model.tied,
             **config,
         },
-        biases=_biases(model) if form is _deepseek_v3 else {},
+        biases=biases or {},
         differences=(*common.differences(), *differences),
         notes=tuple(_notes(common.attention)),
     )
@@ -182,25 +206,33 @@ def _deepseek_v3(common: _Common) -> _Form:
 
 
 def _deepseek(common: _Common) -> dict[str, Any]:
-    latent, experts = common.attention.latent, common.experts
+    experts = common.experts
+    return {
+        **common.dense_size,
+        "first_k_dense_replace": len(common.dense_layers),
+        "moe_intermediate_size": experts.hidden,
+        "num_experts_per_tok": experts.top_k,
+        "n_routed_experts": experts.number,
+        "n_shared_experts": experts.shared_hidden // experts.hidden,
+        "routed_scaling_factor": experts.route_scale,
+        **_latent(common.attention),
+    }
+
+
+def _latent(attention: Attention) -> dict[str, Any]:
+    latent = attention.latent
     assert latent is not None
     # The class scales the scores by its square, and positions by attention_factor, unless it is
     # given. The host scales the scores alone.
     mscale = {"mscale": latent.mscale, "mscale_all_dim": latent.mscale}
     return {
-        **common.dense_size,
-        "first_k_dense_replace": len(common.dense_layers),
-        "moe_intermediate_size": experts.hidden,
-        "n_routed_experts": experts.number,
-        "n_shared_experts": experts.shared_hidden // experts.hidden,
-        "routed_scaling_factor": experts.route_scale,
         "q_lora_rank": latent.q_lora_rank or None,  # none is 0 in the host
         "kv_lora_rank": latent.kv_lora_rank,
         "qk_nope_head_dim": latent.qk_nope_head_dim,
         "qk_rope_head_dim": latent.qk_rope_head_dim,
         "v_head_dim": latent.v_head_dim,
         "attention_bias": False,
-        "rope_parameters": _rope(common.attention.rope, 1.0, mscale),
+        "rope_parameters": _rope(attention.rope, 1.0, mscale),
     }
 
 
@@ -225,29 +257,42 @@ def _deepseek_differences(common: _Common) -> list[str]:
 
 
 def _qwen3_moe(common: _Common) -> _Form:
-    experts, attention = common.experts, common.attention
+    experts = common.experts
     differences = [
         *_grouped_query_differences(common),
-        *_when(
-            attention.norm_eps != (common.model.norm_eps,),
-            "queries and keys are normalized in another way",
-        ),
+        *_qwen3_differences(common),
         *_when(experts.swiglu_limit is not None, "its experts clamp their activation"),
-        *_when(common.windows != [None] * len(common.windows), "attention has a window"),
     ]
     config = {
-        "head_dim": attention.head_dim,
+        **_qwen3(common),
         **common.dense_size,
         "mlp_only_layers": common.dense_layers,
         "decoder_sparse_step": 1,  # all layers have experts, but for mlp_only_layers
         "moe_intermediate_size": experts.hidden,
         "num_experts": experts.number,
+        "num_experts_per_tok": experts.top_k,
         "norm_topk_prob": experts.route_norm,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "rope_parameters": _rope(attention.rope, 1.0),
     }
     return "Qwen3MoeForCausalLM", "qwen3_moe", config, differences
+
+
+def _qwen3(common: _Common) -> dict[str, Any]:
+    return {
+        "head_dim": common.attention.head_dim,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_parameters": _rope(common.attention.rope, 1.0),
+    }
+
+
+def _qwen3_differences(common: _Common) -> list[str]:
+    return [
+        *_when(
+            common.attention.norm_eps != (common.model.norm_eps,),
+            "queries and keys are normalized in another way",
+        ),
+        *_when(common.windows != [None] * len(common.windows), "attention has a window"),
+    ]
 
 
 def _gpt_oss(common: _Common) -> _Form:
@@ -266,6 +311,7 @@ def _gpt_oss(common: _Common) -> _Form:
         "head_dim": common.attention.head_dim,
         "intermediate_size": experts.hidden,
         "num_local_experts": experts.number,
+        "num_experts_per_tok": experts.top_k,
         "attention_bias": True,
         "sliding_window": max(windows, default=None),
         "layer_types": [
@@ -322,7 +368,7 @@ def _notes(attention: Attention) -> Iterable[str]:
     if attention.latent is not None and eps:
         yield (
             f"transformers normalizes attention's latents with an eps of {_LATENT_EPS:g} whatever "
-            f"the config says; the model was trained with {max(eps):g}"
+            f"the config says, torchtitan with {max(eps):g}"
         )
 
 

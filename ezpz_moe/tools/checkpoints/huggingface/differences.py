@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
-from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
+from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG, read_config
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"topk_method": "greedy", "routed_scaling_factor": 1.0},
+    "deepseek_v2": {"topk_method": "greedy", "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6},
     "deepseek_v3": {
+        "rms_norm_eps": 1e-6,
         "n_group": 8,
         "topk_group": 4,
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
         "num_experts_per_tok": 8,
     },
-    "qwen3_moe": {"norm_topk_prob": False, "num_experts_per_tok": 8},
+    "qwen3": {"rms_norm_eps": 1e-6},
+    "qwen3_moe": {"norm_topk_prob": False, "num_experts_per_tok": 8, "rms_norm_eps": 1e-6},
     "gpt_oss": {
+        "rms_norm_eps": 1e-5,
         "num_experts_per_tok": 4,
         "sliding_window": 128,
         "swiglu_limit": 7.0,
@@ -39,11 +44,38 @@ _DEFAULT_ROPE = {
 """The other classes have plain positions."""
 _DEFAULT_THETA = 10000.0
 _OTHERWISE = {
-    # compared below, in another way
-    *("architectures", "model_type", "rms_norm_eps", "rope_parameters"),
+    # compared below, in another way; ties with the tensors, by find_tied()
+    *("architectures", "model_type", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
     # of no consequence for the logits of sequences that both can hold
     *("max_position_embeddings", "num_nextn_predict_layers"),
 }
+
+
+def check_config(folder: Path, form: TransformersClass, model: str) -> list[str]:
+    """Check that the ``config.json`` in ``folder`` describes a model that a flavor needs.
+
+    Args:
+        form: the model's class of transformers.
+        model: the model, in words, for the message.
+
+    Returns:
+        What the user should know: small deviations, or that there is nothing to compare.
+
+    Raises:
+        EzpzError: it describes another model; it cannot be read; or no class computes this one.
+    """
+    config = read_config(folder)
+    of_config = () if config is None else config_differences(config, form)
+    if differences := [*form.differences, *of_config]:
+        raise EzpzError(
+            f"{folder}: is not {model} (for transformers, {form.name}): {'; '.join(differences)}."
+        )
+    if config is None:
+        return [
+            f"There is no {CONFIG}: only names and shapes were compared with the flavor, and not "
+            "what they do not show, such as rotary positions."
+        ]
+    return [*eps_note(config, form), *form.notes]
 
 
 def config_differences(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:
@@ -54,7 +86,7 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
     model_type, classes = form.config["model_type"], config.get("architectures")
     is_named = isinstance(classes, list) and form.name in classes
     if not is_named and (found := config.get("model_type")) not in (None, model_type):
-        yield f"model_type is {found!r}, the flavor's model is a {model_type}"
+        yield f"model_type is {found!r}, not {model_type!r}"
         return  # whose keys have other meanings
     said = {**_DEFAULTS[model_type], **config}
     for key, wanted in form.config.items():
@@ -65,9 +97,11 @@ def config_differences(config: Mapping[str, Any], form: TransformersClass) -> It
 
 def eps_note(config: Mapping[str, Any], form: TransformersClass) -> Iterator[str]:
     """Yield a note if the norms' eps differs: no flavor can change the host's."""
-    found, wanted = config.get("rms_norm_eps"), form.config["rms_norm_eps"]
-    if found is not None and not _same(found, wanted):
-        yield f"{CONFIG} has rms_norm_eps = {found!r}, torchtitan computes with {wanted}"
+    key, wanted = "rms_norm_eps", form.config["rms_norm_eps"]
+    found = config.get(key, _DEFAULTS[form.config["model_type"]][key])
+    if not _same(found, wanted):
+        absent = "" if key in config else " by default"
+        yield f"{CONFIG} has {key} = {found!r}{absent}, torchtitan computes with {wanted}"
 
 
 def _difference(key: str, found: Any, wanted: Any, *, is_default: bool = False) -> str:

@@ -107,7 +107,7 @@ def _check_class(source: Path, model: Model, form: TransformersClass, step: int 
     # A scheduled temperature depends on the step.
     if differences := [*form.differences, *router_differences(model.flavor.router, step)]:
         raise EzpzError(
-            f"{source}: no class of transformers computes the model of flavor "
+            f"{source}: ezpz_moe knows no class of transformers that computes the model of flavor "
             f"{model.flavor.name}. {form.name} comes closest, but: {'; '.join(differences)}."
         )
 

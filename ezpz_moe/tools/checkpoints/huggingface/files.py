@@ -17,11 +17,25 @@ from ezpz_moe.hosts.dcp.structure import is_below
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+Files = Mapping[str, str]
+"""Tensor -> the file that holds it."""
 
 
 def is_safetensors(folder: Path) -> bool:
-    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some.
+
+    Raises:
+        EzpzError: it holds Hugging Face's older form of weights instead, which is a pickle.
+    """
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file():
+        return True
+    if pickled := sorted(folder.glob("pytorch_model*.bin")):
+        raise EzpzError(
+            f"{pickled[0]}: is a pickle, which ezpz_moe does not read. Save the model as "
+            "safetensors first, with transformers: AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...)."
+        )
+    return False
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -68,15 +82,6 @@ def _held(folder: Path, names: Set[str]) -> dict[str, str]:
                 )
             held[key] = name
     return held
-
-
-def is_tied(folder: Path) -> bool:
-    """Return whether the model's ``config.json`` says that its output matrix is its embeddings.
-
-    Raises:
-        EzpzError: the file is there, and cannot be read.
-    """
-    return (read_config(folder) or {}).get("tie_word_embeddings") is True
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -129,7 +134,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path, files: Mapping[str, str], keys: Mapping[str, torch.Size]
+    folder: Path, files: Files, keys: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Read the tensors ``keys`` from safetensors, file by file.
 
@@ -154,6 +159,16 @@ def read_tensors(
                             f"flavor's model wants {list(shape)}."
                         )
                     yield key, tensor
+
+
+def how_to_dequantize(config: str) -> str:
+    """Return what to do with weights that ``config`` of transformers quantizes."""
+    # The FP8 one does not begin without accelerate, even to dequantize.
+    return (
+        "Save the model in bfloat16 first, with transformers and accelerate: "
+        f"AutoModelForCausalLM.from_pretrained(..., quantization_config={config}"
+        "(dequantize=True)).save_pretrained(...)."
+    )
 
 
 @contextlib.contextmanager

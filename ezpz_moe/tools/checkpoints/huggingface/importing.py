@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
-from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
-from ezpz_moe.tools.checkpoints.huggingface.files import open_file, read_config, weight_map
-from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Files, Keys, Model
+from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
+from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
+from ezpz_moe.tools.checkpoints.huggingface.files import (
+    CONFIG,
+    Files,
+    how_to_dequantize,
+    open_file,
+    read_config,
+    weight_map,
+)
+from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
+from ezpz_moe.tools.checkpoints.huggingface.tied import find_tied, tied_notes
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
 Config = Mapping[str, Any]
@@ -21,7 +29,8 @@ Config = Mapping[str, Any]
 def import_(source: Path, target: Path, model: Model) -> Converted:
     """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
 
-    Selection biases that the class of transformers does not have are zero.
+    Selection biases that the class of transformers does not have are zero. A matrix that is absent
+    because ``config.json`` ties it is a copy of the other.
 
     Raises:
         EzpzError: a tensor is missing, quantized or of another shape; the model has parameters that
@@ -29,27 +38,34 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
             that it is another model; what was written differs; and as :func:`atomic_folder`.
     """
     config, files = read_config(source), weight_map(source)
-    if model.form is not None:
-        _check_config(source, config, model, model.form)
+    computed = f"what flavor {model.flavor.name} computes"
+    notes = check_config(source, model.form, computed) if model.form else []
     keys = {name: _sources(source, name, files, model) for name in model.tensors}
     wanted = {key for of_hf in keys.values() for key in of_hf}
     _check_not_quantized(source, files, model)
-    if missing := sorted(wanted - files.keys()):
-        raise EzpzError(
-            f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. "
-            "Is this the model's flavor?"
-        )
+    tied = find_tied(source, files)
+    _check_complete(source, wanted, files.keys() | tied.keys(), config)
     unused = sorted(files.keys() - wanted)
     _check_unused(source, unused, files, config)
     needed = size_of({source / file for file in files.values()})
+    origins = _origins(keys, tied)
     with atomic_folder(target, source=source, needed=needed) as partial:
         written = write_checkpoint(
-            partial, ((name, model.native(source, files, name, keys[name])) for name in keys)
+            partial,
+            ((name, model.native(source, files, of, keys[of])) for name, of in origins.items()),
         )
-        for name in keys:
-            back = model.native(source, files, name, keys[name])
+        for name, of in origins.items():
+            back = model.native(source, files, of, keys[of])
             check_same(partial, source, name, read_whole(partial, written, name), back)
-    return Converted(len(keys), tuple(unused), tuple(_import_notes(config, keys, model)))
+    notes += [*tied_notes(tied), *_import_notes(keys, model)]
+    return Converted(len(keys), tuple(unused), tuple(notes))
+
+
+def _origins(keys: Mapping[str, Keys], tied: Mapping[str, str]) -> dict[str, str]:
+    """Map each parameter to the one whose tensors it is made from: itself, unless it is tied."""
+    names = {key: name for name, of_hf in keys.items() for key in of_hf}
+    copies = {names[absent]: names[present] for absent, present in tied.items()}
+    return {name: copies.get(name, name) for name in keys}
 
 
 def _check_not_quantized(source: Path, files: Files, model: Model) -> None:
@@ -69,11 +85,7 @@ def _check_not_quantized(source: Path, files: Files, model: Model) -> None:
                 "--checkpoint.initial_load_in_hf_quantized --checkpoint.initial_load_path "
                 f"{source.absolute()}"
             )
-        raise EzpzError(
-            f"{source}: {key} is quantized ({kind}). Save the model in bfloat16 first, with "
-            f"transformers: AutoModelForCausalLM.from_pretrained(..., quantization_config={config}"
-            "(dequantize=True)).save_pretrained(...)."
-        )
+        raise EzpzError(f"{source}: {key} is quantized ({kind}). {how_to_dequantize(config)}")
 
 
 def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
@@ -90,15 +102,17 @@ def _sources(source: Path, name: str, files: Files, model: Model) -> Keys:
     return keys
 
 
-def _check_config(
-    source: Path, config: Config | None, model: Model, form: TransformersClass
-) -> None:
-    differences = [*form.differences, *(() if config is None else config_differences(config, form))]
-    if differences:
-        raise EzpzError(
-            f"{source}: is not what flavor {model.flavor.name} computes (for transformers, "
-            f"{form.name}): {'; '.join(differences)}."
-        )
+def _check_complete(source: Path, wanted: Set[str], found: Set[str], config: Config | None) -> None:
+    if not (missing := sorted(wanted - found)):
+        return
+    # Other methods than those of _check_not_quantized() name and cut tensors in their own ways.
+    if (config or {}).get("quantization_config"):
+        why = f"{CONFIG} says that they are quantized: save the model in bfloat16 first."
+    else:
+        why = "Is this the model's flavor?"
+    raise EzpzError(
+        f"{source}: has no {missing[0]}; {len(missing)} of {len(wanted)} tensors are missing. {why}"
+    )
 
 
 def _check_unused(source: Path, unused: list[str], files: Files, config: Config | None) -> None:
@@ -125,8 +139,8 @@ def _is_zero(source: Path, file: str, key: str) -> bool:
         return not opened.get_tensor(key).any()
 
 
-def _import_notes(config: Config | None, keys: Mapping[str, Keys], model: Model) -> list[str]:
-    notes = list(eps_note(config, model.form)) if config and model.form else []
+def _import_notes(keys: Mapping[str, Keys], model: Model) -> list[str]:
+    notes = []
     if any(not keys[name] for name in model.buffers):
         notes.append("The experts' selection biases, which the other format lacks, are zero.")
     changes = list(router_differences(model.flavor.router, step=1))

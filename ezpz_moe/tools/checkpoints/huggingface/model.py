@@ -12,10 +12,8 @@ import torch
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
-from ezpz_moe.tools.checkpoints.huggingface.files import read_tensors
+from ezpz_moe.tools.checkpoints.huggingface.files import Files, read_tensors
 
-Files = Mapping[str, str]
-"""Tensor -> the file that holds it."""
 Keys = Mapping[str, torch.Size]
 """Hugging Face's tensors that hold a parameter."""
 
