@@ -1,13 +1,13 @@
-"""The balance losses of other frameworks, written out in float64, and the factors of docs/moving.md.
+"""Balance losses of other frameworks, written out in float64, and the factors of docs/moving.md.
 
 Each formula is what the framework's own function computed when it was run (the versions are in
 docs/moving.md), in our words and with plain sums; no framework is needed here, except transformers,
 which the tests have. Ours is multiplied by the factor, and value and gradient have to agree.
 
 Bound: ours is exact in float64 but for f, a quotient of two small whole numbers in float32, which
-is off by a share of U. The value and every term of the gradient are linear in f. With p = s / sum s,
-the sum over experts of |dp_e / dlogit| is at most 2, so a token's gradient is off by no more than
-2 U max(E f) / n; twice that is allowed.
+is off by a share of U. The value and every term of the gradient are linear in f. With p = s / sum
+s, the sum over experts of |dp_e / dlogit| is at most 2, so a token's gradient is off by no more
+than 2 U max(E f) / n; twice that is allowed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from routing_cases import U
 from torch import Tensor
 
+from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import sinkhorn
 
@@ -280,6 +281,18 @@ def test_deepspeed_is_ours_for_top_1_and_from_top_3_on(K: int) -> None:
 def test_the_z_loss_of_all_of_them_is_ours(kind: str) -> None:
     case = make(kind)
     torch.testing.assert_close(ours(case, "batch", "z_loss"), z_of_tokens(case), rtol=1e-13, atol=0)
+
+
+def test_the_factors_of_the_table_are_these() -> None:
+    """What a user reads: docs/moving.md, hints and convert. The other coefficients are the same."""
+    rows = [row for project in projects().values() for row in project.keys if row.is_coefficient]
+    assert {row.key: row.factor for row in rows if row.factor} == {
+        "lb_loss_weight": "1 / n_layers",
+        "z_loss_weight": "1 / n_layers",
+        "router_aux_loss_coef": "top-k / MoE layers",
+    }
+    (of_megatron,) = (row for row in rows if row.key == "moe_aux_loss_coeff")
+    assert "for `global_aux_loss` times 1 / data-parallel ranks" in of_megatron.note
 
 
 # What no factor makes ours ------------------------------------------------------------------------

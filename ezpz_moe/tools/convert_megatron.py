@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ezpz_moe.config.foreign_keys import projects
+from ezpz_moe.config.job import is_one_of, shown
 from ezpz_moe.errors import EzpzError, printable
 from ezpz_moe.tools.convert import Change
 from ezpz_moe.tools.convert_foreign import (
@@ -38,6 +39,18 @@ _LOST = {
     "mtp_num_layers": "a flavor's model has no layers that predict further tokens",
 }
 """Keys with an effect that a flavor cannot have, unless they are off."""
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "swiglu": (True,),
+    "gated_linear_unit": (True,),
+    "normalization": ("RMSNorm",),
+    "add_bias_linear": (False,),
+    "disable_bias_linear": (True,),
+    "qk_layernorm": (True,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1, 1.0),
+    "use_rotary_position_embeddings": (True,),
+}
+"""What torchtitan's models do, by the key that says so."""
 _SCOPES = {"aux_loss": "batch", "seq_aux_loss": "sequence", "global_aux_loss": "global"}
 _NAMES = {
     "vocab_size": "vocab_size",
@@ -152,6 +165,11 @@ def _leaves(document: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
 def _change(key: str, value: Any, routing: _Routing) -> Change:
     if key in _LOST and value not in (None, False, 0):
         return Change(key, value, "dropped", _LOST[key])
+    if key in _ONLY:
+        only = " or ".join(map(shown, _ONLY[key][:1]))
+        fits = is_one_of(_ONLY[key], value)
+        why = f"torchtitan's model is that of {key} = {only}"
+        return Change(key, value, "kept" if fits else "dropped", why)
     if why := routing.lost.get(key):
         return Change(key, value, "dropped", why)
     project = projects()["megatron"]
@@ -185,7 +203,7 @@ class _Routing:
             yield Line("router.routing", "sinkhorn", "moe_router_load_balancing_type")
         if noise := number(self._source, self._values, "moe_input_jitter_eps"):
             yield Line("router.jitter_noise", noise, "moe_input_jitter_eps")
-        precision = {"fp32": "float32", "fp64": "float64"}.get(self._said("moe_router_dtype"))
+        precision = {"fp32": "float32", "fp64": "float64"}.get(self._said("moe_router_dtype"), "")
         if precision:
             yield Line("router.gate_precision", precision, "moe_router_dtype")
 
@@ -268,24 +286,22 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
     hidden = config.setdefault("moe_intermediate_size", values.get("ffn_hidden_size"))
     score, top_k = values["moe_router_score_function"], values["moe_router_topk"]
     dense = _dense_layers(source, values)
+    # Softmax over the chosen logits is softmax over all, divided by the sum of the chosen.
+    is_normalized = not values.get("moe_router_pre_softmax") if score == "softmax" else top_k != 1
     config |= {
-        # Softmax over the chosen logits is softmax over all, divided by the sum of the chosen.
-        "norm_topk_prob": not values.get("moe_router_pre_softmax")
-        if score == "softmax"
-        else top_k != 1,
+        "norm_topk_prob": is_normalized,
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", True),
+        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon")),
     }
     if not is_mla:
-        return {
-            **{key: value for key, value in config.items() if key not in _OF_SIZES},
-            "model_type": "qwen3_moe",
+        return config | {
+            "model_type": _grouped_query_type(values),
             "num_experts": experts,
             "mlp_only_layers": list(range(dense)),
             "rope_theta": values["rotary_base"],
         }
     shared = number(source, values, "moe_shared_expert_intermediate_size")
-    return {
-        **config,
+    return config | {
         "model_type": "deepseek_v2" if score == "softmax" else "deepseek_v3",
         "n_routed_experts": experts,
         "n_shared_experts": int(shared // hidden) if hidden else 0,
@@ -297,7 +313,16 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
     }
 
 
-_OF_SIZES = {"scoring_func", "routed_scaling_factor", "n_group", "topk_group"}
+def _grouped_query_type(values: Mapping[str, Any]) -> str:
+    """Return the ``model_type`` of a model without latent attention."""
+    # The class that computes torchtitan's Qwen3, and has none of these, is not asked about them.
+    keys = ("moe_router_num_groups", "moe_shared_expert_intermediate_size")
+    others = [key for key in keys if values.get(key)]
+    if values["moe_router_score_function"] != "softmax":
+        others.append(f"{values['moe_router_score_function']} scores")
+    if values["moe_router_topk_scaling_factor"] not in (None, 1):
+        others.append("moe_router_topk_scaling_factor")
+    return "qwen3_moe" + (f" with {' and '.join(others)}" if others else "")
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any] | None:
