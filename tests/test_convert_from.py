@@ -16,6 +16,7 @@ from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools import convert_foreign
 from ezpz_moe.tools.convert_foreign import FlavorConversion, write
 from ezpz_moe.tools.convert_hf import from_hf
 from ezpz_moe.tools.convert_megatron import from_megatron
@@ -56,6 +57,24 @@ V2 = V2_LITE | {
     "routed_scaling_factor": 16.0,
     "topk_group": 3,
     "topk_method": "group_limited_greedy",
+}
+KIMI_K2 = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2",
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"]
+    | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "seq_aux": True,
+    "topk_group": 1,
+    "vocab_size": 163840,
 }
 QWEN3 = QWEN3_30B_A3B | {"router_aux_loss_coef": 0.001, "output_router_logits": False}
 GPT_OSS = GPT_OSS_20B | {"router_aux_loss_coef": 0.9}
@@ -158,6 +177,16 @@ def test_the_loss_of_deepseek_v2_is_ours_by_sequence(tmp_path: Path) -> None:
     assert by_batch.scope == "batch"
 
 
+def test_kimi_k2_is_a_deepseek_v3_without_groups(tmp_path: Path) -> None:
+    conversion = hf(tmp_path, KIMI_K2)
+    found = flavor(tmp_path, conversion)
+    assert (conversion.differences, conversion.dropped) == ((), [])
+    assert found.dimensions is not None
+    assert found.dimensions.router_num_expert_groups is None
+    assert (found.dimensions.router_route_scale, found.dimensions.rope.theta) == (2.827, 5e4)
+    assert (found.balance.aux_loss, found.balance.bias_update) == (0.001, "sign")
+
+
 def test_the_groups_of_deepseek_v2_differ_and_the_file_says_so(tmp_path: Path) -> None:
     conversion = hf(tmp_path, V2)
     assert any("chooses them by the best one" in each for each in conversion.differences)
@@ -236,6 +265,9 @@ def test_what_a_flavor_cannot_have_is_dropped(tmp_path: Path) -> None:
         (V2_LITE | {"kv_lora_rank": None}, "config.json: lacks kv_lora_rank."),
         (V2_LITE | {"hidden_size": "wide"}, "config.json: dim = 'wide': should be a valid integer"),
         (V2_LITE | {"aux_loss_alpha": -1}, "aux_loss_alpha = -1: must be a number >= 0."),
+        (V2_LITE | {"hidden_size": {}}, "hidden_size must be a single value"),
+        (V2_LITE | {"rope_theta": "large"}, "rope_theta = 'large': must be a number >= 0."),
+        (V2_LITE | {"rope_scaling": {"type": "yarn", "factor": []}}, "factor = []: must be"),
         (QWEN3 | {"router_aux_loss_coef": "much"}, "router_aux_loss_coef = 'much': must be"),
         (QWEN3 | {"num_hidden_layers": 0}, "no layer has experts"),
     ],
@@ -350,6 +382,7 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
     ("arguments", "said"),
     [
         ([1], "holds no arguments"),
+        (MEGATRON_V3 | {"moe_ffn_hidden_size": "2k"}, "moe_intermediate_size = '2k': must be"),
         (MEGATRON_V3 | {"num_experts": None}, "num_experts is not set"),
         (MEGATRON_V3 | {"moe_layer_freq": 2}, "the dense layers are the first ones"),
         (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "the dense layers are the first ones"),
@@ -365,6 +398,16 @@ def test_arguments_that_cannot_be_read(arguments, said, tmp_path) -> None:
     with pytest.raises(EzpzError) as error:
         megatron(tmp_path, arguments)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: &a {b: *a}", "a section holds itself"), ("a: [", "is not YAML: while")]
+)
+def test_a_file_that_is_no_set_of_arguments(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(text)
+    with pytest.raises(EzpzError, match=said):
+        from_megatron(path)
 
 
 # Files and exit codes -----------------------------------------------------------------------------
@@ -405,6 +448,16 @@ def test_nothing_is_written_or_overwritten(text, new, said, tmp_path, capsys) ->
     assert said in capsys.readouterr().err
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "there.toml"}
     assert (tmp_path / "there.toml").read_text() == "# mine\n"
+
+
+def test_a_host_that_takes_no_balance_is_refused(tmp_path: Path, monkeypatch) -> None:
+    class Older:
+        def architecture(self, flavor: Flavor) -> None:
+            return None
+
+    monkeypatch.setattr(convert_foreign, "host", Older)
+    with pytest.raises(EzpzError, match=r"needs torchtitan 0\.3 or later"):
+        hf(tmp_path, V2_LITE)
 
 
 def test_a_file_that_is_not_there_and_two_modes_at_once(tmp_path: Path, capsys) -> None:

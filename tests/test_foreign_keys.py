@@ -79,10 +79,11 @@ def test_an_unknown_key_of_a_job(lines: str, said: str, job_file) -> None:
 
 
 def test_what_two_projects_mean_by_a_key_is_said_once_each() -> None:
-    assert meaning("capacity_factor", []).count("capacity_factor") == 1
-    text = meaning("num_experts_per_tok", [])
-    assert text.startswith(" Hugging Face's")
-    assert text.endswith("; see docs/moving.md.")
+    assert meaning("hidden_size", []) == (
+        " Megatron-Core's hidden_size is dim here; OLMo-core's hidden_size is moe_hidden_dim here; "
+        "see docs/moving.md."
+    )
+    assert meaning("norm_topk_prob", []).count("norm_topk_prob") == 1
 
 
 def test_a_name_like_nothing_says_nothing() -> None:

@@ -120,8 +120,10 @@ def meaning(name: str, known: Iterable[str], homes: Sequence[str] = ()) -> str:
     if not near or (own and _likeness(name, own) >= _likeness(name, near)):
         return did_you_mean(name, known)
     # Each meaning once, in the words of the first project that has it.
-    said = {(row.ours, row.factor): str(row) for row in reversed(foreign[near])}
-    return f" {'; '.join(reversed(said.values()))}; see {_PAGE}."
+    said: dict[tuple[str, str], str] = {}
+    for row in foreign[near]:
+        said.setdefault((row.ours, row.factor), str(row))
+    return f" {'; '.join(said.values())}; see {_PAGE}."
 
 
 @cache

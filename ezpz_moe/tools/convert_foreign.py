@@ -163,22 +163,21 @@ def _sizes(foreign: Foreign) -> Iterator[Line]:
     config = foreign.config
     absent: list[str] = []
     rows = {row.ours: row for row in _size_rows()}
-    values = {
-        "q_lora_rank": config.get("q_lora_rank") or 0,
-        "router_score_func": config.get("scoring_func") or _score_func(config),
-    }
+    defaults = {"q_lora_rank": 0, "router_score_func": _score_func(config)}
     yield Line("inherits", "_mla")
     for key, row in rows.items():
         if key.startswith("router_num_") and (config.get("n_group") or 1) == 1:
             continue  # one group of all experts is no limit
-        if key not in values and config.get(row.key) is None:
-            absent.append(foreign.names.get(row.key, row.key))
-            continue
-        theirs = foreign.names.get(row.key, row.key)
-        yield Line(key, values.get(key, config.get(row.key)), theirs if theirs != key else "")
+        theirs, value = foreign.names.get(row.key, row.key), config.get(row.key)
+        value = defaults.get(key) if value is None else value
+        if value is None:
+            absent.append(theirs)
+        elif isinstance(value, list | dict):
+            raise EzpzError(f"{foreign.source}: {theirs} must be a single value.")
+        yield Line(key, value, theirs if theirs != key else "")
     if absent:
         raise EzpzError(f"{foreign.source}: lacks {', '.join(absent)}.")
-    yield from _rope(config)
+    yield from _rope(foreign)
 
 
 def _size_rows() -> list[ForeignKey]:
@@ -192,20 +191,26 @@ def _score_func(config: Mapping[str, Any]) -> str:
     return "softmax" if config.get("model_type") == "deepseek_v2" else "sigmoid"
 
 
-def _rope(config: Mapping[str, Any]) -> Iterator[Line]:
+def _rope(foreign: Foreign) -> Iterator[Line]:
     """Yield ``mscale`` and the lines of ``[rope]``."""
+    config = foreign.config
     # Two names for the same, of transformers 5 and before.
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = found if isinstance(found, dict) else {}
     longest = config.get("max_position_embeddings")
     is_yarn = rope.get("rope_type", rope.get("type")) == "yarn"
-    yield Line("mscale", float(rope.get("mscale_all_dim") or 0) if is_yarn else 1.0)
-    yield Line("rope.theta", float(rope.get("rope_theta") or config.get("rope_theta") or 1e4))
+
+    def said(key: str, default: float) -> float:
+        return float(number(foreign.source, rope, key) or default)
+
+    theta = number(foreign.source, config, "rope_theta") or 1e4
+    yield Line("mscale", said("mscale_all_dim", 0) if is_yarn else 1.0)
+    yield Line("rope.theta", said("rope_theta", theta))
     yield Line("rope.max_seq_len", longest, "max_position_embeddings")
     yield Line("rope.scaling", "yarn" if is_yarn else "none")
-    yield Line("rope.rope_factor", float(rope.get("factor") or 1) if is_yarn else 1.0)
-    yield Line("rope.beta_fast", float(rope.get("beta_fast") or 32))
-    yield Line("rope.beta_slow", float(rope.get("beta_slow") or 1))
+    yield Line("rope.rope_factor", said("factor", 1) if is_yarn else 1.0)
+    yield Line("rope.beta_fast", said("beta_fast", 32))
+    yield Line("rope.beta_slow", said("beta_slow", 1))
     yield Line("rope.original_seq_len", rope.get("original_max_position_embeddings") or longest)
 
 

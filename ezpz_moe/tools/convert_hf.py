@@ -15,7 +15,7 @@ from typing import Any
 
 from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.config.job import is_one_of
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, printable
 from ezpz_moe.tools.convert import Change
 from ezpz_moe.tools.convert_foreign import (
     FlavorConversion,
@@ -49,7 +49,7 @@ def from_hf(source: Path) -> FlavorConversion:
     config = _read(source)
     lines = tuple(_routing(source, config))
     project = projects()["hf"]
-    rows = {row.key: row for row in project.keys}
+    rows = {row.key: row for row in project.keys if row.ours}
     changes = []
     for key, value in config.items():
         if key in _ONLY and not is_one_of(_ONLY[key][0], value):
@@ -75,7 +75,7 @@ def _read(source: Path) -> dict[str, Any]:
         raise EzpzError(f"{source}: is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise EzpzError(f"{source}: is not a config: it holds a list or a single value.")
-    return config
+    return {printable(key): value for key, value in config.items()}
 
 
 def _routing(source: Path, config: Mapping[str, Any]) -> Iterator[Line]:

@@ -113,7 +113,10 @@ def from_megatron(source: Path) -> FlavorConversion:
     Raises:
         EzpzError: the file cannot be read, is not YAML, has a key twice, or as :func:`.converted`.
     """
-    said = dict(_flat(source, _read(source)))
+    try:
+        said = dict(_flat(source, _read(source)))
+    except RecursionError:
+        raise EzpzError(f"{source}: a section holds itself.") from None
     is_mla = said.get("multi_latent_attention") is True
     values = {**_DEFAULTS, **(_OF_MLA if is_mla else {}), **said}
     routing = _Routing(source, values)
@@ -133,17 +136,21 @@ def _read(source: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise EzpzError(f"{source}: cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise EzpzError(f"{source}: is not YAML: {' '.join(str(error).split())}.") from error
+        raise EzpzError(f"{source}: is not YAML: {_one_line(error)}.") from error
     if not isinstance(document, dict):
         raise EzpzError(f"{source}: holds no arguments: it must be keys with values.")
     return document
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))
 
 
 def _flat(source: Path, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every key with its value; sections have no meaning to Megatron."""
     seen: dict[str, Any] = {}
     for key, value in _leaves(document):
-        name = str(key).lstrip("-").replace("-", "_")
+        name = printable(str(key)).lstrip("-").replace("-", "_")
         if name in seen and seen[name] != value:
             raise EzpzError(
                 f"{source}: {name} stands there twice, with "
@@ -269,7 +276,7 @@ class _Routing:
     @property
     def _types(self) -> list[str]:
         types = self._values["moe_router_load_balancing_type"]
-        return [str(each) for each in types] if isinstance(types, list) else [str(types)]
+        return [printable(str(each)) for each in (types if isinstance(types, list) else [types])]
 
     def _said(self, key: str) -> str:
         return str(self._values.get(key))
@@ -283,7 +290,7 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
     experts = values.get("num_experts", values.get("num_moe_experts"))
     if not experts:
         raise EzpzError(f"{source}: num_experts is not set: the model has no experts.")
-    hidden = config.setdefault("moe_intermediate_size", values.get("ffn_hidden_size"))
+    config.setdefault("moe_intermediate_size", values.get("ffn_hidden_size"))
     score, top_k = values["moe_router_score_function"], values["moe_router_topk"]
     dense = _dense_layers(source, values)
     # Softmax over the chosen logits is softmax over all, divided by the sum of the chosen.
@@ -301,6 +308,7 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
             "rope_theta": values["rotary_base"],
         }
     shared = number(source, values, "moe_shared_expert_intermediate_size")
+    hidden = number(source, config, "moe_intermediate_size")
     return config | {
         "model_type": "deepseek_v2" if score == "softmax" else "deepseek_v3",
         "n_routed_experts": experts,
