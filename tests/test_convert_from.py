@@ -216,6 +216,11 @@ def test_transformers_loss_is_in_our_units(config, base, aux_loss, factor, tmp_p
     assert "does not add it" not in added
 
 
+def test_the_page_shows_what_is_written(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "moving.md"
+    assert hf(tmp_path, QWEN3).text in page.read_text()
+
+
 def test_the_default_configs_of_transformers_have_no_unknown_key(tmp_path: Path) -> None:
     from transformers import AutoConfig
 

@@ -173,10 +173,9 @@ def _change(key: str, value: Any, routing: _Routing) -> Change:
     if key in _LOST and value not in (None, False, 0):
         return Change(key, value, "dropped", _LOST[key])
     if key in _ONLY:
-        only = " or ".join(map(shown, _ONLY[key][:1]))
         fits = is_one_of(_ONLY[key], value)
-        why = f"torchtitan's model is that of {key} = {only}"
-        return Change(key, value, "kept" if fits else "dropped", why)
+        note = f"torchtitan's model is that of {key} = {shown(_ONLY[key][0])}"
+        return Change(key, value, "kept" if fits else "dropped", note)
     if why := routing.lost.get(key):
         return Change(key, value, "dropped", why)
     project = projects()["megatron"]
