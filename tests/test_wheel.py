@@ -26,12 +26,14 @@ PROGRAM = """
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavors import flavor_names, load_flavor
+from ezpz_moe.config.foreign_keys import projects
 import ezpz_moe
 
 flavor = load_flavor("10B_2B_sdpa_batched_mm_padded")
 print(flavor.compute_backend, flavor.dimensions.num_experts, len(flavor_names()))
 print(sorted(known_backend_names()))
 print(sorted(path.name for path in EMBEDDED_TOKENIZER.iterdir()))
+print(len(projects()))
 print(ezpz_moe.__file__)
 """
 
@@ -77,12 +79,14 @@ def _copy(distribution: Distribution, site: Path) -> None:
 
 
 def test_the_wheel_has_flavors_backends_and_tokenizer(python, tmp_path):
-    flavor, backends, tokenizer, where = run(python, "-c", PROGRAM, cwd=tmp_path).splitlines()
+    output = run(python, "-c", PROGRAM, cwd=tmp_path).splitlines()
+    flavor, backends, tokenizer, peers, where = output
     checkout = {path.stem for path in (ROOT / "flavors").glob("[!_]*.toml")}
     assert flavor == f"batched_mm_padded 36 {len(checkout)}"
     files = (ROOT / "ezpz_moe" / "compute" / "backends").glob("[!_]*")
     assert backends == str(sorted(path.stem for path in files))
     assert tokenizer == "['tokenizer.json', 'tokenizer_config.json']"
+    assert peers == "6"
     assert str(python.parent.parent) in where
 
 

@@ -1,10 +1,11 @@
-"""``ezpz-moe convert``: convert a job, or check the scripts that start one with ``--lint``."""
+"""``ezpz-moe convert``: a job, another project's config, or with ``--lint`` check scripts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -13,26 +14,36 @@ from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
+if TYPE_CHECKING:
+    from ezpz_moe.tools.convert import Change
+
 
 @dataclass(frozen=True)
 class Convert(Command):
     """Convert a torchtitan 0.2 job to one that torchtitan 0.3 trains, and report every key.
 
+    With --from: make a flavor of another project's config, its balance losses in our units.
     With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
 
-    Exit code 1 when a setting that had an effect is lost, or a flag is dead; 2 when NEW.toml cannot
-    be written.
+    Exit code 1 when a setting that had an effect is lost, the flavor's model differs, or a flag is
+    dead; 2 when NEW.toml cannot be written.
     """
 
     group = "weights"
 
-    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD.toml [NEW.toml] | SCRIPT...")]
-    """The job to read, and the file to write, which must not exist; without it, only report.
-    With --lint: the scripts to read."""
+    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD [NEW.toml] | SCRIPT...")]
+    """The job or config to read, and the file to write, which must not exist; without it, only
+    report. With --lint: the scripts to read."""
+    from_: Annotated[
+        Literal["hf", "megatron"] | None, arg(name="from", metavar="{hf,megatron}")
+    ] = None
+    """Read a config.json of Hugging Face, or a YAML file of Megatron-Core's arguments."""
     lint: bool = False
     """Treat the files as scripts, and report the trainer flags in them."""
 
     def run(self) -> int:
+        if self.lint and self.from_ is not None:
+            raise EzpzError("convert: --lint reads scripts, and --from a config. Choose one.")
         if self.lint and self.files:
             return _lint(self.files)
         if self.lint:
@@ -43,6 +54,8 @@ class Convert(Command):
                 f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
                 "files. To check scripts, add --lint."
             )
+        if self.from_ is not None:
+            return _convert_foreign(self.from_, *self.files)
         return _convert(*self.files)
 
 
@@ -50,27 +63,54 @@ COMMAND = Convert
 
 
 def _convert(old: Path, new: Path | None = None) -> int:
-    from ezpz_moe.config.job import shown
     from ezpz_moe.tools.convert import convert, write
 
     # Without a new file, the old name only serves to name the flavor's file in the report.
     conversion = convert(old, new or old)
+    _report(conversion.changes)
+    if new is None:
+        display.print_line(conversion.refusal)
+    else:
+        for path in write(conversion, new):
+            display.print_line(f"{path} written")
+    return 1 if conversion.dropped or conversion.refusal else 0
+
+
+def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
+    with display.progress().status("Comparing with the host's model ..."):
+        from ezpz_moe.tools.convert_foreign import write
+        from ezpz_moe.tools.convert_hf import from_hf
+        from ezpz_moe.tools.convert_megatron import from_megatron
+
+        import_host()
+        conversion = from_hf(old) if project == "hf" else from_megatron(old)
+    _report(conversion.changes)
+    for difference in conversion.differences:
+        display.print_line(f"differs: {difference}")
+    for note in conversion.notes:
+        display.print_line(f"note: {note}")
+    if new is None:
+        display.print_line(conversion.refusal or conversion.text)
+    else:
+        for path in write(conversion, new):
+            display.print_line(f"{path} written")
+    lost = conversion.dropped or conversion.differences or conversion.refusal
+    return 1 if lost else 0
+
+
+def _report(changes: Sequence[Change]) -> None:
+    from ezpz_moe.config.job import shown
+
     display.print_table(
         {
             "key": change.key,
             "value": shown(change.new if change.fate == "added" else change.value),
             "becomes": f"{change.fate}: {change.note}" if change.note else change.fate,
         }
-        for change in conversion.changes
+        for change in changes
     )
-    if lost := conversion.dropped:
+    if lost := [change.key for change in changes if change.fate == "dropped"]:
         display.print_line(f"{len(lost)} dropped that had an effect: {', '.join(lost)}")
-    if new is None:
-        display.print_line(conversion.refusal)
-    else:
-        for path in write(conversion, new):
-            display.print_line(f"{path} written")
-    return 1 if lost or conversion.refusal else 0
 
 
 def _lint(scripts: tuple[Path, ...]) -> int:

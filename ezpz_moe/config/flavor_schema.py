@@ -175,9 +175,10 @@ def _size_conflicts(size: Dimensions) -> Iterator[str]:
         yield (
             f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"
         )
-    if size.rope.beta_slow >= size.rope.beta_fast:
+    # Equal ones are Kimi-K2's: one boundary, which the host rounds to two.
+    if size.rope.beta_slow > size.rope.beta_fast:
         yield (
-            f"rope.beta_slow ({size.rope.beta_slow}) must be less than "
+            f"rope.beta_slow ({size.rope.beta_slow}) must not exceed "
             f"rope.beta_fast ({size.rope.beta_fast})"
         )
 

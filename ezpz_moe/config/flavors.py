@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.toml import read_toml
@@ -167,7 +168,8 @@ def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, An
         data = read_toml(parent)
         if unknown := [key for key in data if key not in _KEYS]:
             raise EzpzError(
-                f"{parent}: unknown key {unknown[0]!r}.{did_you_mean(unknown[0], _KEYS)}"
+                f"{parent}: unknown key {unknown[0]!r}."
+                f"{meaning(unknown[0], _KEYS, _homes(unknown[0]))}"
             )
         name = data.pop("inherits", None)
         chain.append((parent, data))
@@ -248,8 +250,9 @@ def _messages(
             missing.append(key)
         elif error["type"] == "extra_forbidden":
             table, _, inner = key.partition(".")
-            hint = did_you_mean(inner.rpartition(".")[2], _table_keys(table))
-            yield f"{file}: unknown key {key!r}.{hint}"
+            name = inner.rpartition(".")[2]
+            meant = meaning(name, _table_keys(table), _homes(name))
+            yield f"{file}: unknown key {key!r}.{meant}"
         # Several keys do not fit together, so there is no single value to show.
         elif error["type"] == "mistake" and (not key or key in _TABLES):
             of_dimensions = error["loc"] == ("dimensions",)
@@ -266,6 +269,12 @@ def _messages(
 
 def _table_keys(table: str) -> list[str]:
     return [*_TABLES[table].model_fields, *Schedule.model_fields]
+
+
+def _homes(name: str) -> list[str]:
+    """Return where a flavor may have the key: the right one in the wrong place is a common slip."""
+    tables = [f"in [{table}]" for table, data in _TABLES.items() if name in data.model_fields]
+    return [*(["at the top of the file"] if name in _KEYS else []), *tables]
 
 
 def _expectation(error: ErrorDetails) -> str:

@@ -21,9 +21,10 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
+from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
 from ezpz_moe.config.toml import read_toml
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError
 
 MODEL_NAME = "ezpz_moe"
 
@@ -170,12 +171,12 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
     if path in known:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
-        return f"[{name}]: unknown section.{did_you_mean(name, known)}"
+        return f"[{name}]: unknown section.{meaning(name, known)}"
     # The right key in the wrong section is a common mistake.
-    homes = [f"[{home}]" for home, rows in keys.items() if name in rows and not rows[name].message]
-    near = did_you_mean(name, keys.get(section, {}))
-    if homes and not near:
-        near = f" It belongs in {' or '.join(homes)}."
+    homes = [
+        f"in [{home}]" for home, rows in keys.items() if name in rows and not rows[name].message
+    ]
+    near = meaning(name, keys.get(section, {}), homes)
     where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
     return f"{where}: unknown key.{near}"
 

@@ -127,6 +127,15 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
     files = {path: text for path, text in files.items() if text}  # the job needs the flavor: last
+    return write_files(files, new)
+
+
+def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
+    """Write all of the files, in this order, or none; ``new`` is the one to name in a message.
+
+    Raises:
+        EzpzError: one exists already, or cannot be written.
+    """
     for path in files:
         if path.exists():
             raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
