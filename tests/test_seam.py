@@ -102,7 +102,7 @@ def computes_again(experts, args, y_RD):
 
 
 def reads_values(self, x_RD, num_tokens_per_expert_E):
-    return torch.cat([rows for rows in x_RD.split(num_tokens_per_expert_E.tolist())])
+    return torch.cat(x_RD.split(num_tokens_per_expert_E.tolist()))
 
 
 BY_ITSELF = {

@@ -23,6 +23,7 @@ from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
+from ezpz_moe.hosts.titan.override_conflicts import refuse_overrides
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +71,17 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
             f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "
             f"compute_backend {backend} copies token counts to the host"
         )
+
+
+def refuse_overrides_of_job() -> None:
+    """Refuse overrides that exclude each other; do nothing if no job is found.
+
+    Raises:
+        EzpzError: one is named twice, or two replace the routed experts.
+    """
+    job = _job_being_overridden()
+    if job is not None:
+        refuse_overrides(job)
 
 
 def refuse_twins_of(door: str) -> None:

@@ -154,8 +154,8 @@ def refuse_what_came_later(model: nn.Module, backend: ExpertComputeBackend, chos
     if wrapper or len(ours) < len(list(_moe_layers(model))):
         why = f"their weights are {wrapper}" if wrapper else "other experts are in their place"
         raise EzpzError(
-            f"compute_backend {backend!r} ({chosen_by}): a converter computes the experts' products "
-            f"itself ({why}). Remove it from model.converters, or use compute_backend = "
+            f"compute_backend {backend!r} ({chosen_by}): a converter computes the experts' "
+            f"products itself ({why}). Remove it from model.converters, or use compute_backend = "
             f"{HOST_PATH!r}."
         )
 
