@@ -184,6 +184,11 @@ MISTAKES = {
         (),
         "expert_parallel_degree = 3 does not divide the 8 experts",
     ),
+    "a token dispatcher without expert parallelism": (
+        MODEL + '[parallelism]\nexpert_parallel_comm_backend = "deepep"\n',
+        (),
+        '"deepep" sends tokens between ranks, but parallelism.expert_parallel_degree = 1',
+    ),
     "a batch that the ranks cannot share": (
         MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
         (),

@@ -64,9 +64,9 @@ class CausalAttention(ScaledDotProductAttention):
         return out_BLNH if out_transform is None else out_transform(out_BLNH, lse_BLN)
 
 
-def has_masked_attention(model_config) -> bool:
+def has_masked_attention(model_spec) -> bool:
     """Return whether the model attends to tokens with one of these kernels."""
-    return any(True for _ in _masked(model_config))
+    return any(True for _ in _masked(model_spec))
 
 
 def use_sdpa(model_config) -> int:
@@ -83,9 +83,9 @@ def use_sdpa(model_config) -> int:
     return len(attentions)
 
 
-def _masked(model_config) -> Iterator[BaseAttention.Config]:
+def _masked(model) -> Iterator[BaseAttention.Config]:
     # A vision encoder has such a kernel too, in a class of its own: text never calls it.
-    for _, config, _, _ in model_config.traverse(BaseAttention.Config):
+    for _, config, _, _ in model.traverse(BaseAttention.Config):
         if isinstance(config.inner_attention, MASKED_ATTENTION):
             yield config
 

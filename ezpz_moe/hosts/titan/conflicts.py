@@ -296,7 +296,7 @@ def _cpu(config: Trainer.Config) -> Iterator[str]:
             "unequal "
             f'sizes. Set parallelism.spmd_backend to "partial_dtensor".'
         )
-    if config.model_spec and has_masked_attention(config.model_spec.model):
+    if config.model_spec and has_masked_attention(config.model_spec):
         yield (
             f"the attention of flavor {_flavor(config)!r} (FlexAttention or varlen) has no "
             f"backward on the CPU. Use {_flavor_with_sdpa(config)}."

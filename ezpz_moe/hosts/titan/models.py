@@ -100,7 +100,8 @@ def _refuse_without_text(spec: ModelSpec, flavor: Flavor) -> None:
     if vision is None or vision.default is None:
         return
     assert flavor.base is not None  # a size has no vision encoder
-    command = door_2(*flavor.base.split("/", 1), flavor.compute_backend)
+    module, _, upstream = flavor.base.partition("/")
+    command = door_2(module, upstream, flavor.compute_backend)
     raise EzpzError(
         f"{flavor.source}: base = {flavor.base!r}: this model takes images with its text, and a "
         f"job here has text alone. Train torchtitan's own config, which has a loader for both: "
