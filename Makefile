@@ -2,7 +2,7 @@
 # make test         the tests, in some ten minutes on two cores
 # make test-smoke   a few tests with every other release of torchtitan that we support
 # make test-hosts   all host tests with every release, side by side
-# make test-all     everything: also the tests marked "full", with coverage, and test-hosts
+# make test-all     everything: also the tests marked "full", with coverage, test-hosts, and torchao
 # make lint         formatting, style, types, and which way imports go
 # make clean        remove caches and build products (the environment and outputs/ stay)
 #
@@ -36,7 +36,7 @@ test-hosts: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "full or not full" --cov $(ARGS)
-	$(VENV)/bin/python -m nox --session release
+	$(VENV)/bin/python -m nox --session release torchao
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check

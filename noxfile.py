@@ -4,6 +4,7 @@
     nox -s smoke                               a few tests with those that are not installed
     nox -s "release(host='0.2.2')"             one of them
     nox -s checkout -- /path/to/torchtitan     a checkout
+    nox -s torchao                             what needs torchao's quantization
 
 Every host gets an environment of a megabyte in front of the one that nox runs in, whose torch,
 plugin and test tools they share.
@@ -17,6 +18,7 @@ import tomli
 
 RELEASES = ("0.2.1", "0.2.2", "0.3.0")
 OTHERS = RELEASES[:-1]  # the last is what `make test` runs with
+TORCHAO = "0.18.0"
 PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile")
 PARENT = sysconfig.get_path("purelib")
 
@@ -55,6 +57,15 @@ def checkout(session: nox.Session) -> None:
     _see(session, folder)
     session.install(*tomli.loads(project.read_text())["project"]["dependencies"])
     _test(session)
+
+
+@nox.session
+def torchao(session: nox.Session) -> None:
+    """Run what needs torchao, with the installed torchtitan."""
+    session.install("--no-deps", f"torchao=={TORCHAO}")
+    _see(session)
+    session.run(*PYTEST, "-m", "full or not full", "tests/test_torchao.py")
+    session.run("python", "scripts/make_neighbour_table.py", "--check")
 
 
 def _test(session: nox.Session, env: dict[str, str] | None = None) -> None:

@@ -17,6 +17,9 @@ from ezpz_moe.hosts.detect import host
 
 # At import: the host takes from this module what its decorators have registered by then.
 _host = host().overrides()
+with exit_on_user_error():
+    # Now, too: before it calls anything here, the host compares the overrides, with a traceback.
+    _host.refuse_overrides_of_job()
 _KEYS = ("compute_backend", "expert_precision")
 _EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
 

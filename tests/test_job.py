@@ -188,8 +188,17 @@ def test_quantization_is_refused_with_its_remedy(job_file):
         + 'converters = ["quantize.grouped_mm.mx"]\n[quantize.grouped_mm.mx]\nfqns = ["experts"]\n'
     )
     message = problem(path)
-    assert "[model] converters: quantization replaces the same expert products" in message
-    assert "[quantize.grouped_mm.mx] fqns: quantization" in message
+    assert "[model] converters: torchtitan 0.3 converts a model where its config is made" in message
+    assert "[quantize.grouped_mm.mx] fqns: quantization replaces the same expert prod" in message
+
+
+def test_converters_of_linears_are_not_said_to_exclude_a_backend(job_file):
+    text = 'converters = ["quantize.linear.float8"]\n[quantize.linear.float8]\nemulate = true\n'
+    message = problem(job_file(MODEL + text))
+    linears = "Converters of linears work with every `compute_backend`"
+    assert message.count(linears) == 2
+    assert "[quantize.linear.float8] emulate: torchtitan 0.3 converts a model where" in message
+    assert "quantization replaces" not in message
 
 
 # [model] ------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from absent_packages import GATED_DELTA_NET, IMAGES, stand_in
 from flavor_files import SMALL, in_turn
 
 from ezpz_moe.config.flavors import load_flavor
@@ -28,7 +30,8 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 )
 
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
-from ezpz_moe.hosts.titan.models import host_spec, model_spec  # noqa: E402
+from ezpz_moe.hosts.titan import upstream_configs  # noqa: E402
+from ezpz_moe.hosts.titan.models import host_spec, model_spec, what_differs  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
 
 UPSTREAM_SIZES = ("debugmodel", "16B", "236B", "671B")
@@ -189,6 +192,12 @@ def test_a_base_is_upstreams_model_unchanged() -> None:
         ("qwen4/30B-A3B", "no model module 'qwen4'. Did you mean 'qwen3'?"),
         ("qwen3/30B-A3", "qwen3 has no flavor '30B-A3'. Did you mean '30B-A3B'? It has debugmodel"),
         ("gpt_oss/20B", "Did you mean '20b'?"),
+        (
+            "deepseek_v3/debugmodel_mtp",
+            "no such model, but a config deepseek_v3_debugmodel_mtp: its loss or other settings "
+            "differ too. Train that: `--module deepseek_v3 --config deepseek_v3_debugmodel_mtp "
+            '--override.imports \'ezpz_moe.overrides.experts={"compute_backend": "grouped_mm"}\'',
+        ),
         ("qwen3/8B", "this model is dense"),
         ("llama3/8B", "this model is dense"),
         ("common/8B", "common is not a model"),
@@ -211,6 +220,57 @@ def test_a_base_whose_requirements_are_not_installed(
     monkeypatch.setattr(importlib, "import_module", without_fla)
     with pytest.raises(EzpzError, match=r"mine\.toml: .* cannot be imported here: .*'fla'"):
         host_spec(flavor_from(tmp_path, 'base = "qwen3_5/35B-A3B"'))
+
+
+@pytest.mark.parametrize(
+    ("base", "config"),
+    [
+        ("qwen3_5/debugmodel_moe", "qwen35_debugmodel_moe"),
+        pytest.param("qwen3_5/35B-A3B", "qwen35_35b_a3b", marks=pytest.mark.full),
+    ],
+)
+def test_a_model_that_cannot_do_without_images_is_refused(tmp_path, base, config) -> None:
+    """Its forward would stop the first step: a job's text brings no images."""
+    with stand_in(*GATED_DELTA_NET, *IMAGES):
+        with pytest.raises(EzpzError, match="takes images with its text") as error:
+            model_spec(flavor_from(tmp_path, f'base = "{base}"\ncompute_backend = "for_loop"'))
+        assert host_spec(load_flavor("mine", near=tmp_path)), "it can still be described"
+    command = f"`--module qwen3_5 --config {config} --override.imports 'ezpz_moe.overrides.experts"
+    assert command in str(error.value)
+    assert '{"compute_backend": "for_loop"}' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("debugmodel", "kimi_k2_5_debugmodel (DistMuon, AdamW); text trains the language part"),
+        pytest.param(
+            "moonlight-16B-A3B", "moonlight_16b_a3b (DistMuon, AdamW)", marks=pytest.mark.full
+        ),
+    ],
+)
+def test_what_a_job_trains_of_a_model_that_can_see(tmp_path, base, said) -> None:
+    flavor = flavor_from(tmp_path, f'base = "kimi_k2_7/{base}"')
+    spec = model_spec(flavor)
+    with stand_in(*IMAGES):
+        line = what_differs(flavor, spec)
+    assert line is not None
+    assert said in line
+    assert ("vision" in line) == (base == "debugmodel")
+
+
+@pytest.mark.parametrize("name", ["debugmodel", "qwen3_debugmodel"])
+def test_of_a_model_of_text_nothing_differs(name: str) -> None:
+    assert what_differs(load_flavor(name), model_spec(load_flavor(name))) is None
+
+
+def test_without_the_hosts_loader_of_images_its_config_has_no_name(tmp_path, monkeypatch) -> None:
+    flavor = flavor_from(tmp_path, 'base = "kimi_k2_7/debugmodel"')
+    spec = model_spec(flavor)
+    monkeypatch.setattr(upstream_configs, "_registry", mock.Mock(side_effect=ImportError))
+    line = what_differs(flavor, spec)
+    assert line is not None
+    assert "not that of torchtitan's own config; text trains the language part" in line
 
 
 def test_what_the_host_refuses_is_said_with_the_flavor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,13 @@ class Overrides(Protocol):
     def turn_off_cuda_graphs_for(self, backend: str) -> None:
         """Turn CUDA graphs off in the current run if ``backend`` copies to the host's memory."""
 
+    def refuse_overrides_of_job(self) -> None:
+        """Refuse overrides of the current run that exclude each other.
+
+        Raises:
+            EzpzError: they do.
+        """
+
     def enter_run(self, door: str) -> None:
         """Refuse a run that must not start, and lock its folder.
 

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import fork_server
 import pytest
 import torch
+from quantized_weights import WRAPPERS, wrap_weights
 from trainer_runs import TORCHRUN
 
 from ezpz_moe.config.flavors import load_flavor
@@ -183,6 +184,11 @@ MISTAKES = {
         (),
         "expert_parallel_degree = 3 does not divide the 8 experts",
     ),
+    "a token dispatcher without expert parallelism": (
+        MODEL + '[parallelism]\nexpert_parallel_comm_backend = "deepep"\n',
+        (),
+        '"deepep" sends tokens between ranks, but parallelism.expert_parallel_degree = 1',
+    ),
     "a batch that the ranks cannot share": (
         MODEL + "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
         (),
@@ -245,6 +251,31 @@ def test_a_shipped_job_can_be_shown(path):
 
 
 # Models -----------------------------------------------------------------------------------------
+
+
+@on_0_2
+@pytest.mark.parametrize("how", [*WRAPPERS, "other experts"])
+def test_what_a_converter_makes_of_the_selected_experts_stops_the_run(how, capsys):
+    """The host converts the built model, and anyone may register a converter."""
+    from torchtitan.config import JobConfig
+    from torchtitan.models.moe.moe import GroupedExperts
+
+    from ezpz_moe.hosts.titan_0_2.models import build_model, model_args
+
+    args = model_args(load_flavor("debugmodel_sdpa_for_loop"))
+    args.n_layers = 2
+    args.update_from_config(JobConfig())
+    model = build_model(args)
+    experts = model.layers["1"].moe.experts
+    if how == "other experts":
+        model.layers["1"].moe.experts = GroupedExperts(256, 256, 8, use_grouped_mm=False)
+    else:
+        wrap_weights(experts, how)
+    with pytest.raises(SystemExit, match="2"):
+        model.init_weights(torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert "a converter computes the experts' products itself" in said
+    assert said.count("\n") == 1
 
 
 @on_0_2

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from contract_cases import ON_THE_CPU, OTHERS_WITHOUT_DROPS
+from quantized_weights import wrap_weights
 from torch.utils.checkpoint import checkpoint
 
 from ezpz_moe.compute import backend_names, get_backend
@@ -56,6 +57,25 @@ class Quantized(GroupedLinear):
 class Fused(RoutedExperts):
     @dataclass(kw_only=True, slots=True)
     class Config(RoutedExperts.Config):
+        pass
+
+    def forward(self, *tensors):
+        raise AssertionError("not reached")
+
+
+class Float8(GroupedLinear):
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedLinear.Config):
+        pass
+
+    def __init__(self, config):
+        super().__init__(config)
+        wrap_weights(self, "torch_function")
+
+
+class OwnForward(GroupedLinear):
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedLinear.Config):
         pass
 
     def forward(self, *tensors):
@@ -225,11 +245,21 @@ def test_a_copied_model_keeps_its_backend():
     ("config", "message"),
     [
         (experts_config(linear=Quantized), r"Quantized computes .*quantiz"),
+        (experts_config(linear=Float8), r"Float8 computes .*quantiz.* its weights are Wrapped"),
+        (experts_config(linear=OwnForward), r"OwnForward has a forward of its own"),
         (experts_config(kind=Fused), r"Fused has a forward of its own"),
         (selected(experts_config(), "for_loop", "the first"), r"twice: the first .*a test"),
     ],
-    ids=["quantized", "another forward", "twice"],
+    ids=["quantized", "wrapped weights", "a linear's forward", "another forward", "twice"],
 )
 def test_what_a_backend_cannot_take_part_in_is_refused(config, message):
     with pytest.raises(EzpzError, match=message):
         selected(config, "batched_mm_padded", "a test")
+
+
+def test_weights_that_are_wrapped_after_the_selection_stop_the_run(capsys):
+    module = selected(experts_config(), "for_loop", "a test").build()
+    wrap_weights(module, "torch_function")
+    with pytest.raises(SystemExit, match="2"):
+        module.init_states()
+    assert "computes the experts' products itself" in capsys.readouterr().err

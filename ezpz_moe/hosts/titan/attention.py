@@ -8,7 +8,7 @@ Legend of the suffixes: B = batch, L = sequence length (S on the key side), N = 
 G = query heads per key head, H = head dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,6 @@ from ezpz_moe.hosts.titan.base import titan
 
 MASKED_ATTENTION = (FlexAttention.Config, VarlenAttention.Config)
 """The host's attention kernels for language models. Neither has a backward on the CPU."""
-
-
-def has_masked_attention(model_spec) -> bool:
-    """Return whether the model uses one of these kernels."""
-    return any(any(model_spec.traverse(kernel)) for kernel in MASKED_ATTENTION)
 
 
 class CausalAttention(ScaledDotProductAttention):
@@ -69,6 +64,11 @@ class CausalAttention(ScaledDotProductAttention):
         return out_BLNH if out_transform is None else out_transform(out_BLNH, lse_BLN)
 
 
+def has_masked_attention(model_spec) -> bool:
+    """Return whether the model attends to tokens with one of these kernels."""
+    return any(True for _ in _masked(model_spec))
+
+
 def use_sdpa(model_config) -> int:
     """Replace the kernel of every masked attention below ``model_config``, in place.
 
@@ -76,15 +76,18 @@ def use_sdpa(model_config) -> int:
         The number of attentions that were changed.
     """
     # A list: the tree must not change while it is being traversed.
-    attentions = [
-        config
-        for _, config, _, _ in model_config.traverse(BaseAttention.Config)
-        if isinstance(config.inner_attention, MASKED_ATTENTION)
-    ]
+    attentions = list(_masked(model_config))
     for config in attentions:
         # Asked of the host: with folded tokens it has another class for this.
         config.inner_attention = titan().causal_attention(config)
     return len(attentions)
+
+
+def _masked(model) -> Iterator[BaseAttention.Config]:
+    # A vision encoder has such a kernel too, in a class of its own: text never calls it.
+    for _, config, _, _ in model.traverse(BaseAttention.Config):
+        if isinstance(config.inner_attention, MASKED_ATTENTION):
+            yield config
 
 
 def causal_attention(config: BaseAttention.Config) -> CausalAttention.Config:

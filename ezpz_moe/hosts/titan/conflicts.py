@@ -37,21 +37,11 @@ from ezpz_moe.hosts.ranks import (
 from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
+from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
+from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
-
-# By name and not by effect: overrides are applied later, when the trainer is built.
-_OVERRIDES = {
-    "ezpz_moe.overrides.experts": (
-        "the flavor has already chosen its compute_backend. Remove the override, or choose another "
-        "flavor."
-    ),
-    "torchtitan.overrides.fused_swiglu.fused_grouped_experts": (
-        "it fuses only torchtitan's own experts and would not affect a flavor's. Remove the "
-        "override, or train the upstream config (`--module deepseek_v3 ...`) with it."
-    ),
-}
 
 
 def refuse_conflicts(config: Trainer.Config, source: str) -> None:
@@ -193,13 +183,6 @@ def _has_sdpa(config: Trainer.Config) -> bool:
     if config.model_spec is None:
         return False
     return any(config.model_spec.traverse(ScaledDotProductAttention.Config))
-
-
-def _overridden_experts(config: Trainer.Config) -> Iterator[str]:
-    for entry in config.override.imports:
-        target = entry if isinstance(entry, str) else entry[0]
-        if target in _OVERRIDES:
-            yield f"override.imports {target}: {_OVERRIDES[target]}"
 
 
 def _ranges(config: Trainer.Config) -> Iterator[str]:
@@ -383,7 +366,8 @@ _ALWAYS: tuple[_Check, ...] = (
     _expert_parallel_degree,
     _tensor_parallel_degree,
     _context_parallel_attention,
-    _overridden_experts,
+    override_problems,
+    dispatcher_problems,
     _sequence_length,
     schedule_problems,
     _routers,
@@ -391,4 +375,10 @@ _ALWAYS: tuple[_Check, ...] = (
     _of_this_host,
 )
 # A dry run skips these: it stands for ranks with other files and devices.
-_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (
+    _files,
+    _vocabulary,
+    _backend_on_device,
+    dispatcher_machine_problems,
+    _cpu,
+)

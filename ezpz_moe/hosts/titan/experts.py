@@ -22,12 +22,8 @@ from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
-from ezpz_moe.hosts.titan.selector import (
-    Selector,
-    check_seam,
-    selectable,
-    with_selector,
-)
+from ezpz_moe.hosts.titan.seam import ROWS, check_seam
+from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
 
 HostExperts = GroupedExperts
 """The host's class whose config nodes get the selector."""
@@ -108,9 +104,9 @@ def selected(
     The host's ``derive`` copies every field: init, sharding, and what a later host adds.
 
     Raises:
-        EzpzError: unknown backend; the experts have a selector already; their ``_grouped_mm``
-            seam is taken (quantization) or their weights are fused; their forward has a
-            precision of its own.
+        EzpzError: unknown backend; the experts have a selector already; they compute products
+            beside the ``_grouped_mm`` seam (quantization); their forward has a precision of its
+            own.
     """
     experts_class = selectable(config, backend, chosen_by)
     choice = {"compute_backend": backend, "chosen_by": chosen_by}
@@ -125,7 +121,12 @@ def selected(
             expert_precision=expert_precision,
             computed_in=experts_dtype(expert_precision, HOSTS_CAST, "cpu"),
         )
-    check_seam(experts_class, GroupedExperts, backend, chosen_by)
+
+    def compute(experts: GroupedExperts) -> torch.Tensor:
+        counts_E = torch.empty(config.num_experts, dtype=torch.int64, device="meta")
+        return experts(torch.empty(ROWS, config.dim, device="meta"), counts_E)
+
+    check_seam(config, GroupedExperts, backend, chosen_by, compute)
     host_class = experts_class.__name__
     refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
     return derive(config, with_selector(experts_class, _SeamSelector).Config, **choice)

@@ -24,12 +24,8 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
-from ezpz_moe.hosts.titan.selector import (
-    Selector,
-    check_seam,
-    selectable,
-    with_selector,
-)
+from ezpz_moe.hosts.titan.seam import check_seam
+from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
 
 HostExperts = RoutedExperts
 """The host's class whose config nodes get the selector."""
@@ -79,6 +75,20 @@ def _on_backend(linear_class: type[GroupedLinear]) -> type[GroupedLinear]:
     return OnBackend
 
 
+def _refuse_own_forward(
+    linear_class: type[GroupedLinear], backend: ExpertComputeBackend, chosen_by: str
+) -> None:
+    """Refuse a linear whose forward is not of one of the host's models, which use the seam."""
+    if backend != HOST_PATH and not linear_class.forward.__module__.startswith(
+        "torchtitan.models."
+    ):
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): {linear_class.__name__} has a forward of "
+            "its own, which may multiply without the backend. Choose a model with torchtitan's own "
+            "linears, or do not select a backend."
+        )
+
+
 def sizes(config: RoutedExperts.Config) -> Sizes:
     """Return the experts' sizes from their config."""
     w13 = config.w13
@@ -115,7 +125,8 @@ def selected(
     linears: dict[str, Any] = {}
     for name in ("w13", "w2"):
         linear = getattr(config, name)
-        check_seam(type(linear)._owner, GroupedLinear, backend, chosen_by)
+        check_seam(linear, GroupedLinear, backend, chosen_by)
+        _refuse_own_forward(type(linear)._owner, backend, chosen_by)
         # On the host's own path the linears stay as they are: nothing of ours may touch those
         # results.
         if backend != HOST_PATH:

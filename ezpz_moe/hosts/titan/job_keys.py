@@ -77,6 +77,13 @@ _QUANTIZE = (
     "cannot be combined. Leave it out; for quantized experts use an upstream config, such "
     "as `--module deepseek_v3 --config deepseek_v3_debugmodel_mxfp8`."
 )
+_CONVERTERS = (
+    "torchtitan 0.3 converts a model where its config is made, in Python, and a job has no key for "
+    "that. Leave it out. Converters of linears work with every `compute_backend`: train a config "
+    "of torchtitan's or of your own that has them, with `--override.imports "
+    "'ezpz_moe.overrides.experts={\"compute_backend\": ...}'`. Those of the experts replace the "
+    "products that `compute_backend` selects, so the two cannot be combined."
+)
 _FAULT_TOLERANCE = (
     "torchft left the trainer in torchtitan 0.3: it is an experiment with a trainer of its own, "
     "torchtitan.experiments.torchft. Leave it out."
@@ -108,7 +115,7 @@ _OTHERS: Keys = {
     "model": {
         "tokenizer_path": gone("use hf_assets_path, the folder that holds tokenizer.json."),
         # An empty list quantizes nothing.
-        "converters": gone(_QUANTIZE, unless=([],)),
+        "converters": gone(_CONVERTERS, unless=([],)),
         "print_after_conversion": gone(
             "there are no converters between which to print the model; `ezpz-moe show` prints its "
             "config. Leave it out.",
@@ -176,16 +183,16 @@ _OTHERS: Keys = {
         "num_chunks": new("loss.num_chunks", Positive),
     },
     "quantize.linear.float8": {
-        "enable_fsdp_float8_all_gather": gone(_QUANTIZE),
-        "precompute_float8_dynamic_scale_for_fsdp": gone(_QUANTIZE),
-        "recipe_name": gone(_QUANTIZE),
-        "filter_fqns": gone(_QUANTIZE),
-        "emulate": gone(_QUANTIZE),
+        "enable_fsdp_float8_all_gather": gone(_CONVERTERS),
+        "precompute_float8_dynamic_scale_for_fsdp": gone(_CONVERTERS),
+        "recipe_name": gone(_CONVERTERS),
+        "filter_fqns": gone(_CONVERTERS),
+        "emulate": gone(_CONVERTERS),
     },
     "quantize.linear.mx": {
-        "mxfp8_dim1_cast_kernel_choice": gone(_QUANTIZE),
-        "recipe_name": gone(_QUANTIZE),
-        "filter_fqns": gone(_QUANTIZE),
+        "mxfp8_dim1_cast_kernel_choice": gone(_CONVERTERS),
+        "recipe_name": gone(_CONVERTERS),
+        "filter_fqns": gone(_CONVERTERS),
     },
     "quantize.grouped_mm.float8": {
         "fqns": gone(_QUANTIZE),

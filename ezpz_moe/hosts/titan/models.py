@@ -23,7 +23,9 @@ from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.selector import select_backend
+from ezpz_moe.hosts.titan.upstream_configs import config_name, door_2, letters, optimizers
 
+_VISION = "vision_encoder"
 _DEFAULT_COMM_BACKEND = "standard"
 
 
@@ -38,10 +40,11 @@ def model_spec(
         why: who chose the backend, for the log; by default the flavor.
 
     Raises:
-        EzpzError: the host has no such model, the model has no experts, or the attention or the
-            backend does not fit it.
+        EzpzError: the host has no such model, the model has no experts or does not take text
+            alone, or the attention or the backend does not fit it.
     """
     spec = host_spec(flavor, moe_comm_backend=moe_comm_backend)
+    _refuse_without_text(spec, flavor)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
     chosen_by = why or f"flavor {flavor.name}"
@@ -75,6 +78,35 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             f"{in_words(error)}"
         ) from error
     return dataclasses.replace(spec, flavor=flavor.name)
+
+
+def what_differs(flavor: Flavor, spec: ModelSpec) -> str | None:
+    """Return what a job trains of a model that sees, which differs from the host; or None."""
+    if flavor.base is None or not hasattr(spec.model, _VISION):
+        return None
+    module, _, upstream = flavor.base.partition("/")
+    config = config_name(module, upstream)
+    theirs = f"torchtitan's {config}" if config else "torchtitan's own config"
+    names = f" ({', '.join(optimizers(module, config))})" if config else ""
+    said = f"base = {flavor.base!r}: the optimizer is the job's, not that of {theirs}{names}"
+    has_vision = getattr(spec.model, _VISION) is not None
+    return said + "; text trains the language part, not the vision encoder" * has_vision
+
+
+def _refuse_without_text(spec: ModelSpec, flavor: Flavor) -> None:
+    """Refuse a model that cannot do without a vision encoder: its forward asks for images."""
+    fields = {each.name: each for each in dataclasses.fields(spec.model)}
+    vision = fields.get(_VISION)
+    if vision is None or vision.default is None:
+        return
+    assert flavor.base is not None  # a size has no vision encoder
+    module, _, upstream = flavor.base.partition("/")
+    command = door_2(module, upstream, flavor.compute_backend)
+    raise EzpzError(
+        f"{flavor.source}: base = {flavor.base!r}: this model takes images with its text, and a "
+        f"job here has text alone. Train torchtitan's own config, which has a loader for both: "
+        f"{command}."
+    )
 
 
 def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
@@ -125,6 +157,13 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
         if error.args != (upstream,):
             raise
         known = _upstream_flavors(module)
+        misspelled = letters(upstream) in map(letters, known)
+        if not misspelled and (config := config_name(module_name, upstream)):
+            raise EzpzError(
+                f"{where}: torchtitan's {module_name} has no such model, but a config {config}: "
+                "its loss or other settings differ too. Train that: "
+                f"{door_2(module_name, upstream, flavor.compute_backend)}."
+            ) from error
         raise EzpzError(
             f"{where}: torchtitan's {module_name} has no flavor {upstream!r}."
             f"{did_you_mean(upstream, known)} It has {', '.join(known)}."

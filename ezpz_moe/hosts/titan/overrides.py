@@ -27,6 +27,7 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
+from ezpz_moe.hosts.titan.override_conflicts import refuse_overrides
 
 _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
 
@@ -89,6 +90,17 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
             f"ezpz_moe: turned CUDA graphs off (training.disable_cuda_graphs), because "
             f"compute_backend {backend} copies token counts to the host"
         )
+
+
+def refuse_overrides_of_job() -> None:
+    """Refuse overrides that exclude each other; do nothing if no job is found.
+
+    Raises:
+        EzpzError: one is named twice, or two replace the routed experts.
+    """
+    job = _job_being_overridden()
+    if job is not None:
+        refuse_overrides(job)
 
 
 def enter_run(door: str) -> None:

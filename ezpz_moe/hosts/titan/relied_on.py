@@ -184,6 +184,25 @@ _JOB = (
         has=("ActivationCheckpointing", "FullAC", "MemoryBudgetAC", "SelectiveAC"),
         vital=True,
     ),
+    Reliance(
+        "torchtitan.models.common.token_dispatcher",
+        used_for="which token dispatcher a model has",
+        if_broken=NO_FLAVOR,
+        has=(
+            "DeepEPTokenDispatcher",
+            "HybridEPTokenDispatcher",
+            "LocalTokenDispatcher",
+            "MinimalAsyncEPTokenDispatcher",
+        ),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.token_dispatcher:update_ep_token_dispatcher_config",
+        used_for="the host's own check of a token dispatcher, before a run",
+        if_broken=NO_FLAVOR,
+        takes=("model_config", "config"),
+        vital=True,
+    ),
 )
 
 _MODELS = (

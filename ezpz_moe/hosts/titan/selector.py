@@ -15,10 +15,11 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.seam import refuse_what_came_later
 from ezpz_moe.routing.counters import count_rows
 
 REPORTED = "is drop_rate in telemetry.jsonl and moe/drop_rate among the metrics"
@@ -58,7 +59,7 @@ class Selector(Module):
     """
 
     def _choose(self, config) -> None:
-        self.compute_backend = config.compute_backend
+        self.compute_backend, self._chosen_by = config.compute_backend, config.chosen_by
         backend = get_backend(self.compute_backend)  # an unknown name is an error right here
         self._backend = None if self.compute_backend == HOST_PATH else backend
         counted = backend.pads or backend.drops_tokens
@@ -76,6 +77,9 @@ class Selector(Module):
 
     def _init_self_parameters(self) -> None:
         super()._init_self_parameters()
+        if self._backend is not None:
+            with exit_on_user_error():
+                refuse_what_came_later(self, self.compute_backend, self._chosen_by)
         # Here and not in __init__: there the weights are on the meta device, and layers are missing
         # from the count.
         _log_choices(next(self.parameters()).device)
@@ -140,29 +144,6 @@ def selectable(config: Any, backend: ExpertComputeBackend, chosen_by: str) -> An
             f"{config.compute_backend!r}, and {chosen_by} for {backend!r}. Remove one of them."
         )
     return host_class
-
-
-def check_seam(host_class: type, base: type, backend: ExpertComputeBackend, chosen_by: str) -> None:
-    """Refuse a class with another ``_grouped_mm`` than ``base``, which a backend would replace.
-
-    Raises:
-        EzpzError: the seam is taken (quantization), or the weights are fused; or this host has no
-            seam, and the backend is not the host's own path.
-    """
-    if not hasattr(base, "_grouped_mm"):
-        if backend != HOST_PATH:
-            raise EzpzError(
-                f"compute_backend {backend!r} ({chosen_by}): this torchtitan has no "
-                f"{base.__name__}._grouped_mm, which the backend would replace in "
-                f"{host_class.__name__}. Use {HOST_PATH!r}; `ezpz-moe doctor` shows what changed."
-            )
-    # Replacing it would silently train unquantized experts.
-    elif host_class._grouped_mm is not base._grouped_mm:  # type: ignore[attr-defined]
-        raise EzpzError(
-            f"compute_backend {backend!r} ({chosen_by}): {host_class.__name__} computes the "
-            f"experts' products itself (quantized grouped GEMM). Remove the quantization "
-            f"converter of the experts, or do not select a backend."
-        )
 
 
 class _Choice(NamedTuple):

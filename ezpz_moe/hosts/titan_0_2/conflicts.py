@@ -7,6 +7,7 @@ name the setting. Each check below yields the messages of its conflicts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from ezpz_moe.hosts.ranks import (
 )
 from ezpz_moe.hosts.titan_0_2.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.models import model_args
+
+_DEEPEP = 'parallelism.expert_parallel_comm_backend = "deepep"'
+_STANDARD = 'Leave it out, or set it to "standard".'
 
 
 def refuse_conflicts(config: Any, args: Any, source: str) -> None:
@@ -142,6 +146,32 @@ def _quantized_experts(config: Any, args: Any) -> Iterator[str]:
             )
 
 
+def _deepep(config: Any, args: Any) -> Iterator[str]:
+    if _has_deepep(config, args) and config.parallelism.expert_parallel_degree == 1:
+        yield (
+            f"{_DEEPEP} sends tokens between ranks, but parallelism.expert_parallel_degree = 1. "
+            f"{_STANDARD}"
+        )
+
+
+def _deepep_here(config: Any, args: Any) -> Iterator[str]:
+    if not _has_deepep(config, args):
+        return
+    if utils.device_type != "cuda":
+        yield f"{_DEEPEP} has kernels for CUDA alone; this is {utils.device_type}. {_STANDARD}"
+    elif find_spec("deep_ep") is None:
+        yield (
+            f"{_DEEPEP} needs the package deep_ep, which is not installed. Install it from "
+            f"https://github.com/deepseek-ai/DeepEP. Or: {_STANDARD}"
+        )
+
+
+def _has_deepep(config: Any, args: Any) -> bool:
+    # Models without the field are built as if the setting were not there.
+    is_taken = hasattr(args, "expert_parallel_comm_backend")
+    return is_taken and config.parallelism.expert_parallel_comm_backend == "deepep"
+
+
 def _files(config: Any, args: Any) -> Iterator[str]:
     return missing_files(config.model.hf_assets_path, config.checkpoint.initial_load_path)
 
@@ -194,5 +224,12 @@ _SETTINGS: tuple[_Check, ...] = (
     _pipeline_schedule,
     _sequence_length,
     _quantized_experts,
+    _deepep,
 )
-_ON_THIS_MACHINE: tuple[_Check, ...] = (_files, _vocabulary, _backend_on_device, _cpu)
+_ON_THIS_MACHINE: tuple[_Check, ...] = (
+    _files,
+    _vocabulary,
+    _backend_on_device,
+    _deepep_here,
+    _cpu,
+)

@@ -26,6 +26,7 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.plain import wrapper_in
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.routing.counters import ROWS, count_rows
 
@@ -136,6 +137,27 @@ def select_backend(
     if get_backend(backend).drops_tokens:
         logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")
     return len(layers)
+
+
+def refuse_what_came_later(model: nn.Module, backend: ExpertComputeBackend, chosen_by: str) -> None:
+    """Refuse a model whose experts were taken over after ``backend`` was selected.
+
+    Called when its weights are made: by then the host's converters have had the model.
+
+    Raises:
+        EzpzError: the weights are wrapped (quantization), or other experts are in their place.
+    """
+    if backend == HOST_PATH:
+        return  # quantization then works as the host made it
+    ours = [each for each in model.modules() if isinstance(each, EzpzGroupedExperts)]
+    wrapper = next(filter(None, map(wrapper_in, ours)), None)
+    if wrapper or len(ours) < len(list(_moe_layers(model))):
+        why = f"their weights are {wrapper}" if wrapper else "other experts are in their place"
+        raise EzpzError(
+            f"compute_backend {backend!r} ({chosen_by}): a converter computes the experts' "
+            f"products itself ({why}). Remove it from model.converters, or use compute_backend = "
+            f"{HOST_PATH!r}."
+        )
 
 
 def _moe_layers(model: nn.Module) -> Iterator[MoE]:

@@ -30,7 +30,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
-from ezpz_moe.hosts.titan_0_2.experts import select_backend
+from ezpz_moe.hosts.titan_0_2.experts import refuse_what_came_later, select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
 SIZED_LIKE = "deepseek_v3"
@@ -155,6 +155,7 @@ def _with_backends(model_class: Any) -> Any:
             self.host_model = args.host_model
             self.computed_in = args.computed_in
             self._attention = args.attn_type
+            self._selected = args.compute_backend, args.chosen_by
             select_backend(self, args.compute_backend, args.chosen_by, args.computed_in)
             if utils.device_type == "cpu":
                 count_on_cpu(self)
@@ -163,6 +164,7 @@ def _with_backends(model_class: Any) -> Any:
 
         def init_weights(self, buffer_device: torch.device | None = None) -> None:
             with exit_on_user_error():
+                refuse_what_came_later(self, *self._selected)
                 initialize_as_one_rank(self, self._whole, _as_the_host_does, buffer_device)
 
         def get_attention_masks(self, *args: Any, **kwargs: Any) -> Any:

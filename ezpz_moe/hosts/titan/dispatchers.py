@@ -1,0 +1,93 @@
+"""Find what the host's token dispatchers ask of a run, which it says only while it builds one.
+
+The standard dispatcher, all-to-all, runs everywhere. The others have kernels of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+
+from torchtitan.distributed.activation_checkpoint import FullAC
+from torchtitan.models.common.token_dispatcher import (
+    DeepEPTokenDispatcher,
+    HybridEPTokenDispatcher,
+    LocalTokenDispatcher,
+    MinimalAsyncEPTokenDispatcher,
+    update_ep_token_dispatcher_config,
+)
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
+_NAMES: Mapping[type, str] = {
+    DeepEPTokenDispatcher: "deepep",
+    HybridEPTokenDispatcher: "hybridep",
+    MinimalAsyncEPTokenDispatcher: "minimal_async_ep",
+}
+# A version of the package may have one of the two.
+OF_DEEP_EP = {"deepep": "ElasticBuffer", "hybridep": "HybridEPBuffer"}
+"""Dispatcher -> the class of that package that it needs."""
+_REMEDY = 'Leave it out, or set it to "standard".'
+
+
+def dispatcher_problems(config: Trainer.Config) -> Iterator[str]:
+    """Yield why the settings exclude the run's token dispatcher."""
+    name = _dispatcher(config)
+    if name is None:
+        return
+    if config.parallelism.expert_parallel_degree == 1:
+        yield (
+            f"{_key(name)} sends tokens between ranks, but parallelism.expert_parallel_degree = 1. "
+            f"{_REMEDY}"
+        )
+        return
+    if name == "minimal_async_ep" and not isinstance(config.activation_checkpoint, FullAC.Config):
+        yield (
+            f"{_key(name)} needs all activations to be recomputed. Set [activation_checkpoint] "
+            'mode = "full".'
+        )
+        return
+    try:
+        # The host's own check, which also fills in the configs: those of a copy.
+        update_ep_token_dispatcher_config(copy.deepcopy(config.model_spec.model), config)
+    except ValueError as error:
+        yield f"{_key(name)}: torchtitan refuses it: {error}"
+
+
+def dispatcher_machine_problems(config: Trainer.Config) -> Iterator[str]:
+    """Yield why the run's token dispatcher cannot run on this machine."""
+    name = _dispatcher(config)
+    if name is None:
+        return
+    if utils.device_type != "cuda":
+        yield f"{_key(name)} has kernels for CUDA alone; this is {utils.device_type}. {_REMEDY}"
+    elif (needed := OF_DEEP_EP.get(name)) and not _has_deep_ep(needed):
+        yield (
+            f"{_key(name)} needs the package deep_ep with its {needed}, which cannot be imported "
+            f"here. Install it from https://github.com/deepseek-ai/DeepEP. Or: {_REMEDY}"
+        )
+
+
+def _dispatcher(config: Trainer.Config) -> str | None:
+    """Return the name of a dispatcher other than the standard one, or None."""
+    if config.model_spec is None:
+        return None
+    nodes = config.model_spec.traverse(LocalTokenDispatcher.Config)
+    owners = (type(node)._owner for _, node, _, _ in nodes)
+    # All layers have the same.
+    return next((name for owner in owners for kind, name in _NAMES.items() if owner is kind), None)
+
+
+def _has_deep_ep(name: str) -> bool:
+    if find_spec("deep_ep") is None:
+        return False
+    try:
+        return hasattr(importlib.import_module("deep_ep"), name)
+    except (ImportError, OSError):  # a library of it that does not load
+        return False
+
+
+def _key(name: str) -> str:
+    return f'parallelism.expert_parallel_comm_backend = "{name}"'
