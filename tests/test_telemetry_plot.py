@@ -122,11 +122,21 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
 def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None:
     own = AlertThresholds(alert_dead_steps=40, alert_cv_rise=9.0, alert_collapse=0.01)
     records = run(layers=2, steps=220, every=20, dead=1)
-    plotted = plot(written(tmp_path / "run", [replace(each, thresholds=own) for each in records]))
+    records = [replace(each, thresholds=own, warmup_steps=20) for each in records]
+    plotted = plot(written(tmp_path / "run", records))
     (alert,) = plotted.alerts
     assert alert.startswith("step 140, layer 2: expert 7 of 8 got no tokens for 40 steps")
-    said = "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01"
+    said = (
+        "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01, after the 20 steps of "
+        "the warm-up."
+    )
     assert said in Page(plotted.paths[-1].read_text()).text
+
+
+def test_the_backend_that_computed_is_named_beside_the_one_asked_for(tmp_path: Path) -> None:
+    chosen = record(layer([3, 1]), backend="auto", computed_by=("for_loop",))
+    text = plot(written(tmp_path / "run", [chosen])).paths[-1].read_text()
+    assert "computed by for_loop, chosen by auto, loss" in text
 
 
 def test_no_alerts_are_said_to_be_none(tiny: Path) -> None:

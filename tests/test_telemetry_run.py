@@ -122,7 +122,8 @@ PROVOKED = {
         [telemetry]
         alert_dead_steps = 3
         """,
-        r"step 3, layer 2: experts 0, 1 of 8 got no tokens for 3 steps \(.* alert_dead_steps = 3\)",
+        r"step 3, layers 1, 2, of which layer 1 is the worst: experts 0, 1 of 8 got no tokens for "
+        r"3 steps \(.* alert_dead_steps = 3\)\. Remedy: routing = .balanced. leaves it to chance",
     ),
     "collapsed": (
         """
@@ -133,7 +134,9 @@ PROVOKED = {
         bias_update = "none"
         [telemetry]
         """,
-        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, below 4\.2 ",
+        # After two steps of warm-up.
+        r"step 3, layers 1, 2, of which layer 1 is the worst: router collapse: the load is that of "
+        r"3\.0 of 8 experts, below 4\.2 ",
     ),
     "rising": (
         """
@@ -173,6 +176,18 @@ def test_an_alert_is_raised_in_the_run_and_when_it_is_plotted(provoked, name):
 def test_a_record_has_the_flavors_thresholds(provoked):
     last = read(provoked / "dead" / "telemetry.jsonl")[-1]
     assert last.thresholds == AlertThresholds(alert_dead_steps=3)
+
+
+def test_a_record_has_what_the_run_does_already(provoked):
+    last = read(provoked / "dead" / "telemetry.jsonl")[-1]
+    assert last.warmup_steps == 2
+    assert last.settings == {
+        "router.routing": "balanced",
+        "router.skip_first_n_experts": 2,
+        "balance.bias_update": "none",
+    }
+    rising = read(provoked / "rising" / "telemetry.jsonl")[-1]
+    assert rising.settings == {"balance.bias_update": "none"}
 
 
 def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path):

@@ -55,6 +55,11 @@ class Backend(ABC):
         """The same backend, with options that drop nothing: its numbers can then be checked."""
         return self
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The backends that compute in its place in this process; none unless it chooses."""
+        return ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) uses the same backend
 

@@ -6,7 +6,7 @@ Legend: E = routed experts, Z = zero-computation experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -46,8 +46,10 @@ class LayerRecord:
 class StepRecord:
     """The MoE layers in the ``steps`` training steps that end with ``step``.
 
-    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` computed the experts;
-    ``thresholds`` are those of the run's alerts.
+    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` was asked for;
+    ``computed_by``: the backends that ``backend`` chose, if it chooses. ``thresholds`` are those of
+    the run's alerts, and ``settings`` what they advise by (:mod:`.remedies`). ``warmup_steps``:
+    of the learning rate.
     """
 
     step: _Count
@@ -58,3 +60,6 @@ class StepRecord:
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
     # Kept with every record: a resumed run may have other thresholds, and plot needs no flavor.
     thresholds: AlertThresholds = field(default_factory=AlertThresholds)
+    settings: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: _Count = 0
+    computed_by: tuple[str, ...] = ()

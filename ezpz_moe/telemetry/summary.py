@@ -65,8 +65,13 @@ def headline(record: StepRecord) -> str:
     layers = len(record.layers)
     return (
         f"{steps(record)}: {layers} MoE layer{'s' * (layers > 1)} of {numbers} experts, computed "
-        f"by {record.backend}{loss}"
+        f"by {_backend(record)}{loss}"
     )
+
+
+def _backend(record: StepRecord) -> str:
+    chosen = ", ".join(record.computed_by)
+    return f"{chosen}, chosen by {record.backend}" if chosen else record.backend
 
 
 def steps(record: StepRecord) -> str:

@@ -349,6 +349,16 @@ class Auto(KernelBackend):
         return None
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """The winners of the layers with these options; none before the first choice."""
+        winners = {
+            choice.winner: None
+            for layer, choice in _CHOICES.items()
+            if choice.winner and (layer.among, layer.recompute) == (self.among, self.recompute)
+        }
+        return tuple(winners)
+
+    @property
     def kernel_options(self) -> tuple[str, bool]:
         return (self.among, self.recompute)
 

@@ -119,6 +119,8 @@ class JobConfig(Trainer.Config):
         if is_writing and os.environ.get("RANK") == "0" and not is_dry_run(self):
             with exit_on_user_error():
                 run_folder.hold(self.dump_folder)
+        if hasattr(self.metrics, "warmup_steps"):
+            self.metrics.warmup_steps = self.lr_scheduler.warmup_steps
         # A flag may have named another text.
         if self.validator.enable and self.validator.dataloader == self.training_text:
             logger.warning(VALIDATES_ON_TRAINING_TEXT)
