@@ -40,7 +40,9 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        train({"run": job(folder / "job.toml", *flags)}, folder, ranks=1)
+        (folder / "fixed.toml").write_text(text.replace('"watched_sdpa"', '"watched_sdpa_auto"'))
+        fixed = job(folder / "fixed.toml", "--training.steps", "1", "--debug.deterministic")
+        train({"run": job(folder / "job.toml", *flags), "fixed": fixed}, folder, ranks=1)
     return folder / "run"
 
 
@@ -54,6 +56,15 @@ def test_the_file_has_a_line_for_the_first_step_and_every_second(run):
         for layer in each["layers"]:
             assert layer["tokens"] == each["steps"] * 2 * 128
             assert sum(layer["counts_E"]) == 3 * layer["tokens"]
+
+
+def test_a_deterministic_run_times_nothing_and_a_record_names_what_computed(run):
+    (record,) = read(run.parent / "fixed" / "telemetry.jsonl")
+    assert (record.backend, record.computed_by) == ("auto", ("batched_mm_padded",))
+    log = (run.parent / LOG).read_text()
+    assert "deterministic algorithms are on, so nothing is timed" in log
+    assert "measured now" not in log
+    assert {each.computed_by for each in read(run / "telemetry.jsonl")} == {()}
 
 
 def test_tensorboard_has_scalars_picture_and_histograms(run):
