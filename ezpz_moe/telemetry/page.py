@@ -123,6 +123,8 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
+    if not rows:
+        return '<p class="quiet">None: no layer was given a token.</p>'
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
     lines = "\n".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from ezpz_moe.config.routing_schema import AlertThresholds
 
-_Count = Annotated[int, Field(ge=0)]
+# Bounds that no run reaches: figures and pictures compute with float64, which has an end.
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_Number = Annotated[int, Field(ge=0, le=2**40)]
 _Counts = tuple[_Count, ...]
 
 
@@ -29,7 +31,7 @@ class LayerRecord:
     computed. ``drop_rate``: assignments dropped over assignments.
     """
 
-    layer: _Count
+    layer: _Number
     tokens: _Count
     counts_E: Annotated[_Counts, Field(min_length=1)]
     zero_counts_Z: _Counts
@@ -52,8 +54,8 @@ class StepRecord:
     of the learning rate.
     """
 
-    step: _Count
-    steps: Annotated[int, Field(ge=1)]
+    step: _Number
+    steps: Annotated[int, Field(ge=1, le=2**40)]
     loss: float | None
     grad_norm: float | None
     backend: str
@@ -61,5 +63,5 @@ class StepRecord:
     # Kept with every record: a resumed run may have other thresholds, and plot needs no flavor.
     thresholds: AlertThresholds = field(default_factory=AlertThresholds)
     settings: dict[str, Any] = field(default_factory=dict)
-    warmup_steps: _Count = 0
+    warmup_steps: _Number = 0
     computed_by: tuple[str, ...] = ()
