@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ PATTERNS = {
     "all_zero": Pattern((0, 0, 0, 0), tail=6),
     "no_rows": Pattern((0, 0, 0, 0)),
     "one_expert_no_rows": Pattern((0,)),
+    "no_experts": Pattern(()),
+    "no_experts_and_tail": Pattern((), tail=3),
 }
 
 over_backends = pytest.mark.parametrize("name", BACKENDS)
@@ -159,7 +162,7 @@ def usable(name: str, device: str, dtype: torch.dtype) -> Backend:
 
 
 def make_case(pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    """A random expert layer with that routing; the tail of x holds NaN."""
+    """A random expert layer with that routing; the tail of x and idle experts' weights hold NaN."""
     return random_case(
         list(pattern.counts),
         dim=DIM,
@@ -210,10 +213,11 @@ def make_product_case(
 
 def plain_product(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> torch.Tensor:
     """The grouped product as one would write it on a blackboard; tail rows are zero."""
-    ends = offs_E.tolist()
-    starts = [0, *ends[:-1]]
-    products = [A_RK[i:j] @ B_KN for i, j, B_KN in zip(starts, ends, B_EKN.unbind(), strict=True)]
-    return torch.cat([*products, A_RK.new_zeros(len(A_RK) - ends[-1], B_EKN.shape[2])])
+    ends = [0, *offs_E.tolist()]
+    products = [A_RK[i:j] @ B_KN for (i, j), B_KN in zip(pairwise(ends), B_EKN, strict=True)]
+    products.append(A_RK.new_zeros(len(A_RK) - ends[-1], B_EKN.shape[2]))
+    # Adds zero. Without experts, what remains is then still a function of both.
+    return torch.cat(products) + A_RK[:0].sum() + B_EKN[:0].sum()
 
 
 def run_product(grouped_mm: Callable, case: ProductCase) -> dict[str, torch.Tensor]:

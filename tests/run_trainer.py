@@ -5,8 +5,9 @@
 ARGUMENTS are those of ``torchtitan.train``. Every rank writes OUT.<rank>: losses and gradient
 norms of every step, the gradients of the first step (thinned out where they are large) and a
 digest of every parameter as it is made and after the last step, all whole whatever their sharding,
-and which backend every experts module has chosen. ``trainer_runs.py`` starts the ranks as forks of
-a process that has imported the host. The host is any that we bind.
+the biases of the experts' choice, and which backend every experts module has chosen.
+``trainer_runs.py`` starts the ranks as forks of a process that has imported the host. The host is
+any that we bind.
 """
 
 import hashlib
@@ -134,6 +135,12 @@ def run(arguments: list[str]) -> dict:
     record["first_parameters"] = _digests(trainer)
     trainer.train()
     record["parameters"] = _digests(trainer)
+    record["biases"] = {
+        name: buffer.clone()
+        for part in trainer.model_parts
+        for name, buffer in part.named_buffers()
+        if "expert_bias" in name
+    }
     record["experts"] = [type(module).__name__ for module in experts]
     record["backends"] = [getattr(module, "compute_backend", "none") for module in experts]
     trainer.close()

@@ -325,6 +325,42 @@ def test_each_rank_decides_alone_where_that_is_asked_for(monkeypatch: pytest.Mon
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def _deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_where_bits_have_to_be_the_same_nothing_is_timed_nor_remembered(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch, caplog, request: pytest.FixtureRequest
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock.milliseconds["batched_mm_padded"] = 0.5
+    _compute()  # the cache now knows another one as the fastest
+    assert _winners() == ["batched_mm_padded"]
+    request.getfixturevalue("_deterministic")
+    for start_anew in (False, True):  # measured in this process, or cached by another
+        if start_anew:
+            _forget(monkeypatch)
+        _compute(HOT, calls=2)
+        assert _winners() == ["for_loop"]
+    assert clock.asked == 1
+    said = [r.message for r in caplog.records if "deterministic algorithms are on" in r.message]
+    assert len(said) == 2
+    assert "auto: for_loop for swiglu of 4 experts" in said[0]
+    assert f"(the first of {NAMES}: " in said[0]
+
+
+def test_it_says_whom_it_has_chosen(clock: _Clock) -> None:
+    backend = get_backend(f"auto(among='{NAMES}')")
+    assert backend.chosen == ()
+    _compute()
+    assert backend.chosen == ("for_loop",)
+    assert get_backend("auto").chosen == ()  # its own layers have not computed
+    assert get_backend("for_loop").chosen == ()
+
+
 def test_no_rows_decide_nothing(clock: _Clock) -> None:
     """A rank may get none under expert parallelism."""
     _compute(Pattern((0, 0, 0, 0)))

@@ -119,8 +119,19 @@ def test_the_validation_text_is_its_own(job_file):
     assert is_endless(config.dataloader)
 
 
-def test_validation_has_the_hosts_default_text():
-    validator = config(validation__enable=True).validator
+@pytest.mark.parametrize("file", [None, "own.txt"])
+def test_validation_reads_the_training_text_unless_the_job_names_one(job_file, file):
+    """Whether enabled here or by a flag: a job that trains offline asks no hub."""
+    job_file("first paragraph\n\nsecond", "own.txt")
+    training = f'[training]\ndataset_path = "{file}"\n' if file else ""
+    config = trainer_config(load_job(job_file(MODEL + training)))
+    assert text(config.validator.dataloader) == text(config.dataloader)
+    assert config.training_text == config.validator.dataloader
+    assert is_endless(config.validator.dataloader) is False
+
+
+def test_a_training_on_the_hosts_text_keeps_the_hosts_validation():
+    validator = config(validation__enable=True, training__dataset="c4").validator
     assert type(validator.dataloader) is type(Trainer.Config().validator.dataloader)
     assert "c4" in str(text(validator.dataloader))
 

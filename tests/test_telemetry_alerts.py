@@ -8,6 +8,7 @@ from telemetry_cases import layer, record, run
 
 from ezpz_moe.config.routing_schema import AlertThresholds, Balance, Router
 from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.remedies import settings_of
 
 EVEN = [1000] * 8
 
@@ -127,7 +128,7 @@ def test_collapse_and_its_end() -> None:
         "step 20, layer 1: router collapse: the load is that of 1.0 of 8 experts, below 2.8 "
         "([telemetry] alert_collapse = 0.25 of those beyond the 1 that a token uses). Remedy: "
     )
-    assert "[balance] aux_loss and z_loss" in message
+    assert 'set [balance] aux_loss = 0.01 or bias_update = "sign"; set [balance] z_loss' in message
 
 
 def test_collapse_can_end_however_high_the_threshold() -> None:
@@ -171,6 +172,119 @@ def test_collapse_and_rise_are_said_of_each_layer() -> None:
     messages = [m for _ in range(9) for m in alerts.check(record(layer(hot, 1), layer(hot, 2)))]
     assert len(messages) == 2  # layer 2 had collapsed before, and its CV has not risen
     assert all("layer 1: " in message for message in messages)
+
+
+@pytest.mark.parametrize("kind", ["got no token", "CV has risen", "router collapse"])
+def test_layers_that_go_wrong_together_are_one_line_about_the_worst(kind: str) -> None:
+    alerts = Alerts()
+    fair, worst = [3000, *[0] * 7], [3000, *[0] * 15]
+    alerts.check(record(*(layer([1000] * 8, number) for number in range(1, 12))))
+    layers = [layer(worst if number == 4 else fair, number) for number in range(1, 12)]
+    messages = [m for _ in range(20) for m in alerts.check(record(*layers)) if kind in m]
+    (message,) = messages
+    assert "layers 1, 2, 3, 4, 5, 6, 7, 8 and 3 more, of which layer 4 is the worst: " in message
+
+
+def test_no_alert_while_the_learning_rate_warms_up() -> None:
+    hot, limits = [8000, *[0] * 7], AlertThresholds(alert_dead_steps=30)
+    said_at = {}
+    alerts = Alerts()
+    for step in range(10, 210, 10):
+        of_step = record(layer(hot), step=step, warmup_steps=50, thresholds=limits)
+        said_at[step] = [message.split(": ")[1][:12] for message in alerts.check(of_step)]
+    # What is wrong at its end is said at once.
+    assert {step: len(lines) for step, lines in said_at.items() if lines} == {60: 2}
+
+
+def test_a_cv_that_rises_in_the_warm_up_sets_no_lowest() -> None:
+    """A router that has learnt nothing spreads tokens evenly: that is no level to keep."""
+    alerts = Alerts()
+    rises = [*[skewed(0.05)] * 4, *[skewed(0.6)] * 40]
+    for warmup_steps, number_said in ((0, 1), (200, 0)):
+        alerts = Alerts()
+        records = [
+            record(layer(counts_E), step=10 * number, warmup_steps=warmup_steps)
+            for number, counts_E in enumerate(rises, start=1)
+        ]
+        assert sum("CV" in m for each in records for m in alerts.check(each)) == number_said
+
+
+HOT = [8000, *[0] * 7]
+IN_FORCE = {
+    "balance.aux_loss": 0.02,
+    "balance.bias_update": "sign",
+    "balance.bias_rate": 0.005,
+    "balance.z_loss": 1e-3,
+    "router.jitter_noise": 0.01,
+}
+
+
+def remedies(settings, bias_norm: float | None, **changed) -> list[str]:
+    """Of every kind of alert, for a run with these settings."""
+    alerts, messages = Alerts(), []
+    for number in range(20):
+        counts_E = HOT if number else EVEN
+        of_step = record(layer(counts_E, bias_norm=bias_norm), settings=settings, **changed)
+        messages += alerts.check(of_step)
+    assert len(messages) == 3
+    return [message.partition("Remedy: ")[2] for message in messages]
+
+
+def test_what_is_in_force_is_raised_and_not_advised() -> None:
+    for advice in remedies(IN_FORCE, bias_norm=0.1):
+        assert "raise [balance] aux_loss above its 0.02" in advice
+        assert "raise [balance] bias_rate above its 0.005" in advice
+        assert 'bias_update = "sign"' not in advice
+        assert "aux_loss = " not in advice
+        assert "z_loss = " not in advice
+        assert "jitter_noise" not in advice
+    every = " ".join(remedies(IN_FORCE, bias_norm=0.1))
+    assert every.count("raise [balance] z_loss above its 0.001") == 2  # a dead expert needs none
+
+
+def test_losses_of_other_scopes_are_raised_where_they_stand() -> None:
+    (advice, *_) = remedies({"balance.batch.aux_loss": 0.1}, bias_norm=None)
+    assert 'raise [balance.batch] aux_loss above its 0.1 or bias_update = "sign"' in advice
+
+
+def test_the_models_own_bias_is_raised_by_naming_its_update() -> None:
+    (advice, *_) = remedies({"balance.bias_rate": 0.001}, bias_norm=0.0)
+    assert 'raise [balance] bias_rate above its 0.001 with bias_update = "sign"' in advice
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"router.freeze": True}, "remove [router] freeze"),
+        ({"router.routing": "balanced"}, "skip_first_n_experts"),
+        ({"router.routing": "sinkhorn"}, "raise [router] sinkhorn_iterations"),
+    ],
+)
+def test_what_a_routing_excludes_is_not_advised(settings, said: str) -> None:
+    for advice in remedies(settings, bias_norm=None):
+        assert said in advice
+        assert "aux_loss" not in advice
+        assert "bias_update" not in advice
+
+
+def test_a_longer_warm_up_is_longer_than_the_runs() -> None:
+    assert "warm it up for more than 7 steps" in " ".join(remedies({}, None, warmup_steps=7))
+
+
+def test_the_settings_of_a_run_are_its_keys_that_differ_from_the_default() -> None:
+    router = Router.model_validate({"jitter_noise": 0.01})
+    rate = {"start": 0.1, "end": 0.2, "steps": 5}
+    balance = Balance.model_validate({"aux_loss": 0.5, "bias_update": "sign", "bias_rate": rate})
+    assert settings_of(router, balance, 0.001) == {
+        "router.jitter_noise": 0.01,
+        "balance.aux_loss": 0.5,
+        "balance.bias_update": "sign",
+        "balance.bias_rate": rate,
+    }
+    plain = Balance.model_validate({"bias_update": "sign", "bias_rate": 0.3})
+    assert settings_of(Router(), plain, 0.001)["balance.bias_rate"] == 0.3
+    assert settings_of(Router(), Balance(), 0.001) == {"balance.bias_rate": 0.001}
+    assert settings_of(Router(), Balance(), None) == {}
 
 
 def test_a_layer_that_saw_no_token_says_nothing_about_its_router() -> None:

@@ -122,11 +122,21 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
 def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None:
     own = AlertThresholds(alert_dead_steps=40, alert_cv_rise=9.0, alert_collapse=0.01)
     records = run(layers=2, steps=220, every=20, dead=1)
-    plotted = plot(written(tmp_path / "run", [replace(each, thresholds=own) for each in records]))
+    records = [replace(each, thresholds=own, warmup_steps=20) for each in records]
+    plotted = plot(written(tmp_path / "run", records))
     (alert,) = plotted.alerts
     assert alert.startswith("step 140, layer 2: expert 7 of 8 got no tokens for 40 steps")
-    said = "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01"
+    said = (
+        "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01, after the 20 steps of "
+        "the warm-up."
+    )
     assert said in Page(plotted.paths[-1].read_text()).text
+
+
+def test_the_backend_that_computed_is_named_beside_the_one_asked_for(tmp_path: Path) -> None:
+    chosen = record(layer([3, 1]), backend="auto", computed_by=("for_loop",))
+    text = plot(written(tmp_path / "run", [chosen])).paths[-1].read_text()
+    assert "computed by for_loop, chosen by auto, loss" in text
 
 
 def test_no_alerts_are_said_to_be_none(tiny: Path) -> None:
@@ -167,6 +177,51 @@ def test_a_run_without_losses_has_no_picture_of_them(tmp_path: Path) -> None:
     bare = record(layer([3, 1], losses={}, scaled_losses={}), loss=None)
     names = [path.name for path in plot(written(tmp_path / "bare", [bare])).paths]
     assert names == [*FILES[:3], FILES[-1]]
+
+
+def test_a_run_whose_layers_got_nothing_has_a_page(tmp_path: Path, capsys) -> None:
+    nothing = record(layer([0, 0], losses={}, scaled_losses={}))
+    folder = written(tmp_path / "run", [nothing, at(nothing, 20)])
+    assert cli.main(["plot", str(folder)]) == 0
+    assert "2 experts, computed by for_loop" in capsys.readouterr().out
+    page_of_it = (folder / "telemetry" / "telemetry.html").read_text()
+    assert page_of_it.count("None: no layer was given a token.") == 1
+    assert "<td>1</td>" in page_of_it  # the layer by layer table names it
+
+
+def test_numbers_that_no_axis_shows_leave_a_page(tmp_path: Path, recwarn) -> None:
+    huge = {"losses": {"aux_loss": 1e308}, "scaled_losses": {"aux_loss": 1e308}}
+    first = record(layer([3, 1], **huge), layer([3, 1], 2, **huge), loss=1e308)
+    last = at(record(layer([3, 1], **huge), loss=-1e308), 20)
+    text = plot(written(tmp_path / "run", [first, last])).paths[-1].read_text()
+    assert "loss -1e+308" in text
+    assert not [each for each in recwarn if issubclass(each.category, RuntimeWarning)]
+
+
+LINE = '"step": 10'
+DEEP = 10**5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (LINE, f'"step": {2**40 + 1}', "step: Input should be less than or equal to"),
+        (LINE, f'"step": {"9" * 400}', "step: Input should be less than or equal to"),
+        (LINE, f'"step": {"9" * 5000}', "is not JSON: number out of range"),
+        ("[3, 1]", f"[{'9' * 400}, 1]", "layers.0.counts_E.0: Input should be less than"),
+        ('"layer": 1', f'"layer": {"9" * 40}', "layers.0.layer: Input should be less than"),
+        (LINE, f'"x": {"[" * DEEP}{"]" * DEEP}, {LINE}', "is not JSON: recursion limit exceeded"),
+        ('"for_loop"', r'"\ud800"', "is not JSON: "),
+    ],
+)
+def test_what_no_run_writes_is_one_line(tiny: Path, capsys, old: str, new: str, said: str) -> None:
+    file = tiny / "telemetry.jsonl"
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+    message = refusal(capsys, tiny)
+    assert message.startswith(f"{file}, line 1: {said}")
+    assert message.endswith("Is it a telemetry.jsonl that ezpz_moe wrote?")
 
 
 def test_nothing_is_written_when_drawing_fails(tiny: Path, monkeypatch) -> None:

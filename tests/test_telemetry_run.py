@@ -40,7 +40,9 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        train({"run": job(folder / "job.toml", *flags)}, folder, ranks=1)
+        (folder / "fixed.toml").write_text(text.replace('"watched_sdpa"', '"watched_sdpa_auto"'))
+        fixed = job(folder / "fixed.toml", "--training.steps", "1", "--debug.deterministic")
+        train({"run": job(folder / "job.toml", *flags), "fixed": fixed}, folder, ranks=1)
     return folder / "run"
 
 
@@ -54,6 +56,15 @@ def test_the_file_has_a_line_for_the_first_step_and_every_second(run):
         for layer in each["layers"]:
             assert layer["tokens"] == each["steps"] * 2 * 128
             assert sum(layer["counts_E"]) == 3 * layer["tokens"]
+
+
+def test_a_deterministic_run_times_nothing_and_a_record_names_what_computed(run):
+    (record,) = read(run.parent / "fixed" / "telemetry.jsonl")
+    assert (record.backend, record.computed_by) == ("auto", ("batched_mm_padded",))
+    log = (run.parent / LOG).read_text()
+    assert "deterministic algorithms are on, so nothing is timed" in log
+    assert "measured now" not in log
+    assert {each.computed_by for each in read(run / "telemetry.jsonl")} == {()}
 
 
 def test_tensorboard_has_scalars_picture_and_histograms(run):
@@ -122,7 +133,8 @@ PROVOKED = {
         [telemetry]
         alert_dead_steps = 3
         """,
-        r"step 3, layer 2: experts 0, 1 of 8 got no tokens for 3 steps \(.* alert_dead_steps = 3\)",
+        r"step 3, layers 1, 2, of which layer 1 is the worst: experts 0, 1 of 8 got no tokens for "
+        r"3 steps \(.* alert_dead_steps = 3\)\. Remedy: routing = .balanced. leaves it to chance",
     ),
     "collapsed": (
         """
@@ -133,7 +145,9 @@ PROVOKED = {
         bias_update = "none"
         [telemetry]
         """,
-        r"step 1, layer 1: router collapse: the load is that of 3\.0 of 8 experts, below 4\.2 ",
+        # After two steps of warm-up.
+        r"step 3, layers 1, 2, of which layer 1 is the worst: router collapse: the load is that of "
+        r"3\.0 of 8 experts, below 4\.2 ",
     ),
     "rising": (
         """
@@ -173,6 +187,18 @@ def test_an_alert_is_raised_in_the_run_and_when_it_is_plotted(provoked, name):
 def test_a_record_has_the_flavors_thresholds(provoked):
     last = read(provoked / "dead" / "telemetry.jsonl")[-1]
     assert last.thresholds == AlertThresholds(alert_dead_steps=3)
+
+
+def test_a_record_has_what_the_run_does_already(provoked):
+    last = read(provoked / "dead" / "telemetry.jsonl")[-1]
+    assert last.warmup_steps == 2
+    assert last.settings == {
+        "router.routing": "balanced",
+        "router.skip_first_n_experts": 2,
+        "balance.bias_update": "none",
+    }
+    rising = read(provoked / "rising" / "telemetry.jsonl")[-1]
+    assert rising.settings == {"balance.bias_update": "none"}
 
 
 def test_a_router_that_is_not_finite_stops_the_run_with_layer_and_step(tmp_path):

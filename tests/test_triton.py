@@ -81,6 +81,26 @@ def test_the_contract_through_the_interpreter_with_every_routing() -> None:
     assert {outcome for _, outcome in ran} == {"PASSED"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_bits_have_to_be_the_same_no_tile_is_timed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tile sums in another order: a time, or a file of times, would change the bits."""
+    from ezpz_moe.compute.backends.triton import tuning
+
+    # Without a GPU's driver the question itself is an error.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    configs = [tuning._SMALL, *tuning._ONE_SUM, *tuning._FLOAT32]
+    large = {"R_BUCKET": 2**16, "K": 2**11, "N": 2**11, "a": torch.empty(0, dtype=dtype)}
+    assert len(tuning._to_time(configs, large)) > 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        (only,) = tuning._to_time(configs, large)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (only in tuning._FLOAT32) == (dtype == torch.float32)
+
+
 FIRST_PROGRAM = """
 import torch
 from ezpz_moe.compute.backends.triton import kernels

@@ -10,7 +10,9 @@ What a backend promises, whatever the routing:
 of the plain loop in the same dtype, plus 1e-6 of the tensor's scale;
 - rows beyond the sum of the counts (*tail rows*) get exactly zero, as outputs and as input
 gradients, even if the tail of x holds NaN;
-- an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it);
+- an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it), and
+its weights change nothing, even if they hold NaN;
+- without rows, or without experts, the result is still a function of every input;
 - the result has x's dtype; inputs do not change; a rerun gives the same bits;
 - a second differentiation is right or refused, never silently wrong.
 """
@@ -53,6 +55,11 @@ class Backend(ABC):
         """The same backend, with options that drop nothing: its numbers can then be checked."""
         return self
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The backends that compute in its place in this process; none unless it chooses."""
+        return ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) uses the same backend
 
@@ -89,6 +96,8 @@ class Backend(ABC):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         check_grouped_mm(A_RK, B_EKN, offs_E)
+        if not B_EKN.shape[0]:
+            return _without_experts(A_RK, B_EKN.shape[2], B_EKN)
         return self._grouped_mm(A_RK, B_EKN, offs_E)
 
     def swiglu(
@@ -113,6 +122,8 @@ class Backend(ABC):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         check_swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        if not w1_EFD.shape[0]:
+            return _without_experts(x_RD, x_RD.shape[1], w1_EFD, w2_EDF, w3_EFD)
         return self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
     def rows_used(
@@ -152,6 +163,15 @@ class Backend(ABC):
         gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
         up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
         return self._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs_E)
+
+
+# Here and not in the backends: kernels and the libraries below them may rely on a first expert.
+def _without_experts(
+    rows_RX: torch.Tensor, columns: int, *weights_EXY: torch.Tensor
+) -> torch.Tensor:
+    """Return zero rows that depend on every input: their gradients are then zeros, not None."""
+    nothing = sum((each.sum() for each in weights_EXY), rows_RX[:0].sum())
+    return rows_RX.new_zeros(rows_RX.shape[0], columns) + nothing
 
 
 def missing_device(device: torch.device) -> str | None:

@@ -49,8 +49,8 @@ def random_case(
 ) -> Case:
     """Make random inputs of an expert layer; the ``tail`` rows of x hold NaN.
 
-    Weights are scaled by the square root of their inner dimension: every product then keeps the
-    scale of its input, whatever the sizes.
+    So do the weights of experts without tokens. Weights are scaled by the square root of their
+    inner dimension: every product then keeps the scale of its input, whatever the sizes.
     """
     # Draw on the CPU in float32 and convert: a seed then gives the same case on every device and,
     # but for rounding, in every dtype.
@@ -63,14 +63,19 @@ def random_case(
     x_RD = normal(R, dim)
     # A kernel that reads tail rows, even to multiply them by zero, shows it.
     x_RD[sum(counts) :] = torch.nan
-    return Case(
+    counts_E = torch.tensor(counts, device=device, dtype=torch.int64)
+    case = Case(
         w1_EFD=normal(E, hidden_dim, dim, scale=dim**-0.5),
         w2_EDF=normal(E, dim, hidden_dim, scale=hidden_dim**-0.5),
         w3_EFD=normal(E, hidden_dim, dim, scale=dim**-0.5),
         x_RD=x_RD,
-        num_tokens_per_expert_E=torch.tensor(counts, device=device),
+        num_tokens_per_expert_E=counts_E,
         grad_y_RD=normal(R, dim),
     )
+    # Likewise for one that multiplies padding of an expert that has nothing else.
+    for weights in (case.w1_EFD, case.w2_EDF, case.w3_EFD):
+        weights[counts_E == 0] = torch.nan
+    return case
 
 
 def plain_loop(
@@ -86,7 +91,9 @@ def plain_loop(
             chunks_RD, w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True
         )
     ]
-    return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)])
+    # Adds zero. Without experts, what remains is then still a function of every input.
+    nothing = sum(each[:0].sum() for each in (w1_EFD, w2_EDF, w3_EFD, x_RD))
+    return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)]) + nothing
 
 
 def run(swiglu: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:

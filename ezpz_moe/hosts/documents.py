@@ -89,9 +89,15 @@ def find_text(
     return name, dataset_path
 
 
-def is_ours(dataset: str) -> bool:
-    """Return whether this module reads the dataset, and not the host."""
-    return dataset in (DEFAULT_DATASET, TEXT_FILE)
+VALIDATES_ON_TRAINING_TEXT = (
+    "ezpz_moe: validation reads the training text, because [validation] names none: its loss says "
+    "nothing about other text. For that, set dataset or dataset_path in [validation]"
+)
+
+
+def is_ours(dataset: str | None) -> bool:
+    """Return whether this module reads the dataset, and not the host; None is our default."""
+    return (dataset or DEFAULT_DATASET).lower() in (DEFAULT_DATASET, TEXT_FILE)
 
 
 def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:

@@ -1,4 +1,4 @@
-"""Warnings about a router that goes wrong, each with what the flavor can do about it.
+"""Warnings about routers that go wrong, each with what the flavor can do about it.
 
 Legend: E = routed experts, N = assignments of a layer in a record.
 """
@@ -6,7 +6,7 @@ Legend: E = routed experts, N = assignments of a layer in a record.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ezpz_moe.telemetry.figures import (
     coefficient_of_variation,
@@ -14,6 +14,7 @@ from ezpz_moe.telemetry.figures import (
     effective_experts,
 )
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.remedies import remedy
 
 # The CV's running mean gives a new record this weight: a trend over some five records counts, a
 # spike in one does not.
@@ -31,25 +32,25 @@ ENOUGH = 4
 # Otherwise a figure near the threshold would be reported again and again.
 HYSTERESIS = 0.1
 
-_DEAD = (
-    '[balance] aux_loss = 0.01 or bias_update = "sign" pulls tokens back to idle experts, '
-    "[router] jitter_noise = 0.01 lets some tokens try them; if they died during warm-up, lower "
-    "the learning rate"
-)
-_RISING = (
-    'raise [balance] aux_loss or set bias_update = "sign"; [balance] z_loss = 0.001 keeps the '
-    "logits small; a lower learning rate or a longer warm-up slows the router"
-)
-_COLLAPSE = (
-    "go back to a checkpoint from before it; set or raise [balance] aux_loss and z_loss, add "
-    "[router] jitter_noise = 0.01, and lower the learning rate"
-)
+
+@dataclass(frozen=True)
+class _Found:
+    """A layer in which something goes wrong.
+
+    Attributes:
+        value: how bad it is, for the worst of several; lower is worse.
+        what: what is said of the layer.
+    """
+
+    layer: int
+    value: float
+    what: str
 
 
 class Alerts:
-    """Watches the records of a run in order, with the thresholds in each record.
+    """Watches the records of a run in order, with the thresholds and settings in each record.
 
-    An alert is raised once, until it has ended.
+    An alert is raised once, until it has ended, and not before the learning rate has warmed up.
     """
 
     def __init__(self) -> None:
@@ -59,17 +60,19 @@ class Alerts:
         self._said: set[tuple[object, ...]] = set()
 
     def check(self, record: StepRecord) -> list[str]:
-        """Return what has gone wrong since the last record, a line per layer and kind of alert."""
-        return [
-            f"step {record.step}, layer {layer.layer}: {message}"
-            for layer in record.layers
-            if layer.tokens
-            for kind in (self._dead, self._rising, self._collapsed)
-            for message in kind(layer, record)
-        ]
+        """Return what has gone wrong since the last record, a line for each kind of alert."""
+        kinds = {"dead": self._dead, "rising": self._rising, "collapse": self._collapsed}
+        lines = []
+        for kind, find in kinds.items():
+            layers = [layer for layer in record.layers if layer.tokens]
+            if found := [each for layer in layers if (each := find(layer, record))]:
+                has_bias = any(layer.bias_norm is not None for layer in layers)
+                advice = remedy(kind, record.settings, record.warmup_steps, has_bias=has_bias)
+                lines.append(f"step {record.step}, {_in_words(found)}. Remedy: {advice}.")
+        return lines
 
-    def _dead(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """Report experts without an assignment, each once, on one line with the others."""
+    def _dead(self, layer: LayerRecord, record: StepRecord) -> _Found | None:
+        """Find experts without an assignment, each once."""
         limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
         new = []
         for expert in range(len(layer.counts_E)):
@@ -77,38 +80,45 @@ class Alerts:
             # A record without an assignment means that all its steps had none.
             idle = self._idle_steps.get(key, 0) + record.steps if expert in dead else 0
             self._idle_steps[key] = idle
-            if self._begins(("dead", *key), idle >= limit, not idle):
+            is_bad = idle >= limit and not _warms_up(record)
+            if self._begins(("dead", *key), is_bad, not idle):
                 new.append(expert)
-        if new:
-            idle = min(self._idle_steps[layer.layer, expert] for expert in new)
-            yield (
-                f"{_named(new)} of {len(layer.counts_E)} got no tokens for {idle} steps "
-                f"([telemetry] alert_dead_steps = {limit}). Remedy: {_DEAD}."
-            )
+        if not new:
+            return None
+        idle = min(self._idle_steps[layer.layer, expert] for expert in new)
+        return _Found(
+            layer.layer,
+            -len(new),
+            f"{_named('expert', new)} of {len(layer.counts_E)} got no tokens for {idle} steps "
+            f"([telemetry] alert_dead_steps = {limit})",
+        )
 
-    def _rising(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
-        """Compare the smoothed CV with its lowest value so far."""
+    def _rising(self, layer: LayerRecord, record: StepRecord) -> _Found | None:
+        """Compare the smoothed CV with its lowest value since the warm-up."""
         cv = coefficient_of_variation(layer.counts_E)
         key, rise = layer.layer, record.thresholds.alert_cv_rise
         if math.isnan(cv):
-            return
+            return None
         before = self._smoothed_cv.get(key, cv)
-        smoothed = before + SMOOTHING * (cv - before)
+        smoothed = self._smoothed_cv[key] = before + SMOOTHING * (cv - before)
+        if _warms_up(record):  # a router that has not learnt spreads tokens more evenly
+            return None
         # The lowest of the smoothed values: one lucky record would otherwise set a level that the
         # run never keeps.
-        lowest = min(smoothed, self._lowest_cv.get(key, smoothed))
-        self._smoothed_cv[key], self._lowest_cv[key] = smoothed, lowest
+        lowest = self._lowest_cv[key] = min(smoothed, self._lowest_cv.get(key, smoothed))
         # Without the floor, twice a tiny CV would raise an alert about a well balanced layer.
         limit = max(rise * lowest, _floor(layer))
-        if self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
-            yield (
-                f"load CV has risen to {smoothed:.3f}, above {limit:.3f} "
-                f"([telemetry] alert_cv_rise = {rise:g} times its lowest, {lowest:.3f}, and at "
-                f"least {_floor(layer):.3f}). "
-                f"Remedy: {_RISING}."
-            )
+        if not self._begins(("cv", key), smoothed > limit, smoothed < limit * (1 - HYSTERESIS)):
+            return None
+        return _Found(
+            layer.layer,
+            -smoothed,
+            f"load CV has risen to {smoothed:.3f}, above {limit:.3f} "
+            f"([telemetry] alert_cv_rise = {rise:g} times its lowest, {lowest:.3f}, and at "
+            f"least {_floor(layer):.3f})",
+        )
 
-    def _collapsed(self, layer: LayerRecord, record: StepRecord) -> Iterator[str]:
+    def _collapsed(self, layer: LayerRecord, record: StepRecord) -> _Found | None:
         """Check the effective number of experts, if there are enough tokens to tell.
 
         A token chooses k distinct experts, so no load is that of fewer than k: collapse is the way
@@ -118,18 +128,20 @@ class Alerts:
         assignments = sum(layer.counts_E)
         # With zero-computation experts, tokens use different numbers of routed experts.
         fewest = assignments / layer.tokens  # k, or the mean number of experts that compute
-        if assignments < ENOUGH * experts or fewest >= experts:
-            return
+        if assignments < ENOUGH * experts or fewest >= experts or _warms_up(record):
+            return None
         limit = fewest + share * (experts - fewest)
         effective = effective_experts(layer.counts_E)
         over = effective > limit + HYSTERESIS * (experts - limit)
-        if self._begins(("collapse", layer.layer), effective < limit, over):
-            yield (
-                f"router collapse: the load is that of {effective:.1f} of {experts} experts, below "
-                f"{limit:.1f} ([telemetry] alert_collapse = {share:g} of those beyond the "
-                f"{fewest:.3g} that a token uses). "
-                f"Remedy: {_COLLAPSE}."
-            )
+        if not self._begins(("collapse", layer.layer), effective < limit, over):
+            return None
+        return _Found(
+            layer.layer,
+            effective / experts,
+            f"router collapse: the load is that of {effective:.1f} of {experts} experts, below "
+            f"{limit:.1f} ([telemetry] alert_collapse = {share:g} of those beyond the "
+            f"{fewest:.3g} that a token uses)",
+        )
 
     def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
         """Return whether to raise the alert now; between bad and good its state does not change."""
@@ -147,8 +159,22 @@ def _floor(layer: LayerRecord) -> float:
     return max(CV_FLOOR, CHANCE * chance)
 
 
-def _named(experts: list[int], shown: int = 8) -> str:
+def _warms_up(record: StepRecord) -> bool:
+    """Return whether the learning rate still rises: what a router does then says little of it."""
+    return record.step <= record.warmup_steps
+
+
+def _in_words(found: list[_Found]) -> str:
+    """Return the layers, and what is said of the worst, the first of several."""
+    worst = min(found, key=lambda each: each.value)
+    layers = _named("layer", [each.layer for each in found])
+    if len(found) == 1:
+        return f"{layers}: {worst.what}"
+    return f"{layers}, of which layer {worst.layer} is the worst: {worst.what}"
+
+
+def _named(noun: str, numbers: list[int], shown: int = 8) -> str:
     """Return ``expert 2``, or ``experts 2, 7``; after the first few, how many more."""
-    names = ", ".join(map(str, experts[:shown]))
-    more = f" and {len(experts) - shown} more" if len(experts) > shown else ""
-    return f"expert{'s' if len(experts) > 1 else ''} {names}{more}"
+    names = ", ".join(map(str, numbers[:shown]))
+    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {names}{more}"

@@ -44,6 +44,7 @@ _LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe 
 _PIXELS_WIDE = 1024  # of the loggers' picture, as long as its cells stay visible
 _VALUES_FIT = 16  # experts in a row that leave room for a figure in each cell
 _NAMES_FIT = 12  # layers in a legend
+_DRAWN = 1e100  # larger values are left out: axes cannot be divided beyond the range of numbers
 _ROUND: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
 
 
@@ -150,10 +151,8 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
     None if no record has a finite loss. A single record has no second part.
     """
     steps_S = _steps(records)
-    loss_S, cv_S = (
-        np.array([r.loss for r in records], dtype=np.float64),
-        mean_over_layers(cv_by_step(records)),
-    )
+    loss_S = _drawable([r.loss for r in records])
+    cv_S = mean_over_layers(cv_by_step(records))
     if not np.isfinite(loss_S).any():
         return None
     figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
@@ -189,7 +188,7 @@ def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
     figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=True):
-        loss_S = [_mean_loss(record, name) for record in records]
+        loss_S = _drawable([_mean_loss(record, name) for record in records])
         _line(panel, _steps(records), loss_S, color=_LOSS_COLOUR)
         _over_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
     return _png(figure)
@@ -256,7 +255,10 @@ def load_by_step(
     first = found[0][0]
     # Edges at steps, not at record numbers: records may cover different numbers of steps.
     edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
-    counts = [np.sum([found[i][1].counts_E for i in group], axis=0) for group in groups]
+    # Python's integers: numpy's sum of large ones would wrap around to a negative one.
+    counts = [
+        [*map(sum, zip(*(found[i][1].counts_E for i in group), strict=True))] for group in groups
+    ]
     return np.stack([relative_load(counts_E) for counts_E in counts], axis=1), np.array(edges)
 
 
@@ -318,6 +320,12 @@ def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_L
         textcoords="offset points",
         ha="right",
     )
+
+
+def _drawable(values_S: Sequence[float | None]) -> Array:
+    """Return the values, NaN where there is none or one that no axis can show."""
+    array_S = np.array(values_S, dtype=np.float64)
+    return np.where(np.abs(array_S) <= _DRAWN, array_S, math.nan)
 
 
 def _line(axes: Axes, steps_S: Sequence[int], values_S: npt.ArrayLike, **style: Any) -> None:

@@ -164,6 +164,7 @@ def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
     return {"padding_waste": 1 - (given - dropped) / computed, "drop_rate": dropped / given}
 
 
+@np.errstate(over="ignore")  # a mean beyond all numbers is infinite, and shown as such
 def over_layers(figures_L: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return each figure's mean over the layers that have it, and the worst as ``<name>_worst``.
 

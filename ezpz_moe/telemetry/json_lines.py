@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry.figures import layer_figures, over_layers
@@ -151,7 +152,7 @@ def _is_cut(line: bytes) -> bool:
     if not (line.startswith(ours) or ours.startswith(line)):
         return False
     try:
-        json.loads(line)
+        from_json(line)
     except ValueError:
         return True
     return False
@@ -168,7 +169,9 @@ def _take(records: list[StepRecord], record: StepRecord) -> None:
 def _parsed(line: bytes, where: str) -> StepRecord:
     """Return the record on a line; ``where`` is for the error."""
     try:
-        content = json.loads(line)
+        # Not json.loads: it raises other errors than ValueError for deep nesting, and takes half of
+        # a surrogate pair for text, which nobody can then write.
+        content = from_json(line)
     except ValueError as error:
         raise EzpzError(f"{where}: is not JSON: {error}. {_FOREIGN}") from None
     if not isinstance(content, dict) or "format" not in content:

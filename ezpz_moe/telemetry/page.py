@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import headline, layer_rows, over_layers_rows, steps
 
@@ -78,7 +77,7 @@ def page(
         f'<p class="quiet">{escape(_what(records))} <code>{escape(str(source))}</code></p>',
         # Alerts come first: they are what the reader opens the page for.
         f"<h2>{'Alerts' if alerts else 'No alerts'}</h2>",
-        _alerts(alerts, last.thresholds),
+        _alerts(alerts, last),
         "<h2>Over the layers</h2>",
         f"<p>{escape(headline(last))}.</p>",
         _table(over_layers_rows(last)),
@@ -101,10 +100,12 @@ def _what(records: Sequence[StepRecord]) -> str:
     return f"{number} of steps {first} to {records[-1].step}, from"
 
 
-def _alerts(alerts: Sequence[str], thresholds: AlertThresholds) -> str:
+def _alerts(alerts: Sequence[str], last: StepRecord) -> str:
+    thresholds, warmup = last.thresholds, last.warmup_steps
     said = (
         f"With the run's own alert_dead_steps = {thresholds.alert_dead_steps}, alert_cv_rise = "
-        f"{thresholds.alert_cv_rise:g} and alert_collapse = {thresholds.alert_collapse:g}."
+        f"{thresholds.alert_cv_rise:g} and alert_collapse = {thresholds.alert_collapse:g}"
+        f"{f', after the {warmup} steps of the warm-up' if warmup else ''}."
     )
     items = "\n".join(f"<li>{escape(alert)}</li>" for alert in alerts)
     listed = f'<ul class="alerts">\n{items}\n</ul>\n' if alerts else ""
@@ -122,6 +123,8 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
+    if not rows:
+        return '<p class="quiet">None: no layer was given a token.</p>'
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
     lines = "\n".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows

@@ -6,13 +6,15 @@ Legend: E = routed experts, Z = zero-computation experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from ezpz_moe.config.routing_schema import AlertThresholds
 
-_Count = Annotated[int, Field(ge=0)]
+# Bounds that no run reaches: figures and pictures compute with float64, which has an end.
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_Number = Annotated[int, Field(ge=0, le=2**40)]
 _Counts = tuple[_Count, ...]
 
 
@@ -29,7 +31,7 @@ class LayerRecord:
     computed. ``drop_rate``: assignments dropped over assignments.
     """
 
-    layer: _Count
+    layer: _Number
     tokens: _Count
     counts_E: Annotated[_Counts, Field(min_length=1)]
     zero_counts_Z: _Counts
@@ -46,15 +48,20 @@ class LayerRecord:
 class StepRecord:
     """The MoE layers in the ``steps`` training steps that end with ``step``.
 
-    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` computed the experts;
-    ``thresholds`` are those of the run's alerts.
+    ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` was asked for;
+    ``computed_by``: the backends that ``backend`` chose, if it chooses. ``thresholds`` are those of
+    the run's alerts, and ``settings`` what they advise by (:mod:`.remedies`). ``warmup_steps``:
+    of the learning rate.
     """
 
-    step: _Count
-    steps: Annotated[int, Field(ge=1)]
+    step: _Number
+    steps: Annotated[int, Field(ge=1, le=2**40)]
     loss: float | None
     grad_norm: float | None
     backend: str
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
     # Kept with every record: a resumed run may have other thresholds, and plot needs no flavor.
     thresholds: AlertThresholds = field(default_factory=AlertThresholds)
+    settings: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: _Number = 0
+    computed_by: tuple[str, ...] = ()

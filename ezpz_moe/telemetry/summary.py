@@ -26,6 +26,7 @@ LABELS = {
     "mse_loss": "mse_loss, unscaled",
     "z_loss": "z_loss, unscaled",
 }
+_LONGEST = 1e12  # from here on digits are no longer read
 _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 
 
@@ -65,8 +66,13 @@ def headline(record: StepRecord) -> str:
     layers = len(record.layers)
     return (
         f"{steps(record)}: {layers} MoE layer{'s' * (layers > 1)} of {numbers} experts, computed "
-        f"by {record.backend}{loss}"
+        f"by {_backend(record)}{loss}"
     )
+
+
+def _backend(record: StepRecord) -> str:
+    chosen = ", ".join(record.computed_by)
+    return f"{chosen}, chosen by {record.backend}" if chosen else record.backend
 
 
 def steps(record: StepRecord) -> str:
@@ -80,7 +86,7 @@ def shown(value: float | None) -> str:
     """Format with three digits, or as a dash if there is no value."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < _LONGEST else f"{value:.3g}"
 
 
 def _worst(record: StepRecord, figures_L: list[dict[str, float]], name: str) -> dict[str, str]:

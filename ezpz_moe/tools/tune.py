@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ezpz_moe.compute.tuning import Measured, Situation
 
 _AUTO = "auto"
+_NOT_DETERMINISTIC = "--debug.no-deterministic"
 
 
 def tune(
@@ -45,10 +46,12 @@ def tune(
 
     Raises:
         EzpzError: as :func:`ezpz_moe.tools.launch.train`; ``auto`` does not compute the job's
-        experts; or the measurements could not be saved. Nothing has been started then.
+        experts, or not by time; or the measurements could not be saved. Nothing has been started
+        then.
     """
     job = find_job(config)
     _check_flavor(job)
+    _check_timed(job, host_flags)
     from ezpz_moe.compute import agreement, tuning
 
     _check_folder()
@@ -73,6 +76,16 @@ def _check_flavor(job: Job) -> None:
             f"{job.source}: compute_backend = {backend!r} in flavor {flavor.name}, so there is "
             f"nothing to choose. Name a flavor that ends in _{_AUTO}, or set "
             f'compute_backend = "{_AUTO}" in its file.'
+        )
+
+
+def _check_timed(job: Job, host_flags: list[str]) -> None:
+    in_file = job.values.get("debug.deterministic") and _NOT_DETERMINISTIC not in host_flags
+    if in_file or "--debug.deterministic" in host_flags:
+        raise EzpzError(
+            f"{job.source}: debug.deterministic = true: {_AUTO} then takes the first usable "
+            "backend, whatever was measured, so there is nothing to measure. For runs without it, "
+            f"tune with {_NOT_DETERMINISTIC}."
         )
 
 

@@ -111,6 +111,16 @@ def test_a_job_whose_backend_is_chosen_already_is_refused(job, capsys) -> None:
 
 
 @pytest.mark.usefixtures("not_started")
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_job_that_does_not_choose_by_time_is_refused(job, capsys, by_flag: bool) -> None:
+    flags = ["--debug.deterministic"] if by_flag else []
+    if not by_flag:
+        job.write_text(job.read_text().replace("[debug]", "[debug]\ndeterministic = true"))
+    said = _error(capsys, "tune", str(job), *flags)
+    assert f"{job}: debug.deterministic = true: auto then takes the first usable backend" in said
+
+
+@pytest.mark.usefixtures("not_started")
 def test_a_cache_that_cannot_be_written_is_told_before_anything_starts(
     job, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -7,6 +7,10 @@ how ranks agree. The question is asked again only when a rank's load changes its
 backends save the same for backward, which is why the choice may change between forward and
 backward.
 
+If torch's deterministic algorithms are on, nothing is measured and nothing remembered counts: the
+first of ``among`` that is usable computes, or without ``among`` the first by name. Two runs then
+have the same bits.
+
 Backends that drop tokens are never chosen unless ``among`` names them. With such a backend, the
 first choice stays: backward has to drop what forward dropped.
 
@@ -166,6 +170,17 @@ def _chosen(layer: _Layer) -> KernelBackend:
     return _kernels(choice.winner if choice and choice.winner else layer.candidates[0])
 
 
+def _take_the_first(layer: _Layer, choice: _Choice) -> None:
+    """Choose without a clock: the same on every rank, in every run."""
+    first = layer.candidates[0]
+    if choice.winner != first:
+        choice.winner = first
+        logger.info(
+            f"ezpz_moe: auto: {first} for {layer.question} (the first of "
+            f"{' '.join(layer.candidates)}: deterministic algorithms are on, so nothing is timed)"
+        )
+
+
 def _look(
     layer: _Layer,
     choice: _Choice,
@@ -237,7 +252,9 @@ def _forward(
     choice = _CHOICES.setdefault(layer, _Choice())
     # A choice that may drop tokens is made once: backward must drop what forward dropped.
     look_again = choice.calls % _EVERY == 0 and not _drop_tokens(layer.candidates)
-    if look_again or not choice.winner:
+    if torch.are_deterministic_algorithms_enabled():
+        _take_the_first(layer, choice)
+    elif look_again or not choice.winner:
         counts = counts_of(inputs[-1], rows)
         if any(counts):  # without rows there is nothing to time
             _look(layer, choice, counts, rows, one_pass)
@@ -347,6 +364,16 @@ class Auto(KernelBackend):
                 given = num_tokens_per_expert_E.sum(dtype=torch.int64)
                 return torch.stack([given, torch.zeros_like(given)]) if used_2 is None else used_2
         return None
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The winners of the layers with these options; none before the first choice."""
+        winners = {
+            choice.winner: None
+            for layer, choice in _CHOICES.items()
+            if choice.winner and (layer.among, layer.recompute) == (self.among, self.recompute)
+        }
+        return tuple(winners)
 
     @property
     def kernel_options(self) -> tuple[str, bool]:

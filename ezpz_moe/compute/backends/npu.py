@@ -11,9 +11,9 @@ offsets (``group_list_type=0``):
   transposed, result [E, K, N].
 
 In both cases the last offset has to be R. So tail rows count as the last expert's; they are set to
-zero beforehand, and so are their products and what they add to a gradient. The documentation does
-not mention a group without terms: the gradient of an expert without rows is set to zero afterwards.
-Empty tensors are not accepted.
+zero beforehand, which adds nothing to a gradient, and so are results afterwards: an expert without
+rows may have NaN weights. The documentation does not mention a group without terms: the gradient of
+an expert without rows is set to zero afterwards. Empty tensors are not accepted.
 
 Never run on an NPU: tested against a stand-in with that signature.
 
@@ -61,8 +61,15 @@ class _Groups:
         # where, not a product with the mask: tail rows may hold NaN.
         return torch.where(self.owned_R1, rows_RX, 0).contiguous()
 
+    def zero_tail(self, rows_RX: Tensor) -> Tensor:
+        """Set the tail rows of a result to zero, in place."""
+        return rows_RX.masked_fill_(~self.owned_R1, 0)
+
     def multiply(self, A_RK: Tensor, B_EKN: Tensor) -> Tensor:
-        """Compute ``C[r] = A[r] @ B[expert of r]``. A must be contiguous, with a tail of zeros."""
+        """Compute ``C[r] = A[r] @ B[expert of r]``. A must be contiguous, with a tail of zeros.
+
+        The tail of C is NaN if the last expert has no rows and its matrix holds NaN.
+        """
         if not A_RK.shape[0]:
             return A_RK.new_zeros(0, B_EKN.shape[2])
         return self._call(A_RK, _readable(B_EKN), group_type=0)
@@ -97,7 +104,7 @@ def _readable(B_EKN: Tensor) -> Tensor:
 
 def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
     groups = _Groups.of(offsets_on_device(offs_E, A_RK), A_RK.shape[0])
-    return groups.multiply(groups.owned(A_RK), B_EKN)
+    return groups.zero_tail(groups.multiply(groups.owned(A_RK), B_EKN))
 
 
 def _mm_backward(
@@ -105,7 +112,7 @@ def _mm_backward(
 ) -> tuple[Tensor, Tensor]:
     groups = _Groups.of(offsets_on_device(offs_E, A_RK), A_RK.shape[0])
     grad_C_RN = groups.owned(grad_C_RN)
-    grad_A_RK = groups.multiply(grad_C_RN, B_EKN.transpose(1, 2))
+    grad_A_RK = groups.zero_tail(groups.multiply(grad_C_RN, B_EKN.transpose(1, 2)))
     grad_B_EKN = groups.weight_gradient(groups.owned(A_RK), grad_C_RN, B_EKN)
     return laid_out_like(grad_A_RK, A_RK), grad_B_EKN
 
@@ -125,7 +132,7 @@ def _swiglu(
     groups = _Groups.of(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD.shape[0])
     gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, groups.owned(x_RD))
     y_RD = groups.multiply(F.silu(gate_RF).mul_(up_RF), w2_EDF.transpose(1, 2))
-    return y_RD, gate_RF, up_RF
+    return groups.zero_tail(y_RD), gate_RF, up_RF
 
 
 def _swiglu_backward(
@@ -157,7 +164,7 @@ def _swiglu_backward(
         groups.weight_gradient(grad_gate_RF, owned_x_RD, w1_EFD),
         grad_w2_EDF,
         groups.weight_gradient(grad_up_RF, owned_x_RD, w3_EFD),
-        laid_out_like(grad_x_RD, x_RD),
+        laid_out_like(groups.zero_tail(grad_x_RD), x_RD),
     )
 
 

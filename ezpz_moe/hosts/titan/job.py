@@ -4,6 +4,7 @@ If the job does not set a field, it keeps the host's own default, with these exc
 
 - ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
 - the tokenizer and the training text are the embedded ones, which need no download;
+- validation reads the training text, if that is the embedded one or a file of the user's;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
 - ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
@@ -48,7 +49,7 @@ from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
-from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
+from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
@@ -85,6 +86,9 @@ class JobConfig(Trainer.Config):
     """False in the first construction, true in the host's copies. A mistake in a copy ends the
     process, because the host would show a traceback."""
 
+    training_text: Annotated[Any, tyro.conf.Suppress] = None
+    """The dataloader that validation has, because the job names no text for it."""
+
     # Not in `build()`: the host calls that after it has opened its trace log in the dump folder.
     # The host's own checks are in the constructor, too.
     def __post_init__(self) -> None:
@@ -107,6 +111,11 @@ class JobConfig(Trainer.Config):
         """Build the trainer, in a folder where no other run writes."""
         with exit_on_user_error():
             run_folder.hold_for(self, self.dump_folder)
+        if hasattr(self.metrics, "warmup_steps"):
+            self.metrics.warmup_steps = self.lr_scheduler.warmup_steps
+        # A flag may have named another text.
+        if self.validator.enable and self.validator.dataloader == self.training_text:
+            logger.warning(VALIDATES_ON_TRAINING_TEXT)
         return Trainer.Config.build(self, **parts)
 
 
@@ -185,20 +194,34 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
             _is_last_save_ours="checkpoint.last_save_model_only" not in job.values,
         ),
     }
-    if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
-        data = _dataloader(job, "validation", infinite=False)
-        sections["validator"] = _validator(job, data)
+    if validator := _validator(job):
+        sections["validator"] = validator
+        if not _names_validation_text(job):
+            sections["training_text"] = validator.dataloader
     if (mode := job.values.get("activation_checkpoint.mode")) is not None:
         policy = _ACTIVATION_CHECKPOINTING[mode]
         sections["activation_checkpoint"] = policy() if policy else None
     return sections
 
 
-def _validator(job: Job, data: Configurable.Config) -> Validator.Config:
-    """Return the host's validator; for our own texts the one that counts what ranks have of it."""
+def _validator(job: Job) -> Validator.Config | None:
+    """Return the validator of the job's text; without one of its own, of our text of training.
+
+    None is the host's default, which streams a text of the Hub: it suits a training that does.
+    """
+    if not _names_validation_text(job):
+        if not is_ours(job.values.get("training.dataset")):
+            return None
+        data = _dataloader(job, "training", infinite=False)
+        return WholeTextValidator.Config(dataloader=data)
+    data = _dataloader(job, "validation", infinite=False)
     # The host's datasets are streamed: counting would mean downloading them before the first step.
-    dataset = job.values.get("validation.dataset", TEXT_FILE).lower()
-    return (WholeTextValidator if is_ours(dataset) else Validator).Config(dataloader=data)
+    is_counted = is_ours(job.values.get("validation.dataset"))
+    return (WholeTextValidator if is_counted else Validator).Config(dataloader=data)
+
+
+def _names_validation_text(job: Job) -> bool:
+    return not job.values.keys().isdisjoint({"validation.dataset", "validation.dataset_path"})
 
 
 def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:

@@ -34,6 +34,7 @@ from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.figures import use_of_rows
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
+from ezpz_moe.telemetry.remedies import settings_of
 from ezpz_moe.telemetry.scalars import scalars
 
 
@@ -43,6 +44,8 @@ class RouterMetrics(MetricsProcessor):
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         telemetry: Annotated[Telemetry | None, tyro.conf.Suppress] = None
+        # The job's, which sets it when the command line has been read.
+        warmup_steps: Annotated[int | None, tyro.conf.Suppress] = None
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class RouterMetrics(MetricsProcessor):
         metrics_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
+        self._warmup_steps = config.warmup_steps or 0
         self._alerts = Alerts()
         self._last_step: int | None = None
         self._counted_LE: torch.Tensor | None = None
@@ -133,6 +137,9 @@ class RouterMetrics(MetricsProcessor):
             backend=self._backend(),
             layers=tuple(layer for layer, _ in layers),
             thresholds=self._settings.thresholds,
+            settings=self._in_force(),
+            warmup_steps=self._warmup_steps,
+            computed_by=self._computed_by(),
         )
 
     def _layers(self, steps: int) -> list[tuple[LayerRecord, float]]:
@@ -180,6 +187,18 @@ class RouterMetrics(MetricsProcessor):
         """Return what computes this rank's experts; empty in a stage of dense layers only."""
         selectors = map(_experts, moe_layers(self.model_parts or ()).values())
         return next((each.compute_backend for each in selectors if each), "")
+
+    def _computed_by(self) -> tuple[str, ...]:
+        """Return the backends that compute now, if the one that was asked for chooses them."""
+        asked = self._backend()
+        return get_backend(asked).chosen if asked else ()
+
+    def _in_force(self) -> dict[str, Any]:
+        """Return what the routers do already, for what an alert advises."""
+        for moe in moe_layers(self.model_parts or ()).values():
+            router = moe.router
+            return settings_of(router.settings, router.balance, moe.load_balance_coeff)
+        return {}  # a stage of dense layers only
 
     # --- pictures ---------------------------------------------------------------------------------
 

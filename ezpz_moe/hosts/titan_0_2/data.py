@@ -10,6 +10,7 @@ from typing import Any
 
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, build_text_validation_dataloader
+from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
@@ -17,6 +18,7 @@ from ezpz_moe.hosts.documents import (
     DEFAULT_DATASET,
     TEXT_FILE,
     TOPICS_PATH,
+    VALIDATES_ON_TRAINING_TEXT,
     check_validation,
     find_text,
     is_ours,
@@ -38,10 +40,9 @@ def choose_text(config: Any, job: Job) -> None:
     sections = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
-        # Our config has no default for it, to tell whether the job names one. A path alone means a
-        # file of the user's, so it gets no default.
-        if not config.validation.dataset_path:
-            config.validation.dataset = config.validation.dataset or _VALIDATION_DATASET
+        # Our config has no default for it, to tell whether the job names one.
+        if not (config.validation.dataset or config.validation.dataset_path):
+            _choose_validation_text(config)
     for name, section in sections.items():
         try:
             section.dataset, section.dataset_path = find_text(
@@ -49,6 +50,16 @@ def choose_text(config: Any, job: Job) -> None:
             )
         except EzpzError as error:
             raise EzpzError(f"{job.source}: [{name}] {error}") from error
+
+
+def _choose_validation_text(config: Any) -> None:
+    """Validate on the training text if it is ours, else on the host's default."""
+    if is_ours(config.training.dataset):
+        logger.warning(VALIDATES_ON_TRAINING_TEXT)
+        config.validation.dataset = config.training.dataset or DEFAULT_DATASET
+        config.validation.dataset_path = config.training.dataset_path
+    else:
+        config.validation.dataset = _VALIDATION_DATASET
 
 
 def check_validation_shares(config: Any, ranks: int, tokenizer: Any) -> None:

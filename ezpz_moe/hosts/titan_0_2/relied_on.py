@@ -134,7 +134,8 @@ RELIED_ON: tuple[Reliance, ...] = (
         vital=True,
     ),
     Reliance(
-        "torchtitan.components.validate:build_validator",
+        "torchtitan.components.validate:Validator.validate",
+        takes=("model_parts", "step"),
         used_for="the validation of every flavor",
         if_broken=NO_FLAVOR,
         vital=True,

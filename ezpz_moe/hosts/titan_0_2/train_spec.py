@@ -17,7 +17,7 @@ from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.tokenizer import build_hf_tokenizer
-from torchtitan.components.validate import BaseValidator, build_validator
+from torchtitan.components.validate import BaseValidator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 from torchtitan.tools.logging import logger
@@ -33,6 +33,7 @@ from ezpz_moe.hosts.titan_0_2 import metrics
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.data import check_validation_shares
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
+from ezpz_moe.hosts.titan_0_2.validation import UncountedValidator
 
 Complete = Callable[[Any, Job], None]
 
@@ -103,7 +104,7 @@ def _build_validator(
     *, job_config: Any, dp_world_size: int, tokenizer: Any, **more: Any
 ) -> BaseValidator:
     check_validation_shares(job_config, dp_world_size, tokenizer)
-    return build_validator(
+    return UncountedValidator(
         job_config=job_config, dp_world_size=dp_world_size, tokenizer=tokenizer, **more
     )
 
