@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from router_cases import B, L, routed, router_of, small_model, tokens
+from router_cases import B, L, routed, router_of, small_model, sums_of, tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.hosts.titan.metrics import RouterMetrics
 from ezpz_moe.hosts.titan.router import Groups
-from ezpz_moe.routing.counters import SUMS
 from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.record import StepRecord
 
@@ -103,9 +102,9 @@ def test_a_loss_of_a_group_on_two_ranks_is_counted_once(tmp_path) -> None:
     for groups, mine in ((_TwoRanks(False), x_BLD), (Groups(False), torch.cat([x_BLD, x_BLD]))):
         router = router_of(small_model(tmp_path, BALANCE + "[telemetry]"), groups=groups)
         routed(router, mine)
-        sums.append(dict(zip(SUMS, router.sums_S.tolist(), strict=True)))
+        sums.append(sums_of(router))
     of_each, of_all = sums
-    assert of_all["aux_loss"] > 0
+    assert of_all["aux_loss_sequence"] > 0
     # Means over 2 B L tokens in another order.
     doubled = {name: 2 * value for name, value in of_each.items()}
     assert doubled == pytest.approx(of_all, rel=2 * B * L * 2.0**-24, abs=1e-12)

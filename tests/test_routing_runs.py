@@ -33,6 +33,7 @@ aux_loss = 2000.0
 mse_loss = 3000.0
 z_loss = 10.0
 scope = "{scope}"
+aux_loss_choice = "routed"
 
 [telemetry]
 images = false

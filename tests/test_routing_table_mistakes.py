@@ -73,6 +73,16 @@ def test_a_value_of_the_wrong_kind(
         ("router = 3", "router = 3: should be a table."),
         ("balance = []", "balance = []: should be a table."),
         ('[router]\nrooting = "topk"', "unknown key 'router.rooting'. Did you mean 'routing'?"),
+        (
+            "[balance.global]\naux_los = 1",
+            "unknown key 'balance.global.aux_los'. Did you mean 'aux_loss'?",
+        ),
+        ("[balance]\nglobal = 1", "balance.global = 1: should be a table."),
+        (
+            "[balance]\nglobl = {}",
+            "unknown key 'balance.globl'. Did you mean 'global'?",
+        ),
+        ("[balance.batch]\nz_loss = -1", f"balance.batch.z_loss = -1: {NOT_NEGATIVE}"),
         ("[balance]\naux_los = 1", "unknown key 'balance.aux_los'. Did you mean 'aux_loss'?"),
         ("[telemetry]\nevry = 1", "unknown key 'telemetry.evry'. Did you mean 'every'?"),
         (

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ezpz_moe.config.routing_schema import REPORTED_LOSSES
 from ezpz_moe.telemetry.record import LayerRecord
 
 Counts = Sequence[int]
@@ -31,9 +32,7 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "bias_norm": np.max,
     "padding_waste": np.max,
     "drop_rate": np.max,
-    "aux_loss": np.max,
-    "mse_loss": np.max,
-    "z_loss": np.max,
+    **dict.fromkeys(REPORTED_LOSSES, np.max),
 }
 # A mean of dead experts would hide one dead expert among many layers.
 _SUMMED = ("dead_experts",)

@@ -24,7 +24,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.config.routing_schema import LOSSES, Balance, Telemetry, reported_loss
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
@@ -244,11 +244,10 @@ def _layer_record(
     steps: int,
     use: Mapping[str, float | None],
 ) -> tuple[LayerRecord, float]:
-    total = dict(zip(SUMS, sums_S, strict=True))
+    total = dict(zip(SUMS, sums_S[: len(SUMS)], strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
     real = router.num_experts - router.settings.zero_computation_experts
-    # The sums are weighted to make one training step add up to its mean over groups.
-    losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
+    losses, scaled_losses = _losses(router.balance, total, steps)
     record = LayerRecord(
         layer=number,
         tokens=round(tokens),
@@ -258,7 +257,22 @@ def _layer_record(
         margin=total["margin"] / max(tokens, 1),
         bias_norm=None if bias_E is None else float(local(bias_E).norm()),
         losses=losses,
-        scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
+        scaled_losses=scaled_losses,
         **use,
     )
     return record, total["not_finite"]
+
+
+def _losses(
+    balance: Balance, total: Mapping[str, float], steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the losses of one training step by their names, without and with coefficients."""
+    losses, scaled = {}, {}
+    of_scopes = balance.of_scopes
+    for scope, coefficients in of_scopes.items():
+        for loss in LOSSES:
+            name = reported_loss(loss, scope, of_scopes)
+            # The sums are weighted to make one training step add up to its mean over groups.
+            losses[name] = total[f"{loss}_{scope}"] / steps
+            scaled[name] = coefficients.get(loss, 0.0) * losses[name]
+    return losses, scaled

@@ -120,12 +120,12 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     """Refuse sequence groups if a rank's folded tokens may come from any part of any sequence."""
-    parallelism, scope = config.parallelism, moe.router.balance.scope
+    parallelism, scopes = config.parallelism, moe.router.balance.of_scopes
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
     # A host that folds the batch has one dimension for the tokens of a sequence, others two.
     is_folded = len(titan().one_sequence(1)) == 1
-    if is_folded and ranks_share and scope == "sequence":
+    if is_folded and ranks_share and "sequence" in scopes:
         degrees = (
             f"parallelism.context_parallel_degree = {cp}"
             if cp > 1
@@ -133,7 +133,8 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
         yield (
             f'[balance] scope = "sequence" cannot be combined with {degrees} on this torchtitan, '
-            'where ranks share the tokens of all sequences. Set [balance] scope to "batch".'
+            'where ranks share the tokens of all sequences. Set [balance] scope to "batch", or '
+            "move the losses of [balance.sequence] to [balance.batch]."
         )
 
 

@@ -12,7 +12,7 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.routing_schema import Balance, Schedule
+from ezpz_moe.config.routing_schema import Balance, Schedule, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
@@ -93,8 +93,10 @@ def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]
     return before_forward
 
 
-def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: Any) -> Groups:
-    """Return what the losses are averaged over, and a group's weight in a training step.
+def _groups(
+    balance: Balance, parallel_dims: Any, training: Any, parallelism: Any
+) -> dict[Scope, Groups]:
+    """Return what the losses are averaged over by scope, and a group's weight in a training step.
 
     The host sums gradients over ranks and microbatches, and divides their losses by the tokens of
     the whole step. In the same way, a group's loss is divided by the groups of the whole step.
@@ -102,23 +104,27 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
     data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
     sequences = titan().sequences(training, parallelism, data_ranks)
     microbatches = sequences.of_step // sequences.of_microbatch // data_ranks
-    groups, mesh = {
+    of_scopes = {
         "sequence": (sequences.of_step, "cp"),
         "batch": (microbatches * data_ranks, "cp"),
         "global": (microbatches, "loss"),
-    }[balance.scope]
+    }
     # Tensor parallelism: with expert parallelism, each rank routes its part of a sequence. Without
     # it, all ranks route the same tokens, and outside of DTensor the host adds up their gradients.
     same_tokens = not parallel_dims.ep_enabled and parallel_dims.spmd_backend == "spmd_types"
-    names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
-    spread_over = map(parallel_dims.get_optional_mesh, names)
-    return Groups(
-        by_sequence=balance.scope == "sequence",
-        length=sequences.length,
-        meshes=tuple(mesh for mesh in spread_over if mesh is not None),
-        weight=1 / groups,
-        copies=parallel_dims.tp if same_tokens else 1,
-    )
+    found: dict[Scope, Groups] = {}
+    for scope in balance.of_scopes:
+        groups, mesh = of_scopes[scope]
+        names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
+        spread_over = map(parallel_dims.get_optional_mesh, names)
+        found[scope] = Groups(
+            by_sequence=scope == "sequence",
+            length=sequences.length,
+            meshes=tuple(mesh for mesh in spread_over if mesh is not None),
+            weight=1 / groups,
+            copies=parallel_dims.tp if same_tokens else 1,
+        )
+    return found
 
 
 def counting_meshes(parallel_dims: Any) -> list[Any]:
