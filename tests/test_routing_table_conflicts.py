@@ -46,6 +46,12 @@ def no_effect_balanced(what: str) -> str:
             no_effect_balanced('balance.bias_update = "proportional"'),
         ),
         (
+            '[balance]\ndrop = "probability"\nmin_capacity = 4',
+            '[balance] drop = "probability" and min_capacity = 4 has no effect without '
+            "capacity_factor. Set it, or remove the rest; what is inherited can be set to "
+            'drop = "last" and min_capacity = 1.',
+        ),
+        (
             f"{BALANCED}[balance.global]\nz_loss = 0.1",
             no_effect_balanced("balance.global.z_loss = 0.1"),
         ),

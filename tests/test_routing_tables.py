@@ -57,7 +57,7 @@ def test_the_defaults() -> None:
     router = ("topk", 0, None, False, one, "identity", None, True, 0, 0, 0, None, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
-        *(0, 0, 0, "sequence", none, none, none, None, None, None),
+        *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
     )
     assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True)
 

@@ -166,6 +166,10 @@ class Balance(Losses):
     global_: Losses = Field(default=Losses(), alias="global")
     # Not set: "scores" where the layer has a selection bias, "routed" where it has none.
     aux_loss_choice: Literal["scores", "routed"] | None = None
+    # 0: every expert takes what it gets.
+    capacity_factor: _NotNegative = 0.0
+    drop: Literal["last", "probability"] = "last"
+    min_capacity: Annotated[int, Field(ge=1, le=2**40)] = 1
     # Not set: the model's own. "none" removes the bias, also an inherited one.
     bias_update: Literal["sign", "proportional", "none"] | None = None
     bias_rate: Schedule | None = None
@@ -319,6 +323,11 @@ def _balance_conflicts(balance: Balance) -> Iterator[str]:
         yield (
             'bias_rate has no effect without bias_update = "sign" or "proportional"; '
             "set bias_update, or remove bias_rate"
+        )
+    if not balance.capacity_factor and (changed := _changed(balance, ("drop", "min_capacity"))):
+        yield (
+            f"{changed} has no effect without capacity_factor. Set it, or remove the rest; what is "
+            'inherited can be set to drop = "last" and min_capacity = 1'
         )
     own, scope = balance.coefficients, balance.scope
     of_tables = {key: value for key, value in balance.losses_by_key.items() if "." in key}

@@ -29,7 +29,8 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.selector import Selector
-from ezpz_moe.routing.counters import ROWS, SUMS
+from ezpz_moe.hosts.titan.zero_computation import Choices
+from ezpz_moe.routing.counters import CHOICES, ROWS, SUMS
 from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.figures import use_of_rows
@@ -145,6 +146,7 @@ class RouterMetrics(MetricsProcessor):
         sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
         experts = [_experts(moe) for moe in of_layer.values()]
         rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
+        choices_L2 = torch.stack([_choices(moe, now_LE.device) for moe in of_layer.values()])
         # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
@@ -152,16 +154,17 @@ class RouterMetrics(MetricsProcessor):
         for moe in of_layer.values():
             moe.router.sums_S.zero_()
         for mesh in counting_meshes(self.parallel_dims):
-            for each in (counts_LE, sums_LS, rows_L3):
+            for each in (counts_LE, sums_LS, rows_L3, choices_L2):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3))
-            for (number, moe), counts_E, sums_S, selector, rows_3 in zip(
+            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, *rows))
+            for (number, moe), counts_E, sums_S, selector, *rows in zip(
                 of_layer.items(),
                 counts_LE.tolist(),
                 sums_LS.tolist(),
                 experts,
                 rows_L3.tolist(),
+                choices_L2.tolist(),
                 strict=True,
             )
         ]
@@ -226,14 +229,30 @@ def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
     return rows_3
 
 
-def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
+def _choices(moe: Any, device: torch.device) -> torch.Tensor:
+    """Return what a capacity has done with the layer's choices, and reset its counter."""
+    counter = next((each for each in moe.modules() if isinstance(each, Choices)), None)
+    if counter is None:
+        return torch.zeros(len(CHOICES), dtype=torch.int64, device=device)
+    choices_2 = counter.choices_2.clone()
+    counter.choices_2.zero_()
+    return choices_2
+
+
+def _use_of_rows(
+    experts: Selector | None, rows_3: list[int], choices_2: list[int]
+) -> Mapping[str, float | None]:
     """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
     given, computed, dropped = rows_3
+    made, beyond = choices_2
     if given:
-        return use_of_rows(given, computed, dropped)
+        use = use_of_rows(given, computed, dropped)
+        # What [balance] capacity_factor has left out was never given to the backend.
+        return use | {"drop_rate": (beyond + dropped) / made} if made else use
     # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.
-    drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
-    return {"padding_waste": None, "drop_rate": None if drops else 0.0}
+    if experts is not None and get_backend(experts.compute_backend).drops_tokens:
+        return {"padding_waste": None, "drop_rate": None}
+    return {"padding_waste": None, "drop_rate": beyond / made if made else 0.0}
 
 
 def _layer_record(

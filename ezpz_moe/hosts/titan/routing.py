@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.routing_schema import Balance, Schedule, Scope
@@ -17,7 +18,7 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
-from ezpz_moe.hosts.titan.selector import RowCounts
+from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
 from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
 
@@ -30,8 +31,9 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
     settings = flavor.router
     # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
-        if settings.zero_computation_experts or not settings.dispatch_padding:
-            moe = with_zero_computation(moe, settings)
+        is_limited = flavor.balance.capacity_factor > 0
+        if settings.zero_computation_experts or not settings.dispatch_padding or is_limited:
+            moe = with_zero_computation(moe, settings, flavor.balance)
             setattr(parent, attribute, moe)
         # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance)
@@ -62,6 +64,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         # Here, because the flags of the command line may still change the policy until now.
         kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
+        if flavor.balance.capacity_factor:
+            logger.warning(f"ezpz_moe: {_drops(flavor)}")
         # One mask object for all layers: setting it once per forward reaches every router.
         mask = TokenMask()
         groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
@@ -83,6 +87,15 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         return model
 
     return parallelize
+
+
+def _drops(flavor: Flavor) -> str:
+    balance = flavor.balance
+    return (
+        f"[balance] capacity_factor = {balance.capacity_factor:g} of flavor {flavor.name} drops "
+        f'what is beyond an expert\'s capacity in training (drop = "{balance.drop}"): there, the '
+        f"experts output zero. Its share {REPORTED}."
+    )
 
 
 def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
