@@ -74,6 +74,19 @@ def test_a_record_has_the_losses_of_one_step_and_the_assignments_of_all(metrics,
         assert layer.margin == pytest.approx(first.margin, rel=1e-5)
 
 
+def test_a_record_has_the_mean_probability_of_each_expert(metrics, tmp_path) -> None:
+    """Of sigmoid scores too, and without what zero-computation experts have."""
+    tables = "[router]\nnull_experts = 3\n[telemetry]"
+    made = metrics(small_model(tmp_path, tables), every=3)
+    made.model_parts[0].layers["1"].moe.router.score_func = "sigmoid"
+    last = train(made, steps=3)[-1].layers[0]
+    router = router_of(made.model_parts[0])
+    scores_TE = routed(router, tokens(router.gate.in_features))[2].double()
+    p_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)[:8]
+    assert last.probabilities_E == pytest.approx(p_E.tolist(), rel=6e-4)  # four digits
+    assert sum(last.probabilities_E) < 0.9
+
+
 def test_a_step_is_routed_at_its_own_temperature(metrics, tmp_path) -> None:
     """Also the first: the trainer asks whether to log before it trains."""
     tables = "[router]\ntemperature = {start = 4.0, end = 1.0, steps = 4}\n[telemetry]"

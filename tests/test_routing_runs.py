@@ -199,6 +199,19 @@ def test_a_pipelines_stages_report_together(runs, folder):
     assert line["loss"] == pytest.approx(big["loss"], rel=1e-3)
 
 
+def test_the_load_of_ranks_is_that_of_their_experts(runs, folder):
+    """Of the eight experts the first rank has four; all tokens want the same three."""
+    names = ("expert parallel", "two ranks")
+    assert all(runs[name] for name in names)
+    of_ranks, of_none = (telemetry(folder, name)[0]["layers"][0] for name in names)
+    halves = sum(of_ranks["counts_E"][:4]), sum(of_ranks["counts_E"][4:])
+    assert of_ranks["rank_max_over_mean"] == 2 * max(halves) / sum(halves)
+    assert of_none["rank_max_over_mean"] is None
+    # Four digits each, of probabilities whose sum is 1.
+    assert sum(of_ranks["probabilities_E"]) == pytest.approx(1, abs=5e-4)
+    assert of_ranks["probabilities_E"] == pytest.approx(of_none["probabilities_E"], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", EVERY_CUT)
 def test_telemetry_counts_every_token_once(runs, folder, name):
     """Whatever is recomputed, accumulated or shared out, and without the padding."""

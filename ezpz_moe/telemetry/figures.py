@@ -23,6 +23,7 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "cv": np.max,
     "max_over_mean": np.max,
     "max_violation": np.max,
+    "rank_max_over_mean": np.max,
     "min_over_mean": np.min,
     "p50_over_mean": np.min,
     "p95_over_mean": np.max,
@@ -144,6 +145,7 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
         return figures
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
     figures |= load_figures(layer.counts_E)
+    figures |= _if_given(rank_max_over_mean=layer.rank_max_over_mean)
     figures["tokens_per_expert"] = routed / len(layer.counts_E) / steps
     if layer.zero_counts_Z and routed + zero:
         figures["zero_fraction"] = zero / (routed + zero)

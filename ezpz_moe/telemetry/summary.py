@@ -11,6 +11,7 @@ from ezpz_moe.telemetry.record import StepRecord
 LABELS = {
     "cv": "CV (std / mean)",
     "max_over_mean": "max / mean",
+    "rank_max_over_mean": "max / mean of ranks",
     "min_over_mean": "min / mean",
     "p50_over_mean": "p50 / mean",
     "p95_over_mean": "p95 / mean",

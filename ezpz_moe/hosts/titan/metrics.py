@@ -26,6 +26,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.routing_schema import LOSSES, Balance, Telemetry, reported_loss
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.selector import Selector
@@ -150,6 +151,9 @@ class RouterMetrics(MetricsProcessor):
         # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
+        # Of a flavor all layers have as many experts without computation, and they come last.
+        routed_experts = next(iter(of_layer.values())).router.routed_experts
+        ranks_L = rank_max_over_mean(counts_LE[:, :routed_experts], self.parallel_dims)
         # Nobody else reads these, so they can start again at zero; float32 sums then stay accurate.
         for moe in of_layer.values():
             moe.router.sums_S.zero_()
@@ -157,9 +161,17 @@ class RouterMetrics(MetricsProcessor):
             for each in (counts_LE, sums_LS, rows_L3, choices_L2):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, *rows))
-            for (number, moe), counts_E, sums_S, selector, *rows in zip(
+            _layer_record(
+                number,
+                moe,
+                counts_E,
+                sums_S,
+                steps,
+                {**_use_of_rows(selector, *rows), "rank_max_over_mean": of_ranks},
+            )
+            for (number, moe), of_ranks, counts_E, sums_S, selector, *rows in zip(
                 of_layer.items(),
+                ranks_L,
                 counts_LE.tolist(),
                 sums_LS.tolist(),
                 experts,
@@ -265,7 +277,7 @@ def _layer_record(
 ) -> tuple[LayerRecord, float]:
     total = dict(zip(SUMS, sums_S[: len(SUMS)], strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
-    real = router.num_experts - router.settings.zero_computation_experts
+    real = router.routed_experts
     losses, scaled_losses = _losses(router.balance, total, steps)
     record = LayerRecord(
         layer=number,
@@ -277,9 +289,15 @@ def _layer_record(
         bias_norm=None if bias_E is None else float(local(bias_E).norm()),
         losses=losses,
         scaled_losses=scaled_losses,
+        probabilities_E=tuple(_short(p / max(tokens, 1)) for p in sums_S[len(SUMS) :][:real]),
         **use,
     )
     return record, total["not_finite"]
+
+
+def _short(value: float) -> float:
+    """Round to four digits: a record has a probability of every layer and expert."""
+    return float(f"{value:.4g}")
 
 
 def _losses(

@@ -114,7 +114,7 @@ class _Router(Module):
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
         self.balance: Balance = config.balance
-        self._routed_experts = self.num_experts - self.settings.zero_computation_experts
+        self.routed_experts = self.num_experts - self.settings.zero_computation_experts
         self.masked_by = TokenMask()
         self.coefficients = self.balance.of_scopes
         self._has_losses = any(self.coefficients.values())
@@ -211,7 +211,7 @@ class _Router(Module):
                     in_groups(counted_BLK),
                     in_groups(mask_BL),
                     groups.share,
-                    routed_experts=self._routed_experts,
+                    routed_experts=self.routed_experts,
                 )
                 of_scopes[scope] = groups.weight * of_each_L
         self._count(p_BLE, logits_BLE, ids_BLK, mask_BL, of_scopes)
