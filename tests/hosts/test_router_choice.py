@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, tokens
 
 from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.routing.counters import SUMS
 
 
 @pytest.mark.parametrize("base", UPSTREAM.values(), ids=UPSTREAM)
@@ -97,6 +98,41 @@ def test_a_gate_of_bfloat16_has_scores_of_float32(model_with):
     weights_TK, _, scores_TE = routed(router, x_BLD)
     assert (weights_TK.dtype, scores_TE.dtype) == (torch.float32, torch.float32)
     assert torch.equal(scores_TE, logits_TE.float().softmax(-1))
+
+
+@pytest.fixture
+def building_in_bfloat16():
+    """As a trainer builds its model under training.dtype = "bfloat16"."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_in_bfloat16_counts_as_any_other(model_with, building_in_bfloat16):
+    """A sum in bfloat16 no longer grows at 256 times what is added."""
+    tables = """
+    [router]
+    temperature = {start = 1.01, end = 1.0, steps = 1000}
+    constant_experts = 2
+    [telemetry]
+    """
+    built = model_with(tables)
+    torch.set_default_dtype(torch.float32)
+    assert next(built.parameters()).dtype == torch.bfloat16
+    router = router_of(built)
+    x_BLD = tokens(router.gate.in_features).bfloat16()
+    with torch.no_grad():
+        for _ in range(300):
+            routed(router, x_BLD)
+    assert dict(zip(SUMS, router.sums_S.tolist(), strict=True))["tokens"] == 300 * B * L
+    assert router.counts_E.sum() == 300 * B * L * router.top_k
+    counters = {"counts_E", "sums_S", "tokens_per_expert_E", "expert_bias_E"}
+    buffers = {name.rpartition(".")[2]: each for name, each in built.named_buffers()}
+    assert counters <= buffers.keys()
+    for name in counters:
+        assert buffers[name].dtype in (torch.int64, torch.float32), name
+    router.at_step(2)
+    assert router.gate.temperature == torch.tensor(1.01 - 0.01 / 999)
 
 
 MADE_UP = {

@@ -125,12 +125,14 @@ class _Router(Module):
             setattr(self.gate, key, value_at(schedule, 1))
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
         self.step = 1
-        # Not persistent: a checkpoint must have the same keys as the host's own model. On the
+        # With their dtypes: a trainer builds the model in training.dtype, and a sum in bfloat16 stands
+        # still at 256. Not persistent: a checkpoint must have the same keys as the host's own model. On the
         # router, because the host asks modules with a sharding_config about every buffer, and it
         # has none.
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
-        self.register_buffer("sums_S", torch.zeros(len(SUMS)), persistent=False)
+        sums_S = torch.zeros(len(SUMS), dtype=torch.float32)
+        self.register_buffer("sums_S", sums_S, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
