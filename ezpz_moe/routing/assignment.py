@@ -1,6 +1,7 @@
-"""Ways to choose experts other than the top-k of the scores, which is the host's.
+"""Ways to score and choose experts other than the host's.
 
-A host's router calls :func:`chosen`, which does what ``[router]`` asks for.
+A host's router calls :func:`chosen`, which does what ``[router]`` asks for. :func:`scores_of` and
+:func:`limited_to_groups` stand in for the host's own, where a flavor has scores that it lacks.
 
 Legend of the suffixes: :mod:`ezpz_moe.routing`.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ezpz_moe.config.routing_schema import Router
@@ -83,11 +85,64 @@ def _by_sinkhorn(
     even_TK = balanced_experts(turns(mask_BL.flatten()), K, scores_BLE.shape[-1], first=0)
     ids_BLK = torch.where(mask_BL.unsqueeze(-1), ids_BLK, even_TK.view_as(ids_BLK))
     # The plan only chooses. Weights come from the scores, which have a gradient.
+    return weights_of(scores_BLE, ids_BLK, rules), ids_BLK
+
+
+def weights_of(scores_BLE: Tensor, ids_BLK: Tensor, rules: HostRules) -> Tensor:
+    """Return weights_BLK, differentiable in the scores: the host's for the same choice."""
     weights_BLK = scores_BLE.gather(-1, ids_BLK)
     if rules.norm:
-        # 1e-20 as in the host, whose weights these have to equal for the same choice.
+        # 1e-20 as in the host.
         weights_BLK = weights_BLK / (weights_BLK.sum(-1, keepdim=True) + 1e-20)
-    return weights_BLK * rules.scale, ids_BLK
+    return weights_BLK * rules.scale
+
+
+def scores_of(logits_BLE: Tensor, score_func: str) -> Tensor:
+    """Return the scores of the gate's logits, in at least float32.
+
+    ``sqrtsoftplus`` is the square root of softplus: above 0 and without an upper bound. Source:
+    DeepSeek-V4, technical report, section 2.
+
+    Raises:
+        ValueError: unknown function.
+    """
+    logits_BLE = logits_BLE.to(torch.promote_types(logits_BLE.dtype, torch.float32))
+    match score_func:
+        case "softmax":
+            return logits_BLE.softmax(-1)
+        case "sigmoid":
+            return logits_BLE.sigmoid()
+        case "sqrtsoftplus":
+            # clamp: where softplus underflows, the root's gradient would be infinite, times zero.
+            least = torch.finfo(logits_BLE.dtype).tiny
+            return F.softplus(logits_BLE).clamp(min=least).sqrt()
+    raise ValueError(
+        f"router_score_func: {score_func!r} is not one of softmax, sigmoid, sqrtsoftplus"
+    )
+
+
+def limited_to_groups(
+    scores_BLE: Tensor, *, groups: int, limited: int, group_score: str, top_k: int
+) -> Tensor:
+    """Return the scores with -inf outside of a token's best groups of experts.
+
+    Args:
+        scores_BLE: what experts are chosen by: the scores, with the bias if there is one.
+        groups: how many there are, of equal size. A group may be one expert.
+        limited: how many of them a token may use.
+        group_score: what a group is ranked by. ``"top2_sum"`` of its two best experts is
+            DeepSeek-V3's (arXiv 2412.19437), ``"max"`` DeepSeek-V2's (arXiv 2405.04434, section
+            2.2.2); ``"topk_sum"`` adds up as many as each of the limited groups would give on
+            average, ``top_k / limited``, like Megatron-Core.
+        top_k: experts per token.
+    """
+    grouped_BLGe = scores_BLE.unflatten(-1, (groups, -1))
+    best = {"top2_sum": 2, "max": 1, "topk_sum": max(1, top_k // limited)}[group_score]
+    best = min(best, grouped_BLGe.shape[-1])
+    of_groups_BLG = grouped_BLGe.topk(best, dim=-1).values.sum(-1)
+    ids_BLg = of_groups_BLG.topk(limited, dim=-1, sorted=False).indices
+    is_out_BLG = torch.ones_like(of_groups_BLG, dtype=torch.bool).scatter_(-1, ids_BLg, False)
+    return grouped_BLGe.masked_fill(is_out_BLG.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 @torch.library.custom_op("ezpz_moe::sinkhorn", mutates_args=())

@@ -51,7 +51,7 @@ from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import TEXT_FILE, is_ours
 from ezpz_moe.hosts.ranks import is_dry_run
-from ezpz_moe.hosts.titan import precision
+from ezpz_moe.hosts.titan import precision, router_remarks
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
@@ -102,8 +102,10 @@ class JobConfig(Trainer.Config):
                 # Called by name: `super()` without arguments does not work in a dataclass with
                 # slots, which is a new class.
                 Trainer.Config.__post_init__(self)
-        if self.is_precision_ours and is_about_to_train():
-            precision.log_once(self)
+        if is_about_to_train():
+            if self.is_precision_ours:
+                precision.log_once(self)
+            router_remarks.log_once(self)
 
     def build(self, **parts: Any) -> Any:
         """Build the trainer, in a folder where no other run writes.
@@ -137,7 +139,7 @@ def trainer_config(job: Job) -> JobConfig:
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
     # Not JobConfig(), which would already check itself.
-    sections = _fields(Trainer.Config()) | _sections(job, spec)
+    sections = _fields(Trainer.Config()) | _sections(job, flavor, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
@@ -175,7 +177,7 @@ def _metrics(telemetry: Telemetry | None) -> Any:
     return metrics
 
 
-def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
+def _sections(job: Job, flavor: Flavor, spec: ModelSpec) -> dict[str, Any]:
     """Return the sections that differ from the host's defaults before single fields are set."""
     sections = {
         "model_spec": spec,
@@ -185,14 +187,14 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
         ),
         "optimizer": default_adamw(),
         "training": TrainingConfig(disable_cuda_graphs=True),
-        "dataloader": _dataloader(job, "training", infinite=True),
+        "dataloader": _dataloader(job, "training", flavor, infinite=True),
         "checkpoint": Checkpointer.Config(
             last_save_model_only=False,
             _is_last_save_ours="checkpoint.last_save_model_only" not in job.values,
         ),
     }
     if job.values.keys() & {"validation.dataset", "validation.dataset_path"}:
-        data = _dataloader(job, "validation", infinite=False)
+        data = _dataloader(job, "validation", flavor, infinite=False)
         sections["validator"] = _validator(job, data)
     if (mode := job.values.get("activation_checkpoint.mode")) is not None:
         policy = _ACTIVATION_CHECKPOINTING[mode]
@@ -207,12 +209,17 @@ def _validator(job: Job, data: Configurable.Config) -> Validator.Config:
     return (WholeTextValidator if is_ours(dataset) else Validator).Config(dataloader=data)
 
 
-def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:
+def _dataloader(job: Job, section: str, flavor: Flavor, *, infinite: bool) -> Configurable.Config:
     dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
     try:
-        return titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
+        data = titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
     except EzpzError as error:
         raise EzpzError(f"{job.source}: [{section}] {error}") from error
+    if flavor.router.padding != "labels":
+        return data
+    with titan().importing():  # only such a flavor needs this from the host
+        from ezpz_moe.hosts.titan.labelled import labelled
+    return labelled(data)
 
 
 def _arguments(job: Job, **keys: str) -> dict[str, Any]:

@@ -155,7 +155,9 @@ class RouterMetrics(MetricsProcessor):
             for each in (counts_LE, sums_LS, rows_L3):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3))
+            _layer_record(
+                number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3, counts_E, moe)
+            )
             for (number, moe), counts_E, sums_S, selector, rows_3 in zip(
                 of_layer.items(),
                 counts_LE.tolist(),
@@ -226,14 +228,21 @@ def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
     return rows_3
 
 
-def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
+def _use_of_rows(
+    experts: Selector | None, rows_3: list[int], counts_E: list[int], moe: Any
+) -> Mapping[str, float | None]:
     """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
     given, computed, dropped = rows_3
     if given:
-        return use_of_rows(given, computed, dropped)
+        return use_of_rows(given, computed, dropped, sum(counts_E[: _real(moe)]))
     # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.
     drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
     return {"padding_waste": None, "drop_rate": None if drops else 0.0}
+
+
+def _real(moe: Any) -> int:
+    """Return how many of the router's choices are experts that compute; they come first."""
+    return moe.router.num_experts - moe.router.settings.zero_computation_experts
 
 
 def _layer_record(
@@ -246,7 +255,7 @@ def _layer_record(
 ) -> tuple[LayerRecord, float]:
     total = dict(zip(SUMS, sums_S, strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
-    real = router.num_experts - router.settings.zero_computation_experts
+    real = _real(moe)
     # The sums are weighted to make one training step add up to its mean over groups.
     losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
     record = LayerRecord(
