@@ -152,6 +152,8 @@ def _same_sequences(trainer, dataloader):
 
     Every sequence ends in padding (token 0) of another length, but the first, which has none.
     """
+    from ezpz_moe.hosts.titan.labelled import COUNTED, is_labelled
+
     config, dims = trainer.config, trainer.parallel_dims
     ranks = dims.dp_replicate * dims.dp_shard
     rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
@@ -167,10 +169,10 @@ def _same_sequences(trainer, dataloader):
         for of_rank_BL in tokens_BL[rank * whole // ranks :][: whole // ranks].split(size):
             trainer.metrics_processor.data_loading_times.append(0.0)
             positions_BL = torch.arange(length).expand(size, -1)
-            yield (
-                {"input": of_rank_BL[:, :-1].clone(), "positions": positions_BL.clone()},
-                of_rank_BL[:, 1:].clone(),
-            )
+            inputs = {"input": of_rank_BL[:, :-1].clone(), "positions": positions_BL.clone()}
+            if is_labelled(config.dataloader):  # as if the padding's labels were ignored
+                inputs[COUNTED] = inputs["input"] != 0
+            yield inputs, of_rank_BL[:, 1:].clone()
 
 
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

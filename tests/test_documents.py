@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
         pytest.param("make_flavor_table.py", marks=pytest.mark.full),  # it builds every flavor
         "make_host_tables.py",
         "make_moving_tables.py",
+        "make_routing_tables.py",
     ],
 )
 def test_the_tables_are_up_to_date(script: str) -> None:

@@ -274,8 +274,8 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
             "num_experts (64) must be a multiple of router_num_expert_groups (7)",
         ),
         (
-            "router_num_expert_groups = 64\nrouter_num_limited_groups = 8",
-            "at least two experts in a group",
+            "router_num_expert_groups = 128\nrouter_num_limited_groups = 8",
+            "must be a multiple of router_num_expert_groups (128)",
         ),
         (
             "router_num_expert_groups = 8\nrouter_num_limited_groups = 9",

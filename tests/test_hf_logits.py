@@ -130,6 +130,16 @@ GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
         ("deepseek_v2", GROUPS, "2 of 4 groups, chosen by their two best experts"),
         ("deepseek_v2", "router_route_norm = true", "normalizes the weights of softmax"),
         ("deepseek_v2", "n_heads = 3", "a dim (32) that is not a multiple of its 3 heads"),
+        (
+            "deepseek_v3",
+            f'{GROUPS}router_group_score = "max"',
+            'router_group_score = "max"',
+        ),
+        (
+            "deepseek_v3",
+            'router_score_func = "sqrtsoftplus"',
+            'router_score_func = "sqrtsoftplus"',
+        ),
         ("deepseek_v3", "[router]\ntemperature = 2", "router.temperature is 2"),
         (
             "deepseek_v3",

@@ -16,7 +16,11 @@ from ezpz_moe.hosts.detect import HOSTS
 from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance
 
-FOR_SOME_FLAVORS = ("ezpz_moe.hosts.titan.routing", "ezpz_moe.hosts.titan.metrics")
+FOR_SOME_FLAVORS = (
+    "ezpz_moe.hosts.titan.routing",
+    "ezpz_moe.hosts.titan.metrics",
+    "ezpz_moe.hosts.titan.labelled",
+)
 """What is imported only for a flavor with [router], [balance] or [telemetry]."""
 
 ROOT = Path(hosts.__file__).parent.parent.parent

@@ -74,14 +74,19 @@ TWO_RANKS = {
     "expert parallel": [*at_once(1), *EP_2],
     "tensor parallel": [*at_once(4), *TP_2],
     "tensor parallel, DTensor": [*at_once(4), *TP_2, *EP_2[2:]],
+    "tensor and expert parallel": [*at_once(4), *TP_2, *EP_2],
     "all DTensor": [*at_once(2), "--parallelism.spmd-backend", "full_dtensor"],
 }
-CHECKPOINTING = {"full checkpointing": "full", "selective checkpointing": "selective"}
+CHECKPOINTING = {
+    "full checkpointing": "full",
+    "selective checkpointing": "selective",
+    "labels, full checkpointing": "full",
+}
 
 # A group of "sequence" is a sequence however they are cut.
 EVERY_CUT = [
     pytest.param(name, marks=pytest.mark.full if "inductor" in name else ())
-    for name in (*ONE_RANK, *TWO_RANKS)
+    for name in (*ONE_RANK, *TWO_RANKS, "labels, full checkpointing")
     if name != "one big batch"
 ]
 
@@ -94,6 +99,8 @@ def folder(tmp_path_factory) -> Path:
     unmasked = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", "")
     (folder / "unmasked.toml").write_text(unmasked)
     (folder / "capacity.toml").write_text(CAPACITY)
+    labels = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", 'padding = "labels"')
+    (folder / "labels.toml").write_text(labels)
     return folder
 
 
@@ -101,13 +108,13 @@ OTHERS = {
     "global, one big batch": (1, at_once(4)),
     "batch, four microbatches": (1, at_once(1)),
     "unmasked, one big batch": (1, at_once(4)),
+    "labels, full checkpointing": (1, at_once(2)),
     "global, two ranks": (2, at_once(2)),
     "batch, two ranks": (2, at_once(1)),
     "capacity, two ranks": (2, at_once(2)),
     "capacity, expert parallel": (2, [*at_once(2), *EP_2]),
     "capacity, full checkpointing": (1, [*at_once(2), *COMPILED]),
     "unmasked, pipeline": (2, [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"]),
-    "unmasked, tensor and expert parallel": (2, [*at_once(4), *TP_2, *EP_2]),
 }
 """Of other flavors those that are compared, with their ranks."""
 
@@ -160,11 +167,10 @@ def test_the_same_microbatches_on_two_ranks_have_the_same_mean(runs):
     assert difference(gate_gradient(runs["batch, two ranks"]), one) < ALLOWED
 
 
-@pytest.mark.parametrize("cut", ["pipeline", "tensor and expert parallel"])
-def test_where_padding_is_refused_the_gradient_is_that_of_one_big_batch_too(runs, cut):
-    """In a pipeline the microbatches are cut further; with TP and EP the sequences are."""
+def test_in_a_pipeline_the_gradient_is_that_of_one_big_batch_too(runs):
+    """Where microbatches are cut further, and padding is refused."""
     big = gate_gradient(runs["unmasked, one big batch"])
-    assert difference(gate_gradient(runs[f"unmasked, {cut}"]), big) < ALLOWED
+    assert difference(gate_gradient(runs["unmasked, pipeline"]), big) < ALLOWED
 
 
 def test_the_scopes_are_different_losses(runs):

@@ -110,7 +110,17 @@ def no_effect_balanced(what: str) -> str:
         (
             "[router]\ndispatch_padding = false",
             "[router] dispatch_padding = false needs pad_token_id, which says which tokens are "
+            'padding, or padding = "labels".',
+        ),
+        (
+            '[router]\npadding = "trailing"\ndispatch_padding = false',
+            '[router] padding = "trailing" needs pad_token_id, which says which tokens are '
             "padding.",
+        ),
+        (
+            'router_group_score = "max"',
+            'router_group_score = "max" has no effect, as the experts are in no groups '
+            "(router_num_expert_groups); remove it.",
         ),
         (
             "[router]\nnull_experts = 2\ntop_k = 11",
@@ -149,6 +159,12 @@ def test_all_that_does_not_go_together_is_said_at_once(tmp_path: Path) -> None:
         '[router]\nrouting = "balanced"\n[balance]\nbias_update = "none"\naux_loss = 0',
         '[router]\nrouting = "sinkhorn"\njitter_noise = true',
         '[balance]\nbias_update = "none"\nbias_rate = 0.1',
+        '[balance]\nbias_update = "sign"\nbias_rate = 0',
+        '[balance]\nbias_update = "sign"\nbias_rate = { start = 0.1, end = 0, steps = 9 }',
+        '[router]\npadding = "labels"\ndispatch_padding = false',
+        '[router]\npadding = "labels"\npad_token_id = 1',
+        "router_num_expert_groups = 8\nrouter_num_limited_groups = 4",
+        'router_num_expert_groups = 4\nrouter_num_limited_groups = 2\nrouter_group_score = "max"',
         "[router]\nfreeze = true\n[balance]\naux_loss = 0.1",
     ],
 )

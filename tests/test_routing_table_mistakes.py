@@ -8,6 +8,8 @@ import pytest
 from flavor_files import said
 
 NOT_NEGATIVE = "should be greater than or equal to 0."
+RATE = "should be a number of at least 0, or a table of start, end and steps."
+PADDING = "should be 'token', 'trailing' or 'labels'. Did you mean 'labels'?"
 SCHEDULE = "should be a number above 0, or a table of start, end and steps."
 
 
@@ -49,10 +51,12 @@ SCHEDULE = "should be a number above 0, or a table of start, end and steps."
         ("balance", "z_loss = inf", "inf", "should be a finite number."),
         ("balance", "z_loss = true", "True", "should be a valid number."),
         ("balance", 'scope = "rank"', "'rank'", "should be 'sequence', 'batch' or 'global'."),
-        ("balance", "bias_rate = 0", "0", SCHEDULE),
         ("balance", "capacity_factor = -1", "-1", NOT_NEGATIVE),
         ("balance", "min_capacity = 0", "0", "should be greater than or equal to 1."),
         ("balance", 'drop = "first"', "'first'", "should be 'last' or 'probability'."),
+        ("balance", "bias_rate = -0.1", "-0.1", RATE),
+        ("balance", "bias_rate = false", "False", RATE),
+        ("router", 'padding = "label"', "'label'", PADDING),
         ("telemetry", "every = 0", "0", "should be greater than or equal to 1."),
         ("telemetry", 'images = "png"', "'png'", "should be a valid boolean."),
         ("telemetry", "alert_dead_steps = 0", "0", "should be greater than or equal to 1."),
@@ -95,6 +99,13 @@ def test_a_value_of_the_wrong_kind(
         (
             "[router]\ntemperature = { start = 1, end = 2, steps = 0 }",
             "router.temperature.steps = 0: should be greater than or equal to 1.",
+        ),
+        (
+            '[balance]\nbias_update = "sign"\n'
+            'bias_rate = { start = 1, end = 0, steps = 2, shape = "exponential" }',
+            "balance.bias_rate = {'end': 0, 'shape': 'exponential', 'start': 1, 'steps': 2}: "
+            'shape = "exponential" multiplies by the same factor in every step, so it neither '
+            'leaves 0 nor reaches it. Choose "linear" or "cosine".',
         ),
         (
             '[balance]\nbias_rate = { start = 1, end = 2, steps = 2, shape = "cosin" }',

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import Balance, Rate, Router, Schedule, Telemetry
 
 EVERYTHING = """
 [router]
@@ -17,11 +17,13 @@ gate_precision = "float64"
 freeze = true
 activation = "relu_rmsnorm"
 pad_token_id = 0
+padding = "trailing"
 dispatch_padding = false
 null_experts = 2
 copy_experts = 1
 constant_experts = 3
 top_k = 5
+keep_top1_score = true
 [router.temperature]
 start = 2.0
 end = 0.5
@@ -54,7 +56,8 @@ def test_the_defaults() -> None:
     """Written down twice: nothing else can tell a slip from what was meant."""
     one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
     none = {"aux_loss": 0, "mse_loss": 0, "z_loss": 0}
-    router = ("topk", 0, None, False, one, "identity", None, True, 0, 0, 0, None, 1e-4, 100, 0, 0)
+    router = ("topk", 0, None, False, one, "identity", None, "token", None, 0, 0, 0, None, False)
+    router += (1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
         *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
@@ -72,11 +75,13 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
         "freeze": True,
         "activation": "relu_rmsnorm",
         "pad_token_id": 0,
+        "padding": "trailing",
         "dispatch_padding": False,
         "null_experts": 2,
         "copy_experts": 1,
         "constant_experts": 3,
         "top_k": 5,
+        "keep_top1_score": True,
     }
     assert flavor.router.zero_computation_experts == 6
     assert flavor.router.temperature == Schedule(start=2.0, end=0.5, steps=1000, shape="cosine")
@@ -86,7 +91,7 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
         z_loss=0.001,
         scope="global",
         bias_update="proportional",
-        bias_rate=Schedule(start=0.01, end=0.0001, steps=50, shape="exponential"),
+        bias_rate=Rate(start=0.01, end=0.0001, steps=50, shape="exponential"),
     )
     assert flavor.telemetry is not None
     assert tuple(flavor.telemetry.model_dump().values()) == (7, 1.5, 0.5, 5, "per_expert", False)
@@ -166,7 +171,7 @@ def test_tables_are_inherited_key_by_key_and_a_schedule_as_a_whole(tmp_path: Pat
     schedule = Schedule(start=3.0, end=1.0, steps=2)  # linear, not the parent's cosine
     changed = {"jitter_noise": 0.0, "temperature": schedule}
     assert child.router == parent.router.model_copy(update=changed)
-    rate = Schedule(start=0.5, end=0.5, steps=1)
+    rate = Rate(start=0.5, end=0.5, steps=1)
     assert child.balance == parent.balance.model_copy(update={"bias_rate": rate})
     assert parent.telemetry is not None
     assert child.telemetry == parent.telemetry.model_copy(update={"detail": "brief"})

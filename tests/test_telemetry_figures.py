@@ -98,8 +98,14 @@ def test_without_assignments_all_experts_are_dead_and_nothing_else_is_claimed(ex
 
 def test_what_was_dropped_is_not_computed_and_the_rest_of_the_rows_is_padding() -> None:
     """Of 10 tokens 2 are dropped; 12 rows are computed, 4 of them nobody's."""
-    use = figures.use_of_rows(given=10, computed=12, dropped=2)
+    use = figures.use_of_rows(given=10, computed=12, dropped=2, counted=10)
     assert use == pytest.approx({"padding_waste": 4 / 12, "drop_rate": 2 / 10}, **EXACT)
+
+
+def test_padding_that_is_dispatched_is_waste() -> None:
+    """Of 10 tokens 4 are padding: 6 of the 12 rows are of use."""
+    use = figures.use_of_rows(given=10, computed=12, dropped=0, counted=6)
+    assert use == pytest.approx({"padding_waste": 6 / 12, "drop_rate": 0}, **EXACT)
 
 
 def test_over_layers_is_the_mean_and_the_worst_at_the_bad_end() -> None:

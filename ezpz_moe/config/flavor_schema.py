@@ -22,6 +22,7 @@ from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
+GroupScore = Literal["top2_sum", "max", "topk_sum"]
 
 # The upper bounds are far above any model, yet low enough that no tensor size overflows.
 _Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -65,7 +66,7 @@ class Dimensions(Data):
     num_experts: Experts
     num_shared_experts: Experts
     router_top_k: Experts
-    router_score_func: Literal["softmax", "sigmoid"]
+    router_score_func: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     router_route_scale: _Positive
     router_route_norm: bool
     router_num_expert_groups: Experts | None = None
@@ -95,6 +96,8 @@ class Flavor(Data):
     compute_backend: str = "grouped_mm"
     expert_precision: ExpertPrecision | None = None
     dimensions: Dimensions | None = None
+    # Not a dimension, as no model of the host's has it: it may stand beside `base` too.
+    router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.
     router: Router = Router()
     balance: Balance = Balance()
@@ -103,9 +106,12 @@ class Flavor(Data):
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
         conflicts = list(routing_conflicts(self.router, self.balance))
-        # The sizes of a `base` are the host's: its binding asks the same question once the model is
-        # known.
+        # The sizes of a `base` are the host's: its binding asks the same questions once the model
+        # is known.
         if size := self.dimensions:
+            conflicts += group_score_conflicts(
+                self.router_group_score, size.router_num_expert_groups
+            )
             conflicts += size_conflicts(
                 self.router,
                 choices=size.num_experts + self.router.zero_computation_experts,
@@ -129,8 +135,19 @@ class Flavor(Data):
     def is_routed(self) -> bool:
         """Whether the flavor asks the routers for anything that the host's own do not do."""
         # By value: a table that repeats the defaults leaves the host's routers in place.
-        own = self.router != Router() or self.balance != Balance()
+        own = self.router != Router() or self.balance != Balance() or self.scores_otherwise
         return own or self.telemetry is not None
+
+    @property
+    def scores_otherwise(self) -> bool:
+        """Whether experts or their groups have a score that the host does not know."""
+        if self.router_group_score != "top2_sum":
+            return True
+        size = self.dimensions
+        return size is not None and (
+            size.router_score_func == "sqrtsoftplus"
+            or size.num_experts == size.router_num_expert_groups
+        )
 
     @property
     def reported(self) -> Telemetry | None:
@@ -166,6 +183,15 @@ class Flavor(Data):
         return name
 
 
+def group_score_conflicts(group_score: GroupScore, groups: int | None) -> Iterator[str]:
+    """Yield why a score for groups has no effect on a model with so many of them."""
+    if group_score != "top2_sum" and groups is None:
+        yield (
+            f'router_group_score = "{group_score}" has no effect, as the experts are in no groups '
+            "(router_num_expert_groups); remove it"
+        )
+
+
 def _size_conflicts(size: Dimensions) -> Iterator[str]:
     if size.n_dense_layers >= size.n_layers:
         yield (
@@ -196,11 +222,10 @@ def _group_conflicts(size: Dimensions) -> Iterator[str]:
             f"router_num_limited_groups ({limited}) must not exceed "
             f"router_num_expert_groups ({groups})"
         )
-    # The host scores a group by its two best experts, so each group needs two.
-    if size.num_experts % groups or size.num_experts // groups < 2:
+    if size.num_experts % groups:
         yield (
             f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "
-            f"({groups}) with at least two experts in a group"
+            f"({groups})"
         )
     elif size.router_top_k > limited * (size.num_experts // groups):
         yield (

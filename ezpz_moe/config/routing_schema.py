@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -33,6 +33,8 @@ class Schedule(Data):
     that inherits it may replace it, but not a part of it.
     """
 
+    _range: ClassVar[str] = "above 0"
+
     start: _Positive
     end: _Positive
     steps: _Steps
@@ -47,16 +49,42 @@ class Schedule(Data):
             # bool is a subclass of int: without this, true would pass as 1.
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not 0 < value < math.inf
+            or not cls._is_in_range(value)
         ):
-            raise mistake("should be a number above 0, or a table of start, end and steps")
+            raise mistake(f"should be a number {cls._range}, or a table of start, end and steps")
         # One step, as in the fields' defaults: with another number, a 1 in the file would not equal
         # the default 1.
         return {"start": value, "end": value, "steps": 1}
 
+    @classmethod
+    def _is_in_range(cls, value: float) -> bool:
+        return 0 < value < math.inf
+
     @property
     def is_constant(self) -> bool:
         return self.start == self.end
+
+
+class Rate(Schedule):
+    """A schedule that may begin or end at 0, where nothing moves."""
+
+    _range: ClassVar[str] = "of at least 0"
+
+    start: _NotNegative
+    end: _NotNegative
+
+    @classmethod
+    def _is_in_range(cls, value: float) -> bool:
+        return 0 <= value < math.inf
+
+    @model_validator(mode="after")
+    def _reaches_its_end(self) -> Self:
+        if self.shape == "exponential" and not self.is_constant and 0 in (self.start, self.end):
+            raise mistake(
+                'shape = "exponential" multiplies by the same factor in every step, so it neither '
+                'leaves 0 nor reaches it. Choose "linear" or "cosine"'
+            )
+        return self
 
 
 class Router(Data):
@@ -70,11 +98,14 @@ class Router(Data):
     temperature: Schedule = Schedule(start=1.0, end=1.0, steps=1)
     activation: Literal["identity", "softplus", "relu_rmsnorm"] = "identity"
     pad_token_id: Annotated[int, Field(ge=0, lt=2**24)] | None = None
-    dispatch_padding: bool = True
+    padding: Literal["token", "trailing", "labels"] = "token"
+    # Not set: padding is not dispatched where the host can leave it out.
+    dispatch_padding: bool | None = None
     null_experts: _NoExperts = 0
     copy_experts: _NoExperts = 0
     constant_experts: _NoExperts = 0
     top_k: Experts | None = None
+    keep_top1_score: bool = False
     sinkhorn_tolerance: _Positive = 1e-4
     sinkhorn_iterations: _Steps = 100
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -96,6 +127,11 @@ class Router(Data):
     def zero_computation_experts(self) -> int:
         """How many of the router's choices need no expert computation."""
         return self.null_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def masks_padding(self) -> bool:
+        """Whether some tokens may be padding."""
+        return self.pad_token_id is not None or self.padding == "labels"
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -172,7 +208,7 @@ class Balance(Losses):
     min_capacity: Annotated[int, Field(ge=1, le=2**40)] = 1
     # Not set: the model's own. "none" removes the bias, also an inherited one.
     bias_update: Literal["sign", "proportional", "none"] | None = None
-    bias_rate: Schedule | None = None
+    bias_rate: Rate | None = None
 
     @property
     def of_scopes(self) -> dict[Scope, dict[str, float]]:
@@ -313,8 +349,14 @@ def _router_conflicts(router: Router) -> Iterator[str]:
             f"top_k = {router.top_k} applies only with zero-computation experts; without them the "
             "model's own top-k holds (router_top_k)"
         )
-    if not router.dispatch_padding and router.pad_token_id is None:
-        yield "dispatch_padding = false needs pad_token_id, which says which tokens are padding"
+    # An inherited pad_token_id cannot be removed, so it may stand beside "labels".
+    if router.padding == "trailing" and router.pad_token_id is None:
+        yield 'padding = "trailing" needs pad_token_id, which says which tokens are padding'
+    elif router.dispatch_padding is False and not router.masks_padding:
+        yield (
+            "dispatch_padding = false needs pad_token_id, which says which tokens are padding, or "
+            'padding = "labels"'
+        )
 
 
 def _balance_conflicts(balance: Balance) -> Iterator[str]:

@@ -141,6 +141,10 @@ class Host(ABC):
     def precision_in_words(self, config: TrainerConfig, flavor: Flavor) -> str:
         """Describe the precision of a run of ``config`` with the model of ``flavor``."""
 
+    def remarks(self, config: TrainerConfig) -> list[str]:
+        """Return what a run of ``config`` does that nobody may have meant."""
+        return []
+
     @abstractmethod
     def learning_rate(self, config: TrainerConfig, steps: int) -> float:
         """Return the learning rate that the schedule has for the step after ``steps`` steps."""

@@ -57,6 +57,27 @@ def vocabulary_problems(
         )
 
 
+def special_tokens(build: Callable[[], Any], hf_assets_path: str) -> dict[int, str]:
+    """Return id -> its name, for the tokens that begin and end a text.
+
+    Args:
+        build: returns the host's tokenizer in ``hf_assets_path``, as the run will build it.
+        hf_assets_path: its folder. A tokenizer that cannot be read has none:
+            :func:`vocabulary_problems` says so.
+    """
+    if not _has_tokenizer(hf_assets_path):
+        return {}
+    try:
+        with _without_remarks():
+            tokenizer = build()
+    # The tokenizers library raises a bare Exception, whatever is wrong with a file.
+    except Exception:
+        return {}
+    # The end last: in some tokenizers one token is both, and padding with the end is the usual.
+    ids = {"BOS": getattr(tokenizer, "bos_id", None), "EOS": getattr(tokenizer, "eos_id", None)}
+    return {number: name for name, number in ids.items() if number is not None}
+
+
 def largest_token_id(tokenizer: Any) -> int:
     """Return the largest ID that a tokenizer of the host can give, added and special ones included.
 

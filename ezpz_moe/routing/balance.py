@@ -69,12 +69,12 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
 
 
 def first_value(schedule: Schedule, device: torch.device) -> Tensor | float:
-    """Return the value in step 1: a tensor if it moves, to be filled in later steps."""
+    """Return the value in step 1: a float32 tensor if it moves, to be filled in later steps."""
     if schedule.is_constant:
         return schedule.end
     # A tensor, because torch.compile would build a float into the code, and compile again when it
-    # changes.
-    return torch.tensor(value_at(schedule, 1), device=device)
+    # changes. With its dtype, because a trainer builds its model in another default.
+    return torch.tensor(value_at(schedule, 1), dtype=torch.float32, device=device)
 
 
 def value_at(schedule: Schedule, step: int) -> float:

@@ -13,7 +13,7 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`; C = constant experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,45 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
         case "relu_rmsnorm":
             return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
     raise ValueError(f"activation: {activation!r} is not one of identity, softplus, relu_rmsnorm")
+
+
+# Temperatures beyond these leave a gate nothing to learn in float32: logits of 1 become scores that
+# all round to the same, and exp underflows where logits differ by a hundredth.
+HOTTEST, COLDEST = 2.0**24, 1e-4
+
+
+def why_untrained(
+    settings: Router, *, score_func: str, experts: int, top_k: int, norm: bool
+) -> Iterator[str]:
+    """Yield why the model's loss teaches a gate nothing: its gradient is zero, or vanishes.
+
+    A gate that is frozen is meant to learn nothing, and is not named.
+
+    Args:
+        settings: a flavor's, or the defaults for the host's own router.
+        score_func: of the router.
+        experts: what it chooses from.
+        top_k: choices of a token.
+        norm: whether a token's weights are divided by their sum.
+    """
+    if settings.freeze:
+        return
+    learns = "the gate learns nothing from the model's loss"
+    if settings.routing == "balanced":
+        yield f'[router] routing = "balanced": {learns}, as experts are taken in turn'
+        return
+    if experts == 1 and score_func == "softmax":
+        yield f"{learns}: there is one expert, whose softmax is 1"
+    elif top_k == 1 and norm:
+        yield (
+            f"{learns}: a token has one expert, and its weight is divided by itself "
+            "(router_route_norm). Set [router] keep_top1_score = true"
+        )
+    if not COLDEST <= (end := settings.temperature.end) <= HOTTEST:
+        yield (
+            f"[router] temperature = {end:g}: {learns}, as float32 scores no longer depend on "
+            f"its logits. Choose one between {COLDEST:g} and {HOTTEST:g}"
+        )
 
 
 def weight_of(weights_BLK: Tensor, ids_BLK: Tensor, first: int, last: int) -> Tensor:

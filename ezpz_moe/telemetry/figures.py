@@ -156,13 +156,21 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
     return figures | _if_given(padding_waste=layer.padding_waste, drop_rate=layer.drop_rate)
 
 
-def use_of_rows(given: int, computed: int, dropped: int) -> dict[str, float]:
+def use_of_rows(given: int, computed: int, dropped: int, counted: int) -> dict[str, float]:
     """Return what a layer's backend did with the tokens it was given, at least one.
 
-    ``padding_waste`` is the share of the computed rows that belonged to nobody, ``drop_rate`` the
-    share of the tokens that were not computed.
+    ``padding_waste`` is the share of the computed rows that belonged to nobody or to padding,
+    ``drop_rate`` the share of the tokens that were not computed.
+
+    Args:
+        given: tokens given to the backend, padding among them if it is dispatched.
+        computed: rows that it computed.
+        dropped: tokens that it did not compute.
+        counted: tokens that are not padding.
     """
-    return {"padding_waste": 1 - (given - dropped) / computed, "drop_rate": dropped / given}
+    # The backend does not know padding: of what it drops, as much as possible counts as padding.
+    useful = min(counted, given - dropped)
+    return {"padding_waste": 1 - useful / computed, "drop_rate": dropped / given}
 
 
 @np.errstate(over="ignore")  # a mean beyond all numbers is infinite, and shown as such

@@ -159,6 +159,10 @@ def _job_findings(config: str, world_size: int | None) -> list[Finding]:
             is_note=True,
         ),
     ]
+    findings += [
+        Finding(config, "its routers", each, is_note=True)
+        for each in detect.host().remarks(trainer_config)
+    ]
     findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
     findings += _resuming(job, trainer_config)
     summary = detect.host().summarize(flavor)

@@ -1,16 +1,26 @@
 """A job that a flavor's router does not go with is refused, and one without [telemetry] reports."""
 
+import dataclasses
+import re
+
 import pytest
 import router_cases  # noqa: F401  (skips on torchtitan 0.2)
 from dialect import SINCE_2026_08
 
+from ezpz_moe.data import labelled
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.tools import doctor
 
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
 REFUSED = {
-    "too few experts": (
+    "a score for the groups that the host's model has not": (
+        'router_group_score = "max"',
+        "",
+        'router_group_score = "max" has no effect',
+    ),
+    "too few experts of the host's model": (
         'routing = "balanced"\nskip_first_n_experts = 6',
         "",
         "router.skip_first_n_experts = 6 leaves 2 of 8 experts, but a token uses 3",
@@ -60,10 +70,15 @@ REFUSED = {
         "[parallelism]\npipeline_parallel_degree = 2",
         "pad_token_id = 0 cannot be combined with parallelism.pipeline_parallel_degree = 2",
     ),
-    "padding, TP and EP": (
-        "pad_token_id = 0",
-        f"{EP}tensor_parallel_degree = 2",
-        "pad_token_id = 0 cannot be combined with parallelism.tensor_parallel_degree and",
+    "padding by labels and PP": (
+        'padding = "labels"',
+        "[parallelism]\npipeline_parallel_degree = 2",
+        'padding = "labels" cannot be combined with parallelism.pipeline_parallel_degree = 2',
+    ),
+    "the end of a sequence that ranks share": (
+        'padding = "trailing"\npad_token_id = 0',
+        "[parallelism]\ncontext_parallel_degree = 2",
+        'padding = "trailing" cannot be combined with parallelism.context_parallel_degree = 2',
     ),
     "distributed tensors with TP": (
         'routing = "balanced"',
@@ -123,13 +138,75 @@ def test_what_does_not_go_together_is_refused(tmp_path, case):
     keys, of_job, message = REFUSED[case]
     more = GROUPS if case == "groups" else ""
     # Of an upstream model the flavor itself does not know the sizes.
-    of = 'base = "deepseek_v3/debugmodel"' if "few" in case else 'inherits = "debugmodel"'
-    (tmp_path / "mine.toml").write_text(f"{of}\n{more}[router]\n{keys}\n")
+    of = 'base = "deepseek_v3/debugmodel"' if "host" in case else 'inherits = "debugmodel"'
+    keys = keys if "router_" in keys else f"[router]\n{keys}"
+    (tmp_path / "mine.toml").write_text(f"{of}\n{more}{keys}\n")
     job = tmp_path / "job.toml"
     job.write_text(f'[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n{of_job}\n')
     with pytest.raises(EzpzError, match=message) as refusal:
         host().trainer_config(find_job(str(job)))
     assert "mine_sdpa" in str(refusal.value)
+
+
+def config_of(folder, tables, job=""):
+    (folder / "mine.toml").write_text(f'inherits = "debugmodel"\n{tables}\n')
+    text = f'[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n{job}\n'
+    (folder / "job.toml").write_text(text)
+    return host().trainer_config(find_job(str(folder / "job.toml")))
+
+
+def test_padding_by_labels_needs_a_data_loader_of_ours(tmp_path):
+    """Both the one of the training and the one of the validation are."""
+    job = '[validation]\nenable = true\ndataset = "pydoc_topics"'
+    config = config_of(tmp_path, '[router]\npadding = "labels"', job)
+    for loader in (config.dataloader, config.validator.dataloader):
+        assert type(loader)._owner.__name__.startswith("Ezpz")
+    others = config_of(tmp_path, "").dataloader
+    with pytest.raises(EzpzError, match=r"with the data loader .*ezpz_moe\.data\.labelled"):
+        dataclasses.replace(config, dataloader=others, handed_over=False)
+    dataclasses.replace(config, dataloader=labelled(others), handed_over=False)
+
+
+REMARKS = {
+    "": [],
+    "[balance]\naux_loss = 0.01": [r"aux_loss = 0.01 balances beside .* 0.001 in every step"],
+    "[balance]\nmse_loss = 1": ["mse_loss = 1 balances beside"],
+    "[balance]\nz_loss = 1": [],
+    '[balance]\naux_loss = 0.01\nbias_update = "sign"': [],
+    '[balance]\naux_loss = 0.01\nbias_update = "none"': [],
+    "[router]\npad_token_id = 0": ["pad_token_id = 0 is the tokenizer's BOS token"],
+    "[router]\npad_token_id = 1": ["pad_token_id = 1 is the tokenizer's EOS token"],
+    "[router]\npad_token_id = 7": [],
+    '[router]\npad_token_id = 1\npadding = "trailing"': [],
+    # A router of the host's own.
+    "router_top_k = 1\nrouter_route_norm = true": ["weight is divided by itself"],
+    "router_top_k = 1\nrouter_route_norm = true\n[router]\nkeep_top1_score = true": [],
+    '[router]\nrouting = "balanced"\n[balance]\nbias_update = "none"': ["taken in turn"],
+}
+
+
+@pytest.mark.parametrize("tables", REMARKS)
+def test_what_nobody_may_have_meant_is_remarked(tmp_path, tables):
+    config = config_of(tmp_path, tables)
+    remarks = host().remarks(config)
+    assert len(remarks) == len(REMARKS[tables])
+    for remark, expected in zip(remarks, REMARKS[tables], strict=True):
+        assert re.match(f"flavor 'mine_sdpa': .*{expected}", remark)
+
+
+def test_remarks_are_logged_at_the_start_and_noted_by_doctor(tmp_path, monkeypatch, caplog):
+    config_of(tmp_path, "[balance]\naux_loss = 0.02")
+    assert "balances beside" not in caplog.text
+    found = doctor.job_findings(str(tmp_path / "job.toml"), None)
+    (note,) = [each for each in found if "balances beside" in each.problem]
+    assert note.is_note
+    config = host().trainer_config(find_job(str(tmp_path / "job.toml")))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):  # as the host copies it
+            dataclasses.replace(config)
+    assert caplog.text.count("balances beside") == 1
 
 
 @pytest.mark.parametrize("key", ["aux_loss = 0.1", "capacity_factor = 1.25"])

@@ -5,6 +5,7 @@ import torch
 from router_cases import B, L, flat, moe_of, router_of, tokens
 
 from ezpz_moe.hosts.titan.router import TokenMask
+from ezpz_moe.hosts.titan.zero_computation import dispatch_padding
 
 ZERO = """
 [router]
@@ -66,8 +67,10 @@ def test_the_routed_experts_answer_as_without_zero_computation_experts(model_wit
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-def test_padding_that_is_not_dispatched_gets_nothing(model_with):
-    built = model_with("[router]\npad_token_id = 0\ndispatch_padding = false")
+@pytest.mark.parametrize("dispatched", ["", "dispatch_padding = false", "dispatch_padding = true"])
+def test_padding_that_is_not_dispatched_gets_nothing(model_with, dispatched):
+    """By default, too."""
+    built = model_with(f"[router]\npad_token_id = 0\n{dispatched}")
     moe = moe_of(built)
     router_of(built)
     mask_BL = torch.ones(B, L, dtype=torch.bool)
@@ -75,6 +78,9 @@ def test_padding_that_is_not_dispatched_gets_nothing(model_with):
     mask = TokenMask()
     mask.mask_BL = flat(mask_BL)
     moe.router.masked_by = moe.routed_experts.masked_by = mask
+    if "true" in dispatched:
+        assert type(moe.routed_experts).__name__ != "EzpzRoutedExperts"
+        return
     moe.shared_experts = None
     rows = []
     experts = getattr(moe.routed_experts, "inner_experts", None)
@@ -84,3 +90,19 @@ def test_padding_that_is_not_dispatched_gets_nothing(model_with):
     assert not out_BLD[~mask_BL].any()
     assert out_BLD[mask_BL].any(-1).all()
     assert rows in ([], [3 * int(mask_BL.sum())])
+
+
+def test_all_is_dispatched_again_where_nothing_may_be_copied_to_the_host(model_with):
+    """Under CUDA graphs: R is the tensor's size, and not read from it."""
+    built = model_with("[router]\npad_token_id = 0")
+    moe = moe_of(built)
+    router_of(built)
+    mask = TokenMask()
+    mask.mask_BL = flat(torch.zeros(B, L, dtype=torch.bool))
+    moe.router.masked_by = moe.routed_experts.masked_by = mask
+    moe.shared_experts = None
+    x_BLD = flat(tokens(moe.router.gate.in_features))
+    assert not moe(x_BLD).any()
+    dispatch_padding(built)
+    assert moe.routed_experts.token_dispatcher.computed(torch.empty(4, 3, device="meta")) == 12
+    assert moe(x_BLD).any(-1).all()

@@ -1,6 +1,7 @@
-"""Find what the host's token dispatchers ask of a run, which it says only while it builds one.
+"""What the host's token dispatchers can do, and what they ask of a run.
 
-The standard dispatcher, all-to-all, runs everywhere. The others have kernels of their own.
+The host says the latter only while it builds the run. The standard dispatcher, all-to-all, runs
+everywhere. The others have kernels of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from torchtitan.distributed.activation_checkpoint import FullAC
 from torchtitan.models.common.token_dispatcher import (
@@ -21,6 +23,8 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
+from ezpz_moe.config.routing_schema import Router
+
 _NAMES: Mapping[type, str] = {
     DeepEPTokenDispatcher: "deepep",
     HybridEPTokenDispatcher: "hybridep",
@@ -29,6 +33,8 @@ _NAMES: Mapping[type, str] = {
 # A version of the package may have one of the two.
 OF_DEEP_EP = {"deepep": "ElasticBuffer", "hybridep": "HybridEPBuffer"}
 """Dispatcher -> the class of that package that it needs."""
+SORTING = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
+"""Those that sort assignments, so that some can be cut off; others send a fixed number of them."""
 _REMEDY = 'Leave it out, or set it to "standard".'
 
 
@@ -91,3 +97,17 @@ def _has_deep_ep(name: str) -> bool:
 
 def _key(name: str) -> str:
     return f'parallelism.expert_parallel_comm_backend = "{name}"'
+
+
+def host_class(dispatcher: Any) -> str:
+    """Return the name of the host's class that a dispatcher's config is made from."""
+    # The dispatcher may already be a subclass of ours, with a name that nobody wrote in a job.
+    classes = type(dispatcher)._owner.mro()
+    return next(each.__name__ for each in classes if each.__module__.startswith("torchtitan."))
+
+
+def cuts_padding(dispatcher: Any, settings: Router) -> bool:
+    """Return whether padding goes to no expert: asked for, or possible and not asked against."""
+    if not settings.masks_padding or settings.dispatch_padding is True:
+        return False
+    return settings.dispatch_padding is False or host_class(dispatcher) in SORTING

@@ -50,7 +50,7 @@ from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
-from ezpz_moe.hosts.titan import precision
+from ezpz_moe.hosts.titan import precision, router_remarks
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
@@ -104,8 +104,10 @@ class JobConfig(Trainer.Config):
                 # Called by name: `super()` without arguments does not work in a dataclass with
                 # slots, which is a new class.
                 Trainer.Config.__post_init__(self)
-        if self.is_precision_ours and is_about_to_train():
-            precision.log_once(self)
+        if is_about_to_train():
+            if self.is_precision_ours:
+                precision.log_once(self)
+            router_remarks.log_once(self)
 
     def build(self, **parts: Any) -> Any:
         """Build the trainer, in a folder where no other run writes."""
@@ -140,7 +142,7 @@ def trainer_config(job: Job) -> JobConfig:
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
     # Not JobConfig(), which would already check itself.
-    sections = _fields(Trainer.Config()) | _sections(job, spec)
+    sections = _fields(Trainer.Config()) | _sections(job, flavor, spec)
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
@@ -178,7 +180,7 @@ def _metrics(telemetry: Telemetry | None) -> Any:
     return metrics
 
 
-def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
+def _sections(job: Job, flavor: Flavor, spec: ModelSpec) -> dict[str, Any]:
     """Return the sections that differ from the host's defaults before single fields are set."""
     sections = {
         "model_spec": spec,
@@ -188,13 +190,13 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
         ),
         "optimizer": default_adamw(),
         "training": TrainingConfig(disable_cuda_graphs=True),
-        "dataloader": _dataloader(job, "training", infinite=True),
+        "dataloader": _dataloader(job, "training", flavor, infinite=True),
         "checkpoint": Checkpointer.Config(
             last_save_model_only=False,
             _is_last_save_ours="checkpoint.last_save_model_only" not in job.values,
         ),
     }
-    if validator := _validator(job):
+    if validator := _validator(job, flavor):
         sections["validator"] = validator
         if not _names_validation_text(job):
             sections["training_text"] = validator.dataloader
@@ -204,7 +206,7 @@ def _sections(job: Job, spec: ModelSpec) -> dict[str, Any]:
     return sections
 
 
-def _validator(job: Job) -> Validator.Config | None:
+def _validator(job: Job, flavor: Flavor) -> Validator.Config | None:
     """Return the validator of the job's text; without one of its own, of our text of training.
 
     None is the host's default, which streams a text of the Hub: it suits a training that does.
@@ -212,9 +214,9 @@ def _validator(job: Job) -> Validator.Config | None:
     if not _names_validation_text(job):
         if not is_ours(job.values.get("training.dataset")):
             return None
-        data = _dataloader(job, "training", infinite=False)
+        data = _dataloader(job, "training", flavor, infinite=False)
         return WholeTextValidator.Config(dataloader=data)
-    data = _dataloader(job, "validation", infinite=False)
+    data = _dataloader(job, "validation", flavor, infinite=False)
     # The host's datasets are streamed: counting would mean downloading them before the first step.
     is_counted = is_ours(job.values.get("validation.dataset"))
     return (WholeTextValidator if is_counted else Validator).Config(dataloader=data)
@@ -224,12 +226,17 @@ def _names_validation_text(job: Job) -> bool:
     return not job.values.keys().isdisjoint({"validation.dataset", "validation.dataset_path"})
 
 
-def _dataloader(job: Job, section: str, *, infinite: bool) -> Configurable.Config:
+def _dataloader(job: Job, section: str, flavor: Flavor, *, infinite: bool) -> Configurable.Config:
     dataset, path = (job.values.get(f"{section}.{key}") for key in ("dataset", "dataset_path"))
     try:
-        return titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
+        data = titan().dataloader_config(dataset, path, job_folder=job.folder, infinite=infinite)
     except EzpzError as error:
         raise EzpzError(f"{job.source}: [{section}] {error}") from error
+    if flavor.router.padding != "labels":
+        return data
+    with titan().importing():  # only such a flavor needs this from the host
+        from ezpz_moe.hosts.titan.labelled import labelled
+    return labelled(data)
 
 
 def _arguments(job: Job, **keys: str) -> dict[str, Any]:

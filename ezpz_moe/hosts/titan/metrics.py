@@ -174,7 +174,10 @@ class RouterMetrics(MetricsProcessor):
                 counts_E,
                 sums_S,
                 steps,
-                {**_use_of_rows(selector, *rows), "rank_max_over_mean": of_ranks},
+                {
+                    **_use_of_rows(selector, *rows, counted=sum(counts_E[:routed_experts])),
+                    "rank_max_over_mean": of_ranks,
+                },
             )
             for (number, moe), of_ranks, counts_E, sums_S, selector, *rows in zip(
                 of_layer.items(),
@@ -271,13 +274,13 @@ def _choices(moe: Any, device: torch.device) -> torch.Tensor:
 
 
 def _use_of_rows(
-    experts: Selector | None, rows_3: list[int], choices_2: list[int]
+    experts: Selector | None, rows_3: list[int], choices_2: list[int], *, counted: int
 ) -> Mapping[str, float | None]:
     """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
     given, computed, dropped = rows_3
     made, beyond = choices_2
     if given:
-        use = use_of_rows(given, computed, dropped)
+        use = use_of_rows(given, computed, dropped, counted)
         # What [balance] capacity_factor has left out was never given to the backend.
         return use | {"drop_rate": (beyond + dropped) / made} if made else use
     # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.

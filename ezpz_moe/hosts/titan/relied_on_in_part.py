@@ -36,8 +36,13 @@ ROUTERS = (
         "torchtitan.models.common.moe:TokenChoiceTopKRouter",
         used_for="a flavor's router is a subclass of it",
         if_broken=NO_ROUTER,
-        # The last limits groups, and is applied to the plan of sinkhorn.
-        has=("Config", "forward", "_get_node_limited_routing_scores"),
+        # The second to last limits groups: ours replaces it, with other scores of a group.
+        has=(
+            "Config",
+            "forward",
+            "_get_node_limited_routing_scores",
+            "_debug_force_load_balance_routing",
+        ),
     ),
     Reliance(
         "torchtitan.models.common.moe:TokenChoiceTopKRouter.Config",
@@ -49,6 +54,7 @@ ROUTERS = (
             "top_k",
             "score_func",
             "num_expert_groups",
+            "num_limited_groups",
             "route_norm",
             "route_scale",
         ),
@@ -81,6 +87,11 @@ ROUTERS = (
         used_for="how ranks hold the constant experts' parameters",
         if_broken=_NO_ZERO_COMPUTATION,
         fields=("state_shardings",),
+    ),
+    Reliance(
+        "torchtitan.components.loss:IGNORE_INDEX",
+        used_for='which labels count, for [router] padding = "labels"',
+        if_broken='[router] padding = "labels" cannot be used',
     ),
     Reliance(
         # Private, like torch's own way to recognize a recomputation.

@@ -1,6 +1,7 @@
 """Extend the host's router and gate by a flavor's ``[router]`` and ``[balance]``.
 
-Scores, groups, bias, norm and scale stay the host's own. The gate is a subclass that changes its
+Scores, groups, bias, norm and scale stay the host's own, but for scores that it does not know.
+The gate is a subclass that changes its
 input and its logits. The router is a subclass that may choose other experts, adds the gradient of
 the balance losses, and counts. What each option computes is in :mod:`ezpz_moe.routing`, so a new
 one needs nothing here.
@@ -25,7 +26,13 @@ from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scop
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.routing import losses
-from ezpz_moe.routing.assignment import HostRules, chosen
+from ezpz_moe.routing.assignment import (
+    HostRules,
+    chosen,
+    limited_to_groups,
+    scores_of,
+    weights_of,
+)
 from ezpz_moe.routing.balance import first_value, inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
@@ -114,6 +121,7 @@ class _Router(Module):
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
         self.balance: Balance = config.balance
+        self._group_score: str = config.group_score
         self.routed_experts = self.num_experts - self.settings.zero_computation_experts
         self.masked_by = TokenMask()
         self.coefficients = self.balance.of_scopes
@@ -129,10 +137,11 @@ class _Router(Module):
         self.step = 1
         # Not persistent: a checkpoint must have the same keys as the host's own model. On the
         # router, because the host asks modules with a sharding_config about every buffer, and it
-        # has none.
+        # has none. With their dtypes, because the host builds the model in training.dtype, and a
+        # sum in bfloat16 stands still at 256.
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
-        sums_S = torch.zeros(len(SUMS) + self.num_experts)
+        sums_S = torch.zeros(len(SUMS) + self.num_experts, dtype=torch.float32)
         self.register_buffer("sums_S", sums_S, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
@@ -156,18 +165,19 @@ class _Router(Module):
 
         Device syncs: those of sinkhorn, in training.
         """
-        weights_BLK, ids_BLK, scores_BLE = super().forward(x_BLD, expert_bias_E)
+        # The host's forward knows two functions.
+        route = super().forward if self.score_func in ("softmax", "sigmoid") else self._route
+        weights_BLK, ids_BLK, scores_BLE = route(x_BLD, expert_bias_E)
         # Taken from the gate at once: it would keep the graph of this microbatch alive.
         logits_BLE, self.gate.logits_BLE = self.gate.logits_BLE, None
         mask_BL = self.masked_by.of(local(scores_BLE))
-        limited = None if self.num_expert_groups is None else self._get_node_limited_routing_scores
         weights_BLK, ids_BLK = chosen(
             weights_BLK,
             ids_BLK,
             scores_BLE,
             mask_BL,
             self.settings,
-            HostRules(self.route_norm, self.route_scale, limited),
+            self._rules,
             training=self.training,
         )
         if self.training:
@@ -176,6 +186,37 @@ class _Router(Module):
             if self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         return weights_BLK, ids_BLK, scores_BLE
+
+    def _route(self, x_BLD: Tensor, expert_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route as the host does, with scores that it does not know."""
+        with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
+            logits_BLE = self.gate(x_BLD)
+        scores_BLE = scores_of(logits_BLE, self.score_func)
+        by_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
+        if self._rules.limited is not None:
+            by_BLE = self._rules.limited(by_BLE)
+        ids_BLK = by_BLE.topk(self.top_k, dim=-1, sorted=False).indices
+        if self._debug_force_load_balance:
+            ids_BLK, _ = self._debug_force_load_balance_routing(scores_BLE)
+        return weights_of(scores_BLE, ids_BLK, self._rules), ids_BLK, scores_BLE
+
+    @property
+    def _rules(self) -> HostRules:
+        limited = None if self.num_expert_groups is None else self._get_node_limited_routing_scores
+        return HostRules(self.route_norm, self.route_scale, limited)
+
+    def _get_node_limited_routing_scores(self, scores_BLE: Tensor) -> Tensor:
+        """Replace the host's method, which ranks groups in one way and needs two experts in each.
+
+        With the host's ranking it chooses the same groups, ties included.
+        """
+        return limited_to_groups(
+            scores_BLE,
+            groups=self.num_expert_groups,
+            limited=self.num_limited_groups,
+            group_score=self._group_score,
+            top_k=self.top_k,
+        )
 
     def _counts_scores(self, expert_bias_E: Tensor | None) -> bool:
         """Return whether the Switch loss counts the highest scores, not where the tokens go."""
@@ -262,6 +303,7 @@ def _router_like(host_class: type[TokenChoiceTopKRouter]) -> type[TokenChoiceTop
         class Config(host_class.Config):  # type: ignore[name-defined]
             settings: Router = field(default_factory=Router)
             balance: Balance = field(default_factory=Balance)
+            group_score: str = "top2_sum"
 
         def __init__(self, config: Config):
             super().__init__(config)
@@ -270,11 +312,25 @@ def _router_like(host_class: type[TokenChoiceTopKRouter]) -> type[TokenChoiceTop
     return named_after(RoutedBySettings, host_class)
 
 
-def routed(config: TokenChoiceTopKRouter.Config, settings: Router, balance: Balance) -> Any:
+def routed(
+    config: TokenChoiceTopKRouter.Config,
+    settings: Router,
+    balance: Balance,
+    group_score: str = "top2_sum",
+) -> Any:
     """Return the config of the same router with the flavor's settings."""
     gate = derive(config.gate, mixed(type(config.gate)._owner, _Gate).Config)
     target = _router_like(type(config)._owner)
-    return derive(config, target.Config, gate=gate, settings=settings, balance=balance)
+    keeps_score = settings.keep_top1_score and config.top_k == 1
+    return derive(
+        config,
+        target.Config,
+        gate=gate,
+        route_norm=config.route_norm and not keeps_score,
+        settings=settings,
+        balance=balance,
+        group_score=group_score,
+    )
 
 
 def moe_layers(model_parts: Any) -> dict[int, Any]:

@@ -8,10 +8,12 @@ from typing import Any
 from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 
+from ezpz_moe.config.flavor_schema import group_score_conflicts
 from ezpz_moe.config.routing_schema import Router, size_conflicts
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.dispatchers import SORTING, host_class
 
-_SORTING_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
+_LABELS = 'padding = "labels"'
 
 
 def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
@@ -43,6 +45,8 @@ def _experts(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     # `choices`, because this router's experts include the zero-computation ones.
     for problem in size_conflicts(settings, choices=router.num_experts, top_k=router.top_k):
         yield f"{problem}."
+    for problem in group_score_conflicts(router.group_score, router.num_expert_groups):
+        yield f"{problem}."
 
 
 def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
@@ -52,7 +56,7 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             ("null_experts", settings.null_experts),
             ("copy_experts", settings.copy_experts),
             ("constant_experts", settings.constant_experts),
-            ("dispatch_padding", not settings.dispatch_padding),
+            ("dispatch_padding", settings.dispatch_padding is False),
         )
         if value
     ]
@@ -68,8 +72,8 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
         )
     # The others send a fixed number of assignments, so the cut-off ones cannot be left out.
-    own = _host_class(moe.routed_experts.token_dispatcher)
-    if own not in _SORTING_DISPATCHERS:
+    own = host_class(moe.routed_experts.token_dispatcher)
+    if own not in SORTING:
         yield (
             f"{named} cannot be combined with the dispatcher {own}, which sends a fixed number of "
             f"assignments per token. Set parallelism.expert_parallel_comm_backend to "
@@ -84,25 +88,43 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
-    if settings.pad_token_id is None:
+    if not settings.masks_padding:
         return
-    named = f"[router] pad_token_id = {settings.pad_token_id}"
+    pad_token_id, by_labels = settings.pad_token_id, settings.padding == "labels"
+    named = f"[router] {_LABELS if by_labels else f'pad_token_id = {pad_token_id}'}"
     vocabulary = decoder_vocab_size(config.model_spec)
-    if settings.pad_token_id >= vocabulary:
+    if pad_token_id is not None and pad_token_id >= vocabulary:
         yield (
-            f"{named}: the model knows only tokens below {vocabulary}, so nothing would be "
-            f"padding. Name the token that the tokenizer pads with."
+            f"[router] pad_token_id = {pad_token_id}: the model knows only tokens below "
+            f"{vocabulary}, so nothing would be padding. Name the token that the tokenizer pads "
+            f"with."
         )
     parallelism = config.parallelism
     if parallelism.pipeline_parallel_degree > 1:
         yield (
             f"{named} cannot be combined with parallelism.pipeline_parallel_degree = "
-            f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens."
+            f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens, and "
+            "none knows whose microbatch it recomputes."
         )
-    if parallelism.tensor_parallel_degree > 1 and parallelism.expert_parallel_degree > 1:
+    if settings.padding != "token" and parallelism.context_parallel_degree > 1:
         yield (
-            f"{named} cannot be combined with parallelism.tensor_parallel_degree and "
-            f"expert_parallel_degree both above 1: a router then sees only part of its sequences."
+            f'[router] padding = "{settings.padding}" cannot be combined with '
+            f"parallelism.context_parallel_degree = {parallelism.context_parallel_degree}: a rank "
+            'sees only part of its sequences. Use padding = "token".'
+        )
+    if by_labels:
+        yield from _unlabelled(config, named)
+
+
+def _unlabelled(config: Any, named: str) -> Iterator[str]:
+    # Here, as only flavors with this padding need what that module relies on.
+    from ezpz_moe.hosts.titan.labelled import is_labelled
+
+    if not is_labelled(config.dataloader):
+        yield (
+            f"{named} cannot be combined with the data loader "
+            f"{type(config.dataloader)._owner.__name__}: labels reach the routers only by a loader "
+            'of ours. Give its config to ezpz_moe.data.labelled, or use padding = "trailing".'
         )
 
 
@@ -144,7 +166,7 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     # Each of these reads a number on the host, which a captured graph cannot.
     drops = moe.router.balance.capacity_factor
-    cuts = settings.zero_computation_experts or not settings.dispatch_padding or drops
+    cuts = settings.zero_computation_experts or settings.dispatch_padding is False or drops
     if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
         return
     is_sinkhorn = settings.routing == "sinkhorn"
@@ -178,10 +200,3 @@ def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
     elif not policy.preserve_rng_state:
         yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
-
-
-def _host_class(dispatcher: Any) -> str:
-    """Return the name of the host's class that ours is made from."""
-    # The dispatcher may already be a subclass of ours, with a name that nobody wrote in a job.
-    classes = type(dispatcher)._owner.mro()
-    return next(each.__name__ for each in classes if each.__module__.startswith("torchtitan."))

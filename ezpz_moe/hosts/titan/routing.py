@@ -13,14 +13,17 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.routing_schema import Balance, Schedule, Scope
+from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.dispatchers import cuts_padding
+from ezpz_moe.hosts.titan.labelled import COUNTED
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
 from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
-from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
+from ezpz_moe.hosts.titan.zero_computation import dispatch_padding, with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
+from ezpz_moe.routing.padding import tokens_that_count
 
 # The host's own default of `MoE.Config.load_balance_coeff`.
 _HOST_RATE = 1e-3
@@ -31,12 +34,13 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
     settings = flavor.router
     # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
-        is_limited = flavor.balance.capacity_factor > 0
-        if settings.zero_computation_experts or not settings.dispatch_padding or is_limited:
+        dispatcher = moe.routed_experts.token_dispatcher
+        cuts = settings.zero_computation_experts or cuts_padding(dispatcher, settings)
+        if cuts or flavor.balance.capacity_factor:
             moe = with_zero_computation(moe, settings, flavor.balance)
             setattr(parent, attribute, moe)
         # After the zero-computation experts: they enlarge the gate that this derives from.
-        moe.router = routed(moe.router, settings, flavor.balance)
+        moe.router = routed(moe.router, settings, flavor.balance, flavor.router_group_score)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
     spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
@@ -50,9 +54,10 @@ def _host_rate(rate: float | None, balance: Balance) -> float | None:
         case "none":
             return None
         case _:
-            # The host asserts a positive rate. If ours replaces the hook, only its being set
-            # matters.
-            return balance.bias_rate.end if balance.bias_rate else rate or _HOST_RATE
+            # The host asserts a positive rate. If ours replaces the hook, or there is none, only
+            # its being set matters.
+            ours = balance.bias_rate.end if balance.bias_rate else rate
+            return ours or _HOST_RATE
 
 
 # --- after the model is parallelized --------------------------------------------------------------
@@ -82,8 +87,13 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
                 # Only now: parameters that parallelize_fn lays out again lose requires_grad =
                 # False.
                 moe.router.gate.requires_grad_(False)
-        if flavor.router.pad_token_id is not None:
-            model.register_forward_pre_hook(_mask_from_tokens(mask, flavor.router.pad_token_id))
+        if flavor.router.masks_padding:
+            # With expert parallelism, each rank of a tensor-parallel group routes its part.
+            tp = parallel_dims.get_optional_mesh("tp") if parallel_dims.ep_enabled else None
+            hook = _masking(mask, flavor.router, _length(parallel_dims, kwargs), tp)
+            model.register_forward_pre_hook(hook, with_kwargs=True)
+        if flavor.router.dispatch_padding is None and not kwargs["training"].disable_cuda_graphs:
+            dispatch_padding(model)  # leaving it out copies a number to the host
         return model
 
     return parallelize
@@ -98,10 +108,39 @@ def _drops(flavor: Flavor) -> str:
     )
 
 
-def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
-    def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        # A pre-hook of the model sees the tokens; the routers see only embeddings.
-        mask.mask_BL = local(args[0]) != pad_token_id
+def _length(parallel_dims: Any, kwargs: dict[str, Any]) -> int:
+    """Return the tokens of a sequence."""
+    data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    return titan().sequences(kwargs["training"], kwargs["parallelism"], data_ranks).length
+
+
+def _masking(mask: TokenMask, settings: Router, length: int, tp: Any) -> Callable[..., Any]:
+    """Return a pre-hook of the model, which sees the batch; the routers see only embeddings.
+
+    Args:
+        mask: what it sets.
+        settings: the flavor's.
+        length: tokens of a sequence.
+        tp: the mesh of ranks that each route a part of every sequence; None if a rank has all.
+    """
+
+    def before_forward(
+        model: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        counted = kwargs.pop(COUNTED, None)
+        if settings.padding != "labels":
+            counted = tokens_that_count(local(args[0]), settings, length)
+        elif counted is None:
+            raise ValueError(
+                '[router] padding = "labels": a batch does not say which labels count, because it '
+                "is from another data loader than the job's"
+            )
+        counted = local(counted)
+        if tp is not None:  # the last dimension is that of positions, or of folded tokens
+            counted = counted.chunk(tp.size(), dim=-1)[tp.get_local_rank()]
+        mask.mask_BL = counted
+        return args, kwargs
 
     return before_forward
 
@@ -157,10 +196,12 @@ def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callabl
         # updates would never end, and topk would follow that bias at inference.
         return None
     rate = balance.bias_rate
+    if rate is not None and rate.start == rate.end == 0:
+        return None  # the bias is used, and stays as it is
     # The host's own hook whenever possible: its results are then the host's, bit for bit.
     is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
     # The host's counts include padding tokens, ours do not.
-    if is_the_hosts and settings.pad_token_id is None:
+    if is_the_hosts and not settings.masks_padding:
         return host_hook
     by_sign = balance.bias_update != "proportional"
 

@@ -107,6 +107,11 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.precision import in_words
         return in_words(config)
 
+    def remarks(self, config: Any) -> list[str]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.router_remarks import router_remarks
+        return router_remarks(config)
+
     def learning_rate(self, config: Any, steps: int) -> float:
         with self.importing():
             from ezpz_moe.hosts.titan.learning_rate import learning_rate

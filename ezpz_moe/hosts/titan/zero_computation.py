@@ -76,6 +76,7 @@ class _Dispatcher:
     """Mixin before a dispatcher of the host: cuts off what is beyond the routed experts."""
 
     routed_experts: int
+    cuts_off = True
 
     def _local_reorder(
         self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
@@ -88,6 +89,8 @@ class _Dispatcher:
 
     def computed(self, topk_expert_ids_TK: Tensor) -> int:
         """Return R. ``route_evenly`` replaces this method if tensors have no values."""
+        if not self.cuts_off:
+            return topk_expert_ids_TK.numel()
         return int((topk_expert_ids_TK < self.routed_experts).sum())
 
 
@@ -100,7 +103,8 @@ class _RoutedExperts(Module):
         self.last_null = E + settings.null_experts
         self.last_copy = self.last_null + settings.copy_experts
         self.last_constant = self.last_copy + settings.constant_experts
-        self.masked_by: TokenMask | None = None if settings.dispatch_padding else TokenMask()
+        cuts = settings.masks_padding and settings.dispatch_padding is not True
+        self.masked_by: TokenMask | None = TokenMask() if cuts else None
         self.constant_experts = config.constants.build() if config.constants else None
         self.balance: Balance = config.balance
         self.choices = Choices() if self.balance.capacity_factor else None
@@ -206,6 +210,20 @@ def _constant_experts(dim: int, experts: int) -> ConstantExperts.Config | None:
     whole = dense_param_placement(tp=spmd.R)
     layout = ShardingConfig(state_shardings={"mix_C2D": whole, "vectors_CD": whole})
     return ConstantExperts.Config(dim=dim, experts=experts, sharding_config=layout)
+
+
+def dispatch_padding(model: nn.Module) -> None:
+    """Dispatch padding like any token again, in place, without the device sync that it saves.
+
+    Zero-computation experts keep theirs.
+    """
+    for module in model.modules():
+        if isinstance(module, _RoutedExperts):
+            module.masked_by = None
+            E = module.token_dispatcher.routed_experts
+            module.token_dispatcher.cuts_off = (
+                module.last_constant > E or module.choices is not None
+            )
 
 
 def route_evenly(model: nn.Module) -> None:

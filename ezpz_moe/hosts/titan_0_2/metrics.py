@@ -71,7 +71,7 @@ class DropMetrics(MetricsProcessor):
         torch.distributed.all_reduce(rows_L3)  # a pipeline stage has zeros for the others' layers
         return over_layers(
             [
-                use_of_rows(given, computed, dropped)
+                use_of_rows(given, computed, dropped, given)
                 for given, computed, dropped in rows_L3.tolist()
                 if given
             ]

@@ -76,6 +76,11 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
+    if flavor.scores_otherwise:
+        raise EzpzError(
+            f'{flavor.source}: router_group_score, router_score_func = "sqrtsoftplus" and groups '
+            "of one expert need torchtitan 0.3 or later. Remove them, or install torchtitan 0.3."
+        )
     if flavor.is_routed:
         raise EzpzError(
             f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ezpz_moe.config.routing_schema import Router
+from ezpz_moe.config.flavor_schema import Flavor
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Rope
 from ezpz_moe.routing.balance import value_at
 
@@ -94,15 +94,20 @@ def _made(common: _Common, form: _Form, biases: dict[str, int] | None = None) ->
     )
 
 
-def router_differences(router: Router, step: int | None) -> Iterator[str]:
-    """Yield what a flavor's ``[router]`` changes at inference. No class computes any of it.
+def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
+    """Yield what a flavor's router changes at inference. No class computes any of it.
 
     Jitter, noise, padding and the plan of sinkhorn are for training alone.
 
     Args:
-        router: the flavor's.
+        flavor: the model's.
         step: where a scheduled temperature is; None if it is not known.
     """
+    router, size = flavor.router, flavor.dimensions
+    if flavor.router_group_score != "top2_sum":
+        yield f'router_group_score = "{flavor.router_group_score}"'
+    if size and size.router_score_func == "sqrtsoftplus":
+        yield f'router_score_func = "{size.router_score_func}"'
     if router.routing == "balanced":
         yield 'router.routing = "balanced" chooses experts without looking at the token'
     if router.activation != "identity":

@@ -105,7 +105,7 @@ def _read_checkpoint(source: Path, model: Model) -> Metadata:
 
 def _check_class(source: Path, model: Model, form: TransformersClass, step: int | None) -> None:
     # A scheduled temperature depends on the step.
-    if differences := [*form.differences, *router_differences(model.flavor.router, step)]:
+    if differences := [*form.differences, *router_differences(model.flavor, step)]:
         raise EzpzError(
             f"{source}: ezpz_moe knows no class of transformers that computes the model of flavor "
             f"{model.flavor.name}. {form.name} comes closest, but: {'; '.join(differences)}."

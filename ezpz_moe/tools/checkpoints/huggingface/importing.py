@@ -143,7 +143,7 @@ def _import_notes(keys: Mapping[str, Keys], model: Model) -> list[str]:
     notes = []
     if any(not keys[name] for name in model.buffers):
         notes.append("The experts' selection biases, which the other format lacks, are zero.")
-    changes = list(router_differences(model.flavor.router, step=1))
+    changes = list(router_differences(model.flavor, step=1))
     if changes:
         notes.append(f"The flavor computes something else with it: {'; '.join(changes)}.")
     return notes
