@@ -137,7 +137,8 @@ def test_a_training_on_the_hosts_text_keeps_the_hosts_validation():
 
 
 def test_the_token_dispatcher_is_chosen_by_the_job():
-    deepep = config("debugmodel", parallelism__expert_parallel_comm_backend="deepep")
+    keys = {"expert_parallel_comm_backend": "deepep", "expert_parallel_degree": 2}
+    deepep = config("debugmodel", **{f"parallelism__{key}": value for key, value in keys.items()})
     experts = deepep.model_spec.model.layers[1].moe.routed_experts
     assert isinstance(experts.token_dispatcher, DeepEPTokenDispatcher.Config)
 

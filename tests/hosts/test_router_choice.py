@@ -5,12 +5,22 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, run_in_copy, tokens
+from router_cases import (
+    UPSTREAM,
+    B,
+    L,
+    flat,
+    moe_of,
+    routed,
+    router_of,
+    run_in_copy,
+    sums_of,
+    tokens,
+)
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.routing.balance import value_at
-from ezpz_moe.routing.counters import SUMS
 
 
 @pytest.mark.parametrize("base", UPSTREAM.values(), ids=UPSTREAM)
@@ -197,7 +207,7 @@ def test_a_model_in_bfloat16_counts_as_any_other(model_with, building_in_bfloat1
     with torch.no_grad():
         for _ in range(300):
             routed(router, x_BLD)
-    assert dict(zip(SUMS, router.sums_S.tolist(), strict=True))["tokens"] == 300 * B * L
+    assert sums_of(router)["tokens"] == 300 * B * L
     assert router.counts_E.sum() == 300 * B * L * router.top_k
     counters = {"counts_E", "sums_S", "tokens_per_expert_E", "expert_bias_E"}
     buffers = {name.rpartition(".")[2]: each for name, each in built.named_buffers()}
