@@ -53,7 +53,7 @@ def _end_with(launcher: int) -> None:
 
 
 _exit_code: int | None = None
-"""Of a run that has ended as it should: trained to its end, or saved and stopped by SIGTERM."""
+"""Set once a run has ended as it should: trained to its end, or saved and stopped by SIGTERM."""
 
 
 def _end_without_teardown() -> None:

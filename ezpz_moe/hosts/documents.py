@@ -209,7 +209,7 @@ def _read_jsonl(file: Path) -> Dataset:
 
 def _read_json(file: Path) -> Dataset:
     text = file.read_text(encoding="utf-8-sig")
-    # An empty file is no JSON; as a file without text it gets a better message.
+    # An empty file is not JSON; as a file without text it gets a better message.
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
         raise EzpzError(

@@ -47,7 +47,7 @@ class RowCounts(Module):
         self.rows_3 = torch.zeros_like(self.rows_3, device=buffer_device or self.rows_3.device)
 
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
-        # Validation is no part of the steps that telemetry reports.
+        # Validation is not one of the steps that telemetry reports.
         if self.on and self.training:
             count_rows(self.rows_3, num_tokens_per_expert_E, x_RD.shape[0], self.compute_backend)
 

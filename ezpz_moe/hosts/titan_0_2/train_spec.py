@@ -83,7 +83,7 @@ def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Co
     # Before anything else is built, so that a run that is refused has written nothing.
     run_folder.hold_for(config, config.job.dump_folder)
     if run_folder.saves_checkpoints(config) and not is_dry_run(config):
-        # The checkpoint manager is no part of the spec, and the host has no other door to it.
+        # The checkpoint manager is not in the spec, and the host has no other door to it.
         logger.info(
             "ezpz_moe: SIGTERM ends this run without saving the step that it is at; with "
             "torchtitan 0.3 it is saved"

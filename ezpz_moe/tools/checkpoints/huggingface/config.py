@@ -16,7 +16,7 @@ from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Rope
 from ezpz_moe.routing.balance import value_at
 
 _LATENT_EPS = 1e-6
-"""Of the latents' norms in DeepseekV2 and DeepseekV3: a constant of the class."""
+"""The eps of the latents' norms in DeepseekV2 and DeepseekV3: a constant of the class."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _deepseek_v3(common: _Common) -> _Form:
     experts = common.experts
     config = {
         **_deepseek(common),
-        # One group of all experts is no limit.
+        # One group of all experts limits nothing.
         "n_group": experts.groups or 1,
         "topk_group": experts.limited_groups or 1,
         "norm_topk_prob": experts.route_norm,
