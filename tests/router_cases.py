@@ -4,8 +4,11 @@ Whoever imports this is skipped on torchtitan 0.2, which has no such routers.
 """
 
 import dataclasses
+import shutil
+import subprocess
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from dialect import ON_0_2
@@ -19,6 +22,7 @@ if ON_0_2:
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
 from ezpz_moe.hosts.titan.router import Groups
+from ezpz_moe.routing.counters import SUMS
 
 B, L = 3, 16
 
@@ -48,8 +52,15 @@ def moe_of(model) -> MoE:
 
 def router_of(model, *, groups: Groups | None = None) -> TokenChoiceTopKRouter:
     router = moe_of(model).router
-    router.groups = groups or dataclasses.replace(router.groups, length=L)
+    router.groups = {
+        scope: groups or dataclasses.replace(own, length=L) for scope, own in router.groups.items()
+    }
     return router
+
+
+def sums_of(router) -> dict[str, float]:
+    """What a router has added up, by the names of ``SUMS``; not its experts' probabilities."""
+    return dict(zip(SUMS, router.sums_S.tolist()[: len(SUMS)], strict=True))
 
 
 def tokens(dim: int, *, seed: int = 1) -> torch.Tensor:
@@ -65,3 +76,38 @@ def flat(x_BLD):
 def routed(router, x_BLD):
     """weights_TK, ids_TK, scores_TE."""
     return tuple(each.flatten(0, -2) for each in router(flat(x_BLD)))
+
+
+_OF_THE_COPY = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "ezpz_moe"]:
+    del sys.modules[name]
+sys.path.insert(0, ".")
+from pathlib import Path
+from ezpz_moe.hosts.detect import host
+host()  # finds the binding
+"""
+
+
+def run_in_copy(
+    folder: Path, additions: dict[str, tuple[str, str]], program: str
+) -> subprocess.CompletedProcess:
+    """Run a program with a copy of this package, in whose files something is added before a line.
+
+    ``additions``: file in the package -> the beginning of the line, what to add.
+    """
+    package = Path(__file__).parents[1]
+    for name in ("ezpz_moe", "flavors"):
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package / name, folder / name, ignore=leave)
+    for name, (before, added) in additions.items():
+        file = folder / "ezpz_moe" / name
+        text = file.read_text()
+        assert text.count(before) == 1
+        file.write_text(text.replace(before, added + before))
+    return subprocess.run(
+        [fork_server.python(), "-c", _OF_THE_COPY + program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )

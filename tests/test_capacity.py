@@ -17,6 +17,7 @@ from contract_cases import (
     HIDDEN_DIM,
     PATTERNS,
     Pattern,
+    assert_same_bits,
     assert_within,
     leaves,
     make_case,
@@ -43,7 +44,7 @@ def capacity(factor: float, **options: object):
 
 def kept_rows(pattern: Pattern, factor: float) -> torch.Tensor:
     """bool [R, 1]: the first rows of every expert, and neither the later ones nor the tail."""
-    limit = ceil(factor * (sum(pattern.counts) + pattern.tail) / len(pattern.counts))
+    limit = ceil(factor * (sum(pattern.counts) + pattern.tail) / max(1, len(pattern.counts)))
     kept = [place < limit for count in pattern.counts for place in range(count)]
     return torch.tensor([*kept, *[False] * pattern.tail], dtype=torch.bool).unsqueeze(1)
 
@@ -112,6 +113,29 @@ def test_a_dropped_row_may_hold_anything() -> None:
     assert all(value.isfinite().all() for value in result.values())
 
 
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_weights_of_an_idle_expert_reach_nothing(recompute: str) -> None:
+    """They are multiplied with empty slots, and 0 * NaN is NaN."""
+    case = make_case(Pattern((3, 0, 6), tail=1))
+    backend = capacity(1.0, recompute=recompute)
+    results = []
+    for value in (1.0, torch.nan):
+        for weights in (case.w1_EFD, case.w2_EDF, case.w3_EFD):
+            weights[1] = value
+        results.append(run(backend.swiglu, case))
+    assert_same_bits(*results)
+    assert all(value.isfinite().all() for value in results[1].values())
+    product = make_product_case(Pattern((3, 0, 6), tail=1), transposed=True)
+    product.B_EKN[1] = torch.nan
+    found = run_product(backend.grouped_mm, product)
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_no_experts_compute_no_rows() -> None:
+    none_E = torch.empty(0, dtype=torch.int64)
+    assert capacity(1.25).rows_used(none_E, 7).tolist() == [0, 0]
+
+
 def test_no_kernel_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values go through the kernels themselves, not through their stand-ins."""
     backend = capacity(1.25)
@@ -173,7 +197,7 @@ def test_it_says_how_many_rows_it_computes_and_drops(
     computed, dropped = (
         capacity(factor).rows_used(case.num_tokens_per_expert_E.to(count_dtype), rows).tolist()
     )
-    assert computed == E * min(rows, ceil(factor * rows / E))
+    assert computed == E * min(rows, ceil(factor * rows / max(1, E)))
     assert dropped == sum(pattern.counts) - int(kept_rows(pattern, factor).sum())
 
 

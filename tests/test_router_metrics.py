@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from router_cases import B, L, routed, router_of, small_model, tokens
+from router_cases import B, L, routed, router_of, small_model, sums_of, tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.hosts.titan.metrics import RouterMetrics
 from ezpz_moe.hosts.titan.router import Groups
-from ezpz_moe.routing.counters import SUMS
 from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.record import StepRecord
 
@@ -75,6 +74,19 @@ def test_a_record_has_the_losses_of_one_step_and_the_assignments_of_all(metrics,
         assert layer.margin == pytest.approx(first.margin, rel=1e-5)
 
 
+def test_a_record_has_the_mean_probability_of_each_expert(metrics, tmp_path) -> None:
+    """Of sigmoid scores too, and without what zero-computation experts have."""
+    tables = "[router]\nnull_experts = 3\n[telemetry]"
+    made = metrics(small_model(tmp_path, tables), every=3)
+    made.model_parts[0].layers["1"].moe.router.score_func = "sigmoid"
+    last = train(made, steps=3)[-1].layers[0]
+    router = router_of(made.model_parts[0])
+    scores_TE = routed(router, tokens(router.gate.in_features))[2].double()
+    p_E = (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)[:8]
+    assert last.probabilities_E == pytest.approx(p_E.tolist(), rel=6e-4)  # four digits
+    assert sum(last.probabilities_E) < 0.9
+
+
 def test_a_step_is_routed_at_its_own_temperature(metrics, tmp_path) -> None:
     """Also the first: the trainer asks whether to log before it trains."""
     tables = "[router]\ntemperature = {start = 4.0, end = 1.0, steps = 4}\n[telemetry]"
@@ -103,9 +115,9 @@ def test_a_loss_of_a_group_on_two_ranks_is_counted_once(tmp_path) -> None:
     for groups, mine in ((_TwoRanks(False), x_BLD), (Groups(False), torch.cat([x_BLD, x_BLD]))):
         router = router_of(small_model(tmp_path, BALANCE + "[telemetry]"), groups=groups)
         routed(router, mine)
-        sums.append(dict(zip(SUMS, router.sums_S.tolist(), strict=True)))
+        sums.append(sums_of(router))
     of_each, of_all = sums
-    assert of_all["aux_loss"] > 0
+    assert of_all["aux_loss_sequence"] > 0
     # Means over 2 B L tokens in another order.
     doubled = {name: 2 * value for name, value in of_each.items()}
     assert doubled == pytest.approx(of_all, rel=2 * B * L * 2.0**-24, abs=1e-12)

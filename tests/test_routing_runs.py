@@ -33,7 +33,17 @@ aux_loss = 2000.0
 mse_loss = 3000.0
 z_loss = 10.0
 scope = "{scope}"
+aux_loss_choice = "routed"
 
+[telemetry]
+images = false
+"""
+CAPACITY = """
+inherits = "tiny"
+n_layers = 2
+[balance]
+capacity_factor = 1.0
+drop = "probability"
 [telemetry]
 images = false
 """
@@ -47,6 +57,7 @@ FLAGS = (
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint", "--skewed-routing")
 TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
 
+COMPILED = ["--compile.enable", "--compile.backend", "aot_eager"]
 
 ONE_RANK = {
     "one big batch": at_once(4),
@@ -54,7 +65,7 @@ ONE_RANK = {
     "two microbatches": at_once(2),
     "full checkpointing": at_once(2),
     "selective checkpointing": at_once(2),
-    "compiled": [*at_once(2), "--compile.enable", "--compile.backend", "aot_eager"],
+    "compiled": [*at_once(2), *COMPILED],
     "compiled by inductor": [*at_once(2), "--compile.enable"],
 }
 TWO_RANKS = {
@@ -82,6 +93,7 @@ def folder(tmp_path_factory) -> Path:
         (folder / f"{scope}.toml").write_text(FLAVOR.format(scope=scope))
     unmasked = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", "")
     (folder / "unmasked.toml").write_text(unmasked)
+    (folder / "capacity.toml").write_text(CAPACITY)
     return folder
 
 
@@ -91,6 +103,9 @@ OTHERS = {
     "unmasked, one big batch": (1, at_once(4)),
     "global, two ranks": (2, at_once(2)),
     "batch, two ranks": (2, at_once(1)),
+    "capacity, two ranks": (2, at_once(2)),
+    "capacity, expert parallel": (2, [*at_once(2), *EP_2]),
+    "capacity, full checkpointing": (1, [*at_once(2), *COMPILED]),
     "unmasked, pipeline": (2, [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"]),
     "unmasked, tensor and expert parallel": (2, [*at_once(4), *TP_2, *EP_2]),
 }
@@ -108,7 +123,7 @@ def runs(folder) -> Runs:
         scenarios[name] = name.partition(",")[0], ranks, flags
     runs = Runs(folder)
     for name, (flavor, ranks, flags) in scenarios.items():
-        mode = CHECKPOINTING.get(name, "none")
+        mode = CHECKPOINTING.get(name.rpartition("capacity, ")[2], "none")
         job = door_1(folder, f"{flavor}_sdpa", *start, *flags, checkpointing=mode)
         runs.add(name, job, ranks=ranks)
     return runs
@@ -162,12 +177,39 @@ def test_the_scopes_are_different_losses(runs):
     assert difference(batch, everything) > 100 * ALLOWED
 
 
+def test_a_capacity_drops_the_same_whoever_holds_the_experts(runs, folder):
+    """Every token wants the same three of eight experts, each of which takes an eighth of all.
+
+    Under expert parallelism one rank has all three. Recomputation drops the same once more.
+    """
+    names = ("capacity, two ranks", "capacity, expert parallel", "capacity, full checkpointing")
+    assert all(runs[name] for name in names)
+    two_ranks, expert_parallel, recomputed = (telemetry(folder, name)[0] for name in names)
+    for line in (two_ranks, expert_parallel, recomputed):
+        assert line["layers"][0]["drop_rate"] == 1 - 3 / 8
+    assert expert_parallel["loss"] == pytest.approx(two_ranks["loss"], rel=ALLOWED)
+    assert difference(*(gate_gradient(runs[name]) for name in names[:2])) < ALLOWED
+
+
 def test_a_pipelines_stages_report_together(runs, folder):
     names = [f"unmasked, {name}" for name in ("pipeline", "one big batch")]
     assert all(runs[name] for name in names)
     (line, _), (big, _) = (telemetry(folder, name) for name in names)
     assert line["layers"][0]["counts_E"] == big["layers"][0]["counts_E"]
     assert line["loss"] == pytest.approx(big["loss"], rel=1e-3)
+
+
+def test_the_load_of_ranks_is_that_of_their_experts(runs, folder):
+    """Of the eight experts the first rank has four; all tokens want the same three."""
+    names = ("expert parallel", "two ranks")
+    assert all(runs[name] for name in names)
+    of_ranks, of_none = (telemetry(folder, name)[0]["layers"][0] for name in names)
+    halves = sum(of_ranks["counts_E"][:4]), sum(of_ranks["counts_E"][4:])
+    assert of_ranks["rank_max_over_mean"] == 2 * max(halves) / sum(halves)
+    assert of_none["rank_max_over_mean"] is None
+    # Four digits each, of probabilities whose sum is 1.
+    assert sum(of_ranks["probabilities_E"]) == pytest.approx(1, abs=5e-4)
+    assert of_ranks["probabilities_E"] == pytest.approx(of_none["probabilities_E"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", EVERY_CUT)

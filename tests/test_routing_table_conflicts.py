@@ -46,6 +46,33 @@ def no_effect_balanced(what: str) -> str:
             no_effect_balanced('balance.bias_update = "proportional"'),
         ),
         (
+            '[balance]\ndrop = "probability"\nmin_capacity = 4',
+            '[balance] drop = "probability" and min_capacity = 4 has no effect without '
+            "capacity_factor. Set it, or remove the rest; what is inherited can be set to "
+            'drop = "last" and min_capacity = 1.',
+        ),
+        (
+            f"{BALANCED}[balance.global]\nz_loss = 0.1",
+            no_effect_balanced("balance.global.z_loss = 0.1"),
+        ),
+        (
+            f"{SINKHORN}[balance.batch]\nz_loss = 0.1\nmse_loss = 1",
+            'router.routing = "sinkhorn" excludes balance.batch.mse_loss = 1.0: its assignment is '
+            "doubly stochastic and thus balanced already. Remove the loss (set it to 0 if it is "
+            'inherited), or route with "topk".',
+        ),
+        (
+            '[balance]\naux_loss = 0.01\nscope = "batch"\n[balance.batch]\nz_loss = 0.1',
+            '[balance] aux_loss = 0.01 with scope = "batch", and batch.z_loss = 0.1: these are '
+            "losses of one scope. Put all of them into [balance.batch]; if some are inherited, set "
+            "those to 0.",
+        ),
+        (
+            '[balance]\nscope = "batch"\n[balance.global]\nz_loss = 0.1',
+            '[balance] scope = "batch" has no effect without a loss beside it, and global.z_loss = '
+            '0.1 has its own. Remove it; if it is inherited, set scope = "sequence".',
+        ),
+        (
             "[balance]\nbias_rate = 0.01",
             '[balance] bias_rate has no effect without bias_update = "sign" or "proportional"; set '
             "bias_update, or remove bias_rate.",

@@ -50,6 +50,9 @@ SCHEDULE = "should be a number above 0, or a table of start, end and steps."
         ("balance", "z_loss = true", "True", "should be a valid number."),
         ("balance", 'scope = "rank"', "'rank'", "should be 'sequence', 'batch' or 'global'."),
         ("balance", "bias_rate = 0", "0", SCHEDULE),
+        ("balance", "capacity_factor = -1", "-1", NOT_NEGATIVE),
+        ("balance", "min_capacity = 0", "0", "should be greater than or equal to 1."),
+        ("balance", 'drop = "first"', "'first'", "should be 'last' or 'probability'."),
         ("telemetry", "every = 0", "0", "should be greater than or equal to 1."),
         ("telemetry", 'images = "png"', "'png'", "should be a valid boolean."),
         ("telemetry", "alert_dead_steps = 0", "0", "should be greater than or equal to 1."),
@@ -73,6 +76,16 @@ def test_a_value_of_the_wrong_kind(
         ("router = 3", "router = 3: should be a table."),
         ("balance = []", "balance = []: should be a table."),
         ('[router]\nrooting = "topk"', "unknown key 'router.rooting'. Did you mean 'routing'?"),
+        (
+            "[balance.global]\naux_los = 1",
+            "unknown key 'balance.global.aux_los'. Did you mean 'aux_loss'?",
+        ),
+        ("[balance]\nglobal = 1", "balance.global = 1: should be a table."),
+        (
+            "[balance]\nglobl = {}",
+            "unknown key 'balance.globl'. Did you mean 'global'?",
+        ),
+        ("[balance.batch]\nz_loss = -1", f"balance.batch.z_loss = -1: {NOT_NEGATIVE}"),
         ("[balance]\naux_los = 1", "unknown key 'balance.aux_los'. Did you mean 'aux_loss'?"),
         ("[telemetry]\nevry = 1", "unknown key 'telemetry.evry'. Did you mean 'every'?"),
         (

@@ -53,9 +53,12 @@ def test_a_flavor_without_the_tables_routes_as_the_host_does(tmp_path: Path) -> 
 def test_the_defaults() -> None:
     """Written down twice: nothing else can tell a slip from what was meant."""
     one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
+    none = {"aux_loss": 0, "mse_loss": 0, "z_loss": 0}
     router = ("topk", 0, None, False, one, "identity", None, True, 0, 0, 0, None, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
-    assert tuple(Balance().to_dict().values()) == (0, 0, 0, "sequence", None, None)
+    assert tuple(Balance().to_dict().values()) == (
+        *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
+    )
     assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True)
 
 
@@ -119,6 +122,38 @@ def test_short_forms_and_the_ends_of_ranges(tmp_path: Path, text: str, changed: 
 )
 def test_what_has_losses(tmp_path: Path, text: str, has_losses: bool) -> None:
     assert load(tmp_path, f"[balance]\n{text}").balance.has_losses is has_losses
+
+
+@pytest.mark.parametrize(
+    ("text", "of_scopes"),
+    [
+        ("", {"sequence": {}}),
+        ('scope = "global"', {"global": {}}),
+        ('aux_loss = 0.1\nscope = "batch"', {"batch": {"aux_loss": 0.1}}),
+        ("[balance.batch]\naux_loss = 0.1", {"batch": {"aux_loss": 0.1}}),
+        (
+            "z_loss = 1\n[balance.global]\naux_loss = 0.1\n[balance.batch]\nmse_loss = 2",
+            {"sequence": {"z_loss": 1}, "batch": {"mse_loss": 2}, "global": {"aux_loss": 0.1}},
+        ),
+        (
+            "[balance.sequence]\naux_loss = 0.1\nz_loss = 1",
+            {"sequence": {"aux_loss": 0.1, "z_loss": 1}},
+        ),
+    ],
+)
+def test_losses_by_scope(tmp_path: Path, text: str, of_scopes: dict) -> None:
+    balance = load(tmp_path, f"[balance]\n{text}").balance
+    assert balance.of_scopes == of_scopes
+    assert balance.has_losses is any(of_scopes.values())
+    assert "global" in balance.to_dict()  # as in the file
+
+
+def test_a_table_of_a_scope_is_inherited_key_by_key(tmp_path: Path) -> None:
+    load(tmp_path, "[balance.batch]\naux_loss = 0.1\nz_loss = 1", name="parent")
+    child = load(tmp_path, "[balance.batch]\naux_loss = 0.2", inherits="parent")
+    assert child.balance.of_scopes == {"batch": {"aux_loss": 0.2, "z_loss": 1}}
+    reset = load(tmp_path, "[balance.batch]\naux_loss = 0\nz_loss = 0", inherits="parent")
+    assert not reset.balance.has_losses
 
 
 def test_tables_are_inherited_key_by_key_and_a_schedule_as_a_whole(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def test_a_loss_that_is_not_finite_stays_visible() -> None:
 
 
 def test_detail_adds_layers_and_then_experts() -> None:
-    one = record(layer([3, 1], 3, bias_norm=0.5), layer([1, 1], 4))
+    third = layer([3, 1], 3, bias_norm=0.5, probabilities_E=(0.6, 0.4))
+    one = record(third, layer([1, 1], 4))
     brief, per_layer, per_expert = (
         scalars(one, detail) for detail in ("brief", "per_layer", "per_expert")
     )
@@ -144,9 +145,19 @@ def test_detail_adds_layers_and_then_experts() -> None:
     assert {name: per_expert[name] for name in per_expert.keys() - per_layer.keys()} == {
         "moe/layer_3/expert_0/frequency": 0.75,
         "moe/layer_3/expert_1/frequency": 0.25,
+        "moe/layer_3/expert_0/probability": 0.6,
+        "moe/layer_3/expert_1/probability": 0.4,
         "moe/layer_4/expert_0/frequency": 0.5,
         "moe/layer_4/expert_1/frequency": 0.5,
     }
+
+
+def test_the_load_of_ranks_is_a_figure_where_there_is_one() -> None:
+    layers = [layer([3, 1], 1, rank_max_over_mean=1.5), layer([1, 1], 2, rank_max_over_mean=1.25)]
+    values = scalars(record(*layers, layer([1, 1], 3)))
+    assert values["moe/rank_max_over_mean"] == 1.375
+    assert values["moe/rank_max_over_mean_worst"] == 1.5
+    assert "moe/rank_max_over_mean" not in scalars(record(layer([1, 1])))
 
 
 def test_losses_scaled_and_unscaled_and_zero_computation_experts_have_names_of_their_own() -> None:

@@ -67,6 +67,8 @@ layers = st.builds(
     scaled_losses=losses,
     padding_waste=maybe,
     drop_rate=maybe,
+    rank_max_over_mean=maybe,
+    probabilities_E=st.lists(st.floats(0, 1), max_size=3).map(tuple),
 )
 records = st.builds(
     StepRecord,

@@ -134,8 +134,9 @@ class Flavor(Data):
 
     @property
     def reported(self) -> Telemetry | None:
-        """What the run reports about experts; with balance losses it always reports something."""
-        return self.telemetry or (Telemetry() if self.balance.has_losses else None)
+        """What the run reports about experts; with losses or drops it always reports something."""
+        is_asked_for = self.balance.has_losses or self.balance.capacity_factor
+        return self.telemetry or (Telemetry() if is_asked_for else None)
 
     @property
     def is_watched(self) -> bool:

@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
-from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule, Telemetry
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
@@ -46,6 +46,7 @@ _TABLES: dict[str, type[Data]] = {
     "rope": Rope,
     "router": Router,
     "balance": Balance,
+    **{f"balance.{scope}": Losses for scope in SCOPES},
     "telemetry": Telemetry,
 }
 # What a file may say at its top. Name and source come from the file itself, and the dimensions
@@ -199,15 +200,27 @@ def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any]
     origin: dict[str, Path] = {}
     # Oldest first: children overwrite.
     for path, data in reversed(chain):
-        for key, value in data.items():
-            # A table such as [rope] merges key by key; any other value replaces the parent's.
-            inherited = values.get(key)
-            if isinstance(value, dict):
-                origin |= {f"{key}.{inner}": path for inner in value}
-                value = inherited | value if isinstance(inherited, dict) else value
-            values[key] = value
-            origin[key] = path
+        _overwrite(values, data, path, origin)
     return values, origin
+
+
+def _overwrite(
+    values: dict[str, Any],
+    data: dict[str, Any],
+    path: Path,
+    origin: dict[str, Path],
+    table: str = "",
+) -> None:
+    """Put the file's keys into ``values``, those of a table such as [rope] one by one."""
+    for key, value in data.items():
+        name = f"{table}{key}"
+        origin[name] = path
+        if name in _TABLES and isinstance(value, dict):
+            inherited = values.get(key)
+            values[key] = dict(inherited) if isinstance(inherited, dict) else {}
+            _overwrite(values[key], value, path, origin, f"{name}.")
+        else:  # any other value replaces the parent's, a schedule as well
+            values[key] = value
 
 
 # Validation ---------------------------------------------------------------------------------------
@@ -265,7 +278,8 @@ def _messages(
 
 
 def _table_keys(table: str) -> list[str]:
-    return [*_TABLES[table].model_fields, *Schedule.model_fields]
+    fields = _TABLES[table].model_fields.items()
+    return [*(field.alias or name for name, field in fields), *Schedule.model_fields]
 
 
 def _expectation(error: ErrorDetails) -> str:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal, Self
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ezpz_moe.config.schema import Data, mistake
 
@@ -125,30 +125,99 @@ def raised_top_k(num_experts: int, top_k: int, zero_experts: int) -> int:
     return round(top_k * (num_experts + zero_experts) / num_experts)
 
 
-class Balance(Data):
-    """``[balance]``: what spreads the tokens over the experts."""
+Scope = Literal["sequence", "batch", "global"]
+
+
+class Losses(Data):
+    """The balance losses by their keys, each with its coefficient.
+
+    A new one is a key here and a formula in :mod:`ezpz_moe.routing.losses`: whoever else names the
+    losses asks this class.
+    """
 
     aux_loss: _NotNegative = 0.0
     mse_loss: _NotNegative = 0.0
     z_loss: _NotNegative = 0.0
-    scope: Literal["sequence", "batch", "global"] = "sequence"
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficients above 0, by loss."""
+        values = {key: getattr(self, key) for key in LOSSES}
+        return {key: value for key, value in values.items() if value > 0}
+
+
+LOSSES = tuple(Losses.model_fields)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+class Balance(Losses):
+    """``[balance]``: what spreads the tokens over the experts.
+
+    Its own losses have ``scope``; a table of a scope, such as ``[balance.batch]``, has more.
+    """
+
+    # `global` is a word of Python: in the file and in logs it has no underscore.
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    # Of the losses above.
+    scope: Scope = "sequence"
+    sequence: Losses = Losses()
+    batch: Losses = Losses()
+    global_: Losses = Field(default=Losses(), alias="global")
+    # Not set: "scores" where the layer has a selection bias, "routed" where it has none.
+    aux_loss_choice: Literal["scores", "routed"] | None = None
+    # 0: every expert takes what it gets.
+    capacity_factor: _NotNegative = 0.0
+    drop: Literal["last", "probability"] = "last"
+    min_capacity: Annotated[int, Field(ge=1, le=2**40)] = 1
     # Not set: the model's own. "none" removes the bias, also an inherited one.
     bias_update: Literal["sign", "proportional", "none"] | None = None
     bias_rate: Schedule | None = None
 
     @property
+    def of_scopes(self) -> dict[Scope, dict[str, float]]:
+        """The coefficients above 0 by scope and loss, of the scopes that have any.
+
+        Without a loss it is ``scope`` alone, with no coefficient: telemetry reports the losses all
+        the same.
+        """
+        tables = self._tables
+        if own := self.coefficients:
+            tables[self.scope] = own
+        return {scope: of for scope, of in tables.items() if of} or {self.scope: {}}
+
+    @property
     def has_losses(self) -> bool:
-        return self.aux_loss > 0 or self.mse_loss > 0 or self.z_loss > 0
+        return any(self.of_scopes.values())
+
+    @property
+    def losses_by_key(self) -> dict[str, float]:
+        """The coefficients above 0 by their keys below ``[balance]``, such as ``batch.z_loss``."""
+        by_key = dict(self.coefficients)
+        for scope, of in self._tables.items():
+            by_key |= {f"{scope}.{loss}": value for loss, value in of.items()}
+        return by_key
+
+    @property
+    def _tables(self) -> dict[Scope, dict[str, float]]:
+        tables = zip(SCOPES, (self.sequence, self.batch, self.global_), strict=True)
+        return {scope: table.coefficients for scope, table in tables}
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        # bias_update = "none" may keep a bias_rate: a flavor cannot remove a rate that it inherits.
-        if self.bias_rate is not None and self.bias_update is None:
-            raise mistake(
-                'bias_rate has no effect without bias_update = "sign" or "proportional"; '
-                "set bias_update, or remove bias_rate"
-            )
+        if conflicts := list(_balance_conflicts(self)):
+            raise mistake("; ".join(conflicts))
         return self
+
+
+def reported_loss(loss: str, scope: Scope, scopes: Collection[Scope]) -> str:
+    """Return a loss's name in telemetry: with its scope if a run has several ``scopes``."""
+    return loss if len(scopes) == 1 else f"{loss}_{scope}"
+
+
+LOSSES_OF_SCOPES = tuple(reported_loss(loss, scope, SCOPES) for scope in SCOPES for loss in LOSSES)
+REPORTED_LOSSES = (*LOSSES, *LOSSES_OF_SCOPES)
+"""Every name that a balance loss may have in telemetry."""
 
 
 class AlertThresholds(Data):
@@ -176,22 +245,25 @@ class Telemetry(AlertThresholds):
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
     """Yield what one of the two tables says that the other one excludes."""
-    balancing = _changed(balance, ("aux_loss", "mse_loss"), table="balance.")
+    losses = balance.losses_by_key
+    # The z-loss balances nothing: it keeps logits small.
+    balancing = {key: losses[key] for key in losses if not key.endswith("z_loss")}
     if router.routing == "sinkhorn" and balancing:
         yield (
-            f'router.routing = "sinkhorn" excludes {balancing}: its assignment is doubly '
-            "stochastic and thus balanced already. Remove the loss (set it to 0 if it is "
-            'inherited), or route with "topk"'
+            f'router.routing = "sinkhorn" excludes {_settings(balancing, "balance.")}: its '
+            "assignment is doubly stochastic and thus balanced already. Remove the loss (set it to "
+            '0 if it is inherited), or route with "topk"'
         )
     # "none" is the way out of an inherited update, so it conflicts with nothing.
     bias = [] if balance.bias_update == "none" else ["bias_update"]
-    if router.routing == "sinkhorn" and (changed := _changed(balance, bias, table="balance.")):
+    moved = _changed(balance, bias, table="balance.")
+    if router.routing == "sinkhorn" and moved:
         yield (
-            f'router.routing = "sinkhorn" chooses without the selection bias: {changed} would move '
+            f'router.routing = "sinkhorn" chooses without the selection bias: {moved} would move '
             'it further and further, unchecked. Remove it; if it is inherited, set it to "none"'
         )
-    keys = ["aux_loss", "mse_loss", "z_loss", *bias]
-    if router.routing == "balanced" and (changed := _changed(balance, keys, table="balance.")):
+    changed = " and ".join(filter(None, (_settings(losses, "balance."), moved)))
+    if router.routing == "balanced" and changed:
         yield (
             f'router.routing = "balanced" ignores the scores: {changed} would have no '
             'effect. Remove it; if it is inherited, set a loss to 0 and bias_update to "none"'
@@ -245,6 +317,38 @@ def _router_conflicts(router: Router) -> Iterator[str]:
         yield "dispatch_padding = false needs pad_token_id, which says which tokens are padding"
 
 
+def _balance_conflicts(balance: Balance) -> Iterator[str]:
+    # bias_update = "none" may keep a bias_rate: a flavor cannot remove a rate that it inherits.
+    if balance.bias_rate is not None and balance.bias_update is None:
+        yield (
+            'bias_rate has no effect without bias_update = "sign" or "proportional"; '
+            "set bias_update, or remove bias_rate"
+        )
+    if not balance.capacity_factor and (changed := _changed(balance, ("drop", "min_capacity"))):
+        yield (
+            f"{changed} has no effect without capacity_factor. Set it, or remove the rest; what is "
+            'inherited can be set to drop = "last" and min_capacity = 1'
+        )
+    own, scope = balance.coefficients, balance.scope
+    of_tables = {key: value for key, value in balance.losses_by_key.items() if "." in key}
+    same = {key: value for key, value in of_tables.items() if key.startswith(f"{scope}.")}
+    if own and same:
+        yield (
+            f'{_settings(own)} with scope = "{scope}", and {_settings(same)}: these are losses of '
+            f"one scope. Put all of them into [balance.{scope}]; if some are inherited, set those "
+            "to 0"
+        )
+    if of_tables and not own and scope != Balance.model_fields["scope"].default:
+        yield (
+            f'scope = "{scope}" has no effect without a loss beside it, and {_settings(of_tables)} '
+            'has its own. Remove it; if it is inherited, set scope = "sequence"'
+        )
+
+
+def _settings(values: Mapping[str, object], table: str = "") -> str:
+    return " and ".join(f"{table}{key} = {json.dumps(value)}" for key, value in values.items())
+
+
 def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
     """Return ``key = value`` for those of ``keys`` that differ from their default.
 
@@ -254,4 +358,4 @@ def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
     fields = type(data).model_fields
     values = {key: getattr(data, key) for key in keys}
     changed = {key: value for key, value in values.items() if value != fields[key].default}
-    return " and ".join(f"{table}{key} = {json.dumps(value)}" for key, value in changed.items())
+    return _settings(changed, table)

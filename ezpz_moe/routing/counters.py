@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.routing.losses import LOSSES
+from ezpz_moe.config.routing_schema import LOSSES_OF_SCOPES
 
-SUMS = ("tokens", "top1_probability", "margin", *LOSSES, "not_finite")
+SUMS = ("tokens", "top1_probability", "margin", *LOSSES_OF_SCOPES, "not_finite")
 """What ``sums_S`` adds up: the first three over tokens; the losses over groups, weighted by the
-group; and the tokens with a logit that is not finite."""
+group; and the tokens with a logit that is not finite. A router's has the sum over tokens of each
+expert's probability after them."""
 
 ROWS = ("given", "computed", "dropped")
 """What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""
+
+CHOICES = ("made", "beyond")
+"""What ``choices_2`` adds up: choices of routed experts, and those beyond a capacity."""
 
 
 # An operator, not plain Python: torch.compile would decide is_recomputation() once, while it
@@ -60,6 +64,20 @@ def count_rows(
         given = num_tokens_per_expert_E.sum(dtype=torch.int64)
         rows_3[:1].add_(given)
         rows_3[1:].add_(used_2.to(rows_3.device))
+
+
+@torch.library.custom_op("ezpz_moe::count_dropped", mutates_args=("choices_2",))
+def count_dropped(choices_2: Tensor, is_beyond_TK: Tensor, ids_TK: Tensor, experts: int) -> None:
+    """Add what a capacity does with a rank's choices, unless this is a recomputation.
+
+    Args:
+        choices_2: int64, one for each of ``CHOICES``.
+        is_beyond_TK: bool, the choices that are dropped.
+        ids_TK: all choices; those from ``experts`` on are of no expert.
+        experts: routed experts.
+    """
+    if not is_recomputation():
+        choices_2.add_(torch.stack([(ids_TK < experts).sum(), is_beyond_TK.sum()]))
 
 
 def is_recomputation() -> bool:

@@ -1,9 +1,9 @@
 """Balance losses: what a router is trained on besides the model's own loss.
 
-A host's router calls :func:`of_microbatch` and :func:`weighted`. The function of a loss returns one
-value per *group* of tokens, differentiable in the scores or logits; float32, or float64 if they
-are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding token: no sum includes it, and
-its gradient is exactly zero. A group without tokens has the loss 0.
+A host's router calls :func:`of_microbatch` for each scope of a loss, and :func:`weighted`. The
+function of a loss returns one value per *group* of tokens, differentiable in the scores or logits;
+float32, or float64 if they are. Tokens come as [G, N, ...]. ``mask_GN`` is False for a padding
+token: no sum includes it, and its gradient is exactly zero. A group without tokens has the loss 0.
 
 A group may be spread over ranks: ``share`` then sums a tensor over them, and passes the gradient to
 this rank's addend alone. The gradients of all ranks add up to that of the group's loss.
@@ -13,80 +13,103 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ezpz_moe.config.routing_schema import Balance
-
-LOSSES = ("aux_loss", "mse_loss", "z_loss")
-"""The losses by their keys of ``[balance]``, in the order of ``of_each_L``."""
+from ezpz_moe.config.routing_schema import LOSSES, Scope
 
 Share = Callable[[Tensor], Tensor]
 
 
-class OfMicrobatch(NamedTuple):
-    """What :func:`of_microbatch` returns; the counters need all of it.
+class Terms(NamedTuple):
+    """What the formula of a loss may be made of.
 
     Attributes:
-        p_GNE: probabilities of the experts, for each token.
-        counts_GE: assignments to each expert, of this rank's tokens alone.
-        of_each_L: one value for each of ``LOSSES``, summed over groups, without its coefficient.
+        f_GE: each expert's share of the group's assignments.
+        P_GE: its mean probability.
+        logits_GNE, mask_GN: of the group's tokens on this rank.
+        n_G: the group's tokens on all its ranks, at least 1.
+        share: sums over the ranks of a group.
     """
 
-    p_GNE: Tensor
-    counts_GE: Tensor
-    of_each_L: Tensor
+    f_GE: Tensor
+    P_GE: Tensor
+    logits_GNE: Tensor
+    mask_GN: Tensor
+    n_G: Tensor
+    share: Share
+
+
+FORMULAS: dict[str, Callable[[Terms], Tensor]] = {
+    "aux_loss": lambda of: switch_loss(of.f_GE, of.P_GE),
+    "mse_loss": lambda of: mse_loss(of.P_GE),
+    "z_loss": lambda of: z_loss(of.logits_GNE, of.mask_GN, of.n_G, of.share),
+}
+"""The formula of each loss by its key of ``[balance]``."""
 
 
 def of_microbatch(
     logits_GNE: Tensor,
-    scores_GNE: Tensor,
+    p_GNE: Tensor,
     ids_GNK: Tensor,
     mask_GN: Tensor,
     share: Share,
     *,
     routed_experts: int,
-) -> OfMicrobatch:
-    """Return all losses of a microbatch, and what they are made from.
+) -> Tensor:
+    """Return of_each_L: one value for each of ``LOSSES``, summed over groups, not weighted.
 
     Args:
         logits_GNE: the gate's, before the scores.
-        scores_GNE: of all experts.
-        ids_GNK: the chosen experts.
+        p_GNE: :func:`probabilities` of all experts.
+        ids_GNK: the experts that count as chosen, see :func:`counted_choice`.
         mask_GN: bool, False for padding.
         share: sums over the ranks of a group.
         routed_experts: how many of the E experts compute; the others come last.
     """
-    E, K = scores_GNE.shape[-1], ids_GNK.shape[-1]
-    p_GNE = probabilities(scores_GNE, mask_GN)
+    E, K = p_GNE.shape[-1], ids_GNK.shape[-1]
     n_G = tokens_in_group(mask_GN, share)
-    counts_GE = assignments(ids_GNK, mask_GN, E)
-    f_GE = share(counts_GE) / (n_G * K).unsqueeze(-1)
+    f_GE = share(assignments(ids_GNK, mask_GN, E)) / (n_G * K).unsqueeze(-1)
     if routed_experts < E:
         # Which zero-computation expert a token takes does not matter, so the loss must not favour
         # one.
         f_GE = merged_null_share(f_GE, routed_experts)
     P_GE = mean_probability(p_GNE, mask_GN, n_G, share)
-    of_each_L = torch.stack(
-        [
-            switch_loss(f_GE, P_GE).sum(),
-            mse_loss(P_GE).sum(),
-            z_loss(logits_GNE, mask_GN, n_G, share).sum(),
-        ]
-    )
-    return OfMicrobatch(p_GNE, counts_GE, of_each_L)
+    terms = Terms(f_GE, P_GE, logits_GNE, mask_GN, n_G, share)
+    return torch.stack([FORMULAS[loss](terms).sum() for loss in LOSSES])
 
 
-def weighted(of_each_L: Tensor, balance: Balance) -> Tensor:
-    """Return the sum of the losses, each times its coefficient in ``[balance]``."""
-    return (
-        balance.aux_loss * of_each_L[0]
-        + balance.mse_loss * of_each_L[1]
-        + balance.z_loss * of_each_L[2]
-    )
+def weighted(
+    of_scopes: Mapping[Scope, Tensor], coefficients: Mapping[Scope, Mapping[str, float]]
+) -> Tensor:
+    """Return the sum of the losses, each times its coefficient.
+
+    Args:
+        of_scopes: of_each_L by scope.
+        coefficients: by scope and loss, at least one.
+    """
+    addends = [
+        coefficient * of_scopes[scope][LOSSES.index(loss)]
+        for scope, of_losses in coefficients.items()
+        for loss, coefficient in of_losses.items()
+    ]
+    return torch.stack(addends).sum()
+
+
+def counted_choice(ids_BLK: Tensor, scores_BLE: Tensor, *, by_scores: bool) -> Tensor:
+    """Return the experts that :func:`switch_loss` counts as chosen, int64 [B, L, K].
+
+    ``by_scores``: the K highest scores of all experts, whatever a selection bias or groups of
+    experts have made of them. That is the count of DeepSeek-V3, arXiv 2412.19437, equation 18, and
+    of Megatron-Core. Otherwise ``ids_BLK``, where the tokens go, as DeepSeek-V2 counts, arXiv
+    2405.04434, equation 24, and NeMo Automodel and OLMo-core.
+    """
+    if not by_scores:
+        return ids_BLK
+    return scores_BLE.detach().topk(ids_BLK.shape[-1], dim=-1, sorted=False).indices
 
 
 def alone(addend: Tensor) -> Tensor:

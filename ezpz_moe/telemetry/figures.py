@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ezpz_moe.config.routing_schema import REPORTED_LOSSES
 from ezpz_moe.telemetry.record import LayerRecord
 
 Counts = Sequence[int]
@@ -22,6 +23,7 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "cv": np.max,
     "max_over_mean": np.max,
     "max_violation": np.max,
+    "rank_max_over_mean": np.max,
     "min_over_mean": np.min,
     "p50_over_mean": np.min,
     "p95_over_mean": np.max,
@@ -31,9 +33,7 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "bias_norm": np.max,
     "padding_waste": np.max,
     "drop_rate": np.max,
-    "aux_loss": np.max,
-    "mse_loss": np.max,
-    "z_loss": np.max,
+    **dict.fromkeys(REPORTED_LOSSES, np.max),
 }
 # A mean of dead experts would hide one dead expert among many layers.
 _SUMMED = ("dead_experts",)
@@ -145,6 +145,7 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
         return figures
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
     figures |= load_figures(layer.counts_E)
+    figures |= _if_given(rank_max_over_mean=layer.rank_max_over_mean)
     figures["tokens_per_expert"] = routed / len(layer.counts_E) / steps
     if layer.zero_counts_Z and routed + zero:
         figures["zero_fraction"] = zero / (routed + zero)

@@ -26,7 +26,10 @@ class LayerRecord:
     probability, and of its lead over the second. ``bias_norm``: the Euclidean norm of the selection
     bias. ``losses`` by name (``aux_loss``, ``mse_loss``, ``z_loss``), without their coefficients;
     ``scaled_losses`` with them. ``padding_waste``: padding rows over all rows that the backend
-    computed. ``drop_rate``: assignments dropped over assignments.
+    computed. ``drop_rate``: assignments dropped over assignments. ``rank_max_over_mean``: under
+    expert parallelism, the assignments of the busiest rank's experts over the mean of the ranks.
+    ``probabilities_E``: means over the tokens of each routed expert's probability; empty in records
+    of before there was this.
     """
 
     layer: _Count
@@ -40,6 +43,8 @@ class LayerRecord:
     scaled_losses: dict[str, float]
     padding_waste: float | None
     drop_rate: float | None
+    rank_max_over_mean: float | None = None
+    probabilities_E: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
+
 from ezpz_moe.telemetry.figures import layer_figures, over_layers, selection_frequency
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
@@ -16,8 +18,8 @@ def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
 
     ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
     ``moe/layer_3/cv``, and ``per_expert`` also adds ``moe/layer_3/expert_7/frequency``, which sums
-    to 1 over a layer's experts. Figures that do not exist, such as those of a layer without tokens,
-    are left out.
+    to 1 over a layer's experts, and its mean ``probability``. Figures that do not exist, such as
+    those of a layer without tokens, are left out.
     """
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
     values = _under("moe", over_layers(figures_L))
@@ -27,16 +29,20 @@ def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
     # Layers times experts: thousands of scalars, which is why the default is brief.
     if detail == "per_expert":
         for layer in record.layers:
-            values |= _frequencies(layer)
+            values |= _of_experts(layer)
     return values
 
 
-def _frequencies(layer: LayerRecord) -> dict[str, float]:
+def _of_experts(layer: LayerRecord) -> dict[str, float]:
+    of_each = {"frequency": selection_frequency(layer.counts_E)}
+    if layer.tokens:
+        of_each["probability"] = np.array(layer.probabilities_E)
     return {
-        f"moe/layer_{layer.layer}/expert_{expert}/frequency": float(frequency)
-        for expert, frequency in enumerate(selection_frequency(layer.counts_E))
+        f"moe/layer_{layer.layer}/expert_{expert}/{name}": float(value)
+        for name, values_E in of_each.items()
+        for expert, value in enumerate(values_E)
         # Loggers draw NaN as a gap or refuse it: leave it out.
-        if not math.isnan(frequency)
+        if not math.isnan(value)
     }
 
 

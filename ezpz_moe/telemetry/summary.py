@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from ezpz_moe.config.routing_schema import REPORTED_LOSSES
 from ezpz_moe.telemetry.figures import WORST, layer_figures, over_layers
 from ezpz_moe.telemetry.record import StepRecord
 
 LABELS = {
     "cv": "CV (std / mean)",
     "max_over_mean": "max / mean",
+    "rank_max_over_mean": "max / mean of ranks",
     "min_over_mean": "min / mean",
     "p50_over_mean": "p50 / mean",
     "p95_over_mean": "p95 / mean",
@@ -22,9 +24,7 @@ LABELS = {
     "bias_norm": "bias norm",
     "padding_waste": "padding waste",
     "drop_rate": "drop rate",
-    "aux_loss": "aux_loss, unscaled",
-    "mse_loss": "mse_loss, unscaled",
-    "z_loss": "z_loss, unscaled",
+    **{loss: f"{loss}, unscaled" for loss in REPORTED_LOSSES},
 }
 _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 

@@ -1,15 +1,11 @@
 """What a flavor's router chooses, and by which scores."""
 
 import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
 
-import fork_server
 import pytest
 import torch
 import torch.nn.functional as F
-from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, tokens
+from router_cases import UPSTREAM, B, L, flat, moe_of, routed, router_of, run_in_copy, tokens
 
 from ezpz_moe.config.flavors import load_flavor
 
@@ -26,7 +22,9 @@ def test_without_settings_of_its_own_it_is_the_hosts_bit_for_bit(model_with, bas
     for each in (host, ours):
         router, x = moe_of(each).router, flat(x_BLD).clone().requires_grad_()
         if each is ours:
-            router.groups = dataclasses.replace(router.groups, length=L)
+            router.groups = {
+                scope: dataclasses.replace(own, length=L) for scope, own in router.groups.items()
+            }
         weights, ids, scores = router(x)
         weights.square().sum().backward()
         results.append((weights, ids, scores, x.grad, router.gate.weight.grad))
@@ -110,13 +108,6 @@ MADE_UP = {
     ),
 }
 PROGRAM = """
-import sys
-for name in [name for name in sys.modules if name.split(".")[0] == "ezpz_moe"]:
-    del sys.modules[name]
-sys.path.insert(0, ".")
-from pathlib import Path
-from ezpz_moe.hosts.detect import host
-host()  # finds the binding
 from router_cases import routed, router_of, small_model, tokens
 
 schedule = "sharpness = {start = 3.0, end = 5.0, steps = 3}"
@@ -132,18 +123,7 @@ for step, value in ((1, 3.0), (2, 4.0), (9, 5.0)):
 
 def test_an_option_of_the_gate_is_its_key_and_its_formula(tmp_path):
     """A made-up one with a schedule, in a copy of this package."""
-    package = Path(__file__).parents[2]
-    for folder in ("ezpz_moe", "flavors"):
-        leave = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(package / folder, tmp_path / folder, ignore=leave)
-    for name, (before, added) in MADE_UP.items():
-        file = tmp_path / "ezpz_moe" / name
-        text = file.read_text()
-        assert text.count(before) == 1
-        file.write_text(text.replace(before, added + before))
-    done = subprocess.run(
-        [fork_server.python(), "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_in_copy(tmp_path, MADE_UP, PROGRAM)
     assert done.stdout == "True\n" * 3, done.stderr
 
 

@@ -35,6 +35,16 @@ REFUSED = {
         "[training]\ndisable_cuda_graphs = false",
         'routing = "sinkhorn" copies a number to the host',
     ),
+    "a fixed number of rows for a capacity": (
+        "[balance]\ncapacity_factor = 1.25",
+        f'{EP}expert_parallel_comm_backend = "deepep"',
+        r"\[balance\] capacity_factor cannot be combined with the dispatcher DeepEP",
+    ),
+    "capture of a capacity": (
+        "[balance]\ncapacity_factor = 1.25",
+        "[training]\ndisable_cuda_graphs = false",
+        r"\[balance\] capacity_factor: leaving assignments out copies a number to the host",
+    ),
     "constants and TP": (
         "constant_experts = 2",
         "[parallelism]\ntensor_parallel_degree = 2",
@@ -122,8 +132,9 @@ def test_what_does_not_go_together_is_refused(tmp_path, case):
     assert "mine_sdpa" in str(refusal.value)
 
 
-def test_balance_losses_are_reported_without_being_asked(tmp_path):
-    (tmp_path / "mine.toml").write_text('inherits = "debugmodel"\n[balance]\naux_loss = 0.1\n')
+@pytest.mark.parametrize("key", ["aux_loss = 0.1", "capacity_factor = 1.25"])
+def test_losses_and_drops_are_reported_without_being_asked(tmp_path, key):
+    (tmp_path / "mine.toml").write_text(f'inherits = "debugmodel"\n[balance]\n{key}\n')
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa"\n')
     config = host().trainer_config(find_job(str(tmp_path / "job.toml")))
     assert config.metrics.telemetry.detail == "brief"

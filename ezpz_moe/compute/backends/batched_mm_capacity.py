@@ -37,7 +37,9 @@ from ezpz_moe.compute.elementwise import swiglu_gradients_
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
-    """Return C, which is at most all rows."""
+    """Return C, which is at most all rows; 0 without experts."""
+    if not num_experts:
+        return 0
     # A factor above E changes nothing. Limiting it first keeps the product finite: ceil(inf)
     # raises.
     return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
@@ -82,6 +84,11 @@ class _Slots:
         rows_RX = slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
         rows_RX.masked_fill_(self.dropped_R1, 0)
         return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
+
+    def clear_(self, slots_ECX: Tensor) -> Tensor:
+        """Zero the empty slots: there a product is NaN for an idle expert whose weights are."""
+        slots_ECX.flatten(0, 1).masked_fill_(self.void_S1, 0)
+        return slots_ECX
 
 
 def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
@@ -141,7 +148,7 @@ def _swiglu_backward(
     slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
     x_ECD, grad_y_ECD = slots.take(x_RD), slots.take(grad_y_RD)
     if gate_RF is None or up_RF is None:
-        gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, x_ECD)
+        gate_ECF, up_ECF = map(slots.clear_, _gate_and_up(w1_EFD, w3_EFD, x_ECD))
     else:
         gate_ECF, up_ECF = slots.take(gate_RF), slots.take(up_RF)
     activated_ECF = F.silu(gate_ECF)
@@ -149,7 +156,7 @@ def _swiglu_backward(
     # w2's gradient first: what follows overwrites hidden and activated.
     grad_w2_EDF = _weight_gradient(grad_y_ECD, hidden_ECF, w2_EDF)
 
-    grad_hidden_ECF = products.bmm(grad_y_ECD, w2_EDF, hidden_ECF)
+    grad_hidden_ECF = slots.clear_(products.bmm(grad_y_ECD, w2_EDF, hidden_ECF))
     grad_gate_ECF, grad_up_ECF = swiglu_gradients_(grad_hidden_ECF, activated_ECF, gate_ECF, up_ECF)
     grad_x_ECD = products.bmm_sum(grad_gate_ECF, w1_EFD, grad_up_ECF, w3_EFD)
     return (

@@ -24,12 +24,14 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.config.routing_schema import LOSSES, Balance, Telemetry, reported_loss
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.selector import Selector
-from ezpz_moe.routing.counters import ROWS, SUMS
+from ezpz_moe.hosts.titan.zero_computation import Choices
+from ezpz_moe.routing.counters import CHOICES, ROWS, SUMS
 from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.figures import use_of_rows
@@ -145,23 +147,36 @@ class RouterMetrics(MetricsProcessor):
         sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
         experts = [_experts(moe) for moe in of_layer.values()]
         rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
+        choices_L2 = torch.stack([_choices(moe, now_LE.device) for moe in of_layer.values()])
         # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
+        # Of a flavor all layers have as many experts without computation, and they come last.
+        routed_experts = next(iter(of_layer.values())).router.routed_experts
+        ranks_L = rank_max_over_mean(counts_LE[:, :routed_experts], self.parallel_dims)
         # Nobody else reads these, so they can start again at zero; float32 sums then stay accurate.
         for moe in of_layer.values():
             moe.router.sums_S.zero_()
         for mesh in counting_meshes(self.parallel_dims):
-            for each in (counts_LE, sums_LS, rows_L3):
+            for each in (counts_LE, sums_LS, rows_L3, choices_L2):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(number, moe, counts_E, sums_S, steps, _use_of_rows(selector, rows_3))
-            for (number, moe), counts_E, sums_S, selector, rows_3 in zip(
+            _layer_record(
+                number,
+                moe,
+                counts_E,
+                sums_S,
+                steps,
+                {**_use_of_rows(selector, *rows), "rank_max_over_mean": of_ranks},
+            )
+            for (number, moe), of_ranks, counts_E, sums_S, selector, *rows in zip(
                 of_layer.items(),
+                ranks_L,
                 counts_LE.tolist(),
                 sums_LS.tolist(),
                 experts,
                 rows_L3.tolist(),
+                choices_L2.tolist(),
                 strict=True,
             )
         ]
@@ -226,14 +241,30 @@ def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
     return rows_3
 
 
-def _use_of_rows(experts: Selector | None, rows_3: list[int]) -> Mapping[str, float | None]:
+def _choices(moe: Any, device: torch.device) -> torch.Tensor:
+    """Return what a capacity has done with the layer's choices, and reset its counter."""
+    counter = next((each for each in moe.modules() if isinstance(each, Choices)), None)
+    if counter is None:
+        return torch.zeros(len(CHOICES), dtype=torch.int64, device=device)
+    choices_2 = counter.choices_2.clone()
+    counter.choices_2.zero_()
+    return choices_2
+
+
+def _use_of_rows(
+    experts: Selector | None, rows_3: list[int], choices_2: list[int]
+) -> Mapping[str, float | None]:
     """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
     given, computed, dropped = rows_3
+    made, beyond = choices_2
     if given:
-        return use_of_rows(given, computed, dropped)
+        use = use_of_rows(given, computed, dropped)
+        # What [balance] capacity_factor has left out was never given to the backend.
+        return use | {"drop_rate": (beyond + dropped) / made} if made else use
     # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.
-    drops = experts is not None and get_backend(experts.compute_backend).drops_tokens
-    return {"padding_waste": None, "drop_rate": None if drops else 0.0}
+    if experts is not None and get_backend(experts.compute_backend).drops_tokens:
+        return {"padding_waste": None, "drop_rate": None}
+    return {"padding_waste": None, "drop_rate": beyond / made if made else 0.0}
 
 
 def _layer_record(
@@ -244,11 +275,10 @@ def _layer_record(
     steps: int,
     use: Mapping[str, float | None],
 ) -> tuple[LayerRecord, float]:
-    total = dict(zip(SUMS, sums_S, strict=True))
+    total = dict(zip(SUMS, sums_S[: len(SUMS)], strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
-    real = router.num_experts - router.settings.zero_computation_experts
-    # The sums are weighted to make one training step add up to its mean over groups.
-    losses = {name: total[name] / steps for name in ("aux_loss", "mse_loss", "z_loss")}
+    real = router.routed_experts
+    losses, scaled_losses = _losses(router.balance, total, steps)
     record = LayerRecord(
         layer=number,
         tokens=round(tokens),
@@ -258,7 +288,28 @@ def _layer_record(
         margin=total["margin"] / max(tokens, 1),
         bias_norm=None if bias_E is None else float(local(bias_E).norm()),
         losses=losses,
-        scaled_losses={name: getattr(router.balance, name) * losses[name] for name in losses},
+        scaled_losses=scaled_losses,
+        probabilities_E=tuple(_short(p / max(tokens, 1)) for p in sums_S[len(SUMS) :][:real]),
         **use,
     )
     return record, total["not_finite"]
+
+
+def _short(value: float) -> float:
+    """Round to four digits: a record has a probability of every layer and expert."""
+    return float(f"{value:.4g}")
+
+
+def _losses(
+    balance: Balance, total: Mapping[str, float], steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the losses of one training step by their names, without and with coefficients."""
+    losses, scaled = {}, {}
+    of_scopes = balance.of_scopes
+    for scope, coefficients in of_scopes.items():
+        for loss in LOSSES:
+            name = reported_loss(loss, scope, of_scopes)
+            # The sums are weighted to make one training step add up to its mean over groups.
+            losses[name] = total[f"{loss}_{scope}"] / steps
+            scaled[name] = coefficients.get(loss, 0.0) * losses[name]
+    return losses, scaled

@@ -11,7 +11,7 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import Module
 
-from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.routing import losses
@@ -114,9 +114,11 @@ class _Router(Module):
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
         self.balance: Balance = config.balance
-        self._routed_experts = self.num_experts - self.settings.zero_computation_experts
+        self.routed_experts = self.num_experts - self.settings.zero_computation_experts
         self.masked_by = TokenMask()
-        self.groups = Groups(self.balance.scope == "sequence")
+        self.coefficients = self.balance.of_scopes
+        self._has_losses = any(self.coefficients.values())
+        self.groups = {scope: Groups(scope == "sequence") for scope in self.coefficients}
         self.gate.settings = self.settings
         # A schedule's value is an attribute of the gate, with the key's name: a float until
         # _init_self_buffers knows the device.
@@ -130,7 +132,8 @@ class _Router(Module):
         # has none.
         counts_E = torch.zeros(self.num_experts, dtype=torch.int64)
         self.register_buffer("counts_E", counts_E, persistent=False)
-        self.register_buffer("sums_S", torch.zeros(len(SUMS)), persistent=False)
+        sums_S = torch.zeros(len(SUMS) + self.num_experts)
+        self.register_buffer("sums_S", sums_S, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
@@ -168,61 +171,88 @@ class _Router(Module):
             training=self.training,
         )
         if self.training:
-            loss = self._loss(logits_BLE, scores_BLE, ids_BLK, mask_BL)
-            if self.balance.has_losses and torch.is_grad_enabled():
-                # Ranks with the same tokens would each add the whole loss.
-                weights_BLK = inject(weights_BLK, loss / self.groups.copies)
+            by_scores = self._counts_scores(expert_bias_E)
+            of_scopes = self._losses(logits_BLE, scores_BLE, ids_BLK, mask_BL, by_scores)
+            if self._has_losses and torch.is_grad_enabled():
+                weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         return weights_BLK, ids_BLK, scores_BLE
 
-    def _loss(
-        self, logits_BLE: Tensor, scores_BLE: Tensor, ids_BLK: Tensor, mask_BL: Tensor
-    ) -> Tensor:
-        """Return the scaled balance losses of this microbatch, and count on the way."""
-        logits_GNE, scores_GNE, ids_GNK, mask_GN1 = map(
-            self._in_groups, (logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
-        )
-        mask_GN = mask_GN1.squeeze(-1)
-        # Without losses this still runs, because telemetry shows them, but needs no graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.balance.has_losses):
-            p_GNE, counts_GE, of_each_L = losses.of_microbatch(
-                logits_GNE,
-                scores_GNE,
-                ids_GNK,
-                mask_GN,
-                self.groups.share,
-                routed_experts=self._routed_experts,
-            )
-            of_each_L = self.groups.weight * of_each_L
-        self._count(p_GNE, logits_GNE, mask_GN, counts_GE, of_each_L)
-        return losses.weighted(of_each_L, self.balance)
+    def _counts_scores(self, expert_bias_E: Tensor | None) -> bool:
+        """Return whether the Switch loss counts the highest scores, not where the tokens go."""
+        # A choice that the scores have no part in is not theirs to balance.
+        if self.settings.routing != "topk" or self._debug_force_load_balance:
+            return False
+        asked = self.balance.aux_loss_choice
+        return expert_bias_E is not None if asked is None else asked == "scores"
 
-    def _in_groups(self, values_BLX: Tensor) -> Tensor:
+    def _losses(
+        self,
+        logits_BLE: Tensor,
+        scores_BLE: Tensor,
+        ids_BLK: Tensor,
+        mask_BL: Tensor,
+        by_scores: bool,
+    ) -> dict[Scope, Tensor]:
+        """Return of_each_L of this microbatch by scope, to be added up; count on the way."""
+        logits_BLE, scores_BLE, ids_BLK, mask_BL1 = map(
+            self._in_sequences, (logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
+        )
+        mask_BL = mask_BL1.squeeze(-1)
+        counted_BLK = losses.counted_choice(ids_BLK, scores_BLE, by_scores=by_scores)
+        of_scopes: dict[Scope, Tensor] = {}
+        # Without losses this still runs, because telemetry shows them, but needs no graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._has_losses):
+            p_BLE = losses.probabilities(scores_BLE, mask_BL)
+            for scope, groups in self.groups.items():
+                in_groups = partial(losses.in_groups, by_sequence=groups.by_sequence)
+                of_each_L = losses.of_microbatch(
+                    in_groups(logits_BLE),
+                    in_groups(p_BLE),
+                    in_groups(counted_BLK),
+                    in_groups(mask_BL),
+                    groups.share,
+                    routed_experts=self.routed_experts,
+                )
+                of_scopes[scope] = groups.weight * of_each_L
+        self._count(p_BLE, logits_BLE, ids_BLK, mask_BL, of_scopes)
+        # Ranks with the same tokens would each add the whole loss.
+        return {scope: of / self.groups[scope].copies for scope, of in of_scopes.items()}
+
+    def _in_sequences(self, values_BLX: Tensor) -> Tensor:
         values_BLX = local(values_BLX)
-        # Since August 2026 the host folds sequences into tokens.
+        # Since August 2026 the host folds sequences into tokens. Only a scope of sequences needs
+        # to know where they end.
         if values_BLX.dim() == 2:  # [T, X]
-            values_BLX = values_BLX.unflatten(0, (-1, self.groups.length))
-        return losses.in_groups(values_BLX, by_sequence=self.groups.by_sequence)
+            of_sequences = self.groups.get("sequence")
+            length = of_sequences.length if of_sequences else values_BLX.shape[0]
+            values_BLX = values_BLX.unflatten(0, (-1, length))
+        return values_BLX
 
     @torch.no_grad()
     def _count(
         self,
-        p_GNE: Tensor,
-        logits_GNE: Tensor,
-        mask_GN: Tensor,
-        counts_GE: Tensor,
-        of_each_L: Tensor,
+        p_BLE: Tensor,
+        logits_BLE: Tensor,
+        ids_BLK: Tensor,
+        mask_BL: Tensor,
+        of_scopes: dict[Scope, Tensor],
     ) -> None:
-        top1_GN, best_GN = p_GNE.max(-1)
+        top1_BL, best_BL = p_BLE.max(-1)
         # Not topk(2): selective checkpointing would save its result, as it does for the choices.
-        second_GN = p_GNE.scatter(-1, best_GN.unsqueeze(-1), 0).amax(-1)
+        second_BL = p_BLE.scatter(-1, best_BL.unsqueeze(-1), 0).amax(-1)
         # In the order of SUMS: these three, then the losses, then the logits that are not finite.
-        of_tokens_GN3 = torch.stack([torch.ones_like(top1_GN), top1_GN, top1_GN - second_GN], -1)
-        of_tokens_3 = torch.where(mask_GN.unsqueeze(-1), of_tokens_GN3, 0).sum((0, 1))
-        not_finite_1 = (~logits_GNE.isfinite().all(-1) & mask_GN).sum().float().view(1)
+        of_tokens_BL3 = torch.stack([torch.ones_like(top1_BL), top1_BL, top1_BL - second_BL], -1)
+        of_tokens_3 = torch.where(mask_BL.unsqueeze(-1), of_tokens_BL3, 0).sum((0, 1))
+        none_L = of_tokens_3.new_zeros(len(LOSSES))
         # All ranks of a group know its loss, so each counts only its part.
-        part_L = of_each_L / self.groups.ranks
-        new_S = torch.cat([of_tokens_3, part_L, not_finite_1])
-        count(self.counts_E, self.sums_S, counts_GE.sum(0), new_S)
+        parts_CL = [
+            of_scopes[scope] / self.groups[scope].ranks if scope in of_scopes else none_L
+            for scope in SCOPES
+        ]
+        not_finite_1 = (~logits_BLE.isfinite().all(-1) & mask_BL).sum().float().view(1)
+        new_S = torch.cat([of_tokens_3, *parts_CL, not_finite_1, p_BLE.sum((0, 1))])
+        chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
+        count(self.counts_E, self.sums_S, chosen_E, new_S)
 
 
 @cache

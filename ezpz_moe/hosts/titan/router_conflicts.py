@@ -56,9 +56,12 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
         if value
     ]
-    if not asked:
+    tables = [f"[router] {' and '.join(asked)}"] if asked else []
+    if moe.router.balance.capacity_factor:
+        tables.append("[balance] capacity_factor")
+    if not tables:
         return
-    named = f"[router] {' and '.join(asked)}"
+    named = " and ".join(tables)
     if moe.router.num_expert_groups is not None and settings.zero_computation_experts:
         yield (
             f"{named} cannot be combined with router_num_expert_groups = "
@@ -120,12 +123,12 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     """Refuse sequence groups if a rank's folded tokens may come from any part of any sequence."""
-    parallelism, scope = config.parallelism, moe.router.balance.scope
+    parallelism, scopes = config.parallelism, moe.router.balance.of_scopes
     cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     ranks_share = cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1)
     # A host that folds the batch has one dimension for the tokens of a sequence, others two.
     is_folded = len(titan().one_sequence(1)) == 1
-    if is_folded and ranks_share and scope == "sequence":
+    if is_folded and ranks_share and "sequence" in scopes:
         degrees = (
             f"parallelism.context_parallel_degree = {cp}"
             if cp > 1
@@ -133,18 +136,22 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
         yield (
             f'[balance] scope = "sequence" cannot be combined with {degrees} on this torchtitan, '
-            'where ranks share the tokens of all sequences. Set [balance] scope to "batch".'
+            'where ranks share the tokens of all sequences. Set [balance] scope to "batch", or '
+            "move the losses of [balance.sequence] to [balance.batch]."
         )
 
 
 def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     # Each of these reads a number on the host, which a captured graph cannot.
-    cuts = settings.zero_computation_experts or not settings.dispatch_padding
+    drops = moe.router.balance.capacity_factor
+    cuts = settings.zero_computation_experts or not settings.dispatch_padding or drops
     if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
         return
-    what = 'routing = "sinkhorn"' if settings.routing == "sinkhorn" else "leaving assignments out"
+    is_sinkhorn = settings.routing == "sinkhorn"
+    what = 'routing = "sinkhorn"' if is_sinkhorn else "leaving assignments out"
+    table = "[balance] capacity_factor" if drops and not is_sinkhorn else "[router]"
     yield (
-        f"[router]: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
+        f"{table}: {what} copies a number to the host, which a CUDA graph cannot capture. Leave "
         f"training.disable_cuda_graphs out, or set it to true."
     )
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.routing_schema import Balance, Schedule
+from ezpz_moe.config.routing_schema import Balance, Schedule, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
-from ezpz_moe.hosts.titan.selector import RowCounts
+from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
 from ezpz_moe.hosts.titan.zero_computation import with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
 
@@ -30,8 +31,9 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
     settings = flavor.router
     # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
-        if settings.zero_computation_experts or not settings.dispatch_padding:
-            moe = with_zero_computation(moe, settings)
+        is_limited = flavor.balance.capacity_factor > 0
+        if settings.zero_computation_experts or not settings.dispatch_padding or is_limited:
+            moe = with_zero_computation(moe, settings, flavor.balance)
             setattr(parent, attribute, moe)
         # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance)
@@ -62,6 +64,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         # Here, because the flags of the command line may still change the policy until now.
         kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
+        if flavor.balance.capacity_factor:
+            logger.warning(f"ezpz_moe: {_drops(flavor)}")
         # One mask object for all layers: setting it once per forward reaches every router.
         mask = TokenMask()
         groups = _groups(flavor.balance, parallel_dims, kwargs["training"], kwargs["parallelism"])
@@ -85,6 +89,15 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
     return parallelize
 
 
+def _drops(flavor: Flavor) -> str:
+    balance = flavor.balance
+    return (
+        f"[balance] capacity_factor = {balance.capacity_factor:g} of flavor {flavor.name} drops "
+        f'what is beyond an expert\'s capacity in training (drop = "{balance.drop}"): there, the '
+        f"experts output zero. Its share {REPORTED}."
+    )
+
+
 def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]:
     def before_forward(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         # A pre-hook of the model sees the tokens; the routers see only embeddings.
@@ -93,8 +106,10 @@ def _mask_from_tokens(mask: TokenMask, pad_token_id: int) -> Callable[..., None]
     return before_forward
 
 
-def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: Any) -> Groups:
-    """Return what the losses are averaged over, and a group's weight in a training step.
+def _groups(
+    balance: Balance, parallel_dims: Any, training: Any, parallelism: Any
+) -> dict[Scope, Groups]:
+    """Return what the losses are averaged over by scope, and a group's weight in a training step.
 
     The host sums gradients over ranks and microbatches, and divides their losses by the tokens of
     the whole step. In the same way, a group's loss is divided by the groups of the whole step.
@@ -102,23 +117,27 @@ def _groups(balance: Balance, parallel_dims: Any, training: Any, parallelism: An
     data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
     sequences = titan().sequences(training, parallelism, data_ranks)
     microbatches = sequences.of_step // sequences.of_microbatch // data_ranks
-    groups, mesh = {
+    of_scopes = {
         "sequence": (sequences.of_step, "cp"),
         "batch": (microbatches * data_ranks, "cp"),
         "global": (microbatches, "loss"),
-    }[balance.scope]
+    }
     # Tensor parallelism: with expert parallelism, each rank routes its part of a sequence. Without
     # it, all ranks route the same tokens, and outside of DTensor the host adds up their gradients.
     same_tokens = not parallel_dims.ep_enabled and parallel_dims.spmd_backend == "spmd_types"
-    names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
-    spread_over = map(parallel_dims.get_optional_mesh, names)
-    return Groups(
-        by_sequence=balance.scope == "sequence",
-        length=sequences.length,
-        meshes=tuple(mesh for mesh in spread_over if mesh is not None),
-        weight=1 / groups,
-        copies=parallel_dims.tp if same_tokens else 1,
-    )
+    found: dict[Scope, Groups] = {}
+    for scope in balance.of_scopes:
+        groups, mesh = of_scopes[scope]
+        names = (mesh, "tp") if parallel_dims.ep_enabled else (mesh,)
+        spread_over = map(parallel_dims.get_optional_mesh, names)
+        found[scope] = Groups(
+            by_sequence=scope == "sequence",
+            length=sequences.length,
+            meshes=tuple(mesh for mesh in spread_over if mesh is not None),
+            weight=1 / groups,
+            copies=parallel_dims.tp if same_tokens else 1,
+        )
+    return found
 
 
 def counting_meshes(parallel_dims: Any) -> list[Any]:

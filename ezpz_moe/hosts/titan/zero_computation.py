@@ -1,4 +1,4 @@
-"""Leave out assignments that need no expert: those to zero-computation experts, or of padding.
+"""Leave out assignments to zero-computation experts, of padding, and beyond a capacity.
 
 The host's router, dispatcher and experts do the rest unchanged. What is not computed gets an id
 beyond those of the routed experts. The dispatcher's sort then puts it last, where it is cut off.
@@ -10,7 +10,7 @@ C = constant experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -23,9 +23,11 @@ from torchtitan.models.common.moe import MoE, RoutedExperts
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
-from ezpz_moe.config.routing_schema import Router
+from ezpz_moe.config.routing_schema import Balance, Router
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.hosts.titan.router import TokenMask
+from ezpz_moe.routing.capacity import beyond_capacity, capacity
+from ezpz_moe.routing.counters import CHOICES, count_dropped
 from ezpz_moe.routing.gate import constant_output, weight_of
 
 
@@ -49,6 +51,25 @@ class ConstantExperts(Module):
 
     def forward(self, x_BLD: Tensor, weight_BLC: Tensor) -> Tensor:
         return constant_output(x_BLD, weight_BLC, self.mix_C2D, self.vectors_CD)
+
+
+class Choices(Module):
+    """Counts the choices of routed experts, and those that a capacity leaves out, in training.
+
+    A module of its own: the host asks how each buffer beside experts is sharded.
+    """
+
+    choices_2: Tensor
+
+    def __init__(self):
+        super().__init__()
+        # Not persistent: a checkpoint must have the same keys as the host's own model.
+        choices_2 = torch.zeros(len(CHOICES), dtype=torch.int64)
+        self.register_buffer("choices_2", choices_2, persistent=False)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        device = buffer_device or self.choices_2.device
+        self.choices_2 = torch.zeros_like(self.choices_2, device=device)
 
 
 class _Dispatcher:
@@ -81,6 +102,8 @@ class _RoutedExperts(Module):
         self.last_constant = self.last_copy + settings.constant_experts
         self.masked_by: TokenMask | None = None if settings.dispatch_padding else TokenMask()
         self.constant_experts = config.constants.build() if config.constants else None
+        self.balance: Balance = config.balance
+        self.choices = Choices() if self.balance.capacity_factor else None
 
     def _compute(
         self, x_BLD: Tensor, weights_BLK: Tensor, ids_BLK: Tensor, counts_E: Tensor
@@ -93,8 +116,13 @@ class _RoutedExperts(Module):
             # Padding gets an id that no expert has, so it is sorted last and adds nothing to the
             # output.
             ids_BLK = torch.where(mask_BL.unsqueeze(-1), ids_BLK, self.last_constant)
-            # Counted again without padding. The extra slot collects everything that is not
-            # computed.
+        # In training only: which tokens are dropped depends on the others of the batch, which at
+        # inference would include later ones.
+        has_capacity = self.choices is not None and self.training
+        if has_capacity:
+            ids_BLK = self._within_capacity(weights_BLK, ids_BLK)
+        if has_capacity or self.masked_by is not None:
+            # Counted again without these. The extra slot collects everything that is not computed.
             chosen_E = torch.zeros(E + 1, dtype=counts_E.dtype, device=counts_E.device)
             slots_N = ids_BLK.flatten().clamp(max=E)
             counts_E = chosen_E.scatter_add(0, slots_N, torch.ones_like(slots_N))[:E]
@@ -114,6 +142,24 @@ class _RoutedExperts(Module):
             )
             out_BLD = out_BLD + self.constant_experts(x_BLD, weight_BLC).to(out_BLD.dtype)
         return out_BLD
+
+    def _within_capacity(self, weights_BLK: Tensor, ids_BLK: Tensor) -> Tensor:
+        """Return ids_BLK, with an id that no expert has for the choices beyond the capacity."""
+        assert self.choices is not None
+        balance, E = self.balance, self.token_dispatcher.routed_experts
+        places = capacity(
+            ids_BLK.numel(),
+            self.last_constant,
+            factor=balance.capacity_factor,
+            least=balance.min_capacity,
+        )
+        ids_TK, weights_TK = ids_BLK.flatten(0, -2), weights_BLK.flatten(0, -2)
+        by_weight = balance.drop == "probability"
+        is_beyond_TK = beyond_capacity(
+            ids_TK, weights_TK, experts=E, capacity=places, by_weight=by_weight
+        )
+        count_dropped(self.choices.choices_2, is_beyond_TK, ids_TK, E)
+        return torch.where(is_beyond_TK.view_as(ids_BLK), self.last_constant, ids_BLK)
 
 
 class _MoE(Module):
@@ -138,6 +184,7 @@ def _routed_experts_like(host_class: type[RoutedExperts]) -> Any:
         class Config(host_class.Config):  # type: ignore[name-defined]
             settings: Router
             constants: ConstantExperts.Config | None = None
+            balance: Balance = field(default_factory=Balance)
 
         def __init__(self, config: Config):
             super().__init__(config)
@@ -173,8 +220,8 @@ def _share_of(share: float, topk_expert_ids_TK: Tensor) -> int:
     return round(share * topk_expert_ids_TK.numel())
 
 
-def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
-    """Return the config of the same layer with zero-computation experts, or without padding.
+def with_zero_computation(moe: MoE.Config, settings: Router, balance: Balance) -> MoE.Config:
+    """Return the config of the same layer that leaves assignments out: see the module's text.
 
     The gate gets a logit for each of them, and the top-k is raised.
     """
@@ -194,6 +241,7 @@ def with_zero_computation(moe: MoE.Config, settings: Router) -> MoE.Config:
         ),
         settings=settings,
         constants=constants,
+        balance=balance,
     )
     gate = derive(moe.router.gate, type(moe.router.gate), out_features=E + Z)
     router = derive(moe.router, type(moe.router), gate=gate, num_experts=E + Z, top_k=K)
