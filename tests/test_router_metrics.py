@@ -99,6 +99,71 @@ def test_a_step_is_routed_at_its_own_temperature(metrics, tmp_path) -> None:
     assert seen == [4.0, 3.0, 2.0, 1.0, 1.0]
 
 
+def validate(metrics: RouterMetrics, x_BLD: Tensor, *, microbatches: int) -> dict[str, float]:
+    """What the loggers get of a validation of these tokens, again and again."""
+    router = router_of(metrics.model_parts[0])
+    metrics.model_parts[0].eval()
+    with torch.no_grad():
+        for _ in range(microbatches):
+            routed(router, x_BLD)
+    metrics.model_parts[0].train()
+    logged: dict[str, float] = {}
+    metrics.logger.log = lambda values, step: logged.update(values)
+    metrics.log_validation(2.5, 3)
+    del metrics.logger.log
+    return {name: value for name, value in logged.items() if name.startswith("moe_val/")}
+
+
+def watched(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as the trainer has it: its routers report, and 12 sequences are a step."""
+    for router in (layer.moe.router for layer in model.layers.values() if layer.moe_enabled):
+        router.gate.is_counted = True
+        router.groups = {
+            scope: Groups(scope == "sequence", weight=1 / 12) for scope in router.groups
+        }
+    return model
+
+
+def test_validation_has_its_own_figures_and_leaves_training_alone(metrics, tmp_path) -> None:
+    """Its losses are means over its own sequences, of which it has more than a training step."""
+    made = metrics(watched(small_model(tmp_path, BALANCE + "[telemetry]")), every=3)
+    router = router_of(made.model_parts[0])
+    (trained,) = train(made, steps=1)[0].layers
+    x_BLD = tokens(router.gate.in_features)
+    of_same = validate(made, x_BLD, microbatches=5)
+    # Of the same tokens and the same weights: means of float32 numbers, each a rounding.
+    for name, loss in trained.losses.items():
+        assert of_same[f"moe_val/{name}"] == pytest.approx(loss, rel=20 * 2.0**-24)
+    assert of_same["moe_val/margin"] == pytest.approx(trained.margin, rel=20 * 2.0**-24)
+    assert "moe_val/drop_rate" not in of_same
+    other_BLD = tokens(router.gate.in_features, seed=2)
+    counts_E = torch.bincount(routed(router.eval(), other_BLD)[1].flatten(), minlength=8).double()
+    router.train()
+    router.val_counts_E.zero_(), router.val_sums_S.zero_()  # of the line before
+    figures = validate(made, other_BLD, microbatches=2)
+    assert figures["moe_val/cv"] == pytest.approx(counts_E.std(correction=0) / counts_E.mean())
+    assert figures["moe_val/tokens_per_expert"] == 2 * counts_E.mean()
+    made.should_log(2), made.should_log(3)
+    routed(router, x_BLD)
+    made.data_loading_times.append(0.0)
+    made.log(3, 1.0, 1.0, 1.0)
+    (layer,) = read(made._path)[-1].layers
+    assert layer.tokens == B * L
+    assert 2 * sum(layer.counts_E) == sum(trained.counts_E)
+
+
+def test_validation_that_is_not_finite_stops_the_run(metrics, tmp_path) -> None:
+    made = metrics(watched(small_model(tmp_path, "[telemetry]")), every=1)
+    x_BLD = tokens(router_of(made.model_parts[0]).gate.in_features)
+    x_BLD[0, 0] = torch.inf
+    made.should_log(3)
+    message = (
+        r"router's logits in layer 1 are not finite for 2 tokens of the validation after step 3"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        validate(made, x_BLD, microbatches=2)
+
+
 class _TwoRanks(Groups):
     """A group whose other rank has the same tokens as this one."""
 
