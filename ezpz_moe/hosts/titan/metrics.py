@@ -29,6 +29,7 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
+from ezpz_moe.hosts.titan.routing_dump import RoutingDump
 from ezpz_moe.hosts.titan.selector import Selector
 from ezpz_moe.hosts.titan.zero_computation import Choices
 from ezpz_moe.routing.counters import CHOICES, ROWS, SUMS
@@ -69,13 +70,18 @@ class RouterMetrics(MetricsProcessor):
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
         self._alerts = Alerts()
+        dumped = self._settings and self._settings.dumped
+        self._dump = RoutingDump(dumped, Path(dump_folder)) if dumped else None
         self._last_step: int | None = None
         self._counted_LE: torch.Tensor | None = None
 
     def should_log(self, step: int) -> bool:
         """Pass the step on to the routers: the host calls this once before each training step."""
-        for moe in moe_layers(self.model_parts).values():
-            moe.router.at_step(step)
+        routers = [moe.router for moe in moe_layers(self.model_parts).values()]
+        for router in routers:
+            router.at_step(step)
+        if self._dump:
+            self._dump.begin(step, routers, says=self._writes)
         # A resumed run does not start at step 1, and its first record covers only its own steps.
         if self._last_step is None:
             self._last_step = step - 1
@@ -94,6 +100,8 @@ class RouterMetrics(MetricsProcessor):
         Raises:
             RuntimeError: the logits of a layer's router are not finite.
         """
+        if self._dump:
+            self._dump.end(step)
         record = None
         # Collective, so every rank does it, not only the one that writes. `step == 1`, because the
         # host logs that step too.
@@ -183,8 +191,10 @@ class RouterMetrics(MetricsProcessor):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         not_counted = {"padding_waste": None, "drop_rate": None}
         return [
-            _layer_record(number, moe, *sums, not_counted | {"rank_max_over_mean": of_ranks})
-            for (number, moe), of_ranks, *sums in zip(
+            _layer_record(
+                number, moe, counts_E, sums_S, not_counted | {"rank_max_over_mean": of_ranks}
+            )
+            for (number, moe), of_ranks, counts_E, sums_S in zip(
                 of_layer.items(), ranks_L, counts_LE.tolist(), sums_LS.tolist(), strict=True
             )
         ]

@@ -29,6 +29,7 @@ from ezpz_moe.routing.assignment import HostRules, chosen
 from ezpz_moe.routing.balance import first_value, inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
+from ezpz_moe.routing.keeping import keep
 
 
 class TokenMask:
@@ -110,6 +111,7 @@ class _Router(Module):
 
     counts_E: Tensor
     sums_S: Tensor
+    layer_1: Tensor
 
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
@@ -125,6 +127,8 @@ class _Router(Module):
         self.gate.scheduled = tuple(self.settings.schedules)
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, value_at(schedule, 1))
+        # A run that dumps says so: with the layer's number, and this rank's tokens in a step.
+        self.is_kept, self.layer, self.tokens_of_step = False, 0, 0
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
         self.step = 1
         # Not persistent: a checkpoint must have the same keys as the host's own model. On the
@@ -137,6 +141,8 @@ class _Router(Module):
         # The same of validation: nothing of it may get into a record or a bias of training.
         self.register_buffer("val_counts_E", counts_E.clone(), persistent=False)
         self.register_buffer("val_sums_S", sums_S.clone(), persistent=False)
+        layer_1 = torch.zeros(1, dtype=torch.int64)
+        self.register_buffer("layer_1", layer_1, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
@@ -144,6 +150,7 @@ class _Router(Module):
         self.sums_S = torch.zeros_like(self.sums_S, device=device)
         self.val_counts_E = torch.zeros_like(self.counts_E)
         self.val_sums_S = torch.zeros_like(self.sums_S)
+        self.layer_1 = torch.full_like(self.layer_1, self.layer, device=device)
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, first_value(schedule, device))
 
@@ -261,6 +268,8 @@ class _Router(Module):
         not_finite_1 = (~logits_BLE.isfinite().all(-1) & mask_BL).sum().float().view(1)
         new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, not_finite_1, p_BLE.sum((0, 1))])
         chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
+        if self.is_kept and self.training:
+            keep(self.layer_1, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))
         if self.training:
             count(self.counts_E, self.sums_S, chosen_E, new_S)
         else:
