@@ -26,11 +26,11 @@ MASK_T = torch.tensor([True, True, False, True])
 BOTH = ("ids", "probabilities")
 
 
-def keeping_its_choices(x_TE: Tensor, layer_1: Tensor) -> Tensor:
+def keeping_its_choices(x_TE: Tensor, kept_2: Tensor) -> Tensor:
     """A router that would be a compiler's: its tensors are its own, and are written to again."""
     p_TE, mask_T = x_TE.detach().clone(), MASK_T.clone()
     ids_TK = p_TE.topk(K).indices.sort().values
-    keeping.keep(layer_1, ids_TK, p_TE, mask_T)
+    keeping.keep(kept_2, ids_TK, p_TE, mask_T)
     for each in (p_TE, ids_TK):
         each.zero_()
     return x_TE.square().sin()
@@ -46,10 +46,11 @@ def nothing_kept():
 def test_each_microbatch_of_a_kept_step_is_kept_once(run: Callable) -> None:
     """Recomputed or not, and nothing of other steps; a compiled model needs no other program."""
     torch._dynamo.reset()
-    layer_1 = torch.tensor([7])
-    function = run(partial(keeping_its_choices, layer_1=layer_1))
+    kept_2 = torch.tensor([7, 0])
+    function = run(partial(keeping_its_choices, kept_2=kept_2))
     for step in range(3):
         if is_kept := step == 1:
+            kept_2[1] = 0
             keeping.begin(BOTH)
         for scale in (1.0, 2.0):
             x_TE = (scale * X_TE).requires_grad_()
@@ -62,17 +63,29 @@ def test_each_microbatch_of_a_kept_step_is_kept_once(run: Callable) -> None:
             assert microbatch["probabilities"].tolist() == (scale * X_TE).tolist()
             assert microbatch["mask"].tolist() == MASK_T.tolist()
         assert len(kept.get(7, ())) == 2 * is_kept
-    assert layer_1.tolist() == [7]
+    assert kept_2.tolist() == [7, 2]
+
+
+def test_a_pipelines_trial_whose_buffers_are_put_back_is_not_kept() -> None:
+    keeping.begin(BOTH)
+    kept_2 = torch.tensor([7, 0])
+    for trials in (1, 0, 2):
+        for _ in range(trials):
+            before_2 = kept_2.clone()
+            keeping_its_choices(torch.ones(3, E), kept_2)
+            kept_2.copy_(before_2)
+        keeping_its_choices(X_TE, kept_2)
+    assert [each["ids"].tolist() for each in keeping.end()[7]] == [IDS_TK] * 3
 
 
 def test_only_what_is_asked_for_is_kept_in_the_dtypes_of_the_file() -> None:
     keeping.begin(("ids",))
-    keeping.keep(torch.tensor([1]), torch.tensor(IDS_TK), X_TE.double(), MASK_T)
+    keeping.keep(torch.tensor([1, 0]), torch.tensor(IDS_TK), X_TE.double(), MASK_T)
     (microbatch,) = keeping.end()[1]
     dtypes = {name: each.dtype for name, each in microbatch.items()}
     assert dtypes == {"ids": torch.int16, "mask": torch.bool}
     keeping.begin(("probabilities",))
-    keeping.keep(torch.tensor([1]), torch.tensor(IDS_TK), X_TE.double(), MASK_T)
+    keeping.keep(torch.tensor([1, 0]), torch.tensor(IDS_TK), X_TE.double(), MASK_T)
     (microbatch,) = keeping.end()[1]
     dtypes = {name: each.dtype for name, each in microbatch.items()}
     assert dtypes == {"probabilities": torch.float32, "mask": torch.bool}

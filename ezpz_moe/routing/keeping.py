@@ -37,16 +37,16 @@ def end() -> dict[int, list[Microbatch]]:
 
 
 # An operator, because a compiler would neither leave a list alone nor ask each time whether this
-# step is kept. Nothing changes layer_1, but a call that seems to do nothing would be left out.
-@torch.library.custom_op("ezpz_moe::keep", mutates_args=("layer_1",))
-def keep(layer_1: Tensor, ids_TK: Tensor, p_TE: Tensor, mask_T: Tensor) -> None:
+# step is kept.
+@torch.library.custom_op("ezpz_moe::keep", mutates_args=("kept_2",))
+def keep(kept_2: Tensor, ids_TK: Tensor, p_TE: Tensor, mask_T: Tensor) -> None:
     """Keep a microbatch's routing if its step is kept, unless this is a recomputation.
 
     Device syncs: a few while a step is kept, otherwise none.
 
     Args:
-        layer_1: int64, the layer's number. A tensor: for a number, each layer would be compiled
-            on its own.
+        kept_2: int64, a buffer: the layer's number, and the microbatches that it has kept. As a
+            plain number, it would have each layer compiled on its own.
         ids_TK: the experts that the tokens go to, any integer dtype, below 2**15.
         p_TE: their probabilities of all experts; zeros for padding.
         mask_T: bool, False for padding.
@@ -64,4 +64,10 @@ def keep(layer_1: Tensor, ids_TK: Tensor, p_TE: Tensor, mask_T: Tensor) -> None:
         for name, (value, dtype) in values.items()
         if name in _asked_for
     }
-    _kept.setdefault(int(layer_1), []).append(microbatch)
+    layer, count = kept_2.tolist()
+    microbatches = _kept.setdefault(layer, [])
+    # A pipeline tries a forward to learn its shapes, and then puts the buffers back: what that kept
+    # is beyond the count.
+    del microbatches[count:]
+    microbatches.append(microbatch)
+    kept_2[1] += 1

@@ -111,7 +111,7 @@ class _Router(Module):
 
     counts_E: Tensor
     sums_S: Tensor
-    layer_1: Tensor
+    kept_2: Tensor
 
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
@@ -141,8 +141,8 @@ class _Router(Module):
         # The same of validation: nothing of it may get into a record or a bias of training.
         self.register_buffer("val_counts_E", counts_E.clone(), persistent=False)
         self.register_buffer("val_sums_S", sums_S.clone(), persistent=False)
-        layer_1 = torch.zeros(1, dtype=torch.int64)
-        self.register_buffer("layer_1", layer_1, persistent=False)
+        kept_2 = torch.zeros(2, dtype=torch.int64)
+        self.register_buffer("kept_2", kept_2, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
@@ -150,7 +150,8 @@ class _Router(Module):
         self.sums_S = torch.zeros_like(self.sums_S, device=device)
         self.val_counts_E = torch.zeros_like(self.counts_E)
         self.val_sums_S = torch.zeros_like(self.sums_S)
-        self.layer_1 = torch.full_like(self.layer_1, self.layer, device=device)
+        self.kept_2 = torch.zeros_like(self.kept_2, device=device)
+        self.kept_2[0] = self.layer
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, first_value(schedule, device))
 
@@ -269,7 +270,7 @@ class _Router(Module):
         new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, not_finite_1, p_BLE.sum((0, 1))])
         chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
         if self.is_kept and self.training:
-            keep(self.layer_1, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))
+            keep(self.kept_2, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))
         if self.training:
             count(self.counts_E, self.sums_S, chosen_E, new_S)
         else:

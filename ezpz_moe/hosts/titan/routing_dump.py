@@ -45,6 +45,8 @@ class RoutingDump:
             self._say(routers, says=says)
             self._set_aside(step)
         if self._is_on and self._is_due(step):
+            for router in routers:
+                router.kept_2[1] = 0
             keeping.begin(self._dump.what)
 
     def end(self, step: int) -> None:
