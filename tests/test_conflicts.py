@@ -96,6 +96,18 @@ def test_a_cadence_of_telemetry_that_the_hosts_logging_cannot_meet():
     assert config("watched_sdpa").metrics.log_freq == 5  # a divisor of the host's own, 10
 
 
+def test_dumps_that_the_hosts_logging_or_a_cuda_graph_cannot_meet(tmp_path, monkeypatch):
+    text = 'inherits = "debugmodel"\n[telemetry]\ndump = { every = 15, what = ["ids"] }\n'
+    (tmp_path / "dumped.toml").write_text(text)
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    message = conflict("dumped_sdpa", metrics__log_freq=10)
+    assert "'dumped_sdpa': [telemetry] dump.every = 15 must be a multiple of metrics" in message
+    assert "Set metrics.log_freq to 5, or dump.every to a multiple of 10." in message
+    assert config("dumped_sdpa").metrics.log_freq == 5
+    message = conflict("dumped_sdpa", training__disable_cuda_graphs=False)
+    assert "[telemetry] dump copies the routing to the host, which a CUDA graph cannot" in message
+
+
 @pytest.mark.usefixtures("watched")
 def test_pictures_for_loggers_that_the_host_does_not_let_us_find(monkeypatch):
     """Not silently none: they are found by an attribute of the host's own."""

@@ -6,13 +6,14 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from router_cases import B, L, routed, router_of, small_model, sums_of, tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.config.routing_schema import Dump, Telemetry
 from ezpz_moe.hosts.titan.metrics import RouterMetrics
 from ezpz_moe.hosts.titan.router import Groups
 from ezpz_moe.telemetry.json_lines import read
@@ -32,8 +33,9 @@ def metrics(tmp_path: Path):
     """Makes the metrics processor of a model, as the trainer would on one rank."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
 
-    def make(model: torch.nn.Module, every: int) -> RouterMetrics:
-        config = RouterMetrics.Config(telemetry=Telemetry(every=every, images=False))
+    def make(model: torch.nn.Module, every: int, dump: Dump | None = None) -> RouterMetrics:
+        telemetry = Telemetry(every=every, images=False, dump=dump)
+        config = RouterMetrics.Config(telemetry=telemetry)
         made = RouterMetrics(config, parallel_dims=ONE_RANK, dump_folder=str(tmp_path))
         made.model_parts, made.num_flops_per_token = [model], 1
         return made
@@ -97,6 +99,121 @@ def test_a_step_is_routed_at_its_own_temperature(metrics, tmp_path) -> None:
         made.should_log(step)
         seen.append(router.gate.temperature.item())
     assert seen == [4.0, 3.0, 2.0, 1.0, 1.0]
+
+
+def validate(metrics: RouterMetrics, x_BLD: Tensor, *, microbatches: int) -> dict[str, float]:
+    """What the loggers get of a validation of these tokens, again and again."""
+    router = router_of(metrics.model_parts[0])
+    metrics.model_parts[0].eval()
+    with torch.no_grad():
+        for _ in range(microbatches):
+            routed(router, x_BLD)
+    metrics.model_parts[0].train()
+    logged: dict[str, float] = {}
+    metrics.logger.log = lambda values, step: logged.update(values)
+    metrics.log_validation(2.5, 3)
+    del metrics.logger.log
+    return {name: value for name, value in logged.items() if name.startswith("moe_val/")}
+
+
+def watched(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as the trainer has it: its routers report, and 12 sequences are a step."""
+    for router in (layer.moe.router for layer in model.layers.values() if layer.moe_enabled):
+        router.gate.is_counted = True
+        router.groups = {
+            scope: Groups(scope == "sequence", weight=1 / 12) for scope in router.groups
+        }
+    return model
+
+
+def test_validation_has_its_own_figures_and_leaves_training_alone(metrics, tmp_path) -> None:
+    """Its losses are means over its own sequences, of which it has more than a training step."""
+    made = metrics(watched(small_model(tmp_path, BALANCE + "[telemetry]")), every=3)
+    router = router_of(made.model_parts[0])
+    (trained,) = train(made, steps=1)[0].layers
+    x_BLD = tokens(router.gate.in_features)
+    of_same = validate(made, x_BLD, microbatches=5)
+    # Of the same tokens and the same weights: means of float32 numbers, each a rounding.
+    for name, loss in trained.losses.items():
+        assert of_same[f"moe_val/{name}"] == pytest.approx(loss, rel=20 * 2.0**-24)
+    assert of_same["moe_val/margin"] == pytest.approx(trained.margin, rel=20 * 2.0**-24)
+    assert "moe_val/drop_rate" not in of_same
+    other_BLD = tokens(router.gate.in_features, seed=2)
+    counts_E = torch.bincount(routed(router.eval(), other_BLD)[1].flatten(), minlength=8).double()
+    router.train()
+    router.val_counts_E.zero_(), router.val_sums_S.zero_()  # of the line before
+    figures = validate(made, other_BLD, microbatches=2)
+    assert figures["moe_val/cv"] == pytest.approx(counts_E.std(correction=0) / counts_E.mean())
+    assert figures["moe_val/tokens_per_expert"] == 2 * counts_E.mean()
+    made.should_log(2), made.should_log(3)
+    routed(router, x_BLD)
+    made.data_loading_times.append(0.0)
+    made.log(3, 1.0, 1.0, 1.0)
+    (layer,) = read(made._path)[-1].layers
+    assert layer.tokens == B * L
+    assert 2 * sum(layer.counts_E) == sum(trained.counts_E)
+
+
+def test_validation_that_is_not_finite_stops_the_run(metrics, tmp_path) -> None:
+    made = metrics(watched(small_model(tmp_path, "[telemetry]")), every=1)
+    x_BLD = tokens(router_of(made.model_parts[0]).gate.in_features)
+    x_BLD[0, 0] = torch.inf
+    made.should_log(3)
+    message = (
+        r"router's logits in layer 1 are not finite for 2 tokens of the validation after step 3"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        validate(made, x_BLD, microbatches=2)
+
+
+def dumping(metrics, tmp_path: Path) -> RouterMetrics:
+    """As a run that dumps every second step begins, in a folder with dumps of three steps."""
+    folder = tmp_path / "routing"
+    folder.mkdir()
+    for step in (1, 2, 3):
+        (folder / f"step_{step}_rank_0.npz").write_text("of before")
+    made = metrics(small_model(tmp_path, "[telemetry]"), every=1, dump=Dump(every=2, what=("ids",)))
+    router = router_of(made.model_parts[0])
+    router.is_kept, router.layer, router.tokens_of_step = True, 1, 2 * B * L
+    router._init_self_buffers()
+    return made
+
+
+def test_a_resumed_run_dumps_its_own_steps_and_sets_those_of_before_aside(
+    metrics, tmp_path
+) -> None:
+    made = dumping(metrics, tmp_path)
+    router = router_of(made.model_parts[0])
+    inputs = [tokens(router.gate.in_features, seed=seed) for seed in (1, 2)]
+    for step in (2, 3, 4):
+        made.should_log(step)
+        expected = [routed(router, x_BLD)[1] for x_BLD in inputs]
+        made.data_loading_times.append(0.0)
+        made.log(step, 1.0, 1.0, 1.0)
+        validate(made, inputs[0], microbatches=1)
+    folder = tmp_path / "routing"
+    names = ("abandoned", "step_1_rank_0.npz", "step_2_rank_0.npz", "step_4_rank_0.npz")
+    assert sorted(each.name for each in folder.iterdir()) == sorted(names)
+    assert (folder / "step_1_rank_0.npz").read_text() == "of before"
+    aside = {"step_2_rank_0.1.npz", "step_3_rank_0.1.npz"}
+    assert {each.name for each in (folder / "abandoned").iterdir()} == aside
+    for step in (2, 4):
+        dump = np.load(folder / f"step_{step}_rank_0.npz")
+        assert dump["layers"].tolist() == [1]
+        assert dump["ids"].tolist() == [torch.cat(expected).tolist()]
+        assert "probabilities" not in dump
+
+
+def test_dumps_of_before_that_cannot_be_set_aside_are_not_overwritten(
+    metrics, tmp_path, caplog
+) -> None:
+    made = dumping(metrics, tmp_path)
+    (tmp_path / "routing" / "abandoned").touch()
+    train(made, steps=2)
+    texts = {each.read_text() for each in (tmp_path / "routing").glob("*.npz")}
+    assert texts == {"of before"}
+    (said,) = (each.message for each in caplog.records if "cannot be moved" in each.message)
+    assert "the dumps of step 1 and later, of an attempt that was abandoned, cannot be" in said
 
 
 class _TwoRanks(Groups):

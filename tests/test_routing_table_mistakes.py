@@ -93,6 +93,20 @@ def test_a_value_of_the_wrong_kind(
         ("[balance]\naux_los = 1", "unknown key 'balance.aux_los'. Did you mean 'aux_loss'?"),
         ("[telemetry]\nevry = 1", "unknown key 'telemetry.evry'. Did you mean 'every'?"),
         (
+            "[telemetry]\ndump = { every = 5 }",
+            "telemetry.dump = {'every': 5}: should be a table of every and what, such as "
+            '{ every = 1000, what = ["ids"] }.',
+        ),
+        (
+            '[telemetry]\ndump = { every = 5, what = ["id"] }',
+            "telemetry.dump.what.0 = 'id': should be 'ids' or 'probabilities'. Did you mean 'ids'?",
+        ),
+        (
+            '[telemetry]\ndump = { every = 5, what = "ids" }',
+            "telemetry.dump = {'every': 5, 'what': 'ids'}: should be a table of every and what, "
+            'such as { every = 1000, what = ["ids"] }.',
+        ),
+        (
             "[router]\ntemperature = { start = 1, end = 0, steps = 2 }",
             "router.temperature.end = 0: should be greater than 0.",
         ),
@@ -120,3 +134,10 @@ def test_a_value_of_the_wrong_kind(
 )
 def test_a_key_that_is_not_there_or_not_a_table(tmp_path: Path, text: str, message: str) -> None:
     assert said(tmp_path, text) == f"mine.toml: {message}"
+
+
+def test_a_value_within_a_list_is_of_the_file_that_sets_the_list(tmp_path: Path) -> None:
+    text = '[telemetry]\ndump = { every = 5, what = ["ids", "weights"] }'
+    (tmp_path / "parent.toml").write_text(f'inherits = "debugmodel"\n{text}')
+    message = said(tmp_path, "[telemetry]\nevery = 2", inherits="parent")
+    assert message.startswith("parent.toml: telemetry.dump.what.1 = 'weights': should be 'ids' or")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.config.routing_schema import Balance, Rate, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import Balance, Dump, Rate, Router, Schedule, Telemetry
 
 EVERYTHING = """
 [router]
@@ -43,6 +43,7 @@ images = false
 alert_dead_steps = 7
 alert_cv_rise = 1.5
 alert_collapse = 0.5
+dump = { every = 10, what = ["probabilities", "ids"] }
 """
 
 
@@ -62,7 +63,7 @@ def test_the_defaults() -> None:
     assert tuple(Balance().to_dict().values()) == (
         *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
     )
-    assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True)
+    assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True, None)
 
 
 def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
@@ -94,8 +95,24 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
         bias_rate=Rate(start=0.01, end=0.0001, steps=50, shape="exponential"),
     )
     assert flavor.telemetry is not None
-    assert tuple(flavor.telemetry.model_dump().values()) == (7, 1.5, 0.5, 5, "per_expert", False)
+    dump = Dump(every=10, what=("probabilities", "ids"))
+    in_order = Telemetry.model_fields
+    assert tuple(getattr(flavor.telemetry, key) for key in in_order) == (
+        *(7, 1.5, 0.5, 5, "per_expert", False, dump),
+    )
+    assert flavor.telemetry.dumped == dump
     assert tuple(flavor.telemetry.thresholds.model_dump().values()) == (7, 1.5, 0.5)
+
+
+def test_a_dump_is_inherited_as_a_whole_and_switched_off_by_nothing_in_it(tmp_path: Path) -> None:
+    load(tmp_path, EVERYTHING, name="parent")
+    text = "[telemetry]\ndump = {{ every = 5, what = [{}] }}"
+    child = load(tmp_path, text.format('"ids"'), inherits="parent").telemetry
+    assert child is not None
+    assert (child.every, child.dump) == (5, Dump(every=5, what=("ids",)))
+    off = load(tmp_path, text.format(""), inherits="parent").telemetry
+    assert off is not None
+    assert off.dumped is None
 
 
 @pytest.mark.parametrize(

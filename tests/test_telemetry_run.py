@@ -3,12 +3,15 @@
 import json
 import math
 import re
+import shutil
 import struct
+from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import pytest
 from dialect import ON_0_2, job, precision
-from trainer_runs import LOG, job_folder, train
+from trainer_runs import EP_2, LOG, assert_same_bits, job_folder, train
 
 from ezpz_moe.config.routing_schema import AlertThresholds
 from ezpz_moe.telemetry.json_lines import read
@@ -27,23 +30,62 @@ aux_loss = 0.01
 every = 2
 detail = "per_expert"
 """
+DUMP = 'dump = { every = 2, what = ["ids", "probabilities"] }\n'
+VALIDATION = """
+[validation]
+enable = true
+dataset = "pydoc_topics"
+freq = 2
+steps = 3
+"""
+TENSORBOARD = "--metrics.enable-tensorboard"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run of four steps with both loggers."""
+def folder(tmp_path_factory):
+    """Of jobs with and without validation and dumps, and of their runs."""
     folder = job_folder(tmp_path_factory.mktemp("telemetry"))
-    (folder / "watched.toml").write_text(FLAVOR)
-    text = (folder / "job.toml").read_text().replace('"tiny_sdpa"', '"watched_sdpa"')
+    (folder / "plain.toml").write_text(FLAVOR)
+    (folder / "watched.toml").write_text(FLAVOR + DUMP)
+    text = (folder / "job.toml").read_text()
+    (folder / "plain_job.toml").write_text(text.replace('"tiny_sdpa"', '"plain_sdpa"'))
+    text = text.replace('"tiny_sdpa"', '"watched_sdpa"') + VALIDATION
     (folder / "job.toml").write_text(text)
-    flags = ["--training.steps", "4", "--metrics.enable-wandb", "--metrics.enable-tensorboard"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Runs of four steps with loggers, validation and dumps, and without; one of a fixed step."""
+    steps = ["--training.steps", "4"]
+    flags = [*steps, "--metrics.enable-wandb", TENSORBOARD]
+    text = (folder / "job.toml").read_text()
+    (folder / "fixed.toml").write_text(text.replace('"watched_sdpa"', '"watched_sdpa_auto"'))
+    scenarios = {
+        "run": job(folder / "job.toml", *flags),
+        "plain": job(folder / "plain_job.toml", *steps),
+        "fixed": job(folder / "fixed.toml", "--training.steps", "1", "--debug.deterministic"),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        (folder / "fixed.toml").write_text(text.replace('"watched_sdpa"', '"watched_sdpa_auto"'))
-        fixed = job(folder / "fixed.toml", "--training.steps", "1", "--debug.deterministic")
-        train({"run": job(folder / "job.toml", *flags), "fixed": fixed}, folder, ranks=1)
+        return train(scenarios, folder, ranks=1)
+
+
+@pytest.fixture(scope="module")
+def run(trained, folder):
+    """The folder of the run with everything."""
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory, folder):
+    """The folder of a run of one step of two ranks with expert parallelism."""
+    flags = ["--training.steps", "1", *EP_2, TENSORBOARD]
+    apart = tmp_path_factory.mktemp("two")  # with a log of its own
+    shutil.copytree(folder, apart, dirs_exist_ok=True, ignore=lambda *_: ["run", "plain", "fixed"])
+    train({"both": job(apart / "job.toml", *flags)}, apart, ranks=2)
+    return apart / "both"
 
 
 def records(run):
@@ -67,12 +109,18 @@ def test_a_deterministic_run_times_nothing_and_a_record_names_what_computed(run)
     assert {each.computed_by for each in read(run / "telemetry.jsonl")} == {()}
 
 
-def test_tensorboard_has_scalars_picture_and_histograms(run):
+def events_of(run):
+    """What a run has written for TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = (run / "tb").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
+    return events
+
+
+def test_tensorboard_has_scalars_picture_and_histograms(run):
+    events = events_of(run)
     of_step_4 = records(run)[-1]
     (cv,) = (each.value for each in events.Scalars("moe/cv") if each.step == 4)
     assert cv == pytest.approx(of_step_4["figures"]["cv"], rel=1e-6)
@@ -119,6 +167,95 @@ def test_wandb_has_them_too(run):
     assert json.loads(history[4]["moe/load/_type"]) == "image-file"
     assert sum(json.loads(history[4]["moe/layer_1/tokens_per_expert/values"])) == 8
     assert list(run.rglob("offline-run-*/files/media/images/moe/load_*.png"))
+
+
+# Validation, and dumps ----------------------------------------------------------------------------
+
+
+def test_validation_is_logged_with_the_hosts_and_changes_nothing_else(trained, folder):
+    """Not a bit of the weights, nor of a record, which has the norm of the bias."""
+    (of_run,), (of_plain,) = trained["run"], trained["plain"]
+    assert_same_bits(of_run, of_plain)
+    assert records(folder / "run") == records(folder / "plain")
+    events = events_of(folder / "run")
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("moe_val/")}
+    assert {"moe_val/cv", "moe_val/aux_loss", "moe_val/layer_2/expert_7/frequency"} <= tags
+    assert not any("drop_rate" in tag or "padding_waste" in tag for tag in tags)
+    host_s = [each.step for each in events.Scalars("validation_metrics/loss")]
+    assert [each.step for each in events.Scalars("moe_val/cv")] == host_s == [1, 2, 4]
+    assert [each.value for each in events.Scalars("moe_val/tokens_per_expert")] == [
+        3 * 2 * 128 * 3 / 8,  # steps, sequences, tokens, experts of a token, experts
+    ] * 3
+
+
+def test_validation_of_two_ranks_is_that_of_both(of_two_ranks):
+    events = events_of(of_two_ranks)
+    (tokens,) = events.Scalars("moe_val/tokens_per_expert")
+    assert tokens.value == 2 * 3 * 2 * 128 * 3 / 8
+    (busiest,) = events.Scalars("moe_val/rank_max_over_mean")
+    assert 1 <= busiest.value <= 2
+    frequencies = [
+        events.Scalars(f"moe_val/layer_1/expert_{expert}/frequency")[0].value for expert in range(8)
+    ]
+    assert sum(frequencies) == pytest.approx(1, rel=1e-6)
+    (loss,) = events.Scalars("moe_val/aux_loss")
+    assert 1 <= loss.value < 8 / 3  # even, and the same three experts for every token
+
+
+def dumps(run) -> dict[str, dict]:
+    return {path.stem: dict(np.load(path)) for path in (run / "routing").iterdir()}
+
+
+def test_a_dump_has_what_its_record_adds_up(run, folder):
+    """In steps that are a record of their own, and with the size that the log names."""
+    found = dumps(run)
+    assert found.keys() == {"step_1_rank_0", "step_2_rank_0", "step_4_rank_0"}
+    for record in records(run)[:2]:
+        dump = found[f"step_{record['step']}_rank_0"]
+        assert dump.keys() == {"layers", "mask", "ids", "probabilities"}
+        assert dump["layers"].tolist() == [layer["layer"] for layer in record["layers"]]
+        assert dump["mask"].shape == (256,)
+        assert dump["mask"].all()
+        assert (dump["ids"].shape, dump["ids"].dtype) == ((2, 256, 3), np.int16)
+        p_LTE = dump["probabilities"]
+        assert (p_LTE.shape, p_LTE.dtype) == ((2, 256, 8), np.float32)
+        for ids_TK, p_TE, layer in zip(dump["ids"], p_LTE, record["layers"], strict=True):
+            counts_E = np.bincount(ids_TK.ravel(), minlength=8)
+            assert counts_E.tolist() == layer["counts_E"]
+            # Four digits in the record.
+            assert p_TE.mean(0) == pytest.approx(layer["probabilities_E"], rel=6e-4)
+    said = re.search(r"\[telemetry\] dump: (\S+) MB to .*", (folder / LOG).read_text())
+    size = 2 * 256 * (3 * 2 + 8 * 4)
+    assert float(said[1]) == pytest.approx(size / 1e6, rel=5e-3)  # three digits
+    assert "in step 1 and every 2 steps, in 1 file; this rank's has ids [2, 256, 3]" in said[0]
+
+
+def test_each_rank_dumps_its_own_tokens(of_two_ranks):
+    found = dumps(of_two_ranks)
+    assert found.keys() == {"step_1_rank_0", "step_1_rank_1"}
+    ids_RLTK = np.stack([dump["ids"] for dump in found.values()])
+    (record,) = records(of_two_ranks)
+    for number, layer in enumerate(record["layers"]):
+        counts_E = np.bincount(ids_RLTK[:, number].ravel(), minlength=8)
+        assert counts_E.tolist() == layer["counts_E"]
+    assert not np.array_equal(*ids_RLTK)
+    assert "in 2 files" in (of_two_ranks.parent / LOG).read_text()
+
+
+def test_the_lines_in_the_documents_read_a_dump(run, tmp_path, monkeypatch, capsys):
+    """They look at a step of a run in ``outputs``."""
+    text = (Path(__file__).parent.parent / "docs" / "telemetry.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(lines.splitlines()) <= 6
+    (tmp_path / "outputs").mkdir()
+    shutil.copytree(run / "routing", tmp_path / "outputs" / "routing")
+    lines = lines.replace("step_1000_", "step_2_")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    said = capsys.readouterr().out.splitlines()
+    loads = [list(map(int, re.findall(r"\d+", line.partition("]")[0]))) for line in said]
+    layers = records(run)[1]["layers"]
+    assert loads == [[layer["layer"], *layer["counts_E"]] for layer in layers]
 
 
 # Each has a flavor that brings it about, and what is then said of it.

@@ -255,7 +255,9 @@ def _messages(
         # Flavor has the dimensions in a model of their own; the file has their keys at its top.
         key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
         # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
-        file = origin.get(key) or origin.get(key.rpartition(".")[0], path)
+        parts = key.split(".")
+        whole = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        file = next((origin[each] for each in whole if each in origin), path)
         if error["type"] == "missing" and error["loc"][0] in ("router", "balance"):
             schedule, _, inner = key.rpartition(".")
             yield f"{file}: {schedule}: the key {inner} is missing; a schedule must be complete."

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import LOSSES_OF_SCOPES
+from ezpz_moe.config.routing_schema import LOSSES_OF_SCOPES, SCOPES
 
-SUMS = ("tokens", "top1_probability", "margin", *LOSSES_OF_SCOPES, "not_finite")
+WEIGHTS_OF_SCOPES = tuple(f"weight_{scope}" for scope in SCOPES)
+
+SUMS = ("tokens", "top1_probability", "margin", *LOSSES_OF_SCOPES, *WEIGHTS_OF_SCOPES, "not_finite")
 """What ``sums_S`` adds up: the first three over tokens; the losses over groups, weighted by the
-group; and the tokens with a logit that is not finite. A router's has the sum over tokens of each
-expert's probability after them."""
+group; these weights, by which a sum of losses becomes their mean; and the tokens with a logit that
+is not finite. A router's has the sum over tokens of each expert's probability after them."""
 
 ROWS = ("given", "computed", "dropped")
 """What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""

@@ -13,8 +13,10 @@ from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 Detail = Literal["brief", "per_layer", "per_expert"]
 
 
-def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
-    """Return the record's figures, by the names under which they are logged.
+def scalars(
+    record: StepRecord, detail: Detail = "brief", *, prefix: str = "moe"
+) -> dict[str, float]:
+    """Return the record's figures, by the names under which they are logged, after ``prefix``.
 
     ``brief``: over layers, ``moe/cv`` (mean) and ``moe/cv_worst``. ``per_layer`` adds
     ``moe/layer_3/cv``, and ``per_expert`` also adds ``moe/layer_3/expert_7/frequency``, which sums
@@ -22,14 +24,14 @@ def scalars(record: StepRecord, detail: Detail = "brief") -> dict[str, float]:
     those of a layer without tokens, are left out.
     """
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]
-    values = _under("moe", over_layers(figures_L))
+    values = _under(prefix, over_layers(figures_L))
     if detail != "brief":
         for layer, figures in zip(record.layers, figures_L, strict=True):
-            values |= _under(f"moe/layer_{layer.layer}", figures)
+            values |= _under(f"{prefix}/layer_{layer.layer}", figures)
     # Layers times experts: thousands of scalars, which is why the default is brief.
     if detail == "per_expert":
         for layer in record.layers:
-            values |= _of_experts(layer)
+            values |= _under(f"{prefix}/layer_{layer.layer}", _of_experts(layer))
     return values
 
 
@@ -38,7 +40,7 @@ def _of_experts(layer: LayerRecord) -> dict[str, float]:
     if layer.tokens:
         of_each["probability"] = np.array(layer.probabilities_E)
     return {
-        f"moe/layer_{layer.layer}/expert_{expert}/{name}": float(value)
+        f"expert_{expert}/{name}": float(value)
         for name, values_E in of_each.items()
         for expert, value in enumerate(values_E)
         # Loggers draw NaN as a gap or refuse it: leave it out.

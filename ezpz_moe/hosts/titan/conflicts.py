@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from math import gcd
 from typing import Any, get_args
 
 import torch
@@ -22,7 +21,6 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import Attention
 from ezpz_moe.config.job import accepts, allowed
-from ezpz_moe.config.routing_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
@@ -34,14 +32,13 @@ from ezpz_moe.hosts.ranks import (
     schedule_problems,
     started_rank_problems,
 )
-from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
-from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
+from ezpz_moe.hosts.titan.telemetry_conflicts import telemetry_problems
 
 
 def refuse_conflicts(config: Trainer.Config, source: str) -> None:
@@ -339,25 +336,7 @@ def _routers(config: Trainer.Config) -> Iterator[str]:
 
 
 def _telemetry(config: Trainer.Config) -> Iterator[str]:
-    metrics = config.metrics
-    settings: Telemetry | None = getattr(metrics, "telemetry", None)
-    if settings is None:
-        return
-    every, log_freq = settings.every, metrics.log_freq
-    # `trainer_config` has chosen a divisor, but the job or a flag may have set another.
-    if every and every % log_freq:
-        yield (
-            f"flavor {_flavor(config)!r}: [telemetry] every = {every} must be a multiple of "
-            f"metrics.log_freq = {log_freq}: the routers report when the host logs. Set "
-            f"metrics.log_freq to {gcd(every, log_freq)}, or every to a multiple of {log_freq}."
-        )
-    # Pictures need private attributes of the host's loggers, and only if loggers are enabled.
-    if settings.images and (metrics.enable_wandb or metrics.enable_tensorboard):
-        for line, reason in broken(PICTURES).items():
-            yield (
-                f"flavor {_flavor(config)!r}: [telemetry] images = true needs {line.thing}, but "
-                f"{reason}. Set images = false; telemetry.jsonl and `ezpz-moe plot` show the same."
-            )
+    return telemetry_problems(config, _flavor(config))
 
 
 _Check = Callable[[Trainer.Config], Iterator[str]]

@@ -174,9 +174,9 @@ def _metrics(telemetry: Telemetry | None) -> Any:
     with titan().importing():  # only such a flavor needs this from the host
         from ezpz_moe.hosts.titan.metrics import RouterMetrics
     metrics = RouterMetrics.Config(telemetry=telemetry)
-    if telemetry and telemetry.every:
+    if telemetry:
         # A common divisor: a record is written only on a step that the host logs.
-        metrics.log_freq = gcd(telemetry.every, metrics.log_freq)
+        metrics.log_freq = gcd(metrics.log_freq, *telemetry.cadences.values())
     return metrics
 
 

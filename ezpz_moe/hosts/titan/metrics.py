@@ -29,6 +29,7 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
+from ezpz_moe.hosts.titan.routing_dump import RoutingDump
 from ezpz_moe.hosts.titan.selector import Selector
 from ezpz_moe.hosts.titan.zero_computation import Choices
 from ezpz_moe.routing.counters import CHOICES, ROWS, SUMS
@@ -73,13 +74,18 @@ class RouterMetrics(MetricsProcessor):
         self._settings: Telemetry | None = config.telemetry
         self._warmup_steps = config.warmup_steps or 0
         self._alerts = Alerts()
+        dumped = self._settings and self._settings.dumped
+        self._dump = RoutingDump(dumped, Path(dump_folder)) if dumped else None
         self._last_step: int | None = None
         self._counted_LE: torch.Tensor | None = None
 
     def should_log(self, step: int) -> bool:
         """Pass the step on to the routers: the host calls this once before each training step."""
-        for moe in moe_layers(self.model_parts).values():
-            moe.router.at_step(step)
+        routers = [moe.router for moe in moe_layers(self.model_parts).values()]
+        for router in routers:
+            router.at_step(step)
+        if self._dump:
+            self._dump.begin(step, routers, says=self._writes)
         # A resumed run does not start at step 1, and its first record covers only its own steps.
         if self._last_step is None:
             self._last_step = step - 1
@@ -98,6 +104,8 @@ class RouterMetrics(MetricsProcessor):
         Raises:
             RuntimeError: the logits of a layer's router are not finite.
         """
+        if self._dump:
+            self._dump.end(step)
         record = None
         # Collective, so every rank does it, not only the one that writes. `step == 1`, because the
         # host logs that step too.
@@ -112,6 +120,20 @@ class RouterMetrics(MetricsProcessor):
             if self._settings and self._settings.images:
                 self._show(record)
 
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
+        """Log as the host does, with the routers' figures in validation as ``moe_val/...``.
+
+        Raises:
+            RuntimeError: the logits of a layer's router are not finite.
+        """
+        if self._settings:
+            record = self._validation_record(step, loss)
+            figures = scalars(record, self._settings.detail, prefix="moe_val")
+            extra_metrics = (extra_metrics or {}) | figures
+        super().log_validation(loss, step, extra_metrics)
+
     # --- collecting -------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -120,7 +142,32 @@ class RouterMetrics(MetricsProcessor):
         assert self._settings
         assert self._last_step is not None  # should_log comes first
         steps, self._last_step = step - self._last_step, step
-        layers = self._layers(steps)
+        return StepRecord(
+            step=step,
+            steps=steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            backend=self._backend(),
+            layers=self._finite(self._layers(), f"the {steps} steps up to step {step}"),
+            thresholds=self._settings.thresholds,
+            settings=self._in_force(),
+            warmup_steps=self._warmup_steps,
+            computed_by=self._computed_by(),
+        )
+
+    @torch.no_grad()
+    def _validation_record(self, step: int, loss: float) -> StepRecord:
+        """Return a record of all ranks' validation after ``step``, and reset its counters.
+
+        All of it counts as one step.
+        """
+        layers = self._finite(self._validated_layers(), f"the validation after step {step}")
+        return StepRecord(step, 1, loss, None, backend=self._backend(), layers=layers)
+
+    def _finite(
+        self, layers: list[tuple[LayerRecord, float]], where: str
+    ) -> tuple[LayerRecord, ...]:
+        """Return the records of all stages' layers, unless a router's logits are not finite."""
         if self.parallel_dims.pp_enabled:
             layers = self._of_all_stages(layers)
         # Every rank has the same sums, so all stop here together. A single rank that raised would
@@ -128,23 +175,38 @@ class RouterMetrics(MetricsProcessor):
         if bad := [(layer.layer, tokens) for layer, tokens in layers if tokens]:
             raise RuntimeError(
                 f"The router's logits in layer {bad[0][0]} are not finite for {bad[0][1]:.0f} "
-                f"tokens of the {steps} steps up to step {step}. Stopping training. Resume from "
-                f"an earlier checkpoint with a lower learning rate, or set [balance] z_loss."
+                f"tokens of {where}. Stopping training. Resume from an earlier checkpoint with "
+                f"a lower learning rate, or set [balance] z_loss."
             )
-        return StepRecord(
-            step=step,
-            steps=steps,
-            loss=loss,
-            grad_norm=grad_norm,
-            backend=self._backend(),
-            layers=tuple(layer for layer, _ in layers),
-            thresholds=self._settings.thresholds,
-            settings=self._in_force(),
-            warmup_steps=self._warmup_steps,
-            computed_by=self._computed_by(),
-        )
+        return tuple(layer for layer, _ in layers)
 
-    def _layers(self, steps: int) -> list[tuple[LayerRecord, float]]:
+    def _validated_layers(self) -> list[tuple[LayerRecord, float]]:
+        """Return what :meth:`_layers` does, of validation, where nobody counts rows."""
+        of_layer = moe_layers(self.model_parts)
+        if not of_layer:
+            return []
+        routers = [moe.router for moe in of_layer.values()]
+        counts_LE = torch.stack([router.val_counts_E for router in routers])
+        sums_LS = torch.stack([router.val_sums_S for router in routers])
+        for router in routers:
+            router.val_counts_E.zero_()
+            router.val_sums_S.zero_()
+        routed_experts = routers[0].routed_experts
+        ranks_L = rank_max_over_mean(counts_LE[:, :routed_experts], self.parallel_dims)
+        for mesh in counting_meshes(self.parallel_dims):
+            for each in (counts_LE, sums_LS):
+                torch.distributed.all_reduce(each, group=mesh.get_group())
+        not_counted = {"padding_waste": None, "drop_rate": None}
+        return [
+            _layer_record(
+                number, moe, counts_E, sums_S, not_counted | {"rank_max_over_mean": of_ranks}
+            )
+            for (number, moe), of_ranks, counts_E, sums_S in zip(
+                of_layer.items(), ranks_L, counts_LE.tolist(), sums_LS.tolist(), strict=True
+            )
+        ]
+
+    def _layers(self) -> list[tuple[LayerRecord, float]]:
         """Return a record per layer of this rank, with its count of tokens that were not finite."""
         # A pipeline stage may have only dense layers.
         of_layer = moe_layers(self.model_parts)
@@ -173,7 +235,6 @@ class RouterMetrics(MetricsProcessor):
                 moe,
                 counts_E,
                 sums_S,
-                steps,
                 {
                     **_use_of_rows(selector, *rows, counted=sum(counts_E[:routed_experts])),
                     "rank_max_over_mean": of_ranks,
@@ -294,13 +355,12 @@ def _layer_record(
     moe: Any,
     counts_E: list[int],
     sums_S: list[float],
-    steps: int,
     use: Mapping[str, float | None],
 ) -> tuple[LayerRecord, float]:
     total = dict(zip(SUMS, sums_S[: len(SUMS)], strict=True))
     tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
     real = router.routed_experts
-    losses, scaled_losses = _losses(router.balance, total, steps)
+    losses, scaled_losses = _losses(router.balance, total)
     record = LayerRecord(
         layer=number,
         tokens=round(tokens),
@@ -323,15 +383,15 @@ def _short(value: float) -> float:
 
 
 def _losses(
-    balance: Balance, total: Mapping[str, float], steps: int
+    balance: Balance, total: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the losses of one training step by their names, without and with coefficients."""
+    """Return the losses by their names, without and with coefficients: means over their groups."""
     losses, scaled = {}, {}
     of_scopes = balance.of_scopes
     for scope, coefficients in of_scopes.items():
         for loss in LOSSES:
             name = reported_loss(loss, scope, of_scopes)
-            # The sums are weighted to make one training step add up to its mean over groups.
-            losses[name] = total[f"{loss}_{scope}"] / steps
+            # The weights of the groups of a training step add up to 1. Validation has other steps.
+            losses[name] = total[f"{loss}_{scope}"] / (total[f"weight_{scope}"] or 1)
             scaled[name] = coefficients.get(loss, 0.0) * losses[name]
     return losses, scaled

@@ -116,7 +116,7 @@ ROUTERS = (
         "torchtitan.components.metrics:MetricsProcessor",
         used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
         if_broken=_NO_TELEMETRY,
-        has=("Config", "should_log", "log"),
+        has=("Config", "should_log", "log", "log_validation"),
         sets=("logger", "parallel_dims", "model_parts"),
     ),
     Reliance(

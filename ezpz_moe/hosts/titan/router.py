@@ -36,6 +36,7 @@ from ezpz_moe.routing.assignment import (
 from ezpz_moe.routing.balance import first_value, inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
+from ezpz_moe.routing.keeping import keep
 
 
 class TokenMask:
@@ -117,6 +118,7 @@ class _Router(Module):
 
     counts_E: Tensor
     sums_S: Tensor
+    kept_2: Tensor
 
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
@@ -133,6 +135,8 @@ class _Router(Module):
         self.gate.scheduled = tuple(self.settings.schedules)
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, value_at(schedule, 1))
+        # A run that dumps says so: with the layer's number, and this rank's tokens in a step.
+        self.is_kept, self.layer, self.tokens_of_step = False, 0, 0
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
         self.step = 1
         # Not persistent: a checkpoint must have the same keys as the host's own model. On the
@@ -143,11 +147,20 @@ class _Router(Module):
         self.register_buffer("counts_E", counts_E, persistent=False)
         sums_S = torch.zeros(len(SUMS) + self.num_experts, dtype=torch.float32)
         self.register_buffer("sums_S", sums_S, persistent=False)
+        # The same of validation: nothing of it may get into a record or a bias of training.
+        self.register_buffer("val_counts_E", counts_E.clone(), persistent=False)
+        self.register_buffer("val_sums_S", sums_S.clone(), persistent=False)
+        kept_2 = torch.zeros(2, dtype=torch.int64)
+        self.register_buffer("kept_2", kept_2, persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
         self.counts_E = torch.zeros_like(self.counts_E, device=device)
         self.sums_S = torch.zeros_like(self.sums_S, device=device)
+        self.val_counts_E = torch.zeros_like(self.counts_E)
+        self.val_sums_S = torch.zeros_like(self.sums_S)
+        self.kept_2 = torch.zeros_like(self.kept_2, device=device)
+        self.kept_2[0] = self.layer
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, first_value(schedule, device))
 
@@ -180,10 +193,11 @@ class _Router(Module):
             self._rules,
             training=self.training,
         )
-        if self.training:
+        # Whoever reports reports validation too.
+        if self.training or self.gate.is_counted:
             by_scores = self._counts_scores(expert_bias_E)
             of_scopes = self._losses(logits_BLE, scores_BLE, ids_BLK, mask_BL, by_scores)
-            if self._has_losses and torch.is_grad_enabled():
+            if self.training and self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         return weights_BLK, ids_BLK, scores_BLE
 
@@ -281,7 +295,7 @@ class _Router(Module):
         top1_BL, best_BL = p_BLE.max(-1)
         # Not topk(2): selective checkpointing would save its result, as it does for the choices.
         second_BL = p_BLE.scatter(-1, best_BL.unsqueeze(-1), 0).amax(-1)
-        # In the order of SUMS: these three, then the losses, then the logits that are not finite.
+        # In the order of SUMS: these three, the losses and their weights, logits not finite.
         of_tokens_BL3 = torch.stack([torch.ones_like(top1_BL), top1_BL, top1_BL - second_BL], -1)
         of_tokens_3 = torch.where(mask_BL.unsqueeze(-1), of_tokens_BL3, 0).sum((0, 1))
         none_L = of_tokens_3.new_zeros(len(LOSSES))
@@ -290,10 +304,25 @@ class _Router(Module):
             of_scopes[scope] / self.groups[scope].ranks if scope in of_scopes else none_L
             for scope in SCOPES
         ]
+        weights_C1 = [
+            of_tokens_3.new_full((1,), self._weight(scope, mask_BL.shape[0])) for scope in SCOPES
+        ]
         not_finite_1 = (~logits_BLE.isfinite().all(-1) & mask_BL).sum().float().view(1)
-        new_S = torch.cat([of_tokens_3, *parts_CL, not_finite_1, p_BLE.sum((0, 1))])
+        new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, not_finite_1, p_BLE.sum((0, 1))])
         chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
-        count(self.counts_E, self.sums_S, chosen_E, new_S)
+        if self.is_kept and self.training:
+            keep(self.kept_2, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))
+        if self.training:
+            count(self.counts_E, self.sums_S, chosen_E, new_S)
+        else:
+            count(self.val_counts_E, self.val_sums_S, chosen_E, new_S)
+
+    def _weight(self, scope: Scope, sequences: int) -> float:
+        """Return the weight of a microbatch's groups together, this rank's part of it."""
+        groups = self.groups.get(scope)
+        if groups is None:
+            return 0.0
+        return groups.weight * (sequences if groups.by_sequence else 1) / groups.ranks
 
 
 @cache

@@ -79,9 +79,14 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
                 module.masked_by = mask
             if isinstance(module, RowCounts):
                 module.on = flavor.reported is not None
-        for moe in moe_layers([model]).values():
+        for number, moe in moe_layers([model]).items():
             moe.router.groups = groups
             moe.router.gate.is_counted = flavor.reported is not None
+            if flavor.reported is not None and flavor.reported.dumped:
+                moe.router.is_kept, moe.router.layer = True, number
+                moe.router.tokens_of_step = _tokens_of_step(
+                    parallel_dims, kwargs["training"], kwargs["parallelism"]
+                )
             # A balanced choice ignores the gate, which then has no gradient and no state to resume.
             if flavor.router.freeze or flavor.router.routing == "balanced":
                 # Only now: parameters that parallelize_fn lays out again lose requires_grad =
@@ -177,6 +182,14 @@ def _groups(
             copies=parallel_dims.tp if same_tokens else 1,
         )
     return found
+
+
+def _tokens_of_step(parallel_dims: Any, training: Any, parallelism: Any) -> int:
+    """Return how many tokens a router of this rank sees in a training step."""
+    data_ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    sequences = titan().sequences(training, parallelism, data_ranks)
+    shared_by = parallel_dims.cp * (parallel_dims.tp if parallel_dims.ep_enabled else 1)
+    return sequences.of_step // data_ranks * sequences.length // shared_by
 
 
 def counting_meshes(parallel_dims: Any) -> list[Any]:
