@@ -13,7 +13,7 @@ from router_cases import B, L, routed, router_of, small_model, sums_of, tokens
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.config.routing_schema import Dump, Telemetry
+from ezpz_moe.config.telemetry_schema import Dump, Telemetry
 from ezpz_moe.hosts.titan.metrics import RouterMetrics
 from ezpz_moe.hosts.titan.router import Groups
 from ezpz_moe.telemetry.json_lines import read

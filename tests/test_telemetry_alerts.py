@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from telemetry_cases import layer, record, run
 
-from ezpz_moe.config.routing_schema import AlertThresholds, Balance, Router
+from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.remedies import settings_of
 

@@ -13,7 +13,7 @@ import pytest
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe import cli
-from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry import page
 from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.plot import plot

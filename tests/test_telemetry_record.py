@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from telemetry_cases import at, layer, record, run
 
-from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry.json_lines import append, read
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord

@@ -13,7 +13,7 @@ import pytest
 from dialect import ON_0_2, job, precision
 from trainer_runs import EP_2, LOG, assert_same_bits, job_folder, train
 
-from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.plot import raised
 

@@ -13,11 +13,11 @@ from ezpz_moe.config.routing_schema import (
     Balance,
     Experts,
     Router,
-    Telemetry,
     routing_conflicts,
     size_conflicts,
 )
 from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]

@@ -26,8 +26,9 @@ from pydantic_core import ErrorDetails
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
 from ezpz_moe.config.foreign_keys import meaning
-from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule, Telemetry
+from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
 from ezpz_moe.config.schema import Data
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean
 

@@ -1,4 +1,4 @@
-"""What a flavor may say in its tables ``[router]``, ``[balance]`` and ``[telemetry]``.
+"""What a flavor may say in its tables ``[router]`` and ``[balance]``.
 
 docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.config.schema import Data, Steps, mistake
 
 DEFAULT_JITTER = 0.01
 
@@ -21,7 +21,6 @@ Experts = Annotated[int, Field(ge=1, le=2**14)]
 # The upper bounds here are far above any use, as in flavor_schema.py: they keep a typing mistake
 # from becoming a tensor of that size.
 _NoExperts = Annotated[int, Field(ge=0, le=2**14)]
-_Steps = Annotated[int, Field(ge=1, le=2**40)]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
 
@@ -37,7 +36,7 @@ class Schedule(Data):
 
     start: _Positive
     end: _Positive
-    steps: _Steps
+    steps: Steps
     shape: Literal["linear", "exponential", "cosine"] = "linear"
 
     @model_validator(mode="before")
@@ -107,7 +106,7 @@ class Router(Data):
     top_k: Experts | None = None
     keep_top1_score: bool = False
     sinkhorn_tolerance: _Positive = 1e-4
-    sinkhorn_iterations: _Steps = 100
+    sinkhorn_iterations: Steps = 100
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     skip_first_n_experts: _NoExperts = 0
 
@@ -254,71 +253,6 @@ def reported_loss(loss: str, scope: Scope, scopes: Collection[Scope]) -> str:
 LOSSES_OF_SCOPES = tuple(reported_loss(loss, scope, SCOPES) for scope in SCOPES for loss in LOSSES)
 REPORTED_LOSSES = (*LOSSES, *LOSSES_OF_SCOPES)
 """Every name that a balance loss may have in telemetry."""
-
-
-class AlertThresholds(Data):
-    """When a run warns about its routers. Every record repeats them for later readers."""
-
-    alert_dead_steps: _Steps = 100
-    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
-    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
-
-
-Kept = Literal["ids", "probabilities"]
-
-
-class Dump(Data):
-    """``dump``: the steps whose routing is written token by token, and what of it.
-
-    Nothing is written if there is nothing in ``what``. A dump counts as one value, as a schedule
-    does.
-    """
-
-    every: _Steps
-    # Not strict, or a list would not be a tuple.
-    what: Annotated[tuple[Kept, ...], Field(strict=False)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_whole(cls, value: object) -> object:
-        # Without this, the message would name one of the keys, or tuples, which TOML does not have.
-        is_whole = (
-            isinstance(value, dict)
-            and value.keys() == {"every", "what"}
-            and isinstance(value["what"], list | tuple)
-        )
-        if is_whole or isinstance(value, cls):
-            return value
-        raise mistake(
-            'should be a table of every and what, such as { every = 1000, what = ["ids"] }'
-        )
-
-
-class Telemetry(AlertThresholds):
-    """``[telemetry]``: what a run reports about its experts."""
-
-    # Not set: as often as the trainer logs.
-    every: _Steps | None = None
-    detail: Literal["brief", "per_layer", "per_expert"] = "brief"
-    images: bool = True
-    dump: Dump | None = None
-
-    @property
-    def dumped(self) -> Dump | None:
-        """What is dumped, if anything is."""
-        return self.dump if self.dump and self.dump.what else None
-
-    @property
-    def cadences(self) -> dict[str, int]:
-        """Of what happens only when the trainer logs: steps by key, as far as they are set."""
-        steps = {"every": self.every, "dump.every": self.dumped and self.dumped.every}
-        return {key: every for key, every in steps.items() if every}
-
-    @property
-    def thresholds(self) -> AlertThresholds:
-        """The alerts' thresholds on their own."""
-        names = AlertThresholds.model_fields
-        return AlertThresholds(**{name: getattr(self, name) for name in names})
 
 
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:

@@ -1,11 +1,15 @@
-"""The base class of a flavor's tables."""
+"""The base class of a flavor's tables, and what they share."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+# Far above any use: the bound keeps a typing mistake from becoming a run that never ends.
+Steps = Annotated[int, Field(ge=1, le=2**40)]
+"""A number of steps of a training, or of another iteration."""
 
 
 class Data(BaseModel):

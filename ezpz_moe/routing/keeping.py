@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ezpz_moe.config.routing_schema import Kept
+from ezpz_moe.config.telemetry_schema import Kept
 from ezpz_moe.routing.counters import is_recomputation
 
 Microbatch = Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ezpz_moe.config.routing_schema import AlertThresholds
+from ezpz_moe.config.telemetry_schema import AlertThresholds
 
 # Bounds that no run reaches: figures and pictures compute with float64, which has an end.
 _Count = Annotated[int, Field(ge=0, le=2**62)]

@@ -44,7 +44,7 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor, load_flavor
 from ezpz_moe.config.job import Job
-from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of

@@ -24,7 +24,8 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import LOSSES, Balance, Telemetry, reported_loss
+from ezpz_moe.config.routing_schema import LOSSES, Balance, reported_loss
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers

@@ -15,7 +15,7 @@ import torch
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from ezpz_moe.config.routing_schema import Dump
+from ezpz_moe.config.telemetry_schema import Dump
 from ezpz_moe.routing import keeping
 from ezpz_moe.telemetry.dump import FOLDER, Dumps
 

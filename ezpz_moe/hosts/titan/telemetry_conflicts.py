@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import gcd
 from typing import Any
 
-from ezpz_moe.config.routing_schema import Telemetry
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.hosts.reliance import broken
 from ezpz_moe.hosts.titan.relied_on_in_part import PICTURES
 
