@@ -211,6 +211,8 @@ def test_the_groups_of_deepseek_v2_are_ranked_by_their_best_expert(
     assert found.router_group_score == score
     (said,) = (each for each in conversion.changes if each.key == "n_group")
     assert (said.value, said.fate) == (8, "kept" if groups[0] else "needless")
+    notes = [each.note for each in conversion.changes if each.key == "topk_method"]
+    assert any('router_group_score = "max"' in each for each in notes) == (score == "max")
 
 
 def test_what_differs_is_said_in_the_file(tmp_path: Path) -> None:
@@ -307,6 +309,11 @@ def test_what_a_flavor_cannot_have_is_dropped(tmp_path: Path) -> None:
     ("config", "said"),
     [
         ([1], "is not a config"),
+        ({"hidden_size": 8}, "is not a config of Hugging Face"),
+        (
+            V2_LITE | {"n_shared_experts": 0},
+            "config.json: n_shared_experts = 0: models with latent",
+        ),
         (V2_LITE | {"kv_lora_rank": None}, "config.json: lacks kv_lora_rank."),
         (V2_LITE | {"hidden_size": "wide"}, "config.json: dim = 'wide': should be a valid integer"),
         (V2_LITE | {"aux_loss_alpha": -1}, "aux_loss_alpha = -1: must be a number >= 0."),
@@ -387,7 +394,7 @@ def test_the_global_loss_is_divided_by_the_ranks(tmp_path: Path) -> None:
     ],
 )
 def test_several_losses_have_their_scopes(types, coefficients, tmp_path) -> None:
-    """Of a type that stands there twice, Megatron takes the first coefficient."""
+    """Megatron takes the first coefficient where a type stands there twice."""
     several = {"moe_router_load_balancing_type": types, "moe_aux_loss_coeff": coefficients}
     conversion = megatron(tmp_path, MEGATRON_QWEN3 | several | {"moe_z_loss_coeff": 1e-3})
     balance = flavor(tmp_path, conversion).balance
@@ -478,6 +485,16 @@ def test_scores_of_sqrtsoftplus(tmp_path: Path) -> None:
     assert found.balance.bias_update == "sign"
 
 
+def test_what_of_megatrons_arguments_changes_little_or_nothing(tmp_path: Path) -> None:
+    """Its norms do differ from those of torchtitan's Qwen3 by default."""
+    conversion = megatron(tmp_path, MEGATRON_QWEN3 | {"moe_router_fusion": True})
+    assert conversion.dropped == []
+    assert conversion.notes == (
+        "args.yaml has norm_epsilon = 1e-05, torchtitan computes with 1e-06",
+    )
+    assert megatron(tmp_path, MEGATRON_QWEN3 | {"norm_epsilon": 1e-6}).notes == ()
+
+
 def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
     path = tmp_path / "args.yaml"
     arguments = MEGATRON_QWEN3 | {"moe_aux_loss_coeff": None, "moe_router_topk": None}
@@ -514,6 +531,10 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
         ([1], "holds no arguments"),
         (MEGATRON_V3 | {"moe_ffn_hidden_size": "2k"}, "moe_intermediate_size = '2k': must be"),
         (MEGATRON_V3 | {"num_experts": None}, "num_experts is not set"),
+        (MEGATRON_V3 | {"vocab_size": None}, "Megatron takes it from the tokenizer"),
+        (MEGATRON_V3 | {"max_position_embeddings": None}, "lacks max_position_embeddings."),
+        (MEGATRON_V3 | {"moe_shared_expert_intermediate_size": 0}, "intermediate_size = 0: models"),
+        (DEEPSEEK_V3, "has model_type, as configs of Hugging Face: use --from hf"),
         (
             MEGATRON_V3 | {"moe_expert_capacity_factor": 1, "moe_token_drop_policy": "random"},
             "moe_token_drop_policy = 'random': must be probs or position",

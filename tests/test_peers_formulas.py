@@ -376,7 +376,7 @@ def test_megatrons_groups_are_ranked_by_top_k_over_groups(limited: int, score: s
 @pytest.mark.parametrize("policy", ["probability", "last"])
 @pytest.mark.parametrize("factor", [0.5, 1.25])
 def test_a_capacity_of_the_peers_drops_the_same_tokens(factor: float, policy: str) -> None:
-    """Of each expert, C = ceil(factor K T / E) tokens: of Megatron-Core, and DeepSpeed's topk.
+    """An expert takes C = ceil(factor K T / E) tokens: Megatron-Core, and DeepSpeed from top-3 on.
 
     They keep the highest weights, or the first tokens, expert by expert.
     """

@@ -19,12 +19,13 @@ from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.foreign_keys import ForeignKey, projects
 from ezpz_moe.config.job import shown
-from ezpz_moe.config.routing_schema import LOSSES, SCOPES
+from ezpz_moe.config.routing_schema import SCOPES
 from ezpz_moe.config.toml_edit import assignment, commented
 from ezpz_moe.errors import EzpzError, printable, some
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
 from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
+from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
 from ezpz_moe.tools.convert import Change, write_files
 
 SIZED = ("deepseek_v2", "deepseek_v3", "kimi_k2")
@@ -204,7 +205,15 @@ def _sizes(foreign: Foreign) -> Iterator[Line]:
             absent.append(theirs)
         elif isinstance(value, list | dict):
             raise EzpzError(f"{foreign.source}: {theirs} must be a single value.")
+        if key == "num_shared_experts" and value == 0:
+            raise EzpzError(
+                f"{foreign.source}: {theirs} = 0: models with latent attention have at least one "
+                "shared expert here."
+            )
         yield Line(key, value, theirs if theirs != key else "")
+    longest = "max_position_embeddings"
+    if config.get(longest) is None:
+        absent.append(foreign.names.get(longest, longest))
     if absent:
         raise EzpzError(f"{foreign.source}: lacks {', '.join(absent)}.")
     yield from _rope(foreign)
@@ -261,7 +270,13 @@ def _tried(foreign: Foreign, lines: Sequence[Line]) -> tuple[str, tuple[str, ...
     of_class = form.differences if foreign.is_of_class else ()
     found = [*of_class, *config_differences(foreign.config, form)]
     differences = tuple(_in_their_words(each, foreign.names) for each in found)
-    return text, differences, tuple(eps_note(foreign.config, form))
+    notes = tuple(_of_their_file(each, foreign) for each in eps_note(foreign.config, form))
+    return text, differences, notes
+
+
+def _of_their_file(note: str, foreign: Foreign) -> str:
+    key = "rms_norm_eps"
+    return note.replace(CONFIG, foreign.source.name).replace(key, foreign.names.get(key, key))
 
 
 def _in_their_words(difference: str, names: Mapping[str, str]) -> str:
@@ -284,9 +299,11 @@ def _toml(lines: Iterable[Line]) -> str:
         table, _, key = line.key.rpartition(".")
         text = assignment(key, line.value, line.comment)
         tables.setdefault(table, []).append(commented(text) if line.is_off else text)
-    return "".join(
-        [*tables.pop(""), *(f"\n[{table}]\n{''.join(rows)}" for table, rows in tables.items())]
-    )
+    top = tables.pop("")
+    in_order = sorted(
+        tables, key=lambda table: table.count(".")
+    )  # [balance] before [balance.batch]
+    return "".join([*top, *(f"\n[{table}]\n{''.join(tables[table])}" for table in in_order)])
 
 
 def lines_of(row: ForeignKey, lines: Iterable[Line]) -> list[Line]:
@@ -295,9 +312,9 @@ def lines_of(row: ForeignKey, lines: Iterable[Line]) -> list[Line]:
     table, _, name = row.ours.rpartition(".")
     keys = {row.ours}
     if table == "balance" and row.ours not in {line.key for line in lines}:
-        names = LOSSES if name == "scope" else [name]
-        keys = {f"balance.{scope}.{each}" for scope in SCOPES for each in names}
-    return [line for line in lines if line.key in keys]
+        loss = "aux_loss" if name == "scope" else name
+        keys = {f"balance.{scope}.{loss}" for scope in SCOPES}
+    return [line for line in lines if line.key in keys or line.comment == row.key]
 
 
 def note_of(row: ForeignKey, lines: Sequence[Line]) -> str:

@@ -85,6 +85,8 @@ def _read(source: Path) -> dict[str, Any]:
         raise EzpzError(f"{source}: is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise EzpzError(f"{source}: is not a config: it holds a list or a single value.")
+    if "model_type" not in config:
+        raise EzpzError(f"{source}: is not a config of Hugging Face: it lacks model_type.")
     return {printable(key): value for key, value in config.items()}
 
 

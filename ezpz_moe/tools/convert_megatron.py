@@ -74,6 +74,7 @@ _MADE_OF = {
     "mlp_only_layers": "moe_layer_freq",
     "n_shared_experts": "moe_shared_expert_intermediate_size",
     "norm_topk_prob": "moe_router_pre_softmax",
+    "rms_norm_eps": "norm_epsilon",
     "tie_word_embeddings": "untie_embeddings_and_output_weights",
 }
 """transformers' key -> Megatron's, of another form."""
@@ -113,6 +114,8 @@ def from_megatron(source: Path) -> FlavorConversion:
         said = dict(_flat(source, _read(source)))
     except RecursionError:
         raise EzpzError(f"{source}: a section holds itself.") from None
+    if "model_type" in said:
+        raise EzpzError(f"{source}: has model_type, as configs of Hugging Face: use --from hf.")
     is_mla = said.get("multi_latent_attention") is True
     values = {**_DEFAULTS, **(_OF_MLA if is_mla else {}), **said}
     routing = Routing(source, values)
@@ -186,6 +189,8 @@ def _change(key: str, value: Any, routing: Routing) -> Change:
         return Change(key, value, "needless", f"see {row.place} here" if row.ours else row.note)
     if key in project.compared or key in _OF_MLA:
         return Change(key, value, "kept", "compared with the flavor's model")
+    if key in project.needless:
+        return Change(key, value, "needless", "changes how it is computed, and not what")
     if key.startswith("moe_router_") and value not in (None, False):
         return Change(key, value, "dropped", "ezpz_moe does not know this key")
     return Change(key, value, "needless", "says nothing of the model or its router")
@@ -201,6 +206,11 @@ def _config(
     experts = values.get("num_experts", values.get("num_moe_experts"))
     if not experts:
         raise EzpzError(f"{source}: num_experts is not set: the model has no experts.")
+    if is_mla and not values.get("vocab_size"):
+        raise EzpzError(
+            f"{source}: lacks vocab_size: Megatron takes it from the tokenizer. Add it, "
+            "vocab_size: N."
+        )
     config.setdefault("moe_intermediate_size", values.get("ffn_hidden_size"))
     score, top_k = values["moe_router_score_function"], values["moe_router_topk"]
     dense = _dense_layers(source, values)
@@ -209,7 +219,7 @@ def _config(
     config |= {
         "norm_topk_prob": is_normalized,
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", True),
-        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon")),
+        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon", 1e-5)),
     }
     if not is_mla:
         return config | {

@@ -1,6 +1,6 @@
 """Put the router's arguments of Megatron-Core into lines of a flavor, for :mod:`.convert_megatron`.
 
-Of its losses, "aux_loss" and "seq_aux_loss" have our units; "global_aux_loss" is 1 / data-parallel
+Its losses "aux_loss" and "seq_aux_loss" have our units; "global_aux_loss" is 1 / data-parallel
 ranks of ours (``tests/test_peers_formulas.py``).
 """
 
@@ -58,7 +58,7 @@ class Routing:
                 f"{self._source}: moe_aux_loss_coeff has {len(coefficients)} values, "
                 f"moe_router_load_balancing_type {len(self._types)}."
             )
-        # Of a type that stands there twice, Megatron takes the first coefficient.
+        # Megatron takes the first coefficient where a type stands there twice.
         wanted: dict[str, float] = {}
         for kind, each in zip(self._types, coefficients, strict=True):
             value = number(self._source, {"moe_aux_loss_coeff": each}, "moe_aux_loss_coeff")
@@ -83,7 +83,7 @@ class Routing:
         return Loss("aux_loss", _SCOPES[kind], coefficient / ranks, comment)
 
     def _capacity(self) -> Iterator[Line]:
-        # None and less than 0 are no capacity.
+        # None and numbers below 0 mean that there is no capacity.
         factor = self._values.get("moe_expert_capacity_factor")
         if isinstance(factor, int | float) and factor < 0:
             return
@@ -112,7 +112,7 @@ class Routing:
             comment = f"top-k / moe_router_group_topk = {best}"
             yield Line("router_group_score", "topk_sum", comment)
         is_softmax = self._said("moe_router_score_function") == "softmax"
-        # Of one expert, logit and score put groups into the same order.
+        # With one expert, logit and score put groups into the same order.
         if best > 1 and is_softmax and not self._values.get("moe_router_pre_softmax"):
             self.lost["moe_router_group_topk"] = (
                 f"Megatron ranks a group by the logits of its {best} best experts, ezpz_moe by "
