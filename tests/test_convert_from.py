@@ -187,13 +187,38 @@ def test_kimi_k2_is_a_deepseek_v3_without_groups(tmp_path: Path) -> None:
     assert (found.balance.aux_loss, found.balance.bias_update) == (0.001, "sign")
 
 
-def test_the_groups_of_deepseek_v2_differ_and_the_file_says_so(tmp_path: Path) -> None:
-    conversion = hf(tmp_path, V2)
-    assert any("chooses them by the best one" in each for each in conversion.differences)
-    assert "# differs: topk_method is 'group_limited_greedy'" in conversion.text
-    dimensions = flavor(tmp_path, conversion).dimensions
-    assert dimensions is not None
-    assert (dimensions.router_num_expert_groups, dimensions.router_num_limited_groups) == (8, 3)
+@pytest.mark.parametrize(
+    ("method", "groups", "score"),
+    [
+        ("group_limited_greedy", (8, 3), "max"),
+        ("greedy", (None, None), "top2_sum"),
+        (None, (None, None), "top2_sum"),
+    ],
+)
+def test_the_groups_of_deepseek_v2_are_ranked_by_their_best_expert(
+    method, groups, score, tmp_path
+) -> None:
+    """Its class has groups with one method alone, and that is not its default."""
+    config = {key: value for key, value in V2.items() if key != "topk_method"}
+    conversion = hf(tmp_path, config | ({"topk_method": method} if method else {}))
+    found = flavor(tmp_path, conversion)
+    assert (conversion.differences, conversion.dropped) == ((), [])
+    assert found.dimensions is not None
+    assert groups == (
+        found.dimensions.router_num_expert_groups,
+        found.dimensions.router_num_limited_groups,
+    )
+    assert found.router_group_score == score
+    (said,) = (each for each in conversion.changes if each.key == "n_group")
+    assert (said.value, said.fate) == (8, "kept" if groups[0] else "needless")
+    notes = [each.note for each in conversion.changes if each.key == "topk_method"]
+    assert any('router_group_score = "max"' in each for each in notes) == (score == "max")
+
+
+def test_what_differs_is_said_in_the_file(tmp_path: Path) -> None:
+    conversion = hf(tmp_path, V2 | {"norm_topk_prob": True})
+    assert "# differs: its router normalizes the weights of softmax" in conversion.text
+    assert len(conversion.differences) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,16 +229,33 @@ def test_the_groups_of_deepseek_v2_differ_and_the_file_says_so(tmp_path: Path) -
     ],
 )
 def test_transformers_loss_is_in_our_units(config, base, aux_loss, factor, tmp_path) -> None:
-    conversion = hf(tmp_path, config)
+    conversion = hf(tmp_path, config | {"output_router_logits": True})
     found = flavor(tmp_path, conversion)
     assert found.base == base
     assert found.balance.aux_loss == pytest.approx(aux_loss, rel=1e-15)
     assert (found.balance.scope, found.balance.bias_update) == ("batch", "none")
     (line,) = (line for line in conversion.text.splitlines() if line.startswith("aux_loss"))
-    assert factor in line
-    assert line.endswith("without output_router_logits, transformers does not add it")
-    added = hf(tmp_path, config | {"output_router_logits": True}).text
-    assert "does not add it" not in added
+    assert line.endswith(factor)
+
+
+@pytest.mark.parametrize("said", [{}, {"output_router_logits": False}])
+def test_a_loss_that_transformers_does_not_add_is_commented_out(said, tmp_path) -> None:
+    config = {key: value for key, value in QWEN3.items() if key != "output_router_logits"}
+    conversion = hf(tmp_path, config | said | {"router_z_loss_coef": 0.001})
+    assert not flavor(tmp_path, conversion).balance.has_losses
+    assert "# aux_loss = 0.00016666666666666666 # router_aux_loss_coef" in conversion.text
+    assert "8 / 48; off: transformers adds it only with output_rout" in conversion.text
+    assert "# z_loss = 0.001 # router_z_loss_coef; off: " in conversion.text
+    assert '# scope = "batch"' in conversion.text
+    (loss,) = (each for each in conversion.changes if each.key == "router_aux_loss_coef")
+    assert "[balance] aux_loss = 0.00016666666666666666, commented out (" in loss.note
+
+
+def test_of_two_coefficients_of_one_loss_the_file_must_choose(tmp_path: Path) -> None:
+    both = V2_LITE | {"router_aux_loss_coef": 0.001}
+    assert flavor(tmp_path, hf(tmp_path, both)).balance.aux_loss == 0.001
+    with pytest.raises(EzpzError, match="are both the balance loss, in other units"):
+        hf(tmp_path, both | {"output_router_logits": True})
 
 
 def test_the_page_shows_what_is_written(tmp_path: Path) -> None:
@@ -267,6 +309,11 @@ def test_what_a_flavor_cannot_have_is_dropped(tmp_path: Path) -> None:
     ("config", "said"),
     [
         ([1], "is not a config"),
+        ({"hidden_size": 8}, "is not a config of Hugging Face"),
+        (
+            V2_LITE | {"n_shared_experts": 0},
+            "config.json: n_shared_experts = 0: models with latent",
+        ),
         (V2_LITE | {"kv_lora_rank": None}, "config.json: lacks kv_lora_rank."),
         (V2_LITE | {"hidden_size": "wide"}, "config.json: dim = 'wide': should be a valid integer"),
         (V2_LITE | {"aux_loss_alpha": -1}, "aux_loss_alpha = -1: must be a number >= 0."),
@@ -338,15 +385,31 @@ def test_the_global_loss_is_divided_by_the_ranks(tmp_path: Path) -> None:
         megatron(tmp_path, arguments)
 
 
-def test_of_several_losses_one_is_kept_and_the_others_are_named(tmp_path: Path) -> None:
-    several = {
-        "moe_router_load_balancing_type": ["seq_aux_loss", "aux_loss"],
-        "moe_aux_loss_coeff": [1e-4, 1e-2],
-    }
-    conversion = megatron(tmp_path, MEGATRON_QWEN3 | several)
+@pytest.mark.parametrize(
+    ("types", "coefficients"),
+    [
+        (["seq_aux_loss", "global_aux_loss", "aux_loss"], [1e-4, 8e-2, 0]),
+        (["seq_aux_loss", "global_aux_loss", "seq_aux_loss"], [1e-4, 8e-2, 1]),
+        ("seq_aux_loss global_aux_loss", "1e-4 8e-2"),  # as on a command line
+    ],
+)
+def test_several_losses_have_their_scopes(types, coefficients, tmp_path) -> None:
+    """Megatron takes the first coefficient where a type stands there twice."""
+    several = {"moe_router_load_balancing_type": types, "moe_aux_loss_coeff": coefficients}
+    conversion = megatron(tmp_path, MEGATRON_QWEN3 | several | {"moe_z_loss_coeff": 1e-3})
     balance = flavor(tmp_path, conversion).balance
-    assert (balance.aux_loss, balance.scope) == (1e-4, "sequence")
-    assert conversion.dropped == ["moe_aux_loss_coeff"]
+    assert balance.of_scopes == {
+        "sequence": {"aux_loss": 1e-4},
+        "batch": {"z_loss": 1e-3},
+        "global": {"aux_loss": 1e-2},
+    }
+    assert conversion.dropped == []
+    (said,) = (each.note for each in conversion.changes if each.key == "moe_aux_loss_coeff")
+    assert "[balance.sequence] aux_loss = 0.0001 (" in said
+    assert "and [balance.global] aux_loss = 0.01 (" in said
+
+
+def test_as_many_coefficients_as_losses(tmp_path: Path) -> None:
     with pytest.raises(EzpzError, match="has 2 values, moe_router_load_balancing_type 1"):
         megatron(tmp_path, MEGATRON_QWEN3 | {"moe_aux_loss_coeff": [1e-4, 1e-2]})
 
@@ -357,13 +420,92 @@ def test_sinkhorn_z_loss_and_jitter(tmp_path: Path) -> None:
     found = flavor(tmp_path, megatron(tmp_path, MEGATRON_QWEN3 | change))
     assert (found.router.routing, found.router.jitter_noise) == ("sinkhorn", 0.02)
     assert (found.balance.aux_loss, found.balance.z_loss) == (0, 1e-3)
+    assert found.balance.scope == "batch"  # a mean over tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "score", "lost"),
+    [
+        ({}, "top2_sum", []),  # 8 experts in 4 groups
+        ({"moe_router_topk": 4}, "topk_sum", []),
+        ({"moe_router_topk": 4, "moe_router_score_function": "softmax"}, "topk_sum", []),
+        ({"moe_router_score_function": "softmax", "moe_router_pre_softmax": True}, "top2_sum", []),
+        # By the sum of two logits.
+        ({"moe_router_score_function": "softmax"}, "top2_sum", ["moe_router_group_topk"]),
+    ],
+)
+def test_megatrons_groups_are_ranked_by_as_many_experts(change, score, lost, tmp_path) -> None:
+    arguments = MEGATRON_V3 | {"moe_router_enable_expert_bias": False} | change
+    conversion = megatron(tmp_path, arguments)
+    found = flavor(tmp_path, conversion)
+    assert found.router_group_score == score
+    assert (conversion.differences, conversion.dropped) == ((), lost)
+
+
+def test_megatrons_choices_are_counted_by_the_scores(tmp_path: Path) -> None:
+    """It is our default with a selection bias. Without one, groups make a difference."""
+    unbiased = MEGATRON_V3 | {"moe_router_enable_expert_bias": False}
+    for arguments, choice in (
+        (MEGATRON_V3, None),
+        (unbiased, "scores"),
+        (unbiased | {"moe_aux_loss_coeff": 0, "moe_z_loss_coeff": 1e-3}, None),
+        (unbiased | {"moe_router_num_groups": None, "moe_router_group_topk": None}, None),
+    ):
+        balance = flavor(tmp_path, megatron(tmp_path, arguments)).balance
+        assert balance.aux_loss_choice == choice
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "drop"),
+    [
+        ({"moe_expert_capacity_factor": 1.5}, 1.5, "probability"),
+        (
+            {"moe_expert_capacity_factor": 1.5, "moe_token_drop_policy": "position"},
+            1.5,
+            "last",
+        ),
+        ({"moe_expert_capacity_factor": -1, "moe_token_drop_policy": "position"}, 0, "last"),
+        ({"moe_expert_capacity_factor": None}, 0, "last"),
+    ],
+)
+def test_megatrons_capacity(change, factor, drop, tmp_path) -> None:
+    conversion = megatron(tmp_path, MEGATRON_QWEN3 | change)
+    balance = flavor(tmp_path, conversion).balance
+    assert (balance.capacity_factor, balance.drop) == (factor, drop)
+    assert conversion.dropped == []
+
+
+def test_scores_of_sqrtsoftplus(tmp_path: Path) -> None:
+    change = {"moe_router_score_function": "sqrtsoftplus"}
+    conversion = megatron(tmp_path, MEGATRON_V3 | change)
+    found = flavor(tmp_path, conversion)
+    assert (conversion.differences, conversion.dropped) == ((), [])
+    assert found.dimensions is not None
+    assert found.dimensions.router_score_func == "sqrtsoftplus"
+    assert found.balance.bias_update == "sign"
+
+
+def test_what_of_megatrons_arguments_changes_little_or_nothing(tmp_path: Path) -> None:
+    """Its norms do differ from those of torchtitan's Qwen3 by default."""
+    conversion = megatron(tmp_path, MEGATRON_QWEN3 | {"moe_router_fusion": True})
+    assert conversion.dropped == []
+    assert conversion.notes == (
+        "args.yaml has norm_epsilon = 1e-05, torchtitan computes with 1e-06",
+    )
+    assert megatron(tmp_path, MEGATRON_QWEN3 | {"norm_epsilon": 1e-6}).notes == ()
+
+
+def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    arguments = MEGATRON_QWEN3 | {"moe_aux_loss_coeff": None, "moe_router_topk": None}
+    text = yaml.safe_dump({key: each for key, each in arguments.items() if each is not None})
+    path.write_text(f'{text}moe_aux_loss_coeff: 1e-3\nmoe_router_topk: "8"\n')
+    assert flavor(tmp_path, from_megatron(path)).balance.aux_loss == 1e-3
 
 
 @pytest.mark.parametrize(
     ("change", "lost"),
     [
-        ({"moe_router_topk": 4}, "moe_router_group_topk"),  # its groups are ranked by the best one
-        ({"moe_expert_capacity_factor": 1.5}, "moe_expert_capacity_factor"),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
         ({"swiglu": False}, "swiglu"),
         ({"normalization": "LayerNorm"}, "normalization"),
@@ -389,6 +531,14 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
         ([1], "holds no arguments"),
         (MEGATRON_V3 | {"moe_ffn_hidden_size": "2k"}, "moe_intermediate_size = '2k': must be"),
         (MEGATRON_V3 | {"num_experts": None}, "num_experts is not set"),
+        (MEGATRON_V3 | {"vocab_size": None}, "Megatron takes it from the tokenizer"),
+        (MEGATRON_V3 | {"max_position_embeddings": None}, "lacks max_position_embeddings."),
+        (MEGATRON_V3 | {"moe_shared_expert_intermediate_size": 0}, "intermediate_size = 0: models"),
+        (DEEPSEEK_V3, "has model_type, as configs of Hugging Face: use --from hf"),
+        (
+            MEGATRON_V3 | {"moe_expert_capacity_factor": 1, "moe_token_drop_policy": "random"},
+            "moe_token_drop_policy = 'random': must be probs or position",
+        ),
         (MEGATRON_V3 | {"moe_layer_freq": 2}, "the dense layers are the first ones"),
         (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "the dense layers are the first ones"),
         (MEGATRON_V3 | {"moe_layer_freq": "__import__('os')"}, "must be a number, a list of 0"),
@@ -426,7 +576,7 @@ def test_the_command_reports_writes_and_counts_what_is_lost(tmp_path: Path, caps
     assert f"{new} written" in output
     assert "kept: now router_top_k" in output
     assert load_flavor("mine", near=tmp_path).base == "qwen3/30B-A3B"
-    old.write_text(json.dumps(V2))
+    old.write_text(json.dumps(V2 | {"norm_topk_prob": True}))
     assert cli.main(["convert", "--from", "hf", str(old)]) == 1
     output = capsys.readouterr().out
     assert "differs: " in output

@@ -49,7 +49,7 @@ def test_no_project_has_a_key_twice() -> None:
         ("[balance]\nmoe_z_loss_coeff = 1e-3", "moe_z_loss_coeff is [balance] z_loss here"),
         ("[balance]\nep_size = 8", "ep_size is [parallelism] expert_parallel_degree of the job"),
         # Keys of our own, in another place; and misspelt ones.
-        ("aux_loss = 0.01", "unknown key 'aux_loss'. It belongs in [balance]."),
+        ("aux_loss = 0.01", "unknown key 'aux_loss'. It belongs in [balance] or in [balance."),
         ("[router]\nnum_experts = 8", "'router.num_experts'. It belongs at the top of the file."),
         ("[router]\nscope = 'batch'", "It belongs in [balance]."),
         ("[balance]\naux_los = 1.0", "Did you mean 'aux_loss'?"),

@@ -60,6 +60,17 @@ def test_an_export_computes_the_same(exports, kind) -> None:
     assert_same_logits(logits(with_the_hosts_eps(model)), ours_LV, BOUND / 10)
 
 
+def test_groups_ranked_by_their_best_expert_are_those_of_deepseek_v2(exports, tmp_path) -> None:
+    case = exports.case("deepseek_v2", f'\n{GROUPS}router_group_score = "max"\n')
+    weights, source, _ = exports.plain("deepseek_v2")
+    assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
+    ours_LV = case.logits(weights, TOKENS_L)
+    assert_same_logits(logits(with_the_hosts_eps(opened(tmp_path / "hf"))), ours_LV, BOUND / 10)
+    # The two best experts of a group rank other groups highest.
+    two_best_LV = exports.case("deepseek_v2", f"\n{GROUPS}").logits(weights, TOKENS_L)
+    assert (two_best_LV - ours_LV).abs().max() > BOUND * ours_LV.abs().max()
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_saved_model_is_imported(exports, kind, tmp_path) -> None:
     case, (_, _, folder) = exports.case(kind), exports.plain(kind)
@@ -133,7 +144,7 @@ GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
         (
             "deepseek_v3",
             f'{GROUPS}router_group_score = "max"',
-            'router_group_score = "max"',
+            "2 of 4 groups, chosen by their best expert; DeepseekV3 chooses them by the two best",
         ),
         (
             "deepseek_v3",

@@ -13,6 +13,7 @@ than 2 U max(E f) / n; twice that is allowed.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.routing import losses
-from ezpz_moe.routing.assignment import sinkhorn
+from ezpz_moe.routing.assignment import limited_to_groups, sinkhorn
+from ezpz_moe.routing.capacity import beyond_capacity, capacity
 
 B, L, E = 2, 24, 8
 LAYERS = 16
@@ -82,19 +84,22 @@ def unmasked(case: Case) -> Case:
     return replace(case, mask_T=torch.ones_like(case.mask_T))
 
 
-def ours(case: Case, scope: str, name: str = "aux_loss") -> Tensor:
-    """The loss of a microbatch, with the mean over its groups, as the router adds it."""
+def ours(case: Case, scope: str, name: str = "aux_loss", *, choice: str = "routed") -> Tensor:
+    """The loss of a microbatch, with the mean over its groups, as the router adds it.
+
+    ``choice`` is ``aux_loss_choice``.
+    """
 
     def groups(values: Tensor) -> Tensor:
         return losses.in_groups(values.unflatten(0, (B, L)), by_sequence=scope == "sequence")
 
     mask_T1 = case.mask_T.unsqueeze(-1)
-    inputs = map(groups, (case.logits_TE, case.scores_TE, case.ids_TK, mask_T1))
-    logits, scores, ids, mask = inputs
-    found = losses.of_microbatch(
-        logits, scores, ids, mask.squeeze(-1), losses.alone, routed_experts=E
-    )
-    return found.of_each_L[losses.LOSSES.index(name)] / len(logits)
+    ids_TK = losses.counted_choice(case.ids_TK, case.scores_TE, by_scores=choice == "scores")
+    logits, scores, ids, mask = map(groups, (case.logits_TE, case.scores_TE, ids_TK, mask_T1))
+    mask = mask.squeeze(-1)
+    p = losses.probabilities(scores, mask)
+    of_each_L = losses.of_microbatch(logits, p, ids, mask, losses.alone, routed_experts=E)
+    return of_each_L[losses.LOSSES.index(name)] / len(logits)
 
 
 def assert_same(theirs: Tensor, mine: Tensor, factor: float, case: Case) -> None:
@@ -222,7 +227,7 @@ def z_of_tokens(case: Case) -> Tensor:
 
 
 class Peer(NamedTuple):
-    """A peer's loss: our scope, and the factor on ours that gives theirs.
+    """A peer's loss: our scope and ``aux_loss_choice``, and the factor on ours that gives theirs.
 
     ``except_for`` is a kind of routing that no factor makes ours; those have tests of their own.
     """
@@ -230,25 +235,25 @@ class Peer(NamedTuple):
     formula: Callable[[Case], Tensor]
     scope: str
     factor: float = 1
-    counts_bias: bool = True
+    choice: str = "routed"
     counts_padding: bool = False
     softmax_only: bool = False
     except_for: str = ""
 
 
 PEERS = {
-    "megatron aux_loss": Peer(megatron_aux, "batch", counts_bias=False),
-    "megatron seq_aux_loss": Peer(megatron_seq, "sequence", counts_bias=False, except_for="padded"),
-    "megatron global_aux_loss": Peer(megatron_global, "batch", 1 / B, counts_bias=False),
+    "megatron aux_loss": Peer(megatron_aux, "batch", choice="scores"),
+    "megatron seq_aux_loss": Peer(megatron_seq, "sequence", choice="scores", except_for="padded"),
+    "megatron global_aux_loss": Peer(megatron_global, "batch", 1 / B, choice="scores"),
     "automodel": Peer(automodel, "batch"),
     "deepspeed top-k": Peer(
-        deepspeed, "batch", counts_bias=False, counts_padding=True, softmax_only=True
+        deepspeed, "batch", choice="scores", counts_padding=True, softmax_only=True
     ),
     "olmo local_batch": Peer(olmo_local, "batch", 1 / LAYERS, except_for="padded"),
     "olmo instance": Peer(olmo_instance, "sequence", 1 / LAYERS, except_for="padded"),
     "deepseek alpha": Peer(deepseek_alpha, "sequence"),
     "transformers, one layer": Peer(
-        transformers_pooled, "batch", 2, counts_bias=False, softmax_only=True
+        transformers_pooled, "batch", 2, choice="scores", softmax_only=True
     ),
 }
 
@@ -266,9 +271,8 @@ PEERS = {
 def test_with_its_factor_ours_is_theirs(peer: str, kind: str, score: str) -> None:
     formula, scope, factor, *_ = of_peer = PEERS[peer]
     case = make(kind, score)
-    mine = case if of_peer.counts_bias else unbiased(case)
-    mine = unmasked(mine) if of_peer.counts_padding else mine
-    assert_same(formula(case), ours(mine, scope), factor, case)
+    mine = unmasked(case) if of_peer.counts_padding else case
+    assert_same(formula(case), ours(mine, scope, choice=of_peer.choice), factor, case)
 
 
 @pytest.mark.parametrize("K", [1, 3, 4])
@@ -298,10 +302,11 @@ def test_the_factors_of_the_table_are_these() -> None:
 # What no factor makes ours ------------------------------------------------------------------------
 
 
-def test_megatron_counts_without_the_bias_and_ours_with_it() -> None:
+def test_choices_with_and_without_the_bias_are_two_losses() -> None:
+    """Megatron's is "scores", Automodel's "routed"; no factor makes one the other."""
     case = make("biased")
-    assert off_by(megatron_aux(case), ours(case, "batch"), case) > 0.8
-    assert off_by(megatron_aux(case), ours(unbiased(case), "batch"), case) < 1e-6
+    assert off_by(megatron_aux(case), ours(case, "batch", choice="routed"), case) > 0.8
+    assert off_by(automodel(case), ours(case, "batch", choice="scores"), case) > 0.8
 
 
 def test_megatrons_sequences_are_divided_by_their_mean_length() -> None:
@@ -350,6 +355,45 @@ def test_softmax_over_the_chosen_is_normalized_softmax() -> None:
     chosen_TK = case.logits_TE.gather(-1, case.ids_TK).softmax(-1)
     scores_TK = case.scores_TE.gather(-1, case.ids_TK)
     torch.testing.assert_close(chosen_TK, scores_TK / scores_TK.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("limited", "score"), [(1, "topk_sum"), (2, "top2_sum"), (4, "topk_sum")])
+def test_megatrons_groups_are_ranked_by_top_k_over_groups(limited: int, score: str) -> None:
+    """The sum of each group's best K / limited scores; of 4 groups of 4 experts."""
+    K, T = 4, 64
+    scores_TE = torch.rand(T, 16, generator=torch.Generator().manual_seed(0)).double()
+    best = K // limited
+    for t in range(T):
+        ranks = [sum(sorted(group.tolist())[-best:]) for group in scores_TE[t].split(4)]
+        allowed = sorted(range(4), key=ranks.__getitem__)[-limited:]
+        mine_E = limited_to_groups(
+            scores_TE[t : t + 1], groups=4, limited=limited, group_score=score, top_k=K
+        )[0]
+        found = {int(e) // 4 for e in mine_E.isfinite().nonzero()}
+        assert found == set(allowed)
+
+
+@pytest.mark.parametrize("policy", ["probability", "last"])
+@pytest.mark.parametrize("factor", [0.5, 1.25])
+def test_a_capacity_of_the_peers_drops_the_same_tokens(factor: float, policy: str) -> None:
+    """An expert takes C = ceil(factor K T / E) tokens: Megatron-Core, and DeepSpeed from top-3 on.
+
+    They keep the highest weights, or the first tokens, expert by expert.
+    """
+    case = make("collapsed", K=3)
+    T = len(case.scores_TE)
+    weights_TK = case.scores_TE.detach().gather(-1, case.ids_TK)
+    C = math.ceil(factor * case.K * T / E)
+    assert capacity(case.K * T, E, factor=factor, least=1) == C
+    out_TK = beyond_capacity(
+        case.ids_TK, weights_TK, experts=E, capacity=C, by_weight=policy == "probability"
+    )
+    assert 0 < out_TK.sum() < out_TK.numel()
+    for e in range(E):
+        sent = [(t, k) for t, k in (case.ids_TK == e).nonzero().tolist()]
+        if policy == "probability":
+            sent.sort(key=lambda place: -weights_TK[place].item())
+        assert {place for place in sent if not out_TK[place]} == set(sent[:C])
 
 
 @pytest.mark.parametrize(("score", "differ"), [("softmax", 0.0), ("sigmoid", 0.05)])

@@ -71,7 +71,7 @@ class Project:
 
     Attributes:
         compared: keys without a place in a flavor, with which a flavor's model is compared.
-        needless: keys about files, tokens, generation and initial values.
+        needless: keys about files, tokens, generation, initial values and kernels.
     """
 
     id: str

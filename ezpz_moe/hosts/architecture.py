@@ -75,6 +75,7 @@ class Experts:
         shared_hidden: of all shared experts together; 0 without them.
         groups, limited_groups: a token's experts lie in ``limited_groups`` of ``groups``; None
             without a limit.
+        group_score: what ranks the groups, as in a flavor.
         swiglu_limit: where the experts clamp their activation; None if they do not.
     """
 
@@ -87,6 +88,7 @@ class Experts:
     route_scale: float
     groups: int | None
     limited_groups: int | None
+    group_score: str
     swiglu_limit: float | None
 
 

@@ -137,12 +137,16 @@ def limited_to_groups(
         top_k: experts per token.
     """
     grouped_BLGe = scores_BLE.unflatten(-1, (groups, -1))
-    best = {"top2_sum": 2, "max": 1, "topk_sum": max(1, top_k // limited)}[group_score]
-    best = min(best, grouped_BLGe.shape[-1])
+    best = ranking_experts(group_score, top_k=top_k, limited=limited, size=grouped_BLGe.shape[-1])
     of_groups_BLG = grouped_BLGe.topk(best, dim=-1).values.sum(-1)
     ids_BLg = of_groups_BLG.topk(limited, dim=-1, sorted=False).indices
     is_out_BLG = torch.ones_like(of_groups_BLG, dtype=torch.bool).scatter_(-1, ids_BLg, False)
     return grouped_BLGe.masked_fill(is_out_BLG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def ranking_experts(group_score: str, *, top_k: int, limited: int, size: int) -> int:
+    """Return how many of its ``size`` experts, the best ones, a group is ranked by."""
+    return min({"top2_sum": 2, "max": 1, "topk_sum": max(1, top_k // limited)}[group_score], size)
 
 
 @torch.library.custom_op("ezpz_moe::sinkhorn", mutates_args=())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.foreign_keys import ForeignKey, projects
 from ezpz_moe.config.job import shown
+from ezpz_moe.config.routing_schema import SCOPES
 from ezpz_moe.config.toml_edit import assignment, commented
 from ezpz_moe.errors import EzpzError, printable, some
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
 from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
+from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
 from ezpz_moe.tools.convert import Change, write_files
 
 SIZED = ("deepseek_v2", "deepseek_v3", "kimi_k2")
@@ -37,11 +39,29 @@ BASES = {
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a flavor: ``key`` as "router_top_k" or "balance.aux_loss", and where it is from."""
+    """A line of a flavor: ``key`` as "router_top_k" or "balance.aux_loss", and where it is from.
+
+    With ``is_off`` it is commented out.
+    """
 
     key: str
     value: Any
     comment: str = ""
+    is_off: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A balance loss by its key of ``[balance]`` and its scope, in our units.
+
+    With ``is_off`` the other project does not add it.
+    """
+
+    name: str
+    scope: str
+    coefficient: float
+    comment: str
+    is_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +73,10 @@ class Foreign:
         project: the project's name.
         config: its model, in the words of transformers.
         names: what the file calls a key of ``config``, where it does so by another name.
-        routing: its ``[router]`` and ``[balance]``.
+        routing: its ``[router]`` and ``[balance]``, and what ranks groups of experts.
         changes: what becomes of each key of the file.
+        is_of_class: whether a class of transformers computes the model, so that what no class
+            computes is a difference.
     """
 
     source: Path
@@ -63,6 +85,7 @@ class Foreign:
     names: Mapping[str, str]
     routing: tuple[Line, ...]
     changes: tuple[Change, ...]
+    is_of_class: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,11 +156,19 @@ def write(conversion: FlavorConversion, new: Path) -> list[Path]:
     return write_files({new: conversion.text}, new)
 
 
-def balance_lines(aux_loss: float, scope: str, comment: str) -> Iterator[Line]:
-    """Yield the lines of a balance loss, none for a coefficient of 0."""
-    if aux_loss:
-        yield Line("balance.aux_loss", aux_loss, comment)
-        yield Line("balance.scope", scope)
+def balance_lines(losses: Iterable[Loss]) -> Iterator[Line]:
+    """Yield the lines of balance losses, none for a coefficient of 0.
+
+    Losses of several scopes stand in a table for each.
+    """
+    losses = [each for each in losses if each.coefficient]
+    scopes = {each.scope for each in losses}
+    for each in losses:
+        key = each.name if len(scopes) == 1 else f"{each.scope}.{each.name}"
+        yield Line(f"balance.{key}", each.coefficient, each.comment, each.is_off)
+    if len(scopes) == 1:
+        is_off = all(each.is_off for each in losses)
+        yield Line("balance.scope", scopes.pop(), is_off=is_off)
 
 
 def number(source: Path, values: Mapping[str, Any], key: str, default: float = 0) -> float:
@@ -174,7 +205,15 @@ def _sizes(foreign: Foreign) -> Iterator[Line]:
             absent.append(theirs)
         elif isinstance(value, list | dict):
             raise EzpzError(f"{foreign.source}: {theirs} must be a single value.")
+        if key == "num_shared_experts" and value == 0:
+            raise EzpzError(
+                f"{foreign.source}: {theirs} = 0: models with latent attention have at least one "
+                "shared expert here."
+            )
         yield Line(key, value, theirs if theirs != key else "")
+    longest = "max_position_embeddings"
+    if config.get(longest) is None:
+        absent.append(foreign.names.get(longest, longest))
     if absent:
         raise EzpzError(f"{foreign.source}: lacks {', '.join(absent)}.")
     yield from _rope(foreign)
@@ -228,9 +267,16 @@ def _tried(foreign: Foreign, lines: Sequence[Line]) -> tuple[str, tuple[str, ...
     if architecture is None:
         raise EzpzError("convert --from needs torchtitan 0.3 or later: 0.2 takes no [balance].")
     form = transformers_class(architecture)
-    found = [*form.differences, *config_differences(foreign.config, form)]
+    of_class = form.differences if foreign.is_of_class else ()
+    found = [*of_class, *config_differences(foreign.config, form)]
     differences = tuple(_in_their_words(each, foreign.names) for each in found)
-    return text, differences, tuple(eps_note(foreign.config, form))
+    notes = tuple(_of_their_file(each, foreign) for each in eps_note(foreign.config, form))
+    return text, differences, notes
+
+
+def _of_their_file(note: str, foreign: Foreign) -> str:
+    key = "rms_norm_eps"
+    return note.replace(CONFIG, foreign.source.name).replace(key, foreign.names.get(key, key))
 
 
 def _in_their_words(difference: str, names: Mapping[str, str]) -> str:
@@ -251,15 +297,32 @@ def _toml(lines: Iterable[Line]) -> str:
     tables: dict[str, list[str]] = {"": []}
     for line in lines:
         table, _, key = line.key.rpartition(".")
-        tables.setdefault(table, []).append(assignment(key, line.value, line.comment))
-    return "".join(
-        [*tables.pop(""), *(f"\n[{table}]\n{''.join(rows)}" for table, rows in tables.items())]
-    )
+        text = assignment(key, line.value, line.comment)
+        tables.setdefault(table, []).append(commented(text) if line.is_off else text)
+    top = tables.pop("")
+    in_order = sorted(
+        tables, key=lambda table: table.count(".")
+    )  # [balance] before [balance.batch]
+    return "".join([*top, *(f"\n[{table}]\n{''.join(tables[table])}" for table in in_order)])
 
 
-def note_of(row: ForeignKey, line: Line | None) -> str:
+def lines_of(row: ForeignKey, lines: Iterable[Line]) -> list[Line]:
+    """Return the lines that a key has become; of losses of several scopes, one in each table."""
+    lines = list(lines)
+    table, _, name = row.ours.rpartition(".")
+    keys = {row.ours}
+    if table == "balance" and row.ours not in {line.key for line in lines}:
+        loss = "aux_loss" if name == "scope" else name
+        keys = {f"balance.{scope}.{loss}" for scope in SCOPES}
+    return [line for line in lines if line.key in keys or line.comment == row.key]
+
+
+def note_of(row: ForeignKey, lines: Sequence[Line]) -> str:
     """Return what a report says of a key that has a row in the table of foreign keys."""
-    if line is None:
-        return row.place
+    return " and ".join(_said(row, line) for line in lines) or row.place
+
+
+def _said(row: ForeignKey, line: Line) -> str:
     comment = f" ({line.comment})" if line.comment not in ("", row.key) else ""
-    return f"{row.place} = {shown(line.value)}{comment}"
+    off = ", commented out" if line.is_off else ""
+    return f"{replace(row, ours=line.key).place} = {shown(line.value)}{off}{comment}"

@@ -21,8 +21,10 @@ from ezpz_moe.tools.convert_foreign import (
     FlavorConversion,
     Foreign,
     Line,
+    Loss,
     balance_lines,
     converted,
+    lines_of,
     note_of,
     number,
 )
@@ -38,6 +40,8 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "resid_pdrop": ((0, 0.0, None), "torchtitan's layers have no dropout"),
 }
 """Values without effect, and why another is lost."""
+_BY_BEST = "group_limited_greedy"
+"""``topk_method`` of DeepSeek-V2: groups ranked by their best expert."""
 
 
 def from_hf(source: Path) -> FlavorConversion:
@@ -46,17 +50,23 @@ def from_hf(source: Path) -> FlavorConversion:
     Raises:
         EzpzError: the file cannot be read, is no config, or as :func:`.converted`.
     """
-    config = _read(source)
+    said = _read(source)
+    has_groups = said.get("model_type") != "deepseek_v2" or said.get("topk_method") == _BY_BEST
+    config = said if has_groups else said | {"n_group": 1}
     lines = tuple(_routing(source, config))
     project = projects()["hf"]
     rows = {row.key: row for row in project.keys if row.ours}
     changes = []
-    for key, value in config.items():
-        if key in _ONLY and not is_one_of(_ONLY[key][0], value):
+    for key, value in said.items():
+        if key in ("n_group", "topk_group") and not has_groups:
+            changes.append(
+                Change(key, value, "needless", f"read with topk_method {_BY_BEST} alone")
+            )
+        elif key in _ONLY and not is_one_of(_ONLY[key][0], value):
             changes.append(Change(key, value, "dropped", _ONLY[key][1]))
         elif key in rows:
-            line = next((each for each in lines if each.key == rows[key].ours), None)
-            changes.append(Change(key, value, "kept", f"now {note_of(rows[key], line)}"))
+            note = note_of(rows[key], lines_of(rows[key], lines))
+            changes.append(Change(key, value, "kept", f"now {note}"))
         elif key in project.compared:
             changes.append(Change(key, value, "kept", "compared with the flavor's model"))
         elif key in project.needless or key in _ONLY:
@@ -75,37 +85,48 @@ def _read(source: Path) -> dict[str, Any]:
         raise EzpzError(f"{source}: is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise EzpzError(f"{source}: is not a config: it holds a list or a single value.")
+    if "model_type" not in config:
+        raise EzpzError(f"{source}: is not a config of Hugging Face: it lacks model_type.")
     return {printable(key): value for key, value in config.items()}
 
 
 def _routing(source: Path, config: Mapping[str, Any]) -> Iterator[Line]:
-    """Yield the lines of ``[router]`` and ``[balance]``."""
+    """Yield the lines of ``[router]`` and ``[balance]``, and what ranks groups of experts."""
+    if config.get("topk_method") == _BY_BEST and (config.get("n_group") or 1) != 1:
+        yield Line("router_group_score", "max", "topk_method")
     for key in ("router_jitter_noise", "input_jitter_noise"):
         if noise := number(source, config, key):
             yield Line("router.jitter_noise", noise, key)
-    yield from _losses(source, config)
+    yield from balance_lines(_losses(source, config))
     if config.get("topk_method") == "noaux_tc" or config.get("model_type") == "deepseek_v3":
         yield Line("balance.bias_update", "sign", "the model has a selection bias")
     else:
         yield Line("balance.bias_update", "none", "the model has no selection bias")
 
 
-def _losses(source: Path, config: Mapping[str, Any]) -> Iterator[Line]:
+def _losses(source: Path, config: Mapping[str, Any]) -> Iterator[Loss]:
+    is_off = not config.get("output_router_logits")
+    off = "; off: transformers adds it only with output_router_logits = true" if is_off else ""
+    alpha = number(source, config, "aux_loss_alpha")
+    scope = "sequence" if config.get("seq_aux", True) else "batch"
     if coefficient := number(source, config, "router_aux_loss_coef"):
+        if alpha and not is_off:
+            raise EzpzError(
+                f"{source}: router_aux_loss_coef and aux_loss_alpha are both the balance loss, in "
+                "other units. Remove the one that the model was not trained with."
+            )
         top_k = number(source, config, "num_experts_per_tok")
         layers = _moe_layers(source, config)
-        factor = "" if config.get("output_router_logits") else "; without output_router_logits"
         comment = (
             f"router_aux_loss_coef = {coefficient:g}, times top-k / MoE layers = "
-            f"{top_k:g} / {layers:g}{factor and f'{factor}, transformers does not add it'}"
+            f"{top_k:g} / {layers:g}{off}"
         )
-        yield from balance_lines(coefficient * top_k / layers, "batch", comment)
-    if alpha := number(source, config, "aux_loss_alpha"):
-        by_sequence = config.get("seq_aux", True)
-        scope, comment = "sequence" if by_sequence else "batch", f"aux_loss_alpha = {alpha:g}"
-        yield from balance_lines(alpha, scope, comment)
-    if z_loss := number(source, config, "router_z_loss_coef"):
-        yield Line("balance.z_loss", z_loss, "router_z_loss_coef")
+        in_our_units = coefficient * top_k / layers
+        if not alpha:
+            yield Loss("aux_loss", "batch", in_our_units, comment, is_off)
+    yield Loss("aux_loss", scope, alpha, f"aux_loss_alpha = {alpha:g}")
+    z_loss = number(source, config, "router_z_loss_coef")
+    yield Loss("z_loss", "batch", z_loss, f"router_z_loss_coef{off}", is_off)
 
 
 def _moe_layers(source: Path, config: Mapping[str, Any]) -> float:

@@ -1,9 +1,7 @@
 """Read the arguments of Megatron-Core for :mod:`.convert_foreign`.
 
 A YAML file of them, flat or in sections, with keys as they stand in its configs
-(``moe_router_topk``) or as flags (``--moe-router-topk``). Of Megatron's losses, "aux_loss" and
-"seq_aux_loss" have our units; "global_aux_loss" is 1 / data-parallel ranks of ours
-(``tests/test_peers_formulas.py``).
+(``moe_router_topk``) or as flags (``--moe-router-topk``).
 """
 
 from __future__ import annotations
@@ -22,17 +20,15 @@ from ezpz_moe.tools.convert import Change
 from ezpz_moe.tools.convert_foreign import (
     FlavorConversion,
     Foreign,
-    Line,
-    balance_lines,
     converted,
+    lines_of,
     note_of,
     number,
 )
+from ezpz_moe.tools.convert_megatron_router import Routing, as_number
 
 _LOST = {
-    "moe_expert_capacity_factor": "set compute_backend, see docs/moving.md",
-    "moe_token_drop_policy": "the backend batched_mm_capacity drops the last tokens",
-    "moe_router_force_biased": 'see noise of [router] routing = "balanced"',
+    "moe_router_force_biased": 'for uneven loads see noise of [router] routing = "balanced"',
     "moe_router_force_load_balancing": "set [debug] moe_force_load_balance in the job",
     "moe_latent_size": "experts work in the model's dimension here",
     "moe_shared_expert_gate": "shared experts have no gate here",
@@ -51,7 +47,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_rotary_position_embeddings": (True,),
 }
 """What torchtitan's models do, by the key that says so."""
-_SCOPES = {"aux_loss": "batch", "seq_aux_loss": "sequence", "global_aux_loss": "global"}
 _NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -79,6 +74,7 @@ _MADE_OF = {
     "mlp_only_layers": "moe_layer_freq",
     "n_shared_experts": "moe_shared_expert_intermediate_size",
     "norm_topk_prob": "moe_router_pre_softmax",
+    "rms_norm_eps": "norm_epsilon",
     "tie_word_embeddings": "untie_embeddings_and_output_weights",
 }
 """transformers' key -> Megatron's, of another form."""
@@ -103,6 +99,7 @@ _DEFAULTS = {
     "moe_router_topk_scaling_factor": 1.0,
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.0,
+    "moe_token_drop_policy": "probs",
     "rotary_base": 10000,
 }
 
@@ -117,14 +114,19 @@ def from_megatron(source: Path) -> FlavorConversion:
         said = dict(_flat(source, _read(source)))
     except RecursionError:
         raise EzpzError(f"{source}: a section holds itself.") from None
+    if "model_type" in said:
+        raise EzpzError(f"{source}: has model_type, as configs of Hugging Face: use --from hf.")
     is_mla = said.get("multi_latent_attention") is True
     values = {**_DEFAULTS, **(_OF_MLA if is_mla else {}), **said}
-    routing = _Routing(source, values)
-    config = _config(source, values, is_mla=is_mla)
+    routing = Routing(source, values)
+    config = _config(source, values, routing.experts_that_rank, is_mla=is_mla)
     changes = tuple(_change(key, value, routing) for key, value in said.items())
     experts = "num_experts" if "num_experts" in said else "num_moe_experts"
     names = {**_NAMES, **_MADE_OF, "n_routed_experts": experts, "num_experts": experts}
-    return converted(Foreign(source, "Megatron-Core", config, names, tuple(routing.lines), changes))
+    lines = tuple(routing.lines)
+    return converted(
+        Foreign(source, "Megatron-Core", config, names, lines, changes, is_of_class=False)
+    )
 
 
 # The file -----------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def _flat(source: Path, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]
             )
         if name not in seen:
             seen[name] = value
-            yield name, value
+            yield name, as_number(value)
 
 
 def _leaves(document: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -169,7 +171,7 @@ def _leaves(document: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield key, value
 
 
-def _change(key: str, value: Any, routing: _Routing) -> Change:
+def _change(key: str, value: Any, routing: Routing) -> Change:
     if key in _LOST and value not in (None, False, 0):
         return Change(key, value, "dropped", _LOST[key])
     if key in _ONLY:
@@ -180,115 +182,35 @@ def _change(key: str, value: Any, routing: _Routing) -> Change:
         return Change(key, value, "dropped", why)
     project = projects()["megatron"]
     row = next((row for row in project.keys if row.key == key), None)
-    line = next((each for each in routing.lines if row and each.key == row.ours), None)
-    if row is not None and (line or row.is_size):
-        return Change(key, value, "kept", f"now {note_of(row, line)}")
+    lines = lines_of(row, routing.lines) if row else []
+    if row is not None and (lines or row.is_size):
+        return Change(key, value, "kept", f"now {note_of(row, lines)}")
     if row is not None:
         return Change(key, value, "needless", f"see {row.place} here" if row.ours else row.note)
     if key in project.compared or key in _OF_MLA:
         return Change(key, value, "kept", "compared with the flavor's model")
+    if key in project.needless:
+        return Change(key, value, "needless", "changes how it is computed, and not what")
     if key.startswith("moe_router_") and value not in (None, False):
         return Change(key, value, "dropped", "ezpz_moe does not know this key")
     return Change(key, value, "needless", "says nothing of the model or its router")
 
 
-# [router] and [balance] ---------------------------------------------------------------------------
-
-
-class _Routing:
-    """The lines of ``[router]`` and ``[balance]``, and the keys that are lost, with the reason."""
-
-    def __init__(self, source: Path, values: Mapping[str, Any]) -> None:
-        self._source, self._values = source, values
-        self.lost: dict[str, str] = {}
-        self.lines = [*self._router(), *self._losses(), *self._bias()]
-        self._compare_groups()
-
-    def _router(self) -> Iterator[Line]:
-        if "sinkhorn" in self._types:
-            yield Line("router.routing", "sinkhorn", "moe_router_load_balancing_type")
-        if noise := number(self._source, self._values, "moe_input_jitter_eps"):
-            yield Line("router.jitter_noise", noise, "moe_input_jitter_eps")
-        precision = {"fp32": "float32", "fp64": "float64"}.get(self._said("moe_router_dtype"), "")
-        if precision:
-            yield Line("router.gate_precision", precision, "moe_router_dtype")
-
-    def _losses(self) -> Iterator[Line]:
-        coefficients = self._values["moe_aux_loss_coeff"]
-        if not isinstance(coefficients, list):
-            coefficients = [coefficients] * len(self._types)
-        if len(coefficients) != len(self._types):
-            raise EzpzError(
-                f"{self._source}: moe_aux_loss_coeff has {len(coefficients)} values, "
-                f"moe_router_load_balancing_type {len(self._types)}."
-            )
-        wanted = [
-            (kind, number(self._source, {"moe_aux_loss_coeff": each}, "moe_aux_loss_coeff"))
-            for kind, each in zip(self._types, coefficients, strict=True)
-        ]
-        losses = [(kind, each) for kind, each in wanted if each and kind in _SCOPES]
-        for kind, coefficient in losses[:1]:
-            yield from self._loss(kind, coefficient)
-        if others := ", ".join(f"{kind} = {each:g}" for kind, each in losses[1:]):
-            self.lost["moe_aux_loss_coeff"] = f"a flavor has one scope; lost: {others}"
-        unknown = [kind for kind in self._types if kind not in (*_SCOPES, "sinkhorn", "none")]
-        if unknown:
-            self.lost["moe_router_load_balancing_type"] = f"there is no {', '.join(unknown)} here"
-        if z_loss := number(self._source, self._values, "moe_z_loss_coeff"):
-            yield Line("balance.z_loss", z_loss, "moe_z_loss_coeff")
-
-    def _loss(self, kind: str, coefficient: float) -> Iterator[Line]:
-        comment, ranks = f"moe_aux_loss_coeff = {coefficient:g} of {kind}", 1.0
-        if kind == "global_aux_loss":
-            ranks = number(self._source, self._values, "data_parallel_size")
-            if not ranks:
-                raise EzpzError(
-                    f"{self._source}: {kind}: Megatron's is 1 / data-parallel ranks of ours. Add "
-                    "the number of ranks that it trained on, data_parallel_size: N."
-                )
-            comment += f", times 1 / data-parallel ranks = 1 / {ranks:g}"
-        yield from balance_lines(coefficient / ranks, _SCOPES[kind], comment)
-
-    def _bias(self) -> Iterator[Line]:
-        if self._values.get("moe_router_enable_expert_bias") is not True:
-            yield Line("balance.bias_update", "none", "no moe_router_enable_expert_bias")
-            return
-        yield Line("balance.bias_update", "sign", "moe_router_enable_expert_bias")
-        rate = number(self._source, self._values, "moe_router_bias_update_rate", 1e-3)
-        yield Line("balance.bias_rate", rate, "moe_router_bias_update_rate")
-
-    def _compare_groups(self) -> None:
-        """Note where Megatron ranks groups of experts in another way than the host."""
-        keys = ("moe_router_topk", "moe_router_group_topk")
-        top_k, groups = (number(self._source, self._values, key) for key in keys)
-        is_softmax = self._said("moe_router_score_function") == "softmax"
-        if groups and top_k // groups != 2:
-            why = f"by its {top_k // groups:g} best experts"
-        elif groups and is_softmax and not self._values.get("moe_router_pre_softmax"):
-            why = "by its logits"
-        else:
-            return
-        self.lost["moe_router_group_topk"] = (
-            f"Megatron ranks a group {why}, torchtitan by the scores of its 2 best"
-        )
-
-    @property
-    def _types(self) -> list[str]:
-        types = self._values["moe_router_load_balancing_type"]
-        return [printable(str(each)) for each in (types if isinstance(types, list) else [types])]
-
-    def _said(self, key: str) -> str:
-        return str(self._values.get(key))
-
-
 # The model, in the words of transformers ----------------------------------------------------------
 
 
-def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[str, Any]:
+def _config(
+    source: Path, values: Mapping[str, Any], experts_that_rank: int, *, is_mla: bool
+) -> dict[str, Any]:
     config = {theirs: values[ours] for theirs, ours in _NAMES.items() if ours in values}
     experts = values.get("num_experts", values.get("num_moe_experts"))
     if not experts:
         raise EzpzError(f"{source}: num_experts is not set: the model has no experts.")
+    if is_mla and not values.get("vocab_size"):
+        raise EzpzError(
+            f"{source}: lacks vocab_size: Megatron takes it from the tokenizer. Add it, "
+            "vocab_size: N."
+        )
     config.setdefault("moe_intermediate_size", values.get("ffn_hidden_size"))
     score, top_k = values["moe_router_score_function"], values["moe_router_topk"]
     dense = _dense_layers(source, values)
@@ -297,7 +219,7 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
     config |= {
         "norm_topk_prob": is_normalized,
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", True),
-        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon")),
+        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon", 1e-5)),
     }
     if not is_mla:
         return config | {
@@ -313,7 +235,8 @@ def _config(source: Path, values: Mapping[str, Any], *, is_mla: bool) -> dict[st
         "n_routed_experts": experts,
         "n_shared_experts": int(shared // hidden) if hidden else 0,
         "first_k_dense_replace": dense,
-        "n_group": values.get("moe_router_num_groups") or 1,
+        "n_group": values["moe_router_num_groups"] if experts_that_rank else 1,
+        "topk_method": "group_limited_greedy" if experts_that_rank == 1 else "greedy",
         "topk_group": values.get("moe_router_group_topk") or 1,
         "rope_theta": values["rotary_base"],
         "rope_scaling": _rope(values),

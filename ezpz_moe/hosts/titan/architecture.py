@@ -34,7 +34,7 @@ def architecture(flavor: Flavor) -> Architecture:
         family=family,
         vocab_size=model.vocab_size,
         dim=model.dim,
-        layers=tuple(map(_layer, model.layers)),
+        layers=tuple(_layer(each, flavor.router_group_score) for each in model.layers),
         norm_eps=model.norm.eps,
         tied=model.enable_weight_tying,
         besides=tuple(_besides(model)),
@@ -49,13 +49,13 @@ def _besides(model: Any) -> list[str]:
     return found
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any, group_score: str) -> Layer:
     dense = layer.feed_forward
     return Layer(
         attention=_attention(layer.attention),
         norm_eps=(layer.attention_norm.eps, layer.ffn_norm.eps),
         dense_hidden=dense.w1.out_features if dense is not None else None,
-        experts=_experts(layer.moe) if layer.moe is not None else None,
+        experts=_experts(layer.moe, group_score) if layer.moe is not None else None,
     )
 
 
@@ -101,7 +101,7 @@ def _rope(rope: Any) -> Rope:
     )
 
 
-def _experts(moe: Any) -> Experts:
+def _experts(moe: Any, group_score: str) -> Experts:
     router, shared = moe.router, moe.shared_experts
     experts = titan().experts()
     # The node is RoutedExperts itself since September 2026, and below it before.
@@ -116,5 +116,6 @@ def _experts(moe: Any) -> Experts:
         route_scale=router.route_scale,
         groups=router.num_expert_groups,
         limited_groups=router.num_limited_groups,
+        group_score=group_score,
         swiglu_limit=getattr(node, "swiglu_limit", None),
     )

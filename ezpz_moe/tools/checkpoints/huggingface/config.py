@@ -13,6 +13,7 @@ from typing import Any
 
 from ezpz_moe.config.flavor_schema import Flavor
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Rope
+from ezpz_moe.routing.assignment import ranking_experts
 from ezpz_moe.routing.balance import value_at
 
 _LATENT_EPS = 1e-6
@@ -45,7 +46,7 @@ def transformers_class(model: Architecture) -> TransformersClass:
     if common.attention.latent is None:
         form = _gpt_oss if model.family == "gpt_oss" else _qwen3_moe
     else:
-        form = _deepseek_v3 if common.experts.score_func == "sigmoid" else _deepseek_v2
+        form = _deepseek_v2 if common.experts.score_func == "softmax" else _deepseek_v3
     return _made(common, form(common), _biases(model) if form is _deepseek_v3 else {})
 
 
@@ -104,8 +105,6 @@ def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
         step: where a scheduled temperature is; None if it is not known.
     """
     router, size = flavor.router, flavor.dimensions
-    if flavor.router_group_score != "top2_sum":
-        yield f'router_group_score = "{flavor.router_group_score}"'
     if size and size.router_score_func == "sqrtsoftplus":
         yield f'router_score_func = "{size.router_score_func}"'
     if router.routing == "balanced":
@@ -175,11 +174,8 @@ _Form = tuple[str, str, dict[str, Any], list[str]]
 def _deepseek_v2(common: _Common) -> _Form:
     experts = common.experts
     differences = _deepseek_differences(common)
-    differences += _when(
-        experts.groups is not None and experts.groups != experts.limited_groups,
-        f"a token's experts lie in {experts.limited_groups} of {experts.groups} groups, chosen by "
-        "their two best experts; DeepseekV2 chooses them by the best one",
-    )
+    best = _ranking_experts(experts)
+    differences += _group_differences(experts, "DeepseekV2 chooses them by the best one", 1)
     differences += _when(
         experts.route_norm, "its router normalizes the weights of softmax, DeepseekV2 does not"
     )
@@ -190,9 +186,11 @@ def _deepseek_v2(common: _Common) -> _Form:
     )
     config = {
         **_deepseek(common),
-        "topk_method": "greedy",  # a limit to groups is among the differences
+        "topk_method": "group_limited_greedy" if best == 1 else "greedy",
         "mlp_bias": False,
     }
+    if best == 1:
+        config |= {"n_group": experts.groups, "topk_group": experts.limited_groups}
     return "DeepseekV2ForCausalLM", "deepseek_v2", config, differences
 
 
@@ -207,7 +205,28 @@ def _deepseek_v3(common: _Common) -> _Form:
         "rope_interleave": True,
         "num_nextn_predict_layers": 0,
     }
-    return "DeepseekV3ForCausalLM", "deepseek_v3", config, _deepseek_differences(common)
+    differences = _deepseek_differences(common)
+    differences += _group_differences(experts, "DeepseekV3 chooses them by the two best", 2)
+    return "DeepseekV3ForCausalLM", "deepseek_v3", config, differences
+
+
+def _ranking_experts(experts: Experts) -> int:
+    """Return how many of its best experts a group is ranked by, 0 without a limit to groups."""
+    groups, limited = experts.groups, experts.limited_groups
+    if groups is None or limited is None or groups == limited:
+        return 0
+    size = experts.number // groups
+    return ranking_experts(experts.group_score, top_k=experts.top_k, limited=limited, size=size)
+
+
+def _group_differences(experts: Experts, theirs: str, as_theirs: int) -> list[str]:
+    best = _ranking_experts(experts)
+    by = {1: "best expert", 2: "two best experts"}.get(best, f"{best} best experts")
+    return _when(
+        best not in (0, as_theirs),
+        f"a token's experts lie in {experts.limited_groups} of {experts.groups} groups, chosen by "
+        f"their {by}; {theirs}",
+    )
 
 
 def _deepseek(common: _Common) -> dict[str, Any]:
