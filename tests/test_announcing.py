@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,7 +81,9 @@ def test_the_log_has_the_table_of_describe_once_and_what_rank_0_holds(
     assert log.count("holds") == 1
 
 
-def test_the_trained_model_gives_the_figures_whatever_its_dtype(tmp_path: Path) -> None:
+def test_the_trained_model_gives_the_figures_without_a_warning_whatever_its_dtype(
+    tmp_path: Path,
+) -> None:
     flavor = load_flavor("zero_sdpa_for_loop", near=job_with_flavors(tmp_path))
     training = SimpleNamespace(seq_len=128)
     whole = announcing.consists_of(build_on_meta(flavor), flavor, training)
@@ -91,7 +94,14 @@ def test_the_trained_model_gives_the_figures_whatever_its_dtype(tmp_path: Path) 
     finally:
         torch.set_default_dtype(default)
     assert next(model.parameters()).dtype is torch.bfloat16
-    assert announcing.consists_of(model, flavor, training) == whole
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # of some things it warns once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert announcing.consists_of(model, flavor, training) == whole
+    finally:
+        torch.set_warn_always(always)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
     handle = kernel.register_forward_pre_hook(look)
     try:
         # One token on the meta device is enough: only shapes matter. In the dtype of the weights:
-        # a product of two dtypes is an error there too.
+        # the meta device multiplies two dtypes, but norms warn of them in the run's log.
         dtype = next(attention.parameters()).dtype
         attention(torch.empty(*titan().one_sequence(1), dim, dtype=dtype, device="meta"), None)
     except _Seen as seen:
