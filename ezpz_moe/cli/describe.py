@@ -12,6 +12,7 @@ from tyro.conf import Suppress
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
 from ezpz_moe.cli.command import Command
+from ezpz_moe.hosts import anatomy_text
 
 if TYPE_CHECKING:
     from ezpz_moe.tools.describe import Description
@@ -50,8 +51,9 @@ class Describe(Command):
         if self.json:
             display.print_line(json.dumps(as_json(described), indent=2))
             return 0
-        display.print_line(_title(described))
-        display.print_table(_rows(described))
+        model = described.anatomy
+        display.print_line(anatomy_text.title(described.flavor, model, described.seq_len))
+        display.print_table(anatomy_text.rows(model))
         display.print_line(f"Precision: {described.precision}.")
         for line in _remarks(described):
             display.print_line(line)
@@ -66,38 +68,9 @@ class Describe(Command):
 COMMAND = Describe
 
 
-def _title(described: Description) -> str:
-    model = described.anatomy
-    zero = f" and {model.zero_experts} zero-computation experts" if model.zero_experts else ""
-    return (
-        f"{described.flavor}: {model.n_layers} layers, {model.n_moe_layers} of them with "
-        f"{model.num_experts} experts{zero}; a token uses {model.top_k}. FLOPs are per token, in a "
-        f"sequence of {described.seq_len}."
-    )
-
-
-def _rows(described: Description) -> Iterator[Mapping[str, str]]:
-    total = described.anatomy.total
-    for name, cost in [*described.costs.items(), ("total", total)]:
-        yield {
-            "component": name,
-            "parameters": display.count(cost.parameters),
-            # A mean: with zero-computation experts, tokens use different numbers of parameters.
-            "active": display.count(round(cost.active)),
-            "forward FLOPs": display.flops(cost.forward),
-            "backward FLOPs": display.flops(cost.backward),
-            "FLOPs": display.flops(cost.both),
-            "share": f"{cost.both / total.both:.1%}",
-        }
-
-
 def _remarks(described: Description) -> Iterator[str]:
     model, dense = described.anatomy, described.dense
-    if model.zero_experts:
-        yield (
-            f"{model.computing_experts:.2f} of a token's {model.top_k} experts compute on average, "
-            f"if all {model.num_experts} + {model.zero_experts} are used equally."
-        )
+    yield from anatomy_text.caveats(model)
     yield (
         f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
         f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
@@ -107,10 +80,6 @@ def _remarks(described: Description) -> Iterator[str]:
         f"torchtitan's own count, for its tflops and MFU: {display.flops(model.host_flops)} "
         "(counts attention over the whole sequence, and norms and biases as products)."
     )
-    if "vision encoder" in model.costs:
-        yield "Not counted: the vision encoder's FLOPs, which depend on patches, not tokens."
-    if model.uncounted:
-        yield f"Not counted: the FLOPs of {', '.join(model.uncounted)}."
 
 
 def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:

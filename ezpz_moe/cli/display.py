@@ -13,21 +13,30 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
-from rich.table import Table
+
+# Commands ask this module alone for words; logs need some of them too.
+from ezpz_moe.telemetry.text import (
+    UNLIMITED,
+    count,
+    flops,
+    gibibytes,
+    memory,
+    number,
+    table,
+    text,
+)
+
+__all__ = ["count", "flops", "gibibytes", "memory", "number", "text"]
 
 T = TypeVar("T")
-
-# Columns. Without a terminal to ask, rich would wrap at 80.
-_UNLIMITED = 10_000
 
 
 def output() -> Console:
     """Return the console for results."""
     # highlight would colour whatever looks like a number or a path.
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_UNLIMITED)
+    return console if console.is_terminal else Console(highlight=False, width=UNLIMITED)
 
 
 def progress() -> Console:
@@ -42,34 +51,10 @@ def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
 
     Without rows, print nothing.
     """
-    # As text at once: alignment and width depend on what is printed. And a list, because the rows
-    # are needed twice and may come from a generator.
-    rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
-    if not rows:
-        return
     console = output()
-    table = Table(
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
-        header_style="bold",
-        # Escaped, as the cells are: rich would take a [folder] in a path for a style.
-        title=escape(title),
-        title_justify="left",
-    )
-    for column, heading in enumerate(rows[0]):
-        # The first column names the row, also where a name begins with a digit, such as 16B.
-        figures = column > 0 and all(row[heading][:1].isdigit() for row in rows)
-        table.add_column(
-            heading.replace("_", " "),
-            justify="right" if figures else "left",
-            # Whole names can be copied. Elsewhere, what does not fit is folded: rich's own default
-            # cuts it off.
-            no_wrap=column == 0,
-            overflow="fold",
-        )
-    for row in rows:
-        # Escaped: rich would take [router] in a cell for a style, and leave it out.
-        table.add_row(*map(escape, row.values()))
-    console.print(table)
+    lines = box.SIMPLE_HEAD if console.is_terminal else None
+    if (made := table(rows, title=title, box=lines)) is not None:
+        console.print(made)
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
@@ -134,52 +119,3 @@ def print_findings(findings: Sequence[Any]) -> None:
             print_line(f"  This means: {each.meaning}.{refused}")
     states = [each.state for each in findings]
     print_line(f"{states.count('holds')} hold, {states.count('BROKEN')} broken")
-
-
-def text(value: Any) -> str:
-    """Return a value in words for people: yes and no, a dash for None."""
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "yes" if value else "no"
-        # An empty cell would look like a missing value.
-        case "":
-            return '""'
-        case _:
-            return str(value)
-
-
-def gibibytes(number: int | None) -> str:
-    """Format 4080218931 as "3.80 GiB"."""
-    return "-" if number is None else f"{number / 2**30:.2f} GiB"
-
-
-def memory(number: int) -> str:
-    """Format 4080218931 as "3.80 GiB", 524288 as "0.50 MiB"."""
-    # 2**27 bytes are 0.13 GiB: below that, two decimals would say too little.
-    return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
-
-
-def count(parameters: int | None) -> str:
-    """Format 33014016 as "33.0 M", 10240 as "10.2 k"."""
-    if parameters is None:
-        return "-"
-    if parameters < 10**5:
-        return str(parameters) if parameters < 10**3 else f"{parameters / 10**3:.1f} k"
-    if parameters < 10**9:
-        return f"{parameters / 10**6:.1f} M"
-    return f"{parameters / 10**9:.2f} B"
-
-
-def flops(number: float) -> str:
-    """Format 118081536 as "118.08 M", with the SI prefixes of "GFLOPs"."""
-    for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.2f} {prefix}"
-    return f"{number:.0f}"
-
-
-def number(value: float | None, form: str) -> str:
-    """Return a rounded figure, or a dash for None."""
-    return "-" if value is None else format(value, form)

@@ -84,8 +84,8 @@ class Anatomy:
         num_experts: routed experts E per layer that compute something.
         zero_experts: zero-computation experts Z per layer.
         top_k: choices per token and layer, among all E + Z.
-        host_flops: the trainer's own FLOPs per token, the basis of its MFU.
         uncounted: classes of modules that have parameters but unknown FLOPs.
+        host_flops: the trainer's own FLOPs per token, the basis of its MFU; None if nobody asked.
     """
 
     costs: Mapping[str, Cost]
@@ -95,13 +95,18 @@ class Anatomy:
     num_experts: int
     zero_experts: int
     top_k: int
-    host_flops: float
     uncounted: tuple[str, ...] = ()
+    host_flops: float | None = None
 
     @property
     def computing_experts(self) -> float:
         """Experts that compute for a token in one layer, on average."""
         return computing_experts(self.top_k, self.num_experts, self.zero_experts)
+
+    @property
+    def in_order(self) -> dict[str, Cost]:
+        """Component -> cost, in the order of ``COMPONENTS``."""
+        return {name: self.costs[name] for name in COMPONENTS if name in self.costs}
 
     @property
     def total(self) -> Cost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.hosts.accounting import COMPONENTS, Anatomy, Cost, DenseModel, dense_model
+from ezpz_moe.hosts.accounting import Anatomy, Cost, DenseModel, dense_model
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.precision import as_on_an_accelerator
@@ -37,11 +37,6 @@ class Description:
     dense: DenseModel
     ranks: int | None = None
     memory: Sequence[StageMemory] = ()
-
-    @property
-    def costs(self) -> dict[str, Cost]:
-        """Component -> cost, in the order of ``COMPONENTS``."""
-        return {name: self.anatomy.costs[name] for name in COMPONENTS if name in self.anatomy.costs}
 
 
 def describe(
@@ -94,7 +89,7 @@ def as_json(description: Description) -> dict[str, Any]:
         "zero_computation_experts": anatomy.zero_experts,
         "top_k": anatomy.top_k,
         "computing_experts_per_token": anatomy.computing_experts,
-        "components": {name: _figures(cost) for name, cost in description.costs.items()},
+        "components": {name: _figures(cost) for name, cost in anatomy.in_order.items()},
         "total": _figures(anatomy.total),
         "dense_model_of_equal_flops": {
             "ffn_hidden_dim": description.dense.hidden_dim,

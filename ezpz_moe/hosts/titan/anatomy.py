@@ -22,7 +22,7 @@ from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
 from ezpz_moe.hosts.titan.attention import left_window
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
-from ezpz_moe.hosts.titan.components import choices, weigh
+from ezpz_moe.hosts.titan.components import Choices, choices, weigh
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.parameters import build_on_meta
 from ezpz_moe.hosts.titan.precision import in_words
@@ -41,7 +41,24 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
         EzpzError: the host cannot build the model, or its attention does not show its heads.
     """
     config, model = model_spec(flavor).model, build_on_meta(flavor)
-    chosen = choices(flavor)
+    # Not in `anatomy_of`: the host logs its count, and in a run it has done so already. The first
+    # of its two numbers counts parameters, as `weigh` does.
+    _, host_flops = config.get_nparams_and_flops(model, seq_len)
+    return replace(anatomy_of(config, model, choices(flavor), seq_len), host_flops=host_flops)
+
+
+def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> Anatomy:
+    """Return the components of a model that is built; it stays as it is.
+
+    Args:
+        config: the model's.
+        model: whole, on the meta device.
+        chosen: what its routers choose from.
+        seq_len: tokens per sequence.
+
+    Raises:
+        EzpzError: its attention does not show its heads.
+    """
     costs, uncounted = weigh(model, chosen.computing_share)
     # `weigh` sees parameters only. The products of queries and keys have none, so they are added
     # here.
@@ -55,8 +72,6 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
         num_experts=chosen.num_experts,
         zero_experts=chosen.zero_experts,
         top_k=chosen.top_k,
-        # The first of its two numbers counts parameters, as `weigh` does.
-        host_flops=config.get_nparams_and_flops(model, seq_len)[1],
         uncounted=tuple(uncounted),
     )
 
@@ -117,8 +132,10 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
         raise _unknown(path, attention)
     handle = kernel.register_forward_pre_hook(look)
     try:
-        # One token on the meta device is enough: only shapes matter.
-        attention(torch.empty(*titan().one_sequence(1), dim, device="meta"), None)
+        # One token on the meta device is enough: only shapes matter. In the dtype of the weights:
+        # the meta device multiplies two dtypes, but norms warn of them in the run's log.
+        dtype = next(attention.parameters()).dtype
+        attention(torch.empty(*titan().one_sequence(1), dim, dtype=dtype, device="meta"), None)
     except _Seen as seen:
         q, _, v = seen.args[0]
         return q.shape[-2], q.shape[-1], v.shape[-1]

@@ -51,6 +51,7 @@ from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision, router_remarks
+from ezpz_moe.hosts.titan.announcing import announcing
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
@@ -139,6 +140,7 @@ def trainer_config(job: Job) -> JobConfig:
     # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)
     spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    announcing(spec, flavor)
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
     # Not JobConfig(), which would already check itself.
