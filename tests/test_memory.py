@@ -84,6 +84,8 @@ def test_selective_checkpointing_keeps_nothing_of_routed_experts(flavor: str) ->
         pytest.param(
             "pad_token_id = 2000\ndispatch_padding = false", 2 * 64, marks=pytest.mark.full
         ),
+        # Every label counts; the mask is part of the batch.
+        ('padding = "labels"', 0),
         # No router is balanced yet, whose choices are told as if it were: 1 %.
         ("null_experts = 2\ncopy_experts = 1\nconstant_experts = 1", 100_000),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from telemetry_cases import layer, record, run
@@ -246,6 +248,29 @@ def test_what_is_in_force_is_raised_and_not_advised() -> None:
 def test_losses_of_other_scopes_are_raised_where_they_stand() -> None:
     (advice, *_) = remedies({"balance.batch.aux_loss": 0.1}, bias_norm=None)
     assert 'raise [balance.batch] aux_loss above its 0.1 or bias_update = "sign"' in advice
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"sequence": {"z_loss": 0.001}},
+        {"sequence": {"aux_loss": 0.001}},
+        {"batch": {"z_loss": 0.001}, "global": {"z_loss": 0.001}},
+        {"z_loss": 0.001, "scope": "global", "batch": {"z_loss": 0.001}},
+    ],
+)
+def test_a_loss_that_is_advised_is_not_refused(tables) -> None:
+    """In [balance] it would have a scope whose losses may stand in a table of their own."""
+    settings = settings_of(Router(), Balance.model_validate(tables), None)
+    advised = re.findall(
+        r"set \[(balance[.a-z]*)\] (\w+) = ([\d.]+)", " ".join(remedies(settings, bias_norm=None))
+    )
+    assert advised
+    for table, loss, value in advised:
+        scope = table.removeprefix("balance").removeprefix(".")
+        new = {loss: float(value)}
+        followed = tables | ({scope: tables[scope] | new} if scope else new)
+        Balance.model_validate(followed)
 
 
 def test_the_models_own_bias_is_raised_by_naming_its_update() -> None:

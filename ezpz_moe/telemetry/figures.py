@@ -168,7 +168,8 @@ def use_of_rows(given: int, computed: int, dropped: int, counted: int) -> dict[s
         dropped: tokens that it did not compute.
         counted: tokens that are not padding.
     """
-    # The backend does not know padding: of what it drops, as much as possible counts as padding.
+    # Nobody knows which of the dropped tokens were padding: as many as possible count as such, and
+    # the waste is the least that it can be.
     useful = min(counted, given - dropped)
     return {"padding_waste": 1 - useful / computed, "drop_rate": dropped / given}
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ezpz_moe.config.routing_schema import LOSSES, SCOPES
 from ezpz_moe.config.schema import Data
 
 Settings = Mapping[str, Any]
@@ -57,7 +58,7 @@ def _balance(settings: Settings, has_bias: bool) -> str:
     if settings.get("router.routing") == "sinkhorn":
         return "raise [router] sinkhorn_iterations"
     losses = _above_zero(settings, "aux_loss") | _above_zero(settings, "mse_loss")
-    loss = _raise(losses) if losses else "set [balance] aux_loss = 0.01"
+    loss = _raise(losses) if losses else _set(settings, "aux_loss = 0.01")
     if not has_bias:
         return f'{loss} or bias_update = "sign"'
     faster = _raise({_RATE: settings.get(_RATE)})
@@ -68,7 +69,7 @@ def _balance(settings: Settings, has_bias: bool) -> str:
 
 def _small_logits(settings: Settings) -> str:
     losses = _above_zero(settings, "z_loss")
-    loss = _raise(losses) if losses else "set [balance] z_loss = 0.001"
+    loss = _raise(losses) if losses else _set(settings, "z_loss = 0.001")
     return f"{loss} to keep the logits small"
 
 
@@ -81,6 +82,21 @@ def _jitter(settings: Settings) -> str:
 
 def _longer(warmup_steps: int) -> str:
     return f"warm it up for more than {warmup_steps} steps" if warmup_steps else "warm it up longer"
+
+
+def _set(settings: Settings, loss: str) -> str:
+    """Return ``set [balance] z_loss = 0.001``, or in the table of a scope that has losses.
+
+    A loss in [balance] has a scope too, and its losses stand in one place or the other.
+    """
+    of_tables = sorted(key for key, value in settings.items() if value and _is_of_scope(key))
+    has_own = any(settings.get(f"balance.{each}") for each in LOSSES)
+    table = of_tables[0].rpartition(".")[0] if of_tables and not has_own else "balance"
+    return f"set [{table}] {loss}"
+
+
+def _is_of_scope(key: str) -> bool:
+    return key.startswith(tuple(f"balance.{scope}." for scope in SCOPES))
 
 
 def _raise(settings: Settings) -> str:

@@ -83,6 +83,17 @@ def test_a_sharded_step_is_run_without_values() -> None:
     assert report.step == (COUNTS if ON_0_2 else "forward and backward")
 
 
+@pytest.mark.skipif(ON_0_2, reason="torchtitan 0.2 refuses [router]")
+def test_a_batch_says_which_labels_count(tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'inherits = "debugmodel"\n[router]\npadding = "labels"\ndispatch_padding = true\n'
+    )
+    job = tmp_path / "job.toml"
+    job.write_text('[model]\nname = "ezpz_moe"\nflavor = "mine_sdpa_for_loop"\n')
+    (report,) = build(str(job), world_size=2)
+    assert (report.error, report.step) == ("", "forward and backward")
+
+
 @pytest.mark.parametrize("more", [(), ("--parallelism.tensor_parallel_degree", "2")])
 def test_flex_attention_gets_its_masks_as_in_training(more) -> None:
     (report,) = build("debugmodel", *more, world_size=4)

@@ -172,6 +172,8 @@ REMARKS = {
     "[balance]\naux_loss = 0.01": [r"aux_loss = 0.01 balances beside .* 0.001 in every step"],
     "[balance]\nmse_loss = 1": ["mse_loss = 1 balances beside"],
     "[balance]\nz_loss = 1": [],
+    "[router]\nfreeze = true\n[balance]\naux_loss = 0.01": [],
+    "[router]\nkeep_top1_score = true": ["no effect, as a token has 3 experts"],
     '[balance]\naux_loss = 0.01\nbias_update = "sign"': [],
     '[balance]\naux_loss = 0.01\nbias_update = "none"': [],
     "[router]\npad_token_id = 0": ["pad_token_id = 0 is the tokenizer's BOS token"],

@@ -238,7 +238,8 @@ def _dataloader(job: Job, section: str, flavor: Flavor, *, infinite: bool) -> Co
         return data
     with titan().importing():  # only such a flavor needs this from the host
         from ezpz_moe.hosts.titan.labelled import labelled
-    return labelled(data)
+
+        return labelled(data)
 
 
 def _arguments(job: Job, **keys: str) -> dict[str, Any]:

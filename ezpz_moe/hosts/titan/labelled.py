@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.override import derive
 
 from ezpz_moe.hosts.titan.mixed import mixed
@@ -30,14 +30,31 @@ class _Labelled:
 
 def _with_mask(batch: tuple[dict[str, Any], Tensor]) -> tuple[dict[str, Any], Tensor]:
     inputs, labels = batch
-    return inputs | {COUNTED: labels != IGNORE_INDEX}, labels
+    return inputs | {COUNTED: labels != _ignore_index()}, labels
+
+
+def _ignore_index() -> int:
+    # Not at the top: everything that routes imports this module, and only this padding needs it.
+    from torchtitan.components.loss import IGNORE_INDEX
+
+    return IGNORE_INDEX
 
 
 def labelled(dataloader: Any) -> Any:
-    """Return the config of the same data loader of the host, whose batches say what counts."""
+    """Return the config of the same data loader of the host, whose batches say what counts.
+
+    Raises:
+        ImportError: the host has no index for labels to ignore.
+    """
+    _ignore_index()  # now, and not at the first batch
     return derive(dataloader, mixed(type(dataloader)._owner, _Labelled).Config)
 
 
 def is_labelled(dataloader: Any) -> bool:
     """Return whether it is a config that :func:`labelled` has made."""
     return issubclass(type(dataloader)._owner, _Labelled)
+
+
+def all_counted(dataloader: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Return what such a loader adds to a batch whose labels all count; nothing for others."""
+    return {COUNTED: torch.ones_like(tokens, dtype=torch.bool)} if is_labelled(dataloader) else {}

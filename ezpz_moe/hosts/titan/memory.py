@@ -30,6 +30,7 @@ from ezpz_moe.hosts.titan.accelerator_kernels import AcceleratorKernels, give_sh
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import components
+from ezpz_moe.hosts.titan.labelled import all_counted
 from ezpz_moe.hosts.titan.live import LiveStorages, Place
 from ezpz_moe.hosts.titan.preflight import config_of_rank, parts_of_model
 from ezpz_moe.hosts.titan.zero_computation import route_evenly
@@ -150,7 +151,8 @@ def activations(
     with FakeTensorMode(allow_non_fake_inputs=True), force_eager, norms:
         model.to_empty(device=utils.device_type)
         tokens, positions = torch.zeros((2, *shape), dtype=torch.int64, device=utils.device_type)
-        held = live_after_forward(model, tokens, positions=positions)
+        counted = all_counted(trainer_config.dataloader, tokens)
+        held = live_after_forward(model, tokens, positions=positions, **counted)
     # The loss is not run: it frees one chunk after another, so a formula for one chunk is enough.
     held[("lm_head", "output head")] = _loss_bytes(trainer_config)
     return RankReport(rank, bytes_by_place=held)

@@ -22,6 +22,7 @@ from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
+from ezpz_moe.hosts.titan.labelled import all_counted
 
 _FAILED = (
     "{}: {} (in a step with tensors that have shapes but no values; the rank itself was built, and "
@@ -96,7 +97,7 @@ def _step(config: Trainer.Config, model: Any) -> str:
     ):
         model.to_empty(device=utils.device_type)
         tokens, positions = torch.zeros((2, *shape), dtype=torch.int64, device=utils.device_type)
-        inputs = {"positions": positions}
+        inputs = {"positions": positions, **all_counted(config.dataloader, tokens)}
         if is_masked:
             inputs["attention_masks"] = model.get_attention_masks(positions=positions)
         output = model(tokens, **inputs)

@@ -12,6 +12,7 @@ from ezpz_moe.config.flavor_schema import group_score_conflicts
 from ezpz_moe.config.routing_schema import Router, size_conflicts
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.dispatchers import SORTING, host_class
+from ezpz_moe.hosts.titan.labelled import is_labelled
 
 _LABELS = 'padding = "labels"'
 
@@ -117,9 +118,6 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
 
 
 def _unlabelled(config: Any, named: str) -> Iterator[str]:
-    # Here, as only flavors with this padding need what that module relies on.
-    from ezpz_moe.hosts.titan.labelled import is_labelled
-
     if not is_labelled(config.dataloader):
         yield (
             f"{named} cannot be combined with the data loader "

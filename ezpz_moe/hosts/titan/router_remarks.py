@@ -20,7 +20,7 @@ def router_remarks(config: Any) -> list[str]:
     if moe is None:
         return []
     flavor = f"flavor {config.model_spec.flavor!r}"
-    checks = (_untrained_gate, _two_that_balance, _padding_with_a_special_token)
+    checks = (_untrained_gate, _kept_score, _two_that_balance, _padding_with_a_special_token)
     return [f"{flavor}: {each}" for check in checks for each in check(config, moe)]
 
 
@@ -58,9 +58,20 @@ def _untrained_gate(config: Any, moe: Any) -> Iterator[str]:
     )
 
 
+def _kept_score(config: Any, moe: Any) -> Iterator[str]:
+    settings, top_k = getattr(moe.router, "settings", Router()), moe.router.top_k
+    if settings.keep_top1_score and top_k > 1:
+        yield (
+            f"[router] keep_top1_score = true has no effect, as a token has {top_k} experts. "
+            "Remove it, or if it is inherited set it to false"
+        )
+
+
 def _two_that_balance(config: Any, moe: Any) -> Iterator[str]:
     balance = getattr(moe.router, "balance", None)
     if balance is None or balance.bias_update is not None or moe.load_balance_coeff is None:
+        return
+    if moe.router.settings.freeze:  # nor is the bias updated
         return
     losses = [
         f"{key} = {value:g}"
