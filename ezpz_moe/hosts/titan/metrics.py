@@ -177,7 +177,7 @@ class RouterMetrics(MetricsProcessor):
             raise RuntimeError(
                 f"The router's logits in layer {bad[0][0]} are not finite for {bad[0][1]:.0f} "
                 f"tokens of {where}. Stopping training. Resume from an earlier checkpoint with "
-                f"a lower learning rate, or set [balance] z_loss."
+                f"a lower learning rate, or with a z_loss among its balance losses."
             )
         return tuple(layer for layer, _ in layers)
 
