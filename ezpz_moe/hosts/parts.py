@@ -77,7 +77,7 @@ class Overrides(Protocol):
         """Turn CUDA graphs off in the current run if ``backend`` copies to the host's memory."""
 
     def refuse_overrides_of_job(self) -> None:
-        """Refuse overrides of the current run that exclude each other.
+        """Refuse overrides of the current run that exclude each other, or would do nothing.
 
         Raises:
             EzpzError: they do.
