@@ -84,7 +84,7 @@ class Overrides(Protocol):
         """
 
     def enter_run(self, door: str) -> None:
-        """Refuse a run that must not start, and lock its folder.
+        """Refuse a run that must not start, lock its folder, and let FSDP train it on the CPU.
 
         Raises:
             EzpzError: several CPU ranks would start with the same values, or another run writes

@@ -21,6 +21,7 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import run_folder
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan.base import titan
@@ -33,6 +34,9 @@ _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
 
 _target_of: dict[str, type] = {}
 """Our overrides by the name that a user writes -> the class of the config's nodes they replace."""
+
+_over_gloo: list[Callable[..., Any]] = []
+"""What parallelizes a model here, and has been wrapped for gloo."""
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +116,9 @@ def refuse_overrides_of_job() -> None:
 
 
 def enter_run(door: str) -> None:
-    """Refuse a run that must not start, and lock its folder; do nothing if no job is found.
+    """Refuse a run that must not start, lock its folder, and let FSDP train it on the CPU.
+
+    It does nothing if no job is found.
 
     Raises:
         EzpzError: several CPU ranks would start alike, or another run writes into the folder.
@@ -123,6 +129,7 @@ def enter_run(door: str) -> None:
     refuse_twins(job, f"--override.imports {door}")
     # The model is built after the overrides, and so is whatever writes into the folder.
     run_folder.hold_for(job, job.dump_folder)
+    _reduce_gradients_over_gloo(job)
     if _is_stopped_without_saving(job):
         _warn_once(
             "ezpz_moe: SIGTERM will end this run without saving the step that it is at. To have it "
@@ -137,6 +144,15 @@ def warn_of_emulation() -> None:
         line = door_2_line(job.training.mixed_precision_param)
         if line is not None:
             _warn_once(line)
+
+
+def _reduce_gradients_over_gloo(job: Trainer.Config) -> None:
+    spec = job.model_spec
+    # Once: we are called for every layer.
+    if spec.parallelize_fn not in _over_gloo:
+        # In place, as above: the host takes it from this very object.
+        spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+        _over_gloo.append(spec.parallelize_fn)
 
 
 def _is_stopped_without_saving(job: Trainer.Config) -> bool:
