@@ -9,7 +9,10 @@ Add ``ezpz_moe.overrides.sdpa`` where FlexAttention does not run (CPU, XPU), and
 """
 
 import dataclasses
-from typing import get_args
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args
 
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
@@ -17,58 +20,76 @@ from ezpz_moe.hosts.detect import host
 
 # At import: the host takes from this module what its decorators have registered by then.
 _host = host().overrides()
-with exit_on_user_error():
-    # Now, too: before it calls anything here, the host compares the overrides, with a traceback.
-    _host.refuse_overrides_of_job()
-_KEYS = ("compute_backend", "expert_precision")
 _EXAMPLE = """'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'"""
 
 
+def _for_users(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``factory`` with one line for a mistake, an unknown key among them."""
+    _, *keys = inspect.signature(factory).parameters
+
+    @functools.wraps(factory)
+    def checked(config: Any, **arguments: Any) -> Any:
+        with exit_on_user_error():
+            for key in arguments.keys() - set(keys):
+                raise EzpzError(
+                    f"--override.imports ezpz_moe.overrides.{factory.__name__}: unknown key "
+                    f"{key!r}.{did_you_mean(key, keys)} It takes {' and '.join(keys) or 'none'}."
+                )
+            return factory(config, **arguments)
+
+    return checked
+
+
 @_host.for_experts
+@_for_users
 def experts(
     config,
     *,
     compute_backend: str | None = None,
     expert_precision: ExpertPrecision | None = None,
-    **unknown,
 ):
     """Keep the experts, but compute them with ``compute_backend`` in ``expert_precision``."""
-    with exit_on_user_error():
-        for key in unknown:
-            raise EzpzError(
-                f"--override.imports ezpz_moe.overrides.experts: unknown key {key!r}."
-                f"{did_you_mean(key, _KEYS)} It takes {' and '.join(_KEYS)}."
-            )
-        if compute_backend is None:
-            raise EzpzError(
-                f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
-                f"Write {_EXAMPLE}."
-            )
-        if expert_precision not in (None, *get_args(ExpertPrecision)):
-            raise EzpzError(
-                f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
-                f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
-            )
-        _host.enter_run("ezpz_moe.overrides.experts")
-        replacement = _host.selected(
-            config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
+    if compute_backend is None:
+        raise EzpzError(
+            f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
+            f"Write {_EXAMPLE}."
         )
-        _host.turn_off_cuda_graphs_for(compute_backend)
-        _host.warn_of_emulation()
-        return replacement
+    if not isinstance(compute_backend, str):
+        raise EzpzError(
+            f"--override.imports ezpz_moe.overrides.experts: compute_backend = "
+            f"{compute_backend!r}: should be a name. Write {_EXAMPLE}."
+        )
+    if expert_precision not in (None, *get_args(ExpertPrecision)):
+        raise EzpzError(
+            f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
+            f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
+        )
+    _host.enter_run("ezpz_moe.overrides.experts")
+    replacement = _host.selected(
+        config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
+    )
+    _host.turn_off_cuda_graphs_for(compute_backend)
+    _host.warn_of_emulation()
+    return replacement
 
 
 @_host.for_attention
+@_for_users
 def sdpa(config):
     """Keep the attention, but with causal SDPA as its kernel: no per-document mask."""
-    with exit_on_user_error():
-        _host.enter_run("ezpz_moe.overrides.sdpa")
+    _host.enter_run("ezpz_moe.overrides.sdpa")
     return dataclasses.replace(config, inner_attention=_host.causal_attention(config))
 
 
 @_host.for_checkpoints
+@_for_users
 def checkpointer(config):
     """Keep the settings of checkpoints, but save on SIGTERM and resume as our own jobs do."""
-    with exit_on_user_error():
-        _host.enter_run("ezpz_moe.overrides.checkpointer")
+    _host.enter_run("ezpz_moe.overrides.checkpointer")
     return _host.our_checkpointer(config)
+
+
+with exit_on_user_error():
+    # At import, too: before it calls anything here, the host looks for each override that the user
+    # has named and compares them, with a traceback.
+    _host.refuse_overrides_of_job()

@@ -1,4 +1,4 @@
-"""Door 2: overrides that exclude each other are one line, where the host has a traceback."""
+"""Door 2: mistakes in overrides are one line, where the host has a traceback or says nothing."""
 
 import subprocess
 from collections.abc import Sequence
@@ -13,19 +13,23 @@ FFN = "torchtitan.overrides.fused_swiglu.fused_swiglu"
 
 # As the trainer does it, in a process that has not imported the overrides.
 APPLY = """
-import sys
+import importlib, sys
 from ezpz_moe.hosts.detect import check_host
 check_host()
 from torchtitan.config.override import apply_overrides, parse_cli_imports
-from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
-config = deepseek_v3_debugmodel()
-config.override.imports = parse_cli_imports(sys.argv[1:])
+model, name, *overrides = sys.argv[1:]
+config = getattr(importlib.import_module(f"torchtitan.models.{model}.config_registry"), name)()
+config.override.imports = parse_cli_imports(overrides)
 print(len(apply_overrides(config.override, config)), "nodes")
 """
 
 
-def applied(overrides: Sequence[str]) -> subprocess.CompletedProcess:
-    command = [fork_server.python(), "-c", APPLY, *overrides]
+MIXTURE = "deepseek_v3", "deepseek_v3_debugmodel"
+DENSE = "qwen3", "qwen3_debugmodel"
+
+
+def applied(overrides: Sequence[str], config=MIXTURE) -> subprocess.CompletedProcess:
+    command = [fork_server.python(), "-c", APPLY, *config, *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -47,7 +51,28 @@ def applied(overrides: Sequence[str]) -> subprocess.CompletedProcess:
     ids=["experts twice", "sdpa twice", "fused experts", "several mistakes"],
 )
 def test_overrides_that_the_host_refuses_with_a_traceback(overrides, message):
-    result = applied(overrides)
+    assert_refused(applied(overrides), message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ezpz_moe.overrides.expert"], "there is no such override. Did you mean 'ezpz_moe.over"),
+        ([f'{SDPA}={{"backend": "x"}}'], f"{SDPA}: unknown key 'backend'. It takes none."),
+        ([EXPERTS.replace("backend", "back")], "Did you mean 'compute_backend'? It takes compute_"),
+        ([EXPERTS.replace('"for_loop"', '["for_loop"]')], "= ['for_loop']: should be a name."),
+    ],
+    ids=["no such override", "a key of sdpa", "a key of experts", "a list"],
+)
+def test_what_an_override_does_not_take(overrides, message):
+    assert_refused(applied(overrides), message)
+
+
+def test_an_override_that_would_replace_nothing_beside_one_that_does():
+    assert_refused(applied([SDPA, EXPERTS], DENSE), "the model has no routed experts")
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.returncode == 2, result.stderr
     said = [line for line in result.stderr.splitlines() if "ezpz-moe: error: " in line]
     assert len(said) == 1

@@ -67,6 +67,23 @@ def test_the_hosts_own_classes_compute_in_the_seam(kind):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Tagged(nn.Parameter):
+    """Has a name and attributes of its own, and computes as any other parameter."""
+
+
+HARMLESS = {
+    "class of parameter": lambda self: setattr(self, "w1_EFD", Tagged(self.w1_EFD.data)),
+    "parametrization": lambda self: nn.utils.parametrizations.weight_norm(self, "w1_EFD"),
+    "reads a norm": lambda self: self.register_forward_hook(lambda _m, _x, y: y.norm().item()),
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_leaves_the_products_alone_is_no_reason_to_refuse(what):
+    kind = after_init(GroupedExperts, HARMLESS[what])
+    assert selected(config(kind), "for_loop", "a test").compute_backend == "for_loop"
+
+
 @pytest.mark.parametrize("backend", ["for_loop", "grouped_mm"])
 @pytest.mark.parametrize("how", WRAPPERS)
 @pytest.mark.parametrize("base", [GroupedExperts, GptOssGroupedExperts])

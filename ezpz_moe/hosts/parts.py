@@ -77,14 +77,14 @@ class Overrides(Protocol):
         """Turn CUDA graphs off in the current run if ``backend`` copies to the host's memory."""
 
     def refuse_overrides_of_job(self) -> None:
-        """Refuse overrides of the current run that exclude each other.
+        """Refuse overrides of the current run that exclude each other, or would do nothing.
 
         Raises:
             EzpzError: they do.
         """
 
     def enter_run(self, door: str) -> None:
-        """Refuse a run that must not start, and lock its folder.
+        """Refuse a run that must not start, lock its folder, and let FSDP train it on the CPU.
 
         Raises:
             EzpzError: several CPU ranks would start with the same values, or another run writes

@@ -13,9 +13,6 @@ from torch._subclasses import FakeTensor
 
 from ezpz_moe.hosts.local import local
 
-# A fake tensor stands for a plain one, in a run that computes nothing.
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)
-
 
 def wrapper_of(weight: Tensor) -> str | None:
     """Return the class of what ``weight`` is wrapped in, or None for a plain tensor.
@@ -24,7 +21,22 @@ def wrapper_of(weight: Tensor) -> str | None:
     """
     with torch.no_grad():
         kind = type(local(weight))
-    return None if kind in _PLAIN else kind.__name__
+    # A fake tensor stands for a plain one, in a run that computes nothing.
+    return kind.__name__ if kind is not FakeTensor and _computes(kind) else None
+
+
+def _computes(kind: type[Tensor]) -> bool:
+    """Return whether tensors of this class compute in another way than a plain one.
+
+    A class may be there for its attributes or its name alone.
+    """
+    is_plain = _function_of(kind) in (_function_of(Tensor), _function_of(nn.Parameter))
+    return not is_plain or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _function_of(kind: type[Tensor]) -> object:
+    # Bound to the class that is asked, so compare what is below.
+    return getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
 
 
 def wrapper_in(module: nn.Module) -> str | None:

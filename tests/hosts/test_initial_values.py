@@ -251,6 +251,12 @@ def test_from_the_seed_checkpoint_that_it_names_an_override_trains_as_on_one_ran
     alone.add("one rank", run)
     alone.add("seed", [*dumped, "--checkpoint.create-seed-checkpoint", *run])
     together.add("two ranks", [*dumped, *TP_2, *run], ranks=2)
+    # FSDP scales gradients in a way that gloo does not have. The seed by its path, because the run
+    # before has saved a step of its own.
+    sharded = [DUMP_FOLDER, str(tmp_path / "sharded"), "--checkpoint.enable"]
+    sharded += ["--checkpoint.initial-load-path", str(tmp_path / "seeded/checkpoint/step-0")]
+    together.add("FSDP", [*sharded, *run], ranks=2)
     assert alone["seed"] == {}  # nothing is trained
     for record in together["two ranks"]:
         assert record["losses"] == pytest.approx(alone["one rank"]["losses"], abs=1e-4)
+    assert {len(record["losses"]) for record in together["FSDP"]} == {1}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torchtitan.trainer import Trainer
 
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, did_you_mean
 
-_EXPERTS = "ezpz_moe.overrides.experts"
+_OURS = "ezpz_moe.overrides."
+_EXPERTS = f"{_OURS}experts"
 _FUSED = "torchtitan.overrides.fused_swiglu.fused_grouped_experts"
 _OF_A_FLAVOR = {
     _EXPERTS: (
@@ -18,6 +19,18 @@ _OF_A_FLAVOR = {
     _FUSED: (
         "it fuses only torchtitan's own experts and would not affect a flavor's. Remove the "
         "override, or train the upstream config (`--module deepseek_v3 ...`) with it."
+    ),
+}
+
+_NOTHING = {
+    _EXPERTS: (
+        "the model has no routed experts, so there is nothing to compute. Remove the override, or "
+        "choose a Mixture-of-Experts model."
+    ),
+    f"{_OURS}sdpa": "the model has no attention of torchtitan's. Remove the override.",
+    f"{_OURS}checkpointer": (
+        "the config has a checkpoint manager of its own, which the override cannot replace. Remove "
+        "the override."
     ),
 }
 
@@ -46,6 +59,28 @@ def refuse_overrides(config: Trainer.Config) -> None:
         )
     if problems:
         raise EzpzError("\n  ".join(problems))
+
+
+def refuse_without_effect(config: Trainer.Config, target_of: Mapping[str, type]) -> None:
+    """Refuse overrides of ours that would replace nothing in ``config``.
+
+    The host warns of that only if all that are named replace nothing.
+
+    Args:
+        target_of: name of an override -> the class of the nodes that it replaces.
+
+    Raises:
+        EzpzError: there is no such override, or no such node.
+    """
+    for name in _targets(config):
+        if name in target_of:
+            if not any(True for _ in config.traverse(target_of[name])):
+                raise EzpzError(f"override.imports {name}: {_NOTHING[name]}")
+        elif name.startswith(_OURS):
+            near, known = did_you_mean(name, target_of), ", ".join(target_of)
+            raise EzpzError(
+                f"override.imports {name}: there is no such override.{near} There are {known}."
+            )
 
 
 def _targets(config: Trainer.Config) -> list[str]:

@@ -21,39 +21,49 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.hosts import run_folder
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
-from ezpz_moe.hosts.titan.override_conflicts import refuse_overrides
+from ezpz_moe.hosts.titan.override_conflicts import refuse_overrides, refuse_without_effect
 
 _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
+
+_target_of: dict[str, type] = {}
+"""Our overrides by the name that a user writes -> the class of the config's nodes they replace."""
+
+_over_gloo: list[Callable[..., Any]] = []
+"""What parallelizes a model here, and has been wrapped for gloo."""
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``factory`` as an override of the routed experts, and return it."""
-    return override(
-        target=titan().experts().HostExperts.Config,
-        description="Compute the routed experts with a backend of ezpz_moe.",
-    )(factory)
+    return _registered(
+        factory,
+        titan().experts().HostExperts.Config,
+        "Compute the routed experts with a backend of ezpz_moe.",
+    )
 
 
 def for_attention(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``factory`` as an override of the attention, and return it."""
-    return override(
-        target=BaseAttention.Config,
-        description="Causal SDPA in place of FlexAttention or varlen attention.",
-    )(factory)
+    return _registered(
+        factory,
+        BaseAttention.Config,
+        "Causal SDPA in place of FlexAttention or varlen attention.",
+    )
 
 
 def for_checkpoints(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``factory`` as an override of the checkpoint manager, and return it."""
-    return override(
-        target=CheckpointManager.Config,
-        description="Save on SIGTERM, and resume as the jobs of ezpz_moe do.",
-    )(factory)
+    return _registered(
+        factory,
+        CheckpointManager.Config,
+        "Save on SIGTERM, and resume as the jobs of ezpz_moe do.",
+    )
 
 
 def selected(
@@ -93,18 +103,22 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
 
 
 def refuse_overrides_of_job() -> None:
-    """Refuse overrides that exclude each other; do nothing if no job is found.
+    """Refuse overrides that exclude each other or do nothing; pass if no job is found.
 
     Raises:
-        EzpzError: one is named twice, or two replace the routed experts.
+        EzpzError: one is named twice, or two replace the routed experts; one of ours does not
+            exist, or there is nothing in the job that it replaces.
     """
     job = _job_being_overridden()
     if job is not None:
         refuse_overrides(job)
+        refuse_without_effect(job, _target_of)
 
 
 def enter_run(door: str) -> None:
-    """Refuse a run that must not start, and lock its folder; do nothing if no job is found.
+    """Refuse a run that must not start, lock its folder, and let FSDP train it on the CPU.
+
+    It does nothing if no job is found.
 
     Raises:
         EzpzError: several CPU ranks would start alike, or another run writes into the folder.
@@ -115,6 +129,7 @@ def enter_run(door: str) -> None:
     refuse_twins(job, f"--override.imports {door}")
     # The model is built after the overrides, and so is whatever writes into the folder.
     run_folder.hold_for(job, job.dump_folder)
+    _reduce_gradients_over_gloo(job)
     if _is_stopped_without_saving(job):
         _warn_once(
             "ezpz_moe: SIGTERM will end this run without saving the step that it is at. To have it "
@@ -131,6 +146,15 @@ def warn_of_emulation() -> None:
             _warn_once(line)
 
 
+def _reduce_gradients_over_gloo(job: Trainer.Config) -> None:
+    spec = job.model_spec
+    # Once: we are called for every layer.
+    if spec.parallelize_fn not in _over_gloo:
+        # In place, as above: the host takes it from this very object.
+        spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+        _over_gloo.append(spec.parallelize_fn)
+
+
 def _is_stopped_without_saving(job: Trainer.Config) -> bool:
     checkpoint = job.checkpoint
     # By name too: the override of the checkpointer may come later than the one that asks. An entry
@@ -141,6 +165,11 @@ def _is_stopped_without_saving(job: Trainer.Config) -> bool:
     is_usual = isinstance(checkpoint, CheckpointManager.Config)
     saves = run_folder.saves_checkpoints(job) and not is_dry_run(job)
     return saves and is_usual and not is_ours
+
+
+def _registered(factory: Callable[..., Any], target: type, about: str) -> Callable[..., Any]:
+    _target_of[f"{factory.__module__}.{factory.__name__}"] = target
+    return override(target=target, description=about)(factory)
 
 
 # An override is called once per MoE layer.
