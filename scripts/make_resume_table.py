@@ -35,7 +35,12 @@ STEPS = 2
 
 _OURS = re.compile(r"WARNING - ezpz_moe: (?:\S+/step-\d+: )?(.*)\.$", re.MULTILINE)
 _REFUSED = re.compile(r"ezpz-moe: error: (?:\S+/step-\d+: )?(.*)$", re.MULTILINE)
-_UNRELATED = ("is untested", "for expert parallelism on the CPU", "drops tokens beyond")
+_UNRELATED = (
+    "is untested",
+    "for expert parallelism on the CPU",
+    "drops tokens beyond",
+    "drops what is beyond",
+)
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,24 @@ BALANCE = [
         balance("aux_loss = 0.01\nmse_loss = 0.01\nz_loss = 0.001"),
     ),
     Change("`scope`", balance("aux_loss = 0.01"), balance('aux_loss = 0.01\nscope = "batch"')),
+    Change(
+        "`sequence`, `batch`, `global`: losses of several scopes",
+        balance("aux_loss = 0.01"),
+        balance(
+            "[balance.sequence]\naux_loss = 0.01\n"
+            "[balance.batch]\nz_loss = 0.001\n[balance.global]\naux_loss = 0.01"
+        ),
+    ),
+    Change(
+        "`aux_loss_choice`",
+        balance("aux_loss = 0.01"),
+        balance('aux_loss = 0.01\naux_loss_choice = "routed"'),
+    ),
+    Change(
+        "`capacity_factor`, `drop`, `min_capacity`",
+        Setup(),
+        balance('capacity_factor = 1.25\ndrop = "probability"\nmin_capacity = 4'),
+    ),
     *both_ways(
         '`bias_update` = "none"',
         '"sign"',

@@ -69,7 +69,8 @@ def test_the_table_has_tried_every_key_of_the_tables(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     changes = importlib.import_module("make_resume_table").CHANGES
     named = "".join(change.what for section in changes.values() for change in section)
-    keys = {*Router.model_fields, *Balance.model_fields}
+    fields = Router.model_fields | Balance.model_fields
+    keys = {field.alias or name for name, field in fields.items()}
     assert {key for key in keys if f"`{key}`" not in named} == set()
     text = (SCRIPTS.parent / "docs" / "checkpoints.md").read_text()
     rows = re.findall(
