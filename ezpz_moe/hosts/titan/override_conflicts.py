@@ -37,7 +37,7 @@ _NOTHING = {
 
 def override_problems(config: Trainer.Config) -> Iterator[str]:
     """Yield what is wrong with the overrides of a flavor's run."""
-    targets = _targets(config)
+    targets = named(config)
     yield from _twice(targets)
     for target in dict.fromkeys(targets):
         if target in _OF_A_FLAVOR:
@@ -50,7 +50,7 @@ def refuse_overrides(config: Trainer.Config) -> None:
     Raises:
         EzpzError: one is named twice, or two replace the routed experts.
     """
-    targets = _targets(config)
+    targets = named(config)
     problems = [*_twice(targets)]
     if {_EXPERTS, _FUSED} <= set(targets):
         problems.append(
@@ -72,7 +72,7 @@ def refuse_without_effect(config: Trainer.Config, target_of: Mapping[str, type])
     Raises:
         EzpzError: there is no such override, or no such node.
     """
-    for name in _targets(config):
+    for name in named(config):
         if name in target_of:
             if not any(True for _ in config.traverse(target_of[name])):
                 raise EzpzError(f"override.imports {name}: {_NOTHING[name]}")
@@ -83,7 +83,8 @@ def refuse_without_effect(config: Trainer.Config, target_of: Mapping[str, type])
             )
 
 
-def _targets(config: Trainer.Config) -> list[str]:
+def named(config: Trainer.Config) -> list[str]:
+    """Return the overrides that the job names, in order, without their keyword arguments."""
     return [each if isinstance(each, str) else each[0] for each in config.override.imports]
 
 

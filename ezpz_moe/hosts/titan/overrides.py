@@ -28,7 +28,7 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
-from ezpz_moe.hosts.titan.override_conflicts import refuse_overrides, refuse_without_effect
+from ezpz_moe.hosts.titan.override_conflicts import named, refuse_overrides, refuse_without_effect
 
 _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
 
@@ -157,10 +157,8 @@ def _reduce_gradients_over_gloo(job: Trainer.Config) -> None:
 
 def _is_stopped_without_saving(job: Trainer.Config) -> bool:
     checkpoint = job.checkpoint
-    # By name too: the override of the checkpointer may come later than the one that asks. An entry
-    # is a name, or a name with its keyword arguments.
-    named = [each if isinstance(each, str) else each[0] for each in job.override.imports]
-    is_ours = isinstance(checkpoint, Checkpointer.Config) or _CHECKPOINTER in named
+    # By name too: the override of the checkpointer may come later than the one that asks.
+    is_ours = isinstance(checkpoint, Checkpointer.Config) or _CHECKPOINTER in named(job)
     # Of another manager than the host's usual one we have no kind that saves.
     is_usual = isinstance(checkpoint, CheckpointManager.Config)
     saves = run_folder.saves_checkpoints(job) and not is_dry_run(job)
