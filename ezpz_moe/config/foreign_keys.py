@@ -55,7 +55,7 @@ class ForeignKey:
 
     @property
     def is_coefficient(self) -> bool:
-        """Whether it is a loss's coefficient, whose unit matters."""
+        """Whether it is a loss's coefficient, whose unit and scope matter."""
         return self.ours in ("balance.aux_loss", "balance.z_loss")
 
     def __str__(self) -> str:
@@ -109,8 +109,8 @@ def meaning(name: str, known: Iterable[str], homes: Sequence[str] = ()) -> str:
 
     >>> meaning("router_topk", ["router_top_k"])
     " Did you mean 'router_top_k'?"
-    >>> meaning("--moe-z-loss-coeff", ["z_loss"])
-    " Megatron-Core's moe_z_loss_coeff is [balance] z_loss here; see docs/moving.md."
+    >>> meaning("--moe-router-topk", ["num_experts"])
+    " Megatron-Core's moe_router_topk is router_top_k here; see docs/moving.md."
     """
     known, foreign = list(known), _rows()
     near = _nearest(name, foreign)
@@ -123,7 +123,9 @@ def meaning(name: str, known: Iterable[str], homes: Sequence[str] = ()) -> str:
     said: dict[tuple[str, str], str] = {}
     for row in foreign[near]:
         said.setdefault((row.ours, row.factor), str(row))
-    return f" {'; '.join(said.values())}; see {_PAGE}."
+    # The default scope here is one that most others do not have.
+    scope = ", also for its scope" if any(row.is_coefficient for row in foreign[near]) else ""
+    return f" {'; '.join(said.values())}; see {_PAGE}{scope}."
 
 
 @cache
