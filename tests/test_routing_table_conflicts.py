@@ -75,7 +75,7 @@ def no_effect_balanced(what: str) -> str:
         (
             "[balance]\nbias_rate = 0.01",
             '[balance] bias_rate has no effect without bias_update = "sign" or "proportional"; set '
-            "bias_update, or remove bias_rate.",
+            'bias_update (models of torchtitan have "sign" by themselves), or remove bias_rate.',
         ),
         (
             "[router]\nnoise = 0.5",

@@ -339,8 +339,8 @@ def _balance_conflicts(balance: Balance) -> Iterator[str]:
     # bias_update = "none" may keep a bias_rate: a flavor cannot remove a rate that it inherits.
     if balance.bias_rate is not None and balance.bias_update is None:
         yield (
-            'bias_rate has no effect without bias_update = "sign" or "proportional"; '
-            "set bias_update, or remove bias_rate"
+            'bias_rate has no effect without bias_update = "sign" or "proportional"; set '
+            'bias_update (models of torchtitan have "sign" by themselves), or remove bias_rate'
         )
     if not balance.capacity_factor and (changed := _changed(balance, ("drop", "min_capacity"))):
         yield (
