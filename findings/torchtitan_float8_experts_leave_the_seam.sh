@@ -5,7 +5,8 @@
 # MXFP8 converter overrides it, so a second class that overrides it as well is seen to take its place.
 # The float8 converter leaves it alone and wraps the weights, whose __torch_function__ answers
 # torch._grouped_mm, linear, mm, matmul and addmm. Whoever overrides the seam with another product,
-# such as torch.bmm, gets that of the plain weights, to the bit, without a word. On the CPU:
+# such as torch.bmm, gets that of the plain weights, to the bit, without a word.
+# Seen on the CPU, Linux x86-64, Python 3.11:
 #
 #     MXFP8GroupedExperts: own seam True, weights Parameter
 #     Float8GroupedExperts: own seam False, weights Float8TrainingWeightWrapperTensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torchtitan.config import Configurable
@@ -90,7 +90,7 @@ def _padding_with_a_special_token(config: Any, moe: Any) -> Iterator[str]:
     settings = getattr(moe.router, "settings", Router())
     if settings.pad_token_id is None or settings.padding != "token":
         return
-    build = lambda: config.tokenizer.build(tokenizer_path=config.hf_assets_path)  # noqa: E731
+    build = partial(config.tokenizer.build, tokenizer_path=config.hf_assets_path)
     if name := special_tokens(build, config.hf_assets_path).get(settings.pad_token_id):
         yield (
             f"[router] pad_token_id = {settings.pad_token_id} is the tokenizer's {name} token, so "
