@@ -143,19 +143,19 @@ def test_no_kernel_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     case: Case = make_case(PATTERNS["uneven"]).to("meta", torch.bfloat16)
     counts_E = case.num_tokens_per_expert_E
     weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
-    kernels, options = batched_mm_capacity, backend.kernel_options
-    y_RD, gate_RF, up_RF = kernels._swiglu(*weights, case.x_RD, counts_E, *options)
+    kernels, options = backend.operators.kernels, backend.kernel_options
+    y_RD, gate_RF, up_RF = kernels.swiglu(*weights, case.x_RD, counts_E, *options)
     assert (y_RD.shape, gate_RF.shape) == (case.x_RD.shape, (len(case.x_RD), HIDDEN_DIM))
     for saved in ((gate_RF, up_RF), (None, None)):
-        gradients = kernels._swiglu_backward(
+        gradients = kernels.swiglu_backward(
             case.grad_y_RD, *weights, case.x_RD, counts_E, *saved, *options
         )
         like = (*weights, case.x_RD)
         assert [g.shape for g in gradients] == [each.shape for each in like]
     B_EKN, offs_E = case.w2_EDF.transpose(1, 2), counts_E.cumsum(0)
-    C_RN = kernels._mm(gate_RF, B_EKN, offs_E, *options)
+    C_RN = kernels.mm(gate_RF, B_EKN, offs_E, *options)
     assert C_RN.shape == case.x_RD.shape
-    kernels._mm_backward(C_RN, gate_RF, B_EKN, offs_E, *options)
+    kernels.mm_backward(C_RN, gate_RF, B_EKN, offs_E, *options)
     assert backend.rows_used(counts_E, len(case.x_RD)).is_meta
 
 

@@ -1,10 +1,11 @@
-"""Turn four plain kernels into differentiable torch operators.
+"""Turn plain kernels into differentiable torch operators.
 
 A kernel is a function from tensors to new tensors: it knows nothing of autograd, may read the token
 counts on the host, and writes its results into its own buffers. Registered as a custom operator,
 it is *one opaque node*: ``torch.compile(fullgraph=True)`` does not look at the counts inside,
-activation checkpointing recomputes it as a whole, and torch refuses a second differentiation with
-an error that names the operator.
+activation checkpointing saves or recomputes it as a whole, and torch refuses a second
+differentiation with an error that names the operator. What forward keeps for backward is among the
+operator's outputs, because a list of what checkpointing saves knows operators and nothing else.
 """
 
 import inspect
@@ -21,11 +22,11 @@ from ezpz_moe.compute.contract import Backend
 
 @dataclass(frozen=True)
 class Kernels:
-    """The four kernels of a backend. Legend of the suffixes: :mod:`.contract`.
+    """The kernels of a backend. Legend of the suffixes: :mod:`.contract`.
 
     Every returned tensor is new, with the shape and strides of ``torch.empty_like`` of the tensor
     that it is the gradient of (``B_EKN`` may be a transposed view: its gradient has the same
-    layout). After its tensors, each kernel takes the backend's ``kernel_options``: numbers,
+    layout). After its own arguments, each kernel takes the backend's ``kernel_options``: numbers,
     annotated as such.
 
     Attributes:
@@ -38,12 +39,18 @@ class Kernels:
         swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
             -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
             were not saved, and the kernel computes them again.
+        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows)
+            -> (out_TD, gate_RF, up_RF, order_R)``, with the order of :func:`.dispatch.row_order`.
+        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R)
+            -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
     """
 
     mm: Callable[..., Tensor]
     mm_backward: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., tuple[Tensor, Tensor, Tensor]]
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    routed_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
 
 
 class Operators:
@@ -51,16 +58,22 @@ class Operators:
 
     Attributes:
         mm: the grouped product, differentiable.
-        swiglu: the expert FFN, differentiable; saves gate and up.
+        swiglu: the expert FFN, differentiable; returns gate and up too, which it saves.
         swiglu_output: the same without gate and up, which backward computes again.
+        routed: the routed layer, differentiable; returns gate, up and the order too.
+        routed_output: the same without gate and up.
     """
 
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.kernels = kernels
         self.mm = _differentiable_mm(name, kernels)
-        backward = _swiglu_backward(name, kernels)
-        self.swiglu = _swiglu_that_saves(name, kernels, backward)
-        self.swiglu_output = _swiglu_that_recomputes(name, kernels, backward)
+        self.swiglu, self.swiglu_output = _layer(
+            f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
+        )
+        if kernels.routed is not None:
+            self.routed, self.routed_output = _layer(
+                f"{name}_routed", kernels.routed, kernels.routed_backward, _ROUTED
+            )
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,9 @@ class KernelBackend(Backend):
         """What the kernels take after their tensors."""
         return ()
 
-    def compute(self, kernel: str, *tensors: Tensor | None) -> Any:
-        """Run one of the four kernels, by its name in :class:`Kernels`, outside of autograd."""
-        return getattr(self.operators.kernels, kernel)(*tensors, *self.kernel_options)
+    def compute(self, kernel: str, *arguments: Tensor | int | None) -> Any:
+        """Run a kernel, by its name in :class:`Kernels`, outside of autograd."""
+        return getattr(self.operators.kernels, kernel)(*arguments, *self.kernel_options)
 
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         return self.operators.mm(A_RK, B_EKN, offs_E, *self.kernel_options)
@@ -101,6 +114,28 @@ class KernelBackend(Backend):
             return self.operators.swiglu_output(*inputs)
         y_RD, _, _ = self.operators.swiglu(*inputs)
         return y_RD
+
+    def _routed(
+        self,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        w3_EFD: Tensor,
+        x_TD: Tensor,
+        scores_TK: Tensor,
+        ids_TK: Tensor,
+        num_tokens_per_expert_E: Tensor,
+        num_rows: int,
+    ) -> Tensor:
+        if self.operators.kernels.routed is None:
+            return super()._routed(
+                w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, num_rows
+            )
+        node = self.operators.routed_output if self.recompute else self.operators.routed
+        out_TD, *_ = node(
+            *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),
+            *(num_rows, *self.kernel_options),
+        )
+        return out_TD
 
 
 def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDef:
@@ -149,75 +184,123 @@ def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
     return forward
 
 
-def _swiglu_backward(name: str, kernels: Kernels) -> Callable[..., tuple[Tensor, ...]]:
-    # One backward serves both forwards: it recomputes gate and up when it gets None for them.
-    backward = _operator(f"{name}_swiglu_backward", kernels.swiglu_backward)
+@dataclass(frozen=True)
+class _Arguments:
+    """Where the arguments of a layer's forward are, and what its operator returns.
+
+    Attributes:
+        differentiable: so many inputs have gradients: the weights and what follows them.
+        kept: the inputs that backward needs, by their places.
+        first_option: where the backend's options begin.
+        fake: from the inputs to empty outputs: shapes only, for torch.compile, which traces with
+            this instead of running the kernel. The first is the layer's output, gate and up follow.
+    """
+
+    differentiable: int
+    kept: tuple[int, ...]
+    first_option: int
+    fake: Callable[..., tuple[Tensor, ...]]
+
+
+def _fake_swiglu(
+    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    R, F = x_RD.shape[0], w1_EFD.shape[1]
+    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
+
+
+def _fake_routed(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    ids_TK: Tensor,
+    counts_E: Tensor,
+    num_rows: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    gate_RF, up_RF = (w1_EFD.new_empty(num_rows, w1_EFD.shape[1]) for _ in range(2))
+    order_R = ids_TK.new_empty(num_rows, dtype=torch.int64)
+    return x_TD.new_empty(x_TD.shape), gate_RF, up_RF, order_R
+
+
+_SWIGLU = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_swiglu)
+_ROUTED = _Arguments(5, (0, 1, 2, 3, 4, 6), 8, _fake_routed)  # the order replaces the ids
+
+
+def _layer(
+    name: str,
+    kernel: Callable[..., tuple[Tensor, ...]],
+    backward_kernel: Callable[..., tuple[Tensor, ...]],
+    arguments: _Arguments,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the operator that saves gate and up, and the one that computes them again."""
+    # One backward serves both forwards: it computes gate and up again if it gets None for them. It
+    # is an operator for the reason given above.
+    backward = _operator(f"{name}_backward", backward_kernel)
 
     @backward.register_fake
-    def _(grad_y_RD: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(like) for like in others[:4])  # the weights and x
+    def _(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(like) for like in others[: arguments.differentiable])
 
-    return backward
+    saving = _operator(name, kernel)
+    saving.register_fake(arguments.fake)
+    _differentiate(saving, backward, arguments, not_saved=())
+
+    output = _operator(f"{name}_output", _without_gate_and_up(kernel))
+    output.register_fake(_without_gate_and_up(arguments.fake))
+    _differentiate(output, backward, arguments, not_saved=(None, None))
+    return saving, output
 
 
-def _swiglu_that_saves(
-    name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
-) -> Callable[..., tuple[Tensor, ...]]:
-    forward = _operator(f"{name}_swiglu", kernels.swiglu)
+def _without_gate_and_up(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    @wraps(kernel)
+    def output(*inputs: Any) -> Any:
+        out, _, _, *others = kernel(*inputs)
+        return (out, *others) if others else out
 
-    @forward.register_fake
-    def _(
-        w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
-    ) -> tuple[Tensor, ...]:
-        R, F = x_RD.shape[0], w1_EFD.shape[1]
-        return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
+    # torch reads the operator's schema from it: the kernel's arguments, and fewer results.
+    signature = inspect.signature(kernel)
+    if signature.return_annotation == tuple[Tensor, Tensor, Tensor]:
+        signature = signature.replace(return_annotation=Tensor)
+    else:
+        signature = signature.replace(return_annotation=tuple[Tensor, Tensor])
+    output.__signature__ = signature  # type: ignore[attr-defined]
+    return output
 
+
+def _differentiate(
+    forward: torch.library.CustomOpDef,
+    backward: Callable[..., tuple[Tensor, ...]],
+    arguments: _Arguments,
+    not_saved: tuple[None, ...],
+) -> None:
+    """Give ``forward`` its gradient. ``not_saved`` stands for gate and up in backward's call."""
+
+    # Options stay out of save_for_backward, which takes tensors only.
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, gate_RF, up_RF = output
-        # gate and up are outputs only in order to be saved. Nobody differentiates them; unless
-        # torch knows that, autograd fills two [R, F] tensors with zeros in every backward.
-        ctx.mark_non_differentiable(gate_RF, up_RF)
+        saved = output[1:] if isinstance(output, tuple) else ()
+        # They are outputs only in order to be saved. Nobody differentiates them; unless torch knows
+        # that, autograd fills as many tensors with zeros in every backward.
+        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:5], gate_RF, up_RF)
-        ctx.options = inputs[5:]
+        ctx.save_for_backward(*(inputs[place] for place in arguments.kept), *saved)
+        ctx.options = inputs[arguments.first_option :]
 
     def differentiate(
-        ctx: Any, grad_y_RD: Tensor | None, grad_gate_RF: None, grad_up_RF: None
+        ctx: Any, grad_out: Tensor | None, *of_saved: None
     ) -> tuple[Tensor | None, ...]:
-        without_gradient = (None, *(None for _ in ctx.options))
-        if grad_y_RD is None:  # no gradient arrived from above
-            return (None,) * 4 + without_gradient
-        return *backward(grad_y_RD, *ctx.saved_tensors, *ctx.options), *without_gradient
+        # torch wants one entry for each input.
+        others = arguments.first_option - arguments.differentiable + len(ctx.options)
+        if grad_out is None:  # no gradient arrived from above
+            return (None,) * (arguments.differentiable + others)
+        inputs, saved = _split(ctx.saved_tensors, len(arguments.kept))
+        gradients = backward(grad_out, *inputs, *not_saved, *saved, *ctx.options)
+        return *gradients, *(None for _ in range(others))
 
     forward.register_autograd(differentiate, setup_context=setup_context)
-    return forward
 
 
-def _swiglu_that_recomputes(
-    name: str, kernels: Kernels, backward: Callable[..., tuple[Tensor, ...]]
-) -> Callable[..., Tensor]:
-    @wraps(kernels.swiglu)
-    def output(*arguments: Any) -> Tensor:
-        y_RD, _, _ = kernels.swiglu(*arguments)
-        return y_RD
-
-    # torch reads the operator's schema from it: the kernel's arguments, and y as the only result.
-    signature = inspect.signature(kernels.swiglu).replace(return_annotation=Tensor)
-    output.__signature__ = signature  # type: ignore[attr-defined]
-    forward = _operator(f"{name}_swiglu_output", output)
-
-    @forward.register_fake
-    def _(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any) -> Tensor:
-        return x_RD.new_empty(x_RD.shape)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:]
-
-    def differentiate(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = backward(grad_y_RD, *ctx.saved_tensors, None, None, *ctx.options)
-        # The two None in the call stand for gate and up.
-        return *gradients, None, *(None for _ in ctx.options)
-
-    forward.register_autograd(differentiate, setup_context=setup_context)
-    return forward
+def _split(tensors: tuple[Tensor, ...], first: int) -> tuple[tuple[Tensor, ...], ...]:
+    return tensors[:first], tensors[first:]

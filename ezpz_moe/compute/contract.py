@@ -1,18 +1,22 @@
 """The contract that every expert backend keeps, and checks of its arguments.
 
 Shape suffixes, as torchtitan writes them:
-    R = routed tokens, sorted by expert; E = local experts; D = model dimension;
-    F = hidden dimension of an expert; K, N = inner and outer dimension of a product.
+    T = tokens; K = experts of a token (top-k); R = routed tokens, sorted by expert;
+    E = local experts; D = model dimension; F = hidden dimension of an expert;
+    K, N in a product = its inner and outer dimension.
 
 What a backend promises, whatever the routing:
 
-- output and all four gradients (x, w1, w2, w3) equal the float64 reference within twice the error
-of the plain loop in the same dtype, plus 1e-6 of the tensor's scale;
+- output and all gradients (x, w1, w2, w3, and the scores of a routed layer) equal the float64
+reference within twice the error of the plain loop in the same dtype, plus 1e-6 of the tensor's
+scale;
 - rows beyond the sum of the counts (*tail rows*) get exactly zero, as outputs and as input
 gradients, even if the tail of x holds NaN;
 - an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it), and
 its weights change nothing, even if they hold NaN;
 - without rows, or without experts, the result is still a function of every input;
+- a token of a routed layer changes no other token's output or gradient, even if it holds NaN; a
+choice beyond ``num_rows`` changes nothing, and its score gets exactly zero;
 - the result has x's dtype; inputs do not change; a rerun gives the same bits;
 - a second differentiation is right or refused, never silently wrong.
 """
@@ -23,6 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from ezpz_moe.compute.dispatch import row_order
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -126,6 +132,47 @@ class Backend(ABC):
             return _without_experts(x_RD, x_RD.shape[1], w1_EFD, w2_EDF, w3_EFD)
         return self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
+    def routed(
+        self,
+        w1_EFD: torch.Tensor,
+        w2_EDF: torch.Tensor,
+        w3_EFD: torch.Tensor,
+        x_TD: torch.Tensor,
+        scores_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        num_tokens_per_expert_E: torch.Tensor,
+        *,
+        num_rows: int | None = None,
+    ) -> torch.Tensor:
+        """Compute a whole routed layer: every token's experts, weighted by its scores, summed.
+
+        ``out[t] = sum over k of scores[t, k] * swiglu(x[t])``, each with the weights of expert
+        ``ids[t, k]``. Whether a score multiplies the output of an expert or its hidden rows is the
+        backend's choice: on paper both are the same.
+
+        Args:
+            w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
+            x_TD: tokens, in any floating dtype: rows are computed in that of the weights.
+            scores_TK: weights of each token's experts, in any floating dtype.
+            ids_TK: int64, each token's experts. One may be chosen more than once.
+            num_tokens_per_expert_E: int32 or int64, how often each expert is among the first
+                ``num_rows`` of the sorted ids, on x's device or on the host.
+            num_rows: R, if fewer than T * K: the choices with the highest ids, which may be ids of
+                no expert, are left out.
+
+        Returns:
+            out_TD in x's dtype.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it.
+        """
+        rows = ids_TK.numel() if num_rows is None else num_rows
+        weights = (w1_EFD, w2_EDF, w3_EFD)
+        check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
+        if not w1_EFD.shape[0]:
+            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK)
+        return self._routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
+
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
     ) -> torch.Tensor | None:
@@ -163,6 +210,26 @@ class Backend(ABC):
         gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
         up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
         return self._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs_E)
+
+    def _routed(
+        self,
+        w1_EFD: torch.Tensor,
+        w2_EDF: torch.Tensor,
+        w3_EFD: torch.Tensor,
+        x_TD: torch.Tensor,
+        scores_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        num_tokens_per_expert_E: torch.Tensor,
+        num_rows: int,
+    ) -> torch.Tensor:
+        """Compose dispatch, experts and combination, each as the host does."""
+        order_R = row_order(ids_TK, num_rows)
+        token_R, score_R = order_R // ids_TK.shape[1], scores_TK.flatten()[order_R]
+        x_RD = x_TD[token_R].to(w1_EFD.dtype)
+        y_RD = self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        # Weighted in the scores' dtype, which is float32 where rows are in half of it.
+        weighted_RD = (y_RD * score_R.unsqueeze(1)).to(x_TD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, token_R, weighted_RD)
 
 
 # Here and not in the backends: kernels and the libraries below them may rely on a first expert.
@@ -212,21 +279,63 @@ def check_swiglu(
     num_tokens_per_expert_E: torch.Tensor,
 ) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.swiglu`. No device sync."""
-    _check_rank("x", x_RD, 2)
+    _check_layer(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    _check_same("x", x_RD, "w1", w1_EFD)
+
+
+def _check_layer(
+    w1_EFD: torch.Tensor,
+    w2_EDF: torch.Tensor,
+    w3_EFD: torch.Tensor,
+    x_XD: torch.Tensor,
+    num_tokens_per_expert_E: torch.Tensor,
+) -> None:
+    _check_rank("x", x_XD, 2)
     _check_rank("w1", w1_EFD, 3)
     E, F_, D = w1_EFD.shape
     for name, tensor, shape in (
         ("w2", w2_EDF, (E, D, F_)),
         ("w3", w3_EFD, (E, F_, D)),
-        ("x", x_RD, (x_RD.shape[0], D)),
+        ("x", x_XD, (x_XD.shape[0], D)),
     ):
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; "
                 f"with w1 of shape (E, F, D) = {(E, F_, D)} it must be {shape}"
             )
+    for name, tensor in (("w2", w2_EDF), ("w3", w3_EFD)):
         _check_same(name, tensor, "w1", w1_EFD)
     _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
+
+
+def check_routed(
+    w1_EFD: torch.Tensor,
+    w2_EDF: torch.Tensor,
+    w3_EFD: torch.Tensor,
+    x_TD: torch.Tensor,
+    scores_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    num_tokens_per_expert_E: torch.Tensor,
+    num_rows: int,
+) -> None:
+    """Check ranks, sizes, dtypes and devices for :meth:`Backend.routed`. No device sync."""
+    _check_layer(w1_EFD, w2_EDF, w3_EFD, x_TD, num_tokens_per_expert_E)
+    _check_rank("ids", ids_TK, 2)
+    if ids_TK.dtype not in _INTEGERS:
+        raise TypeError(f"ids must be int32 or int64, not {ids_TK.dtype}")
+    if ids_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(f"ids are of {ids_TK.shape[0]} tokens, but x has {x_TD.shape[0]}")
+    if scores_TK.shape != ids_TK.shape:
+        raise ValueError(
+            f"scores have shape {tuple(scores_TK.shape)}, but ids {tuple(ids_TK.shape)}"
+        )
+    for name, tensor in (("x", x_TD), ("scores", scores_TK)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, not {tensor.dtype}")
+    for name, tensor in (("x", x_TD), ("scores", scores_TK), ("ids", ids_TK)):
+        _check_device(name, tensor, "w1", w1_EFD)
+    if not 0 <= num_rows <= ids_TK.numel():
+        raise ValueError(f"num_rows is {num_rows}, but ids are {ids_TK.numel()}")
 
 
 def _to_host(counts_E: torch.Tensor) -> list[int]:
@@ -339,6 +448,10 @@ def _check_same(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor
             f"{name} is {tensor.dtype}, but {model} is {other.dtype}: cast them to one dtype "
             f"(torchtitan computes experts in torch.bfloat16)"
         )
+    _check_device(name, tensor, model, other)
+
+
+def _check_device(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but {model} is on {other.device}")
 

@@ -18,7 +18,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. C = rows per expert, S
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ezpz_moe.compute import products
-from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
-from ezpz_moe.compute.contract import (
-    is_transposed,
-    laid_out_like,
-    offsets_of_counts,
-    offsets_on_device,
-)
-from ezpz_moe.compute.elementwise import swiglu_gradients_
+from ezpz_moe.compute.autograd import KernelBackend, Operators
+from ezpz_moe.compute.contract import is_transposed, offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.ffn import kernels_of
+from ezpz_moe.compute.grouping import Grouping
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:
@@ -45,8 +41,11 @@ def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> 
     return min(ceil(min(capacity_factor, num_experts) * num_rows / num_experts), num_rows)
 
 
-class _Slots:
-    """Which row each of the S slots holds, and which slot each of the R rows has."""
+class _Slots(Grouping):
+    """Which row each of the S slots holds, and which slot each of the R rows has.
+
+    An operand is slots. Results are rows, of which those that were dropped are zero.
+    """
 
     def __init__(self, ends_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> None:
         """``ends_E``: inclusive cumulative counts, on the rows' device."""
@@ -61,7 +60,7 @@ class _Slots:
         row_EC = starts_E.unsqueeze(1) + place_C
         void_EC = row_EC >= ends_E.unsqueeze(1)
         self.void_S1 = void_EC.view(-1, 1)
-        # A void slot reads row 0, which is a valid index; take() then zeroes it.
+        # A void slot reads row 0, which is a valid index; operand() then zeroes it.
         self.row_S = row_EC.masked_fill(void_EC, 0).flatten()
 
         row_R = torch.arange(R, device=device)
@@ -73,98 +72,43 @@ class _Slots:
         self.dropped_R1 = dropped_R.unsqueeze(1)
         self.slot_R = (expert_R * self.capacity + place_R).masked_fill_(dropped_R, 0)
 
-    def take(self, rows_RX: Tensor) -> Tensor:
+    @classmethod
+    def of_counts(cls, counts_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> Self:
+        return cls(offsets_of_counts(counts_E, rows_RX), rows_RX, capacity_factor)
+
+    @classmethod
+    def of_offsets(cls, offs_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> Self:
+        return cls(offsets_on_device(offs_E, rows_RX), rows_RX, capacity_factor)
+
+    def zero_tail_(self, rows_RX: Tensor) -> Tensor:
+        return rows_RX.masked_fill_(self.dropped_R1, 0)
+
+    def operand(self, rows_RX: Tensor) -> Tensor:
         """Gather [R, X] -> [E, C, X]. An empty slot is zero: it adds nothing to a gradient."""
         # Fill, do not multiply by zero: the row that a void slot reads may hold NaN.
         taken_SX = rows_RX.index_select(0, self.row_S).masked_fill_(self.void_S1, 0)
         return taken_SX.view(self.experts, self.capacity, rows_RX.shape[1])
 
-    def put(self, slots_ECX: Tensor, like_RX: Tensor | None = None) -> Tensor:
-        """Gather [E, C, X] -> [R, X], laid out like ``like_RX``. Dropped and tail rows are zero."""
-        rows_RX = slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
-        rows_RX.masked_fill_(self.dropped_R1, 0)
-        return rows_RX if like_RX is None else laid_out_like(rows_RX, like_RX)
+    def multiply(self, A: Tensor, B_EKN: Tensor, out_RN: Tensor | None = None) -> Tensor:
+        return self._rows(products.bmm(A, B_EKN))
 
-    def clear_(self, slots_ECX: Tensor) -> Tensor:
-        """Zero the empty slots: there a product is NaN for an idle expert whose weights are."""
-        slots_ECX.flatten(0, 1).masked_fill_(self.void_S1, 0)
-        return slots_ECX
+    def multiply_sum(
+        self, A: Tensor, B_EKN: Tensor, A2: Tensor, B2_ELN: Tensor, out_RN: Tensor | None = None
+    ) -> Tensor:
+        return self._rows(products.bmm_sum(A, B_EKN, A2, B2_ELN))
 
+    def _rows(self, slots_ECX: Tensor) -> Tensor:
+        """Gather [E, C, X] -> [R, X]. Dropped and tail rows are zero."""
+        # Rows are kept, not slots: [E, C, F] is capacity_factor times as large. And an empty slot
+        # of an idle expert is NaN if its weights are.
+        return self.zero_tail_(slots_ECX.flatten(0, 1).index_select(0, self.slot_R))
 
-def _weight_gradient(left_ECM: Tensor, right_ECN: Tensor, like_EMN: Tensor) -> Tensor:
-    """Return ``left.T @ right``, laid out like ``like_EMN``."""
-    if is_transposed(like_EMN):
-        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
-        # view.
-        return _weight_gradient(right_ECN, left_ECM, like_EMN.transpose(1, 2)).transpose(1, 2)
-    return products.bmm(left_ECM.transpose(1, 2), right_ECN, torch.empty_like(like_EMN))
-
-
-def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float) -> Tensor:
-    slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
-    return slots.put(products.bmm(slots.take(A_RK), B_EKN))
-
-
-def _mm_backward(
-    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, capacity_factor: float
-) -> tuple[Tensor, Tensor]:
-    slots = _Slots(offsets_on_device(offs_E, A_RK), A_RK, capacity_factor)
-    grad_C_ECN = slots.take(grad_C_RN)
-    grad_A_ECK = products.bmm(grad_C_ECN, B_EKN.transpose(1, 2))
-    return slots.put(grad_A_ECK, A_RK), _weight_gradient(slots.take(A_RK), grad_C_ECN, B_EKN)
-
-
-def _gate_and_up(w1_EFD: Tensor, w3_EFD: Tensor, x_ECD: Tensor) -> tuple[Tensor, Tensor]:
-    gate_ECF = products.bmm(x_ECD, w1_EFD.transpose(1, 2))
-    return gate_ECF, products.bmm(x_ECD, w3_EFD.transpose(1, 2))
-
-
-def _swiglu(
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    capacity_factor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
-    gate_ECF, up_ECF = _gate_and_up(w1_EFD, w3_EFD, slots.take(x_RD))
-    y_ECD = products.bmm(F.silu(gate_ECF).mul_(up_ECF), w2_EDF.transpose(1, 2))
-    # Keep rows, not slots: [E, C, F] is capacity_factor times as large.
-    return slots.put(y_ECD), slots.put(gate_ECF), slots.put(up_ECF)
-
-
-def _swiglu_backward(
-    grad_y_RD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor | None,
-    up_RF: Tensor | None,
-    capacity_factor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots = _Slots(offsets_of_counts(num_tokens_per_expert_E, x_RD), x_RD, capacity_factor)
-    x_ECD, grad_y_ECD = slots.take(x_RD), slots.take(grad_y_RD)
-    if gate_RF is None or up_RF is None:
-        gate_ECF, up_ECF = map(slots.clear_, _gate_and_up(w1_EFD, w3_EFD, x_ECD))
-    else:
-        gate_ECF, up_ECF = slots.take(gate_RF), slots.take(up_RF)
-    activated_ECF = F.silu(gate_ECF)
-    hidden_ECF = activated_ECF * up_ECF
-    # w2's gradient first: what follows overwrites hidden and activated.
-    grad_w2_EDF = _weight_gradient(grad_y_ECD, hidden_ECF, w2_EDF)
-
-    grad_hidden_ECF = slots.clear_(products.bmm(grad_y_ECD, w2_EDF, hidden_ECF))
-    grad_gate_ECF, grad_up_ECF = swiglu_gradients_(grad_hidden_ECF, activated_ECF, gate_ECF, up_ECF)
-    grad_x_ECD = products.bmm_sum(grad_gate_ECF, w1_EFD, grad_up_ECF, w3_EFD)
-    return (
-        _weight_gradient(grad_gate_ECF, x_ECD, w1_EFD),
-        grad_w2_EDF,
-        _weight_gradient(grad_up_ECF, x_ECD, w3_EFD),
-        slots.put(grad_x_ECD, x_RD),
-    )
+    def weight_gradient(self, left: Tensor, right: Tensor, like_EMN: Tensor) -> Tensor:
+        if is_transposed(like_EMN):
+            # bmm is slow into a transposed out (see is_transposed): compute the transpose, return
+            # a view.
+            return self.weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
+        return products.bmm(left.transpose(1, 2), right, torch.empty_like(like_EMN))
 
 
 @dataclass(frozen=True)
@@ -181,9 +125,7 @@ class BatchedMMCapacity(KernelBackend):
     static_shapes = True
     drops_tokens = True
     pads = True
-    operators = Operators(
-        "batched_mm_capacity", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward)
-    )
+    operators = Operators("batched_mm_capacity", kernels_of(_Slots))
 
     capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.25
 

@@ -25,22 +25,21 @@ for each of them, P = padded rows of all uneven runs, n = rows that belong to an
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ezpz_moe.compute import products
-from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.contract import (
     counts_of_offsets,
     counts_on_host,
     is_transposed,
-    laid_out_like,
 )
-from ezpz_moe.compute.elementwise import swiglu_gradients_
+from ezpz_moe.compute.ffn import kernels_of
+from ezpz_moe.compute.grouping import Grouping
 from ezpz_moe.compute.runs import Run, runs_within
 
 
@@ -99,7 +98,7 @@ def _ranges(start_c: Tensor, length_c: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=start_c.device) + shift_t
 
 
-class _Rows:
+class _Operand:
     """Rows sorted by expert [R, X], with room for a padded copy of those in uneven runs [P, X]."""
 
     def __init__(self, rows_RX: Tensor, plan: _Plan) -> None:
@@ -107,16 +106,14 @@ class _Rows:
         self.plan = plan
         self.padded_PX = rows_RX.new_empty(plan.P, rows_RX.shape[1])
 
-    @classmethod
-    def padded(cls, rows_RX: Tensor, plan: _Plan) -> "_Rows":
+    def read(self) -> Self:
         """Prepare for reading: padding is zero, which adds nothing to a gradient."""
-        rows = cls(rows_RX, plan)
-        if plan.P:
+        if self.plan.P:
             # Gather every slot, then zero the padding: one pass instead of zeroing the buffer and
             # scattering into it.
-            torch.index_select(rows_RX, 0, plan.source_P, out=rows.padded_PX)
-            rows.padded_PX.index_fill_(0, plan.void_v, 0)
-        return rows
+            torch.index_select(self.rows_RX, 0, self.plan.source_P, out=self.padded_PX)
+            self.padded_PX.index_fill_(0, self.plan.void_v, 0)
+        return self
 
     def of(self, run: Run) -> Tensor:
         """Return a run's rows as a view [g, C, X]."""
@@ -128,12 +125,12 @@ class _Rows:
             rows_X = self.padded_PX[slot : slot + run.experts * run.capacity]
         return rows_X.unflatten(0, (run.experts, run.capacity))
 
-    def unpadded(self) -> Tensor:
-        """Return [R, X] with everything that was written to the runs; tail rows are zero."""
+    def written(self) -> Tensor:
+        """Return [R, X] with everything that was written to the runs."""
         if self.plan.P:
+            # Padded rows were multiplied too. Their results stay behind.
             written_pX = self.padded_PX.index_select(0, self.plan.slots_p)
             self.rows_RX.index_copy_(0, self.plan.rows_p, written_pX)
-        self.rows_RX[self.plan.n :].zero_()
         return self.rows_RX
 
 
@@ -144,115 +141,67 @@ def _product(A_gCK: Tensor, B_gKN: Tensor, out_gCN: Tensor) -> None:
         products.bmm(A_gCK, B_gKN, out_gCN)
 
 
-# Padded rows are multiplied too, and their results left behind: unpadded() copies only real ones.
-def _multiply(A: _Rows, B_EKN: Tensor, out: _Rows) -> None:
-    for run in A.plan.runs:
-        _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
+class _Runs(Grouping):
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
 
+    @classmethod
+    def of_counts(cls, counts_E: Tensor, rows_RX: Tensor, max_padding: float) -> Self:
+        counts = counts_on_host(counts_E, rows_RX.shape[0])
+        return cls(_Plan(counts, rows_RX.device, max_padding))
 
-def _multiply_sum(A: _Rows, B_EKN: Tensor, A2: _Rows, B2_ELN: Tensor, out: _Rows) -> None:
-    for run in A.plan.runs:
-        experts = slice(run.first, run.stop)
-        products.bmm_sum(*(A.of(run), B_EKN[experts]), *(A2.of(run), B2_ELN[experts]), out.of(run))
+    @classmethod
+    def of_offsets(cls, offs_E: Tensor, rows_RX: Tensor, max_padding: float) -> Self:
+        counts = counts_of_offsets(offs_E, rows_RX.shape[0])
+        return cls(_Plan(counts, rows_RX.device, max_padding))
 
+    def owned(self, rows_RX: Tensor) -> Tensor:
+        return rows_RX[: self.plan.n]
 
-def _weight_gradient(left: _Rows, right: _Rows, like_EMN: Tensor) -> Tensor:
-    """Compute ``left.T @ right`` for every expert, laid out like ``like_EMN``."""
-    if is_transposed(like_EMN):
-        # bmm is slow into a transposed out (see is_transposed): compute the transpose, return a
-        # view.
-        return _weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
-    grad_EMN = torch.empty_like(like_EMN)
-    for idle in left.plan.idle:
-        grad_EMN[idle].zero_()
-    for run in left.plan.runs:
-        _product(left.of(run).transpose(1, 2), right.of(run), grad_EMN[run.first : run.stop])
-    return grad_EMN
+    def zero_tail_(self, rows_RX: Tensor) -> Tensor:
+        rows_RX[self.plan.n :].zero_()
+        return rows_RX
 
+    def operand(self, rows_RX: Tensor) -> _Operand:
+        return _Operand(rows_RX, self.plan).read()
 
-def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, max_padding: float) -> Tensor:
-    counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding)
-    C = _Rows(A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]), plan)
-    _multiply(_Rows.padded(A_RK, plan), B_EKN, C)
-    return C.unpadded()
+    def multiply(self, A: _Operand, B_EKN: Tensor, out_RN: Tensor | None = None) -> Tensor:
+        out = self._to_write(A, B_EKN, out_RN)
+        for run in self.plan.runs:
+            _product(A.of(run), B_EKN[run.first : run.stop], out.of(run))
+        return out.written()
 
+    def multiply_sum(
+        self,
+        A: _Operand,
+        B_EKN: Tensor,
+        A2: _Operand,
+        B2_ELN: Tensor,
+        out_RN: Tensor | None = None,
+    ) -> Tensor:
+        out = self._to_write(A, B_EKN, out_RN)
+        for run in self.plan.runs:
+            of_run = slice(run.first, run.stop)
+            products.bmm_sum(A.of(run), B_EKN[of_run], A2.of(run), B2_ELN[of_run], out.of(run))
+        return out.written()
 
-def _mm_backward(
-    grad_C_RN: Tensor,
-    A_RK: Tensor,
-    B_EKN: Tensor,
-    offs_E: Tensor,
-    max_padding: float,
-) -> tuple[Tensor, Tensor]:
-    counts = counts_of_offsets(offs_E, A_RK.shape[0])
-    plan = _Plan(counts, A_RK.device, max_padding)
-    grad_C, grad_A = _Rows.padded(grad_C_RN, plan), _Rows(A_RK.new_empty(A_RK.shape), plan)
-    _multiply(grad_C, B_EKN.transpose(1, 2), grad_A)
-    grad_B_EKN = _weight_gradient(_Rows.padded(A_RK, plan), grad_C, B_EKN)
-    return laid_out_like(grad_A.unpadded(), A_RK), grad_B_EKN
+    def _to_write(self, A: _Operand, B_EKN: Tensor, out_RN: Tensor | None) -> _Operand:
+        if out_RN is None:
+            out_RN = A.rows_RX.new_empty(A.rows_RX.shape[0], B_EKN.shape[2])
+        return _Operand(out_RN, self.plan)
 
-
-def _gate_and_up(w1_EFD: Tensor, w3_EFD: Tensor, x: _Rows) -> tuple[Tensor, Tensor]:
-    R, F_ = x.rows_RX.shape[0], w1_EFD.shape[1]
-    gate, up = (_Rows(x.rows_RX.new_empty(R, F_), x.plan) for _ in range(2))
-    _multiply(x, w1_EFD.transpose(1, 2), gate)
-    _multiply(x, w3_EFD.transpose(1, 2), up)
-    return gate.unpadded(), up.unpadded()
-
-
-def _swiglu(
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    max_padding: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding)
-    gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, _Rows.padded(x_RD, plan))
-    hidden = _Rows.padded(F.silu(gate_RF).mul_(up_RF), plan)
-    y = _Rows(x_RD.new_empty(x_RD.shape), plan)
-    _multiply(hidden, w2_EDF.transpose(1, 2), y)
-    return y.unpadded(), gate_RF, up_RF
-
-
-def _swiglu_backward(
-    grad_y_RD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor | None,
-    up_RF: Tensor | None,
-    max_padding: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = counts_on_host(num_tokens_per_expert_E, x_RD.shape[0])
-    plan = _Plan(counts, x_RD.device, max_padding)
-    x, grad_y = _Rows.padded(x_RD, plan), _Rows.padded(grad_y_RD, plan)
-    if gate_RF is None or up_RF is None:
-        gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x)
-    # Two [R, F] buffers besides the padded copies: fresh memory costs an allocator the most.
-    activated_RF = F.silu(gate_RF)
-    hidden_RF = activated_RF * up_RF
-    grad_w2_EDF = _weight_gradient(grad_y, _Rows.padded(hidden_RF, plan), w2_EDF)
-
-    # hidden is no longer needed: its gradient takes over the memory.
-    grad_hidden = _Rows(hidden_RF, plan)
-    _multiply(grad_y, w2_EDF, grad_hidden)
-    gradients = swiglu_gradients_(grad_hidden.unpadded(), activated_RF, gate_RF, up_RF)
-    grad_gate, grad_up = (_Rows.padded(each, plan) for each in gradients)
-
-    grad_x = _Rows(x_RD.new_empty(x_RD.shape), plan)
-    _multiply_sum(grad_gate, w1_EFD, grad_up, w3_EFD, grad_x)
-    return (
-        _weight_gradient(grad_gate, x, w1_EFD),
-        grad_w2_EDF,
-        _weight_gradient(grad_up, x, w3_EFD),
-        laid_out_like(grad_x.unpadded(), x_RD),
-    )
+    def weight_gradient(self, left: _Operand, right: _Operand, like_EMN: Tensor) -> Tensor:
+        if is_transposed(like_EMN):
+            # bmm is slow into a transposed out (see is_transposed): compute the transpose, return
+            # a view.
+            return self.weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
+        grad_EMN = torch.empty_like(like_EMN)
+        for idle in self.plan.idle:
+            grad_EMN[idle].zero_()
+        for run in self.plan.runs:
+            left_gMC = left.of(run).transpose(1, 2)
+            _product(left_gMC, right.of(run), grad_EMN[run.first : run.stop])
+        return grad_EMN
 
 
 @dataclass(frozen=True)
@@ -268,9 +217,7 @@ class BatchedMMPadded(KernelBackend):
     host_syncs = True
     static_shapes = False
     pads = True
-    operators = Operators(
-        "batched_mm_padded", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward)
-    )
+    operators = Operators("batched_mm_padded", kernels_of(_Runs))
 
     max_padding: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.25
 

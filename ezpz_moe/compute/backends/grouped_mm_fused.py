@@ -13,13 +13,13 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ezpz_moe.compute import products
-from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.backends.grouped_mm import aligned, reasons_against, row_major
 from ezpz_moe.compute.contract import (
     is_transposed,
@@ -27,94 +27,48 @@ from ezpz_moe.compute.contract import (
     offsets_of_counts,
     offsets_on_device,
 )
-from ezpz_moe.compute.elementwise import swiglu_gradients_
+from ezpz_moe.compute.ffn import kernels_of
+from ezpz_moe.compute.grouping import Grouping
 
 
-def _product(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    """Compute ``A[r] @ B[expert of r]``; tail rows are unwritten."""
-    return products.grouped_mm(row_major(A_RK), aligned(B_EKN), offs_E)
+class _Offsets(Grouping):
+    """An operand is the rows themselves, in strides that ``torch._grouped_mm`` reads."""
 
+    def __init__(self, offs_E: Tensor) -> None:
+        self.offs_E = offs_E.int()
 
-def _weight_gradient(left_RM: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
-    """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, M, N]."""
-    if is_transposed(like):
-        grad_ENM = _weight_gradient(right_RN, left_RM, offs_E, like.transpose(1, 2))
-        return grad_ENM.transpose(1, 2)
-    grad_EMN = products.grouped_outer(row_major(left_RM), row_major(right_RN), offs_E)
-    return laid_out_like(grad_EMN, like)
+    @classmethod
+    def of_counts(cls, counts_E: Tensor, rows_RX: Tensor) -> Self:
+        return cls(offsets_of_counts(counts_E, rows_RX))
 
+    @classmethod
+    def of_offsets(cls, offs_E: Tensor, rows_RX: Tensor) -> Self:
+        return cls(offsets_on_device(offs_E, rows_RX))
 
-def _zero_tail(rows_RX: Tensor, offs_E: Tensor) -> Tensor:
-    if offs_E.is_cpu:  # here the number of tail rows is known without waiting
-        torch.tensor_split(rows_RX, offs_E[-1:].long())[1].zero_()
-        return rows_RX
-    tail_R = torch.arange(rows_RX.shape[0], device=rows_RX.device) >= offs_E[-1]
-    return rows_RX.masked_fill_(tail_R.unsqueeze(1), 0)
+    def zero_tail_(self, rows_RX: Tensor) -> Tensor:
+        if self.offs_E.is_cpu:  # here the number of tail rows is known without waiting
+            torch.tensor_split(rows_RX, self.offs_E[-1:].long())[1].zero_()
+            return rows_RX
+        tail_R = torch.arange(rows_RX.shape[0], device=rows_RX.device) >= self.offs_E[-1]
+        return rows_RX.masked_fill_(tail_R.unsqueeze(1), 0)
 
+    def operand(self, rows_RX: Tensor) -> Tensor:
+        return row_major(rows_RX)
 
-def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    offs_E = offsets_on_device(offs_E, A_RK).int()
-    return _zero_tail(_product(A_RK, B_EKN, offs_E), offs_E)
-
-
-def _mm_backward(
-    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    offs_E = offsets_on_device(offs_E, A_RK).int()
-    grad_A_RK = _zero_tail(_product(grad_C_RN, B_EKN.transpose(1, 2), offs_E), offs_E)
-    return laid_out_like(grad_A_RK, A_RK), _weight_gradient(A_RK, grad_C_RN, offs_E, B_EKN)
-
-
-def _gate_and_up(
-    w1_EFD: Tensor, w3_EFD: Tensor, x_RD: Tensor, offs_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    gate_RF = _product(x_RD, w1_EFD.transpose(1, 2), offs_E)
-    return gate_RF, _product(x_RD, w3_EFD.transpose(1, 2), offs_E)
-
-
-def _swiglu(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD).int()
-    gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
-    # In place on silu's result, which nobody keeps: the bits are those of the host's product.
-    y_RD = _product(F.silu(gate_RF).mul_(up_RF), w2_EDF.transpose(1, 2), offs_E)
-    return _zero_tail(y_RD, offs_E), gate_RF, up_RF
-
-
-def _swiglu_backward(
-    grad_y_RD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor | None,
-    up_RF: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD).int()
-    if gate_RF is None or up_RF is None:
-        gate_RF, up_RF = _gate_and_up(w1_EFD, w3_EFD, x_RD, offs_E)
-    activated_RF = F.silu(gate_RF)
-    # w2's gradient first: swiglu_gradients_ overwrites activated.
-    grad_w2_EDF = _weight_gradient(grad_y_RD, activated_RF * up_RF, offs_E, w2_EDF)
-
-    grad_hidden_RF = _product(grad_y_RD, w2_EDF, offs_E)
-    grad_gate_RF, grad_up_RF = swiglu_gradients_(grad_hidden_RF, activated_RF, gate_RF, up_RF)
-
-    # Both paths to x, through gate and through up. aligned() copies weights only if their strides
+    # torch._grouped_mm cannot write into an output. aligned() copies weights only if their strides
     # do not suit.
-    grad_x_RD = products.grouped_mm_sum(
-        *(row_major(grad_gate_RF), aligned(w1_EFD)),
-        *(row_major(grad_up_RF), aligned(w3_EFD)),
-        offs_E,
-    )
-    return (
-        _weight_gradient(grad_gate_RF, x_RD, offs_E, w1_EFD),
-        grad_w2_EDF,
-        _weight_gradient(grad_up_RF, x_RD, offs_E, w3_EFD),
-        laid_out_like(_zero_tail(grad_x_RD, offs_E), x_RD),
-    )
+    def multiply(self, A: Tensor, B_EKN: Tensor, out_RN: Tensor | None = None) -> Tensor:
+        return products.grouped_mm(A, aligned(B_EKN), self.offs_E)
+
+    def multiply_sum(
+        self, A: Tensor, B_EKN: Tensor, A2: Tensor, B2_ELN: Tensor, out_RN: Tensor | None = None
+    ) -> Tensor:
+        return products.grouped_mm_sum(A, aligned(B_EKN), A2, aligned(B2_ELN), self.offs_E)
+
+    def weight_gradient(self, left: Tensor, right: Tensor, like_EMN: Tensor) -> Tensor:
+        if is_transposed(like_EMN):
+            return self.weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
+        return laid_out_like(products.grouped_outer(left, right, self.offs_E), like_EMN)
 
 
 @dataclass(frozen=True)
@@ -125,7 +79,7 @@ class GroupedMMFused(KernelBackend):
     summary = "torch._grouped_mm as the host calls it, with a backward that keeps less"
     host_syncs = False
     static_shapes = True
-    operators = Operators("grouped_mm_fused", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
+    operators = Operators("grouped_mm_fused", kernels_of(_Offsets))
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
         return reasons_against(device, dtype, dims)
