@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,22 @@ def test_the_groups_of_deepseek_v2_are_ranked_by_their_best_expert(
     assert (said.value, said.fate) == (8, "kept" if groups[0] else "needless")
     notes = [each.note for each in conversion.changes if each.key == "topk_method"]
     assert any('router_group_score = "max"' in each for each in notes) == (score == "max")
+
+
+def test_the_flavor_in_the_documents_routes_as_deepseek_v2(tmp_path: Path) -> None:
+    document = Path(__file__).parent.parent / "docs" / "flavors.md"
+    (text,) = re.findall(r"```toml\n(# deepseek_v2.toml\n.*?)```", document.read_text(), re.DOTALL)
+    (tmp_path / "deepseek_v2.toml").write_text(text)
+    found, theirs = (
+        load_flavor("deepseek_v2", near=tmp_path),
+        flavor(tmp_path, hf(tmp_path, V2)),
+    )
+    assert (found.router_group_score, found.balance) == (theirs.router_group_score, theirs.balance)
+    assert found.dimensions is not None
+    assert theirs.dimensions is not None
+    for key in type(found.dimensions).model_fields:
+        if key.startswith(("router_", "num_")):
+            assert getattr(found.dimensions, key) == getattr(theirs.dimensions, key), key
 
 
 def test_what_differs_is_said_in_the_file(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from torchtitan.models.common.token_dispatcher import (  # noqa: E402
 )
 
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope  # noqa: E402
-from ezpz_moe.hosts.titan import upstream_configs  # noqa: E402
 from ezpz_moe.hosts.titan.models import host_spec, model_spec, what_differs  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
 
@@ -211,15 +210,30 @@ def test_a_base_that_upstream_does_not_have(tmp_path: Path, base: str, message: 
     assert f"{tmp_path / 'mine.toml'}: base = '{base}'" in str(error.value)
 
 
-def test_a_base_whose_requirements_are_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def without_fla(name: str) -> None:
+@pytest.fixture
+def without_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is installed or not."""
+
+    def refuse(name: str) -> None:
         raise ModuleNotFoundError("No module named 'fla'")
 
-    monkeypatch.setattr(importlib, "import_module", without_fla)
-    with pytest.raises(EzpzError, match=r"mine\.toml: .* cannot be imported here: .*'fla'"):
-        host_spec(flavor_from(tmp_path, 'base = "qwen3_5/35B-A3B"'))
+    monkeypatch.setattr(importlib, "import_module", refuse)
+
+
+def test_a_base_whose_requirements_are_not_installed(tmp_path: Path, without_fla: None) -> None:
+    flavor = flavor_from(tmp_path, 'base = "kimi_k2_7/debugmodel"')
+    with pytest.raises(EzpzError, match=r"mine\.toml: .* cannot be imported here: .*fla.*Install"):
+        host_spec(flavor)
+
+
+def test_nobody_installs_what_a_refused_model_needs(tmp_path: Path, without_fla: None) -> None:
+    flavor = flavor_from(tmp_path, 'base = "qwen3_5/35B-A3B"')
+    with pytest.raises(EzpzError, match="takes images with its text") as error:
+        model_spec(flavor)
+    said = str(error.value)
+    assert "`--module qwen3_5 --config qwen35_35b_a3b --override.imports" in said
+    assert said.endswith("`. That needs what is not installed here: No module named 'fla'.")
+    assert "Install" not in said
 
 
 @pytest.mark.parametrize(
@@ -264,13 +278,15 @@ def test_of_a_model_of_text_nothing_differs(name: str) -> None:
     assert what_differs(load_flavor(name), model_spec(load_flavor(name))) is None
 
 
-def test_without_the_hosts_loader_of_images_its_config_has_no_name(tmp_path, monkeypatch) -> None:
+def test_without_the_hosts_loader_of_images_nobody_knows_its_optimizers(
+    tmp_path, monkeypatch
+) -> None:
     flavor = flavor_from(tmp_path, 'base = "kimi_k2_7/debugmodel"')
     spec = model_spec(flavor)
-    monkeypatch.setattr(upstream_configs, "_registry", mock.Mock(side_effect=ImportError))
+    monkeypatch.setattr(importlib, "import_module", mock.Mock(side_effect=ImportError))
     line = what_differs(flavor, spec)
     assert line is not None
-    assert "not that of torchtitan's own config; text trains the language part" in line
+    assert "that of torchtitan's kimi_k2_5_debugmodel; text trains the language part" in line
 
 
 def test_what_the_host_refuses_is_said_with_the_flavor(monkeypatch: pytest.MonkeyPatch) -> None:

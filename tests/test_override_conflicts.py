@@ -1,5 +1,6 @@
 """Door 2: mistakes in overrides are one line, where the host has a traceback or says nothing."""
 
+import os
 import subprocess
 from collections.abc import Sequence
 
@@ -26,11 +27,15 @@ print(len(apply_overrides(config.override, config)), "nodes")
 
 MIXTURE = "deepseek_v3", "deepseek_v3_debugmodel"
 DENSE = "qwen3", "qwen3_debugmodel"
+OF_DEEP_EP = "qwen3", "qwen3_moe_deepep"
 
 
-def applied(overrides: Sequence[str], config=MIXTURE) -> subprocess.CompletedProcess:
+def applied(overrides: Sequence[str], config=MIXTURE, **rank: str) -> subprocess.CompletedProcess:
     command = [fork_server.python(), "-c", APPLY, *config, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    env = {**os.environ, **rank}
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,17 @@ def test_what_an_override_does_not_take(overrides, message):
 
 def test_an_override_that_would_replace_nothing_beside_one_that_does():
     assert_refused(applied([SDPA, EXPERTS], DENSE), "the model has no routed experts")
+
+
+def test_a_token_dispatcher_that_this_machine_cannot_run():
+    """Whose kernels the host would look for once the model is built."""
+    result = applied([EXPERTS], OF_DEEP_EP, RANK="0", WORLD_SIZE="4")
+    assert_refused(
+        result,
+        '--config: the token dispatcher of its model, "deepep", has kernels for CUDA alone; this '
+        "is cpu. Choose a config whose dispatcher is the standard one.",
+    )
+    assert "8 nodes" in applied([EXPERTS], OF_DEEP_EP).stdout, "to look at it needs no CUDA"
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:

@@ -98,3 +98,20 @@ def test_the_hosts_chat_data_says_which_labels_count_and_resumes(tmp_path: Path)
     again.load_state_dict(place)
     found, _ = next(iter(again))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.skipif(ON_0_2, reason="[router] needs torchtitan 0.3 or later")
+def test_a_batch_that_does_not_say_which_labels_count_is_refused() -> None:
+    """As of a loader that an override puts in place of the job's, after the job was checked."""
+    from ezpz_moe.hosts.titan.labelled import COUNTED
+    from ezpz_moe.hosts.titan.router import TokenMask
+    from ezpz_moe.hosts.titan.routing import _masking
+
+    mask, tokens_BL = TokenMask(), torch.zeros(2, 6, dtype=torch.int64)
+    before_forward = _masking(mask, Router(padding="labels"), 6, None)
+    with pytest.raises(ValueError, match=r'"labels": a batch does not say .* another data loader'):
+        before_forward(torch.nn.Identity(), (tokens_BL,), {})
+    counted_BL = tokens_BL.bool()
+    _, kwargs = before_forward(torch.nn.Identity(), (tokens_BL,), {COUNTED: counted_BL})
+    assert mask.mask_BL is counted_BL
+    assert kwargs == {}, "the model has no such parameter"

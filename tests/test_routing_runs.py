@@ -47,6 +47,16 @@ drop = "probability"
 [telemetry]
 images = false
 """
+DISPATCHED = """
+inherits = "tiny"
+n_layers = 2
+compute_backend = "{backend}"
+[router]
+pad_token_id = 0
+dispatch_padding = true
+[telemetry]
+images = false
+"""
 FLAGS = (
     "--same-sequences",
     *("--training.steps", "2"),
@@ -81,6 +91,7 @@ CHECKPOINTING = {
     "full checkpointing": "full",
     "selective checkpointing": "selective",
     "labels, full checkpointing": "full",
+    "dispatched_for_loop, full checkpointing": "full",
 }
 
 # A group of "sequence" is a sequence however they are cut.
@@ -99,6 +110,8 @@ def folder(tmp_path_factory) -> Path:
     unmasked = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", "")
     (folder / "unmasked.toml").write_text(unmasked)
     (folder / "capacity.toml").write_text(CAPACITY)
+    for backend in ("for_loop", "batched_mm_padded"):
+        (folder / f"dispatched_{backend}.toml").write_text(DISPATCHED.format(backend=backend))
     labels = FLAVOR.format(scope="sequence").replace("pad_token_id = 0", 'padding = "labels"')
     (folder / "labels.toml").write_text(labels)
     return folder
@@ -114,6 +127,8 @@ OTHERS = {
     "capacity, two ranks": (2, at_once(2)),
     "capacity, expert parallel": (2, [*at_once(2), *EP_2]),
     "capacity, full checkpointing": (1, [*at_once(2), *COMPILED]),
+    "dispatched_for_loop, full checkpointing": (1, at_once(2)),
+    "dispatched_batched_mm_padded, two ranks": (2, at_once(2)),
     "unmasked, pipeline": (2, [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"]),
 }
 """Of other flavors those that are compared, with their ranks."""
@@ -218,17 +233,33 @@ def test_the_load_of_ranks_is_that_of_their_experts(runs, folder):
     assert of_ranks["probabilities_E"] == pytest.approx(of_none["probabilities_E"], rel=1e-3)
 
 
+PADDING = sum(max(0, sequence * 7 - 1) for sequence in range(SEQUENCES))
+"""Padding tokens of a step."""
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if "dispatched" in name])
+def test_padding_that_is_dispatched_is_counted_where_it_costs(runs, folder, name):
+    """By every backend: all tokens want the same three experts, so that no row is nobody's."""
+    assert runs[name]
+    for line in telemetry(folder, name):
+        (layer,) = line["layers"]
+        assert layer["tokens"] == SEQUENCES * 128 - PADDING
+        assert sum(layer["counts_E"]) == 3 * layer["tokens"]
+        assert layer["padding_waste"] == pytest.approx(PADDING / (SEQUENCES * 128), rel=1e-12)
+        assert layer["drop_rate"] == 0
+
+
 @pytest.mark.parametrize("name", EVERY_CUT)
 def test_telemetry_counts_every_token_once(runs, folder, name):
     """Whatever is recomputed, accumulated or shared out, and without the padding."""
-    padding = sum(max(0, sequence * 7 - 1) for sequence in range(SEQUENCES))
     assert runs[name]
     assert runs["one big batch"]
     ours, big = telemetry(folder, name), telemetry(folder, "one big batch")
     assert [line["step"] for line in ours] == [1, 2]
     for line, reference in zip(ours, big, strict=True):
         (layer,), (expected,) = line["layers"], reference["layers"]
-        assert layer["tokens"] == SEQUENCES * 128 - padding
+        assert layer["tokens"] == SEQUENCES * 128 - PADDING
+        assert layer["padding_waste"] is None  # of padding that no expert has seen
         assert layer["counts_E"] == expected["counts_E"]
         assert layer["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert layer["top1_probability"] == pytest.approx(expected["top1_probability"], rel=1e-4)

@@ -77,7 +77,8 @@ def written_limit(scores: list[float], groups: int, limited: int, kind: str, K: 
 
 @pytest.mark.parametrize("kind", GROUP_SCORES)
 @pytest.mark.parametrize(
-    ("E", "groups", "limited", "K"), [(16, 4, 2, 6), (16, 4, 1, 4), (12, 3, 3, 6), (8, 8, 3, 3)]
+    ("E", "groups", "limited", "K"),
+    [(16, 4, 2, 6), (16, 4, 1, 4), (16, 4, 3, 2), (12, 3, 3, 6), (8, 8, 3, 3)],
 )
 def test_groups_are_limited_as_written_out(
     E: int, groups: int, limited: int, K: int, kind: str

@@ -47,7 +47,7 @@ def no_effect_balanced(what: str) -> str:
         ),
         (
             '[balance]\ndrop = "probability"\nmin_capacity = 4',
-            '[balance] drop = "probability" and min_capacity = 4 has no effect without '
+            '[balance] drop = "probability" and min_capacity = 4 have no effect without '
             "capacity_factor. Set it, or remove the rest; what is inherited can be set to "
             'drop = "last" and min_capacity = 1.',
         ),
@@ -73,6 +73,12 @@ def no_effect_balanced(what: str) -> str:
             '0.1 has its own. Remove it; if it is inherited, set scope = "sequence".',
         ),
         (
+            '[balance]\nscope = "batch"\n[balance.global]\nz_loss = 0.1\naux_loss = 1',
+            '[balance] scope = "batch" has no effect without a loss beside it, and global.aux_loss '
+            "= 1.0 and global.z_loss = 0.1 have their own. Remove it; if it is inherited, set "
+            'scope = "sequence".',
+        ),
+        (
             "[balance]\nbias_rate = 0.01",
             '[balance] bias_rate has no effect without bias_update = "sign" or "proportional"; set '
             'bias_update (models of torchtitan have "sign" by themselves), or remove bias_rate.',
@@ -84,7 +90,7 @@ def no_effect_balanced(what: str) -> str:
         ),
         (
             f"{BALANCED}sinkhorn_tolerance = 0.1\nsinkhorn_iterations = 5",
-            "[router] sinkhorn_tolerance = 0.1 and sinkhorn_iterations = 5 has no effect with "
+            "[router] sinkhorn_tolerance = 0.1 and sinkhorn_iterations = 5 have no effect with "
             'routing = "balanced", only with "sinkhorn"; remove it, or if it is inherited set '
             "sinkhorn_tolerance = 0.0001 and sinkhorn_iterations = 100.",
         ),
@@ -95,7 +101,7 @@ def no_effect_balanced(what: str) -> str:
         ),
         (
             f"{SINKHORN}null_experts = 1\nconstant_experts = 2",
-            '[router] null_experts = 1 and constant_experts = 2 needs routing = "topk", not '
+            '[router] null_experts = 1 and constant_experts = 2 need routing = "topk", not '
             '"sinkhorn".',
         ),
         (

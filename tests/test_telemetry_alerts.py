@@ -283,7 +283,11 @@ def test_the_models_own_bias_is_raised_by_naming_its_update() -> None:
     [
         ({"router.freeze": True}, "remove [router] freeze"),
         ({"router.routing": "balanced"}, "skip_first_n_experts"),
-        ({"router.routing": "sinkhorn"}, "raise [router] sinkhorn_iterations"),
+        (
+            {"router.routing": "sinkhorn", "router.sinkhorn_tolerance": 0.01},
+            "raise [router] sinkhorn_iterations above its 100 if so many do not make the plan even "
+            "(sinkhorn_tolerance = 0.01); in an even plan, too, tokens with nearly the same scores",
+        ),
     ],
 )
 def test_what_a_routing_excludes_is_not_advised(settings, said: str) -> None:

@@ -268,7 +268,7 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
         )
     # "none" is the way out of an inherited update, so it conflicts with nothing.
     bias = [] if balance.bias_update == "none" else ["bias_update"]
-    moved = _changed(balance, bias, table="balance.")
+    moved = _settings(_changed(balance, bias), "balance.")
     if router.routing == "sinkhorn" and moved:
         yield (
             f'router.routing = "sinkhorn" chooses without the selection bias: {moved} would move '
@@ -309,17 +309,18 @@ def _router_conflicts(router: Router) -> Iterator[str]:
         if routing != router.routing and (changed := _changed(router, keys)):
             defaults = " and ".join(f"{key} = {Router.model_fields[key].default}" for key in keys)
             yield (
-                f'{changed} has no effect with routing = "{router.routing}", only with '
+                f"{_with_verb(changed, 'has', 'have')} no effect with routing = "
+                f'"{router.routing}", only with '
                 f'"{routing}"; remove it, or if it is inherited set {defaults}'
             )
     if router.routing == "balanced" and (changed := _changed(router, ("jitter_noise",))):
         yield (
-            f'{changed} has no effect with routing = "balanced", which has its own noise; '
-            "remove it, or if it is inherited set it to 0"
+            f'{_settings(changed)} has no effect with routing = "balanced", which has its own '
+            "noise; remove it, or if it is inherited set it to 0"
         )
     zero_computation = ("null_experts", "copy_experts", "constant_experts")
     if router.routing != "topk" and (changed := _changed(router, zero_computation)):
-        yield f'{changed} needs routing = "topk", not "{router.routing}"'
+        yield f'{_with_verb(changed, "needs", "need")} routing = "topk", not "{router.routing}"'
     if router.top_k is not None and not router.zero_computation_experts:
         yield (
             f"top_k = {router.top_k} applies only with zero-computation experts; without them the "
@@ -344,8 +345,9 @@ def _balance_conflicts(balance: Balance) -> Iterator[str]:
         )
     if not balance.capacity_factor and (changed := _changed(balance, ("drop", "min_capacity"))):
         yield (
-            f"{changed} has no effect without capacity_factor. Set it, or remove the rest; what is "
-            'inherited can be set to drop = "last" and min_capacity = 1'
+            f"{_with_verb(changed, 'has', 'have')} no effect without capacity_factor. Set it, or "
+            "remove the rest; what is inherited can be set to "
+            'drop = "last" and min_capacity = 1'
         )
     own, scope = balance.coefficients, balance.scope
     of_tables = {key: value for key, value in balance.losses_by_key.items() if "." in key}
@@ -358,8 +360,9 @@ def _balance_conflicts(balance: Balance) -> Iterator[str]:
         )
     if of_tables and not own and scope != Balance.model_fields["scope"].default:
         yield (
-            f'scope = "{scope}" has no effect without a loss beside it, and {_settings(of_tables)} '
-            'has its own. Remove it; if it is inherited, set scope = "sequence"'
+            f'scope = "{scope}" has no effect without a loss beside it, and '
+            f"{_with_verb(of_tables, 'has its', 'have their')} own. Remove it; if it is inherited, "
+            'set scope = "sequence"'
         )
 
 
@@ -367,13 +370,16 @@ def _settings(values: Mapping[str, object], table: str = "") -> str:
     return " and ".join(f"{table}{key} = {json.dumps(value)}" for key, value in values.items())
 
 
-def _changed(data: Data, keys: Iterable[str], *, table: str = "") -> str:
-    """Return ``key = value`` for those of ``keys`` that differ from their default.
+def _with_verb(values: Mapping[str, object], one: str, several: str) -> str:
+    return f"{_settings(values)} {one if len(values) == 1 else several}"
+
+
+def _changed(data: Data, keys: Iterable[str]) -> dict[str, object]:
+    """Return those of ``keys`` that differ from their default, with their values.
 
     The value decides, not whether a key is present: a flavor can reset what it inherits to the
     default, but it cannot remove it.
     """
     fields = type(data).model_fields
     values = {key: getattr(data, key) for key in keys}
-    changed = {key: value for key, value in values.items() if value != fields[key].default}
-    return _settings(changed, table)
+    return {key: value for key, value in values.items() if value != fields[key].default}

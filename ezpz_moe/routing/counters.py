@@ -16,10 +16,16 @@ from ezpz_moe.config.routing_schema import LOSSES_OF_SCOPES, SCOPES
 
 WEIGHTS_OF_SCOPES = tuple(f"weight_{scope}" for scope in SCOPES)
 
-SUMS = ("tokens", "top1_probability", "margin", *LOSSES_OF_SCOPES, *WEIGHTS_OF_SCOPES, "not_finite")
+SUMS = (
+    *("tokens", "top1_probability", "margin"),
+    *LOSSES_OF_SCOPES,
+    *WEIGHTS_OF_SCOPES,
+    *("not_finite", "of_padding"),
+)
 """What ``sums_S`` adds up: the first three over tokens; the losses over groups, weighted by the
-group; these weights, by which a sum of losses becomes their mean; and the tokens with a logit that
-is not finite. A router's has the sum over tokens of each expert's probability after them."""
+group; these weights, by which a sum of losses becomes their mean; the tokens with a logit that is
+not finite; and the choices of routed experts that padding tokens make. A router's has the sum over
+tokens of each expert's probability after them."""
 
 ROWS = ("given", "computed", "dropped")
 """What ``rows_3`` adds up: tokens given to experts, rows computed, tokens dropped."""

@@ -27,9 +27,10 @@ class LayerRecord:
     there are none). ``top1_probability`` and ``margin``: means over the tokens of the highest
     probability, and of its lead over the second. ``bias_norm``: the Euclidean norm of the selection
     bias. ``losses`` by name (``aux_loss``, ``mse_loss``, ``z_loss``), without their coefficients;
-    ``scaled_losses`` with them. ``padding_waste``: padding rows over all rows that the backend
-    computed. ``drop_rate``: assignments dropped over assignments. ``rank_max_over_mean``: under
-    expert parallelism, the assignments of the busiest rank's experts over the mean of the ranks.
+    ``scaled_losses`` with them. ``padding_waste``: rows of no token, or of padding, over all rows
+    that were computed; with drops a lower bound. ``drop_rate``: assignments dropped over
+    assignments. ``rank_max_over_mean``: under expert parallelism, the assignments of the busiest
+    rank's experts over the mean of the ranks.
     ``probabilities_E``: means over the tokens of each routed expert's probability; empty in records
     of before there was this.
     """

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ezpz_moe.config.routing_schema import LOSSES, SCOPES
+from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Router
 from ezpz_moe.config.schema import Data
 
 Settings = Mapping[str, Any]
@@ -56,7 +56,7 @@ def remedy(kind: str, settings: Settings, warmup_steps: int, *, has_bias: bool) 
 def _balance(settings: Settings, has_bias: bool) -> str:
     """Advise what pulls tokens to idle experts. Sinkhorn excludes all of it."""
     if settings.get("router.routing") == "sinkhorn":
-        return "raise [router] sinkhorn_iterations"
+        return _sinkhorn(settings)
     losses = _above_zero(settings, "aux_loss") | _above_zero(settings, "mse_loss")
     loss = _raise(losses) if losses else _set(settings, "aux_loss = 0.01")
     if not has_bias:
@@ -65,6 +65,19 @@ def _balance(settings: Settings, has_bias: bool) -> str:
     # The model's own update, whose rate counts only beside bias_update.
     named = "" if "balance.bias_update" in settings else ' with bias_update = "sign"'
     return f"{loss} or {faster}{named}"
+
+
+def _sinkhorn(settings: Settings) -> str:
+    """Advise more iterations where they help: no record says whether the plan was even."""
+    iterations, tolerance = (
+        json.dumps(settings.get(f"router.{key}", Router.model_fields[key].default))
+        for key in ("sinkhorn_iterations", "sinkhorn_tolerance")
+    )
+    return (
+        f"raise [router] sinkhorn_iterations above its {iterations} if so many do not make the "
+        f"plan even (sinkhorn_tolerance = {tolerance}); in an even plan, too, tokens with nearly "
+        "the same scores choose the same experts"
+    )
 
 
 def _small_logits(settings: Settings) -> str:

@@ -15,8 +15,8 @@ from ezpz_moe.routing.capacity import beyond_capacity, capacity
 EXPERTS, FACTOR = 8, 0.75
 
 
-def case(model_with, drop, more=""):
-    tables = f'{more}[balance]\ncapacity_factor = {FACTOR}\ndrop = "{drop}"'
+def case(model_with, drop, more="", least=1):
+    tables = f'{more}[balance]\ncapacity_factor = {FACTOR}\ndrop = "{drop}"\nmin_capacity = {least}'
     built = model_with(f'compute_backend = "for_loop"\nexpert_precision = "float32"\n{tables}')
     router = router_of(built)
     with torch.no_grad():
@@ -100,3 +100,13 @@ def test_null_experts_take_no_place(model_with):
     places = capacity(ids_TK.numel(), 2 * EXPERTS, factor=FACTOR, least=1)
     loads_E = ids_TK[ids_TK < EXPERTS].bincount(minlength=EXPERTS)
     assert beyond == (loads_E - places).clamp(min=0).sum() > 0
+
+
+@pytest.mark.parametrize("least", [1, 20])
+def test_an_expert_has_the_places_of_a_least_capacity(model_with, least):
+    """An even share times the factor is 14 places."""
+    moe, x_BLD = case(model_with, "last", least=least)
+    loads_E = moe.router(flat(x_BLD))[1].flatten().bincount(minlength=EXPERTS)
+    moe(flat(x_BLD))
+    assert choices_of(moe) == (3 * B * L, (loads_E - max(14, least)).clamp(min=0).sum())
+    assert loads_E.max() > 20

@@ -183,6 +183,14 @@ def test_a_gate_learns_from_its_only_score_if_it_is_kept(model_with, kept):
         assert torch.equal(weights_TK, scores_TE.gather(-1, ids_TK))
 
 
+def test_only_a_single_score_is_kept(model_with):
+    keys = f"{SMALL}router_top_k = 2\nrouter_route_norm = true\n"
+    router = router_of(model_with("[router]\nkeep_top1_score = true", keys))
+    weights_TK, _, _ = routed(router, tokens(router.gate.in_features))
+    # A rounding of the sum, of each quotient, and of the sum of these.
+    assert (weights_TK.sum(-1) - 1).abs().max() <= 4 * 2**-24
+
+
 @pytest.fixture
 def building_in_bfloat16():
     """As a trainer builds its model under training.dtype = "bfloat16"."""

@@ -170,7 +170,10 @@ def test_padding_by_labels_needs_a_data_loader_of_ours(tmp_path):
 REMARKS = {
     "": [],
     "[balance]\naux_loss = 0.01": [r"aux_loss = 0.01 balances beside .* 0.001 in every step"],
-    "[balance]\nmse_loss = 1": ["mse_loss = 1 balances beside"],
+    "[balance]\nmse_loss = 1": ["mse_loss = 1 balances beside .* the loss alone$"],
+    "[balance]\naux_loss = 1\n[balance.batch]\nmse_loss = 2": [
+        "aux_loss = 1 and batch.mse_loss = 2 balance beside .* the losses alone$"
+    ],
     "[balance]\nz_loss = 1": [],
     "[router]\nfreeze = true\n[balance]\naux_loss = 0.01": [],
     "[router]\nkeep_top1_score = true": ["no effect, as a token has 3 experts"],

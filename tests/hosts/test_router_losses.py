@@ -228,6 +228,17 @@ def test_counts_and_sums(model_with):
     assert sums["not_finite"] == 0
 
 
+def test_choices_of_padding_are_those_of_experts_that_compute(model_with):
+    router = router_of(model_with("[router]\nnull_experts = 8\n[telemetry]"))
+    mask_BL = torch.ones(B, L, dtype=torch.bool)
+    mask_BL[0, 3:], mask_BL[2, :5] = False, False
+    router.masked_by = TokenMask()
+    router.masked_by.mask_BL = flat(mask_BL)
+    _, ids_TK, _ = routed(router, tokens(router.gate.in_features))
+    of_padding_NK = ids_TK[~mask_BL.flatten()]
+    assert sums_of(router)["of_padding"] == (of_padding_NK < 8).sum() < of_padding_NK.numel()
+
+
 def test_logits_that_are_not_finite_are_counted(model_with):
     router = router_of(model_with("[telemetry]"))
     x_BLD = tokens(router.gate.in_features)

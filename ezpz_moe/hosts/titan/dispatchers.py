@@ -24,6 +24,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.routing_schema import Router
+from ezpz_moe.errors import EzpzError
 
 _NAMES: Mapping[type, str] = {
     DeepEPTokenDispatcher: "deepep",
@@ -65,15 +66,34 @@ def dispatcher_problems(config: Trainer.Config) -> Iterator[str]:
 def dispatcher_machine_problems(config: Trainer.Config) -> Iterator[str]:
     """Yield why the run's token dispatcher cannot run on this machine."""
     name = _dispatcher(config)
-    if name is None:
-        return
-    if utils.device_type != "cuda":
-        yield f"{_key(name)} has kernels for CUDA alone; this is {utils.device_type}. {_REMEDY}"
-    elif (needed := OF_DEEP_EP.get(name)) and not _has_deep_ep(needed):
-        yield (
-            f"{_key(name)} needs the package deep_ep with its {needed}, which cannot be imported "
-            f"here. Install it from https://github.com/deepseek-ai/DeepEP. Or: {_REMEDY}"
+    if name is not None and (why := _why_not_here(name)):
+        yield f"{_key(name)} {why} {_REMEDY}"
+
+
+def refuse_dispatcher_of_config(config: Trainer.Config) -> None:
+    """Refuse a config of the host's whose token dispatcher cannot run on this machine.
+
+    Raises:
+        EzpzError: the dispatcher has no kernels here, or lacks its package.
+    """
+    name = _dispatcher(config)
+    if name is not None and (why := _why_not_here(name)):
+        raise EzpzError(
+            f'--config: the token dispatcher of its model, "{name}", {why} Choose a config whose '
+            "dispatcher is the standard one."
         )
+
+
+def _why_not_here(name: str) -> str | None:
+    """Return what this machine lacks for a dispatcher, as the end of a sentence; or None."""
+    if utils.device_type != "cuda":
+        return f"has kernels for CUDA alone; this is {utils.device_type}."
+    if (needed := OF_DEEP_EP.get(name)) and not _has_deep_ep(needed):
+        return (
+            f"needs the package deep_ep with its {needed}, which cannot be imported here. Install "
+            "it from https://github.com/deepseek-ai/DeepEP. Or:"
+        )
+    return None
 
 
 def _dispatcher(config: Trainer.Config) -> str | None:

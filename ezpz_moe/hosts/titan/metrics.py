@@ -31,12 +31,10 @@ from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.routing_dump import RoutingDump
-from ezpz_moe.hosts.titan.selector import Selector
-from ezpz_moe.hosts.titan.zero_computation import Choices
-from ezpz_moe.routing.counters import CHOICES, ROWS, SUMS
+from ezpz_moe.hosts.titan.row_figures import experts_of, row_figures, taken_choices, taken_rows
+from ezpz_moe.routing.counters import SUMS
 from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
-from ezpz_moe.telemetry.figures import use_of_rows
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.remedies import settings_of
 from ezpz_moe.telemetry.scalars import scalars
@@ -215,9 +213,8 @@ class RouterMetrics(MetricsProcessor):
             return []
         now_LE = torch.stack([moe.router.counts_E for moe in of_layer.values()])
         sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
-        experts = [_experts(moe) for moe in of_layer.values()]
-        rows_L3 = torch.stack([_rows(each, now_LE.device) for each in experts])
-        choices_L2 = torch.stack([_choices(moe, now_LE.device) for moe in of_layer.values()])
+        rows_L3 = torch.stack([taken_rows(moe, now_LE.device) for moe in of_layer.values()])
+        choices_L2 = torch.stack([taken_choices(moe, now_LE.device) for moe in of_layer.values()])
         # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
         self._counted_LE = now_LE.clone()
@@ -237,16 +234,20 @@ class RouterMetrics(MetricsProcessor):
                 counts_E,
                 sums_S,
                 {
-                    **_use_of_rows(selector, *rows, counted=sum(counts_E[:routed_experts])),
+                    **row_figures(
+                        moe,
+                        *rows,
+                        counted=sum(counts_E[:routed_experts]),
+                        of_padding=round(sums_S[SUMS.index("of_padding")]),
+                    ),
                     "rank_max_over_mean": of_ranks,
                 },
             )
-            for (number, moe), of_ranks, counts_E, sums_S, selector, *rows in zip(
+            for (number, moe), of_ranks, counts_E, sums_S, *rows in zip(
                 of_layer.items(),
                 ranks_L,
                 counts_LE.tolist(),
                 sums_LS.tolist(),
-                experts,
                 rows_L3.tolist(),
                 choices_L2.tolist(),
                 strict=True,
@@ -265,7 +266,7 @@ class RouterMetrics(MetricsProcessor):
 
     def _backend(self) -> str:
         """Return what computes this rank's experts; empty in a stage of dense layers only."""
-        selectors = map(_experts, moe_layers(self.model_parts or ()).values())
+        selectors = map(experts_of, moe_layers(self.model_parts or ()).values())
         return next((each.compute_backend for each in selectors if each), "")
 
     def _computed_by(self) -> tuple[str, ...]:
@@ -309,46 +310,6 @@ class RouterMetrics(MetricsProcessor):
                         torch.tensor(layer.counts_E),
                         record.step,
                     )
-
-
-def _experts(moe: Any) -> Selector | None:
-    """Return the layer's experts with their selector, or None if the host's have none."""
-    return next((each for each in moe.modules() if isinstance(each, Selector)), None)
-
-
-def _rows(experts: Selector | None, device: torch.device) -> torch.Tensor:
-    """Return what the layer's experts have counted, and reset their counters."""
-    if experts is None or experts.row_counts is None:
-        return torch.zeros(len(ROWS), dtype=torch.int64, device=device)
-    rows_3 = experts.row_counts.rows_3.clone()
-    experts.row_counts.rows_3.zero_()
-    return rows_3
-
-
-def _choices(moe: Any, device: torch.device) -> torch.Tensor:
-    """Return what a capacity has done with the layer's choices, and reset its counter."""
-    counter = next((each for each in moe.modules() if isinstance(each, Choices)), None)
-    if counter is None:
-        return torch.zeros(len(CHOICES), dtype=torch.int64, device=device)
-    choices_2 = counter.choices_2.clone()
-    counter.choices_2.zero_()
-    return choices_2
-
-
-def _use_of_rows(
-    experts: Selector | None, rows_3: list[int], choices_2: list[int], *, counted: int
-) -> Mapping[str, float | None]:
-    """Return ``padding_waste`` and ``drop_rate`` from the counts; None for what nobody counted."""
-    given, computed, dropped = rows_3
-    made, beyond = choices_2
-    if given:
-        use = use_of_rows(given, computed, dropped, counted)
-        # What [balance] capacity_factor has left out was never given to the backend.
-        return use | {"drop_rate": (beyond + dropped) / made} if made else use
-    # Nothing counted means no drops only if the backend cannot drop: otherwise it is unknown.
-    if experts is not None and get_backend(experts.compute_backend).drops_tokens:
-        return {"padding_waste": None, "drop_rate": None}
-    return {"padding_waste": None, "drop_rate": beyond / made if made else 0.0}
 
 
 def _layer_record(

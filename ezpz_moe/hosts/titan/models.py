@@ -23,9 +23,15 @@ from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.selector import select_backend
-from ezpz_moe.hosts.titan.upstream_configs import config_name, door_2, letters, optimizers
+from ezpz_moe.hosts.titan.upstream_configs import (
+    VISION,
+    config_name,
+    door_2,
+    letters,
+    optimizers,
+    requires_images,
+)
 
-_VISION = "vision_encoder"
 _DEFAULT_COMM_BACKEND = "standard"
 
 
@@ -82,31 +88,38 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
 
 def what_differs(flavor: Flavor, spec: ModelSpec) -> str | None:
     """Return what a job trains of a model that sees, which differs from the host; or None."""
-    if flavor.base is None or not hasattr(spec.model, _VISION):
+    if flavor.base is None or not hasattr(spec.model, VISION):
         return None
     module, _, upstream = flavor.base.partition("/")
     config = config_name(module, upstream)
     theirs = f"torchtitan's {config}" if config else "torchtitan's own config"
-    names = f" ({', '.join(optimizers(module, config))})" if config else ""
-    said = f"base = {flavor.base!r}: the optimizer is the job's, not that of {theirs}{names}"
-    has_vision = getattr(spec.model, _VISION) is not None
+    names = ", ".join(optimizers(module, config)) if config else ""
+    said = f"base = {flavor.base!r}: the optimizer is the job's, not that of {theirs}"
+    said += f" ({names})" if names else ""
+    has_vision = getattr(spec.model, VISION) is not None
     return said + "; text trains the language part, not the vision encoder" * has_vision
 
 
 def _refuse_without_text(spec: ModelSpec, flavor: Flavor) -> None:
     """Refuse a model that cannot do without a vision encoder: its forward asks for images."""
     fields = {each.name: each for each in dataclasses.fields(spec.model)}
-    vision = fields.get(_VISION)
-    if vision is None or vision.default is None:
-        return
+    vision = fields.get(VISION)
+    if vision is not None and vision.default is not None:
+        raise EzpzError(_needs_images(flavor))
+
+
+def _needs_images(flavor: Flavor) -> str:
     assert flavor.base is not None  # a size has no vision encoder
     module, _, upstream = flavor.base.partition("/")
     command = door_2(module, upstream, flavor.compute_backend)
-    raise EzpzError(
-        f"{flavor.source}: base = {flavor.base!r}: this model takes images with its text, and a "
-        f"job here has text alone. Train torchtitan's own config, which has a loader for both: "
-        f"{command}."
+    return (
+        f"{_where(flavor)}: this model takes images with its text, and a job here has text alone. "
+        f"Train torchtitan's own config, which has a loader for both: {command}."
     )
+
+
+def _where(flavor: Flavor) -> str:
+    return f"{flavor.source}: base = {flavor.base!r}"
 
 
 def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
@@ -148,8 +161,8 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
     """Return one of the host's own models, ``flavor.base``."""
     assert flavor.base is not None  # a Flavor has dimensions or a base
     module_name, _, upstream = flavor.base.partition("/")
-    where = f"{flavor.source}: base = {flavor.base!r}"
-    module = _upstream_module(module_name, where)
+    where = _where(flavor)
+    module = _upstream_module(module_name, flavor)
     try:
         spec = module.model_registry(upstream)
     except KeyError as error:
@@ -182,7 +195,8 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
     return module.model_registry(upstream, **options) if options else spec
 
 
-def _upstream_module(name: str, where: str) -> ModuleType:
+def _upstream_module(name: str, flavor: Flavor) -> ModuleType:
+    where = _where(flavor)
     known = sorted(m.name for m in pkgutil.iter_modules(torchtitan.models.__path__) if m.ispkg)
     if name not in known:
         raise EzpzError(
@@ -192,6 +206,11 @@ def _upstream_module(name: str, where: str) -> ModuleType:
     try:
         module = importlib.import_module(f"torchtitan.models.{name}")
     except ImportError as error:
+        # Whoever installs it would be refused afterwards.
+        if requires_images(name):
+            raise EzpzError(
+                f"{_needs_images(flavor)} That needs what is not installed here: {error}."
+            ) from error
         raise EzpzError(
             f"{where}: torchtitan's {name} cannot be imported here: {error}. Install what it needs."
         ) from error

@@ -26,7 +26,8 @@ from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
-from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs
+from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs, is_about_to_train
+from ezpz_moe.hosts.titan.dispatchers import refuse_dispatcher_of_config
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
 from ezpz_moe.hosts.titan.override_conflicts import named, refuse_overrides, refuse_without_effect
 
@@ -105,14 +106,20 @@ def turn_off_cuda_graphs_for(backend: str) -> None:
 def refuse_overrides_of_job() -> None:
     """Refuse overrides that exclude each other or do nothing; pass if no job is found.
 
+    Refuse a token dispatcher that this machine cannot run, too: the host would build the model
+    first. What its settings exclude, the host has refused by now.
+
     Raises:
         EzpzError: one is named twice, or two replace the routed experts; one of ours does not
-            exist, or there is nothing in the job that it replaces.
+            exist, or there is nothing in the job that it replaces; the dispatcher cannot run here.
     """
     job = _job_being_overridden()
-    if job is not None:
-        refuse_overrides(job)
-        refuse_without_effect(job, _target_of)
+    if job is None:
+        return
+    refuse_overrides(job)
+    refuse_without_effect(job, _target_of)
+    if is_about_to_train() and not is_dry_run(job):
+        refuse_dispatcher_of_config(job)
 
 
 def enter_run(door: str) -> None:

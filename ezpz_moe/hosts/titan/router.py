@@ -295,7 +295,7 @@ class _Router(Module):
         top1_BL, best_BL = p_BLE.max(-1)
         # Not topk(2): selective checkpointing would save its result, as it does for the choices.
         second_BL = p_BLE.scatter(-1, best_BL.unsqueeze(-1), 0).amax(-1)
-        # In the order of SUMS: these three, the losses and their weights, logits not finite.
+        # In the order of SUMS: these three, the losses and their weights, the last two.
         of_tokens_BL3 = torch.stack([torch.ones_like(top1_BL), top1_BL, top1_BL - second_BL], -1)
         of_tokens_3 = torch.where(mask_BL.unsqueeze(-1), of_tokens_BL3, 0).sum((0, 1))
         none_L = of_tokens_3.new_zeros(len(LOSSES))
@@ -308,7 +308,10 @@ class _Router(Module):
             of_tokens_3.new_full((1,), self._weight(scope, mask_BL.shape[0])) for scope in SCOPES
         ]
         not_finite_1 = (~logits_BLE.isfinite().all(-1) & mask_BL).sum().float().view(1)
-        new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, not_finite_1, p_BLE.sum((0, 1))])
+        is_of_padding_BLK = (ids_BLK < self.routed_experts) & ~mask_BL.unsqueeze(-1)
+        of_padding_1 = is_of_padding_BLK.sum().float().view(1)
+        last_2 = (not_finite_1, of_padding_1)
+        new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, *last_2, p_BLE.sum((0, 1))])
         chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
         if self.is_kept and self.training:
             keep(self.kept_2, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))

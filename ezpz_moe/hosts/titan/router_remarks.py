@@ -80,9 +80,10 @@ def _two_that_balance(config: Any, moe: Any) -> Iterator[str]:
     ]
     if losses:
         yield (
-            f"[balance] {' and '.join(losses)} balances beside torchtitan's own update of the "
-            f"selection bias, by {moe.load_balance_coeff:g} in every step, as [balance] does not "
-            'mention it. Set bias_update = "sign" to keep both, or "none" to have the loss alone'
+            f"[balance] {' and '.join(losses)} balance{'s' * (len(losses) == 1)} beside "
+            f"torchtitan's own update of the selection bias, by {moe.load_balance_coeff:g} in "
+            'every step, as [balance] does not mention it. Set bias_update = "sign" to keep both, '
+            f'or "none" to have the loss{"es" * (len(losses) > 1)} alone'
         )
 
 
