@@ -12,13 +12,11 @@
 #     16 layers: 0.000625 and 6.25e-05
 #     16 layers, scale_loss_by_num_layers = False: 0.01 and 0.001
 #
-# Exits 0 while that is so, 1 when OLMo-core has changed.
+# Exits 0 while that is so, 1 when OLMo-core has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet ai2-olmo-core==3.0.0 torch==2.13.0
-cat > "$folder/weights.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install ai2-olmo-core==3.0.0 torch==2.13.0
+cat > weights.py <<'PYTHON'
 from olmo_core.nn.moe import MoEConfig
 
 print("lb_loss_weight = 0.01, z_loss_weight = 0.001")
@@ -43,5 +41,4 @@ def weights(n_layers, **options):
 found = [weights(1), weights(16), weights(16, scale_loss_by_num_layers=False)]
 raise SystemExit(found != [(0.01, 0.001), (0.01 / 16, 0.001 / 16), (0.01, 0.001)])
 PYTHON
-cd "$folder"
-OMP_NUM_THREADS=1 "$folder/venv/bin/python" weights.py
+"$python" weights.py
