@@ -10,6 +10,7 @@
 #   install   what pip installs into that: packages and options
 #   unpack    for a wheel whose metadata refuses this Python, although what is used of it runs: the
 #             Python that it asks for, and the package. What it depends on is to be installed besides
+# and Python imports router_losses, which is beside this file.
 
 could_not_install() {
     echo "could not install $*: nothing is known about this finding" >&2
@@ -26,10 +27,11 @@ unpack() {
     "$python" -m zipfile -e wheel/*.whl packages || could_not_install "$2"
 }
 
+findings=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=$(mktemp -d) || could_not_install "anything without a temporary folder"
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python=$folder/venv/bin/python
 python3 -m venv venv || could_not_install "a virtual environment"
-export PYTHONPATH="$folder/packages" PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$folder/packages:$findings" PYTHONDONTWRITEBYTECODE=1
 export OMP_NUM_THREADS=1 # sums have one order

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 FINDINGS = sorted((ROOT / "findings").glob("*.sh"))
@@ -73,3 +74,21 @@ def test_the_findings_that_documents_name_are_there() -> None:
     named = {name for of_page in names for name in of_page}
     assert named
     assert named <= {path.name for path in (ROOT / "findings").iterdir()}
+
+
+def test_a_ratio_is_near_where_value_and_gradient_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise no loss of another framework would be seen to change."""
+    monkeypatch.syspath_prepend(ROOT / "findings")
+    import router_losses as written
+
+    x = written.logits()
+    p = x.softmax(-1)
+    formula = written.switch_loss(p, written.chosen(p, 2))
+    assert written.ratio_of(formula.float() / 4, formula, x).is_near(0.25, 0.25)
+    (along,) = torch.autograd.grad(formula, x, retain_graph=True)
+    aside = torch.ones_like(along) - along * along.sum() / along.square().sum()
+    moved = 0.001 * (aside * (x - x.detach())).sum()  # 0, whose gradient is orthogonal to ``along``
+    of_another_value = formula + 0.001
+    of_another_gradient = 1.001 * formula - 0.001 * formula.detach()
+    for other in (of_another_value, of_another_gradient, formula + moved):
+        assert not written.ratio_of(other, formula, x).is_near(1, 1)
