@@ -10,17 +10,13 @@
 #
 #     computed: 77 to 158 tokens an expert, in the loss: 2 to 353
 #
-# Exits 0 while that is so, 1 when Megatron-Core has changed.
+# Exits 0 while that is so, 1 when Megatron-Core has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 numpy==2.4.6 packaging==26.0
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 numpy==2.4.6 packaging==26.0
 # Unpacked, not installed: its metadata asks for Python 3.12, its router runs with 3.11 as well.
-"$folder/venv/bin/python" -m pip download --quiet --no-deps --only-binary=:all: \
-    --python-version 3.12 --dest "$folder" megatron-core==0.19.2
-"$folder/venv/bin/python" -m zipfile -e "$folder"/megatron_core-*.whl "$folder/megatron-core"
-cat > "$folder/counts.py" <<'PYTHON'
+unpack 3.12 megatron-core==0.19.2
+cat > counts.py <<'PYTHON'
 import torch
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
@@ -43,5 +39,4 @@ print(
 without_bias = logits.sigmoid().topk(2).indices.flatten().bincount(minlength=8).tolist()
 raise SystemExit(counted != without_bias or max(computed) * 2 > max(counted))
 PYTHON
-cd "$folder"
-OMP_NUM_THREADS=1 PYTHONPATH="$folder/megatron-core" "$folder/venv/bin/python" -W ignore counts.py
+"$python" -W ignore counts.py

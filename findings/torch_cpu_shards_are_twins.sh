@@ -9,13 +9,11 @@
 #
 #     torch 2.14.1: shards equal: True
 #
-# Exits 0 while that is so, 1 when torch has changed.
+# Exits 0 while that is so, 1 when torch has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 numpy==2.4.6
-cat > "$folder/ranks.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 numpy==2.4.6
+cat > ranks.py <<'PYTHON'
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,6 +28,5 @@ if dist.get_rank() == 0:
 dist.destroy_process_group()
 raise SystemExit(not twins)
 PYTHON
-cd "$folder"
-OMP_NUM_THREADS=1 "$folder/venv/bin/python" -m torch.distributed.run --standalone \
+"$python" -m torch.distributed.run --standalone \
     --local-addr localhost --nproc-per-node 2 ranks.py

@@ -12,13 +12,11 @@
 #
 # (on ext4; in a tmpfs, which lists the newest file first, 0 of 8.)
 #
-# Exits 0 while such files are read, 1 when torch has changed.
+# Exits 0 while such files are read, 1 when torch has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 safetensors==0.8.0 numpy==2.4.6
-cat > "$folder/read.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 safetensors==0.8.0 numpy==2.4.6
+cat > read.py <<'PYTHON'
 import json
 import warnings
 from pathlib import Path
@@ -52,5 +50,4 @@ print(
 )
 raise SystemExit(not are_read)
 PYTHON
-cd "$folder"
-OMP_NUM_THREADS=1 "$folder/venv/bin/python" read.py
+"$python" read.py

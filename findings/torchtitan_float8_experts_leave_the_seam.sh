@@ -12,13 +12,11 @@
 #     Float8GroupedExperts: own seam False, weights Float8TrainingWeightWrapperTensor
 #     torch.bmm with float8's weights has the bits of plain bfloat16: True
 #
-# Exits 0 while that is so, 1 when one of them has changed.
+# Exits 0 while that is so, 1 when one of them has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 torchtitan==0.3.0 torchao==0.18.0
-cat > "$folder/experts.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 torchtitan==0.3.0 torchao==0.18.0
+cat > experts.py <<'PYTHON'
 import torch
 from torchtitan.components.quantization import float8, mx
 from torchtitan.models.common.moe import GroupedExperts
@@ -45,5 +43,4 @@ print(f"torch.bmm with float8's weights has the bits of plain bfloat16: {same_bi
 as_described = (mx_seam, mx_weights, float8_seam) == (True, "Parameter", False)
 raise SystemExit(not (as_described and float8_weights.startswith("Float8") and same_bits))
 PYTHON
-cd "$folder"
-"$folder/venv/bin/python" experts.py
+"$python" experts.py

@@ -10,13 +10,11 @@
 #     deepseek_v3: torch.float32
 #     gpt_oss: RuntimeError: scatter(): Expected self.dtype to be equal to src.dtype
 #
-# Exits 0 while that is so, 1 when torchtitan has changed.
+# Exits 0 while that is so, 1 when torchtitan has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 torchtitan==0.3.0
-cat > "$folder/layers.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 torchtitan==0.3.0
+cat > layers.py <<'PYTHON'
 import torch
 from torchtitan.models import deepseek_v3, gpt_oss
 from torchtitan.models.common.moe import MoE
@@ -40,5 +38,4 @@ for model, what in found.items():
 same = found["deepseek_v3"] is torch.float32 and "scatter()" in str(found["gpt_oss"])
 raise SystemExit(not same)
 PYTHON
-cd "$folder"
-"$folder/venv/bin/python" layers.py
+"$python" layers.py

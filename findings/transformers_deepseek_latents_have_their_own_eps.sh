@@ -9,13 +9,11 @@
 #     deepseek_v2: input_layernorm 1e-05, q_a_layernorm 1e-06, kv_a_layernorm 1e-06
 #     deepseek_v3: input_layernorm 1e-05, q_a_layernorm 1e-06, kv_a_layernorm 1e-06
 #
-# Exits 0 while that is so, 1 when transformers has changed.
+# Exits 0 while that is so, 1 when transformers has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 transformers==5.24.0
-cat > "$folder/norms.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install torch==2.14.1 transformers==5.24.0
+cat > norms.py <<'PYTHON'
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,5 +29,4 @@ for kind in ("deepseek_v2", "deepseek_v3"):
     print(f"{kind}: {', '.join(f'{name} {eps}' for name, eps in found[kind].items())}")
 raise SystemExit(any(list(eps.values()) != [1e-5, 1e-6, 1e-6] for eps in found.values()))
 PYTHON
-cd "$folder"
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" norms.py
+HF_HUB_OFFLINE=1 "$python" norms.py

@@ -10,13 +10,11 @@
 #     deepseek_v3: the same ids (TokenizersBackend)
 #     qwen3_moe: 3 other ids (Qwen2Tokenizer)
 #
-# Exits 0 while that is so, 1 when transformers has changed.
+# Exits 0 while that is so, 1 when transformers has changed, 2 when packages could not be installed.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet transformers==5.24.0
-cat > "$folder/ids.py" <<'PYTHON'
+source "$(dirname "$0")/environment.bash"
+install transformers==5.24.0
+cat > ids.py <<'PYTHON'
 import json
 import os
 
@@ -43,5 +41,4 @@ for kind in ("deepseek_v3", "qwen3_moe"):
     print(f"{kind}: {said} ({type(loaded).__name__})")
 raise SystemExit(found != {"deepseek_v3": True, "qwen3_moe": False})
 PYTHON
-cd "$folder"
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" ids.py
+HF_HUB_OFFLINE=1 "$python" ids.py
