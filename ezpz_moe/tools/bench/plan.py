@@ -12,8 +12,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import product
@@ -118,30 +118,46 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     # Cases are made one after the other, because the largest fills the memory alone.
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
         usable, left_out = _chosen(plan, dtype, shape)
-        is_routed = plan.layer == "routed"
-        # The same counts for every dtype and allocator: only what is compared differs.
-        counts = counts_of(routing, shape.E, shape.R, shape.K if is_routed else 1)
-        case = _case(plan, shape, counts, dtype)
-        what = f"{shape.name} {routing} {dtype} {plan.allocator}"
-        with progress(what, ticks(usable, plan.repeats)) as tick:
-            figures, failed = measure(usable, case, plan.repeats, tick)
-        yield Measured(
-            shape=shape,
-            routing=routing,
-            counts=counts,
-            dtype=dtype,
-            device=plan.device,
-            allocator=plan.allocator,
-            allocator_variables=allocator_variables(),
-            figures=figures,
-            left_out=left_out,
-            failed=failed,
-            backends=[each.name for each in usable if each.is_backend and each.name in figures],
-            layer=plan.layer,
-            stock_saved_bytes=(
-                _saved_by_stock(shape, dtype, plan.device, figures) if is_routed else None
-            ),
-        )
+        measured = measure_layer(plan, dtype, shape, routing, usable, progress)
+        yield replace(measured, left_out=left_out)
+
+
+def measure_layer(
+    plan: Plan,
+    dtype: str,
+    shape: Shape,
+    routing: str,
+    usable: Sequence[Contender],
+    progress: Progress,
+) -> Measured:
+    """Measure one layer of the plan, whoever else is in the plan.
+
+    Raises:
+        EzpzError: there is not enough memory for the shape.
+    """
+    is_routed = plan.layer == "routed"
+    # The same counts for every dtype and allocator: only what is compared differs.
+    counts = counts_of(routing, shape.E, shape.R, shape.K if is_routed else 1)
+    case = _case(plan, shape, counts, dtype)
+    what = f"{shape.name} {routing} {dtype} {plan.allocator}"
+    with progress(what, ticks(usable, plan.repeats)) as tick:
+        figures, failed = measure(usable, case, plan.repeats, tick)
+    by_stock = _saved_by_stock(shape, dtype, plan.device, figures) if is_routed else None
+    return Measured(
+        shape=shape,
+        routing=routing,
+        counts=counts,
+        dtype=dtype,
+        device=plan.device,
+        allocator=plan.allocator,
+        allocator_variables=allocator_variables(),
+        figures=figures,
+        left_out={},
+        failed=failed,
+        backends=[each.name for each in usable if each.is_backend and each.name in figures],
+        layer=plan.layer,
+        stock_saved_bytes=by_stock,
+    )
 
 
 def environment(device: str) -> dict[str, Any]:
