@@ -352,3 +352,24 @@ def test_deepseek_v3_is_counted_at_full_size() -> None:
 def test_a_backend_without_a_layer_of_its_own_has_no_table() -> None:
     with pytest.raises(EzpzError, match="--backend grouped_mm: has no routed layer of its own"):
         routed_layer.contenders("grouped_mm", "stock_copy")
+
+
+def test_the_table_is_one_command(tmp_path: Path, monkeypatch, capsys, native_in) -> None:
+    """A line for each dtype and routing, and a file; a goal out of reach is an exit code."""
+    native_in("bfloat16")
+    unreachable = routed_layer.Goals(saved=0.3, speed=1e9)
+    monkeypatch.setattr(routed_layer, "GOALS", {("olmoe", 64): unreachable})
+    monkeypatch.setattr(routed_layer, "TOKENS", 64)
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["routed_layer.py", "--turns", "1", "--json", str(file)])
+    assert routed_layer.main() == 1
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == [
+        *(f"| olmoe/64 {routing} bfloat16" for routing in ("balanced", "zipf1")),
+        *(f"| olmoe/64 {routing} float32" for routing in ("balanced", "zipf1")),
+        "| deepseek_v3 bfloat16, not computed",
+    ]
+    assert all(line[1].endswith("(<= 0.3): met") for line in lines[:2])
+    assert all("(>= 1e+09): MISSED" in line[3] for line in lines[:4])
+    stock = [row["stock"] for row in json.loads(file.read_text())["measured"]]
+    assert stock == ["stock", "stock", "stock_copy", "stock_copy"]
