@@ -18,8 +18,10 @@ from ezpz_moe.tools.bench.shapes import MODELS, Shape, parse_shape
 
 def test_a_model_scaled_down() -> None:
     """D, F and tokens are divided; experts and top-k are the model's."""
-    assert parse_shape("olmoe", scale=4, tokens=4096) == Shape("olmoe/4", 64, 512, 256, 8192)
-    assert parse_shape("mixtral", scale=1, tokens=512) == Shape("mixtral", 8, 4096, 14336, 1024)
+    assert parse_shape("olmoe", scale=4, tokens=4096) == Shape("olmoe/4", 64, 512, 256, 8192, K=8)
+    assert parse_shape("mixtral", scale=1, tokens=512) == Shape(
+        "mixtral", 8, 4096, 14336, 1024, K=2
+    )
 
 
 def test_explicit_sizes_are_not_scaled() -> None:

@@ -29,15 +29,20 @@ _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 class Bench(Command):
     """Measure the time and memory of one expert layer: all backends, the host's layer, the limit.
 
+    With --layer routed it is the whole routed layer, with dispatch and combination of tokens.
     Times the forward pass alone and with the backward pass; contenders take turns.
     docs/benchmark.md explains each column.
     """
 
     group = "backends"
 
+    layer: Literal["experts", "routed"] = "experts"
+    """Measure the experts' FFN over sorted rows, or the routed layer: every backend's own, and its
+    FFN composed with torchtitan's dispatch and combination."""
     shape: Annotated[tuple[str, ...], arg(metavar="MODEL|E,D,F,R ...")] = ("olmoe",)
-    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, or these four sizes:
-    experts, model dimension, expert dimension and routed rows."""
+    """Measure olmoe, qwen3_30b, deepseek_v2_lite, mixtral, 10b_2b, 7b, deepseek_v3, or these four
+    sizes: experts, model dimension, expert dimension and routed rows; for a routed layer a fifth,
+    the experts of a token."""
     scale: Annotated[int | None, arg(metavar="INT")] = None
     """Divide a model's D, F and tokens by this. Default: 4 on the CPU, else 1."""
     tokens: int = 4096
@@ -52,7 +57,8 @@ class Bench(Command):
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Compare with stock, stock_products, indexed, dense, transformers_eager,
     transformers_batched_mm, transformers_grouped_mm, scattermoe, megablocks, sonicmoe or
-    single_buffer. Default: all that run here, except single_buffer."""
+    single_buffer; a routed layer with stock, stock_copy or transformers'. Default: all that run
+    here, except single_buffer."""
     repeats: Annotated[int | None, arg(metavar="INT")] = None
     """Take this many turns. Default: 5 on the CPU, else 30."""
     device: Device = None
@@ -140,6 +146,7 @@ class Bench(Command):
             backends=tuple(dict.fromkeys(self.backends)),
             against=tuple(dict.fromkeys(self.against)),
             repeats=self.repeats or (_REPEATS_ON_CPU if on_cpu else _REPEATS),
+            layer=self.layer,
         )
 
     def _device(self) -> str:
@@ -208,9 +215,12 @@ def _print(measured: Measured, told: set[str]) -> None:
 def title(measured: Measured) -> str:
     """Return the table's title."""
     E, D, F, R = measured.shape.sizes
+    sizes = f"E={E} D={D} F={F} R={R}"
+    if measured.layer == "routed":
+        sizes = f"routed layer, E={E} K={measured.shape.K} D={D} F={F} T={measured.shape.T}"
     variables = " ".join(f"{key}={value}" for key, value in measured.allocator_variables.items())
     return (
-        f"{measured.shape.name} (E={E} D={D} F={F} R={R}), {measured.routing}: "
+        f"{measured.shape.name} ({sizes}), {measured.routing}: "
         f"{min(measured.counts)} to {max(measured.counts)} rows per expert, the busiest with "
         f"{measured.skew:.3g}x the mean; {measured.dtype}, allocator {measured.allocator}"
         + (f" ({variables})" if variables else "")
@@ -226,18 +236,22 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
     by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
     for name in by_time:
         figures = measured.figures[name]
+        routed = measured.layer == "routed"
         yield {
             "contender": name,
             "forward ms": f"{figures.median('forward'):.4g}",
+            **({"backward ms": f"{figures.median('backward'):.4g}"} if routed else {}),
             "fwd+bwd ms": f"{figures.median():.4g}",
             # From here to the ratios, of forward and backward together.
             "quartiles": "{:.4g}-{:.4g}".format(*figures.quartiles()),
             "TFLOP/s": f"{measured.tflops(name):.3g}",
             # Speed is the inverse of time, so stock's time is on top here, and the contender's
             # below.
-            f"speed / {stock or 'stock'}": display.number(measured.time_ratio(stock, name), ".2f"),
-            "time / dense": display.number(measured.time_ratio(name, DENSE), ".2f"),
+            f"speed / {stock or 'stock'}": _ratio(measured.time_ratio(stock, name)),
+            # No dense layer has tokens to dispatch.
+            **({} if routed else {"time / dense": _ratio(measured.time_ratio(name, DENSE))}),
             "saved": display.memory(figures.saved_bytes),
+            **({"saved / stock": _ratio(measured.saved_ratio(name))} if routed else {}),
             "peak": "-" if figures.peak_bytes is None else display.memory(figures.peak_bytes),
             "syncs": _syncs(figures),
         }
@@ -245,8 +259,11 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
 
 def left_out(measured: Measured) -> Iterator[str]:
     """Yield the contenders that were not measured, and why."""
+    by_reasons: dict[str, list[str]] = {}
     for name, reasons in measured.left_out.items():
-        yield f"left out: {name}: {'; '.join(reasons)}"
+        by_reasons.setdefault("; ".join(reasons), []).append(name)
+    for why, names in by_reasons.items():
+        yield f"left out: {', '.join(names)}: {why}"
 
 
 def remarks(measured: Measured) -> Iterator[str]:
@@ -256,6 +273,10 @@ def remarks(measured: Measured) -> Iterator[str]:
     for name, figures in measured.figures.items():
         if figures.dropped:
             yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
+
+
+def _ratio(value: float | None) -> str:
+    return display.number(value, ".2f")
 
 
 def _syncs(figures: Figures) -> str:

@@ -5,14 +5,15 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ezpz_moe.compute.reference import Case
+from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.tools.bench.shapes import Shape
 
 
@@ -20,9 +21,9 @@ class Prepared(NamedTuple):
     """A layer that is ready to run.
 
     Attributes:
-        forward: computes y_RD from the inputs, under autograd.
-        inputs: the weights and x, leaves that require a gradient.
-        constants: further tensors that it needs: token counts, each row's expert.
+        forward: computes y_RD, or a routed layer's out_TD, from the inputs, under autograd.
+        inputs: the weights and x, and last a routed layer's scores; leaves that require a gradient.
+        constants: further tensors that it needs: token counts, the experts of rows or tokens.
     """
 
     forward: Callable[[], Tensor]
@@ -37,6 +38,7 @@ class Contender:
     Attributes:
         name: in tables; a backend's is its spec, options included.
         prepare: gets it ready for a case, with weights in the layout it needs; this is not timed.
+            It takes a Case, or a RoutedCase if it computes routed layers.
         why_not: ``(device, dtype, shape)`` -> every reason why it cannot run; empty means usable.
         declares_syncs: whether it says that it waits for the device; None if it says nothing.
         computes_layer: whether its output is the expert layer's, which is checked before timing.
@@ -45,7 +47,7 @@ class Contender:
     """
 
     name: str
-    prepare: Callable[[Case], Prepared]
+    prepare: Callable[[Any], Prepared]
     why_not: Callable[[torch.device, torch.dtype, Shape], list[str]]
     declares_syncs: bool | None = None
     computes_layer: bool = True
@@ -68,3 +70,18 @@ def prepared(swiglu: Callable[..., Tensor]) -> Callable[[Case], Prepared]:
         return Prepared(lambda: swiglu(*inputs, counts_E), inputs, (counts_E,))
 
     return prepare
+
+
+def named(names: Sequence[str], known: Mapping[str, Contender]) -> list[Contender]:
+    """Return the contenders that ``--against`` names.
+
+    Raises:
+        EzpzError: there is no such contender.
+    """
+    for name in names:
+        if name not in known:
+            raise EzpzError(
+                f"--against {name!r}: no such contender. Known: {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+    return [known[name] for name in names]

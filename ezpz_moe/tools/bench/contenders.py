@@ -8,6 +8,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.reference import Case
-from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, prepared
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, named, prepared
 from ezpz_moe.tools.bench.peers import PEERS
 from ezpz_moe.tools.bench.results import DENSE, INDEXED, PRODUCTS, SINGLE_BUFFER, STOCK
 from ezpz_moe.tools.bench.shapes import Shape
@@ -43,22 +44,27 @@ def others(names: Sequence[str]) -> list[Contender]:
     """
     without_a_name = {each.name: each for each in (*_REFERENCES, *PEERS)}
     known = without_a_name | {_SINGLE_BUFFER.name: _SINGLE_BUFFER}
-    for name in names:
-        if name not in known:
-            raise EzpzError(
-                f"--against {name!r}: no such contender. Known: {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
-            )
     # Without names: all but single_buffer, which is too slow under skew to run unasked.
-    return [known[name] for name in names or without_a_name]
+    return named(names, known) or list(without_a_name.values())
+
+
+def broken(spec: str) -> Contender | None:
+    """Return a contender that says why a backend does not load; None if it does.
+
+    A package that does not load affects only its own backend.
+    """
+    try:
+        get_backend(spec)
+    except EzpzError as error:
+        reasons = [str(error)]
+        return Contender(spec, _not_reached, lambda *_: reasons, is_backend=True)
+    return None
 
 
 def _backend(spec: str) -> Contender:
-    try:
-        backend = get_backend(spec)
-    except EzpzError as error:  # a package that does not load affects only its own backend
-        reasons = [str(error)]
-        return Contender(spec, _not_reached, lambda *_: reasons, is_backend=True)
+    if one := broken(spec):
+        return one
+    backend = get_backend(spec)
     return Contender(
         spec,
         prepared(backend.swiglu),
@@ -69,7 +75,7 @@ def _backend(spec: str) -> Contender:
     )
 
 
-def _not_reached(case: Case) -> Prepared:
+def _not_reached(case: Any) -> Prepared:
     raise AssertionError("a contender is prepared only where it is usable")
 
 
@@ -92,7 +98,8 @@ def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor,
     return torch._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs=offs_E)
 
 
-def _products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+def products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+    """Return why :func:`stock_products` cannot run."""
     return get_backend("grouped_mm").why_not(device, dtype, dims=(shape.D, shape.F))
 
 
@@ -123,7 +130,7 @@ def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> li
         host().stock_experts()
     except EzpzError as error:
         return [str(error)]
-    return _products_why_not(device, dtype, shape)
+    return products_why_not(device, dtype, shape)
 
 
 def _single_buffer(case: Case) -> Prepared:
@@ -139,7 +146,7 @@ _UNBOUNDED = "batched_mm_padded(max_padding=1e9)"
 
 _REFERENCES = (
     Contender(STOCK, _stock, _stock_why_not),
-    Contender(PRODUCTS, prepared(stock_products), _products_why_not),
+    Contender(PRODUCTS, prepared(stock_products), products_why_not),
     Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True),
     Contender(DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False),
 )

@@ -18,25 +18,18 @@ from torch.autograd.profiler import profile
 
 from ezpz_moe.compute import tuning
 from ezpz_moe.compute.backends import auto
-from ezpz_moe.compute.reference import Case, plain_loop
+from ezpz_moe.compute.reference import Case
+from ezpz_moe.tools.bench.checking import Truth, WrongOutputError, truth_of
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.results import Figures
-
-# Relative to the norm of the output. Wide, because this finds wrong layers; `ezpz-moe verify`
-# judges rounding.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_TOLERANCE_OF_HALF = 3e-2
+from ezpz_moe.tools.bench.routed_case import RoutedCase
 
 Tick = Callable[[str], None]
 """Called with the name of what is done next."""
 
 
-class WrongOutputError(RuntimeError):
-    """A contender computes something else."""
-
-
 def measure(
-    contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
+    contenders: Sequence[Contender], case: Case | RoutedCase, repeats: int, tick: Tick
 ) -> tuple[dict[str, Figures], dict[str, str]]:
     """Measure all contenders; return their figures, and the errors of those that failed.
 
@@ -50,25 +43,23 @@ def measure(
 
 
 def _measure(
-    contenders: Sequence[Contender], case: Case, repeats: int, tick: Tick
+    contenders: Sequence[Contender], case: Case | RoutedCase, repeats: int, tick: Tick
 ) -> tuple[dict[str, Figures], dict[str, str]]:
-    true_RD = _expected(case)
+    truth = truth_of(case)
     figures: dict[str, Figures] = {}
     failed: dict[str, str] = {}
-    ready: dict[str, Prepared] = {}
+    ready: dict[str, tuple[Prepared, Tensor]] = {}
     for contender in contenders:
         tick(contender.name)
         try:
-            ready[contender.name] = prepared = contender.prepare(case)
-            figures[contender.name] = _untimed(contender, prepared, case.grad_y_RD, true_RD)
+            ready[contender.name], figures[contender.name] = _untimed(contender, case, truth)
         except Exception as error:  # report a contender that breaks, and still run the others
-            ready.pop(contender.name, None)
             failed[contender.name] = _in_a_line(error)
     order = deque(ready)
     for turn in range(1 + repeats):
         for name in order:
             tick(name)
-            forward_ms, both_ms = milliseconds(ready[name], case.grad_y_RD)
+            forward_ms, both_ms = milliseconds(*ready[name])
             # The first turn warms up caches and clocks.
             if turn > 0:
                 figures[name].forward_ms.append(forward_ms)
@@ -83,27 +74,29 @@ def ticks(contenders: Sequence[Contender], repeats: int) -> int:
     return len(contenders) * (2 + repeats)
 
 
-def milliseconds(prepared: Prepared, grad_y_RD: Tensor) -> tuple[float, float]:
+def milliseconds(prepared: Prepared, grad: Tensor) -> tuple[float, float]:
     """Return the milliseconds of forward, and of forward and backward, from one run.
+
+    ``grad`` arrives at the output, and is in its dtype.
 
     Uses the device's own clock where there is one. Ends when the gradients have been returned.
     """
-    device = grad_y_RD.device
+    device = grad.device
     if device.type == "cpu":
         start = time.perf_counter()
-        y_RD = prepared.forward()
+        output = prepared.forward()
         between = time.perf_counter()
         # Not backward(), which adds to .grad: from the second turn on it would time an addition.
-        torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
+        torch.autograd.grad(output, prepared.inputs, grad)
         end = time.perf_counter()
         return (between - start) * 1e3, (end - start) * 1e3
     of_device = getattr(torch, device.type)
     before, between_, after = (of_device.Event(enable_timing=True) for _ in range(3))
     before.record()
-    y_RD = prepared.forward()
+    output = prepared.forward()
     # An event is recorded in the device's queue, without waiting for what is in it.
     between_.record()
-    torch.autograd.grad(y_RD, prepared.inputs, grad_y_RD)
+    torch.autograd.grad(output, prepared.inputs, grad)
     after.record()
     # The only wait of this clock: until then the host may run ahead, as in training.
     after.synchronize()
@@ -125,10 +118,10 @@ def saved_bytes(prepared: Prepared) -> tuple[int, Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y_RD = prepared.forward()
+        output = prepared.forward()
     for tensor in (*prepared.inputs, *prepared.constants):
         saved.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values()), y_RD
+    return sum(storage.nbytes() for storage in saved.values()), output
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
@@ -200,61 +193,32 @@ def syncs(work: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _untimed(
-    contender: Contender, prepared: Prepared, grad_y_RD: Tensor, true_RD: Tensor
-) -> Figures:
-    """Measure all figures except the times."""
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(prepared.forward(), prepared.inputs, grad_y_RD)
-
-    saved, y_RD = saved_bytes(prepared)
-    y_RD = y_RD.detach()
+    contender: Contender, case: Case | RoutedCase, truth: Truth
+) -> tuple[tuple[Prepared, Tensor], Figures]:
+    """Measure all figures except the times; return first what :func:`milliseconds` takes."""
+    prepared = contender.prepare(case)
+    saved, output = saved_bytes(prepared)
+    # A contender may compute in another dtype than the case's.
+    grad = truth.grad.to(output.dtype)
     dropped = 0.0
     if contender.computes_layer:
-        dropped = _dropped(y_RD, true_RD, contender.may_drop)
-    del y_RD
+        dropped = truth.dropped(contender, prepared, output)
+    del output
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(prepared.forward(), prepared.inputs, grad)
+
     both()  # what compiles, tunes or loads the first time must not count towards the peak
-    device = grad_y_RD.device
-    return Figures(
+    figures = Figures(
         forward_ms=[],
         both_ms=[],
         saved_bytes=saved,
-        peak_bytes=peak_bytes(both, device),
-        syncs=syncs(both, device),
+        peak_bytes=peak_bytes(both, grad.device),
+        syncs=syncs(both, grad.device),
         declares_syncs=contender.declares_syncs,
         dropped=dropped,
     )
-
-
-@torch.no_grad()
-def _expected(case: Case) -> Tensor:
-    weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
-    return plain_loop(*weights, case.x_RD, case.num_tokens_per_expert_E)
-
-
-def _dropped(y_RD: Tensor, true_RD: Tensor, may_drop: bool) -> float:
-    """Return the share of rows left out; 0 unless that is allowed. All others have to be right.
-
-    Raises:
-        WrongOutputError: the output differs from the plain loop's by more than rounding explains.
-    """
-    if y_RD.shape != true_RD.shape:
-        raise WrongOutputError(f"its output is {tuple(y_RD.shape)}, not {tuple(true_RD.shape)}")
-    limit = _TOLERANCE.get(y_RD.dtype, _TOLERANCE_OF_HALF)
-    wide = torch.promote_types(y_RD.dtype, torch.float32)
-    y_RD, true_RD = y_RD.to(wide), true_RD.to(wide)
-    kept_R1 = torch.ones_like(y_RD[:, :1])
-    if may_drop:
-        kept_R1 = y_RD.any(dim=1, keepdim=True).to(wide)  # inputs are random: no other row is zero
-    true_RD = true_RD * kept_R1
-    error = (y_RD - true_RD).norm() / true_RD.norm()
-    # Not `error > limit`, which NaN would pass.
-    if not error <= limit:
-        raise WrongOutputError(
-            f"its output is wrong: its relative distance from the plain loop's is {error:.2g}, and "
-            f"rounding explains only {limit:g}"
-        )
-    return 1 - kept_R1.mean().item()
+    return (prepared, grad), figures
 
 
 def _in_a_line(error: Exception) -> str:

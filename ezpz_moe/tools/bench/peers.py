@@ -1,8 +1,8 @@
 """Other projects' expert layers, where they are installed.
 
-Each gets every row as a token with one expert (top-1, weight 1), sorted by expert as our backends
-get them. Whatever a peer does to its tokens besides the products (sorting, gathering, scattering)
-counts towards its time, because its layer begins there.
+For the experts' FFN, each gets every row as a token with one expert (top-1, weight 1), sorted by
+expert as our backends get them. Whatever a peer does to its tokens besides the products (sorting,
+gathering, scattering) counts towards its time, because its layer begins there.
 
 Only transformers' layers have been run here, on the CPU. The others need CUDA and follow their
 published interface; like all contenders, they are timed only once their output is found right.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ezpz_moe.compute.reference import Case
 from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves
+from ezpz_moe.tools.bench.routed_case import RoutedCase
 from ezpz_moe.tools.bench.shapes import Shape
 
 Reasons = Callable[[torch.device, torch.dtype, Shape], list[str]]
@@ -62,27 +63,48 @@ def _on_cuda(module: str, install: str, capability: tuple[int, int] = (0, 0)) ->
 _TRANSFORMERS = _is_installed("transformers", "pip install transformers")
 
 
+def _olmoe_experts(implementation: str, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor) -> Any:
+    """Return transformers' OLMoE experts with these weights: ``(x_TD, ids_TK, scores_TK)``."""
+    # Peers are imported when they are prepared: none of them is a dependency.
+    from transformers.models.olmoe import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    E, hidden_dim, dim = w1_EFD.shape
+    config = OlmoeConfig(
+        hidden_size=dim, intermediate_size=hidden_dim, num_experts=E, hidden_act="silu"
+    )
+    # What transformers sets for a whole model, from its argument experts_implementation. The
+    # experts' own class takes nothing but a config.
+    config._experts_implementation = implementation
+    # Built without memory: load_state_dict(assign=True) then takes our tensors as they are.
+    with torch.device("meta"):
+        experts = OlmoeExperts(config)
+    gate_up_proj = torch.cat([w1_EFD, w3_EFD], dim=1)
+    experts.load_state_dict({"gate_up_proj": gate_up_proj, "down_proj": w2_EDF}, assign=True)
+    return experts
+
+
+def _transformers_routed(implementation: str) -> Callable[[RoutedCase], Prepared]:
+    """Prepare what follows the router in transformers' OLMoE block: dispatch to combination."""
+
+    def prepare(case: RoutedCase) -> Prepared:
+        experts = _olmoe_experts(implementation, case.w1_EFD, case.w2_EDF, case.w3_EFD)
+        x_TD, scores_TK = leaves(case.x_TD, case.scores_TK)
+        return Prepared(
+            # In x's dtype, as the block's own router gives them.
+            lambda: experts(x_TD, case.ids_TK, scores_TK.to(x_TD.dtype)),
+            (*experts.parameters(), x_TD, scores_TK),
+            (case.ids_TK,),
+        )
+
+    return prepare
+
+
 def _transformers(implementation: str) -> Callable[[Case], Prepared]:
     """Prepare transformers' OLMoE experts, computed by one of its experts backends."""
 
     def prepare(case: Case) -> Prepared:
-        # Peers are imported when they are prepared: none of them is a dependency.
-        from transformers.models.olmoe import OlmoeConfig
-        from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
-
-        E, hidden_dim, dim = case.w1_EFD.shape
-        config = OlmoeConfig(
-            hidden_size=dim, intermediate_size=hidden_dim, num_experts=E, hidden_act="silu"
-        )
-        # What transformers sets for a whole model, from its argument experts_implementation. The
-        # experts' own class takes nothing but a config.
-        config._experts_implementation = implementation
-        # Built without memory: load_state_dict(assign=True) then takes our tensors as they are.
-        with torch.device("meta"):
-            experts = OlmoeExperts(config)
-        gate_up_proj = torch.cat([case.w1_EFD, case.w3_EFD], dim=1)
-        weights = {"gate_up_proj": gate_up_proj, "down_proj": case.w2_EDF}
-        experts.load_state_dict(weights, assign=True)
+        experts = _olmoe_experts(implementation, case.w1_EFD, case.w2_EDF, case.w3_EFD)
         (x_RD,) = leaves(case.x_RD)
         experts_R1 = expert_of_rows(case).unsqueeze(1)
         weights_R1 = torch.ones_like(experts_R1, dtype=x_RD.dtype)
@@ -212,4 +234,10 @@ PEERS = (
         _sonicmoe,
         _on_cuda("sonicmoe", "pip install sonic-moe", capability=(9, 0)),
     ),
+)
+
+ROUTED_PEERS = (
+    Contender("transformers_eager", _transformers_routed("eager"), _TRANSFORMERS),
+    Contender("transformers_batched_mm", _transformers_routed("batched_mm"), _copies_fit),
+    Contender("transformers_grouped_mm", _transformers_routed("grouped_mm"), _TRANSFORMERS),
 )

@@ -12,9 +12,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -22,14 +23,16 @@ import torch
 from pydantic import TypeAdapter
 
 from ezpz_moe import __version__
+from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.compute.reference import Case, random_case
 from ezpz_moe.compute.tuning import allocator_variables, is_out_of_memory
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name, version
+from ezpz_moe.tools.bench import contenders, routed
 from ezpz_moe.tools.bench.contender import Contender
-from ezpz_moe.tools.bench.contenders import backends, others
 from ezpz_moe.tools.bench.measuring import Tick, measure, ticks
-from ezpz_moe.tools.bench.results import PRODUCTS, STOCK, Measured
+from ezpz_moe.tools.bench.results import COPY, PRODUCTS, STOCK, Figures, Layer, Measured
+from ezpz_moe.tools.bench.routed_case import RoutedCase, random_routed_case
 from ezpz_moe.tools.bench.routings import counts_of
 from ezpz_moe.tools.bench.shapes import Shape
 
@@ -51,8 +54,9 @@ class Plan:
     """What to measure: every shape with every routing in every dtype.
 
     Attributes:
+        layer: which part of an MoE layer.
         backends: specs as ``get_backend`` takes them; empty for all that are usable.
-        against: names for :func:`.contenders.others`; empty for all that are usable.
+        against: names for ``others`` of the layer's module; empty for all that are usable.
         repeats: turns that count.
     """
 
@@ -64,6 +68,11 @@ class Plan:
     against: tuple[str, ...]
     repeats: int
     allocator: Allocator = "default"
+    layer: Layer = "experts"
+
+
+_CONTENDERS = {"experts": contenders, "routed": routed}
+"""Who computes a layer."""
 
 
 def check(plan: Plan) -> None:
@@ -108,26 +117,47 @@ def run_here(plan: Plan, progress: Progress) -> Iterator[Measured]:
     """
     # Cases are made one after the other, because the largest fills the memory alone.
     for dtype, shape, routing in product(plan.dtypes, plan.shapes, plan.routings):
-        contenders, left_out = _chosen(plan, dtype, shape)
-        # The same counts for every dtype and allocator: only what is compared differs.
-        counts = counts_of(routing, shape.E, shape.R)
-        case = _case(shape, counts, dtype, plan.device)
-        what = f"{shape.name} {routing} {dtype} {plan.allocator}"
-        with progress(what, ticks(contenders, plan.repeats)) as tick:
-            figures, failed = measure(contenders, case, plan.repeats, tick)
-        yield Measured(
-            shape=shape,
-            routing=routing,
-            counts=counts,
-            dtype=dtype,
-            device=plan.device,
-            allocator=plan.allocator,
-            allocator_variables=allocator_variables(),
-            figures=figures,
-            left_out=left_out,
-            failed=failed,
-            backends=[each.name for each in contenders if each.is_backend and each.name in figures],
-        )
+        usable, left_out = _chosen(plan, dtype, shape)
+        measured = measure_layer(plan, dtype, shape, routing, usable, progress)
+        yield replace(measured, left_out=left_out)
+
+
+def measure_layer(
+    plan: Plan,
+    dtype: str,
+    shape: Shape,
+    routing: str,
+    usable: Sequence[Contender],
+    progress: Progress,
+) -> Measured:
+    """Measure one layer of the plan, whoever else is in the plan.
+
+    Raises:
+        EzpzError: there is not enough memory for the shape.
+    """
+    is_routed = plan.layer == "routed"
+    # The same counts for every dtype and allocator: only what is compared differs.
+    counts = counts_of(routing, shape.E, shape.R, shape.K if is_routed else 1)
+    case = _case(plan, shape, counts, dtype)
+    what = f"{shape.name} {routing} {dtype} {plan.allocator}"
+    with progress(what, ticks(usable, plan.repeats)) as tick:
+        figures, failed = measure(usable, case, plan.repeats, tick)
+    by_stock = _saved_by_stock(shape, dtype, plan.device, figures) if is_routed else None
+    return Measured(
+        shape=shape,
+        routing=routing,
+        counts=counts,
+        dtype=dtype,
+        device=plan.device,
+        allocator=plan.allocator,
+        allocator_variables=allocator_variables(),
+        figures=figures,
+        left_out={},
+        failed=failed,
+        backends=[each.name for each in usable if each.is_backend and each.name in figures],
+        layer=plan.layer,
+        stock_saved_bytes=by_stock,
+    )
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -169,7 +199,8 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
     Raises:
         EzpzError: a named contender is not usable, or no backend is.
     """
-    candidates = [*others(plan.against), *backends(plan.backends)]
+    of_layer = _CONTENDERS[plan.layer]
+    candidates = [*of_layer.others(plan.against), *of_layer.backends(plan.backends)]
     place = torch.device(plan.device)
     why_not = {each.name: each.why_not(place, getattr(torch, dtype), shape) for each in candidates}
     named = {*plan.backends, *plan.against}
@@ -179,8 +210,10 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
                 f"{name} cannot be measured on {plan.device} in {dtype} with {shape.name}: "
                 f"{'; '.join(reasons)}"
             )
-    if PRODUCTS not in named and not why_not.get(STOCK, ["is not among them"]):
-        why_not.pop(PRODUCTS, None)  # they only stand in for a stock layer that cannot be measured
+    if not why_not.get(STOCK, ["is not among them"]):
+        # These only stand in for a stock layer that cannot be measured.
+        for stand_in in {PRODUCTS, COPY} - named:
+            why_not.pop(stand_in, None)
     usable = [each for each in candidates if why_not.get(each.name) == []]
     if not any(each.is_backend for each in usable):
         lines = [f"{name}: {reason}" for name, why in why_not.items() for reason in why]
@@ -188,23 +221,37 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
     return usable, {name: reasons for name, reasons in why_not.items() if reasons}
 
 
-def _case(shape: Shape, counts: list[int], dtype: str, device: str) -> Case:
+def _case(plan: Plan, shape: Shape, counts: list[int], dtype: str) -> Case | RoutedCase:
     """Make random inputs and weights of these sizes.
 
     Raises:
         EzpzError: they do not fit in memory.
     """
+    make: Callable[..., Case | RoutedCase] = random_case
+    if plan.layer == "routed":
+        make = partial(random_routed_case, top_k=shape.K)
     try:
-        return random_case(
-            counts, dim=shape.D, hidden_dim=shape.F, dtype=getattr(torch, dtype), device=device
+        return make(
+            counts, dim=shape.D, hidden_dim=shape.F, dtype=getattr(torch, dtype), device=plan.device
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise EzpzError(
             f"--shape {shape.name}: E x D x F = {shape.E} x {shape.D} x {shape.F} in {dtype} and "
-            f"{shape.R} rows do not fit in the memory of {device}. Choose a smaller shape."
+            f"{shape.R} rows do not fit in the memory of {plan.device}. Choose a smaller shape."
         ) from error
+
+
+def _saved_by_stock(
+    shape: Shape, dtype: str, device: str, figures: Mapping[str, Figures]
+) -> int | None:
+    """Return what torchtitan's routed layer saves in ``dtype``, though it casts to bfloat16."""
+    if dtype == "bfloat16":
+        return routed.stock_saved_bytes(shape)
+    if COPY in figures and not is_emulated(device, getattr(torch, dtype)):
+        return figures[COPY].saved_bytes
+    return None
 
 
 def _in_child(plan: Plan, progress: Progress) -> Iterator[Measured]:

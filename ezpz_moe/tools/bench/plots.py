@@ -16,6 +16,7 @@ from ezpz_moe.tools.bench.results import DENSE, Measured
 
 _DPI = 130
 _MIB = 2**20
+_LAYERS = {"experts": "expert", "routed": "routed"}
 
 Colors = Mapping[str, Any]
 
@@ -62,7 +63,9 @@ def _picture(results: Sequence[Measured]) -> Figure:
         _against_skew(right, them, colors, lambda figures: (figures.peak_bytes or np.nan) / _MIB)
         right.set(title=f"{name}: peak memory against skew", ylabel="MiB beyond inputs and weights")
     first = results[0]
-    figure.suptitle(f"One expert layer on {first.device}, {first.dtype}, {_allocator(first)}")
+    figure.suptitle(
+        f"One {_LAYERS[first.layer]} layer on {first.device}, {first.dtype}, {_allocator(first)}"
+    )
     handles, labels = _all_handles(figure)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
     return figure

@@ -15,10 +15,14 @@ from ezpz_moe.tools.bench.routings import skew
 from ezpz_moe.tools.bench.shapes import Shape
 
 STOCK, PRODUCTS, INDEXED, DENSE = "stock", "stock_products", "indexed", "dense"
+COPY = "stock_copy"
 SINGLE_BUFFER = "single_buffer"
 
-Pass = Literal["forward", "both"]
-"""Forward alone, or forward and backward."""
+Layer = Literal["experts", "routed"]
+"""The experts' FFN over sorted rows; or from tokens to tokens, with dispatch and combination."""
+
+Pass = Literal["forward", "backward", "both"]
+"""One of the two, or both together."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,13 @@ class Figures:
     dropped: float = 0.0
 
     def turns(self, timed: Pass) -> list[float]:
-        return self.forward_ms if timed == "forward" else self.both_ms
+        match timed:
+            case "forward":
+                return self.forward_ms
+            case "backward":
+                pairs = zip(self.forward_ms, self.both_ms, strict=True)
+                return [both - forward for forward, both in pairs]
+        return self.both_ms
 
     def median(self, timed: Pass = "both") -> float:
         return statistics.median(self.turns(timed))
@@ -72,6 +82,9 @@ class Measured:
         left_out: contender -> why it is not among them.
         failed: contender -> what it raised.
         backends: the names in ``figures`` that are ours, or of a package that adds one.
+        layer: what was computed.
+        stock_saved_bytes: what torchtitan's routed layer saves for backward in this dtype, also
+            where it is not measured; None for the experts' FFN, or without torchtitan.
     """
 
     shape: Shape
@@ -85,6 +98,8 @@ class Measured:
     left_out: dict[str, list[str]]
     failed: dict[str, str]
     backends: list[str]
+    layer: Layer = "experts"
+    stock_saved_bytes: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -97,8 +112,8 @@ class Measured:
 
     @property
     def stock(self) -> str | None:
-        """The contender whose time stands for the host's: its layer, or else its three products."""
-        return next((name for name in (STOCK, PRODUCTS) if name in self.figures), None)
+        """The contender whose time stands for the host's: its layer, or what has its products."""
+        return next((name for name in (STOCK, PRODUCTS, COPY) if name in self.figures), None)
 
     def time_ratio(
         self, above: str | None, below: str | None, timed: Pass = "both"
@@ -112,6 +127,12 @@ class Measured:
         # Pair the turns: a ratio of two medians would compare different moments of a busy machine.
         pairs = zip(self.figures[above].turns(timed), self.figures[below].turns(timed), strict=True)
         return statistics.median(a / b for a, b in pairs)
+
+    def saved_ratio(self, name: str) -> float | None:
+        """Return the bytes saved for backward, as a multiple of those of torchtitan's layer."""
+        if not self.stock_saved_bytes:
+            return None
+        return self.figures[name].saved_bytes / self.stock_saved_bytes
 
     def tflops(self, name: str) -> float:
         """Return TFLOP/s of forward and backward."""
@@ -131,6 +152,7 @@ class Measured:
                 "speed_of_stock": self.time_ratio(self.stock, name),
                 "time_of_dense": self.time_ratio(name, DENSE),
                 "speed_of_indexed": self.time_ratio(INDEXED, name),
+                "saved_of_stock": self.saved_ratio(name),
             }
         return document
 

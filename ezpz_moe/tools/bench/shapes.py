@@ -29,15 +29,17 @@ MODELS = {
     "mixtral": ModelSizes(8, 2, 4096, 14336),
     "10b_2b": ModelSizes(36, 3, 2048, 1408),
     "7b": ModelSizes(36, 3, 2048, 1280),
+    "deepseek_v3": ModelSizes(256, 8, 7168, 2048),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One expert layer: E experts of dimension F over R routed rows of dimension D.
+    """One layer: E experts of dimension F over R routed rows of dimension D.
 
     Attributes:
         name: for example "olmoe/4": D, F and the tokens are divided by 4.
+        K: experts of a token, which only a routed layer knows of: R = T K.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Shape:
     D: int
     F: int
     R: int
+    K: int = 1
+
+    @property
+    def T(self) -> int:
+        return self.R // self.K
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -61,14 +68,15 @@ def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
     """Parse ``"olmoe"``, with D, F and ``tokens`` divided by ``scale``, or ``"8,1024,3584,2048"``.
 
     Raises:
-        EzpzError: neither a known model nor E,D,F,R; or ``scale`` does not divide a size.
+        EzpzError: neither a known model nor E,D,F,R or E,D,F,R,K; or ``scale`` does not divide a
+            size.
     """
     if "," in text:
         return _explicit(text)
     if text not in MODELS:
         raise EzpzError(
             f"--shape {text!r}: unknown model. Known: {', '.join(MODELS)}; or give the sizes as "
-            f"E,D,F,R, for example 8,1024,3584,2048.{did_you_mean(text, MODELS)}"
+            f"E,D,F,R or E,D,F,R,K, for example 8,1024,3584,2048.{did_you_mean(text, MODELS)}"
         )
     model = MODELS[text]
     for name, size in (("D", model.D), ("F", model.F), ("--tokens", tokens)):
@@ -78,7 +86,7 @@ def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
                 f"Choose a scale that divides D = {model.D}, F = {model.F} and the {tokens} tokens."
             )
     D, F, T = (size // scale for size in (model.D, model.F, tokens))
-    return Shape(text if scale == 1 else f"{text}/{scale}", model.E, D, F, T * model.K)
+    return Shape(text if scale == 1 else f"{text}/{scale}", model.E, D, F, T * model.K, model.K)
 
 
 def _explicit(text: str) -> Shape:
@@ -87,9 +95,16 @@ def _explicit(text: str) -> Shape:
         sizes = [int(part) for part in parts]
     except ValueError:
         sizes = []
-    if len(sizes) != 4 or min(sizes) < 1:
+    if len(sizes) not in (4, 5) or min(sizes) < 1:
         raise EzpzError(
             f"--shape {text!r}: explicit sizes are four numbers above 0, E,D,F,R: experts, model "
-            f"dimension, expert dimension and routed rows, for example 8,1024,3584,2048."
+            f"dimension, expert dimension and routed rows, for example 8,1024,3584,2048; with "
+            f"--layer routed a fifth, K, is how many experts a token has."
         )
-    return Shape(",".join(map(str, sizes)), *sizes)
+    shape = Shape(",".join(map(str, sizes)), *sizes)
+    if shape.K > shape.E or shape.R % shape.K:
+        raise EzpzError(
+            f"--shape {text!r}: K = {shape.K} experts of a token must be at most E = {shape.E} "
+            f"and divide the R = {shape.R} rows."
+        )
+    return shape
