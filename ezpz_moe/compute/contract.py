@@ -170,7 +170,7 @@ class Backend(ABC):
         weights = (w1_EFD, w2_EDF, w3_EFD)
         check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
         if not w1_EFD.shape[0]:
-            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK)
+            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK[:0])
         return self._routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
 
     def rows_used(
