@@ -166,10 +166,12 @@ def test_a_rerun_gives_the_same_bits_and_changes_no_input(name: str, device: str
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @over_backends
 def test_counts_may_stay_on_the_host(name: str, dtype: torch.dtype, device: str) -> None:
+    """In either dtype, and the ids too."""
     backend = usable(name, device, torch.float32)
     case = make_routed_case(UNEVEN, device)
+    counts_E = case.num_tokens_per_expert_E.cpu().to(dtype)
     on_host = dataclasses.replace(
-        case, num_tokens_per_expert_E=case.num_tokens_per_expert_E.cpu().to(dtype)
+        case, num_tokens_per_expert_E=counts_E, ids_TK=case.ids_TK.to(dtype)
     )
     assert_same_bits(run(backend.routed, case), run(backend.routed, on_host))
 
