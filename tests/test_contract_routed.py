@@ -60,13 +60,15 @@ def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def _squares() -> Iterator[tuple]:
     """(backend, device, dtypes of weights, x and scores, routing): every routing once.
 
-    As the host mixes them: x in float32 or in half of it, scores in float32 beside half.
+    As the host mixes them: x in float32 beside weights in half of it, or the other way round, and
+    scores in float32.
     """
     for number, name in enumerate(BACKENDS):
         for device in DEVICES:
             mixed = [(dtype,) * 3 for dtype in usable_dtypes(name, device)]
             mixed += [(dtype, dtype, torch.float32) for dtype, *_ in mixed if dtype in HALVES]
             mixed += [(torch.bfloat16, torch.float32, torch.float32)]
+            mixed += [(torch.float32, torch.bfloat16, torch.float32)]
             mixed = [each for each in mixed if each[0] in usable_dtypes(name, device)]
             for i, routing in enumerate(ROUTINGS if mixed else ()):
                 yield name, device, mixed[(i + number) % len(mixed)], routing
