@@ -20,7 +20,14 @@ import torch
 
 from ezpz_moe.compute import Backend, backend_names, get_backend
 from ezpz_moe.compute.contract import missing_device
-from ezpz_moe.compute.reference import Case, random_case, relative_error
+from ezpz_moe.compute.reference import (
+    Case,
+    LayerCase,
+    RoutedCase,
+    random_case,
+    random_routed_case,
+    relative_error,
+)
 from ezpz_moe.compute.registry import options_of
 
 DIM, HIDDEN_DIM = 32, 48  # unequal, so that a swapped matrix shows; multiples of 16 bytes
@@ -173,12 +180,68 @@ def make_case(pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.
     )
 
 
-def leaves(case: Case) -> list[torch.Tensor]:
-    """w1, w2, w3, x of the case as fresh leaves that want gradients."""
-    return [
-        tensor.detach().clone().requires_grad_()
-        for tensor in (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
-    ]
+def leaves(case: LayerCase) -> list[torch.Tensor]:
+    """The inputs of the case that have gradients, as fresh leaves that want them."""
+    return [tensor.detach().clone().requires_grad_() for tensor in case.inputs]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Every token's experts, how many experts there are, and how many choices are left out."""
+
+    ids: tuple[tuple[int, ...], ...]
+    experts: int
+    cut: int = 0
+    top_k: int = 2
+
+
+ROUTINGS = {
+    "balanced": Routing(tuple((t % 4, (t + 1) % 4) for t in range(8)), 4),
+    "uneven": Routing(
+        ((2, 0, 1), (2, 3, 0), (1, 2, 0), (0, 2, 1), (2, 3, 1), (3, 2, 0), (0, 3, 2)), 4, top_k=3
+    ),
+    "one_choice": Routing(((1,), (0,), (3,), (1,), (1,), (2,), (1,)), 4, top_k=1),
+    "one_hot": Routing(((2,),) * 9, 4, top_k=1),
+    "idle_experts": Routing(((1, 3), (3, 1), (1, 3), (3, 1), (3, 1)), 5),
+    "repeated": Routing(((1, 1), (0, 2), (2, 2), (1, 0), (0, 0), (1, 1)), 3),
+    "every_expert": Routing(((0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)), 3, top_k=3),
+    "one_expert": Routing(((0,),) * 5, 1, top_k=1),
+    # Ids of no expert: left out, or rows of the tail.
+    "cut": Routing(((4, 0), (1, 4), (4, 4), (2, 0), (0, 3), (4, 5)), 4, cut=5),
+    "cut_to_some_of_an_expert": Routing(((1, 2), (2, 0), (2, 2), (1, 2), (3, 2)), 3, cut=3),
+    "tail": Routing(((4, 0), (1, 4), (4, 4), (2, 0), (0, 3), (4, 5)), 4),
+    "half_a_tail": Routing(((3, 0), (1, 3), (3, 3), (2, 0), (0, 3), (3, 3)), 3, cut=4),
+    "all_cut": Routing(((4, 4), (5, 4), (4, 4)), 4, cut=6),
+    "no_tokens": Routing((), 4),
+    "no_experts": Routing(((0, 1), (1, 0), (2, 0)), 0, cut=6),
+    "no_experts_and_tail": Routing(((0, 1), (1, 0), (2, 0)), 0),
+}
+
+
+def make_routed_case(
+    routing: Routing,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    x_dtype: torch.dtype | None = None,
+    scores_dtype: torch.dtype | None = None,
+) -> RoutedCase:
+    """A random routed layer; idle experts' weights and tokens without experts hold NaN.
+
+    Its tokens are the routing's, eight times: of a score's gradient there is one number for each
+    choice, and the luck of a few roundings must not decide.
+    """
+    return random_routed_case(
+        8 * routing.ids,
+        num_experts=routing.experts,
+        top_k=routing.top_k,
+        num_rows=8 * (len(routing.ids) * routing.top_k - routing.cut),
+        dim=DIM,
+        hidden_dim=HIDDEN_DIM,
+        dtype=dtype,
+        x_dtype=x_dtype,
+        scores_dtype=scores_dtype,
+        device=device,
+    )
 
 
 @dataclass(frozen=True)

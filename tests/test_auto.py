@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract_cases import Pattern, make_case
+from contract_cases import ROUTINGS, Pattern, make_case, make_routed_case
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ezpz_moe.compute import agreement, get_backend, tuning
+from ezpz_moe.compute import agreement, choosing, get_backend, tuning
 from ezpz_moe.compute.backends import auto
 from ezpz_moe.compute.reference import run
 from ezpz_moe.errors import EzpzError
@@ -81,7 +81,7 @@ def test_the_fastest_computes(clock: _Clock, faster: str) -> None:
 
 def test_each_is_timed_by_its_own_kernels(clock: _Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    compute = auto.KernelBackend.compute
+    compute = choosing.KernelBackend.compute
 
     def watched(backend, kernel, *tensors):
         computed.append(backend.name)
@@ -94,7 +94,7 @@ def test_each_is_timed_by_its_own_kernels(clock: _Clock, monkeypatch: pytest.Mon
             assert computed == [name, name]  # forward, backward
         return clock(runs, device)
 
-    monkeypatch.setattr(auto.KernelBackend, "compute", watched)
+    monkeypatch.setattr(choosing.KernelBackend, "compute", watched)
     monkeypatch.setattr(tuning, "measure", measure)
     _compute()
     assert clock.asked == 1
@@ -145,11 +145,67 @@ def test_backward_is_timed_with_what_it_will_be_given(
         gates.append(arguments[6] is not None)
         return backward(*arguments)
 
-    monkeypatch.setattr(auto, "get_backend", lambda _: get_backend("for_loop"))
+    monkeypatch.setattr(choosing, "get_backend", lambda _: get_backend("for_loop"))
     watching = dataclasses.replace(kernels, swiglu_backward=watched)
     monkeypatch.setattr(get_backend("for_loop").operators, "kernels", watching)
     _compute(options=options)
     assert gates == [given] * 3  # two that are timed, and the one that counts
+
+
+@pytest.mark.parametrize("faster", NAMES.split())
+def test_a_routed_layer_is_a_question_of_its_own(clock: _Clock, faster: str) -> None:
+    backend = get_backend(f"auto(among='{NAMES}')")
+    _compute()
+    clock.milliseconds |= {"for_loop": 1.0, "batched_mm_padded": 1.0, faster: 0.5}
+    case = make_routed_case(ROUTINGS["uneven"])
+    for _ in range(2):
+        run(backend.routed, case)
+    assert (clock.asked, _winners()) == (2, ["for_loop", faster])
+    (routed,) = (each for each in auto._CHOICES if each.product == "routed")
+    assert (routed.question.product, routed.question.sizes) == ("routed", (4, 48, 32))
+    assert routed.question.key != dataclasses.replace(routed.question, product="swiglu").key
+
+
+def test_telemetry_knows_who_computes_a_routed_layer(clock: _Clock) -> None:
+    backend = get_backend(f"auto(among='{NAMES}')")
+    clock.milliseconds["batched_mm_padded"] = 0.5
+    case = make_routed_case(ROUTINGS["cut"])
+    given = (case.num_tokens_per_expert_E, case.num_rows)
+    assert (backend.chosen, backend.rows_used(*given)) == ((), None)
+    run(backend.routed, case)
+    assert backend.chosen == ("batched_mm_padded",)
+    expected = get_backend("batched_mm_padded").rows_used(*given)
+    assert backend.rows_used(*given).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("options", "given"), [("", True), (", recompute=true", False)])
+def test_a_routed_layer_is_timed_with_what_backward_will_be_given(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch, options: str, given: bool
+) -> None:
+    kernels = get_backend("for_loop").operators.kernels
+    saved = []
+
+    def watched(*arguments):
+        *_, gate_RF, up_RF, order_R = arguments
+        saved.append((gate_RF is not None, up_RF is not None, order_R is not None))
+        return kernels.routed_backward(*arguments)
+
+    watching = dataclasses.replace(kernels, routed_backward=watched)
+    monkeypatch.setattr(get_backend("for_loop").operators, "kernels", watching)
+    run(get_backend(f"auto(among='for_loop'{options})").routed, make_routed_case(ROUTINGS["cut"]))
+    assert saved == [(given, given, True)] * 2  # one that is timed, and the one that counts
+
+
+def test_only_those_with_a_kernel_for_a_routed_layer_compute_it(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = get_backend("batched_mm_padded").operators
+    without = dataclasses.replace(operators.kernels, routed=None, routed_backward=None)
+    monkeypatch.setattr(operators, "kernels", without)
+    clock.milliseconds["batched_mm_padded"] = 0.5
+    run(get_backend(f"auto(among='{NAMES}')").routed, make_routed_case(ROUTINGS["cut"]))
+    _compute()
+    assert _winners() == ["for_loop", "batched_mm_padded"]
 
 
 def test_what_was_measured_is_remembered_on_disk(
@@ -218,7 +274,7 @@ def test_a_load_that_goes_to_and_fro_asks_once_for_each_class(
     """Also where nothing can be kept on disk."""
     monkeypatch.setattr(tuning, "remember", lambda *_: None)
     monkeypatch.setattr(auto, "_EVERY", 1)
-    monkeypatch.setattr(auto, "_LOOKS", 1)
+    monkeypatch.setattr(choosing, "_LOOKS", 1)
     for pattern in (EVEN, HOT, EVEN, HOT):
         _compute(pattern)
     assert clock.asked == 2
@@ -281,7 +337,7 @@ def test_the_first_rank_to_publish_decides_for_all_and_each_says_so(
 def test_when_the_load_of_one_rank_changes_all_follow_its_new_choice(
     clock: _Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto, "_LOOKS", 1)
+    monkeypatch.setattr(choosing, "_LOOKS", 1)
     even = _Rank(clock, monkeypatch, for_loop=1.0, batched_mm_padded=2.0)
     hot = _Rank(clock, monkeypatch, for_loop=1.0, batched_mm_padded=2.0)
     even.compute()
@@ -380,11 +436,11 @@ def test_the_choice_is_logged_once(clock: _Clock, caplog) -> None:
 
 
 def test_all_that_drop_nothing_are_candidates_unless_named() -> None:
-    found = auto.candidates("", torch.device("cpu"), torch.bfloat16)
+    found = choosing.candidates("", torch.device("cpu"), torch.bfloat16)
     assert {"for_loop", "batched_mm_padded", "grouped_mm_fused"} <= set(found)
     assert not any(get_backend(name).drops_tokens for name in found)
-    assert auto.candidates(" ", torch.device("cpu"), torch.bfloat16) == found
-    assert auto.candidates(NAMES, torch.device("cpu"), torch.bfloat16) == NAMES.split()
+    assert choosing.candidates(" ", torch.device("cpu"), torch.bfloat16) == found
+    assert choosing.candidates(NAMES, torch.device("cpu"), torch.bfloat16) == NAMES.split()
 
 
 def test_a_package_that_does_not_load_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,9 +449,9 @@ def test_a_package_that_does_not_load_is_no_candidate(monkeypatch: pytest.Monkey
             raise EzpzError("cannot be loaded")
         return get_backend(name)
 
-    monkeypatch.setattr(auto, "backend_names", lambda: ["broken", "for_loop"])
-    monkeypatch.setattr(auto, "get_backend", broken)
-    assert auto.candidates.__wrapped__("", torch.device("cpu"), torch.float32) == ["for_loop"]
+    monkeypatch.setattr(choosing, "backend_names", lambda: ["broken", "for_loop"])
+    monkeypatch.setattr(choosing, "get_backend", broken)
+    assert choosing.candidates.__wrapped__("", torch.device("cpu"), torch.float32) == ["for_loop"]
 
 
 def test_one_that_drops_tokens_is_said_and_counted_where_it_is_named(clock: _Clock) -> None:
@@ -418,7 +474,7 @@ def test_among_those_that_drop_tokens_the_first_choice_stays(
 ) -> None:
     """Another one in backward would give a gradient to tokens that forward has dropped."""
     monkeypatch.setattr(auto, "_EVERY", 1)
-    monkeypatch.setattr(auto, "_LOOKS", 1)
+    monkeypatch.setattr(choosing, "_LOOKS", 1)
     clock.milliseconds = {"for_loop": 2.0, "batched_mm_capacity": 1.0}
     swiglu = get_backend("auto(among='for_loop batched_mm_capacity')").swiglu
     for pattern in (EVEN, HOT, EVEN):

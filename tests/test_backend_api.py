@@ -57,7 +57,7 @@ def _arguments() -> dict[str, torch.Tensor]:
         (
             {"num_tokens_per_expert_E": torch.tensor([4, 0, 5])},
             ValueError,
-            r"^num_tokens_per_expert sums to 9, but x has only 8 rows",
+            r"^num_tokens_per_expert sums to 9, but there are only 8 rows",
         ),
         (
             {"num_tokens_per_expert_E": torch.tensor([4, -1, 3])},

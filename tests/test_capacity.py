@@ -16,12 +16,14 @@ from contract_cases import (
     DEVICES,
     HIDDEN_DIM,
     PATTERNS,
+    ROUTINGS,
     Pattern,
     assert_same_bits,
     assert_within,
     leaves,
     make_case,
     make_product_case,
+    make_routed_case,
     over_devices,
     over_patterns,
     plain_product,
@@ -30,7 +32,15 @@ from contract_cases import (
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.backends import batched_mm_capacity
-from ezpz_moe.compute.reference import Case, plain_loop, relative_error, run
+from ezpz_moe.compute.reference import (
+    Case,
+    RoutedCase,
+    error_bounds,
+    plain_loop,
+    relative_error,
+    run,
+    truth,
+)
 from ezpz_moe.errors import EzpzError
 
 FACTORS = (0.3, 0.75, 1.0, 1.25)
@@ -101,6 +111,29 @@ def test_the_seam_drops_the_same_rows(factor: float, pattern: Pattern, device: s
     dropped_R = ~kept_R1.squeeze(1)
     for name in ("C", "grad_A"):
         assert not result[name][dropped_R.to(device)].any()
+
+
+def without_dropped_choices(case: RoutedCase, factor: float) -> RoutedCase:
+    """The case with an id of no expert for every choice that is dropped: an expert's last ones."""
+    experts, ids = len(case.w1_EFD), case.ids_TK.flatten().tolist()
+    limit = ceil(factor * case.num_rows / experts)
+    kept = [expert if ids[:i].count(expert) < limit else experts for i, expert in enumerate(ids)]
+    return dataclasses.replace(case, ids_TK=torch.tensor(kept).view(case.ids_TK.shape))
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+@pytest.mark.parametrize("routing", ["uneven", "repeated", "tail"])
+@over_factors
+def test_a_routed_layer_drops_an_experts_last_choices(
+    factor: float, routing: str, recompute: str
+) -> None:
+    case = make_routed_case(ROUTINGS[routing])
+    kept = without_dropped_choices(case, factor)
+    true = truth(kept)
+    result = run(capacity(factor, recompute=recompute).routed, case)
+    assert_within(result, true, error_bounds(kept, true))
+    for name, mask, _ in kept.zeros():
+        assert not result[name][mask].any()
 
 
 def test_a_dropped_row_may_hold_anything() -> None:

@@ -24,6 +24,7 @@ from ezpz_moe.config.flavors import flavor_names
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
 from ezpz_moe.tools import launch
 from ezpz_moe.tools.nodes import Placement
+from ezpz_moe.tools.verify import ROUTINGS, TOKEN_ROUTINGS
 
 JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 
@@ -216,7 +217,8 @@ def test_verify_passes(capsys) -> None:
     captured = capsys.readouterr()
     without_float64 = ("grouped_mm", "grouped_mm_fused")
     in_float64 = [name for name in ON_THE_CPU if name not in without_float64]
-    assert captured.out.count(" ok ") == 5 * (len(ON_THE_CPU) + len(in_float64))
+    cases = len(ROUTINGS) + len(TOKEN_ROUTINGS)
+    assert captured.out.count(" ok ") == cases * (len(ON_THE_CPU) + len(in_float64))
     assert "grouped_mm: torch._grouped_mm" in captured.out
     assert captured.err == ""
 
@@ -227,7 +229,8 @@ def test_verify_as_json(capsys) -> None:
     assert report["passed"] is True
     usable = [name for name, against in report["not_usable"]["float32"].items() if not against]
     assert usable == ON_THE_CPU
-    assert len(report["rows"]) == 5 * 5 * len(usable)
+    tensors = 5 * len(ROUTINGS) + 6 * len(TOKEN_ROUTINGS)
+    assert len(report["rows"]) == tensors * len(usable)
     assert {row["verdict"] for row in report["rows"]} == {"ok"}
 
 
@@ -250,7 +253,7 @@ def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
         assert {row["backend"] for row in wrong} == {"for_loop"}
         assert wrong[0]["relative_error"] is None
     else:
-        assert "FAILED for_loop float32 'tail' y: beyond the bound" in output
+        assert "FAILED for_loop float32 swiglu 'tail' y: beyond the bound" in output
 
 
 def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:

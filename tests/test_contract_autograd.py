@@ -37,10 +37,18 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ezpz_moe.compute import Backend, tuning
+from ezpz_moe.compute import tuning
 from ezpz_moe.compute.autograd import KernelBackend
 from ezpz_moe.compute.contract import laid_out_like
-from ezpz_moe.compute.reference import Case, error_bounds, plain_loop, random_case, run, truth
+from ezpz_moe.compute.reference import (
+    Case,
+    LayerCase,
+    error_bounds,
+    plain_loop,
+    random_case,
+    run,
+    truth,
+)
 from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN = PATTERNS["uneven"]
@@ -260,9 +268,9 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     assert all(map(torch.equal, gradients(), expected))
 
 
-def _save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """The rule of a trainer's selective checkpointing: keep products, recompute the rest."""
-    expensive = "mm" in str(op) or "swiglu" in str(op)
+    expensive = any(word in str(op) for word in ("mm", "swiglu", "routed"))
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -274,7 +282,7 @@ def test_activation_checkpointing_gives_the_same_bits(
 ) -> None:
     backend = usable(name, device, torch.float32)
     context = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+        {"context_fn": partial(create_selective_checkpoint_contexts, save_products)}
         if selective
         else {}
     )
@@ -299,7 +307,7 @@ def test_meta_tensors_have_no_values_to_read(name: str) -> None:
     assert [leaf.grad.shape for leaf in inputs] == [leaf.shape for leaf in inputs]
 
 
-class _HostReads:
+class HostReads:
     """How often values went from tensors to the host.
 
     On CUDA torch itself reports every synchronising call. Elsewhere it is counted how often
@@ -351,7 +359,7 @@ def test_counts_are_copied_to_the_host_once_per_pass(
     layer = make_case(UNEVEN, device, torch.bfloat16)
     inputs, counts_E = leaves(layer), layer.num_tokens_per_expert_E
     backend.swiglu(*inputs, counts_E).backward(layer.grad_y_RD)  # first-call set-up may sync
-    forward, backward = _HostReads(), _HostReads()
+    forward, backward = HostReads(), HostReads()
     with forward.watch(device, monkeypatch):
         y_RD = backend.swiglu(*inputs, counts_E)
     with backward.watch(device, monkeypatch):
@@ -393,7 +401,7 @@ def test_a_cuda_graph_replays_with_other_counts(name: str, device: str) -> None:
             assert torch.equal(value, expected)
 
 
-def _bytes_saved(backend: Backend, case: Case) -> int:
+def bytes_saved(compute: Callable, case: LayerCase) -> int:
     """Bytes that autograd keeps between forward and backward, every storage once."""
     saved: dict[int, int] = {}
 
@@ -403,7 +411,7 @@ def _bytes_saved(backend: Backend, case: Case) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        backend.swiglu(*leaves(case), case.num_tokens_per_expert_E)
+        case.apply(compute, *leaves(case))
     return sum(saved.values())
 
 
@@ -420,7 +428,7 @@ def test_memory_held_for_backward(name: str, pattern: str, device: str) -> None:
     rows = len(case.x_RD)
     kept = 0 if backend.recompute else 2 * rows * HIDDEN_DIM
     expected = sum(tensor.nbytes for tensor in inputs) + kept * case.x_RD.itemsize
-    assert _bytes_saved(backend, case) == expected
+    assert bytes_saved(backend.swiglu, case) == expected
 
 
 def test_a_gradient_that_lies_right_needs_no_second_one() -> None:

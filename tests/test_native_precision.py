@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ezpz_moe.compute import get_backend, native
 from ezpz_moe.compute.reference import (
-    NAMES,
     Case,
     error_bounds,
     random_case,
@@ -57,7 +56,7 @@ def run_kernels(name: str, case: Case) -> dict[str, torch.Tensor]:
     y_RD, *saved = backend.compute("swiglu", *inputs)
     saved = [None, None] if backend.recompute else saved
     gradients = backend.compute("swiglu_backward", case.grad_y_RD, *inputs, *saved)
-    return dict(zip(NAMES, (y_RD, *gradients), strict=True))
+    return dict(zip(case.names, (y_RD, *gradients), strict=True))
 
 
 class _Products(TorchDispatchMode):
@@ -88,7 +87,7 @@ def test_emulated_kernels_keep_the_contract_with_products_in_float32(cpu_with, n
     with _Products() as seen:
         results = run_kernels(name, case)
     assert seen.dtypes == {torch.float32}
-    for tensor in NAMES:
+    for tensor in case.names:
         assert results[tensor].dtype is dtype
         assert relative_error(results[tensor], true[tensor]) <= bounds[tensor], tensor
 

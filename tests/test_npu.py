@@ -15,9 +15,12 @@ import types
 import pytest
 import test_contract as contract
 import test_contract_autograd as contract_autograd
+import test_contract_routed as contract_routed
+import test_contract_routed_autograd as contract_routed_autograd
 import torch
 from contract_cases import (
     PATTERNS,
+    ROUTINGS,
     assert_same_bits,
     make_case,
     square,
@@ -109,6 +112,15 @@ class TestNumerics:
             for case in square(name, "cpu", TAKEN, shift=shift):
                 contract.test_grouped_mm_equals_float64(*case, transposed)
 
+    @over_options
+    def test_routed_layers(self, name: str) -> None:
+        for number, routing in enumerate(ROUTINGS):
+            dtype = TAKEN[number % len(TAKEN)]
+            contract_routed.test_routed_equals_float64(
+                name, "cpu", (dtype, dtype, torch.float32), routing
+            )
+        contract_routed.test_routed_takes_any_strides(name, 1, "cpu")
+
     @contract.over_strides
     def test_strides(self, shift: int) -> None:
         contract.test_swiglu_takes_any_strides("npu", shift, "cpu")
@@ -132,7 +144,14 @@ class TestNumerics:
     def test_operators_keep_torchs_rules(self, operator: str) -> None:
         contract_autograd.test_operators_keep_torchs_rules("npu", operator, "cpu")
 
+    @pytest.mark.parametrize("operator", ["routed", "routed_output", "routed_backward"])
+    def test_operators_of_a_routed_layer_keep_torchs_rules(self, operator: str) -> None:
+        contract_routed_autograd.test_operators_keep_torchs_rules("npu", operator, "cpu")
+
     def test_saved_rows_of_the_tail(self) -> None:
+        contract_routed_autograd.test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(
+            "npu", "cpu"
+        )
         contract_autograd.test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(
             "npu", "cpu"
         )

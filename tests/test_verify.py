@@ -8,20 +8,24 @@ import pytest
 import torch
 from contract_cases import ON_THE_CPU
 
-from ezpz_moe.compute import for_loop, get_backend
+from ezpz_moe.compute import Backend, for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools import verify
 from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, worst
 
-TAIL = Check("for_loop", "cpu", "float32", "tail")
+TAIL = Check("for_loop", "cpu", "float32", "swiglu", "tail")
+LEFT_OUT = Check("for_loop", "cpu", "float32", "routed", "left out")
 
 
 @pytest.mark.parametrize("check", plan("cpu", ["float32", "bfloat16"]), ids=str)
 def test_our_backends_pass(check: Check) -> None:
     rows = compare(check)
-    assert [row.verdict for row in rows] == ["ok"] * 5
-    assert [row.tensor for row in rows] == ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"]
+    tensors = {
+        "swiglu": ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"],
+        "routed": ["out", "grad_w1", "grad_w2", "grad_w3", "grad_x", "grad_scores"],
+    }
+    assert {row.tensor: row.verdict for row in rows} == dict.fromkeys(tensors[check.entry], "ok")
     assert all(row.cosine > 0.9999 for row in rows)
 
 
@@ -30,7 +34,9 @@ def test_the_plan_covers_every_usable_backend_and_routing() -> None:
     assert {check.backend for check in checks} == set(ON_THE_CPU)
     for dtype in ("bfloat16", "float64"):
         usable = [name for name, against in reasons_against("cpu", dtype).items() if not against]
-        assert sum(check.dtype == dtype for check in checks) == 5 * len(usable)
+        for entry, routings in (("swiglu", 5), ("routed", 3)):
+            of_entry = [each for each in checks if (each.dtype, each.entry) == (dtype, entry)]
+            assert len(of_entry) == routings * len(usable)
 
 
 def _drops_the_last_token(w1, w2, w3, x, counts):
@@ -94,6 +100,44 @@ def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch)
     assert verdict in rows[tensor].verdict
     assert not rows[tensor].ok
     assert len(rows) == 5
+
+
+def _forgets_the_scores(w1, w2, w3, x, scores, ids, counts, **rows):
+    return routed(w1, w2, w3, x, torch.ones_like(scores) + 0 * scores, ids, counts, **rows)
+
+
+def _rounds_the_output(*inputs, **rows):
+    return routed(*inputs, **rows).bfloat16()
+
+
+def _keeps_one_choice_more(*inputs, num_rows):
+    return routed(*inputs, num_rows=num_rows) + 1e-9 * inputs[4].sum()
+
+
+def _computes_tokens_without_experts(*inputs, **rows):
+    return routed(*inputs, **rows) + 1e-9
+
+
+def routed(*inputs, **rows):
+    """for_loop's own, before a test replaces it."""
+    return Backend.routed(get_backend("for_loop"), *inputs, **rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tensor", "verdict"),
+    [
+        (_forgets_the_scores, "grad_scores", "beyond the bound"),
+        (_rounds_the_output, "out", "is torch.bfloat16"),
+        (_keeps_one_choice_more, "grad_scores", "choices without rows have a gradient"),
+        (_computes_tokens_without_experts, "out", "tokens without experts are not zero"),
+    ],
+)
+def test_a_wrong_routed_layer_is_told(wrong, tensor: str, verdict: str, monkeypatch) -> None:
+    monkeypatch.setattr(ForLoop, "routed", staticmethod(wrong))
+    rows = {row.tensor: row for row in compare(LEFT_OUT)}
+    assert verdict in rows[tensor].verdict
+    assert not rows[tensor].ok
+    assert len(rows) == 6
 
 
 def test_a_figure_that_is_no_number_is_none(monkeypatch) -> None:

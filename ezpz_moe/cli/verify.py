@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verify(Command):
-    """Compare the output and all four gradients of every usable backend with float64."""
+    """Compare the output and all gradients of every usable backend with float64."""
 
     group = "backends"
 
@@ -46,7 +46,7 @@ class Verify(Command):
             display.output().print_json(data=report, allow_nan=False)
         else:
             display.print_table(
-                # One row for five tensors: a table of all would have hundreds.
+                # One row for five or six tensors: a table of all would have hundreds.
                 (_figures(worst(rows)) for rows in compared),
                 title=f"Errors against float64 on {device}: the worst tensor of each case",
             )
@@ -65,6 +65,7 @@ def _figures(row: Row) -> dict[str, str]:
     return {
         "dtype": row.dtype,
         "backend": row.backend,
+        "entry point": row.entry,
         "routing": row.routing,
         "tensor": row.tensor,
         **{name: display.number(value, ".3g") for name, value in figures.items()},

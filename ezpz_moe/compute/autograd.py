@@ -70,7 +70,7 @@ class Operators:
         self.swiglu, self.swiglu_output = _layer(
             f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
         )
-        if kernels.routed is not None:
+        if kernels.routed is not None and kernels.routed_backward is not None:
             self.routed, self.routed_output = _layer(
                 f"{name}_routed", kernels.routed, kernels.routed_backward, _ROUTED
             )

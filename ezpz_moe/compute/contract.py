@@ -28,9 +28,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ezpz_moe.compute.arguments import check_grouped_mm, check_routed, check_swiglu
 from ezpz_moe.compute.dispatch import row_order
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class Backend(ABC):
@@ -154,11 +153,12 @@ class Backend(ABC):
             w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
             x_TD: tokens, in any floating dtype: rows are computed in that of the weights.
             scores_TK: weights of each token's experts, in any floating dtype.
-            ids_TK: int64, each token's experts. One may be chosen more than once.
+            ids_TK: int32 or int64, each token's experts. One may be chosen more than once.
             num_tokens_per_expert_E: int32 or int64, how often each expert is among the first
-                ``num_rows`` of the sorted ids, on x's device or on the host.
+                ``num_rows`` of the sorted ids, on x's device or on the host. Nobody compares the
+                two, which would cost a device sync.
             num_rows: R, if fewer than T * K: the choices with the highest ids, which may be ids of
-                no expert, are left out.
+                no expert, are left out. Ids of no expert among the others are rows of the tail.
 
         Returns:
             out_TD in x's dtype.
@@ -170,7 +170,7 @@ class Backend(ABC):
         weights = (w1_EFD, w2_EDF, w3_EFD)
         check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
         if not w1_EFD.shape[0]:
-            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK)
+            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK[:0])
         return self._routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
 
     def rows_used(
@@ -222,14 +222,18 @@ class Backend(ABC):
         num_tokens_per_expert_E: torch.Tensor,
         num_rows: int,
     ) -> torch.Tensor:
-        """Compose dispatch, experts and combination, each as the host does."""
+        """Compose dispatch, experts and combination, as the host does."""
         order_R = row_order(ids_TK, num_rows)
         token_R, score_R = order_R // ids_TK.shape[1], scores_TK.flatten()[order_R]
         x_RD = x_TD[token_R].to(w1_EFD.dtype)
         y_RD = self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
         # Weighted in the scores' dtype, which is float32 where rows are in half of it.
         weighted_RD = (y_RD * score_R.unsqueeze(1)).to(x_TD.dtype)
-        return torch.zeros_like(x_TD).index_add(0, token_R, weighted_RD)
+        # A copy to each choice's place, not an addition to each token: adding needs atomics on a
+        # device, and a rerun then gives other bits.
+        choices_CD = x_TD.new_zeros(ids_TK.numel(), x_TD.shape[1])
+        choices_CD = choices_CD.index_copy(0, order_R, weighted_RD)
+        return choices_CD.view(*ids_TK.shape, x_TD.shape[1]).sum(1)
 
 
 # Here and not in the backends: kernels and the libraries below them may rely on a first expert.
@@ -256,86 +260,6 @@ def missing_device(device: torch.device) -> str | None:
     if device.index is not None and device.index >= module.device_count():
         return f"there is no {device}: torch counts {module.device_count()} {device.type} devices"
     return None
-
-
-def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> None:
-    """Check ranks, sizes, dtypes and devices for :meth:`Backend.grouped_mm`. No device sync."""
-    _check_rank("A_RK", A_RK, 2)
-    _check_rank("B_EKN", B_EKN, 3)
-    _check_same("B_EKN", B_EKN, "A_RK", A_RK)
-    if B_EKN.shape[1] != A_RK.shape[1]:
-        raise ValueError(
-            f"B_EKN has K = {B_EKN.shape[1]}, but A_RK has K = {A_RK.shape[1]} "
-            f"(shapes {tuple(B_EKN.shape)} and {tuple(A_RK.shape)})"
-        )
-    _check_counts("offs_E", offs_E, B_EKN.shape[0])
-
-
-def check_swiglu(
-    w1_EFD: torch.Tensor,
-    w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
-    x_RD: torch.Tensor,
-    num_tokens_per_expert_E: torch.Tensor,
-) -> None:
-    """Check ranks, sizes, dtypes and devices for :meth:`Backend.swiglu`. No device sync."""
-    _check_layer(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-    _check_same("x", x_RD, "w1", w1_EFD)
-
-
-def _check_layer(
-    w1_EFD: torch.Tensor,
-    w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
-    x_XD: torch.Tensor,
-    num_tokens_per_expert_E: torch.Tensor,
-) -> None:
-    _check_rank("x", x_XD, 2)
-    _check_rank("w1", w1_EFD, 3)
-    E, F_, D = w1_EFD.shape
-    for name, tensor, shape in (
-        ("w2", w2_EDF, (E, D, F_)),
-        ("w3", w3_EFD, (E, F_, D)),
-        ("x", x_XD, (x_XD.shape[0], D)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; "
-                f"with w1 of shape (E, F, D) = {(E, F_, D)} it must be {shape}"
-            )
-    for name, tensor in (("w2", w2_EDF), ("w3", w3_EFD)):
-        _check_same(name, tensor, "w1", w1_EFD)
-    _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
-
-
-def check_routed(
-    w1_EFD: torch.Tensor,
-    w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
-    x_TD: torch.Tensor,
-    scores_TK: torch.Tensor,
-    ids_TK: torch.Tensor,
-    num_tokens_per_expert_E: torch.Tensor,
-    num_rows: int,
-) -> None:
-    """Check ranks, sizes, dtypes and devices for :meth:`Backend.routed`. No device sync."""
-    _check_layer(w1_EFD, w2_EDF, w3_EFD, x_TD, num_tokens_per_expert_E)
-    _check_rank("ids", ids_TK, 2)
-    if ids_TK.dtype not in _INTEGERS:
-        raise TypeError(f"ids must be int32 or int64, not {ids_TK.dtype}")
-    if ids_TK.shape[0] != x_TD.shape[0]:
-        raise ValueError(f"ids are of {ids_TK.shape[0]} tokens, but x has {x_TD.shape[0]}")
-    if scores_TK.shape != ids_TK.shape:
-        raise ValueError(
-            f"scores have shape {tuple(scores_TK.shape)}, but ids {tuple(ids_TK.shape)}"
-        )
-    for name, tensor in (("x", x_TD), ("scores", scores_TK)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype, not {tensor.dtype}")
-    for name, tensor in (("x", x_TD), ("scores", scores_TK), ("ids", ids_TK)):
-        _check_device(name, tensor, "w1", w1_EFD)
-    if not 0 <= num_rows <= ids_TK.numel():
-        raise ValueError(f"num_rows is {num_rows}, but ids are {ids_TK.numel()}")
 
 
 def _to_host(counts_E: torch.Tensor) -> list[int]:
@@ -382,7 +306,7 @@ def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list
         raise ValueError(f"num_tokens_per_expert has a negative count: {counts}")
     if sum(counts) > num_rows:
         raise ValueError(
-            f"num_tokens_per_expert sums to {sum(counts)}, but x has only {num_rows} rows"
+            f"num_tokens_per_expert sums to {sum(counts)}, but there are only {num_rows} rows"
         )
     return counts
 
@@ -435,32 +359,3 @@ def offsets_of_counts(counts_E: torch.Tensor, rows_RX: torch.Tensor) -> torch.Te
     """
     check_where_free(counts_on_host, counts_E, rows_RX)
     return torch.cumsum(counts_E.to(rows_RX.device, non_blocking=True).contiguous(), dim=0)
-
-
-def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:
-    if tensor.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, not shape {tuple(tensor.shape)}")
-
-
-def _check_same(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor) -> None:
-    if tensor.dtype != other.dtype:
-        raise TypeError(
-            f"{name} is {tensor.dtype}, but {model} is {other.dtype}: cast them to one dtype "
-            f"(torchtitan computes experts in torch.bfloat16)"
-        )
-    _check_device(name, tensor, model, other)
-
-
-def _check_device(name: str, tensor: torch.Tensor, model: str, other: torch.Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, but {model} is on {other.device}")
-
-
-def _check_counts(name: str, counts_E: torch.Tensor, num_experts: int) -> None:
-    _check_rank(name, counts_E, 1)
-    if counts_E.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must be int32 or int64, not {counts_E.dtype}")
-    if counts_E.shape[0] != num_experts:
-        raise ValueError(
-            f"{name} has {counts_E.shape[0]} entries, but the weights have {num_experts} experts"
-        )

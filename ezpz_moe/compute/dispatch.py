@@ -16,7 +16,8 @@ def row_order(ids_TK: Tensor, num_rows: int) -> Tensor:
         ids_TK: every token's experts.
         num_rows: R. Choices beyond them, those with the highest ids, become no rows.
     """
-    return torch.argsort(ids_TK.flatten(), stable=True)[:num_rows]
+    # A copy, because a view would keep the memory of what is left out as long as itself.
+    return torch.argsort(ids_TK.flatten(), stable=True)[:num_rows].clone()
 
 
 def sum_by_token(rows_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:

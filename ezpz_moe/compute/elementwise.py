@@ -71,10 +71,10 @@ def scaled_swiglu_gradients_(
     for grad_scaled, activated, gate, up, score, grad_score in _slices(
         grad_scaled_GF, activated_GF, gate_GF, up_GF, score_G, grad_score_G
     ):
-        # In the scores' dtype, which is float32 where rows are in half of it: the sum over F would
+        # In float32 where rows are in half of it, whatever the scores are in: the sum over F would
         # otherwise add up two more roundings.
-        hidden = activated.to(grad_score.dtype, copy=True).mul_(up)
-        torch.sum(hidden.mul_(grad_scaled), 1, out=grad_score)
+        hidden = activated.to(torch.promote_types(activated.dtype, torch.float32), copy=True)
+        grad_score.copy_(hidden.mul_(up).mul_(grad_scaled).sum(1))
         _gradients_(grad_scaled.mul_(score.unsqueeze(1)), activated, gate, up)
 
 

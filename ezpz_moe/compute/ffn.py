@@ -117,7 +117,7 @@ def _swiglu_backward(
         gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, x)
     # Two [R, F] in all: fresh memory costs an allocator the most.
     activated_RF, hidden_RF = torch.empty_like(gate_RF), torch.empty_like(gate_RF)
-    swiglu(*map(groups.owned, (gate_RF, up_RF, hidden_RF)), groups.owned(activated_RF))
+    swiglu(*map(groups.owned, (gate_RF, up_RF, hidden_RF, activated_RF)))
     grad_w2_EDF = groups.weight_gradient(grad_y, groups.operand(hidden_RF), w2_EDF)
 
     # hidden is no longer needed: its gradient takes over the memory, and then gate's.
@@ -190,9 +190,7 @@ def _routed_backward(
         del x
     # Two [R, F] and one [R, D] in all: fresh memory costs an allocator the most.
     activated_RF, scaled_RF = torch.empty_like(gate_RF), torch.empty_like(gate_RF)
-    scaled_swiglu(
-        *map(groups.owned, (gate_RF, up_RF, score_R, scaled_RF)), groups.owned(activated_RF)
-    )
+    scaled_swiglu(*map(groups.owned, (gate_RF, up_RF, score_R, scaled_RF, activated_RF)))
     grad_y = groups.operand(grad_y_RD)
     grad_w2_EDF = groups.weight_gradient(grad_y, groups.operand(scaled_RF), w2_EDF)
 

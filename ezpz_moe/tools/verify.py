@@ -1,8 +1,9 @@
 """Check every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
 
-Covers five routings, the output and all four gradients. The compute contract is the judge: its
-error bound, exact zeros where there are no tokens, and the dtype of x. A backend that drops tokens
-gets a capacity at which it drops none. Results are plain rows, which the command line prints.
+Covers the expert FFN and the routed layer, each over several routings: the output and all
+gradients. The compute contract is the judge: its error bound, exact zeros where there are no
+tokens, and the dtypes of the inputs. A backend that drops tokens gets a capacity at which it drops
+none. Results are plain rows, which the command line prints.
 
 Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.compute.reference import (
-    NAMES,
-    Case,
+    LayerCase,
     error_bounds,
     random_case,
+    random_routed_case,
     relative_error,
     run,
     truth,
@@ -33,7 +34,9 @@ from ezpz_moe.errors import EzpzError
 
 DIM, HIDDEN_DIM = 128, 192  # unequal, to expose a swapped matrix
 
-# Tokens of each of eight experts, and rows after them that belong to no expert.
+EXPERTS = 8
+
+# Of the expert FFN: tokens of each expert, and rows after them that belong to no expert.
 ROUTINGS: dict[str, tuple[list[int], int]] = {
     "balanced": ([64] * 8, 0),
     "uneven, empty": ([0, 190, 1, 0, 77, 31, 213, 0], 0),
@@ -41,15 +44,26 @@ ROUTINGS: dict[str, tuple[list[int], int]] = {
     "one hot": ([0, 0, 0, 0, 0, 512, 0, 0], 0),
     "tail": ([64, 9, 80, 0, 101, 64, 64, 33], 41),
 }
+# Of the routed layer: each token's two experts, and how many choices become rows, if not all.
+TOKEN_ROUTINGS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
+    "balanced": ([(t % 8, (t + 3) % 8) for t in range(256)], None),
+    "uneven, empty, repeated": ([(t * t % 8, t % 5) for t in range(256)], None),
+    # The ids 8 and 9 are of no expert: some of these choices are left out, some are tail rows.
+    "left out": ([(7 * t % 10, t % 9) for t in range(256)], 450),
+}
+
+_NAMES_OF = {"swiglu": tuple(ROUTINGS), "routed": tuple(TOKEN_ROUTINGS)}
+"""The routings of each entry point, a method of a backend."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One backend on one routing in one dtype."""
+    """One entry point of a backend on one routing in one dtype."""
 
     backend: str
     device: str
     dtype: str
+    entry: str
     routing: str
 
 
@@ -63,6 +77,7 @@ class Row:
     backend: str
     device: str
     dtype: str
+    entry: str
     routing: str
     tensor: str
     max_abs_error: float | None
@@ -120,11 +135,12 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     if torch.device(device).type == "meta":
         raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
     checks = [
-        Check(name, device, dtype, routing)
+        Check(name, device, dtype, entry, routing)
         for dtype in dtypes
         for name, against in reasons[dtype].items()
         if not against
-        for routing in ROUTINGS
+        for entry, routings in _NAMES_OF.items()
+        for routing in routings
     ]
     if not checks:
         # A reason that holds for several dtypes is printed once.
@@ -143,18 +159,18 @@ def compare(check: Check) -> list[Row]:
 
     An exception of the backend becomes a verdict, and the other checks still run.
     """
-    case, true, bounds = _reference(check.device, check.dtype, check.routing)
+    case, true, bounds = _reference(check.device, check.dtype, check.entry, check.routing)
     try:
         # lossless, because dropped rows would count as errors.
-        values = run(get_backend(check.backend).lossless.swiglu, case)
+        values = run(getattr(get_backend(check.backend).lossless, check.entry), case)
     except Exception as error:
         # An assertion has no text of its own.
         text = str(error).strip().partition("\n")[0]
         verdict = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in NAMES]
+        return [Row(**vars(check), **_unknown(name, bounds[name], verdict)) for name in case.names]
     return [
         Row(**vars(check), **_judged(name, values[name], true[name], bounds[name], case))
-        for name in NAMES
+        for name in case.names
     ]
 
 
@@ -176,22 +192,36 @@ def cosine(value: Tensor, true: Tensor) -> float:
 
 # plan() goes through all routings for one backend after the other, so this many are asked for
 # again.
-@lru_cache(maxsize=len(ROUTINGS))
+@lru_cache(maxsize=len(ROUTINGS) + len(TOKEN_ROUTINGS))
 def _reference(
-    device: str, dtype: str, routing: str
-) -> tuple[Case, dict[str, Tensor], dict[str, float]]:
+    device: str, dtype: str, entry: str, routing: str
+) -> tuple[LayerCase, dict[str, Tensor], dict[str, float]]:
     """Return a routing's inputs, float64's results and the allowed errors, for all backends."""
-    counts, tail = ROUTINGS[routing]
-    case = random_case(
-        counts,
-        dim=DIM,
-        hidden_dim=HIDDEN_DIM,
-        tail=tail,
-        dtype=getattr(torch, dtype),
-        device=device,
-    )
+    case = _CASES[entry](routing, device=device, dtype=getattr(torch, dtype))
     true = truth(case)
     return case, true, error_bounds(case, true)
+
+
+def _swiglu_case(routing: str, **place: Any) -> LayerCase:
+    counts, tail = ROUTINGS[routing]
+    return random_case(counts, tail=tail, dim=DIM, hidden_dim=HIDDEN_DIM, **place)
+
+
+def _routed_case(routing: str, **place: Any) -> LayerCase:
+    ids, num_rows = TOKEN_ROUTINGS[routing]
+    return random_routed_case(
+        ids,
+        num_experts=EXPERTS,
+        top_k=len(ids[0]),
+        num_rows=num_rows,
+        dim=DIM,
+        hidden_dim=HIDDEN_DIM,
+        scores_dtype=torch.float32,  # as trainers have them
+        **place,
+    )
+
+
+_CASES = {"swiglu": _swiglu_case, "routed": _routed_case}
 
 
 def _reasons(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -207,7 +237,7 @@ def _unknown(tensor: str, bound: float, verdict: str) -> dict[str, Any]:
 
 
 def _judged(
-    name: str, value: Tensor | None, true: Tensor, bound: float, case: Case
+    name: str, value: Tensor | None, true: Tensor, bound: float, case: LayerCase
 ) -> dict[str, Any]:
     if value is None:
         return _unknown(name, bound, "is None")
@@ -225,17 +255,15 @@ def _judged(
     }
 
 
-def _broken_rules(name: str, value: Tensor, case: Case) -> Iterator[str]:
+def _broken_rules(name: str, value: Tensor, case: LayerCase) -> Iterator[str]:
     """Yield what the contract demands exactly, besides the error bound."""
-    if value.dtype != case.x_RD.dtype:
+    like = dict(zip(case.names, (case.grad_output, *case.inputs), strict=True))[name]
+    if value.dtype != like.dtype:
         yield f"is {value.dtype}"
-    counts_E = case.num_tokens_per_expert_E
-    if name in ("y", "grad_x"):
+    for tensor, mask, otherwise in case.zeros():
         # any() is True for NaN as well.
-        if value[counts_E.sum() :].any():
-            yield "tail rows are not zero"
-    elif value[counts_E == 0].any():
-        yield "experts without tokens have a gradient"
+        if tensor == name and value[mask.to(value.device)].any():
+            yield otherwise
 
 
 def _number(figure: float) -> float | None:

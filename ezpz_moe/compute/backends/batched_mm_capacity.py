@@ -44,7 +44,7 @@ def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> 
 class _Slots(Grouping):
     """Which row each of the S slots holds, and which slot each of the R rows has.
 
-    An operand is slots. Results are rows, of which those that were dropped are zero.
+    An operand is slots. Results are rows; dropped ones count as rows of the tail.
     """
 
     def __init__(self, ends_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> None:
@@ -98,10 +98,9 @@ class _Slots(Grouping):
         return self._rows(products.bmm_sum(A, B_EKN, A2, B2_ELN))
 
     def _rows(self, slots_ECX: Tensor) -> Tensor:
-        """Gather [E, C, X] -> [R, X]. Dropped and tail rows are zero."""
-        # Rows are kept, not slots: [E, C, F] is capacity_factor times as large. And an empty slot
-        # of an idle expert is NaN if its weights are.
-        return self.zero_tail_(slots_ECX.flatten(0, 1).index_select(0, self.slot_R))
+        """Gather [E, C, X] -> [R, X]. Dropped and tail rows are those of the first slot."""
+        # Rows are kept, not slots: [E, C, F] is capacity_factor times as large.
+        return slots_ECX.flatten(0, 1).index_select(0, self.slot_R)
 
     def weight_gradient(self, left: Tensor, right: Tensor, like_EMN: Tensor) -> Tensor:
         if is_transposed(like_EMN):

@@ -1,0 +1,278 @@
+"""The contract of ``routed``, beside the numbers: autograd, compilers, checkpointing, memory.
+
+Runs with torch alone, on the CPU and on every accelerator that is present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from contract_cases import (
+    HIDDEN_DIM,
+    INSTALLED,
+    RECOMPUTING,
+    ROUTINGS,
+    assert_same_bits,
+    assert_within,
+    leaves,
+    make_routed_case,
+    over_backends,
+    over_devices,
+    over_installed,
+    usable,
+)
+from test_contract_autograd import HostReads, bytes_saved, save_products
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ezpz_moe.compute import tuning
+from ezpz_moe.compute.autograd import KernelBackend
+from ezpz_moe.compute.reference import (
+    RoutedCase,
+    error_bounds,
+    random_routed_case,
+    relative_error,
+    run,
+    truth,
+)
+
+UNEVEN, CUT, TAIL = ROUTINGS["uneven"], ROUTINGS["cut"], ROUTINGS["tail"]
+
+
+@pytest.fixture(autouse=True)
+def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is chosen, the promises are the same."""
+    monkeypatch.setattr(tuning, "_TURNS", 1)
+
+
+def with_routed_kernels(name: str, device: str, dtype: torch.dtype) -> KernelBackend:
+    """The backend, or a skip where ``routed`` is composed."""
+    backend = usable(name, device, dtype)
+    if not isinstance(backend, KernelBackend) or backend.operators.kernels.routed is None:
+        pytest.skip(f"{name} composes a routed layer")
+    return backend
+
+
+@over_devices
+@over_installed
+def test_gradcheck(name: str, device: str) -> None:
+    """All gradients against finite differences: right without trusting our own reference."""
+    backend = usable(name, device, torch.float64)
+    ids = [(0, 3), (2, 0), (2, 2)]
+    case = random_routed_case(
+        ids,
+        num_experts=3,
+        top_k=2,
+        num_rows=5,
+        dim=4,
+        hidden_dim=6,
+        dtype=torch.float64,
+        device=device,
+    )
+    assert torch.autograd.gradcheck(partial(case.apply, backend.routed), leaves(case))
+
+
+def _second_order(routed: Callable, case: RoutedCase) -> tuple[torch.Tensor, ...]:
+    """Gradients of the squared norm of the gradients."""
+    inputs = leaves(case)
+    out_TD = case.apply(routed, *inputs)
+    first = torch.autograd.grad(out_TD, inputs, case.grad_out_TD, create_graph=True)
+    return torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
+
+
+@over_devices
+@over_backends
+def test_a_second_derivative_is_refused_or_right(name: str, device: str) -> None:
+    backend = usable(name, device, torch.float32)
+    case = make_routed_case(ROUTINGS["idle_experts"], device)
+    if isinstance(backend, KernelBackend):
+        with pytest.raises(RuntimeError, match=f"{backend.name}_(routed|swiglu)_backward"):
+            _second_order(backend.routed, case)
+        return
+    true = _second_order(case.plain, case.to("cpu", torch.float64))
+    for value, expected in zip(_second_order(backend.routed, case), true, strict=True):
+        assert relative_error(value, expected) <= 1e-5
+
+
+@over_devices
+@pytest.mark.parametrize("wanted", range(5))
+@over_installed
+def test_inputs_may_be_frozen(name: str, wanted: int, device: str) -> None:
+    """One input alone wants its gradient: the same bits as among all five."""
+    backend = usable(name, device, torch.float32)
+    case = make_routed_case(CUT, device)
+    inputs = leaves(case)
+    for index, leaf in enumerate(inputs):
+        leaf.requires_grad_(index == wanted)
+    out_TD = case.apply(backend.routed, *inputs)
+    out_TD.backward(case.grad_out_TD)
+    gradients = [leaf.grad for leaf in inputs]
+    assert [gradient is None for gradient in gradients] == [i != wanted for i in range(5)]
+    expected = run(backend.routed, case)
+    assert torch.equal(out_TD, expected["out"])
+    assert torch.equal(gradients[wanted], expected[case.names[1 + wanted]])
+
+
+@over_devices
+@pytest.mark.parametrize("native", ["float32", "float32,bfloat16"])
+@over_installed
+def test_autocast_changes_nothing(name: str, native: str, device: str, cpu_with) -> None:
+    cpu_with(native)
+    backend = usable(name, device, torch.bfloat16)
+    case = make_routed_case(CUT, device, torch.bfloat16, scores_dtype=torch.float32)
+    plain = run(backend.routed, case)
+    with torch.autocast(device, torch.bfloat16):
+        assert_same_bits(plain, run(backend.routed, case))
+
+
+# Of our own: compiling takes seconds, and the operators of all backends are built by the same code.
+@over_devices
+@pytest.mark.parametrize("name", ["for_loop", "for_loop(recompute=true)", "grouped_mm", "auto"])
+def test_a_compiled_graph_serves_every_number_of_tokens_and_rows(name: str, device: str) -> None:
+    backend = usable(name, device, torch.bfloat16)
+    torch.compiler.reset()
+    compiled = torch.compile(backend.routed, backend="aot_eager", fullgraph=True, dynamic=True)
+    run(compiled, make_routed_case(ROUTINGS["idle_experts"], device, torch.bfloat16))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for routing in (ROUTINGS["repeated"], CUT, TAIL):
+            case = make_routed_case(routing, device, torch.bfloat16)
+            true = truth(case)
+            assert_within(run(compiled, case), true, error_bounds(case, true))
+
+
+def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
+    """Arguments of every operator of a backend. w1's storage is transposed."""
+    w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK = leaves(case)
+    w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
+    routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
+    gate_RF, up_RF = torch.randn(2, case.num_rows, HIDDEN_DIM, device=x_TD.device).unbind()
+    order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[: case.num_rows]
+    kept = (case.num_tokens_per_expert_E, gate_RF, up_RF, order_R)
+    return {
+        "routed": (*inputs, *routing),
+        "routed_output": (*inputs, *routing),
+        "routed_backward": (case.grad_out_TD, *(each.detach() for each in inputs), *kept),
+    }
+
+
+@over_devices
+@pytest.mark.parametrize("operator", ["routed", "routed_output", "routed_backward"])
+@over_installed
+def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> None:
+    """Schema (nothing mutated or aliased), autograd, fake kernels with strides, AOT dispatch.
+
+    The last is the same code for every backend, and slow.
+    """
+    backend = with_routed_kernels(name, device, torch.float32)
+    arguments = _operator_arguments(make_routed_case(ROUTINGS["idle_experts"], device))
+    op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name == "for_loop":
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (*arguments[operator], *backend.kernel_options), test_utils=checks)
+
+
+@over_devices
+@over_installed
+def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, device: str) -> None:
+    """``auto`` may choose anew between forward and backward, and for_loop leaves them unwritten."""
+    backend = with_routed_kernels(name, device, torch.float32)
+    case = make_routed_case(TAIL, device)
+    counts_E = case.num_tokens_per_expert_E
+    _, gate_RF, up_RF, order_R = backend.compute(
+        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows
+    )
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R)
+        return backend.compute("routed_backward", case.grad_out_TD, *kept)
+
+    expected = gradients()
+    for saved_RF in (gate_RF, up_RF):
+        saved_RF[counts_E.sum() :] = torch.nan
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@over_devices
+@over_installed
+def test_rows_of_an_expert_are_in_the_order_of_tokens(name: str, device: str) -> None:
+    """As the host's are: what one saves, another one's backward reads."""
+    backend = with_routed_kernels(name, device, torch.float32)
+    case = make_routed_case(CUT, device)
+    routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
+    *_, order_R = backend.compute("routed", *case.inputs, *routing)
+    ids = case.ids_TK.flatten().tolist()
+    assert order_R.tolist() == sorted(range(len(ids)), key=ids.__getitem__)[: case.num_rows]
+
+
+@over_devices
+@pytest.mark.parametrize("selective", [False, True], ids=("full", "selective"))
+@over_installed
+def test_activation_checkpointing_gives_the_same_bits(
+    name: str, selective: bool, device: str
+) -> None:
+    backend = usable(name, device, torch.float32)
+    context = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, save_products)}
+        if selective
+        else {}
+    )
+
+    def checkpointed(*inputs: torch.Tensor, num_rows: int) -> torch.Tensor:
+        routed = partial(backend.routed, num_rows=num_rows)
+        return checkpoint(routed, *inputs, use_reentrant=False, **context)
+
+    case = make_routed_case(CUT, device)
+    assert_same_bits(run(backend.routed, case), run(checkpointed, case))
+
+
+@pytest.mark.parametrize("name", [*INSTALLED, *RECOMPUTING])
+def test_meta_tensors_have_no_values_to_read(name: str) -> None:
+    """``host_syncs = False`` is a promise that counts and ids stay where they are."""
+    backend = usable(name, "meta", torch.bfloat16)
+    if backend.host_syncs:
+        pytest.skip(f"{name} says that it reads the counts on the host")
+    case = make_routed_case(CUT, dtype=torch.bfloat16).to("meta", torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in case.inputs]
+    case.apply(backend.routed, *inputs).backward(case.grad_out_TD)
+    assert [leaf.grad.shape for leaf in inputs] == [leaf.shape for leaf in inputs]
+
+
+@over_devices
+@over_backends
+def test_counts_are_copied_to_the_host_once_per_pass(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch, cpu_with
+) -> None:
+    cpu_with("float32,bfloat16,float16")
+    backend = usable(name, device, torch.bfloat16)
+    if device == "cpu" and not backend.host_syncs:
+        pytest.skip(f"{name} never copies counts; on the CPU it looks at them, which is free there")
+    case = make_routed_case(UNEVEN, device, torch.bfloat16)
+    run(backend.routed, case)  # first-call set-up may sync
+    inputs, forward, backward = leaves(case), HostReads(), HostReads()
+    with forward.watch(device, monkeypatch):
+        out_TD = case.apply(backend.routed, *inputs)
+    with backward.watch(device, monkeypatch):
+        out_TD.backward(case.grad_out_TD)
+    expected = 1 if backend.host_syncs else 0
+    if backend.name == "auto":  # those of the one that it chose: on CUDA perhaps none
+        assert max(forward.count, backward.count) <= expected
+    else:
+        assert (forward.count, backward.count) == (expected, expected)
+
+
+@over_devices
+@pytest.mark.parametrize("routing", ["balanced", "one_hot", "cut"])
+@over_backends
+def test_memory_held_for_backward(name: str, routing: str, device: str) -> None:
+    """The inputs, the order and two [R, F], whatever the skew: no rows of x or y, no padding."""
+    backend = with_routed_kernels(name, device, torch.float32)
+    case = make_routed_case(ROUTINGS[routing], device)
+    inputs = (*case.inputs, case.num_tokens_per_expert_E)
+    order = case.num_rows * torch.int64.itemsize
+    kept = 0 if backend.recompute else 2 * case.num_rows * HIDDEN_DIM * case.x_TD.itemsize
+    expected = sum(tensor.nbytes for tensor in inputs) + order + kept
+    assert bytes_saved(backend.routed, case) == expected
