@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,10 +44,8 @@ CONTENDERS = {
     KEPT: {VARIABLE: "1"},
     HUGE: {VARIABLE: "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
 }
-_ALONE = {
-    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-    **{"MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
-}
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_ALONE |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 _WARM_UP = 4  # steps: the optimizer's states are made in the first
 _LINE = re.compile(r"step:\s+\d+ .*memory:\s*([\d.]+)GiB")
 
@@ -122,7 +121,7 @@ def summary(moments: Sequence[Moment], peak: float) -> Run:
     clocks = [each.clock for each in moments]
     first, last, steps = moments[0], moments[-1], len(moments) - 1
     return Run(
-        seconds=statistics.median(b - a for a, b in zip(clocks, clocks[1:], strict=False)),
+        seconds=statistics.median(b - a for a, b in pairwise(clocks)),
         user=(last.user - first.user) / steps,
         system=(last.system - first.system) / steps,
         faults=(last.faults - first.faults) / steps,
