@@ -154,6 +154,7 @@ def row(name: str, runs: dict[str, list[Run]]) -> dict[str, str]:
 
     pairs = list(zip(runs[DEFAULT], runs[name], strict=True))
     speeds = [other.seconds / own.seconds for other, own in pairs]
+    of_processor = [(a.user + a.system) / (b.user + b.system) for a, b in pairs]
     low, high = median_interval(speeds)
     return {
         "allocator": name,
@@ -163,6 +164,7 @@ def row(name: str, runs: dict[str, list[Run]]) -> dict[str, str]:
         "to": f"{high:.3f}",
         "user s": f"{median_of(lambda run: run.user):.3f}",
         "system s": f"{median_of(lambda run: run.system):.3f}",
+        "speed by processor time": f"{statistics.median(of_processor):.3f}",
         "page faults": f"{median_of(lambda run: run.faults):.0f}",
         "peak GiB": f"{median_of(lambda run: run.peak):.2f}",
         "memory": f"{statistics.median(own.peak / other.peak for other, own in pairs):.3f}",
