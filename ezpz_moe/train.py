@@ -2,9 +2,10 @@
 
 ``python -m ezpz_moe.train ARGUMENTS`` is ``python -m torchtitan.train ARGUMENTS``: the same module
 with the same arguments. Two things happen first: a check that torch and torchtitan can do what the
-binding needs and, on a machine without an accelerator, the CPU becomes the host's device. One thing
-happens last: a run that ended well stays so. Start it under torchrun, like the host's own trainer;
-:mod:`ezpz_moe.tools.launch` does. If torchrun is killed, its workers end too.
+binding needs and, on a machine without an accelerator, the CPU becomes the host's device, and freed
+memory is kept (:mod:`ezpz_moe.tools.allocator`). One thing happens last: a run that ended well
+stays so. Start it under torchrun, like the host's own trainer; :mod:`ezpz_moe.tools.launch` does.
+If torchrun is killed, its workers end too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 
 from ezpz_moe.errors import EXIT_CODE, exit_on_user_error
 from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.tools import allocator
 
 _SECONDS_FOR_RANK_0 = 30
 
@@ -29,6 +31,7 @@ def main() -> None:
     try:
         with exit_on_user_error():
             check_host()
+            _keep_memory()
             runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:  # torchrun passes Ctrl-C on; spare the user a traceback per rank
         raise SystemExit(128 + signal.SIGINT) from None
@@ -38,6 +41,21 @@ def main() -> None:
         if stop.code == EXIT_CODE and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_RANK_0)
         raise
+
+
+def _keep_memory() -> None:
+    """On the CPU, keep the memory that is freed; local rank 0 says so for all."""
+    if not allocator.is_wanted():
+        return
+    # Not at the top: it imports torch, and `check_host` is what says whether there is one.
+    from ezpz_moe.hosts.cpu import no_accelerator
+
+    if not no_accelerator():
+        return
+    line = allocator.keep_freed_memory()
+    if line and os.environ.get("LOCAL_RANK", "0") == "0":
+        # The host sets up its log later, and drops what was logged before.
+        print(f"ezpz_moe: {line}", flush=True)  # noqa: T201
 
 
 def _end_with(launcher: int) -> None:

@@ -27,7 +27,7 @@ from trainer_runs import job_folder, train
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.telemetry import json_lines
-from ezpz_moe.tools import launch
+from ezpz_moe.tools import allocator, launch
 from ezpz_moe.tools.resume_point import flags_to_resume
 from ezpz_moe.tools.trainer_settings import CheckpointSettings
 
@@ -350,7 +350,7 @@ worker.wait()
 def test_no_worker_outlives_a_killed_launcher():
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER],
-        env={**os.environ, "TORCHELASTIC_RUN_ID": "1"},
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "1", allocator.VARIABLE: "0"},
         stdout=subprocess.PIPE,
         text=True,
     )
