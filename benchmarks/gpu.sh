@@ -26,7 +26,7 @@ mkdir -p "$folder"
 
 # The contract on the device, as in the tests: every backend, routing, dtype and option.
 EZPZ_MOE_TEST_DEVICES=cuda "$python" -m pytest -q -n "${JOBS:-4}" -k "cuda or requested" \
-    tests/test_contract.py tests/test_contract_autograd.py 2>&1 |
+    tests/test_contract*.py 2>&1 |
     tee "$folder/contract_$device.txt"
 
 "$python" -m ezpz_moe.cli verify --device cuda --dtype bfloat16 float16 float32 --json \
