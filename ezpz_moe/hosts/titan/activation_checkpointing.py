@@ -12,6 +12,7 @@ again, by a list of operators. It knows neither our operators nor ``torch._group
 backward multiplies three of the nine products of a layer a second time. Here they are on the list.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from ezpz_moe.compute import backend_names
+from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.errors import EzpzError
 
 _CHOICES = [torch.ops.aten.topk.default]
 
@@ -68,12 +70,20 @@ class SelectiveACKeepingProducts(SelectiveAC):
 
 
 def expert_products() -> set[Any]:
-    """Return the operators that compute routed experts forward, of every backend loaded so far."""
-    names = (f"{backend}_{kernel}" for backend in backend_names() for kernel in _FORWARD)
-    # A backend that the model uses is loaded once the model is built.
-    loaded = (getattr(torch.ops.ezpz_moe, name, None) for name in names)
+    """Return the operators that compute routed experts forward, of every installed backend."""
     # The backend `grouped_mm` is the host's own path, and its product torch's.
-    return {torch.ops.aten._grouped_mm.default, *(op.default for op in loaded if op)}
+    found = {torch.ops.aten._grouped_mm.default}
+    for backend in backend_names():
+        # Loading registers its operators; one that does not load computes nothing either.
+        with contextlib.suppress(EzpzError):
+            get_backend(backend)
+        names = (f"{backend}_{kernel}" for kernel in _FORWARD)
+        found |= {getattr(torch.ops.ezpz_moe, name).default for name in names if _exists(name)}
+    return found
+
+
+def _exists(operator: str) -> bool:
+    return hasattr(torch.ops.ezpz_moe, operator)
 
 
 def keeping_choices(policy: Any) -> Any:
