@@ -95,11 +95,15 @@ def test_activation_checkpointing_by_mode():
     full = config(activation_checkpoint__mode="full", activation_checkpoint__debug=True)
     assert full.activation_checkpoint == FullAC.Config(debug=True)
     assert isinstance(config().activation_checkpoint, SelectiveAC.Config)
+    assert config().activation_checkpoint.experts == "save"
 
 
 @pytest.mark.parametrize(
     ("mode", "key", "value"),
-    [("full", "memory_budget", 0.5), ("none", "preserve_rng_state", True)],
+    [
+        *(("full", "memory_budget", 0.5), ("none", "preserve_rng_state", True)),
+        ("full", "experts", "save"),
+    ],
 )
 def test_an_option_of_another_checkpointing_mode(mode, key, value):
     values = {"activation_checkpoint__mode": mode, f"activation_checkpoint__{key}": value}

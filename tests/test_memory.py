@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import fork_server
@@ -64,17 +65,35 @@ def test_activations_are_what_a_real_step_saves(tmp_path: Path, flavor: str, mod
     assert estimated == real
 
 
+# debugmodel: dim 256, experts of 256, three of them for each of 2 x 64 tokens; bfloat16.
+D = F = 256
+T, R = 2 * 64, 3 * 2 * 64
+
+
 @pytest.mark.parametrize(
-    "flavor",
-    ["debugmodel_sdpa_for_loop", pytest.param("debugmodel_sdpa", marks=pytest.mark.full)],
+    ("flavor", "mode", "flags", "kept"),
+    [
+        # A flag replaces what the job says, and its policy is still ours.
+        ("small_sdpa_for_loop", "full", ["activation-checkpoint:selective"], 2 * R * F),
+        ("small_sdpa_for_loop", 'selective"\nexperts = "recompute', [], 0),
+        pytest.param("small_sdpa", "selective", [], 2 * R * F, marks=pytest.mark.full),
+    ],
 )
-def test_selective_checkpointing_keeps_nothing_of_routed_experts(flavor: str) -> None:
-    """The host's path is no other than ours: it saves torch.mm, not torch._grouped_mm."""
-    report = look("activations", flavor, 1, "activation-checkpoint:selective")
+def test_selective_checkpointing_keeps_gate_and_up(
+    tmp_path: Path, flavor: str, mode: str, flags: list[str], kept: int
+) -> None:
+    """And what the layer returned: by row, or of one node by token, with the rows' order."""
+    (tmp_path / "small.toml").write_text(SMALL)
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(flavor=flavor, mode=mode))
+    report = look("activations", str(job), 1, *flags)
     assert not report.error
-    components = {component for (_, component), number in report.bytes_by_place.items() if number}
-    assert "attention projections" in components
-    assert "routed experts" not in components
+    by_component = Counter()
+    for (_, component), number in report.bytes_by_place.items():
+        by_component[component] += number
+    assert by_component["attention projections"] > 0
+    outputs = {2 * R * D, 2 * T * D + 8 * R} if kept else {0}
+    assert by_component["routed experts"] - 2 * kept in outputs
 
 
 @pytest.mark.parametrize(

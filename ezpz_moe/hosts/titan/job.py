@@ -33,7 +33,6 @@ from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
     FullAC,
     MemoryBudgetAC,
-    SelectiveAC,
 )
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
@@ -51,6 +50,11 @@ from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision, router_remarks
+from ezpz_moe.hosts.titan.activation_checkpointing import (
+    SelectiveACKeepingProducts,
+    keeping_products,
+    products_kept,
+)
 from ezpz_moe.hosts.titan.announcing import announcing
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
@@ -61,7 +65,7 @@ from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
     "none": None,
-    "selective": SelectiveAC.Config,
+    "selective": SelectiveACKeepingProducts.Config,
     "full": FullAC.Config,
     "memory_budget": MemoryBudgetAC.Config,
 }
@@ -139,12 +143,13 @@ def trainer_config(job: Job) -> JobConfig:
         logger.info(f"ezpz_moe: {line}")
     # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)
-    spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
+    spec.parallelize_fn = products_kept(sum_reduction_on_gloo(spec.parallelize_fn))
     announcing(spec, flavor)
     # Wrapped last, so it runs first: before FSDP would gather shards of unequal dtypes.
     precision.agreeing(spec, flavor)
     # Not JobConfig(), which would already check itself.
     sections = _fields(Trainer.Config()) | _sections(job, flavor, spec)
+    sections["activation_checkpoint"] = keeping_products(sections["activation_checkpoint"])
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])

@@ -170,6 +170,7 @@ _OTHERS: Keys = {
         "enable_ft_dataloader_checkpoints": gone(_FAULT_TOLERANCE, unless=(True,)),
     },
     "activation_checkpoint": {
+        "experts": new("activation_checkpoint.experts", Literal["save", "recompute"]),
         "selective_ac_option": gone(
             "torchtitan 0.3's selective checkpointing always chooses by operator ('op' in 0.2), "
             'not by every n-th layer. Leave it out, or set it to "op".',

@@ -24,6 +24,7 @@ from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
 from ezpz_moe.hosts.ranks import is_dry_run
+from ezpz_moe.hosts.titan.activation_checkpointing import products_kept
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs, is_about_to_train
@@ -36,8 +37,8 @@ _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
 _target_of: dict[str, type] = {}
 """Our overrides by the name that a user writes -> the class of the config's nodes they replace."""
 
-_over_gloo: list[Callable[..., Any]] = []
-"""What parallelizes a model here, and has been wrapped for gloo."""
+_wrappers_of: dict[Callable[..., Any], tuple[Callable[..., Any], ...]] = {}
+"""What parallelizes a model here, and by what we have wrapped it."""
 
 
 def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +76,10 @@ def selected(
     Raises:
         EzpzError: unknown backend, or it cannot compute these experts.
     """
-    return titan().experts().selected(config, backend, chosen_by, expert_precision)
+    selected = titan().experts().selected(config, backend, chosen_by, expert_precision)
+    if (job := _job_being_overridden()) is not None:
+        _wrap_parallelize_fn(job, products_kept)
+    return selected
 
 
 def causal_attention(config: Any) -> Any:
@@ -136,7 +140,7 @@ def enter_run(door: str) -> None:
     refuse_twins(job, f"--override.imports {door}")
     # The model is built after the overrides, and so is whatever writes into the folder.
     run_folder.hold_for(job, job.dump_folder)
-    _reduce_gradients_over_gloo(job)
+    _wrap_parallelize_fn(job, sum_reduction_on_gloo)
     if _is_stopped_without_saving(job):
         _warn_once(
             "ezpz_moe: SIGTERM will end this run without saving the step that it is at. To have it "
@@ -153,13 +157,16 @@ def warn_of_emulation() -> None:
             _warn_once(line)
 
 
-def _reduce_gradients_over_gloo(job: Trainer.Config) -> None:
+def _wrap_parallelize_fn(
+    job: Trainer.Config, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     spec = job.model_spec
+    wrappers = _wrappers_of.get(spec.parallelize_fn, ())
     # Once: we are called for every layer.
-    if spec.parallelize_fn not in _over_gloo:
+    if wrapper not in wrappers:
         # In place, as above: the host takes it from this very object.
-        spec.parallelize_fn = sum_reduction_on_gloo(spec.parallelize_fn)
-        _over_gloo.append(spec.parallelize_fn)
+        spec.parallelize_fn = wrapper(spec.parallelize_fn)
+        _wrappers_of[spec.parallelize_fn] = (*wrappers, wrapper)
 
 
 def _is_stopped_without_saving(job: Trainer.Config) -> bool:

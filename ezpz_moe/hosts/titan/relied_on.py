@@ -185,6 +185,11 @@ _JOB = (
         vital=True,
     ),
     Reliance(
+        "torchtitan.distributed.activation_checkpoint:SelectiveAC.get_save_ops",
+        used_for="the list of what selective checkpointing keeps, which the experts' products join",
+        if_broken="selective checkpointing computes routed experts again in backward",
+    ),
+    Reliance(
         "torchtitan.models.common.token_dispatcher",
         used_for="which token dispatcher a model has",
         if_broken=NO_FLAVOR,

@@ -30,6 +30,7 @@ AS_0_2_DOES: Mapping[str, tuple[Any, ...]] = {
     "parallelism.enable_fsdp_symm_mem": (False,),
     "parallelism.enable_sequence_parallel": (True,),
     "parallelism.spmd_backend": ("partial_dtensor",),
+    "activation_checkpoint.experts": ("recompute",),
     "loss.num_chunks": (1,),
     "debug.spmd_typechecking": (False,),
     "debug.detect_anomaly": (False,),
