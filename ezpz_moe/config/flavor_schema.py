@@ -87,8 +87,8 @@ class Flavor(Data):
     The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
     host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
     ``expert_precision = None`` keeps the host's cast to bfloat16, except on a CPU that only
-    emulates bfloat16: there it means float32. ``routed = "one_node"`` asks for dispatch, experts and
-    combination as one operator wherever that is possible; elsewhere they stay the host's.
+    emulates bfloat16: there it means float32. ``routed = "one_node"`` asks for dispatch, experts
+    and combination as one operator wherever that is possible; elsewhere they stay the host's.
     """
 
     name: str

@@ -7,6 +7,7 @@ twice as much, measured against a plain loop in float64.
 import logging
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dialect import ON_0_2, SINCE_2026_08, SINCE_2026_09
 if ON_0_2 or SINCE_2026_09:
     pytest.skip("this host's routed layers stay composed", allow_module_level=True)
 
-from router_cases import B, L, flat, moe_of, tokens
+from router_cases import B, L, flat, moe_of, router_of, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
@@ -180,6 +181,16 @@ def test_the_experts_module_is_called():
     assert called == [True]
 
 
+def test_with_expert_parallelism_the_host_dispatches(monkeypatch):
+    dispatched = []
+    monkeypatch.setattr(RoutedExperts, "forward", lambda self, *each: dispatched.append(len(each)))
+    layer = built(one_node())
+    layer.parallelize(SimpleNamespace(get_optional_mesh=lambda name: f"the {name} mesh"))
+    assert layer.inner_experts.why_composed == "with expert parallelism, tokens leave their rank"
+    layer(*inputs(torch.bfloat16))
+    assert dispatched == [4]
+
+
 def test_rows_that_are_padded_or_dropped_are_counted():
     layer = built(one_node("batched_mm_capacity(capacity_factor=1.0)"))
     layer.inner_experts.row_counts.on = True
@@ -227,13 +238,21 @@ def test_a_backend_without_such_a_kernel_stays_composed(monkeypatch):
     assert why == "of_products_alone has no kernel for it"
 
 
+def test_a_flavor_may_ask_for_it(model_with):
+    layer = moe_of(model_with(f'{FLOAT32_FOR_LOOP}routed = "composed"')).routed_experts
+    assert type(layer) is RoutedExperts
+
+
 def test_grouped_mm_stays_the_hosts_layer():
     assert type(one_node("grouped_mm"))._owner is RoutedExperts
 
 
 @pytest.mark.parametrize(
     ("routed", "said"),
-    [("one_node", "; routed layer as one node"), ("composed", "; routed layer composed: asked for")],
+    [
+        ("one_node", "; routed layer as one node"),
+        ("composed", "; routed layer composed: asked for"),
+    ],
 )
 def test_the_log_says_which(routed, said, caplog):
     with caplog.at_level(logging.INFO):
@@ -243,7 +262,7 @@ def test_the_log_says_which(routed, said, caplog):
 
 
 TABLES = {
-    "plain": "",
+    "plain": "[telemetry]\n",
     "zero computation": "[router]\nnull_experts = 3\ncopy_experts = 1\nconstant_experts = 1\n",
     "padding": "[router]\npad_token_id = 0\n",
     "capacity": "[balance]\ncapacity_factor = 0.7\n",
@@ -258,7 +277,7 @@ FORWARDS = {
 IN_SHORT = "zero computation"
 CASES = [
     pytest.param(
-        tables, forward, marks=() if "eager" == forward or tables == IN_SHORT else pytest.mark.full
+        tables, forward, marks=() if forward == "eager" or tables == IN_SHORT else pytest.mark.full
     )
     for tables in TABLES
     for forward in FORWARDS
@@ -268,7 +287,7 @@ CASES = [
 @pytest.mark.parametrize(("tables", "forward"), CASES)
 def test_a_models_layer_leaves_out_what_the_composed_one_does(model_with, tables, forward):
     """Choices without an expert, of padding, and beyond a capacity, traced as the host traces."""
-    flavor = f'{FLOAT32_FOR_LOOP}{{}}\n{TABLES[tables]}'
+    flavor = f"{FLOAT32_FOR_LOOP}{{}}\n{TABLES[tables]}"
     composed = _of_model(model_with(flavor.format('routed = "composed"')), FORWARDS["eager"])
     ours = _of_model(model_with(flavor.format("")), FORWARDS[forward])
     assert ours.keys() == composed.keys()
@@ -282,6 +301,7 @@ def _of_model(model: nn.Module, wrapped) -> dict[str, torch.Tensor]:
     from ezpz_moe.hosts.titan.router import TokenMask
 
     moe = moe_of(model)
+    router_of(model)  # of sequences of L tokens
     if getattr(moe.routed_experts, "masked_by", None) is not None:
         mask_BL = torch.ones(B, L, dtype=torch.bool)
         mask_BL[-1, 5:] = False

@@ -52,6 +52,27 @@ _EXPERTS = (
         vital=True,
     ),
     Reliance(
+        "torchtitan.models.common.moe:RoutedExperts.Config",
+        used_for="the node of a routed layer, which is replaced with its experts",
+        if_broken=NO_BACKEND,
+        fields=("inner_experts", "token_dispatcher"),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:RoutedExperts.forward",
+        used_for="dispatch, experts and combination, which a backend computes as one node",
+        if_broken=NO_BACKEND,
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher",
+        used_for="telling whether tokens stay on their rank, as one node needs it",
+        if_broken=NO_BACKEND,
+        has=("dispatch", "combine", "_local_reorder"),
+        sets=("ep_mesh",),
+        vital=True,
+    ),
+    Reliance(
         "torchtitan.models.common.moe:MoE.Config",
         used_for="counting parameters by layer, and changing the router",
         if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",

@@ -6,8 +6,13 @@ from ezpz_moe.hosts.titan.relied_on_2026_08 import RELIED_ON as RELIED_ON_BEFORE
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
 _LINEAR = "torchtitan.models.common.linear:GroupedLinear"
-# August's line for RoutedExperts goes too: the lines below ask more of the same class.
-_NO_LONGER = ("torchtitan.models.common.moe:GroupedExperts", _EXPERTS)
+# August's lines for RoutedExperts go too: the lines below ask more of the same class. Its routed
+# layers stay composed, so that nobody asks where the dispatcher sends tokens.
+_NO_LONGER = (
+    "torchtitan.models.common.moe:GroupedExperts",
+    _EXPERTS,
+    "torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher",
+)
 
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(

@@ -91,7 +91,7 @@ def as_one_node(host_class: type[RoutedExperts]) -> Any:
     """Return ``host_class`` as one node; its experts are ``EzpzGroupedExperts``."""
 
     # Cached above: layers of one class would otherwise get a new class each.
-    class OneNode(host_class):  # type: ignore[misc, valid-type]
+    class OneNode(host_class):
         @dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):  # type: ignore[name-defined]
             pass
@@ -103,9 +103,7 @@ def as_one_node(host_class: type[RoutedExperts]) -> Any:
             if _is_expert_parallel(self):
                 return super().forward(*inputs)
             x_XD, scores_XK, ids_XK, num_local_tokens_per_expert_E = inputs
-            x_TD, scores_TK, ids_TK = (
-                each.flatten(0, -2) for each in (x_XD, scores_XK, ids_XK)
-            )
+            x_TD, scores_TK, ids_TK = (each.flatten(0, -2) for each in (x_XD, scores_XK, ids_XK))
             choices = Choices(scores_TK, ids_TK, self._num_rows(ids_TK))
             out_TD = self.inner_experts(x_TD, num_local_tokens_per_expert_E, choices=choices)
             return out_TD.view(x_XD.shape)

@@ -152,7 +152,7 @@ class _RoutedExperts(Module):
         # torch.compile does not know it while it traces, but has to know that the backend's check
         # of its arguments passes.
         torch._check(R >= 0)
-        torch._check(R <= topk_expert_ids_TK.numel())
+        torch._check(topk_expert_ids_TK.numel() >= R)
         return R
 
     def _within_capacity(self, weights_BLK: Tensor, ids_BLK: Tensor) -> Tensor:
