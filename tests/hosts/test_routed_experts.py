@@ -296,6 +296,18 @@ def test_a_models_layer_leaves_out_what_the_composed_one_does(model_with, tables
         assert relative_error(value, composed[name].double()) <= 256 * 2.0**-24, name
 
 
+def test_what_is_left_out_takes_no_row(model_with):
+    """Or it would be computed as a tail: without effect, but not without memory."""
+    model, handed = model_with(f"{FLOAT32_FOR_LOOP}{TABLES['capacity']}"), []
+    moe_of(model).routed_experts.inner_experts.register_forward_pre_hook(
+        lambda _, args, kwargs: handed.append((args[1], kwargs["choices"].num_rows)),
+        with_kwargs=True,
+    )
+    _of_model(model, FORWARDS["eager"])
+    ((counts_E, num_rows),) = handed
+    assert num_rows == int(counts_E.sum()) < 3 * B * L
+
+
 def _of_model(model: nn.Module, wrapped) -> dict[str, torch.Tensor]:
     """Output and gradients of the model's first MoE layer, with padding in its last sequence."""
     from ezpz_moe.hosts.titan.router import TokenMask
