@@ -96,6 +96,7 @@ SHORT = {
 COMPOSED = {p for p in ALL if p.startswith("expert parallel") or p.endswith("composed")}
 if ON_0_2 or SINCE_2026_09:
     COMPOSED = set(ALL)
+TYPES_CHECKED = ("--debug.spmd-typechecking", "--parallelism.spmd-backend", "spmd_types")
 NOISE = "--rounding-noise"
 DRAWS = 2
 NOISY = {"tensor parallel": "for_loop", "fully sharded": "batched_mm_padded"}
@@ -145,6 +146,9 @@ def runs(tmp_path_factory) -> Runs:
         for noise in (f"{NOISE}={draw}" for draw in range(draws)):
             job = door_1(folder, f"tiny_sdpa_{HOST}", *even, *TWO_RANKS.get(name, []), noise)
             runs.add((name, noise), job, ranks=ranks)
+    runs.add(
+        "types checked", door_1(folder, "tiny_sdpa_for_loop", *skewed, *TYPES_CHECKED), ranks=2
+    )
     return runs
 
 
@@ -205,6 +209,12 @@ def test_rounding_the_experts_alone_costs_less_than_rounding_everything(runs, pa
         for key in ((parallelism, backend), (parallelism, HOST), ("single", HOST))
     )
     assert abs(ours - host) < abs(rounded - host)
+
+
+@pytest.mark.skipif(ON_0_2, reason="this host checks no types")
+def test_the_hosts_type_checker_lets_it_pass(runs):
+    """What is sharded, partial or a rank's own, in every operation that the host sees."""
+    assert len(losses(runs["types checked"])) == 2
 
 
 @over_backends_of(ALL)

@@ -13,8 +13,11 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from dataclasses import dataclass
 
+import spmd_types as spmd
 import torch
 from torchtitan.config.override import derive
+from torchtitan.distributed.spmd_types import spmd_mesh_size
+from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
 from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
@@ -72,6 +75,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         """
         if self._backend is None:
             return super().forward(x_RD, num_tokens_per_expert_E)
+        num_tokens_per_expert_E = _of_this_rank(num_tokens_per_expert_E)
         self._count(choices.num_rows if choices else x_RD.shape[0], num_tokens_per_expert_E)
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
@@ -84,6 +88,20 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
             w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
         )
         return y_RD.type_as(x_RD)
+
+
+def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+    """Return the counts, which the host's type checker may take beside the rank's own rows.
+
+    To it they are a part of a sum over data-parallel ranks, as they are in the router's statistics.
+    """
+    is_checked = get_spmd_backend() == "spmd_types" and spmd.is_type_checking()
+    if not is_checked or spmd_mesh_size("ep") > 1:  # the host's dispatcher has told it by then
+        return num_tokens_per_expert_E
+    own_E = num_tokens_per_expert_E.clone()
+    for axis in ("dp", "cp"):
+        spmd.mutate_type(own_E, axis, src=spmd.P, dst=spmd.V)
+    return own_E
 
 
 class _SeamSelector(Selector):

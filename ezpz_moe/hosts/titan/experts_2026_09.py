@@ -24,6 +24,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
+from ezpz_moe.hosts.titan.routed_experts_2026_09 import why_composed
 from ezpz_moe.hosts.titan.seam import check_seam
 from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
 
@@ -150,5 +151,4 @@ def selected_layer(
     Raises:
         EzpzError: as :func:`selected`.
     """
-    why = "this torchtitan multiplies gate and up in one" if routed == "one_node" else "asked for"
-    return selected(config, backend, chosen_by, expert_precision, why)
+    return selected(config, backend, chosen_by, expert_precision, why_composed(routed))

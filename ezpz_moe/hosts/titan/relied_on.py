@@ -73,6 +73,19 @@ _EXPERTS = (
         vital=True,
     ),
     Reliance(
+        "torchtitan.distributed.spmd_types:spmd_mesh_size",
+        used_for="telling the host's type checker what the counts are, without expert parallelism",
+        if_broken=NO_BACKEND,
+        takes=("axis_name",),
+        vital=True,
+    ),
+    Reliance(
+        "torchtitan.distributed.utils:get_spmd_backend",
+        used_for="the same: whether types are checked",
+        if_broken=NO_BACKEND,
+        vital=True,
+    ),
+    Reliance(
         "torchtitan.models.common.moe:MoE.Config",
         used_for="counting parameters by layer, and changing the router",
         if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
