@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_args
 
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.hosts.detect import host
 
@@ -33,7 +33,7 @@ def _for_users(factory: Callable[..., Any]) -> Callable[..., Any]:
             for key in arguments.keys() - set(keys):
                 raise EzpzError(
                     f"--override.imports ezpz_moe.overrides.{factory.__name__}: unknown key "
-                    f"{key!r}.{did_you_mean(key, keys)} It takes {' and '.join(keys) or 'none'}."
+                    f"{key!r}.{did_you_mean(key, keys)} It takes {', '.join(keys) or 'none'}."
                 )
             return factory(config, **arguments)
 
@@ -47,8 +47,12 @@ def experts(
     *,
     compute_backend: str | None = None,
     expert_precision: ExpertPrecision | None = None,
+    routed: Routed = "one_node",
 ):
-    """Keep the experts, but compute them with ``compute_backend`` in ``expert_precision``."""
+    """Keep the experts, but compute them with ``compute_backend`` in ``expert_precision``.
+
+    ``routed`` is what it is in a flavor.
+    """
     if compute_backend is None:
         raise EzpzError(
             f"--override.imports ezpz_moe.overrides.experts: compute_backend is missing. "
@@ -59,18 +63,24 @@ def experts(
             f"--override.imports ezpz_moe.overrides.experts: compute_backend = "
             f"{compute_backend!r}: should be a name. Write {_EXAMPLE}."
         )
-    if expert_precision not in (None, *get_args(ExpertPrecision)):
-        raise EzpzError(
-            f"--override.imports ezpz_moe.overrides.experts: expert_precision = "
-            f"{expert_precision!r}: should be one of {', '.join(get_args(ExpertPrecision))}."
-        )
+    if expert_precision is not None:
+        _check_choice("expert_precision", expert_precision, get_args(ExpertPrecision))
+    _check_choice("routed", routed, get_args(Routed))
     _host.enter_run("ezpz_moe.overrides.experts")
     replacement = _host.selected(
-        config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision
+        config, compute_backend, "asked for by ezpz_moe.overrides.experts", expert_precision, routed
     )
     _host.turn_off_cuda_graphs_for(compute_backend)
     _host.warn_of_emulation()
     return replacement
+
+
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise EzpzError(
+            f"--override.imports ezpz_moe.overrides.experts: {key} = {value!r}: should be one of "
+            f"{', '.join(choices)}."
+        )
 
 
 @_host.for_attention

@@ -192,6 +192,12 @@ COMPUTED = [
         Setup(computed_by="_for_loop"),
         Setup('expert_precision = "float32"', computed_by="_for_loop"),
     ),
+    *both_ways(
+        '`routed` = "one_node"',
+        '"composed"',
+        Setup(computed_by="_for_loop"),
+        Setup('routed = "composed"', computed_by="_for_loop"),
+    ),
     Change("`[telemetry]`", Setup(), Setup("[telemetry]\nimages = false")),
     Change("fewer layers", Setup(), Setup("n_layers = 2")),
     Change("other sizes", Setup(), Setup("moe_hidden_dim = 32")),

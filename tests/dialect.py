@@ -110,13 +110,16 @@ def stock(model: str, folder: Path, *, steps: int) -> list[str]:
     return [*config, *assets, *text, *more, *sdpa]
 
 
-def with_backend(model: str, backend: str, folder: Path, *, steps: int) -> list[str]:
-    """:func:`stock` with our experts: by door 2, or where the host has one door, by a flavor."""
+def with_backend(model: str, backend: str, folder: Path, *, steps: int, **keys: str) -> list[str]:
+    """:func:`stock` with our experts: by door 2, or where the host has one door, by a flavor.
+
+    ``keys`` are of the override.
+    """
     if ON_0_2:
         flavor = ["--model.flavor", f"short_sdpa_{backend}", "--training.steps", str(steps)]
         return job(folder / "like_stock.toml", *SHORT, *precision(model), *flavor)
-    experts = f'ezpz_moe.overrides.experts={{"compute_backend": "{backend}"}}'
-    return [*stock(model, folder, steps=steps), experts]
+    experts = json.dumps({"compute_backend": backend, **keys})
+    return [*stock(model, folder, steps=steps), f"ezpz_moe.overrides.experts={experts}"]
 
 
 def by_flavor(folder: Path, *, steps: int) -> list[str]:

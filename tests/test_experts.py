@@ -19,7 +19,7 @@ check_host()
 
 from torchtitan.config.override import OverrideConfig, apply_overrides  # noqa: E402
 from torchtitan.models import deepseek_v3, gpt_oss, llama3, qwen3  # noqa: E402
-from torchtitan.models.common.moe import GroupedExperts, MoE  # noqa: E402
+from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts  # noqa: E402
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts  # noqa: E402
 
 from ezpz_moe.compute import backend_names, get_backend  # noqa: E402
@@ -225,6 +225,10 @@ def test_door_2_replaces_every_moe_layer(model):
             {"compute_backend": "grouped_mm", "expert_precision": "float32"},
             "cannot be combined with compute_backend 'grouped_mm'",
         ),
+        (
+            {"compute_backend": "for_loop", "routed": "one node"},
+            "routed = 'one node': should be one of one_node, composed",
+        ),
     ],
 )
 def test_door_2_refuses_with_one_message_and_exit_code_2(kwargs, message, capsys):
@@ -246,6 +250,21 @@ def test_door_2_has_the_experts_compute_in_what_it_asks_for(asked, dtype):
         swiglu.side_effect = lambda backend, w1, w2, w3, x, counts: x
         experts(torch.ones(4, experts.w1_EFD.shape[2]), torch.ones(experts.num_experts).long())
     assert {each.dtype for each in swiglu.call_args.args[1:5]} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "made"),
+    [
+        ("qwen3", {}, "EzpzRoutedExperts"),
+        ("qwen3", {"routed": "composed"}, "RoutedExperts"),
+        ("gpt_oss", {}, "RoutedExperts"),
+    ],
+)
+def test_door_2_makes_routed_layers_one_node_unless_asked_not_to(model, asked, made):
+    config = SPECS[model]().model
+    overrides("experts", {"compute_backend": "for_loop", **asked}, config)
+    layers = [type(node)._owner.__name__ for _, node, _, _ in config.traverse(RoutedExperts.Config)]
+    assert set(layers) == {made}
 
 
 @pytest.mark.parametrize(
@@ -292,7 +311,7 @@ def test_door_2_and_the_hosts_fused_experts_are_a_conflict():
             "torchtitan.overrides.fused_swiglu.fused_grouped_experts",
         ]
     )
-    with pytest.raises(ValueError, match="both claim node"):
+    with pytest.raises(ValueError, match="an ancestor of"):
         apply_overrides(both, config)
 
 

@@ -63,6 +63,15 @@ def door_1(folder: Path, flavor: str, *flags: str, checkpointing: str = "none") 
     return dialect.job(path, *flags)
 
 
+def composed(folder: Path, backend: str) -> str:
+    """The end of a flavor's name in ``folder``: the backend's, with composed routed layers."""
+    like = f'inherits = "tiny_sdpa_{backend}"'
+    if backend not in WITH_OPTIONS:
+        like = f'inherits = "tiny"\nattention = "sdpa"\ncompute_backend = "{backend}"'
+    (folder / f"tiny_sdpa_composed_{backend}.toml").write_text(f'{like}\nrouted = "composed"\n')
+    return f"composed_{backend}"
+
+
 def at_once(sequences: int) -> list[str]:
     """The flag for this many sequences in a microbatch."""
     return ["--training.local-batch-size", str(sequences)]

@@ -22,6 +22,7 @@ from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
+Routed = Literal["one_node", "composed"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
 
 # The upper bounds are far above any model, yet low enough that no tensor size overflows.
@@ -86,7 +87,8 @@ class Flavor(Data):
     The model is either ``dimensions``, built like the host's deepseek_v3, or ``base``, one of the
     host's own as ``"module/flavor"``. ``attention = None`` leaves the attention to the host.
     ``expert_precision = None`` keeps the host's cast to bfloat16, except on a CPU that only
-    emulates bfloat16: there it means float32.
+    emulates bfloat16: there it means float32. ``routed = "one_node"`` asks for dispatch, experts
+    and combination as one operator wherever that is possible; elsewhere they stay the host's.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Flavor(Data):
     attention: Attention | None = None
     compute_backend: str = "grouped_mm"
     expert_precision: ExpertPrecision | None = None
+    routed: Routed = "one_node"
     dimensions: Dimensions | None = None
     # Not a dimension, as no model of the host's has it: it may stand beside `base` too.
     router_group_score: GroupScore = "top2_sum"

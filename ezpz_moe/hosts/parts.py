@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ezpz_moe.config.flavor_schema import ExpertPrecision
+    from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.hosts import accounting
     from ezpz_moe.hosts.rank_report import RankReport
@@ -60,8 +60,9 @@ class Overrides(Protocol):
         backend: str,
         chosen_by: str,
         expert_precision: ExpertPrecision | None = None,
+        routed: Routed = "one_node",
     ) -> Any:
-        """Return the config of the same experts, computed by ``backend``.
+        """Return the config of the same routed layer, with experts computed by ``backend``.
 
         Raises:
             EzpzError: unknown backend, or it cannot compute these experts.

@@ -16,7 +16,7 @@ from ezpz_moe.hosts.at_hand import at_hand
 from ezpz_moe.hosts.host import Host
 
 if TYPE_CHECKING:
-    from ezpz_moe.config.flavor_schema import ExpertPrecision
+    from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,25 @@ class Experts(Protocol):
         """The host's class whose config nodes get the selector."""
 
     @property
+    def HostLayer(self) -> Any:
+        """The host's class of a routed layer, whose config nodes are replaced."""
+
+    @property
     def EzpzGroupedExperts(self) -> Any:
-        """That class with the selector."""
+        """``HostExperts`` with the selector."""
 
     def sizes(self, config: Any) -> Sizes:
         """Return the experts' sizes from such a config node."""
 
-    def selected(
+    def selected_layer(
         self,
         config: Any,
         backend: str,
         chosen_by: str,
         expert_precision: ExpertPrecision | None = None,
+        routed: Routed = "one_node",
     ) -> Any:
-        """Return the node of the same experts, computed by ``backend``.
+        """Return the node of the same routed layer, with experts computed by ``backend``.
 
         Raises:
             EzpzError: unknown backend, or it cannot compute these experts.

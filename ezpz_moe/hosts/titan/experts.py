@@ -13,20 +13,27 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from dataclasses import dataclass
 
+import spmd_types as spmd
 import torch
 from torchtitan.config.override import derive
-from torchtitan.models.common.moe import GroupedExperts
+from torchtitan.distributed.spmd_types import spmd_mesh_size
+from torchtitan.distributed.utils import get_spmd_backend
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
+from ezpz_moe.hosts.titan.routed_experts import Choices, as_one_node, why_composed
 from ezpz_moe.hosts.titan.seam import ROWS, check_seam
 from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
 
 HostExperts = GroupedExperts
 """The host's class whose config nodes get the selector."""
+
+HostLayer = RoutedExperts
+"""The host's class of a routed layer, whose config nodes are replaced."""
 
 
 class EzpzGroupedExperts(Selector, GroupedExperts):
@@ -41,32 +48,60 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         """As in the flavor; None leaves it to the rule of :mod:`ezpz_moe.hosts.precision`."""
         computed_in: str = HOSTS_CAST
         """What that means in this run: name of a dtype."""
+        why_composed: str | None = None
+        """As :class:`.Selector` has it, before the model is parallelized."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         self._dtype = getattr(torch, config.computed_in)
         self._choose(config)
 
-    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-        """Compute the expert FFN of the rows routed to the local experts.
+    def forward(
+        self,
+        x_RD: torch.Tensor,
+        num_tokens_per_expert_E: torch.Tensor,
+        *,
+        choices: Choices | None = None,
+    ) -> torch.Tensor:
+        """Compute the expert FFN of rows, or with ``choices`` the whole routed layer of tokens.
 
         Args:
-            x_RD: rows sorted by expert, possibly with tail rows.
+            x_RD: rows sorted by expert, possibly with tail rows; with ``choices`` x_TD, tokens.
             num_tokens_per_expert_E: integer counts of the local experts.
+            choices: of which experts each token is a row, if the backend is to dispatch.
 
         Returns:
-            y_RD in x's dtype. Device syncs: those of the backend.
+            y_RD, or out_TD, in x's dtype. Device syncs: those of the backend.
         """
         if self._backend is None:
             return super().forward(x_RD, num_tokens_per_expert_E)
-        self._count(x_RD, num_tokens_per_expert_E)
+        num_tokens_per_expert_E = _of_this_rank(num_tokens_per_expert_E)
+        self._count(choices.num_rows if choices else x_RD.shape[0], num_tokens_per_expert_E)
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
         w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
+        if choices:
+            scores_TK, ids_TK, num_rows = choices
+            tokens = (x_RD, scores_TK, ids_TK, num_tokens_per_expert_E)
+            return self._backend.routed(w1_EFD, w2_EDF, w3_EFD, *tokens, num_rows=num_rows)
         y_RD = self._backend.swiglu(
             w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
         )
         return y_RD.type_as(x_RD)
+
+
+def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+    """Return the counts, which the host's type checker may take beside the rank's own rows.
+
+    To it they are a part of a sum over data-parallel ranks, as they are in the router's statistics.
+    """
+    is_checked = get_spmd_backend() == "spmd_types" and spmd.is_type_checking()
+    if not is_checked or spmd_mesh_size("ep") > 1:  # the host's dispatcher has told it by then
+        return num_tokens_per_expert_E
+    own_E = num_tokens_per_expert_E.clone()
+    for axis in ("dp", "cp"):
+        spmd.mutate_type(own_E, axis, src=spmd.P, dst=spmd.V)
+    return own_E
 
 
 class _SeamSelector(Selector):
@@ -74,7 +109,7 @@ class _SeamSelector(Selector):
 
     # Same parameter names as the host's: it looks up the shardings of inputs by these names.
     def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-        self._count(x_RD, num_tokens_per_expert_E)
+        self._count(x_RD.shape[0], num_tokens_per_expert_E)
         # gpt_oss returns bfloat16 whatever its input is. In a float32 run the host's combine step
         # would then refuse to add up the rows.
         return super().forward(x_RD, num_tokens_per_expert_E).type_as(x_RD)
@@ -98,6 +133,7 @@ def selected(
     backend: ExpertComputeBackend,
     chosen_by: str,
     expert_precision: ExpertPrecision | None = None,
+    why_composed: str | None = None,
 ) -> GroupedExperts.Config:
     """Return the config of the same experts, computed by ``backend``.
 
@@ -109,7 +145,7 @@ def selected(
             own.
     """
     experts_class = selectable(config, backend, chosen_by)
-    choice = {"compute_backend": backend, "chosen_by": chosen_by}
+    choice = {"compute_backend": backend, "chosen_by": chosen_by, "why_composed": why_composed}
     if experts_class is GroupedExperts:
         refuse_precision(expert_precision, backend, chosen_by)
         # A first value, without the rule for this CPU: `precision.settle` applies that once the
@@ -130,3 +166,23 @@ def selected(
     host_class = experts_class.__name__
     refuse_precision(expert_precision, backend, chosen_by, hosts_forward=host_class)
     return derive(config, with_selector(experts_class, _SeamSelector).Config, **choice)
+
+
+def selected_layer(
+    config: RoutedExperts.Config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+    routed: Routed = "one_node",
+) -> RoutedExperts.Config:
+    """Return the config of the same routed layer, with experts computed by ``backend``.
+
+    Raises:
+        EzpzError: as :func:`selected`.
+    """
+    selectable(config.inner_experts, backend, chosen_by)
+    why = why_composed(config, backend, routed)
+    experts = selected(config.inner_experts, backend, chosen_by, expert_precision, why)
+    host_class = type(config)._owner
+    layer_class = host_class if backend == HOST_PATH or why else as_one_node(host_class)
+    return derive(config, layer_class.Config, inner_experts=experts)

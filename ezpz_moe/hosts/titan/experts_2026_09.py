@@ -19,16 +19,17 @@ from torchtitan.models.common.linear import GroupedLinear
 from torchtitan.models.common.moe import RoutedExperts
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
+from ezpz_moe.hosts.titan.routed_experts_2026_09 import why_composed
 from ezpz_moe.hosts.titan.seam import check_seam
 from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
 
-HostExperts = RoutedExperts
-"""The host's class whose config nodes get the selector."""
+HostExperts = HostLayer = RoutedExperts
+"""The host's class whose config nodes get the selector: its layer and its experts are one."""
 
 
 class _CountedByLinear(Selector):
@@ -41,7 +42,7 @@ class _CountedByLinear(Selector):
 
     def _count_up_to(self, x_RD: torch.Tensor, offsets_E: torch.Tensor) -> None:
         # The seam gets offsets, the counter wants counts.
-        self._count(x_RD, torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)))
+        self._count(x_RD.shape[0], torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)))
 
 
 EzpzGroupedExperts = with_selector(RoutedExperts, _CountedByLinear)
@@ -100,6 +101,7 @@ def selected(
     backend: ExpertComputeBackend,
     chosen_by: str,
     expert_precision: ExpertPrecision | None = None,
+    why_composed: str | None = None,
 ) -> RoutedExperts.Config:
     """Return the config of the same experts, with their products computed by ``backend``.
 
@@ -133,4 +135,20 @@ def selected(
             on_backend = _on_backend(type(linear)._owner).Config
             linears[name] = derive(linear, on_backend, compute_backend=backend)
     selected_config = with_selector(experts_class, _CountedByLinear).Config
-    return derive(config, selected_config, compute_backend=backend, chosen_by=chosen_by, **linears)
+    choice = {"compute_backend": backend, "chosen_by": chosen_by, "why_composed": why_composed}
+    return derive(config, selected_config, **choice, **linears)
+
+
+def selected_layer(
+    config: RoutedExperts.Config,
+    backend: ExpertComputeBackend,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+    routed: Routed = "one_node",
+) -> RoutedExperts.Config:
+    """Return :func:`selected`; ``routed`` has no effect but on what the log says.
+
+    Raises:
+        EzpzError: as :func:`selected`.
+    """
+    return selected(config, backend, chosen_by, expert_precision, why_composed(routed))

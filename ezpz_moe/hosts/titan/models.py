@@ -54,7 +54,8 @@ def model_spec(
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
     chosen_by = why or f"flavor {flavor.name}"
-    select_backend(spec.model, flavor.compute_backend, chosen_by, flavor.expert_precision)
+    asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
+    select_backend(spec.model, *asked)
     # After the backend: zero-computation experts wrap the experts' node with the selector in it.
     if flavor.is_routed:
         with titan().importing():  # only such a flavor needs this from the host

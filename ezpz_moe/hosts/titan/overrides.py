@@ -19,7 +19,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.precision import door_2_line, trains_in_float32
@@ -45,7 +45,7 @@ def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``factory`` as an override of the routed experts, and return it."""
     return _registered(
         factory,
-        titan().experts().HostExperts.Config,
+        titan().experts().HostLayer.Config,
         "Compute the routed experts with a backend of ezpz_moe.",
     )
 
@@ -69,14 +69,19 @@ def for_checkpoints(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def selected(
-    config: Any, backend: str, chosen_by: str, expert_precision: ExpertPrecision | None = None
+    config: Any,
+    backend: str,
+    chosen_by: str,
+    expert_precision: ExpertPrecision | None = None,
+    routed: Routed = "one_node",
 ) -> Any:
-    """Return the config of the same experts, computed by ``backend``.
+    """Return the config of the same routed layer, with experts computed by ``backend``.
 
     Raises:
         EzpzError: unknown backend, or it cannot compute these experts.
     """
-    selected = titan().experts().selected(config, backend, chosen_by, expert_precision)
+    experts = titan().experts()
+    selected = experts.selected_layer(config, backend, chosen_by, expert_precision, routed)
     if (job := _job_being_overridden()) is not None:
         _wrap_parallelize_fn(job, products_kept)
     return selected

@@ -6,8 +6,16 @@ from ezpz_moe.hosts.titan.relied_on_2026_08 import RELIED_ON as RELIED_ON_BEFORE
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
 _LINEAR = "torchtitan.models.common.linear:GroupedLinear"
-# August's line for RoutedExperts goes too: the lines below ask more of the same class.
-_NO_LONGER = ("torchtitan.models.common.moe:GroupedExperts", _EXPERTS)
+# August's lines for RoutedExperts go too: the lines below ask more of the same class. Its routed
+# layers stay composed and its experts have the host's forward, so that nobody asks where the
+# dispatcher sends tokens, nor of what type the counts are.
+_NO_LONGER = (
+    "torchtitan.models.common.moe:GroupedExperts",
+    _EXPERTS,
+    "torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher",
+    "torchtitan.distributed.spmd_types:spmd_mesh_size",
+    "torchtitan.distributed.utils:get_spmd_backend",
+)
 
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(

@@ -14,7 +14,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
@@ -46,16 +46,17 @@ class RowCounts(Module):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.rows_3 = torch.zeros_like(self.rows_3, device=buffer_device or self.rows_3.device)
 
-    def forward(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+    def forward(self, num_rows: int, num_tokens_per_expert_E: torch.Tensor) -> None:
         # Validation is not one of the steps that telemetry reports.
         if self.on and self.training:
-            count_rows(self.rows_3, num_tokens_per_expert_E, x_RD.shape[0], self.compute_backend)
+            count_rows(self.rows_3, num_tokens_per_expert_E, num_rows, self.compute_backend)
 
 
 class Selector(Module):
     """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
-    ``row_counts`` exists only for a backend that pads or drops.
+    ``row_counts`` exists only for a backend that pads or drops. ``why_composed`` is why the layer's
+    dispatch and combination stay the host's; None if the layer is one node.
     """
 
     def _choose(self, config) -> None:
@@ -64,6 +65,7 @@ class Selector(Module):
         self._backend = None if self.compute_backend == HOST_PATH else backend
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
+        self.why_composed: str | None = getattr(config, "why_composed", None)
         _choices_not_logged[self._choice(config)] += 1
 
     def _choice(self, config) -> "_Choice":
@@ -71,9 +73,9 @@ class Selector(Module):
         dtype = getattr(config, "computed_in", None)
         return _Choice(self.compute_backend, config.chosen_by, dtype or HOSTS_CAST, dtype is None)
 
-    def _count(self, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> None:
+    def _count(self, num_rows: int, num_tokens_per_expert_E: torch.Tensor) -> None:
         if self.row_counts is not None:
-            self.row_counts(x_RD, num_tokens_per_expert_E)
+            self.row_counts(num_rows, num_tokens_per_expert_E)
 
     def _init_self_parameters(self) -> None:
         super()._init_self_parameters()
@@ -82,7 +84,7 @@ class Selector(Module):
                 refuse_what_came_later(self, self.compute_backend, self._chosen_by)
         # Here and not in __init__: there the weights are on the meta device, and layers are missing
         # from the count.
-        _log_choices(next(self.parameters()).device)
+        _log_choices(next(self.parameters()).device, self.why_composed)
 
 
 @cache
@@ -95,6 +97,7 @@ def with_selector(host_class: type[Module], selector: type[Selector]) -> type[Mo
         class Config(host_class.Config):  # type: ignore[name-defined]
             compute_backend: ExpertComputeBackend = HOST_PATH
             chosen_by: str = "default"
+            why_composed: str | None = None
 
         def __init__(self, config: Config):
             super().__init__(config)
@@ -109,6 +112,7 @@ def select_backend(
     backend: ExpertComputeBackend,
     chosen_by: str,
     expert_precision: ExpertPrecision | None = None,
+    routed: Routed = "one_node",
 ) -> int:
     """Replace every routed-experts node below ``model_config``, in place.
 
@@ -116,17 +120,19 @@ def select_backend(
         The number of nodes that were replaced: one per MoE layer.
 
     Raises:
-        EzpzError: as the ``selected`` of the host's binding, or the model has no routed experts.
+        EzpzError: as the ``selected_layer`` of the host's binding, or the model has no routed
+            experts.
     """
     experts = titan().experts()
-    nodes = list(model_config.traverse(experts.HostExperts.Config))
+    nodes = list(model_config.traverse(experts.HostLayer.Config))
     if not nodes:
         raise EzpzError(
             f"compute_backend {backend!r} ({chosen_by}): the model has no routed experts, so "
             f"there is nothing to compute. Choose a Mixture-of-Experts model."
         )
     for _, config, parent, attribute in nodes:
-        setattr(parent, attribute, experts.selected(config, backend, chosen_by, expert_precision))
+        layer = experts.selected_layer(config, backend, chosen_by, expert_precision, routed)
+        setattr(parent, attribute, layer)
     return len(nodes)
 
 
@@ -156,11 +162,20 @@ class _Choice(NamedTuple):
 _choices_not_logged: Counter[_Choice] = Counter()
 
 
-def _log_choices(device: torch.device) -> None:
+def _layer_in_words(why_composed: str | None) -> str:
+    composed = f"composed: {why_composed}"
+    return f"; routed layer {'as one node' if why_composed is None else composed}"
+
+
+def _log_choices(device: torch.device, why_composed: str | None) -> None:
     """Log one line per choice and run, when the first experts get their weights.
 
     All layers are built before any is initialized: by then the count is complete, and the device is
     the one that trains. Nothing is logged in forward, which the host compiles with fullgraph=True.
+
+    Args:
+        device: where the weights are.
+        why_composed: of the first experts, which know by then how the run is parallelized.
     """
     for choice, layers in _choices_not_logged.items():
         backend, chosen_by, dtype, is_hosts = choice
@@ -170,6 +185,7 @@ def _log_choices(device: torch.device) -> None:
         logger.info(
             f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in {precision} "
             f"for {layers} MoE layers; {chosen_by}"
+            f"{'' if backend == HOST_PATH else _layer_in_words(why_composed)}"
         )
         if chosen.drops_tokens:
             logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")

@@ -147,6 +147,14 @@ class _RoutedExperts(Module):
             out_BLD = out_BLD + self.constant_experts(x_BLD, weight_BLC).to(out_BLD.dtype)
         return out_BLD
 
+    def _num_rows(self, topk_expert_ids_TK: Tensor) -> int:
+        R = self.token_dispatcher.computed(topk_expert_ids_TK)
+        # torch.compile does not know it while it traces, but has to know that the backend's check
+        # of its arguments passes.
+        torch._check(R >= 0)
+        torch._check(topk_expert_ids_TK.numel() >= R)
+        return R
+
     def _within_capacity(self, weights_BLK: Tensor, ids_BLK: Tensor) -> Tensor:
         """Return ids_BLK, with an id that no expert has for the choices beyond the capacity."""
         assert self.choices is not None
