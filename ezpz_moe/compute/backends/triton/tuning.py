@@ -48,6 +48,12 @@ _FLOAT32 = [
     _config(32, 64, 32, 3, 4),
 ]
 
+NARROWEST = min(
+    config.kwargs["BLOCK_N"]
+    for config in (_SMALL, _INTERPRETED, *_ONE_SUM, *_TWO_SUMS, *_FLOAT32)
+)
+"""Columns of the narrowest tile; those of every other are a multiple."""
+
 
 def _to_time(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
