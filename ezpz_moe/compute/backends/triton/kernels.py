@@ -26,12 +26,14 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. ``a_r`` is the stride 
 dimension r, and so on; offs are the inclusive offsets of the experts' rows.
 """
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
 from ezpz_moe.compute.backends.triton.tuning import tuned
+
+# Columns of a tile that are stored at once, and computed with: a whole tile of several tensors
+# needs more registers than there are.
+PIECE = tl.constexpr(32)
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _tokens(ORDER, rows, in_rows, TOP_K: tl.constexpr):
     """Return where to read each row: where its token is, or in place."""
     if TOP_K:
         return _choices(ORDER, rows, in_rows) // TOP_K
-    else:
+    else:  # noqa: RET505 - Triton compiles what follows a return
         return rows
 
 
@@ -148,7 +150,46 @@ def multiply(
         tl.store(_at(C, places, columns, c_r, c_n), acc.to(C.dtype.element_ty), inside)
 
 
-@partial(tuned, sums=2)
+@triton.jit
+def _halves(tile):
+    """Split a tile's columns into the left and the right half."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _store_gate_and_up(
+    gate, up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
+    HIDDEN_TOO: tl.constexpr, SCORED: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of gate and up, from a column on, and ``score * silu(gate) * up``."""
+    if gate.shape[1] > PIECE:
+        left, right = _halves(gate)
+        left_up, right_up = _halves(up)
+        half: tl.constexpr = gate.shape[1] // 2
+        _store_gate_and_up(
+            left, left_up, score, GATE, UP, HIDDEN, rows, in_rows, column, N, HIDDEN_TOO, SCORED
+        )
+        _store_gate_and_up(
+            right, right_up, score, GATE, UP, HIDDEN, rows, in_rows, column + half, N,
+            HIDDEN_TOO, SCORED,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, gate.shape[1])
+        # All are contiguous, because they are new.
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        inside = in_rows[:, None] & (columns < N)[None, :]
+        tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
+        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
+        if HIDDEN_TOO:
+            # From the float32 sums, not from the rounded gate and up.
+            hidden = gate * tl.sigmoid(gate) * up
+            if SCORED:
+                hidden *= score[:, None]
+            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+
+
+@tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def gate_and_up(
     X, W1, W3, offs, ORDER, SCORES, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
@@ -189,52 +230,50 @@ def gate_and_up(
             x_at += BLOCK_K * x_k
             w1_at += BLOCK_K * w1_k
             w3_at += BLOCK_K * w3_k
-        # gate, up and hidden are contiguous, because they are new
-        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-        inside = in_rows & in_columns
-        tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
-        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
-        if HIDDEN_TOO:
-            # From the float32 sums, not from the rounded gate and up.
-            hidden = gate * tl.sigmoid(gate) * up
-            if TOP_K:
-                choices = _choices(ORDER, rows, rows < end)
-                hidden *= tl.load(SCORES + choices).to(tl.float32)[:, None]
-            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
-
-
-@triton.jit
-def _halves(tile):
-    """Split a tile's columns into the left and the right half."""
-    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
+        score = gate  # any tensor: without TOP_K nobody reads it
+        if TOP_K:
+            score = tl.load(SCORES + _choices(ORDER, rows, rows < end)).to(tl.float32)
+        _store_gate_and_up(
+            gate, up, score, GATE, UP, HIDDEN, rows, rows < end, column * BLOCK_N, N,
+            HIDDEN_TOO, TOP_K > 0,
+        )  # fmt: skip
 
 
 @triton.jit
 def _through_swiglu(
-    grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, columns, N, SCORED: tl.constexpr
+    grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED: tl.constexpr
 ):
     """Turn the gradient of a tile of ``score * silu(gate) * up`` into those of gate and up.
 
     Store both, and the tile itself. Return the sum over the columns of ``grad * silu(gate) * up``.
     """
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    inside = in_rows[:, None] & (columns < N)[None, :]
-    gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    hidden = silu * up
-    grad_score = tl.sum(grad * hidden, 1)
-    if SCORED:
-        hidden *= score[:, None]
-        grad *= score[:, None]
-    # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
-    grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
-    tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
-    tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
-    return grad_score
+    if grad.shape[1] > PIECE:
+        left, right = _halves(grad)
+        half: tl.constexpr = grad.shape[1] // 2
+        return _through_swiglu(
+            left, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED
+        ) + _through_swiglu(
+            right, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column + half, N, SCORED
+        )
+    else:  # noqa: RET505 - as above
+        columns = column + tl.arange(0, grad.shape[1])
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        inside = in_rows[:, None] & (columns < N)[None, :]
+        gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
+        up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        hidden = silu * up
+        grad_score = tl.sum(grad * hidden, 1)
+        if SCORED:
+            hidden *= score[:, None]
+            grad *= score[:, None]
+        # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
+        grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+        tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
+        tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
+        return grad_score
 
 
 @triton.jit
@@ -257,13 +296,12 @@ def hidden_gradients(
     """Differentiate SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
 
     HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
-    is cheaper than saving it between forward and backward. Works on a quarter of the columns at a
-    time, because a whole tile needs more registers than there are.
+    is cheaper than saving it between forward and backward.
 
-    With TOP_K, DY is the gradient of the layer's output, [T, D]; HIDDEN is multiplied by the scores;
-    and DSCORES, [T * K, N / PART], is to be added up: the gradient of a score is a sum over N, of
-    which a program has BLOCK_N columns. It writes its sum to the first of the places of its columns,
-    and zeros to the others: every place is written whatever the tiles' sizes.
+    With TOP_K, DY is the gradient of the layer's output, [T, D], and HIDDEN is multiplied by the
+    scores. Their gradient is a sum over N, of which a program has BLOCK_N terms: DSCORES has a
+    place for every PART of them, [T * K, N / PART]. A program writes its sum to the first place of
+    its columns and zeros to the others, so that all are written whatever the tiles' sizes.
     """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
@@ -277,24 +315,16 @@ def hidden_gradients(
             in_rows, columns, tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n,
             BLOCK_K, EVEN_K,
         )  # fmt: skip
-        score = tl.zeros((BLOCK_R,), tl.float32)
+        score = grad  # any tensor: without TOP_K nobody reads it
         if TOP_K:
             choices = _choices(ORDER, rows, in_rows)
             score = tl.load(SCORES + choices).to(tl.float32)
         # gate and up of the tail hold anything, and would reach the scores' gradient.
         readable = in_rows & (expert < E)
-        grad_score = tl.zeros((BLOCK_R,), tl.float32)
-        # Triton cannot slice a tile in registers, but it can split one in two, so halve twice.
-        left, right = _halves(grad)
-        for half in tl.static_range(2):
-            quarters = _halves(left if half == 0 else right)
-            for quarter in tl.static_range(2):
-                first = column * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
-                part = first + tl.arange(0, BLOCK_N // 4)
-                grad_score += _through_swiglu(
-                    quarters[quarter], score, GATE, UP, HIDDEN, DGATE, DUP, rows, readable, part, N,
-                    SCORED=TOP_K > 0,
-                )  # fmt: skip
+        grad_score = _through_swiglu(
+            grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, readable, column * BLOCK_N, N,
+            TOP_K > 0,
+        )  # fmt: skip
         if TOP_K:
             places: tl.constexpr = BLOCK_N // PART
             first, width = column * places, tl.cdiv(N, PART)
@@ -329,11 +359,14 @@ def weight_gradient(
     left_at = _at(LEFT, ks, rows, l_k, l_r)
     in_ks, in_columns = (ks < K)[:, None], (columns < N)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for row in range(start, end, BLOCK_K):
+    # Looked up a step ahead: Triton then loads rows as many steps ahead as if they were in place.
+    tokens = _tokens(ORDER, rows, rows < end, TOP_K)
+    for _ in range(start, end, BLOCK_K):
         # The rows after `end` are the next expert's: mask them, or they would be added.
-        rows = row + tl.arange(0, BLOCK_K)
         in_rows = rows < end
-        right_at = _at(RIGHT, _tokens(ORDER, rows, in_rows, TOP_K), columns, r_r, r_n)
+        right_at = _at(RIGHT, tokens, columns, r_r, r_n)
+        rows += BLOCK_K
+        tokens = _tokens(ORDER, rows, rows < end, TOP_K)
         left = tl.load(left_at, in_ks & in_rows[None, :], other=0.0)
         right = tl.load(right_at, in_rows[:, None] & in_columns, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
