@@ -64,13 +64,13 @@ class Launch:
 
     def compiled(self, config: triton.Config, target: Target) -> Any:
         """Compile it as a process would that has such a GPU."""
-        triton.runtime.driver.set_active(_OnlyCompiles(target.gpu))
+        triton.runtime.driver.set_active(OnlyCompiles(target.gpu))
         return self.tuner.fn.warmup(
             *self.positional, grid=(1,), **self.named, **config.all_kwargs()
         )
 
 
-class _OnlyCompiles:
+class OnlyCompiles:
     """A driver without a device. Triton asks it for what it compiles."""
 
     def __init__(self, gpu: GPUTarget) -> None:

@@ -38,7 +38,6 @@ _INTERPRETED = _config(16, 32, 16, 1, 1, group=2)  # several tiles even at the t
 # columns; hidden_gradients needs registers for SwiGLU's derivative beside its sum.
 _HALF = {
     "multiply": [
-        _config(128, 256, 32, 4, 8),
         _config(128, 128, 64, 4, 8),
         _config(64, 128, 64, 4, 4),
         _config(32, 128, 64, 4, 4),
