@@ -59,7 +59,9 @@ class _Rows:
     @staticmethod
     def of_choices(order_R: Tensor, scores_TK: Tensor, counts_E: Tensor) -> "_Rows":
         offs_E = offsets_of_counts(counts_E, order_R)
-        return _Rows(len(order_R), offs_E, order_R, scores_TK.flatten(), scores_TK.shape[1])
+        # Contiguous, because the kernels read scores without a stride, and flatten() may be a view.
+        score_C = scores_TK.flatten().contiguous()
+        return _Rows(len(order_R), offs_E, order_R, score_C, scores_TK.shape[1])
 
     def written(self, like: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for a kernel's output that is in the order of choices, or in place."""
