@@ -55,7 +55,7 @@ CONTRACT_OF_ROUTED = {
     ],
     "test_nan_stays_with_its_token": ["triton-cpu"],
     "test_routed_takes_any_strides": ["triton-1"],
-    "test_a_rerun_gives_the_same_bits_and_changes_no_input": ["triton-cpu"],
+    "test_an_expanded_gradient_is_taken": ["triton-cpu"],
     "test_backward_takes_whatever_stands_in_saved_rows_of_the_tail": ["triton-cpu"],
     "test_operators_keep_torchs_rules": ["triton-routed_backward"],
 }
