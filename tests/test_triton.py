@@ -143,7 +143,7 @@ import torch
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.backends.triton import kernels, tuning
 
-E, D, F, T, K = 2, 16, 144, 7, 2
+E, D, F, T, K = 2, 16, 272, 7, 2  # three tiles of columns
 for kernel in (kernels.gate_and_up, kernels.hidden_gradients):
     kernel.configs = [tuning._config(16, 128, 16, 1, 1)]
 torch.use_deterministic_algorithms(True)  # new memory then holds NaN
