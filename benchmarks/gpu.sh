@@ -5,8 +5,8 @@
 #   PYTHON=.venv/bin/python JOBS=8 benchmarks/gpu.sh
 #
 # Needs ezpz_moe installed with its test extra and a torch built for CUDA or ROCm. Writes
-# contract_DEVICE.txt, verify_DEVICE.json, experts_DEVICE.json and experts_DEVICE.png, with the
-# device's name in each; commit them. Stops at the first thing that is wrong: figures of a
+# contract_DEVICE.txt, verify_DEVICE.json, and experts_DEVICE and routed_DEVICE as .json and .png,
+# with the device's name in each; commit them. Stops at the first thing that is wrong: figures of a
 # backend that computes something else are worth nothing. The first run tunes the Triton kernels
 # (minutes); the choice is kept in Triton's cache folder.
 set -euo pipefail
@@ -35,3 +35,8 @@ EZPZ_MOE_TEST_DEVICES=cuda "$python" -m pytest -q -n "${JOBS:-4}" -k "cuda or re
 "$python" -m ezpz_moe.cli bench --device cuda --shape olmoe qwen3_30b --dtype bfloat16 \
     --routing balanced zipf1 --json "$folder/experts_$device.json" \
     --plot "$folder/experts_$device.png"
+
+# Whole routed layers: dispatch, experts and combination.
+"$python" -m ezpz_moe.cli bench --layer routed --device cuda --shape olmoe qwen3_30b \
+    --dtype bfloat16 --routing balanced zipf1 --json "$folder/routed_$device.json" \
+    --plot "$folder/routed_$device.png"

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from contract_cases import PATTERNS
 from ezpz_moe.compute import get_backend
 
 TESTS = Path(__file__).parent
+sys.path.append(str(TESTS.parent / "benchmarks"))
 CPU = torch.device("cpu")
 
 if find_spec("triton") is None:
@@ -46,11 +48,24 @@ CONTRACT = {
     "test_inputs_are_not_changed": ["triton-cpu"],
     "test_operators_keep_torchs_rules": ["triton and mm_backward"],
 }
+CONTRACT_OF_ROUTED = {
+    "test_routed_equals_float64": [
+        "triton-cpu and (uneven or half_a_tail or all_cut)",
+        "recompute and half_a_tail",
+    ],
+    "test_nan_stays_with_its_token": ["triton-cpu"],
+    "test_routed_takes_any_strides": ["triton-1"],
+    "test_an_expanded_gradient_is_taken": ["triton-cpu"],
+    "test_backward_takes_whatever_stands_in_saved_rows_of_the_tail": ["triton-cpu"],
+    "test_operators_keep_torchs_rules": ["triton-routed_backward"],
+}
+FILES = ("test_contract.py", "test_contract_autograd.py")
+FILES_OF_ROUTED = ("test_contract_routed.py", "test_contract_routed_autograd.py")
 
 
-def _through_the_interpreter(chosen: str) -> list[tuple[str, str]]:
-    """Names and outcomes of the contract's tests of ``triton`` that ``-k chosen`` chooses."""
-    files = [str(TESTS / name) for name in ("test_contract.py", "test_contract_autograd.py")]
+def _through_the_interpreter(names: tuple[str, ...], chosen: str) -> list[tuple[str, str]]:
+    """Names and outcomes of those tests of ``triton`` in some files that ``-k chosen`` chooses."""
+    files = [str(TESTS / name) for name in names]
     options = ("-v", "-p", "no:cacheprovider", "-k", f"triton and ({chosen})")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
@@ -63,42 +78,31 @@ def _through_the_interpreter(chosen: str) -> list[tuple[str, str]]:
     return re.findall(r"::(test_\w+)\[(?:triton[^\n]*)\] (\w+)", done.stdout)
 
 
-def test_the_contract_through_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("files", "contract"),
+    [(FILES, CONTRACT), (FILES_OF_ROUTED, CONTRACT_OF_ROUTED)],
+    ids=["products and FFN", "routed layer"],
+)
+def test_the_contract_through_the_interpreter(
+    files: tuple[str, ...], contract: dict[str, list[str]]
+) -> None:
     ran = _through_the_interpreter(
+        files,
         " or ".join(
             f"{name} and ({' or '.join(f'({each})' for each in parameters)})"
-            for name, parameters in CONTRACT.items()
-        )
+            for name, parameters in contract.items()
+        ),
     )
-    assert {name for name, _ in ran} == CONTRACT.keys()
+    assert {name for name, _ in ran} == contract.keys()
     assert {outcome for _, outcome in ran} == {"PASSED"}, "none may be skipped"
 
 
 @pytest.mark.full
-def test_the_contract_through_the_interpreter_with_every_routing() -> None:
-    ran = _through_the_interpreter("equals_float64 and not any_layer")
-    assert len(ran) == (2 + 2) * len(PATTERNS)
+@pytest.mark.parametrize("files", [FILES[:1], FILES_OF_ROUTED[:1]])
+def test_the_contract_through_the_interpreter_with_every_routing(files: tuple[str, ...]) -> None:
+    ran = _through_the_interpreter(files, "equals_float64 and not any_")
+    assert len(ran) >= 2 * len(PATTERNS)
     assert {outcome for _, outcome in ran} == {"PASSED"}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_where_bits_have_to_be_the_same_no_tile_is_timed(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another tile sums in another order: a time, or a file of times, would change the bits."""
-    from ezpz_moe.compute.backends.triton import tuning
-
-    # Without a GPU's driver the question itself is an error.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    configs = [tuning._SMALL, *tuning._ONE_SUM, *tuning._FLOAT32]
-    large = {"R_BUCKET": 2**16, "K": 2**11, "N": 2**11, "a": torch.empty(0, dtype=dtype)}
-    assert len(tuning._to_time(configs, large)) > 1
-    torch.use_deterministic_algorithms(True)
-    try:
-        (only,) = tuning._to_time(configs, large)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert (only in tuning._FLOAT32) == (dtype == torch.float32)
 
 
 FIRST_PROGRAM = """
@@ -108,16 +112,18 @@ R, K, N = 25, 32, 48
 A, B, offs = torch.ones(R, K), torch.ones(2, K, N), torch.tensor([5, 20])
 outputs = [torch.full((R, N), -1.0) for _ in range(6)]
 of_rows, of_weights, sizes = A.stride(), B.stride(), (2, R, 32, K, N)
-common = {"BLOCK_E": 4}
+rows, common = (offs, offs), {"TOP_K": 0, "BLOCK_E": 4}
 kernels.multiply[(1,)](
-    A, B, A, B, offs, outputs[0], *sizes, *of_rows, *of_weights, *of_rows, *of_weights, N, 1,
+    A, B, A, B, *rows, outputs[0], *sizes, *of_rows, *of_weights, *of_rows, *of_weights, N, 1,
     SECOND=False, **common,
 )
 kernels.gate_and_up[(1,)](
-    A, B, B, offs, *outputs[:3], *sizes, *of_rows, *(K * N, 1, N) * 2, HIDDEN_TOO=True, **common
+    A, B, B, *rows, A, *outputs[:3], *sizes, *of_rows, *(K * N, 1, N) * 2, HIDDEN_TOO=True,
+    **common,
 )
 kernels.hidden_gradients[(1,)](
-    A, B, outputs[0], outputs[1], offs, *outputs[3:], *sizes, *of_rows, *of_weights, **common
+    A, B, outputs[0], outputs[1], *rows, A, *outputs[3:], A, *sizes, *of_rows, *of_weights,
+    PART=32, **common,
 )
 for output in outputs:
     print((output != -1).any(1).nonzero().flatten().tolist())
@@ -130,6 +136,43 @@ def test_a_program_writes_rows_of_its_expert_alone() -> None:
         [sys.executable, "-c", FIRST_PROGRAM], text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
     )
     assert output.splitlines() == ["[0, 1, 2, 3, 4]"] * 6
+
+
+WIDE_TILES = """
+import torch
+from ezpz_moe.compute import get_backend
+from ezpz_moe.compute.backends.triton import kernels, tuning
+
+E, D, F, T, K = 2, 16, 272, 7, 2  # three tiles of columns
+for kernel in (kernels.gate_and_up, kernels.hidden_gradients):
+    kernel.configs = [tuning._config(16, 128, 16, 1, 1)]
+torch.use_deterministic_algorithms(True)  # new memory then holds NaN
+draw = torch.Generator().manual_seed(0)
+shapes = (E, F, D), (E, D, F), (E, F, D), (T, D), (T, K), (T, D)
+*inputs, grad = [torch.randn(shape, generator=draw) for shape in shapes]
+ids = torch.randint(0, E, (T, K), generator=draw)
+
+def errors(name, dtype):
+    given = [each.to(dtype).requires_grad_() for each in inputs]
+    out = get_backend(name).routed(*given, ids, torch.bincount(ids.flatten(), minlength=E))
+    return out, *torch.autograd.grad(out, given, grad.to(dtype))
+
+true = errors("for_loop", torch.float64)
+for name in ("triton", "for_loop"):
+    results = errors(name, torch.float32)
+    print(*(((a - b).norm() / b.norm()).item() for a, b in zip(results, true)))
+"""
+
+
+def test_a_tile_that_is_wider_than_what_is_stored_at_once() -> None:
+    """On GPUs all tiles are, but not those that are interpreted."""
+    output = subprocess.check_output(
+        [sys.executable, "-c", WIDE_TILES], text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    found, plain = ([float(word) for word in line.split()] for line in output.splitlines())
+    assert len(found) == 6
+    for ours, loops in zip(found, plain, strict=True):
+        assert ours <= 2 * loops + 1e-6
 
 
 def test_the_interpreter_is_usable_where_it_is_right() -> None:
@@ -189,6 +232,17 @@ compiled_only = pytest.mark.skipif(
 KERNELS = ("multiply", "gate_and_up", "hidden_gradients", "weight_gradient")
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let Triton think that the process has a GPU of a kind."""
+    import triton
+    from triton_tiles import TARGETS, OnlyCompiles
+
+    # Triton's own reset_active() needs a GPU.
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+    return lambda name: triton.runtime.driver.set_active(OnlyCompiles(TARGETS[name].gpu))
+
+
 @compiled_only
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_is_tuned_by_bucket_not_by_rows(name: str) -> None:
@@ -196,76 +250,86 @@ def test_a_kernel_is_tuned_by_bucket_not_by_rows(name: str) -> None:
     from ezpz_moe.compute.backends.triton import kernels
 
     tuner = getattr(kernels, name)
-    assert {"E", "K", "N", "R_BUCKET"} <= set(tuner.keys)
+    assert {"E", "K", "N", "R_BUCKET", "TOP_K"} <= set(tuner.keys)
     assert "R" not in tuner.keys
     assert tuner.cache_results
 
 
-@compiled_only
-def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _timed(name: str, dtype: torch.dtype, rows: int) -> list:
     from ezpz_moe.compute.backends.triton import kernels
 
-    def timed(dtype: torch.dtype, rows: int) -> list:
-        tuner = kernels.multiply
-        sizes = {"R_BUCKET": rows, "K": 2048, "N": 1024}
-        tuner.nargs = {"A": torch.empty(0, dtype=dtype), **sizes}
-        return tuner.prune_configs({})
+    tuner = getattr(kernels, name)
+    tuner.nargs = {"A": torch.empty(0, dtype=dtype), "R_BUCKET": rows, "K": 2048, "N": 1024}
+    return tuner.prune_configs({})
 
+
+@compiled_only
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_timed(
+    name: str, gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("sm90")
+    # Without a GPU's driver the question itself is an error.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert len(timed(torch.bfloat16, 64)) == 1
-    half, full = timed(torch.bfloat16, 32768), timed(torch.float32, 32768)
+    assert len(_timed(name, torch.bfloat16, 64)) == 1
+    half, full = _timed(name, torch.bfloat16, 32768), _timed(name, torch.float32, 32768)
     assert len(half) > 1
     assert len(full) > 1
     assert not [config for config in half if config in full]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(UserWarning, match="compute the layer once before capturing"):
-        assert timed(torch.bfloat16, 32768) == half[:1]
+        assert _timed(name, torch.bfloat16, 32768) == half[:1]
 
 
-TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-
-
-def _compiled(name: str, target: tuple, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The kernel as it is compiled for contiguous bfloat16 tensors; on Hopper with large tiles."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from ezpz_moe.compute.backends.triton import kernels
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(folder))
-    tuner = getattr(kernels, name)
-    config = tuner.configs[1 if target[1] == 90 else 0]
-    given = {"EVEN_K": True, "SECOND": True, "HIDDEN_TOO": True, "BLOCK_E": 128} | config.kwargs
-    kernel = tuner.base_fn.__globals__[name]
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    one = {"a_k", "b_n", "a2_k", "b2_n", "c_n", "x_k", "w1_k", "w3_k", "dy_k", "w2_n", "l_k"}
-    constants = {
-        p.name: given[p.name] if p.is_constexpr else 1
-        for p in kernel.params
-        if p.is_constexpr or p.name in one | {"r_n", "g_n"}
-    }
-    signature = {
-        p.name: "constexpr" if p.name in constants
-        else "*i64" if p.name == "offs"
-        else "i32" if p.name in ("E", "R", "R_BUCKET", "K", "N") or p.name.islower()
-        else "*bf16"
-        for p in kernel.params
-    }  # fmt: skip
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPUTarget(*target), options=options)
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_bits_have_to_be_the_same_no_tile_is_timed(
+    dtype: torch.dtype, gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tile sums in another order: a time, or a file of times, would change the bits."""
+    gpu("sm80")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    *larger, smallest = _timed("multiply", dtype, 2**16)
+    assert larger
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _timed("multiply", dtype, 2**16) == [smallest]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @compiled_only
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("target", ["sm80", pytest.param("sm90", marks=pytest.mark.full), "gfx942"])
-def test_every_kernel_compiles_for_gpus(
-    name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "target",
+    ["sm80", "gfx942", *(pytest.param(each, marks=pytest.mark.full) for each in ("sm90", "sm100"))],
+)
+def test_the_largest_tiles_of_every_kernel_suit_the_gpu(
+    name: str, target: str, gpu: Callable[[str], None], tmp_path: Path, monkeypatch
 ) -> None:
-    """To machine code, with products on the tensor cores, within the memory of a multiprocessor."""
-    compiled = _compiled(name, TARGETS[target], tmp_path, monkeypatch)
+    """In machine code: products on the tensor cores, nothing spilled, enough shared memory.
+
+    ``benchmarks/triton_tiles.py`` compiles the other choices and launches.
+    """
+    import triton
+    import triton_tiles
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    launch = next(each for each in triton_tiles.launches(torch.bfloat16) if name in each.name)
+    there = triton_tiles.TARGETS[target]
+    compiled = launch.compiled(launch.choices(there)[0], there)
     text = compiled.asm["amdgcn" if target == "gfx942" else "ptx"]
-    assert {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "gfx942": "v_mfma"}[target] in text
-    assert compiled.metadata.shared <= {"sm80": 163, "sm90": 227, "gfx942": 64}[target] * 1024
+    assert {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}.get(
+        target, "v_mfma"
+    ) in text
+    assert triton_tiles.wrong(triton_tiles.needs(compiled), there) == []
+
+
+def test_what_a_choice_may_not_be() -> None:
+    from triton_tiles import TARGETS, Needs, wrong
+
+    at_most = Needs(registers=255, spilled=0, shared=64 * 1024, tensor=0)
+    assert wrong(at_most, TARGETS["gfx942"]) == []
+    spills, does_not_fit = wrong(Needs(255, 8, 64 * 1024 + 1, 0), TARGETS["gfx942"])
+    assert spills == "spills 8 bytes"
+    assert "64 KiB" in does_not_fit

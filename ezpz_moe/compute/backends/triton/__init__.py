@@ -2,7 +2,8 @@
 
 Forward is two launches, backward five. The counts stay on the device (:mod:`.kernels` says how a
 program finds its rows), and a CUDA graph can capture both. Weights are read through their strides.
-SwiGLU and its derivative are computed while a product's tile is in registers.
+SwiGLU and its derivative are computed while a product's tile is in registers; in a routed layer so
+is the product with the scores, and rows are gathered while they are loaded.
 
 float32 is computed in float32, never in tf32: the contract's bound is that of the plain loop in the
 same dtype. On the CPU only Triton's interpreter runs, slowly, for tests.
@@ -63,6 +64,41 @@ def _swiglu_backward(
     )
 
 
+def _routed(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    ids_TK: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ezpz_moe.compute.backends.triton import launch
+
+    return launch.routed(
+        w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, num_rows
+    )
+
+
+def _routed_backward(
+    grad_out_TD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+    order_R: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ezpz_moe.compute.backends.triton import launch
+
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
+    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R)
+
+
 def _interpreted() -> bool:
     import triton
 
@@ -109,7 +145,10 @@ class Triton(KernelBackend):
     summary = "our Triton kernels, SwiGLU fused, no device-host sync; CUDA and ROCm"
     host_syncs = False
     static_shapes = True
-    operators = Operators("triton", Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward))
+    operators = Operators(
+        "triton",
+        Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward),
+    )
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
         if find_spec("triton") is None:

@@ -9,6 +9,12 @@ prefix sum, no map in memory, no earlier launch. Tail rows are the rows of an ex
 product has no terms, so zeros are written there. R // B + E + 1 slots are enough for all; those
 without rows end at once.
 
+**Routed layers.** With TOP_K above 0, row r is choice ``ORDER[r]`` of the [T, K] choices of all
+tokens, and so of token ``ORDER[r] // TOP_K``. Rows of x and of the output's gradient are then read
+where the tokens are, and scores where the choices are. What is to be summed by token is written
+where the choices are, too: the K rows of a token become neighbours, and no index is needed to add
+them up. With TOP_K = 0 rows are read and written in place, and ORDER and SCORES are not read.
+
 **In which order.** Consecutive programs share tiles: GROUP slots times all columns, slots first.
 That keeps an expert's matrix and the rows in the L2 cache.
 
@@ -20,12 +26,14 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. ``a_r`` is the stride 
 dimension r, and so on; offs are the inclusive offsets of the experts' rows.
 """
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
 from ezpz_moe.compute.backends.triton.tuning import tuned
+
+# Columns of a tile that are stored at once, and computed with: a whole tile of several tensors
+# needs more registers than there are.
+PIECE = tl.constexpr(32)
 
 
 @triton.jit
@@ -62,14 +70,29 @@ def _at(base, i, j, stride_i, stride_j):
 
 
 @triton.jit
+def _choices(ORDER, rows, in_rows):
+    """Return which choice each row is, int32."""
+    return tl.load(ORDER + rows, in_rows, other=0).to(tl.int32)
+
+
+@triton.jit
+def _tokens(ORDER, rows, in_rows, TOP_K: tl.constexpr):
+    """Return where to read each row: where its token is, or in place."""
+    if TOP_K:
+        return _choices(ORDER, rows, in_rows) // TOP_K
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        return rows
+
+
+@triton.jit
 def _add_product(
-    acc, A, B, rows, columns, end, K, N, a_r, a_k, b_k, b_n,
+    acc, A, B, places, in_rows, columns, K, N, a_r, a_k, b_k, b_n,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Return ``acc + A[rows, :K] @ B[:K, columns]``; read nothing beyond end, K and N."""
+    """Return ``acc + A[places, :K] @ B[:K, columns]``; read nothing beyond the rows, K and N."""
     terms = tl.arange(0, BLOCK_K)
-    a_at, b_at = _at(A, rows, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
-    in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
+    a_at, b_at = _at(A, places, terms, a_r, a_k), _at(B, terms, columns, b_k, b_n)
+    in_rows, in_columns = in_rows[:, None], (columns < N)[None, :]
     for k in range(0, K, BLOCK_K):
         # K is a multiple of the block: no mask along K, so loads can be vectorized.
         if EVEN_K:
@@ -90,16 +113,20 @@ def _add_product(
 # becomes or stops being a multiple of 16.
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def multiply(
-    A, B, A2, B2, offs, C, E, R, R_BUCKET, K, N,
+    A, B, A2, B2, offs, ORDER, C, E, R, R_BUCKET, K, N,
     a_r, a_k, b_e, b_k, b_n, a2_r, a2_k, b2_e, b2_k, b2_n, c_r, c_n,
-    SECOND: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    SECOND: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for expert e's rows r."""
+    """Compute ``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for expert e's rows r.
+
+    With TOP_K, C is written in the order of choices.
+    """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
     if row < end:
         rows = row + tl.arange(0, BLOCK_R)
+        in_rows = rows < end
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         e = expert.to(tl.int64)
         # The tail's sum has no terms: zeros are stored. B + E * b_e is beyond the weights, but is
@@ -108,26 +135,71 @@ def multiply(
         # Sums are in float32 in every dtype, and are rounded once, when they are stored.
         acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         acc = _add_product(
-            acc, A, B + e * b_e, rows, columns, end, terms, N, a_r, a_k, b_k, b_n, BLOCK_K, EVEN_K
-        )
+            acc, A, B + e * b_e, rows, in_rows, columns, terms, N, a_r, a_k, b_k, b_n,
+            BLOCK_K, EVEN_K,
+        )  # fmt: skip
         if SECOND:
             acc = _add_product(
-                acc, A2, B2 + e * b2_e, rows, columns, end, terms, N, a2_r, a2_k, b2_k, b2_n,
+                acc, A2, B2 + e * b2_e, rows, in_rows, columns, terms, N, a2_r, a2_k, b2_k, b2_n,
                 BLOCK_K, EVEN_K,
             )  # fmt: skip
-        inside = (rows < end)[:, None] & (columns < N)[None, :]
-        tl.store(_at(C, rows, columns, c_r, c_n), acc.to(C.dtype.element_ty), inside)
+        places = rows
+        if TOP_K:
+            places = _choices(ORDER, rows, in_rows)
+        inside = in_rows[:, None] & (columns < N)[None, :]
+        tl.store(_at(C, places, columns, c_r, c_n), acc.to(C.dtype.element_ty), inside)
 
 
-@partial(tuned, sums=2)
+@triton.jit
+def _halves(tile):
+    """Split a tile's columns into the left and the right half."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _store_gate_and_up(
+    gate, up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
+    HIDDEN_TOO: tl.constexpr, SCORED: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of gate and up, from a column on, and ``score * silu(gate) * up``."""
+    if gate.shape[1] > PIECE:
+        left, right = _halves(gate)
+        left_up, right_up = _halves(up)
+        half: tl.constexpr = gate.shape[1] // 2
+        _store_gate_and_up(
+            left, left_up, score, GATE, UP, HIDDEN, rows, in_rows, column, N, HIDDEN_TOO, SCORED
+        )
+        _store_gate_and_up(
+            right, right_up, score, GATE, UP, HIDDEN, rows, in_rows, column + half, N,
+            HIDDEN_TOO, SCORED,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, gate.shape[1])
+        # All are contiguous, because they are new.
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        inside = in_rows[:, None] & (columns < N)[None, :]
+        tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
+        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
+        if HIDDEN_TOO:
+            # From the float32 sums, not from the rounded gate and up.
+            hidden = gate * tl.sigmoid(gate) * up
+            if SCORED:
+                hidden *= score[:, None]
+            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+
+
+@tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def gate_and_up(
-    X, W1, W3, offs, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
+    X, W1, W3, offs, ORDER, SCORES, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
     x_r, x_k, w1_e, w1_n, w1_k, w3_e, w3_n, w3_k,
-    HIDDEN_TOO: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    HIDDEN_TOO: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Compute ``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, reading x once. [R, N] each.
+
+    With TOP_K, x is [T, D], and ``silu(gate) * up`` is multiplied by the choice's score.
 
     The two products are written out instead of called: a tile of x is then loaded once.
     """
@@ -138,7 +210,7 @@ def gate_and_up(
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         terms = tl.arange(0, BLOCK_K)
         e = expert.to(tl.int64)
-        x_at = _at(X, rows, terms, x_r, x_k)
+        x_at = _at(X, _tokens(ORDER, rows, rows < end, TOP_K), terms, x_r, x_k)
         w1_at = _at(W1 + e * w1_e, terms, columns, w1_k, w1_n)
         w3_at = _at(W3 + e * w3_e, terms, columns, w3_k, w3_n)
         in_rows, in_columns = (rows < end)[:, None], (columns < N)[None, :]
@@ -158,82 +230,118 @@ def gate_and_up(
             x_at += BLOCK_K * x_k
             w1_at += BLOCK_K * w1_k
             w3_at += BLOCK_K * w3_k
-        # gate, up and hidden are contiguous, because they are new
+        score = gate  # any tensor: without TOP_K nobody reads it
+        if TOP_K:
+            score = tl.load(SCORES + _choices(ORDER, rows, rows < end)).to(tl.float32)
+        _store_gate_and_up(
+            gate, up, score, GATE, UP, HIDDEN, rows, rows < end, column * BLOCK_N, N,
+            HIDDEN_TOO, TOP_K > 0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _through_swiglu(
+    grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED: tl.constexpr
+):
+    """Turn the gradient of a tile of ``score * silu(gate) * up`` into those of gate and up.
+
+    Store both, and the tile itself. Return the sum over the columns of ``grad * silu(gate) * up``.
+    """
+    if grad.shape[1] > PIECE:
+        left, right = _halves(grad)
+        half: tl.constexpr = grad.shape[1] // 2
+        return _through_swiglu(
+            left, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED
+        ) + _through_swiglu(
+            right, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column + half, N, SCORED
+        )
+    else:  # noqa: RET505 - as above
+        columns = column + tl.arange(0, grad.shape[1])
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-        inside = in_rows & in_columns
-        tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
-        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
-        if HIDDEN_TOO:
-            # From the float32 sums, not from the rounded gate and up.
-            hidden = gate * tl.sigmoid(gate) * up
-            tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+        inside = in_rows[:, None] & (columns < N)[None, :]
+        gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
+        up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        hidden = silu * up
+        grad_score = tl.sum(grad * hidden, 1)
+        if SCORED:
+            hidden *= score[:, None]
+            grad *= score[:, None]
+        # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
+        grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
+        tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
+        tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
+        return grad_score
 
 
 @triton.jit
-def _halves(tile):
-    """Split a tile's columns into the left and the right half."""
-    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
-
-
-@triton.jit
-def _through_swiglu(grad, GATE, UP, HIDDEN, DGATE, DUP, rows, columns, end, N):
-    """Turn the gradient of a tile of ``silu(gate) * up`` into those of gate and up. Store all."""
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    inside = (rows < end)[:, None] & (columns < N)[None, :]
-    gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
-    grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(HIDDEN + at, (silu * up).to(HIDDEN.dtype.element_ty), inside)
-    tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
-    tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
+def _store_sums(OUT, sums, lines, inside, first, width, PLACES: tl.constexpr):
+    """Write a sum of every line to place ``first`` of OUT [lines, width], and zeros after it."""
+    places = tl.arange(0, PLACES)
+    values = tl.where(places[None, :] == 0, sums[:, None], 0.0)
+    here = inside[:, None] & (first + places < width)[None, :]
+    tl.store(_at(OUT, lines, first + places, width, 1), values, here)
 
 
 @tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def hidden_gradients(
-    DY, W2, GATE, UP, offs, HIDDEN, DGATE, DUP, E, R, R_BUCKET, K, N,
+    DY, W2, GATE, UP, offs, ORDER, SCORES, HIDDEN, DGATE, DUP, DSCORES, E, R, R_BUCKET, K, N,
     dy_r, dy_k, w2_e, w2_k, w2_n,
-    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    TOP_K: tl.constexpr, PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Differentiate SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
 
     HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
-    is cheaper than saving it between forward and backward. Works on a quarter of the columns at a
-    time, because a whole tile needs more registers than there are.
+    is cheaper than saving it between forward and backward.
+
+    With TOP_K, DY is the gradient of the layer's output, [T, D], and HIDDEN is multiplied by the
+    scores. Their gradient is a sum over N, of which a program has BLOCK_N terms: DSCORES has a
+    place for every PART of them, [T * K, N / PART]. A program writes its sum to the first place of
+    its columns and zeros to the others, so that all are written whatever the tiles' sizes.
     """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
     if row < end:
         rows = row + tl.arange(0, BLOCK_R)
+        in_rows = rows < end
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         grad = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         grad = _add_product(
-            grad, DY, W2 + expert.to(tl.int64) * w2_e, rows, columns, end,
-            tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n, BLOCK_K, EVEN_K,
+            grad, DY, W2 + expert.to(tl.int64) * w2_e, _tokens(ORDER, rows, in_rows, TOP_K),
+            in_rows, columns, tl.where(expert < E, K, 0), N, dy_r, dy_k, w2_k, w2_n,
+            BLOCK_K, EVEN_K,
         )  # fmt: skip
-        # Triton cannot slice a tile in registers, but it can split one in two, so halve twice.
-        left, right = _halves(grad)
-        for half in tl.static_range(2):
-            quarters = _halves(left if half == 0 else right)
-            for quarter in tl.static_range(2):
-                first = column * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
-                part = first + tl.arange(0, BLOCK_N // 4)
-                _through_swiglu(quarters[quarter], GATE, UP, HIDDEN, DGATE, DUP, rows, part, end, N)
+        score = grad  # any tensor: without TOP_K nobody reads it
+        if TOP_K:
+            choices = _choices(ORDER, rows, in_rows)
+            score = tl.load(SCORES + choices).to(tl.float32)
+        # gate and up of the tail hold anything, and would reach the scores' gradient.
+        readable = in_rows & (expert < E)
+        grad_score = _through_swiglu(
+            grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, readable, column * BLOCK_N, N,
+            TOP_K > 0,
+        )  # fmt: skip
+        if TOP_K:
+            places: tl.constexpr = BLOCK_N // PART
+            first, width = column * places, tl.cdiv(N, PART)
+            _store_sums(DSCORES, grad_score, choices, in_rows, first, width, places)
 
 
 @tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def weight_gradient(
-    LEFT, RIGHT, offs, GRAD, E, R, R_BUCKET, K, N,
+    LEFT, RIGHT, offs, ORDER, GRAD, E, R, R_BUCKET, K, N,
     l_r, l_k, r_r, r_n, g_e, g_k, g_n,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute ``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros without rows.
+
+    With TOP_K, RIGHT is [T, N]: its rows are read where the tokens are.
 
     Here rows are the terms of the sum: a tile covers BLOCK_R of K and BLOCK_K of them.
     """
@@ -248,16 +356,20 @@ def weight_gradient(
     ks = block * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = start + tl.arange(0, BLOCK_K)
-    left_at, right_at = _at(LEFT, ks, rows, l_k, l_r), _at(RIGHT, rows, columns, r_r, r_n)
+    left_at = _at(LEFT, ks, rows, l_k, l_r)
     in_ks, in_columns = (ks < K)[:, None], (columns < N)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for row in range(start, end, BLOCK_K):
+    # Looked up a step ahead: Triton then loads rows as many steps ahead as if they were in place.
+    tokens = _tokens(ORDER, rows, rows < end, TOP_K)
+    for _ in range(start, end, BLOCK_K):
         # The rows after `end` are the next expert's: mask them, or they would be added.
-        in_rows = row + tl.arange(0, BLOCK_K) < end
+        in_rows = rows < end
+        right_at = _at(RIGHT, tokens, columns, r_r, r_n)
+        rows += BLOCK_K
+        tokens = _tokens(ORDER, rows, rows < end, TOP_K)
         left = tl.load(left_at, in_ks & in_rows[None, :], other=0.0)
         right = tl.load(right_at, in_rows[:, None] & in_columns, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
         left_at += BLOCK_K * l_r
-        right_at += BLOCK_K * r_r
     at = _at(GRAD + expert.to(tl.int64) * g_e, ks, columns, g_k, g_n)
     tl.store(at, acc.to(GRAD.dtype.element_ty), in_ks & in_columns)

@@ -1,16 +1,21 @@
-"""The contract's four kernels as launches of :mod:`.kernels`. No device-host sync.
+"""The contract's six kernels as launches of :mod:`.kernels`. No device-host sync.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from ezpz_moe.compute.backends.triton import kernels
-from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.backends.triton import kernels, tuning
+from ezpz_moe.compute.contract import laid_out_like, offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.dispatch import row_order
+
+# The kernels' name for rows that are read and written in place.
+_IN_PLACE = 0
 
 
 def _slots(R: int, E: int, N: int) -> Callable[[dict[str, int]], tuple[int]]:
@@ -29,59 +34,149 @@ def _block_e(E: int) -> int:
     return triton.next_power_of_2(E + 1)  # one more, for the tail
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a layer: their experts, and in a routed layer their choices.
+
+    Attributes:
+        number: R, tail rows included.
+        offs_E: inclusive offsets of the experts' rows, on the device.
+        order_R: which choice each row is.
+        score_C: the choices' scores; C = T * K choices, one token's after the other's.
+        top_k: K, or _IN_PLACE: then nobody reads order and scores, and they are any tensors.
+    """
+
+    number: int
+    offs_E: Tensor
+    order_R: Tensor
+    score_C: Tensor
+    top_k: int
+
+    @staticmethod
+    def in_place(rows_RX: Tensor, offs_E: Tensor) -> "_Rows":
+        return _Rows(rows_RX.shape[0], offs_E, offs_E, offs_E, _IN_PLACE)
+
+    @staticmethod
+    def of_choices(order_R: Tensor, scores_TK: Tensor, counts_E: Tensor) -> "_Rows":
+        offs_E = offsets_of_counts(counts_E, order_R)
+        # Contiguous, because the kernels read scores without a stride, and flatten() may be a view.
+        score_C = scores_TK.flatten().contiguous()
+        return _Rows(len(order_R), offs_E, order_R, score_C, scores_TK.shape[1])
+
+    def written(self, like: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return memory for a kernel's output that is in the order of choices, or in place."""
+        if self.top_k == _IN_PLACE or self.number == len(self.score_C):
+            return like.new_empty(self.number, columns, dtype=dtype)
+        # Choices that are no rows have no program that writes them.
+        return like.new_zeros(len(self.score_C), columns, dtype=dtype)
+
+
 def _multiply(
     A_RK: Tensor,
     B_EKN: Tensor,
-    offs_E: Tensor,
-    C_RN: Tensor,
+    rows: _Rows,
+    C_XN: Tensor,
     second: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Compute ``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes."""
+    """Compute ``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes.
+
+    C is in the order of choices, unless rows are in place.
+    """
     # Without a second pair the kernel does not read these; it only needs valid pointers.
     A2_RK, B2_EKN = second or (A_RK, B_EKN)
-    (R, K), (E, _, N) = A_RK.shape, B_EKN.shape
-    strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_RN)
-    kernels.multiply[_slots(R, E, N)](
-        A_RK, B_EKN, A2_RK, B2_EKN, offs_E, C_RN, *_sizes(E, R, K, N),
-        *(stride for tensor in strides for stride in tensor.stride()),
-        SECOND=second is not None, BLOCK_E=_block_e(E),
+    E, K, N = B_EKN.shape
+    strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_XN)
+    kernels.multiply[_slots(rows.number, E, N)](
+        A_RK, B_EKN, A2_RK, B2_EKN, rows.offs_E, rows.order_R, C_XN,
+        *_sizes(E, rows.number, K, N), *(stride for each in strides for stride in each.stride()),
+        SECOND=second is not None, TOP_K=rows.top_k, BLOCK_E=_block_e(E),
     )  # fmt: skip
-    return C_RN
+    return C_XN
 
 
-def _weight_gradient(left_RK: Tensor, right_RN: Tensor, offs_E: Tensor, like: Tensor) -> Tensor:
-    """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like`` [E, K, N]."""
-    grad_EKN = torch.empty_like(like)
-    E, K, N = like.shape
+def _weight_gradient(left_RK: Tensor, right_XN: Tensor, rows: _Rows, grad_EKN: Tensor) -> Tensor:
+    """Write ``left[rows].T @ right[rows]`` per expert into ``grad``, any strides, and return it.
+
+    ``right`` is of tokens, [T, N], unless rows are in place.
+    """
+    E, K, N = grad_EKN.shape
     kernels.weight_gradient[
         lambda meta: (E * triton.cdiv(K, meta["BLOCK_R"]) * triton.cdiv(N, meta["BLOCK_N"]),)
     ](
-        left_RK, right_RN, offs_E, grad_EKN, *_sizes(E, left_RK.shape[0], K, N),
-        *left_RK.stride(), *right_RN.stride(), *grad_EKN.stride(),
+        left_RK, right_XN, rows.offs_E, rows.order_R, grad_EKN, *_sizes(E, rows.number, K, N),
+        *left_RK.stride(), *right_XN.stride(), *grad_EKN.stride(), TOP_K=rows.top_k,
     )  # fmt: skip
     return grad_EKN
 
 
 def _gate_and_up(
-    x_RD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, offs_E: Tensor, hidden_RF: Tensor | None
+    x_XD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: _Rows, hidden_RF: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute gate and up; if hidden is given, write ``silu(gate) * up`` into it."""
-    (R, D), (E, F, _) = x_RD.shape, w1_EFD.shape
-    gate_RF, up_RF = x_RD.new_empty(R, F), x_RD.new_empty(R, F)
-    kernels.gate_and_up[_slots(R, E, F)](
-        x_RD, w1_EFD, w3_EFD, offs_E, gate_RF, up_RF, gate_RF if hidden_RF is None else hidden_RF,
-        *_sizes(E, R, D, F), *x_RD.stride(), *w1_EFD.stride(), *w3_EFD.stride(),
-        HIDDEN_TOO=hidden_RF is not None, BLOCK_E=_block_e(E),
+    """Compute gate and up; if hidden is given, write ``score * silu(gate) * up`` into it."""
+    E, F, D = w1_EFD.shape
+    gate_RF, up_RF = (x_XD.new_empty(rows.number, F) for _ in range(2))
+    kernels.gate_and_up[_slots(rows.number, E, F)](
+        x_XD, w1_EFD, w3_EFD, rows.offs_E, rows.order_R, rows.score_C, gate_RF, up_RF,
+        gate_RF if hidden_RF is None else hidden_RF,
+        *_sizes(E, rows.number, D, F), *x_XD.stride(), *w1_EFD.stride(), *w3_EFD.stride(),
+        HIDDEN_TOO=hidden_RF is not None, TOP_K=rows.top_k, BLOCK_E=_block_e(E),
     )  # fmt: skip
     return gate_RF, up_RF
+
+
+def _experts(
+    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_XD: Tensor, rows: _Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, gate and up, in two launches: gate, up and their SwiGLU; the product with w2."""
+    # Not kept for backward, which computes it again from two tiles that it loads anyway.
+    hidden_RF = x_XD.new_empty(rows.number, w1_EFD.shape[1])
+    gate_RF, up_RF = _gate_and_up(x_XD, w1_EFD, w3_EFD, rows, hidden_RF)
+    y_XD = rows.written(x_XD, x_XD.shape[1])
+    return _multiply(hidden_RF, w2_EDF.transpose(1, 2), rows, y_XD), gate_RF, up_RF
+
+
+def _experts_backward(
+    grad_y_XD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_XD: Tensor,
+    rows: _Rows,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of w1, w2, w3 and x, and parts of the scores' gradients to add up.
+
+    Five launches, or six without gate and up. Holds three [R, F].
+    """
+    if gate_RF is None or up_RF is None:
+        gate_RF, up_RF = _gate_and_up(x_XD, w1_EFD, w3_EFD, rows, None)
+    E, D, F = w2_EDF.shape
+    hidden_RF, grad_gate_RF, grad_up_RF = (torch.empty_like(gate_RF) for _ in range(3))
+    parts = triton.cdiv(F, tuning.NARROWEST) if rows.top_k else 0
+    grad_score_XP = rows.written(gate_RF, parts, torch.float32)
+    kernels.hidden_gradients[_slots(rows.number, E, F)](
+        grad_y_XD, w2_EDF, gate_RF, up_RF, rows.offs_E, rows.order_R, rows.score_C,
+        hidden_RF, grad_gate_RF, grad_up_RF, grad_score_XP,
+        *_sizes(E, rows.number, D, F), *grad_y_XD.stride(), *w2_EDF.stride(),
+        TOP_K=rows.top_k, PART=tuning.NARROWEST, BLOCK_E=_block_e(E),
+    )  # fmt: skip
+    grad_w1_EFD, grad_w2_EDF, grad_w3_EFD = map(torch.empty_like, (w1_EFD, w2_EDF, w3_EFD))
+    _weight_gradient(hidden_RF, grad_y_XD, rows, grad_w2_EDF.transpose(1, 2))
+    _weight_gradient(grad_gate_RF, x_XD, rows, grad_w1_EFD)
+    _weight_gradient(grad_up_RF, x_XD, rows, grad_w3_EFD)
+    # Both paths to x in one sum: no [R, D] in between, and one rounding.
+    grad_x_XD = rows.written(x_XD, D)
+    _multiply(grad_gate_RF, w1_EFD, rows, grad_x_XD, second=(grad_up_RF, w3_EFD))
+    return grad_w1_EFD, grad_w2_EDF, grad_w3_EFD, grad_x_XD, grad_score_XP
 
 
 def mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
     """Multiply rows by their expert's matrix, in one launch."""
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(A_RK):
-        offs_E = offsets_on_device(offs_E, A_RK)
-        return _multiply(A_RK, B_EKN, offs_E, A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]))
+        rows = _Rows.in_place(A_RK, offsets_on_device(offs_E, A_RK))
+        return _multiply(A_RK, B_EKN, rows, A_RK.new_empty(A_RK.shape[0], B_EKN.shape[2]))
 
 
 def mm_backward(
@@ -89,22 +184,18 @@ def mm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of A and B, in two launches."""
     with torch.cuda.device_of(A_RK):
-        offs_E = offsets_on_device(offs_E, A_RK)
-        grad_A_RK = _multiply(grad_C_RN, B_EKN.transpose(1, 2), offs_E, torch.empty_like(A_RK))
-        return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, offs_E, B_EKN)
+        rows = _Rows.in_place(A_RK, offsets_on_device(offs_E, A_RK))
+        grad_A_RK = _multiply(grad_C_RN, B_EKN.transpose(1, 2), rows, torch.empty_like(A_RK))
+        return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, rows, torch.empty_like(B_EKN))
 
 
 def swiglu(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the FFN in two launches: gate, up and their SwiGLU; then the product with w2."""
+    """Compute the FFN, in two launches."""
     with torch.cuda.device_of(x_RD):
-        offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
-        # Not kept for backward, which computes it again from two tiles that it loads anyway.
-        hidden_RF = x_RD.new_empty(x_RD.shape[0], w1_EFD.shape[1])
-        gate_RF, up_RF = _gate_and_up(x_RD, w1_EFD, w3_EFD, offs_E, hidden_RF)
-        y_RD = x_RD.new_empty(x_RD.shape)
-        return _multiply(hidden_RF, w2_EDF.transpose(1, 2), offs_E, y_RD), gate_RF, up_RF
+        rows = _Rows.in_place(x_RD, offsets_of_counts(num_tokens_per_expert_E, x_RD))
+        return _experts(w1_EFD, w2_EDF, w3_EFD, x_RD, rows)
 
 
 def swiglu_backward(
@@ -117,24 +208,60 @@ def swiglu_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return all gradients, in five launches, or six without gate and up. Holds three [R, F]."""
+    """Return all gradients, in five launches, or six without gate and up."""
     with torch.cuda.device_of(x_RD):
-        offs_E = offsets_of_counts(num_tokens_per_expert_E, x_RD)
-        if gate_RF is None or up_RF is None:
-            gate_RF, up_RF = _gate_and_up(x_RD, w1_EFD, w3_EFD, offs_E, None)
-        (E, D, F), R = w2_EDF.shape, x_RD.shape[0]
-        hidden_RF, grad_gate_RF, grad_up_RF = (torch.empty_like(gate_RF) for _ in range(3))
-        kernels.hidden_gradients[_slots(R, E, F)](
-            grad_y_RD, w2_EDF, gate_RF, up_RF, offs_E, hidden_RF, grad_gate_RF, grad_up_RF,
-            *_sizes(E, R, D, F), *grad_y_RD.stride(), *w2_EDF.stride(), BLOCK_E=_block_e(E),
-        )  # fmt: skip
-        # Both paths to x in one sum: no [R, D] in between, and one rounding.
-        grad_x_RD = _multiply(
-            grad_gate_RF, w1_EFD, offs_E, torch.empty_like(x_RD), second=(grad_up_RF, w3_EFD)
+        rows = _Rows.in_place(x_RD, offsets_of_counts(num_tokens_per_expert_E, x_RD))
+        *of_weights, grad_x_RD, _ = _experts_backward(
+            grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, rows, gate_RF, up_RF
         )
-        return (
-            _weight_gradient(grad_gate_RF, x_RD, offs_E, w1_EFD),
-            _weight_gradient(grad_y_RD, hidden_RF, offs_E, w2_EDF),
-            _weight_gradient(grad_up_RF, x_RD, offs_E, w3_EFD),
-            grad_x_RD,
+        return *of_weights, laid_out_like(grad_x_RD, x_RD)
+
+
+def routed(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    ids_TK: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the routed layer, in two launches and what torch needs to sort and to add up."""
+    with torch.cuda.device_of(x_TD):
+        order_R = row_order(ids_TK, num_rows)
+        rows = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E)
+        y_XD, gate_RF, up_RF = _experts(w1_EFD, w2_EDF, w3_EFD, x_TD.to(w1_EFD.dtype), rows)
+        return _sum_by_token(y_XD, x_TD), gate_RF, up_RF, order_R
+
+
+def routed_backward(
+    grad_out_TD: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    num_tokens_per_expert_E: Tensor,
+    gate_RF: Tensor | None,
+    up_RF: Tensor | None,
+    order_R: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return all gradients, in five launches, or six without gate and up, and torch's sums."""
+    with torch.cuda.device_of(x_TD):
+        rows, dtype = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E), w1_EFD.dtype
+        *of_weights, grad_x_XD, grad_score_XP = _experts_backward(
+            grad_out_TD.to(dtype), w1_EFD, w2_EDF, w3_EFD, x_TD.to(dtype), rows, gate_RF, up_RF
         )
+        grad_x_TD = _sum_by_token(grad_x_XD, x_TD)
+        grad_scores_TK = grad_score_XP.sum(1).view(scores_TK.shape).to(scores_TK.dtype)
+        return *of_weights, grad_x_TD, laid_out_like(grad_scores_TK, scores_TK)
+
+
+def _sum_by_token(rows_CD: Tensor, like_TD: Tensor) -> Tensor:
+    """Add up the K neighbouring rows of every token; dtype and layout are those of ``like``."""
+    (C, D), T = rows_CD.shape, like_TD.shape[0]
+    # Half dtypes are added up in float32 and rounded once, to like's dtype.
+    wider = torch.promote_types(rows_CD.dtype, like_TD.dtype)
+    out_TD = rows_CD.view(T, C // max(T, 1), D).sum(1, dtype=wider)
+    return laid_out_like(out_TD.to(like_TD.dtype), like_TD)
