@@ -49,8 +49,8 @@ class Kernels:
     mm_backward: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., tuple[Tensor, Tensor, Tensor]]
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
-    routed_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
+    routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    routed_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
 class Operators:
@@ -70,10 +70,9 @@ class Operators:
         self.swiglu, self.swiglu_output = _layer(
             f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
         )
-        if kernels.routed is not None and kernels.routed_backward is not None:
-            self.routed, self.routed_output = _layer(
-                f"{name}_routed", kernels.routed, kernels.routed_backward, _ROUTED
-            )
+        self.routed, self.routed_output = _layer(
+            f"{name}_routed", kernels.routed, kernels.routed_backward, _ROUTED
+        )
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,6 @@ class KernelBackend(Backend):
         num_tokens_per_expert_E: Tensor,
         num_rows: int,
     ) -> Tensor:
-        if self.operators.kernels.routed is None:
-            return super()._routed(
-                w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, num_rows
-            )
         node = self.operators.routed_output if self.recompute else self.operators.routed
         out_TD, *_ = node(
             *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),

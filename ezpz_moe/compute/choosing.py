@@ -51,10 +51,7 @@ class Layer:
         Raises:
             RuntimeError: none runs here.
         """
-        names = candidates(self.among, self.device, self.dtype, self.sizes[1:])
-        if self.product == "routed":
-            names = [name for name in names if kernel_backend(name).operators.kernels.routed]
-        if names:
+        if names := candidates(self.among, self.device, self.dtype, self.sizes[1:]):
             return names
         raise RuntimeError(f"auto: {none_runs(self.device, self.dtype)}")
 

@@ -65,6 +65,11 @@ class Backend(ABC):
         """The backends that compute in its place in this process; none unless it chooses."""
         return ()
 
+    @property
+    def has_routed_kernel(self) -> bool:
+        """Whether :meth:`routed` is a kernel of its own, not composed of dispatch and experts."""
+        return type(self)._routed is not Backend._routed
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Backend":
         return self  # stateless: a copied model (pipeline stages) uses the same backend
 

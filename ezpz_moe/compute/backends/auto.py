@@ -7,7 +7,7 @@ choice is remembered, and :mod:`~ezpz_moe.compute.agreement` how ranks agree. Th
 again only when a rank's load changes its class of skew. All backends save the same for backward,
 which is why the choice may change between forward and backward.
 
-A routed layer is a question of its own, among the backends that have a kernel for all of it.
+A routed layer is a question of its own.
 
 If torch's deterministic algorithms are on, nothing is measured and nothing remembered counts: the
 first of ``among`` that is usable computes, or without ``among`` the first by name. Two runs then

@@ -23,7 +23,6 @@ from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.compute.contract import Backend
 from ezpz_moe.config.flavor_schema import Routed
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.titan.mixed import named_after
@@ -64,7 +63,7 @@ def why_composed(
         return f"{layer.__name__} has a forward of its own"
     if not _sorts_as_the_host(dispatcher):
         return f"{dispatcher.__name__} sorts and sends tokens in its own way"
-    if backend != HOST_PATH and not _has_routed_kernel(get_backend(backend)):
+    if backend != HOST_PATH and not get_backend(backend).has_routed_kernel:
         return f"{backend} has no kernel for it"
     return None
 
@@ -77,13 +76,6 @@ def _sorts_as_the_host(dispatcher: type[LocalTokenDispatcher]) -> bool:
         getattr(dispatcher, method) in [getattr(each, method) for each in known]
         for method in methods
     )
-
-
-def _has_routed_kernel(backend: Backend) -> bool:
-    operators = getattr(backend, "operators", None)
-    if operators is not None:
-        return operators.kernels.routed is not None
-    return type(backend)._routed is not Backend._routed
 
 
 @cache

@@ -104,7 +104,7 @@ def _of_backend(spec: str) -> list[Contender]:
         why_not=lambda *where: _without_host() + why_not(*where),
     )
     # Without a kernel of its own, `routed` is composed as well.
-    return [own, composed] if type(backend)._routed is not Backend._routed else [composed]
+    return [own, composed] if backend.has_routed_kernel else [composed]
 
 
 def _one_node(backend: Backend) -> Callable[[RoutedCase], Prepared]:
