@@ -78,7 +78,8 @@ class WeightedWithoutCopy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         y_ND, score_N = ctx.saved_tensors
         grad_score_N = torch.empty_like(score_N)
-        for grad, y, out in zip(*(t.split(256) for t in (grads[0], y_ND, grad_score_N))):
+        slices = (each.split(256) for each in (grads[0], y_ND, grad_score_N))
+        for grad, y, out in zip(*slices, strict=True):
             torch.sum(grad.float().mul_(y), 1, out=out)
         return (grads[0] * score_N.unsqueeze(1)).to(y_ND.dtype), grad_score_N
 

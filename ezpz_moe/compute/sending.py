@@ -67,7 +67,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_by_token(grads[0], *ctx.saved_tensors, ctx.num_tokens), None
+        (token_S,) = ctx.saved_tensors
+        return sum_by_token(grads[0], token_S, ctx.num_tokens), None
 
 
 class _Sum(torch.autograd.Function):
@@ -78,4 +79,5 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+        (token_S,) = ctx.saved_tensors
+        return grads[0].index_select(0, token_S), None, None
