@@ -203,18 +203,6 @@ def test_output_and_gradients_are_those_of_one_rank(routing, ranks):
             assert relative_error(ours[name], value) <= 4 * T * 2.0**-53, name
 
 
-def test_half_precision_errs_as_one_rank_does():
-    """Where a token's rows are rounded once per rank, not once: twice one rank's error."""
-    true, errors = {}, {}
-    for ranks in (1, 4):
-        threads = Threads(ranks)
-        run = partial(of_one_rank, threads=threads, routing="even", dtype=torch.bfloat16)
-        ours, true = threads.run(run)[0], on_a_blackboard(4, "even")[0]
-        errors[ranks] = {name: relative_error(ours[name], true[name]) for name in ("out", "x")}
-    for name, error in errors[4].items():
-        assert error <= 2 * errors[1][name], name
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_a_token_goes_once_to_a_rank_and_comes_back(routing):
     threads = Threads(4)
