@@ -57,7 +57,8 @@ else:  # 0.2 sorts tokens for it with a Triton kernel, which does not run on a C
         *("--parallelism.spmd-backend", "partial_dtensor"),
     ]
     EP_4 = ["--parallelism.expert-parallel-degree", "4", *EP_2[2:]]
-    TWO_RANKS |= {"expert parallel": EP_2}
+    AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
+    TWO_RANKS |= {"expert parallel": EP_2, "compiled, expert parallel": [*EP_2, *AOT]}
     TWO_RANKS |= {"expert parallel, composed": EP_2, "fully sharded, composed": []}
     TWO_RANKS_SKEWED |= {"expert parallel, skewed": EP_2}
     TWO_RANKS_SKEWED |= {
@@ -67,6 +68,7 @@ else:  # 0.2 sorts tokens for it with a Triton kernel, which does not run on a C
     FOUR_RANKS |= {"four expert parallel": EP_4}
     EQUALS |= {
         "expert parallel": "fully sharded",
+        "compiled, expert parallel": "expert parallel",
         "expert parallel, skewed": "fully sharded, skewed",
         "expert parallel, composed": "fully sharded, composed",
         "expert parallel, skewed, composed": "fully sharded, skewed, composed",
@@ -92,6 +94,7 @@ SHORT = {
     "pipeline parallel": ["batched_mm_padded"],
     "fully sharded": ["batched_mm_padded"],
     "expert parallel": ["batched_mm_padded"],
+    "compiled, expert parallel": [],
     "fully sharded, composed": [],
     "expert parallel, composed": [],
     "fully sharded, skewed": COMPUTED_BY.keys() - {"batched_mm_padded"},

@@ -18,18 +18,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import spmd_types as spmd
 import torch
 from torch import Tensor
-from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
-from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from ezpz_moe.compute.sending import goes_to, ids_of_rank, rows_of, sum_of, tokens_sent
 
 OnRank = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """``(x_UD, scores_UK, ids_UK, counts_e, num_rows) -> out_UD``: the layer with this rank's experts,
 whose ids are the lowest; ``num_rows`` as for :meth:`.Backend.routed`."""
+
+
+class Dispatcher(Protocol):
+    """What is asked of the host's ``AllToAllTokenDispatcher``: its mesh and its collectives."""
+
+    ep_mesh: Any
+
+    def _token_count_exchange(self, counts: Tensor, pg: Any, ep_size: int, /) -> Tensor: ...
+
+    def _dispatch_token_exchange(
+        self, rows: Tensor, /, pg: Any, output_splits: list[int], input_splits: list[int]
+    ) -> Tensor: ...
+
+    def _combine_token_exchange(
+        self, rows: Tensor, /, pg: Any, input_splits: list[int], output_splits: list[int]
+    ) -> Tensor: ...
 
 
 class _Traffic(NamedTuple):
@@ -43,7 +58,7 @@ class _Traffic(NamedTuple):
 
 
 def across_ranks(
-    dispatcher: AllToAllTokenDispatcher,
+    dispatcher: Dispatcher,
     on_rank: OnRank,
     x_TD: Tensor,
     scores_TK: Tensor,
@@ -62,32 +77,45 @@ def across_ranks(
         out_TD in x's dtype. Device syncs: one, for the sizes of what is sent and received, beside
         those of the backend. Collectives: five, of which two carry rows.
     """
-    assert dispatcher.ep_mesh is not None
+    # The host's type checker knows none of what is done here; out's type is that of the tokens.
+    with spmd.no_typecheck():
+        out_TD = _across_ranks(dispatcher, on_rank, x_TD, scores_TK, ids_TK, counts_E)
+    if spmd.is_type_checking():
+        spmd.assert_type_like(out_TD, x_TD)
+    return out_TD
+
+
+def _across_ranks(
+    dispatcher: Dispatcher,
+    on_rank: OnRank,
+    x_TD: Tensor,
+    scores_TK: Tensor,
+    ids_TK: Tensor,
+    counts_E: Tensor,
+) -> Tensor:
     ranks, group = dispatcher.ep_mesh.size(), dispatcher.ep_mesh.get_group()
     num_experts = counts_E.shape[0] // ranks
-    with maybe_set_sparse_mesh():
-        traffic = _traffic(dispatcher, ids_TK, counts_E, num_experts)
-        send = partial(
-            dispatcher._dispatch_token_exchange,
-            pg=group,
-            output_splits=traffic.received_P,
-            input_splits=traffic.sent_P,
-        )
-        x_UD, scores_UK = (send(rows_of(each, traffic.token_S)) for each in (x_TD, scores_TK))
-        ids_UK = send(ids_TK.index_select(0, traffic.token_S))
-        ids_UK = ids_of_rank(ids_UK, num_experts, dispatcher.ep_mesh.get_local_rank())
-        out_UD = on_rank(x_UD, scores_UK, ids_UK, traffic.counts_e, traffic.num_rows)
-        out_SD = dispatcher._combine_token_exchange(
-            out_UD, group, input_splits=traffic.sent_P, output_splits=traffic.received_P
-        )
+    traffic = _traffic(dispatcher, ids_TK, counts_E, num_experts)
+    send = partial(
+        dispatcher._dispatch_token_exchange,
+        pg=group,
+        output_splits=traffic.received_P,
+        input_splits=traffic.sent_P,
+    )
+    x_UD, scores_UK = (send(rows_of(each, traffic.token_S)) for each in (x_TD, scores_TK))
+    ids_UK = send(ids_TK.index_select(0, traffic.token_S))
+    ids_UK = ids_of_rank(ids_UK, num_experts, dispatcher.ep_mesh.get_local_rank())
+    out_UD = on_rank(x_UD, scores_UK, ids_UK, traffic.counts_e, traffic.num_rows)
+    out_SD = dispatcher._combine_token_exchange(
+        out_UD, group, input_splits=traffic.sent_P, output_splits=traffic.received_P
+    )
     return sum_of(out_SD, traffic.token_S, x_TD.shape[0])
 
 
 @torch.no_grad()
 def _traffic(
-    dispatcher: AllToAllTokenDispatcher, ids_TK: Tensor, counts_E: Tensor, num_experts: int
+    dispatcher: Dispatcher, ids_TK: Tensor, counts_E: Tensor, num_experts: int
 ) -> _Traffic:
-    assert dispatcher.ep_mesh is not None
     ranks, group = dispatcher.ep_mesh.size(), dispatcher.ep_mesh.get_group()
     goes_PT = goes_to(ids_TK, num_experts, ranks)
     tokens_P = goes_PT.sum(1)

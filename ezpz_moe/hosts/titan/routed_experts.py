@@ -19,6 +19,7 @@ from functools import cache, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
@@ -119,7 +120,8 @@ def as_one_node(host_class: type[RoutedExperts]) -> Any:
             num_rows: int,
         ) -> Tensor:
             choices = Choices(scores_TK, ids_TK, num_rows)
-            return self.inner_experts(x_TD, counts_E, choices=choices)
+            with maybe_set_sparse_mesh():  # as the host does while its experts compute
+                return self.inner_experts(x_TD, counts_E, choices=choices)
 
         def _num_rows(self, topk_expert_ids_TK: Tensor) -> int:
             """Return R. Whoever leaves choices out replaces this method."""
