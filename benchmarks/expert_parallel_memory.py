@@ -3,7 +3,7 @@
     python benchmarks/expert_parallel_memory.py
     python benchmarks/expert_parallel_memory.py --ranks 4 --layers olmoe --turns 40
 
-Processes over gloo, one layer in bfloat16, balanced routing. The ways:
+Processes over gloo, one layer in bfloat16, uniform random routing. The ways:
 
 host        torchtitan's layer: experts, dispatch and combination
 experts     its dispatch and combination around our experts
