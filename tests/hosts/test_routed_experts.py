@@ -170,6 +170,8 @@ def test_only_gate_up_and_the_order_are_saved(backend, hidden):
     R = T * K
     expected = hidden * R * F * torch.bfloat16.itemsize + R * torch.int64.itemsize
     assert saved_bytes(built(one_node(backend)).bfloat16()) == expected
+    in_float32 = built(one_node(backend))  # whose weights are cast to bfloat16, in backward again
+    assert saved_bytes(in_float32) == expected
 
 
 def test_the_experts_module_is_called():
