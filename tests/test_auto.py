@@ -196,18 +196,6 @@ def test_a_routed_layer_is_timed_with_what_backward_will_be_given(
     assert saved == [(given, given, True)] * 2  # one that is timed, and the one that counts
 
 
-def test_only_those_with_a_kernel_for_a_routed_layer_compute_it(
-    clock: _Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operators = get_backend("batched_mm_padded").operators
-    without = dataclasses.replace(operators.kernels, routed=None, routed_backward=None)
-    monkeypatch.setattr(operators, "kernels", without)
-    clock.milliseconds["batched_mm_padded"] = 0.5
-    run(get_backend(f"auto(among='{NAMES}')").routed, make_routed_case(ROUTINGS["cut"]))
-    _compute()
-    assert _winners() == ["for_loop", "batched_mm_padded"]
-
-
 def test_what_was_measured_is_remembered_on_disk(
     clock: _Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

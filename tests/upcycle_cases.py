@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ezpz_moe import cli
+from ezpz_moe.compute.reference import plain_routed
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host
 from ezpz_moe.hosts.titan.base import titan
@@ -192,7 +193,11 @@ def in_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def written_out_experts(module, x_RD, num_tokens_per_expert_E):
+def written_out_experts(module, x_RD, num_tokens_per_expert_E, choices=None):
+    weights = (module.w1_EFD, module.w2_EDF, module.w3_EFD)
+    if choices is not None:  # the whole routed layer, whose tokens these are
+        routing = (choices.scores_TK, choices.ids_TK, num_tokens_per_expert_E)
+        return plain_routed(*weights, x_RD, *routing, num_rows=choices.num_rows)
     rows = x_RD.split(num_tokens_per_expert_E.tolist())
     return torch.cat(
         [

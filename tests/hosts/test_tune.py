@@ -18,7 +18,7 @@ from ezpz_moe.tools.tune import tune
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 GATE_AND_UP, DOWN = (8, 64, 128), (8, 64, 64)
-PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if SINCE_2026_09 else ("swiglu", {(8, 64, 64)})
+PRODUCT, SIZES = ("mm", {GATE_AND_UP, DOWN}) if SINCE_2026_09 else ("routed", {(8, 64, 64)})
 """What a backend is asked for: grouped linears ask for one product after the other."""
 
 
