@@ -143,18 +143,24 @@ def test_a_compiled_graph_serves_every_number_of_tokens_and_rows(name: str, devi
 
 
 def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
-    """Arguments of every operator of a backend. w1's storage is transposed."""
+    """Arguments of every operator. w1's storage is transposed; rows are in bfloat16."""
     w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK = leaves(case)
     w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
-    gate_RF, up_RF = torch.randn(2, case.num_rows, HIDDEN_DIM, device=x_TD.device).unbind()
+    gate_RF, up_RF = (
+        torch.randn(case.num_rows, HIDDEN_DIM, device=x_TD.device, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
     order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[: case.num_rows]
     kept = (case.num_tokens_per_expert_E, gate_RF, up_RF, order_R)
     return {
-        "routed": (*inputs, *routing),
-        "routed_output": (*inputs, *routing),
-        "routed_backward": (case.grad_out_TD, *(each.detach() for each in inputs), *kept),
+        "routed": (*inputs, *routing, torch.bfloat16),
+        "routed_output": (*inputs, *routing, torch.bfloat16),
+        "routed_backward": (
+            *(case.grad_out_TD, *(each.detach() for each in inputs), *kept),
+            torch.bfloat16,
+        ),
     }
 
 
@@ -166,13 +172,14 @@ def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> N
 
     The last is the same code for every backend, and slow.
     """
-    backend = with_routed_kernels(name, device, torch.float32)
+    backend = with_routed_kernels(name, device, torch.bfloat16)
     arguments = _operator_arguments(make_routed_case(ROUTINGS["idle_experts"], device))
     op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
+    inputs = (*arguments[operator], *backend.kernel_options)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if name == "for_loop":
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, (*arguments[operator], *backend.kernel_options), test_utils=checks)
+    torch.library.opcheck(op, inputs, test_utils=checks)
 
 
 @over_devices
@@ -276,3 +283,23 @@ def test_memory_held_for_backward(name: str, routing: str, device: str) -> None:
     kept = 0 if backend.recompute else 2 * case.num_rows * HIDDEN_DIM * case.x_TD.itemsize
     expected = sum(tensor.nbytes for tensor in inputs) + order + kept
     assert bytes_saved(backend.routed, case) == expected
+
+
+@over_devices
+@over_backends
+def test_weights_are_cast_for_the_products_alone(name: str, device: str) -> None:
+    """The bits of weights that the caller casts, without their copies in memory until backward."""
+    backend = with_routed_kernels(name, device, torch.bfloat16)
+    case = make_routed_case(ROUTINGS["idle_experts"], device)
+    inside = partial(backend.routed, dtype=torch.bfloat16)
+
+    def outside(*arguments: torch.Tensor, **rows: int) -> torch.Tensor:
+        weights, others = arguments[:3], arguments[3:]
+        return backend.routed(*(each.bfloat16() for each in weights), *others, **rows)
+
+    assert_same_bits(run(inside, case), run(outside, case))
+    inputs = (*case.inputs, case.num_tokens_per_expert_E)
+    order = case.num_rows * torch.int64.itemsize
+    kept = 0 if backend.recompute else 2 * case.num_rows * HIDDEN_DIM * torch.bfloat16.itemsize
+    expected = sum(tensor.nbytes for tensor in inputs) + order + kept
+    assert bytes_saved(inside, case) == expected

@@ -60,7 +60,9 @@ class Operators:
         mm: the grouped product, differentiable.
         swiglu: the expert FFN, differentiable; returns gate and up too, which it saves.
         swiglu_output: the same without gate and up, which backward computes again.
-        routed: the routed layer, differentiable; returns gate, up and the order too.
+        routed: the routed layer, differentiable; returns gate, up and the order too. Before the
+            backend's options it takes the dtype that the weights are cast to, in forward and again
+            in backward: no copy of them is saved.
         routed_output: the same without gate and up.
     """
 
@@ -71,7 +73,10 @@ class Operators:
             f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
         )
         self.routed, self.routed_output = _layer(
-            f"{name}_routed", kernels.routed, kernels.routed_backward, _ROUTED
+            f"{name}_routed",
+            _weights_cast(kernels.routed, first=0),
+            _weights_cast(kernels.routed_backward, first=1),
+            _ROUTED,
         )
 
 
@@ -124,11 +129,12 @@ class KernelBackend(Backend):
         ids_TK: Tensor,
         num_tokens_per_expert_E: Tensor,
         num_rows: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         node = self.operators.routed_output if self.recompute else self.operators.routed
         out_TD, *_ = node(
             *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),
-            *(num_rows, *self.kernel_options),
+            *(num_rows, dtype, *self.kernel_options),
         )
         return out_TD
 
@@ -143,6 +149,39 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
     # mutates_args=() is a promise that torch relies on: it may drop or repeat a call, and a kernel
     # that wrote into its inputs would corrupt them.
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
+
+
+def _weights_cast(kernel: Callable[..., Any], first: int) -> Callable[..., Any]:
+    """Return ``kernel`` behind a cast of the three weights from argument ``first`` on.
+
+    Their dtype comes before the backend's options. What has their shape in the results, their
+    gradients, is cast back: only in backward, whose results begin with them.
+    """
+    signature = inspect.signature(kernel)
+    own = list(signature.parameters.values())
+    place = next(i for i, each in enumerate(own) if each.name in _BEFORE_OPTIONS) + 1
+
+    @wraps(kernel)
+    def casting(*arguments: Any) -> Any:
+        *before, dtype = arguments[: place + 1]
+        weights = before[first : first + 3]
+        before[first : first + 3] = (each.to(dtype) for each in weights)
+        results = kernel(*before, *arguments[place + 1 :])
+        if not first:
+            return results
+        gradients = (each.to(w.dtype) for each, w in zip(results, weights, strict=False))
+        return *gradients, *results[3:]
+
+    option = inspect.Parameter(
+        "dtype", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=torch.dtype
+    )
+    parameters = [*own[:place], option, *own[place:]]
+    casting.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return casting
+
+
+_BEFORE_OPTIONS = ("num_rows", "order_R")
+"""The last argument of a kernel's own, in forward and in backward."""
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
@@ -213,9 +252,11 @@ def _fake_routed(
     ids_TK: Tensor,
     counts_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    gate_RF, up_RF = (w1_EFD.new_empty(num_rows, w1_EFD.shape[1]) for _ in range(2))
+    F = w1_EFD.shape[1]
+    gate_RF, up_RF = (w1_EFD.new_empty(num_rows, F, dtype=dtype) for _ in range(2))
     order_R = ids_TK.new_empty(num_rows, dtype=torch.int64)
     return x_TD.new_empty(x_TD.shape), gate_RF, up_RF, order_R
 

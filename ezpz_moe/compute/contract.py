@@ -147,6 +147,7 @@ class Backend(ABC):
         num_tokens_per_expert_E: torch.Tensor,
         *,
         num_rows: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Compute a whole routed layer: every token's experts, weighted by its scores, summed.
 
@@ -156,7 +157,7 @@ class Backend(ABC):
 
         Args:
             w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
-            x_TD: tokens, in any floating dtype: rows are computed in that of the weights.
+            x_TD: tokens, in any floating dtype.
             scores_TK: weights of each token's experts, in any floating dtype.
             ids_TK: int32 or int64, each token's experts. One may be chosen more than once.
             num_tokens_per_expert_E: int32 or int64, how often each expert is among the first
@@ -164,6 +165,8 @@ class Backend(ABC):
                 two, which would cost a device sync.
             num_rows: R, if fewer than T * K: the choices with the highest ids, which may be ids of
                 no expert, are left out. Ids of no expert among the others are rows of the tail.
+            dtype: what rows are computed in, that of the weights by default. Weights in another are
+                cast for the products alone: a kernel of its own keeps no copy for backward.
 
         Returns:
             out_TD in x's dtype.
@@ -176,7 +179,8 @@ class Backend(ABC):
         check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
         if not w1_EFD.shape[0]:
             return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK[:0])
-        return self._routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
+        tokens = (x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
+        return self._routed(*weights, *tokens, rows, dtype or w1_EFD.dtype)
 
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
@@ -226,11 +230,13 @@ class Backend(ABC):
         ids_TK: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
         num_rows: int,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         """Compose dispatch, experts and combination, as the host does."""
         order_R = row_order(ids_TK, num_rows)
         token_R, score_R = order_R // ids_TK.shape[1], scores_TK.flatten()[order_R]
-        x_RD = x_TD[token_R].to(w1_EFD.dtype)
+        w1_EFD, w2_EDF, w3_EFD = (each.to(dtype) for each in (w1_EFD, w2_EDF, w3_EFD))
+        x_RD = x_TD[token_R].to(dtype)
         y_RD = self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
         # Weighted in the scores' dtype, which is float32 where rows are in half of it.
         weighted_RD = (y_RD * score_R.unsqueeze(1)).to(x_TD.dtype)

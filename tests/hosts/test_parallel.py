@@ -56,14 +56,23 @@ else:  # 0.2 sorts tokens for it with a Triton kernel, which does not run on a C
         *("--parallelism.expert-parallel-degree", "2"),
         *("--parallelism.spmd-backend", "partial_dtensor"),
     ]
-    TWO_RANKS |= {"expert parallel": EP_2}
+    EP_4 = ["--parallelism.expert-parallel-degree", "4", *EP_2[2:]]
+    AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
+    TWO_RANKS |= {"expert parallel": EP_2, "compiled, expert parallel": [*EP_2, *AOT]}
+    TWO_RANKS |= {"expert parallel, composed": EP_2, "fully sharded, composed": []}
     TWO_RANKS_SKEWED |= {"expert parallel, skewed": EP_2}
-    # Expert parallelism leaves the routed layers composed.
-    TWO_RANKS |= {"fully sharded, composed": []}
-    TWO_RANKS_SKEWED |= {"fully sharded, skewed, composed": []}
+    TWO_RANKS_SKEWED |= {
+        "expert parallel, skewed, composed": EP_2,
+        "fully sharded, skewed, composed": [],
+    }
+    FOUR_RANKS |= {"four expert parallel": EP_4}
     EQUALS |= {
-        "expert parallel": "fully sharded, composed",
-        "expert parallel, skewed": "fully sharded, skewed, composed",
+        "expert parallel": "fully sharded",
+        "compiled, expert parallel": "expert parallel",
+        "expert parallel, skewed": "fully sharded, skewed",
+        "expert parallel, composed": "fully sharded, composed",
+        "expert parallel, skewed, composed": "fully sharded, skewed, composed",
+        "four expert parallel": "hybrid sharded",
     }
 
 if (
@@ -85,21 +94,29 @@ SHORT = {
     "pipeline parallel": ["batched_mm_padded"],
     "fully sharded": ["batched_mm_padded"],
     "expert parallel": ["batched_mm_padded"],
-    "fully sharded, composed": ["batched_mm_padded"],
-    "fully sharded, skewed": ["for_loop", "capacity"],
-    "fully sharded, skewed, composed": COMPUTED_BY.keys() - {"batched_mm_padded"},
+    "compiled, expert parallel": [],
+    "fully sharded, composed": [],
+    "expert parallel, composed": [],
+    "fully sharded, skewed": COMPUTED_BY.keys() - {"batched_mm_padded"},
     "expert parallel, skewed": COMPUTED_BY.keys() - {"batched_mm_padded"},
+    "fully sharded, skewed, composed": ["for_loop"],
+    "expert parallel, skewed, composed": ["for_loop"],
     "hybrid sharded": ["for_loop"],
+    "four expert parallel": [],
 }
 """Each parallelism with some of the backends: the rest is the full check's."""
 
-COMPOSED = {p for p in ALL if p.startswith("expert parallel") or p.endswith("composed")}
+COMPOSED = {p for p in ALL if p.endswith("composed")}
 if ON_0_2 or SINCE_2026_09:
     COMPOSED = set(ALL)
 TYPES_CHECKED = ("--debug.spmd-typechecking", "--parallelism.spmd-backend", "spmd_types")
 NOISE = "--rounding-noise"
 DRAWS = 2
-NOISY = {"tensor parallel": "for_loop", "fully sharded": "batched_mm_padded"}
+NOISY = {
+    "tensor parallel": "for_loop",
+    "fully sharded": "batched_mm_padded",
+    "expert parallel": "batched_mm_padded",
+}
 """Parallelisms under which the host also trains with one more rounding, and a backend of each."""
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
@@ -230,8 +247,8 @@ def test_a_step_changes_the_loss_as_the_hosts_own_does(runs, parallelism, backen
 ADDENDS = {
     # A pipeline adds the loss up in another order: two microbatches of eight chunks each.
     "pipeline parallel": 2 * 8,
-    "expert parallel": 0,
-    "expert parallel, skewed": 0,
+    "expert parallel, composed": 0,
+    "expert parallel, skewed, composed": 0,
 }
 COMPARABLE = sorted(SAME_ROUNDING & ADDENDS.keys() & EQUALS.keys())
 

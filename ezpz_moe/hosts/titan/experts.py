@@ -77,17 +77,14 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
             return super().forward(x_RD, num_tokens_per_expert_E)
         num_tokens_per_expert_E = _of_this_rank(num_tokens_per_expert_E)
         self._count(choices.num_rows if choices else x_RD.shape[0], num_tokens_per_expert_E)
-        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
-        w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
+        weights = [local(each) for each in (self.w1_EFD, self.w2_EDF, self.w3_EFD)]
         if choices:
             scores_TK, ids_TK, num_rows = choices
             tokens = (x_RD, scores_TK, ids_TK, num_tokens_per_expert_E)
-            return self._backend.routed(w1_EFD, w2_EDF, w3_EFD, *tokens, num_rows=num_rows)
-        y_RD = self._backend.swiglu(
-            w1_EFD, w2_EDF, w3_EFD, x_RD.to(self._dtype), num_tokens_per_expert_E
-        )
-        return y_RD.type_as(x_RD)
+            return self._backend.routed(*weights, *tokens, num_rows=num_rows, dtype=self._dtype)
+        cast = (each.to(self._dtype) for each in (*weights, x_RD))
+        return self._backend.swiglu(*cast, num_tokens_per_expert_E).type_as(x_RD)
 
 
 def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ SEAM_MOVED = (
     "the seam moved: backends other than grouped_mm cannot be bound{}; training with the stock "
     "path still works"
 )
+_NO_EXPERT_PARALLELISM = (
+    'expert parallelism needs routed = "composed" in the flavor; everything else still trains'
+)
+_EXCHANGE = ("pg", "input_splits", "output_splits")
 _NOT_COUNTED = "`ezpz-moe flavors`, `show` and `doctor JOB.toml` cannot count a model's parameters"
 _DOOR_1 = "--module ezpz_moe --config ... cannot be used; --override.imports may still work"
 _DOOR_2 = "--override.imports ezpz_moe.overrides.... cannot be used; --module ezpz_moe still works"
@@ -66,10 +70,30 @@ _EXPERTS = (
     ),
     Reliance(
         "torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher",
-        used_for="telling whether tokens stay on their rank, as one node needs it",
+        used_for="telling whether tokens stay on their rank, and sending them to others around "
+        "a layer that is one node",
         if_broken=NO_BACKEND,
         has=("dispatch", "combine", "_local_reorder"),
         sets=("ep_mesh",),
+        vital=True,
+    ),
+    *(
+        Reliance(
+            f"torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher.{method}",
+            used_for="its collective, for tokens that go once to each rank",
+            if_broken=_NO_EXPERT_PARALLELISM,
+            takes=takes,
+        )
+        for method, takes in (
+            ("_token_count_exchange", ("num_local_tokens_per_expert_E", "pg", "ep_size")),
+            ("_dispatch_token_exchange", _EXCHANGE),
+            ("_combine_token_exchange", _EXCHANGE),
+        )
+    ),
+    Reliance(
+        "torchtitan.distributed.spmd_types:maybe_set_sparse_mesh",
+        used_for="the mesh that the host has set while experts compute",
+        if_broken=NO_BACKEND,
         vital=True,
     ),
     Reliance(

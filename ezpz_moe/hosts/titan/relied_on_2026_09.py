@@ -15,6 +15,7 @@ _NO_LONGER = (
     "torchtitan.models.common.token_dispatcher:AllToAllTokenDispatcher",
     "torchtitan.distributed.spmd_types:spmd_mesh_size",
     "torchtitan.distributed.utils:get_spmd_backend",
+    "torchtitan.distributed.spmd_types:maybe_set_sparse_mesh",
 )
 
 RELIED_ON: tuple[Reliance, ...] = (

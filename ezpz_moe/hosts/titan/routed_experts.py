@@ -5,8 +5,8 @@ adds up what they return. As one node it hands its tokens and the router's choic
 whose backend does all of that and keeps two [R, F] for backward. The call goes through the experts
 module: a trainer that shards or gathers weights does so around it.
 
-It is one node where the dispatcher sorts on its own rank: without expert parallelism. Parameters,
-state-dict keys and the layout of inputs and gradients are the host's.
+With expert parallelism, tokens go to other ranks and back around it: :mod:`.expert_parallel`.
+Parameters, state-dict keys and the layout of inputs and gradients are the host's.
 
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`; X = what a tensor has before its last
 dimension: batch and length, or tokens.
@@ -19,12 +19,14 @@ from functools import cache, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import Routed
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
+from ezpz_moe.hosts.titan.expert_parallel import across_ranks
 from ezpz_moe.hosts.titan.mixed import named_after
 
 
@@ -92,22 +94,30 @@ def as_one_node(host_class: type[RoutedExperts]) -> Any:
         # between its generations.
         @wraps(host_class.forward)
         def forward(self, *inputs: Tensor) -> Tensor:
-            if _is_expert_parallel(self):
-                return super().forward(*inputs)
-            x_XD, scores_XK, ids_XK, num_local_tokens_per_expert_E = inputs
+            x_XD, scores_XK, ids_XK, counts_E = inputs
             x_TD, scores_TK, ids_TK = (each.flatten(0, -2) for each in (x_XD, scores_XK, ids_XK))
-            choices = Choices(scores_TK, ids_TK, self._num_rows(ids_TK))
-            out_TD = self.inner_experts(x_TD, num_local_tokens_per_expert_E, choices=choices)
+            tokens = (x_TD, scores_TK, ids_TK, counts_E)
+            if _is_expert_parallel(self):
+                out_TD = across_ranks(self.token_dispatcher, self._on_rank, *tokens)
+            else:
+                out_TD = self._on_rank(*tokens, self._num_rows(ids_TK))
             return out_TD.view(x_XD.shape)
+
+        def _on_rank(
+            self,
+            x_TD: Tensor,
+            scores_TK: Tensor,
+            ids_TK: Tensor,
+            counts_E: Tensor,
+            num_rows: int,
+        ) -> Tensor:
+            choices = Choices(scores_TK, ids_TK, num_rows)
+            with maybe_set_sparse_mesh():  # as the host does while its experts compute
+                return self.inner_experts(x_TD, counts_E, choices=choices)
 
         def _num_rows(self, topk_expert_ids_TK: Tensor) -> int:
             """Return R. Whoever leaves choices out replaces this method."""
             return topk_expert_ids_TK.numel()
-
-        def parallelize(self, parallel_dims: Any) -> None:
-            super().parallelize(parallel_dims)
-            if _is_expert_parallel(self):
-                self.inner_experts.why_composed = "with expert parallelism, tokens leave their rank"
 
     return named_after(OneNode, host_class)
 
