@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from test_contract import STRIDES, over_strides
 
 from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute.dispatch import sum_by_token
 from ezpz_moe.compute.reference import (
     RoutedCase,
     error_bounds,
@@ -231,7 +232,7 @@ def test_without_num_rows_every_choice_is_a_row() -> None:
         ("num_tokens_per_expert_E", torch.zeros(3).long(), ValueError, "has 3 entries"),
         ("num_tokens_per_expert_E", torch.tensor([90, 90, 9, 9]), ValueError, "sums to 198"),
         ("num_tokens_per_expert_E", torch.tensor([-1, 1, 9, 9]), ValueError, "negative count"),
-        ("num_rows", 169, ValueError, "num_rows is 169, but ids are 168"),
+        ("num_rows", 169, ValueError, "num_rows is 169: must be between 0 and T"),
         ("num_rows", -1, ValueError, "num_rows is -1"),
     ],
 )
@@ -266,3 +267,14 @@ def test_any_routing_equals_float64(name: str, case: RoutedCase) -> None:
     true = truth(case)
     result = run(usable(name, "cpu", torch.float32).routed, case)
     assert_within(result, true, error_bounds(case, true))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("dtype", "half"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_sums_by_token_round_halves_to_even(dtype: torch.dtype, half: float, strided: bool) -> None:
+    """torch's own sum of bfloat16 rows on a CPU rounds them away from zero, unless strided."""
+    rows_RD = torch.tensor([[1.0, -1.0], [half, -half]], dtype=dtype)
+    if strided:
+        rows_RD = rows_RD.repeat_interleave(2, dim=1)[:, ::2]
+    sums_TD = sum_by_token(rows_RD, torch.zeros(2, dtype=torch.int64), 1)
+    assert sums_TD.tolist() == [[1.0, -1.0]]

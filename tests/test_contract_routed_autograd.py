@@ -5,6 +5,7 @@ Runs with torch alone, on the CPU and on every accelerator that is present.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -27,8 +28,8 @@ from contract_cases import (
 from test_contract_autograd import HostReads, bytes_saved, save_products
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ezpz_moe.compute import tuning
-from ezpz_moe.compute.autograd import KernelBackend
+from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.reference import (
     RoutedCase,
     error_bounds,
@@ -303,3 +304,32 @@ def test_weights_are_cast_for_the_products_alone(name: str, device: str) -> None
     kept = 0 if backend.recompute else 2 * case.num_rows * HIDDEN_DIM * torch.bfloat16.itemsize
     expected = sum(tensor.nbytes for tensor in inputs) + order + kept
     assert bytes_saved(inside, case) == expected
+
+
+def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_arguments() -> None:
+    """As every module with ``from __future__ import annotations``, this one too."""
+    own = get_backend("for_loop").operators.kernels
+
+    def swiglu(
+        a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return own.swiglu(a, b, c, rows, counts)
+
+    def routed(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        tokens: torch.Tensor,
+        scores: torch.Tensor,
+        ids: torch.Tensor,
+        counts: torch.Tensor,
+        rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return own.routed(a, b, c, tokens, scores, ids, counts, rows)
+
+    Operators("of_another", dataclasses.replace(own, swiglu=swiglu, routed=routed))
+    results = {
+        name: len(getattr(torch.ops.ezpz_moe, f"of_another_{name}").default._schema.returns)
+        for name in ("swiglu", "swiglu_output", "routed", "routed_output")
+    }
+    assert results == {"swiglu": 3, "swiglu_output": 1, "routed": 4, "routed_output": 2}

@@ -70,8 +70,11 @@ def check_routed(
     ids_TK: torch.Tensor,
     num_tokens_per_expert_E: torch.Tensor,
     num_rows: int,
+    dtype: torch.dtype,
 ) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.routed`. No device sync."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type, not {dtype}")
     _check_layer(w1_EFD, w2_EDF, w3_EFD, x_TD, num_tokens_per_expert_E)
     _check_rank("ids", ids_TK, 2)
     if ids_TK.dtype not in _INTEGERS:
@@ -88,7 +91,7 @@ def check_routed(
     for name, tensor in (("x", x_TD), ("scores", scores_TK), ("ids", ids_TK)):
         _check_device(name, tensor, "w1", w1_EFD)
     if not 0 <= num_rows <= ids_TK.numel():
-        raise ValueError(f"num_rows is {num_rows}, but ids are {ids_TK.numel()}")
+        raise ValueError(f"num_rows is {num_rows}: must be between 0 and T * K = {ids_TK.numel()}")
 
 
 def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:

@@ -74,8 +74,8 @@ class Operators:
         )
         self.routed, self.routed_output = _layer(
             f"{name}_routed",
-            _weights_cast(kernels.routed, first=0),
-            _weights_cast(kernels.routed_backward, first=1),
+            _weights_cast(kernels.routed, first=0, others=8),
+            _weights_cast(kernels.routed_backward, first=1, others=10),
             _ROUTED,
         )
 
@@ -151,22 +151,21 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
 
 
-def _weights_cast(kernel: Callable[..., Any], first: int) -> Callable[..., Any]:
+def _weights_cast(kernel: Callable[..., Any], first: int, others: int) -> Callable[..., Any]:
     """Return ``kernel`` behind a cast of the three weights from argument ``first`` on.
 
-    Their dtype comes before the backend's options. What has their shape in the results, their
-    gradients, is cast back: only in backward, whose results begin with them.
+    Their dtype comes after the ``others`` arguments before it, and before the backend's options.
+    Backward's first results, the gradients of the weights, are cast back.
     """
     signature = inspect.signature(kernel)
     own = list(signature.parameters.values())
-    place = next(i for i, each in enumerate(own) if each.name in _BEFORE_OPTIONS) + 1
 
     @wraps(kernel)
     def casting(*arguments: Any) -> Any:
-        *before, dtype = arguments[: place + 1]
+        *before, dtype = arguments[: others + 1]
         weights = before[first : first + 3]
         before[first : first + 3] = (each.to(dtype) for each in weights)
-        results = kernel(*before, *arguments[place + 1 :])
+        results = kernel(*before, *arguments[others + 1 :])
         if not first:
             return results
         gradients = (each.to(w.dtype) for each, w in zip(results, weights, strict=False))
@@ -175,13 +174,9 @@ def _weights_cast(kernel: Callable[..., Any], first: int) -> Callable[..., Any]:
     option = inspect.Parameter(
         "dtype", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=torch.dtype
     )
-    parameters = [*own[:place], option, *own[place:]]
+    parameters = [*own[:others], option, *own[others:]]
     casting.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return casting
-
-
-_BEFORE_OPTIONS = ("num_rows", "order_R")
-"""The last argument of a kernel's own, in forward and in backward."""
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
@@ -228,12 +223,14 @@ class _Arguments:
         first_option: where the backend's options begin.
         fake: from the inputs to empty outputs: shapes only, for torch.compile, which traces with
             this instead of running the kernel. The first is the layer's output, gate and up follow.
+        without_gate_and_up: the type of what is left without these two.
     """
 
     differentiable: int
     kept: tuple[int, ...]
     first_option: int
     fake: Callable[..., tuple[Tensor, ...]]
+    without_gate_and_up: Any
 
 
 def _fake_swiglu(
@@ -261,8 +258,9 @@ def _fake_routed(
     return x_TD.new_empty(x_TD.shape), gate_RF, up_RF, order_R
 
 
-_SWIGLU = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_swiglu)
-_ROUTED = _Arguments(5, (0, 1, 2, 3, 4, 6), 8, _fake_routed)  # the order replaces the ids
+_SWIGLU = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_swiglu, Tensor)
+# The order replaces the ids.
+_ROUTED = _Arguments(5, (0, 1, 2, 3, 4, 6), 8, _fake_routed, tuple[Tensor, Tensor])
 
 
 def _layer(
@@ -284,24 +282,23 @@ def _layer(
     saving.register_fake(arguments.fake)
     _differentiate(saving, backward, arguments, not_saved=())
 
-    output = _operator(f"{name}_output", _without_gate_and_up(kernel))
-    output.register_fake(_without_gate_and_up(arguments.fake))
+    annotation = arguments.without_gate_and_up
+    output = _operator(f"{name}_output", _without_gate_and_up(kernel, annotation))
+    output.register_fake(_without_gate_and_up(arguments.fake, annotation))
     _differentiate(output, backward, arguments, not_saved=(None, None))
     return saving, output
 
 
-def _without_gate_and_up(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+def _without_gate_and_up(
+    kernel: Callable[..., tuple[Tensor, ...]], annotation: Any
+) -> Callable[..., Any]:
     @wraps(kernel)
     def output(*inputs: Any) -> Any:
         out, _, _, *others = kernel(*inputs)
         return (out, *others) if others else out
 
     # torch reads the operator's schema from it: the kernel's arguments, and fewer results.
-    signature = inspect.signature(kernel)
-    if signature.return_annotation == tuple[Tensor, Tensor, Tensor]:
-        signature = signature.replace(return_annotation=Tensor)
-    else:
-        signature = signature.replace(return_annotation=tuple[Tensor, Tensor])
+    signature = inspect.signature(kernel).replace(return_annotation=annotation)
     output.__signature__ = signature  # type: ignore[attr-defined]
     return output
 

@@ -159,7 +159,8 @@ class Backend(ABC):
             w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
             x_TD: tokens, in any floating dtype.
             scores_TK: weights of each token's experts, in any floating dtype.
-            ids_TK: int32 or int64, each token's experts. One may be chosen more than once.
+            ids_TK: int32 or int64, at least 0, each token's experts. One may be chosen more than
+                once.
             num_tokens_per_expert_E: int32 or int64, how often each expert is among the first
                 ``num_rows`` of the sorted ids, on x's device or on the host. Nobody compares the
                 two, which would cost a device sync.
@@ -176,11 +177,12 @@ class Backend(ABC):
         """
         rows = ids_TK.numel() if num_rows is None else num_rows
         weights = (w1_EFD, w2_EDF, w3_EFD)
-        check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows)
+        dtype = dtype or w1_EFD.dtype
+        check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows, dtype)
         if not w1_EFD.shape[0]:
             return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK[:0])
         tokens = (x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
-        return self._routed(*weights, *tokens, rows, dtype or w1_EFD.dtype)
+        return self._routed(*weights, *tokens, rows, dtype)
 
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int

@@ -2,10 +2,10 @@
 
 By default glibc gets every large block from the system, and gives it back when it is freed. A
 training step frees and allocates the same blocks as the one before, and each time the system has to
-clear and map their pages. Here every block comes from the heap, and the heap never shrinks. What
-that is worth is in docs/benchmark.md.
+clear and map their pages. Here every block of the main thread, which trains, comes from the heap,
+and the heap never shrinks. What that is worth is in docs/benchmark.md.
 
-Set in the running process: that works however it was started, and on no process but this one.
+Set in the running process: that works however it was started. Its children inherit it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         computed_in: str = HOSTS_CAST
         """What that means in this run: name of a dtype."""
         why_composed: str | None = None
-        """As :class:`.Selector` has it, before the model is parallelized."""
+        """Why dispatch and combination stay the host's; None if the layer is one node. Logged."""
 
     def __init__(self, config: Config):
         super().__init__(config)

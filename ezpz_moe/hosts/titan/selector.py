@@ -55,8 +55,7 @@ class RowCounts(Module):
 class Selector(Module):
     """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
-    ``row_counts`` exists only for a backend that pads or drops. ``why_composed`` is why the layer's
-    dispatch and combination stay the host's; None if the layer is one node.
+    ``row_counts`` exists only for a backend that pads or drops.
     """
 
     def _choose(self, config) -> None:
@@ -65,13 +64,18 @@ class Selector(Module):
         self._backend = None if self.compute_backend == HOST_PATH else backend
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
-        self.why_composed: str | None = getattr(config, "why_composed", None)
         _choices_not_logged[self._choice(config)] += 1
 
     def _choice(self, config) -> "_Choice":
         """Return what the log says. Without ``computed_in``, the forward is the host's."""
         dtype = getattr(config, "computed_in", None)
-        return _Choice(self.compute_backend, config.chosen_by, dtype or HOSTS_CAST, dtype is None)
+        return _Choice(
+            self.compute_backend,
+            config.chosen_by,
+            dtype or HOSTS_CAST,
+            dtype is None,
+            config.why_composed,
+        )
 
     def _count(self, num_rows: int, num_tokens_per_expert_E: torch.Tensor) -> None:
         if self.row_counts is not None:
@@ -84,7 +88,7 @@ class Selector(Module):
                 refuse_what_came_later(self, self.compute_backend, self._chosen_by)
         # Here and not in __init__: there the weights are on the meta device, and layers are missing
         # from the count.
-        _log_choices(next(self.parameters()).device, self.why_composed)
+        _log_choices(next(self.parameters()).device)
 
 
 @cache
@@ -157,6 +161,7 @@ class _Choice(NamedTuple):
     chosen_by: str
     dtype: str
     is_hosts_forward: bool
+    why_composed: str | None
 
 
 _choices_not_logged: Counter[_Choice] = Counter()
@@ -167,18 +172,14 @@ def _layer_in_words(why_composed: str | None) -> str:
     return f"; routed layer {'as one node' if why_composed is None else composed}"
 
 
-def _log_choices(device: torch.device, why_composed: str | None) -> None:
+def _log_choices(device: torch.device) -> None:
     """Log one line per choice and run, when the first experts get their weights.
 
     All layers are built before any is initialized: by then the count is complete, and the device is
     the one that trains. Nothing is logged in forward, which the host compiles with fullgraph=True.
-
-    Args:
-        device: where the weights are.
-        why_composed: of the first experts, which know by then how the run is parallelized.
     """
     for choice, layers in _choices_not_logged.items():
-        backend, chosen_by, dtype, is_hosts = choice
+        backend, chosen_by, dtype, is_hosts, why_composed = choice
         chosen = get_backend(backend)
         path = "the host's own path" if backend == HOST_PATH else chosen.summary
         precision = in_words(dtype, backend, device.type, is_forward_ours=not is_hosts)
