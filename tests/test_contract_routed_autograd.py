@@ -144,23 +144,23 @@ def test_a_compiled_graph_serves_every_number_of_tokens_and_rows(name: str, devi
 
 
 def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
-    """Arguments of every operator. w1's storage is transposed; rows are in bfloat16."""
+    """Arguments of every operator. w1's storage is transposed; rows are in float16."""
     w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK = leaves(case)
     w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
     gate_RF, up_RF = (
-        torch.randn(case.num_rows, HIDDEN_DIM, device=x_TD.device, dtype=torch.bfloat16)
+        torch.randn(case.num_rows, HIDDEN_DIM, device=x_TD.device, dtype=torch.float16)
         for _ in range(2)
     )
     order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[: case.num_rows]
     kept = (case.num_tokens_per_expert_E, gate_RF, up_RF, order_R)
     return {
-        "routed": (*inputs, *routing, torch.bfloat16),
-        "routed_output": (*inputs, *routing, torch.bfloat16),
+        "routed": (*inputs, *routing, torch.float16),
+        "routed_output": (*inputs, *routing, torch.float16),
         "routed_backward": (
             *(case.grad_out_TD, *(each.detach() for each in inputs), *kept),
-            torch.bfloat16,
+            torch.float16,
         ),
     }
 
@@ -173,7 +173,7 @@ def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> N
 
     The last is the same code for every backend, and slow.
     """
-    backend = with_routed_kernels(name, device, torch.bfloat16)
+    backend = with_routed_kernels(name, device, torch.float16)
     arguments = _operator_arguments(make_routed_case(ROUTINGS["idle_experts"], device))
     op = getattr(torch.ops.ezpz_moe, f"{name}_{operator}").default
     inputs = (*arguments[operator], *backend.kernel_options)
