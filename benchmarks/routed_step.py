@@ -45,7 +45,6 @@ MODELS = {
     ),
     "500M_scaled": 'inherits = "500M"\nvocab_size = 2048\nn_layers = 4',
 }
-TOKENS = {"qwen3_debugmodel": 4, "10B_2B_scaled": 8, "500M_scaled": 4}  # sequences of 128
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _WARM_UP = 2  # steps
 _ONE = "--one"
@@ -62,6 +61,7 @@ class Run(NamedTuple):
     mode: Mode
     measured: Literal["time", "memory"]
     steps: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Arguments:
     """Pairs of processes."""
     steps: int = 10
     """Of each process that is timed; the first two do not count."""
+    sequences: int = 4
+    """Of 128 tokens, in a step."""
     json: Path | None = None
     """Write every value to this file."""
 
@@ -98,10 +100,13 @@ def compared(model: str, mode: Mode, arguments: Arguments) -> dict[str, dict[str
     }
     for _ in range(arguments.turns):
         for who, backend in backends.items():
-            seconds = started(Run(model, backend, mode, "time", arguments.steps))
+            seconds = started(
+                Run(model, backend, mode, "time", arguments.steps, arguments.sequences)
+            )
             values["seconds"][who].append(statistics.median(seconds[_WARM_UP:]))
     for who, backend in backends.items():
-        values["bytes"][who] = started(Run(model, backend, mode, "memory", 3))[_WARM_UP:]
+        weighed = Run(model, backend, mode, "memory", 3, arguments.sequences)
+        values["bytes"][who] = started(weighed)[_WARM_UP:]
     return values
 
 
@@ -171,7 +176,7 @@ def build_trainer(run: Run, folder: Path) -> Any:
     if run.mode == "selective" and run.backend == STOCK:
         mode += '\nexperts = "recompute"'  # what the host's policy does
     text = text.replace('mode = "none"', mode)
-    text = text.replace("local_batch_size = 4", f"local_batch_size = {TOKENS[run.model]}")
+    text = text.replace("local_batch_size = 4", f"local_batch_size = {run.sequences}")
     (folder / "job.toml").write_text(text)
     arguments = ["--module", "ezpz_moe", "--config", str(folder / "job.toml")]
     arguments += ["--training.steps", str(run.steps), "--dump-folder", str(folder / "dump")]
