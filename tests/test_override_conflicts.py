@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import fork_server
 import pytest
@@ -10,18 +11,21 @@ import pytest
 EXPERTS = 'ezpz_moe.overrides.experts={"compute_backend": "for_loop"}'
 SDPA = "ezpz_moe.overrides.sdpa"
 FUSED = "torchtitan.overrides.fused_swiglu.fused_grouped_experts"
+HERE = str(Path(__file__).parent)
 FFN = "torchtitan.overrides.fused_swiglu.fused_swiglu"
 
 # As the trainer does it, in a process that has not imported the overrides.
 APPLY = """
 import importlib, sys
+sys.path.insert(0, sys.argv.pop(1))
 from ezpz_moe.hosts.detect import check_host
 check_host()
 from torchtitan.config.override import apply_overrides, parse_cli_imports
 model, name, *overrides = sys.argv[1:]
 config = getattr(importlib.import_module(f"torchtitan.models.{model}.config_registry"), name)()
 config.override.imports = parse_cli_imports(overrides)
-print(len(apply_overrides(config.override, config)), "nodes")
+replaced = apply_overrides(config.override, config)
+print(len(replaced), "nodes", *replaced)
 """
 
 
@@ -31,7 +35,7 @@ OF_DEEP_EP = "qwen3", "qwen3_moe_deepep"
 
 
 def applied(overrides: Sequence[str], config=MIXTURE, **rank: str) -> subprocess.CompletedProcess:
-    command = [fork_server.python(), "-c", APPLY, *config, *overrides]
+    command = [fork_server.python(), "-c", APPLY, HERE, *config, *overrides]
     env = {**os.environ, **rank}
     return subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=600, check=False
@@ -46,14 +50,21 @@ def applied(overrides: Sequence[str], config=MIXTURE, **rank: str) -> subprocess
             *([SDPA, f"{SDPA},{FFN}"], "ezpz_moe.overrides.sdpa: named 2 times."),
             marks=pytest.mark.full,
         ),
-        ([FUSED, EXPERTS], f"ezpz_moe.overrides.experts and {FUSED}: both replace"),
+        (
+            [FUSED, EXPERTS],
+            f"{FUSED} and ezpz_moe.overrides.experts: both replace model_spec.model.layers.1.",
+        ),
+        (
+            [SDPA, "torchtitan.overrides.fused_mla.fused_mla"],
+            f"{SDPA} and torchtitan.overrides.fused_mla.fused_mla: both replace model_spec.model.l",
+        ),
         pytest.param(
             [FFN, EXPERTS, FFN, FUSED],
             f"{FFN}: named 2 times. Name it once.\n  override.imports",
             marks=pytest.mark.full,
         ),
     ],
-    ids=["experts twice", "sdpa twice", "fused experts", "several mistakes"],
+    ids=["experts twice", "sdpa twice", "fused experts", "fused MLA", "several mistakes"],
 )
 def test_overrides_that_the_host_refuses_with_a_traceback(overrides, message):
     assert_refused(applied(overrides), message)
@@ -86,6 +97,25 @@ def test_a_token_dispatcher_that_this_machine_cannot_run():
         "is cpu. Choose a config whose dispatcher is the standard one.",
     )
     assert "8 nodes" in applied([EXPERTS], OF_DEEP_EP).stdout, "to look at it needs no CUDA"
+
+
+def test_an_override_of_what_holds_the_layer():
+    result = applied([EXPERTS, "others_overrides.mixture"])
+    assert_refused(
+        result,
+        "others_overrides.mixture and ezpz_moe.overrides.experts: the first replaces a node that "
+        "contains model_spec.model.layers.2.moe.routed_experts, which the second replaces. Remove",
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [["others_overrides.dispatcher", EXPERTS], [EXPERTS, "others_overrides.dispatcher"]]
+)
+def test_an_override_of_the_layers_dispatcher_leaves_the_layer_composed(names):
+    result = applied([*names, "others_overrides.mixture_elsewhere"])
+    assert result.returncode == 0, result.stderr
+    assert "10 nodes" in result.stdout  # 5 dispatchers, 5 experts
+    assert ".routed_experts.inner_experts GroupedExperts.Config -> " in result.stdout
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:

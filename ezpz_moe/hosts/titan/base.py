@@ -54,6 +54,20 @@ class Experts(Protocol):
     def sizes(self, config: Any) -> Sizes:
         """Return the experts' sizes from such a config node."""
 
+    def selected(
+        self,
+        config: Any,
+        backend: str,
+        chosen_by: str,
+        expert_precision: ExpertPrecision | None = None,
+        why_composed: str | None = None,
+    ) -> Any:
+        """Return the node of the same experts, computed by ``backend``; their layer is the host's.
+
+        Raises:
+            EzpzError: unknown backend, or it cannot compute these experts.
+        """
+
     def selected_layer(
         self,
         config: Any,

@@ -1,8 +1,14 @@
-"""Find overrides that exclude each other, or a flavor. By name: the host applies them later."""
+"""Find overrides that exclude each other, or a flavor, before the host looks at them.
+
+A flavor refuses overrides by name. Those of the host's own configs are compared by the nodes that
+they replace, as the host compares them, whoever made them: the host would raise ``ValueError``.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 
 from torchtitan.trainer import Trainer
 
@@ -48,17 +54,58 @@ def refuse_overrides(config: Trainer.Config) -> None:
     """Refuse overrides of the host's own config that it would refuse with a traceback.
 
     Raises:
-        EzpzError: one is named twice, or two replace the routed experts.
+        EzpzError: one is named twice, or two replace the same node, or one a part of the other's.
     """
-    targets = named(config)
-    problems = [*_twice(targets)]
-    if {_EXPERTS, _FUSED} <= set(targets):
-        problems.append(
-            f"override.imports {_EXPERTS} and {_FUSED}: both replace the routed experts. Remove "
-            "one of them."
-        )
+    problems = [*_twice(named(config)), *_overlapping(replaced_nodes(config))]
     if problems:
         raise EzpzError("\n  ".join(problems))
+
+
+def replaced_nodes(config: Trainer.Config) -> dict[str, set[str]]:
+    """Return the overrides that the job names -> names of the nodes that they would replace.
+
+    It imports their modules, as the host does next. What it cannot find is left to the host to say.
+    """
+    return {name: set(_nodes_of(config, name)) for name in dict.fromkeys(named(config))}
+
+
+def _nodes_of(config: Trainer.Config, name: str) -> Iterator[str]:
+    try:
+        importlib.import_module(name.rpartition(".")[0])
+    except (ImportError, ValueError):  # the latter: no module is named
+        return
+    # Private: the host offers no way to an override by its name. The module's name is also that of
+    # a function in its package, which `from` would import.
+    host_overrides = importlib.import_module("torchtitan.config.override")
+    override = getattr(host_overrides, "_REGISTRY", {}).get(name)
+    if override is None:
+        return
+    for node_name, node, _, _ in config.traverse(override.target_cls):
+        is_meant = not override.exact or type(node) is override.target_cls
+        if is_meant and override.matches(node_name):
+            yield node_name
+
+
+def _overlapping(nodes_of: Mapping[str, set[str]]) -> Iterator[str]:
+    for names in combinations(nodes_of, 2):
+        one, other = (nodes_of[name] for name in names)
+        if both := one & other:
+            yield (
+                f"override.imports {names[0]} and {names[1]}: both replace {min(both)}. Remove one "
+                "of them."
+            )
+            continue
+        for whole, part in (names, names[::-1]):
+            if inner := [each for each in nodes_of[part] if is_inside(each, nodes_of[whole])]:
+                yield (
+                    f"override.imports {whole} and {part}: the first replaces a node that "
+                    f"contains {min(inner)}, which the second replaces. Remove one of them."
+                )
+
+
+def is_inside(node: str, others: set[str]) -> bool:
+    """Return whether one of ``others`` contains the node of that name."""
+    return any(node.startswith(f"{other}.") for other in others)
 
 
 def refuse_without_effect(config: Trainer.Config, target_of: Mapping[str, type]) -> None:

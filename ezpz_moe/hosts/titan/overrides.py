@@ -30,9 +30,17 @@ from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import captures_cuda_graphs, is_about_to_train
 from ezpz_moe.hosts.titan.dispatchers import refuse_dispatcher_of_config
 from ezpz_moe.hosts.titan.initial_values import refuse_twins
-from ezpz_moe.hosts.titan.override_conflicts import named, refuse_overrides, refuse_without_effect
+from ezpz_moe.hosts.titan.override_conflicts import (
+    is_inside,
+    named,
+    refuse_overrides,
+    refuse_without_effect,
+    replaced_nodes,
+)
 
 _CHECKPOINTER = "ezpz_moe.overrides.checkpointer"
+_EXPERTS = "ezpz_moe.overrides.experts"
+_OVERRIDDEN_IN_PART = "another override replaces a part of it"
 
 _target_of: dict[str, type] = {}
 """Our overrides by the name that a user writes -> the class of the config's nodes they replace."""
@@ -45,7 +53,7 @@ def for_experts(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``factory`` as an override of the routed experts, and return it."""
     return _registered(
         factory,
-        titan().experts().HostLayer.Config,
+        _experts_to_replace(),
         "Compute the routed experts with a backend of ezpz_moe.",
     )
 
@@ -77,11 +85,18 @@ def selected(
 ) -> Any:
     """Return the config of the same routed layer, with experts computed by ``backend``.
 
+    Args:
+        config: of the layer; of its experts alone, if another override replaces a part of it.
+
     Raises:
         EzpzError: unknown backend, or it cannot compute these experts.
     """
     experts = titan().experts()
-    selected = experts.selected_layer(config, backend, chosen_by, expert_precision, routed)
+    choice = (config, backend, chosen_by, expert_precision)
+    if isinstance(config, experts.HostLayer.Config):
+        selected = experts.selected_layer(*choice, routed)
+    else:
+        selected = experts.selected(*choice, why_composed=_OVERRIDDEN_IN_PART)
     if (job := _job_being_overridden()) is not None:
         _wrap_parallelize_fn(job, products_kept)
     return selected
@@ -172,6 +187,22 @@ def _wrap_parallelize_fn(
         # In place, as above: the host takes it from this very object.
         spec.parallelize_fn = wrapper(spec.parallelize_fn)
         _wrappers_of[spec.parallelize_fn] = (*wrappers, wrapper)
+
+
+def _experts_to_replace() -> type:
+    """Return the host's class of a routed layer's config, or of its experts' alone.
+
+    The host refuses overrides of nodes in one another. Beside one of a layer's dispatcher, for
+    example, ours replaces the experts, and the layer stays composed.
+    """
+    experts = titan().experts()
+    layer = experts.HostLayer.Config
+    if (job := _job_being_overridden()) is None:
+        return layer
+    layers = {name for name, *_ in job.traverse(layer)}
+    others = [nodes for name, nodes in replaced_nodes(job).items() if name != _EXPERTS]
+    is_in_part = any(is_inside(node, layers) for nodes in others for node in nodes)
+    return experts.HostExperts.Config if is_in_part else layer
 
 
 def _is_stopped_without_saving(job: Trainer.Config) -> bool:

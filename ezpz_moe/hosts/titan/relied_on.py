@@ -145,6 +145,12 @@ _DOORS = (
         takes=("config_root",),
     ),
     Reliance(
+        # Private: no public way leads from an override's name to what it replaces.
+        "torchtitan.config.override:_REGISTRY",
+        used_for="telling which overrides of a run exclude each other",
+        if_broken="such overrides end in torchtitan's own traceback",
+    ),
+    Reliance(
         "torchtitan.config.override:derive",
         used_for="turning the experts' config into ours, with every field copied",
         if_broken=NO_BACKEND,
