@@ -5,7 +5,7 @@
 
 The debug model learns the embedded text from the same seed with each of ``FLAVORS``, with
 ``ezpz-moe train``, and the table is made from the runs' telemetry.jsonl: means over the last tenth
-of the steps, and for the load over layers. docs/routing.md has it.
+of the steps, and for the load over layers. docs/reference/routing.md has it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 One product of OLMoE/4, forward: as ``for_loop`` does it; with experts taken from one list by
 threads of our own, each with one OpenMP thread; and, where all experts have as many rows,
 ``torch.bmm``. Before each comes an elementwise product with all of torch's threads, as in a layer.
-The second form has them sleep early between two parallel regions. docs/hardware.md has the figures.
+The second form has them sleep early between two parallel regions. The figures are in
+docs/internals/hardware.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Are the expert backends right on this machine's GPU, and how fast are they?
 #
-#   benchmarks/gpu.sh [FOLDER]          FOLDER defaults to docs/benchmarks
+#   benchmarks/gpu.sh [FOLDER]          FOLDER defaults to docs/internals/benchmarks
 #   PYTHON=.venv/bin/python JOBS=8 benchmarks/gpu.sh
 #
 # Needs ezpz_moe installed with its test extra and a torch built for CUDA or ROCm. Writes
@@ -11,7 +11,7 @@
 # (minutes); the choice is kept in Triton's cache folder.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
-folder=$(realpath -m "${1:-$repository/docs/benchmarks}")
+folder=$(realpath -m "${1:-$repository/docs/internals/benchmarks}")
 cd "$repository"
 python=${PYTHON:-python}
 

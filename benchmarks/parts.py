@@ -4,8 +4,8 @@
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 python benchmarks/parts.py
 
 The second form keeps memory once it has it, as ``ezpz-moe bench --allocator retain``. OLMoE/4,
-balanced, bfloat16; medians of turns, each of which begins with another part. docs/backends.md has
-the table.
+balanced, bfloat16; medians of turns, each of which begins with another part. The table is in
+docs/guides/backends.md.
 """
 
 from __future__ import annotations

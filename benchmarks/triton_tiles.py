@@ -1,6 +1,6 @@
 """What every tile choice of the Triton kernels takes on GPUs that need not be here.
 
-    python benchmarks/triton_tiles.py > docs/benchmarks/triton_tiles.md        half an hour
+    python benchmarks/triton_tiles.py > docs/internals/benchmarks/triton_tiles.md    half an hour
     python benchmarks/triton_tiles.py --target sm90 --dtype float32 --launch multiply
 
 Compiles every launch of a routed layer and of the expert FFN with each of the tile sizes that it

@@ -1,4 +1,4 @@
-"""Write the parameter table of docs/flavors.md from the shipped flavors.
+"""Write the parameter table of docs/reference/flavors.md from the shipped flavors.
 
     python scripts/make_flavor_table.py           rewrite the table
     python scripts/make_flavor_table.py --check   exit with 1 if it is not up to date
@@ -49,12 +49,12 @@ def table() -> str:
 
 
 def main(check: bool = False) -> int:
-    """Write the parameter table of docs/flavors.md.
+    """Write the parameter table of docs/reference/flavors.md.
 
     Args:
         check: write nothing; exit with 1 if the table is not up to date.
     """
-    return tables.update("docs/flavors.md", {"table": table()}, check=check)
+    return tables.update("docs/reference/flavors.md", {"table": table()}, check=check)
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def main(check: bool = False, record_of: Path | None = None) -> int:
     if run:
         runs = record(run)
     reliances = {f"relied on, {each.generation}": relied_on(each) for each in HOSTS}
-    stale = tables.update("docs/hosts.md", reliances, check=check)
-    stale |= tables.update("docs/rebasing.md", {"tested": tested(runs)}, check=check)
+    stale = tables.update("docs/internals/hosts.md", reliances, check=check)
+    stale |= tables.update("docs/internals/rebasing.md", {"tested": tested(runs)}, check=check)
     if run and run.failed:
         print(f"{run.torchtitan}: {run.failed} host test(s) failed", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Write the tables of docs/moving.md from foreign_keys.toml; ``--check`` compares them."""
+"""Write the tables of docs/guides/moving.md from foreign_keys.toml; ``--check`` compares them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(project: Project) -> Iterator[dict[str, str]]:
 
 def main() -> int:
     made = {f"keys {each.id}": tables.markdown(rows(each)) for each in projects().values()}
-    return tables.update("docs/moving.md", made, check="--check" in sys.argv[1:])
+    return tables.update("docs/guides/moving.md", made, check="--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def table(rows: Mapping[Row, str]) -> str:
 
 
 def main(check: bool = False) -> int:
-    """Write the table of neighbours in docs/hosts.md.
+    """Write the table of neighbours in docs/internals/hosts.md.
 
     Args:
         check: write nothing; exit with 1 if it is out of date.
@@ -91,7 +91,7 @@ def main(check: bool = False) -> int:
         return 1
     logging.disable(logging.WARNING)
     neighbours = {"neighbours": table(joined(outcomes()))}
-    return tables.update("docs/hosts.md", neighbours, check=check)
+    return tables.update("docs/internals/hosts.md", neighbours, check=check)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Try what a resumed run may change, and write the table in docs/checkpoints.md.
+"""Try what a resumed run may change, and write the table in docs/guides/checkpoints.md.
 
     python scripts/make_resume_table.py                  try everything, and rewrite the table
     python scripts/make_resume_table.py --only freeze    try the changes that contain the word
@@ -353,7 +353,7 @@ def rows(folder: Path, only: str) -> Iterator[dict[str, str]]:
 
 
 def main(only: str = "") -> int:
-    """Try what a resumed run may change, and write the table in docs/checkpoints.md.
+    """Try what a resumed run may change, and write the table in docs/guides/checkpoints.md.
 
     Args:
         only: try the changes that contain this, and write nothing.
@@ -364,7 +364,9 @@ def main(only: str = "") -> int:
         return 1
     if only:
         return 0
-    return tables.update("docs/checkpoints.md", {"resume": tables.markdown(tried)}, check=False)
+    return tables.update(
+        "docs/guides/checkpoints.md", {"resume": tables.markdown(tried)}, check=False
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of docs/routing.md: what noise and padding do to the load.
+"""Write the tables of docs/reference/routing.md: what noise and padding do to the load.
 
     python scripts/make_routing_tables.py            rewrite the tables
     python scripts/make_routing_tables.py --check    exit with 1 if they are out of date
@@ -82,7 +82,7 @@ def main(check: bool = False) -> int:
         check: write nothing; exit with 1 if a table is out of date.
     """
     made = {"noise": noise(), "padding": padding()}
-    return tables.update("docs/routing.md", made, check=check)
+    return tables.update("docs/reference/routing.md", made, check=check)
 
 
 if __name__ == "__main__":

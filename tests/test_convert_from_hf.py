@@ -88,7 +88,7 @@ def test_the_groups_of_deepseek_v2_are_ranked_by_their_best_expert(
 
 
 def test_the_flavor_in_the_documents_routes_as_deepseek_v2(tmp_path: Path) -> None:
-    document = Path(__file__).parent.parent / "docs" / "flavors.md"
+    document = Path(__file__).parent.parent / "docs" / "reference" / "flavors.md"
     (text,) = re.findall(r"```toml\n(# deepseek_v2.toml\n.*?)```", document.read_text(), re.DOTALL)
     (tmp_path / "deepseek_v2.toml").write_text(text)
     found, theirs = (
@@ -147,7 +147,7 @@ def test_of_two_coefficients_of_one_loss_the_file_must_choose(tmp_path: Path) ->
 
 
 def test_the_page_shows_what_is_written(tmp_path: Path) -> None:
-    page = Path(__file__).parent.parent / "docs" / "moving.md"
+    page = Path(__file__).parent.parent / "docs" / "guides" / "moving.md"
     assert hf(tmp_path, QWEN3).text in page.read_text()
 
 

@@ -156,7 +156,7 @@ def test_the_debug_model_has_the_embedded_tokenizers_vocabulary() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    text = (REPOSITORY / "docs" / "flavors.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "flavors.md").read_text()
     keys = [*Dimensions.model_fields, *(f"rope.{key}" for key in Rope.model_fields)]
     keys += ["inherits", "base", "attention", "compute_backend"]
     keys.remove("rope")

@@ -45,7 +45,10 @@ def test_no_project_has_a_key_twice() -> None:
         ("[moe_args]\nnum_experts = 8", "moe_args: its keys are a flavor's own, at the top"),
         ("score_before_experts = true", "torchtitan 0.2's score_before_experts: torchtitan 0.3"),
         ("moe-router-topk = 2", "Megatron-Core's moe_router_topk is router_top_k here"),
-        ("lb_loss_weight = 0.01", "times 1 / n_layers; see docs/moving.md, also for its scope."),
+        (
+            "lb_loss_weight = 0.01",
+            "times 1 / n_layers; see docs/guides/moving.md, also for its scope.",
+        ),
         ("[balance]\nmoe_z_loss_coeff = 1e-3", "moe_z_loss_coeff is [balance] z_loss here"),
         ("[balance]\nep_size = 8", "ep_size is [parallelism] expert_parallel_degree of the job"),
         # Keys of our own, in another place; and misspelt ones.
@@ -81,7 +84,7 @@ def test_an_unknown_key_of_a_job(lines: str, said: str, job_file) -> None:
 def test_what_two_projects_mean_by_a_key_is_said_once_each() -> None:
     assert meaning("hidden_size", []) == (
         " Megatron-Core's hidden_size is dim here; OLMo-core's hidden_size is moe_hidden_dim here; "
-        "see docs/moving.md."
+        "see docs/guides/moving.md."
     )
     assert meaning("norm_topk_prob", []).count("norm_topk_prob") == 1
 

@@ -288,8 +288,8 @@ def test_a_job_without_its_tokenizer_is_refused(exports, tmp_path, capsys):
 
 
 def test_the_lines_of_the_documents_run(exports, monkeypatch, capsys) -> None:
-    """docs/checkpoints.md opens an export and samples from it in five lines."""
-    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    """docs/guides/checkpoints.md opens an export and samples from it in five lines."""
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "checkpoints.md").read_text()
     (code,) = re.findall(r"```python\n(from transformers.*?)```", page, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) == 5
     _, _, folder = exports.plain("deepseek_v2")

@@ -1,4 +1,4 @@
-"""A backend beside everything of the host's: what docs/hosts.md says of each combination."""
+"""A backend beside everything of the host's: each combination as docs/internals/hosts.md says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from neighbour_cases import (
 
 from ezpz_moe.compute import backend_names
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "hosts.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "internals" / "hosts.md"
 EVERY = {
     "model": tuple(MODELS),
     "door": DOORS,

@@ -1,8 +1,9 @@
-"""Balance losses of other frameworks, written out in float64, and the factors of docs/moving.md.
+"""Balance losses of other frameworks, in float64, and the factors of docs/guides/moving.md.
 
 Each formula is what the framework's own function computed when it was run (the versions are in
-docs/moving.md), in our words and with plain sums; no framework is needed here, except transformers,
-which the tests have. Ours is multiplied by the factor, and value and gradient have to agree.
+docs/guides/moving.md), in our words and with plain sums; no framework is needed here,
+except transformers, which the tests have. Ours is multiplied by the factor, and value and gradient
+have to agree.
 
 Bound: ours is exact in float64 but for f, a quotient of two small whole numbers in float32, which
 is off by a share of U. The value and every term of the gradient are linear in f. With p = s / sum
@@ -288,7 +289,7 @@ def test_the_z_loss_of_all_of_them_is_ours(kind: str) -> None:
 
 
 def test_the_factors_of_the_table_are_these() -> None:
-    """What a user reads: docs/moving.md, hints and convert. The other coefficients are the same."""
+    """What a user reads in docs/guides/moving.md, hints and convert; the others are the same."""
     rows = [row for project in projects().values() for row in project.keys if row.is_coefficient]
     assert {row.key: row.factor for row in rows if row.factor} == {
         "lb_loss_weight": "1 / n_layers",

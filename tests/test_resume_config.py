@@ -72,7 +72,7 @@ def test_the_table_has_tried_every_key_of_the_tables(monkeypatch):
     fields = Router.model_fields | Balance.model_fields
     keys = {field.alias or name for name, field in fields.items()}
     assert {key for key in keys if f"`{key}`" not in named} == set()
-    text = (SCRIPTS.parent / "docs" / "checkpoints.md").read_text()
+    text = (SCRIPTS.parent / "docs" / "guides" / "checkpoints.md").read_text()
     rows = re.findall(
         r"^\| .* \| (.*) \| (?:resumes|resumes, with a note|\*\*refused\*\*) \|", text, re.M
     )

@@ -124,7 +124,7 @@ def test_a_longer_run_says_both_learning_rates_and_what_the_checkpoint_keeps(pro
 
 
 def test_the_first_step_has_the_saved_rate(runs, prolonged) -> None:
-    """As docs/checkpoints.md and the message say: it was zero after the last step."""
+    """As docs/guides/checkpoints.md and the message say: it was zero after the last step."""
     third, fourth, fifth = (runs.tensor("prolonged", step, GATE) for step in (3, 4, 5))
     assert torch.equal(fourth, third)
     assert not torch.equal(fifth, fourth)

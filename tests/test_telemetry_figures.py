@@ -20,7 +20,7 @@ counts = st.lists(st.integers(0, 2**40), min_size=1, max_size=300)
 
 
 def reference(counts_E: list[int]) -> dict[str, float]:
-    """Every formula of docs/telemetry.md, written out."""
+    """Every formula of docs/guides/telemetry.md, written out."""
     experts, total = len(counts_E), sum(counts_E)
     mean = total / experts
     ordered = sorted(counts_E)

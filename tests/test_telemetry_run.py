@@ -244,7 +244,7 @@ def test_each_rank_dumps_its_own_tokens(of_two_ranks):
 
 def test_the_lines_in_the_documents_read_a_dump(run, tmp_path, monkeypatch, capsys):
     """They look at a step of a run in ``outputs``."""
-    text = (Path(__file__).parent.parent / "docs" / "telemetry.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "guides" / "telemetry.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(lines.splitlines()) <= 6
     (tmp_path / "outputs").mkdir()

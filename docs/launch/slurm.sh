@@ -14,7 +14,7 @@
 set -euo pipefail
 
 GPUS_PER_NODE=8
-# Modules, the environment of Python, and what docs/clusters.md lists for the device: here.
+# Modules, the environment of Python, and what docs/guides/clusters.md lists for the device: here.
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${nodes%%$'\n'*}

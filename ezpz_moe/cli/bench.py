@@ -31,7 +31,7 @@ class Bench(Command):
 
     With --layer routed it is the whole routed layer, with dispatch and combination of tokens.
     Times the forward pass alone and with the backward pass; contenders take turns.
-    docs/benchmark.md explains each column.
+    docs/guides/benchmark.md explains each column.
     """
 
     group = "backends"

@@ -27,11 +27,12 @@ from ezpz_moe.compute.native import native_halves
 
 logger = logging.getLogger(__name__)
 
-_TURNS = 15  # in docs/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %
+# In docs/internals/benchmarks, 5 turns pick one over 5 % slower in 2.7 % of cases, 15 in 1.1 %.
+_TURNS = 15
 _SECONDS = 30  # no further turn begins after this
 
 # Prefixes of the variables that decide whether freed memory is kept: on a CPU, page faults can cost
-# more than the choice of a backend (docs/benchmark.md).
+# more than the choice of a backend (docs/guides/benchmark.md).
 _OF_ALLOCATORS = ("MALLOC", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC", "PYTORCH_ALLOC")
 
 

@@ -1,6 +1,6 @@
 """What keys of other projects are called here: hints after an unknown key.
 
-The table is data, ``foreign_keys.toml``. It also makes the tables of docs/moving.md, and
+The table is data, ``foreign_keys.toml``. It also makes the tables of docs/guides/moving.md, and
 ``ezpz-moe convert --from`` copies by it.
 """
 
@@ -17,7 +17,7 @@ import tomli
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.errors import did_you_mean
 
-_PAGE = "docs/moving.md"
+_PAGE = "docs/guides/moving.md"
 _CUTOFF = 0.85
 """How alike a name must be to a foreign key; higher than for our own, which are likelier."""
 
@@ -110,7 +110,7 @@ def meaning(name: str, known: Iterable[str], homes: Sequence[str] = ()) -> str:
     >>> meaning("router_topk", ["router_top_k"])
     " Did you mean 'router_top_k'?"
     >>> meaning("--moe-router-topk", ["num_experts"])
-    " Megatron-Core's moe_router_topk is router_top_k here; see docs/moving.md."
+    " Megatron-Core's moe_router_topk is router_top_k here; see docs/guides/moving.md."
     """
     known, foreign = list(known), _rows()
     near = _nearest(name, foreign)

@@ -195,7 +195,7 @@ def _model_problems(
         yield (
             f'[model] name = {shown(name)}: must be "{MODEL_NAME}" for this trainer module. '
             "To train another of torchtitan's models, choose a flavor: a TOML file with "
-            f'base = "{name}/<its flavor>"; see docs/flavors.md.'
+            f'base = "{name}/<its flavor>"; see docs/reference/flavors.md.'
         )
     if "flavor" not in model:
         yield "[model] flavor is missing: name the model to train; `ezpz-moe flavors` lists them."

@@ -1,6 +1,6 @@
 """What a flavor may say in its tables ``[router]`` and ``[balance]``.
 
-docs/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
+docs/reference/routing.md says what each key does; the functions are in :mod:`ezpz_moe.routing`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a flavor may say in its table ``[telemetry]``.
 
-docs/telemetry.md says what each key does; the functions are in :mod:`ezpz_moe.telemetry`.
+docs/guides/telemetry.md says what each key does; the functions are in :mod:`ezpz_moe.telemetry`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Count what a model costs: parameters and FLOPs per token, by component. Numbers only, no torch.
 
 FLOPs are those of matrix products: 2 per multiply-add. The backward pass costs twice the forward
-pass, because each product has two gradients. docs/describe.md has the definitions.
+pass, because each product has two gradients. docs/guides/describe.md has the definitions.
 
 Legend: E = experts, k = experts per token, Z = zero-computation experts, D = model dimension,
 F = hidden size of an FFN, L = tokens in a sequence.

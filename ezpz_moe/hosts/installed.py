@@ -72,7 +72,7 @@ def passed(runs: Iterable[HostRun]) -> tuple[tuple[str, str], ...]:
 # Beside this file, because an installed package, which has no docs/, has to know it too.
 RECORD = Path(__file__).with_name("tested.json")
 HOST_RUNS = tuple(HostRun(**run) for run in json.loads(RECORD.read_text()))
-"""The last run with each pair, newest host last; docs/rebasing.md shows them."""
+"""The last run with each pair, newest host last; docs/internals/rebasing.md shows them."""
 
 TESTED_PAIRS = passed(HOST_RUNS)
 

@@ -1,4 +1,4 @@
-"""Routing token by token, in a ``.npz`` file for each step and rank. docs/telemetry.md has them.
+"""Routing token by token, in a ``.npz`` file per step and rank: docs/guides/telemetry.md.
 
 Legend: L = MoE layers of the rank, T = its tokens of the step, E = experts, K = top-k.
 """

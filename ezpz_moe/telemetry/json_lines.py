@@ -1,6 +1,6 @@
 """A run's records as JSON lines in ``telemetry.jsonl``, each with its figures.
 
-docs/telemetry.md explains every key.
+docs/guides/telemetry.md explains every key.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def new_model(model: Any, flavor: Any, *, seq_len: Any, name: str) -> NewModel:
     if not isinstance(flavor, str) or flavor not in flavors:
         return NewModel(refusal=_dense(f"{model}'s {shown(flavor)}", flavors, model))
     keys, remarks = dict(flavors[flavor]), []
-    # Only deepseek_v3's model depends on a setting outside of [model]: docs/convert.md, YaRN.
+    # Only deepseek_v3's model depends on a setting outside of [model]:
+    # docs/guides/convert.md, YaRN.
     if model == "deepseek_v3" and isinstance(seq_len, int):
         if seq_len <= YARN_BEYOND:
             keys["rope"] = {"scaling": "none"}

@@ -1,6 +1,7 @@
 """A sequence that two ranks share out has the balance loss, gradient and counts of one rank's.
 
-Over gloo, and without a trainer: no host's context parallelism runs on the CPU (docs/hosts.md).
+Over gloo, and without a trainer: no host's context parallelism runs on the CPU
+(docs/internals/hosts.md).
 """
 
 from pathlib import Path

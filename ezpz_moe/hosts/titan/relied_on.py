@@ -379,7 +379,7 @@ _CHECKPOINTS = (
     ),
 )
 
-# docs/hosts.md shows the lines in this order.
+# docs/internals/hosts.md shows the lines in this order.
 RELIED_ON: tuple[Reliance, ...] = (
     Reliance(
         # torch's, because the host does not say which torch it needs.

@@ -1,8 +1,8 @@
 """List torchtitan 0.2's mixture-of-experts models, each as the flavor file that is the same model.
 
-The keys are those of a flavor file (docs/flavors.md). Every flavor names its attention, because
-torchtitan 0.2 and 0.3 choose different ones. For deepseek_v3 it names the shipped size with the
-same dimensions, and 0.2's vocabulary. The other models are torchtitan 0.3's own.
+The keys are those of a flavor file (docs/reference/flavors.md). Every flavor names its attention,
+because torchtitan 0.2 and 0.3 choose different ones. For deepseek_v3 it names the shipped size with
+the same dimensions, and 0.2's vocabulary. The other models are torchtitan 0.3's own.
 Pure data: this file imports neither torch nor torchtitan.
 """
 
