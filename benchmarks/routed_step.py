@@ -10,7 +10,8 @@ train`` has it, so that the allocator is not among the causes.
 
 A step is forward, backward, clipping and optimizer. Peak memory is what a step needs beyond
 weights, gradients and optimizer states, which all exist before it: the highest sum of what torch
-allocates and frees on the way, by its profiler.
+allocates and frees on the way, by its profiler. Activations have their own: that of forward and
+backward, because what the optimizer allocates has the size of the weights.
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ def main(arguments: Arguments) -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def compared(model: str, mode: Mode, arguments: Arguments) -> dict[str, dict[str, list[float]]]:
+def compared(model: str, mode: Mode, arguments: Arguments) -> dict[str, dict[str, list[Any]]]:
     """Return the seconds of each turn, and the bytes of one, of the stock trainer and of ours."""
     backends = {"stock": STOCK, "ours": arguments.backend}
-    values: dict[str, dict[str, list[float]]] = {
+    values: dict[str, dict[str, list[Any]]] = {
         "seconds": {who: [] for who in backends},
         "bytes": {},
     }
@@ -114,19 +115,23 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     for name, values in found.items():
         seconds, peaks = values["seconds"], values["bytes"]
         pairs = zip(seconds["stock"], seconds["ours"], strict=True)
-        stock, ours = (max(peaks[who]) / 2**20 for who in ("stock", "ours"))
+        of_stock, of_ours = (
+            [max(phase) / 2**20 for phase in zip(*peaks[who], strict=True)]
+            for who in ("stock", "ours")
+        )
         yield {
             "model, checkpointing": name,
             "stock s": f"{statistics.median(seconds['stock']):.3f}",
             "ours s": f"{statistics.median(seconds['ours']):.3f}",
             "speed": f"{statistics.median(stock / ours for stock, ours in pairs):.3f}",
-            "stock MiB": f"{stock:.0f}",
-            "ours MiB": f"{ours:.0f}",
-            "memory": f"{ours / stock:.3f}",
+            "stock MiB": f"{of_stock[0]:.0f}",
+            "ours MiB": f"{of_ours[0]:.0f}",
+            "activations": f"{of_ours[0] / of_stock[0]:.3f}",
+            "whole step": f"{of_ours[1] / of_stock[1]:.3f}",
         }
 
 
-def started(run: Run) -> list[float]:
+def started(run: Run) -> list[Any]:
     """Return what the run measures, from a process of its own."""
     command = [sys.executable, __file__, _ONE, json.dumps(run)]
     environment = {**os.environ, **KEPT, "PYTHONPATH": str(HERE)}
@@ -139,9 +144,9 @@ def started(run: Run) -> list[float]:
 # --- in a process of its own ----------------------------------------------------------------------
 
 
-def values_of(run: Run) -> list[float]:
-    """Return the seconds of every step, or the bytes that each needs at its peak."""
-    values: list[float] = []
+def values_of(run: Run) -> list[Any]:
+    """Return the seconds of every step, or the bytes that each needs at its two peaks."""
+    values: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(run, Path(folder))
         keep_gradients(trainer)
@@ -149,7 +154,7 @@ def values_of(run: Run) -> list[float]:
 
         def measured_step(batches: Any) -> None:
             if run.measured == "memory":
-                values.append(peak_bytes(lambda: one_step(batches)))
+                values.append(peaks_in_bytes(lambda: one_step(batches)))
                 return
             start = time.perf_counter()
             one_step(batches)
@@ -195,13 +200,20 @@ def keep_gradients(trainer: Any) -> None:
     trainer.optimizers.zero_grad = zero_grad
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Return the highest sum of the bytes that torch has allocated since the call began."""
+def peaks_in_bytes(step: Callable[[], object]) -> tuple[int, int]:
+    """Return the highest sum of the bytes that torch has allocated since the step began.
+
+    Returns:
+        Before the optimizer steps, and in the whole step.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        function()
-    events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
-    changes = (each.nbytes() for each in sorted(events, key=lambda each: each.start_ns()))
-    return max(accumulate(changes, initial=0))
+        step()
+    events = sorted(found.profiler.kineto_results.events(), key=lambda each: each.start_ns())
+    (optimizer,) = (each for each in events if each.name().startswith("Optimizer.step#"))
+    changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
+    before = [number for when, number in changes if when < optimizer.start_ns()]
+    whole = [number for _, number in changes]
+    return max(accumulate(before, initial=0)), max(accumulate(whole, initial=0))
 
 
 if __name__ == "__main__":

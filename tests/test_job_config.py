@@ -95,7 +95,7 @@ def test_activation_checkpointing_by_mode():
     full = config(activation_checkpoint__mode="full", activation_checkpoint__debug=True)
     assert full.activation_checkpoint == FullAC.Config(debug=True)
     assert isinstance(config().activation_checkpoint, SelectiveAC.Config)
-    assert config().activation_checkpoint.experts == "save"
+    assert config().activation_checkpoint.experts is None  # what fits, once the model is there
 
 
 @pytest.mark.parametrize(

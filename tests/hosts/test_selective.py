@@ -22,7 +22,7 @@ from ezpz_moe.hosts.titan.activation_checkpointing import (
 )
 
 HOST = SelectiveAC.Config()
-SAVE = SelectiveACKeepingProducts.Config()
+SAVE = SelectiveACKeepingProducts.Config(experts="save")
 RECOMPUTE = SelectiveACKeepingProducts.Config(experts="recompute")
 
 CASE = random_case([5, 0, 3, 4], dim=8, hidden_dim=16)
@@ -187,7 +187,7 @@ def test_only_the_hosts_own_policy_is_replaced():
     told = SelectiveAC.Config(force_recompute_mm_shapes_by_fqns=["a"], debug=True)
     found = keeping_products(told)
     assert found == SelectiveACKeepingProducts.Config(
-        force_recompute_mm_shapes_by_fqns=["a"], debug=True, experts="save"
+        force_recompute_mm_shapes_by_fqns=["a"], debug=True, experts=None
     )
     for other in (OfTheirOwn.Config(), RECOMPUTE, FullAC.Config(), None):
         assert keeping_products(other) is other
@@ -203,7 +203,7 @@ from torchtitan.config.override import apply_overrides, parse_cli_imports
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
 
-def parallelize(model, *, ac_config):
+def parallelize(model, *, ac_config, training, parallelism):
     model.policy = ac_config
     return model
 
@@ -212,7 +212,12 @@ config.dump_folder = sys.argv[1]
 config.model_spec.parallelize_fn = parallelize
 config.override.imports = parse_cli_imports(sys.argv[2:])
 apply_overrides(config.override, config)
-model = config.model_spec.parallelize_fn(nn.Module(), ac_config=SelectiveAC.Config())
+model = config.model_spec.parallelize_fn(
+    nn.Module(),
+    ac_config=SelectiveAC.Config(),
+    training=config.training,
+    parallelism=config.parallelism,
+)
 # Whoever asks first, before a backend is loaded, gets the whole list.
 from ezpz_moe.hosts.titan.activation_checkpointing import expert_products
 assert {"ezpz_moe::for_loop_routed", "ezpz_moe::auto_mm"} <= {op.name() for op in expert_products()}

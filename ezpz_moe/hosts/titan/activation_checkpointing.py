@@ -26,6 +26,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from ezpz_moe.compute import backend_names, get_backend
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan.products_fit import saved_or_not
 
 _CHOICES = [torch.ops.aten.topk.default]
 
@@ -60,13 +61,16 @@ class SelectiveACKeepingProducts(SelectiveAC):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SelectiveAC.Config):
-        experts: Literal["save", "recompute"] = "save"
-        """Whether to keep them, or to compute them again in backward as the host does."""
+        experts: Literal["save", "recompute"] | None = None
+        """Whether to keep them, or to compute them again in backward as the host does.
+
+        None, if nobody has said: they are kept, unless a run has found that they do not fit.
+        """
 
     def get_save_ops(self) -> set[Any]:
         """Return the operators whose results are kept: the host's list, and the products."""
         ops = super().get_save_ops()
-        return ops | expert_products() if self.config.experts == "save" else ops
+        return ops if self.config.experts == "recompute" else ops | expert_products()
 
 
 def expert_products() -> set[Any]:
@@ -103,11 +107,18 @@ def keeping_products(policy: Any) -> Any:
 
 
 def products_kept(parallelize_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``parallelize_fn``, with the experts' products kept by selective checkpointing."""
+    """Return ``parallelize_fn``, with the experts' products kept by selective checkpointing.
+
+    If nobody has said whether to keep them, they are if they fit (:mod:`.products_fit`).
+    """
 
     @functools.wraps(parallelize_fn)
     def parallelize(model: torch.nn.Module, *, ac_config: Any, **others: Any) -> Any:
         # Here, because the flags of the command line may still change the policy until now.
-        return parallelize_fn(model, ac_config=keeping_products(ac_config), **others)
+        policy = keeping_products(ac_config)
+        if isinstance(policy, SelectiveACKeepingProducts.Config) and policy.experts is None:
+            found = saved_or_not(model, others.get("training"), others.get("parallelism"))
+            policy = derive(policy, type(policy), experts=found)
+        return parallelize_fn(model, ac_config=policy, **others)
 
     return parallelize

@@ -53,7 +53,6 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self._dtype = getattr(torch, config.computed_in)
         self._choose(config)
 
     def forward(
@@ -82,8 +81,10 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         if choices:
             scores_TK, ids_TK, num_rows = choices
             tokens = (x_RD, scores_TK, ids_TK, num_tokens_per_expert_E)
-            return self._backend.routed(*weights, *tokens, num_rows=num_rows, dtype=self._dtype)
-        cast = (each.to(self._dtype) for each in (*weights, x_RD))
+            return self._backend.routed(
+                *weights, *tokens, num_rows=num_rows, dtype=self.computed_in
+            )
+        cast = (each.to(self.computed_in) for each in (*weights, x_RD))
         return self._backend.swiglu(*cast, num_tokens_per_expert_E).type_as(x_RD)
 
 

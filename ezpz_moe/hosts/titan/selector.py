@@ -55,13 +55,15 @@ class RowCounts(Module):
 class Selector(Module):
     """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
-    ``row_counts`` exists only for a backend that pads or drops.
+    ``row_counts`` exists only for a backend that pads or drops. ``computed_in`` is the products'
+    dtype.
     """
 
     def _choose(self, config) -> None:
         self.compute_backend, self._chosen_by = config.compute_backend, config.chosen_by
         backend = get_backend(self.compute_backend)  # an unknown name is an error right here
         self._backend = None if self.compute_backend == HOST_PATH else backend
+        self.computed_in = getattr(torch, getattr(config, "computed_in", HOSTS_CAST))
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
         _choices_not_logged[self._choice(config)] += 1

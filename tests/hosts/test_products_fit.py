@@ -1,0 +1,97 @@
+"""Selective checkpointing keeps the experts' products of a run if they fit, on all ranks alike."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch.distributed as dist
+from router_cases import moe_of
+from torch import nn
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+
+from ezpz_moe.hosts.titan import products_fit
+from ezpz_moe.hosts.titan.activation_checkpointing import (
+    SelectiveACKeepingProducts,
+    products_kept,
+)
+
+TRAINING = TrainingConfig(local_batch_size=4, seq_len=32)
+ALONE = ParallelismConfig()
+
+
+@pytest.fixture
+def layers(model_with):
+    """Two MoE layers."""
+    one, other = (moe_of(model_with('compute_backend = "for_loop"')) for _ in range(2))
+    return nn.ModuleList([one, nn.Linear(3, 3), other])
+
+
+def needed(layers) -> int:
+    """Written out: gate and up of every choice, and every row's output, in bfloat16."""
+    moe = layers[0]
+    F = moe.routed_experts.inner_experts.w1_EFD.shape[1]
+    D = moe.router.gate.in_features
+    return 2 * 4 * 32 * moe.router.top_k * (2 * F + D) * 2  # 2 layers, tokens, bytes
+
+
+def states(layers) -> int:
+    return sum(each.numel() * 4 * 4 for each in layers.parameters())  # float32; 4 of each
+
+
+def test_half_of_what_states_leave_is_the_limit(layers):
+    limit = states(layers) + 2 * needed(layers)
+    assert products_fit.saved_or_not(layers, TRAINING, ALONE, limit) == "save"
+    assert products_fit.saved_or_not(layers, TRAINING, ALONE, limit - 1) == "recompute"
+
+
+def test_a_rank_has_its_part_of_the_sequence(layers):
+    limit = states(layers) + needed(layers)
+    in_two = dataclasses.replace(ALONE, context_parallel_degree=2)
+    assert products_fit.saved_or_not(layers, TRAINING, in_two, limit) == "save"
+    assert products_fit.saved_or_not(layers, TRAINING, in_two, limit - 2) == "recompute"
+
+
+def test_the_log_says_what_was_decided_and_how_to_decide_otherwise(layers, caplog):
+    with caplog.at_level(logging.INFO):
+        products_fit.saved_or_not(layers, TRAINING, ALONE, 2**40)
+        products_fit.saved_or_not(layers, TRAINING, ALONE, 0)
+    keeps, again = caplog.messages
+    assert "keeps what the experts multiplied: " in keeps
+    assert 'experts = "save"' not in keeps
+    assert "computes again what the experts multiplied: " in again
+    assert "of the 0.00 MiB that weights, gradients and optimizer states leave; to keep" in again
+
+
+@pytest.mark.parametrize("asked", ["save", "recompute"])
+def test_whoever_has_said_it_is_not_asked(monkeypatch, asked):
+    monkeypatch.setattr(products_fit, "saved_or_not", None)
+    policy = SelectiveACKeepingProducts.Config(experts=asked)
+    found = products_kept(lambda model, ac_config: ac_config)(nn.Module(), ac_config=policy)
+    assert found.experts == asked
+
+
+def test_the_hosts_own_policy_is_decided_too(layers):
+    kept = products_kept(lambda model, ac_config, **_: ac_config)
+    found = kept(layers, ac_config=SelectiveAC.Config(), training=TRAINING, parallelism=ALONE)
+    assert found.experts == "save", "this machine has more than this layer needs"
+
+
+def test_one_rank_without_room_decides_for_all(monkeypatch):
+    """Otherwise some would repeat collectives that the others do not wait in."""
+    votes = []
+
+    def all_reduce(tensor, op):
+        votes.append((int(tensor), op))
+        tensor.fill_(0)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert products_fit._on_all_ranks(True) is False
+    assert votes == [(1, dist.ReduceOp.MIN)]
+
+
+def test_another_machine_is_described_with_the_products_kept(monkeypatch, layers):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "fake")
+    assert products_fit.saved_or_not(layers, TRAINING, ALONE, 0) == "save"
