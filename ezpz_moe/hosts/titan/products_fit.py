@@ -67,11 +67,11 @@ def bytes_per_token(model: nn.Module) -> Iterator[int]:
         yield int(moe.router.top_k * (2 * hidden + dim)) * experts.computed_in.itemsize
 
 
-def _states(model: nn.Module, parallelism: Any) -> float:
+def _states(model: nn.Module, parallelism: Any) -> int:
     held = sum(each.numel() * each.itemsize for each in model.parameters())
     # A stage's model is its own share already.
     share = share_of_model(parallelism, dist.get_world_size()) if dist.is_initialized() else 1.0
-    return STATES_PER_PARAMETER * held * share * parallelism.pipeline_parallel_degree
+    return int(STATES_PER_PARAMETER * held * share * parallelism.pipeline_parallel_degree)
 
 
 def _capacity() -> int:
