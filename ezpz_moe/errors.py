@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,8 +18,18 @@ EXIT_CODE = 2
 DEBUG_VARIABLE = "EZPZ_MOE_DEBUG"
 
 
+_LONGEST_WORD = 400  # characters; a path may have that many
+_LONGEST_LINE = 4000  # lists of what is known stay whole
+
+
 class EzpzError(Exception):
-    """A mistake that the user can fix. ``str(error)`` is the whole message."""
+    """A mistake that the user can fix. ``str(error)`` is the whole message.
+
+    What it quotes of a file or a command line is escaped and shortened here, whoever quotes it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(_readable(line) for line in message.split("\n")))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -36,6 +47,18 @@ def some(names: Sequence[str]) -> str:
 def printable(text: str) -> str:
     """Escape what a terminal would act on; libraries quote a damaged file in their messages."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def short(text: str, length: int = 60) -> str:
+    """Return the text, or its beginning and end if it is longer."""
+    return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
+
+
+def _readable(line: str) -> str:
+    words = re.sub(
+        rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: short(word[0], _LONGEST_WORD), printable(line)
+    )
+    return short(words, _LONGEST_LINE)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,17 @@ def test_the_host_captures_on_nvidia_alone(monkeypatch):
     assert not captures_cuda_graphs(graphs)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"training__local_batch_size": 2**40}, "training.local_batch_size = 1099511627776: "),
+        ({"compile__backend": "nope"}, "compile.backend = 'nope': torch.compile has no such"),
+    ],
+)
+def test_what_no_machine_can_run(values, said):
+    assert said in conflict("debugmodel", **values)
+
+
 @pytest.mark.parametrize(("degree", "nearest"), [(3, "2 and 4"), (16, "8")])
 def test_experts_that_expert_parallelism_cannot_divide(degree, nearest):
     message = conflict(parallelism__expert_parallel_degree=degree)

@@ -38,6 +38,16 @@ def write_parquet(folder: Path, columns: dict, name: str = "data.parquet") -> st
     return str(folder / name)
 
 
+def compressed(folder: Path, name: str, content: str) -> str:
+    with pa.output_stream(str(folder / name), compression="detect") as stream:
+        stream.write(content.encode())
+    return str(folder / name)
+
+
+def lines(texts: list[str], id: str = "1") -> str:
+    return "\n".join(f'{{"id": {id}, "text": {json.dumps(text)}}}' for text in texts)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(tokenizer_path=str(EMBEDDED_TOKENIZER))
@@ -63,6 +73,14 @@ FILES = {
     "json": lambda f: write(f, "a.json", json.dumps([{"text": t} for t in TEXTS], indent=1)),
     "parquet": lambda f: write_parquet(f, {"text": TEXTS, "id": [1, 2, 3]}),
     "parquet-large": lambda f: write_parquet(f, {"text": pa.array(TEXTS, pa.large_string())}),
+    "parquet-dictionary": lambda f: write_parquet(f, {"text": pa.array(TEXTS).dictionary_encode()}),
+    "parquet-view": lambda f: write_parquet(f, {"text": pa.array(TEXTS, pa.string_view())}),
+    "jsonl-gz": lambda f: compressed(f, "a.jsonl.gz", lines(TEXTS)),
+    "jsonl-zst": lambda f: compressed(f, "a.JSONL.zst", lines(TEXTS)),
+    "json-bz2": lambda f: compressed(f, "a.json.bz2", json.dumps([{"text": t} for t in TEXTS])),
+    "txt-gz": lambda f: compressed(f, "a.txt.gz", "\r\n\r\n".join(TEXTS)),
+    # Other keys are not looked at: no number is too large.
+    "jsonl-digits": lambda f: write(f, "a.jsonl", lines(TEXTS, id="9" * 6000)),
 }
 
 
@@ -183,6 +201,19 @@ BROKEN = {
         lambda f: write(f, "a.jsonl", '{"text": "x"}\n\n{"text": "y"\n'),
         "broken: line 3, column 13",
     ),
+    "jsonl-nested": (
+        lambda f: write(f, "a.jsonl", '{"text": "x"}\n{"text": "x", "n": ' + "[" * 90000),
+        r"a\.jsonl', line 2: lists or objects nest too deeply",
+    ),
+    "json-nested": (lambda f: write(f, "a.json", "[" * 90000), r"a\.json': lists or objects nest"),
+    "not-compressed": (
+        lambda f: write(f, "a.jsonl.gz", '{"text": "x"}'),
+        r"a\.jsonl\.gz' cannot be read",
+    ),
+    "compressed-parquet": (
+        lambda f: write(f, "a.parquet.gz", ""),
+        r"unknown kind .*'\.parquet\.gz'",
+    ),
     "jsonl-column": (
         lambda f: write(f, "a.jsonl", '{"text": "x"}\n{"body": "x", "id": 1}'),
         "line 2 has no column 'text'; found: 'body', 'id'",
@@ -199,6 +230,14 @@ BROKEN = {
     "json-column": (lambda f: write(f, "a.json", "[{}]"), "no column 'text'; found: none"),
     "parquet-column": (lambda f: write_parquet(f, {"body": ["x"]}), "'text'; found: 'body'"),
     "parquet-number": (lambda f: write_parquet(f, {"text": [1]}), "it is int64"),
+    "parquet-dictionary-null": (
+        lambda f: write_parquet(f, {"text": pa.array(["x", None]).dictionary_encode()}),
+        "with 1 null",
+    ),
+    "parquet-dictionary-number": (
+        lambda f: write_parquet(f, {"text": pa.array([1, 2]).dictionary_encode()}),
+        "it is int64",  # Arrow itself keeps only dictionaries of strings
+    ),
     "parquet-null": (lambda f: write_parquet(f, {"text": ["x", None]}), "with 1 null"),
     "parquet-none": (lambda f: write_parquet(f, {"text": pa.array([], pa.string())}), "no text"),
     "parquet-broken": (lambda f: write(f, "a.parquet", b"PAR1 not"), "is broken"),

@@ -114,7 +114,7 @@ def test_every_installed_backend_is_a_suffix() -> None:
         ("", "Known are"),
         ("_mla", "_mla.toml is not a flavor: it is a parent"),
         ("_mla_sdpa", "unknown flavor '_mla_sdpa'"),
-        ("../flavors/16B", "unknown flavor"),
+        ("../flavors/16B", "is a path. Write the flavor's name alone: '16B'"),
         ("a\0b", "unknown flavor"),
     ],
 )

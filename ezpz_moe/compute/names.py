@@ -15,7 +15,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError, did_you_mean, short
 
 GROUP = "ezpz_moe.backends"
 
@@ -67,8 +67,9 @@ def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
     name, bracket, _ = compute_backend.partition("(")
     known = known_backend_names()
     if name not in known:
+        said = short(name or compute_backend)
         raise EzpzError(
-            f"unknown compute_backend {name!r}. Known: {', '.join(known)}."
+            f"unknown compute_backend {said!r}. Known: {', '.join(known)}."
             f"{did_you_mean(name, known)}"
         )
     if not bracket:
@@ -84,7 +85,7 @@ def name_and_options(compute_backend: str) -> tuple[str, dict[str, Any]]:
         return name, options
     except (SyntaxError, TypeError, ValueError):
         raise EzpzError(
-            f"compute_backend {compute_backend!r}: write options as "
+            f"compute_backend {short(compute_backend)!r}: write options as "
             f"{name}(option=value, other=value), each once, with values that are numbers, true or "
             f"false, or quoted strings."
         ) from None

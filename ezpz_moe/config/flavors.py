@@ -30,7 +30,7 @@ from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Sche
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError, did_you_mean, short
 
 __all__ = [
     "FOLDER_VARIABLE",
@@ -79,6 +79,8 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
         suffix = name.removeprefix(stem)
         if name == stem + suffix and suffix in suffixes:
             return _resolve(name, files[stem], folders, suffixes[suffix])
+    if (stem := Path(name).name.removesuffix(".toml")) in files and stem != name:
+        raise EzpzError(f"{short(name)!r} is a path. Write the flavor's name alone: {stem!r}.")
     # All variants, for the hint: `16B_sdap` is nearest to one of them.
     known = [stem + suffix for stem, suffix in product(files, suffixes)]
     raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
@@ -317,13 +319,14 @@ def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
     for folder in folders:
         # A name with a slash leads out of the folder, where no flavors are looked for.
         path = folder / f"{name}.toml"
-        if path.parent == folder and path.is_file():
+        # Not path.is_file(), which raises for a name that is too long for a file.
+        if path.name == f"{name}.toml" and os.path.isfile(path):
             keys = ", ".join(sorted(_KEYS))
             is_parent = name.startswith("_")
             reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
             return f"{path} is not a flavor: {reason}."
     return (
-        f"unknown flavor {name!r} in {', '.join(map(str, folders))} ({FOLDER_VARIABLE} adds a "
-        f"folder). Known are {', '.join(known)}, "
+        f"unknown flavor {short(name)!r} in {', '.join(map(str, folders))} "
+        f"({FOLDER_VARIABLE} adds a folder). Known are {', '.join(known)}, "
         "each also with [_<attention>][_<backend>]."
     )

@@ -24,7 +24,7 @@ from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
 from ezpz_moe.config.toml import read_toml
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, printable
 
 MODEL_NAME = "ezpz_moe"
 
@@ -161,7 +161,7 @@ def _settings(
         if path in known and isinstance(value, dict):
             yield from _settings(value, known, path)
         else:
-            yield section, name, value
+            yield section, printable(name), value
 
 
 def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 
 import tomli
 
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError, did_you_mean, short
+
+_INTEGERS = range(-(2**63), 2**63)
+"""What TOML's integers are."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -15,8 +18,28 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         EzpzError: the file is missing, a folder, unreadable, not UTF-8 or not TOML; the last two
-            come with line and column.
+            come with line and column. An integer has more than 64 bits.
     """
+    document = _parsed(path)
+    if key := _huge_integer(document):
+        raise EzpzError(
+            f"{path}: is not valid TOML: {short(key)}: the integer there is too large: those of "
+            "TOML have 64 bits."
+        )
+    return document
+
+
+def _huge_integer(value: Any, key: str = "") -> str | None:
+    """Return the dotted key of the first integer that TOML does not have; tomli takes any."""
+    if isinstance(value, int):
+        return None if value in _INTEGERS else key
+    items = value.items() if isinstance(value, dict) else ()
+    inner = [(f"{key}.{name}" if key else name, each) for name, each in items]
+    inner += [(key, each) for each in value] if isinstance(value, list) else []
+    return next((found for name, each in inner if (found := _huge_integer(each, name))), None)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -41,5 +64,10 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path}: is not valid TOML: {error.msg} (at line {error.lineno}, "
             f"column {error.colno})."
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 500 nested lists
-        raise EzpzError(f"{path}: is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise EzpzError(f"{path}: is not valid TOML: lists or tables nest too deeply.") from error
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise EzpzError(
+            f"{path}: is not valid TOML: an integer in it has thousands of digits; those of TOML "
+            "have 64 bits."
+        ) from error

@@ -12,6 +12,8 @@ Every other name belongs to the host and is passed on unchanged. The documents o
 ``.parquet``          the rows' column ``text``
 ====================  =============================================================
 
+All but ``.parquet`` may be compressed: ``.jsonl.gz``, ``.jsonl.zst``, and so on.
+
 The host marks the beginning and end of each document. It distributes whole documents over the
 data-parallel ranks and never splits one, so a ``.txt`` file is split into paragraphs: one document
 would leave the other ranks without data.
@@ -164,16 +166,16 @@ def read_documents(path: str) -> Dataset:
 
 @functools.lru_cache(maxsize=2)  # the training file and the validation file
 def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
-    reader = _READERS.get(file.suffix.lower())
+    reader = _reader(file)
     if reader is None:
         raise EzpzError(
-            f"dataset_path = '{file}': unknown kind of file {file.suffix!r}; "
-            f"known: {', '.join(_READERS)}."
+            f"dataset_path = '{file}': unknown kind of file {''.join(file.suffixes[-2:])!r}; "
+            f"known: {', '.join(_READERS)}; each but .parquet also with {', '.join(_COMPRESSED)}."
         )
     try:
         dataset = reader(file)
-    except OSError as error:
-        raise EzpzError(f"dataset_path = '{file}' cannot be read: {error}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise EzpzError(f"dataset_path = '{file}' cannot be read: {error}.") from error
     except UnicodeDecodeError as error:
         raise EzpzError(
             f"dataset_path = '{file}' is not UTF-8 text: byte {error.start} "
@@ -184,9 +186,16 @@ def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
     return dataset
 
 
+def _text_in(file: Path) -> str:
+    # By the name's ending: Arrow decompresses, or not.
+    with pa.input_stream(str(file), compression="detect") as stream:
+        # -sig drops the byte order mark that Windows editors write; it would become a token.
+        text = stream.read().decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _read_txt(file: Path) -> Dataset:
-    # -sig drops the byte order mark that Windows editors write; it would become a token.
-    return _paragraphs(file.read_text(encoding="utf-8-sig"))
+    return _paragraphs(_text_in(file))
 
 
 def _paragraphs(text: str) -> Dataset:
@@ -198,7 +207,7 @@ def _paragraphs(text: str) -> Dataset:
 
 def _read_jsonl(file: Path) -> Dataset:
     # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    lines = _text_in(file).split("\n")
     rows = (
         (f"line {number}", _parse_json(line, file, number))
         for number, line in enumerate(lines, start=1)
@@ -208,7 +217,7 @@ def _read_jsonl(file: Path) -> Dataset:
 
 
 def _read_json(file: Path) -> Dataset:
-    text = file.read_text(encoding="utf-8-sig")
+    text = _text_in(file)
     # An empty file is not JSON; as a file without text it gets a better message.
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
@@ -228,13 +237,22 @@ def _read_parquet(file: Path) -> Dataset:
         texts = pq.read_table(file, columns=[COLUMN])[COLUMN]
     except pa.ArrowException as error:
         raise EzpzError(f"dataset_path = '{file}' is broken: {error}") from error
-    is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
-    if not is_text or texts.null_count:
+    held = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
+    if not any(is_text(held) for is_text in _TEXT_TYPES) or texts.null_count:
         raise EzpzError(
             f"dataset_path = '{file}': column {COLUMN!r} must hold a string in every "
             f"row, but it is {texts.type} with {_count(texts.null_count, 'null')}."
         )
-    return Dataset(pa.table({COLUMN: texts}))  # Arrow's own column: no copy as Python strings
+    # Arrow's own column: no copy as Python strings. Dictionaries and views are not among the types
+    # that datasets knows.
+    plain = (
+        texts if held is texts.type and held != pa.string_view() else texts.cast(pa.large_string())
+    )
+    return Dataset(pa.table({COLUMN: plain}))
+
+
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
@@ -245,12 +263,28 @@ _READERS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def _parse_json(text: str, file: Path, first_line: int = 1) -> Any:
+def _reader(file: Path) -> Callable[[Path], Dataset] | None:
+    name = file.name.lower()
+    for ending in _COMPRESSED:
+        if name.endswith(ending):
+            inner = _READERS.get(Path(name.removesuffix(ending)).suffix)
+            return None if inner is _read_parquet else inner  # that is compressed inside
+    return _READERS.get(Path(name).suffix)
+
+
+def _parse_json(text: str, file: Path, line: int | None = None) -> Any:
+    """Return the value in a file's text, or in one line of it."""
     try:
-        return json.loads(text)
+        # Numbers are only ever named as such, and Python reads none of more than 4300 digits.
+        return json.loads(text, parse_int=float)
+    except RecursionError as error:
+        where = f", line {line}" if line else ""
+        raise EzpzError(
+            f"dataset_path = '{file}'{where}: lists or objects nest too deeply to be read."
+        ) from error
     except json.JSONDecodeError as error:
         raise EzpzError(
-            f"dataset_path = '{file}' is broken: line {first_line + error.lineno - 1}, "
+            f"dataset_path = '{file}' is broken: line {(line or 1) + error.lineno - 1}, "
             f"column {error.colno}: {error.msg}."
         ) from error
 

@@ -24,6 +24,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
+from ezpz_moe.hosts.limits import compile_problems, memory_problems
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,
@@ -244,6 +245,16 @@ def _batch(config: Trainer.Config) -> Batch:
     )
 
 
+def _limits(config: Trainer.Config) -> Iterator[str]:
+    yield from compile_problems(config.compile.backend)
+    if sizes := _sizes(config):
+        together = titan().sequences(config.training, config.parallelism, data_ranks=1)
+        setting, value = _batch(config).microbatch
+        yield from memory_problems(
+            setting, value, together.of_microbatch * together.length, sizes[0].dim
+        )
+
+
 def _of_this_host(config: Trainer.Config) -> Iterator[str]:
     return titan().own_conflicts(config)
 
@@ -348,6 +359,7 @@ _ALWAYS: tuple[_Check, ...] = (
     override_problems,
     dispatcher_problems,
     _sequence_length,
+    _limits,
     schedule_problems,
     _routers,
     _telemetry,

@@ -20,6 +20,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
+from ezpz_moe.hosts.limits import compile_problems, memory_problems
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -132,6 +133,12 @@ def _sequence_length(config: Any, args: Any) -> Iterator[str]:
         )
 
 
+def _limits(config: Any, args: Any) -> Iterator[str]:
+    yield from compile_problems(config.compile.backend)
+    setting, value = _batch(config).microbatch
+    yield from memory_problems(setting, value, value * config.training.seq_len, args.dim)
+
+
 def _quantized_experts(config: Any, args: Any) -> Iterator[str]:
     if args.compute_backend == HOST_PATH:
         return
@@ -223,6 +230,7 @@ _SETTINGS: tuple[_Check, ...] = (
     _tensor_parallel_degree,
     _pipeline_schedule,
     _sequence_length,
+    _limits,
     _quantized_experts,
     _deepep,
 )

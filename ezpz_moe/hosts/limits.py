@@ -1,0 +1,47 @@
+"""Values that are of the right kind and that nothing can run. The same for all hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ezpz_moe.errors import did_you_mean
+
+_IDS = 2 * 8  # bytes of a token: its id and its label
+_ACTIVATION = 2  # bytes: bfloat16
+_TEBIBYTE = 2**40
+_MOST = 16 * _TEBIBYTE
+"""Bytes: no rank has as many."""
+
+
+def memory_problems(setting: str, value: int, tokens: int, dim: int) -> Iterator[str]:
+    """Yield why no machine has room for what a rank computes at once.
+
+    Args:
+        setting: path of the setting that decides it.
+        value: what it is set to.
+        tokens: so many a rank computes at once.
+        dim: the model's.
+    """
+    # The least that a model can do with: one layer's input, and nothing of what is inside.
+    needed = tokens * (_IDS + _ACTIVATION * dim)
+    if needed > _MOST:
+        yield (
+            f"{setting} = {value}: {tokens:,} tokens at once would take "
+            f"{needed / _TEBIBYTE:,.0f} TiB on each rank for their ids and one layer's input "
+            "alone. Choose fewer."
+        )
+
+
+def compile_problems(backend: str) -> Iterator[str]:
+    """Yield why torch.compile has no such backend. It asks torch only about an unusual one."""
+    if backend == "inductor":
+        return
+    import torch
+
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        yield (
+            f"compile.backend = {backend!r}: torch.compile has no such backend."
+            f"{did_you_mean(backend, known)} It has "
+            f"{', '.join(torch.compiler.list_backends())}, and others for debugging."
+        )
