@@ -68,7 +68,9 @@ REFUSALS = {
     "no such model, but a config": "refused: a config and not a model; names the other door",
     "converts a model where its config is made": "refused: a job has no converters",
     "computes the experts' products itself": "refused: quantized experts",
-    "both replace the routed experts": "refused: both replace the experts",
+    # A run beside such an override replaces the experts alone. Here the process has imported ours
+    # before, which then replaces the layer around them.
+    "the first replaces a node that contains": "refused: both replace the experts",
     "it fuses only torchtitan's own experts": "refused: the flavor has its experts",
     "MoE quantization requires a token dispatcher": "torchtitan refuses: no padding",
 }

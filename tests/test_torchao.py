@@ -92,8 +92,8 @@ def test_a_model_with_float8_linears_trains_with_a_backend():
     model = config.build()
     model.init_states(buffer_device=torch.device("cpu"))
     backend = get_backend("for_loop")
-    ours = mock.Mock(wraps=backend.swiglu)
-    with mock.patch.object(type(backend), "swiglu", ours):
+    ours = mock.Mock(wraps=backend.routed)
+    with mock.patch.object(type(backend), "routed", ours):
         tokens = torch.randint(2048, (1, 16))
         model(tokens, positions=torch.arange(16)[None]).float().square().mean().backward()
     assert ours.call_count == layers
