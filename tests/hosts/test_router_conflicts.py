@@ -174,6 +174,9 @@ REMARKS = {
     "[balance]\naux_loss = 1\n[balance.batch]\nmse_loss = 2": [
         "aux_loss = 1 and batch.mse_loss = 2 balance beside .* the losses alone$"
     ],
+    "[balance]\naux_loss = 1\nmse_loss = 3\n[balance.batch]\nmse_loss = 2": [
+        "aux_loss = 1, mse_loss = 3 and batch.mse_loss = 2 balance beside"
+    ],
     "[balance]\nz_loss = 1": [],
     "[router]\nfreeze = true\n[balance]\naux_loss = 0.01": [],
     "[router]\nkeep_top1_score = true": ["no effect, as a token has 3 experts"],

@@ -80,11 +80,15 @@ def _two_that_balance(config: Any, moe: Any) -> Iterator[str]:
     ]
     if losses:
         yield (
-            f"[balance] {' and '.join(losses)} balance{'s' * (len(losses) == 1)} beside "
+            f"[balance] {_and(losses)} balance{'s' * (len(losses) == 1)} beside "
             f"torchtitan's own update of the selection bias, by {moe.load_balance_coeff:g} in "
             'every step, as [balance] does not mention it. Set bias_update = "sign" to keep both, '
             f'or "none" to have the loss{"es" * (len(losses) > 1)} alone'
         )
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _padding_with_a_special_token(config: Any, moe: Any) -> Iterator[str]:
