@@ -1,4 +1,4 @@
-"""README and docs/start: the messages they explain are printed, and README stays short."""
+"""README, docs/start and docs/guides: messages are those that are printed, and pages keep their form."""
 
 import ast
 import re
@@ -53,3 +53,19 @@ def test_a_line_that_is_called_harmless_is_printed_by_torchtitan() -> None:
 
 def test_the_readme_fits_two_screens() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80
+
+
+GUIDES = (
+    *("job-file", "data", "checkpoints", "clusters", "moving", "convert", "upcycle", "telemetry"),
+    *("analysis", "backends", "precision"),
+)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guide_ends_with_what_one_should_see(guide: str) -> None:
+    text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
+    _, heading, end = text.rpartition("\n## ")
+    assert heading
+    assert end.startswith("What you should see\n")
+    assert "\n```" in end
+    assert not re.search(r"^[A-Z]+_OUTPUT$", text, re.M), "still to be filled in"
