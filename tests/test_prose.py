@@ -1,4 +1,4 @@
-"""README, docs/start and docs/guides: messages are those that are printed, and pages keep their form."""
+"""README, docs/start and docs/guides: messages are those that are printed; pages keep their form."""
 
 import ast
 import re
@@ -22,7 +22,9 @@ def strings() -> list[str]:
     for path in sorted((ROOT / "ezpz_moe").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                parts = (each.value if isinstance(each, ast.Constant) else "…" for each in node.values)
+                parts = (
+                    each.value if isinstance(each, ast.Constant) else "…" for each in node.values
+                )
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
