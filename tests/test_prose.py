@@ -1,4 +1,4 @@
-"""README, docs/start and docs/guides: messages are those that are printed; pages keep their form."""
+"""README, docs/start, docs/guides: messages are those that are printed, pages keep their form."""
 
 import ast
 import re
