@@ -7,7 +7,7 @@ A process settles at its start how it allocates, so each contender is a run of i
 ``ezpz-moe train`` starts its worker. The runs take turns: what slows the machine slows all alike. A
 step is the time between two lines of the log. Processor time and page faults are of the same steps,
 and change little with what else runs; peak memory is the log's. The figures are in
-docs/guides/benchmark.md.
+docs/internals/cpu-memory.md.
 
 Linux only.
 """

@@ -5,7 +5,7 @@
 
 The second form keeps memory once it has it, as ``ezpz-moe bench --allocator retain``. OLMoE/4,
 balanced, bfloat16; medians of turns, each of which begins with another part. The table is in
-docs/guides/backends.md.
+docs/internals/backends.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the times of whole runs differ more from run to run than those of backends.
 
 A step is forward, backward, clipping and optimizer, from the batch to the logged loss. The ratio is
 the median of the ratios within a turn, and its interval holds the true median in 95 of 100 runs
-(order statistics). docs/guides/backends.md has the table.
+(order statistics). docs/internals/backends.md has the table.
 """
 
 from __future__ import annotations

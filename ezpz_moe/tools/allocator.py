@@ -3,7 +3,7 @@
 By default glibc gets every large block from the system, and gives it back when it is freed. A
 training step frees and allocates the same blocks as the one before, and each time the system has to
 clear and map their pages. Here every block of the main thread, which trains, comes from the heap,
-and the heap never shrinks. What that is worth is in docs/guides/benchmark.md.
+and the heap never shrinks. What that is worth is in docs/internals/cpu-memory.md.
 
 Set in the running process: that works however it was started. Its children inherit it.
 """
