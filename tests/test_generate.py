@@ -217,6 +217,26 @@ def test_characters_of_several_tokens_come_whole(tokenizer) -> None:
     assert told.has_ended
 
 
+def test_a_character_that_stays_incomplete_is_shown(tokenizer) -> None:
+    tokens = tokenizer("日").input_ids
+    assert len(tokens) > 1
+    assert "".join(Told(tokens, most=1, end=None).pieces(hosts_tokenizer())) == "\ufffd"
+
+
+def test_a_word_after_the_prompt_keeps_its_space() -> None:
+    """In tokenizers that mark words, the first word of a text loses it."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1}, unk_token="▁one"))
+    words.decoder = decoders.Metaspace()
+
+    class Wrapped:
+        tokenizer = words
+        decode = staticmethod(words.decode)
+
+    assert list(Told([1, 1], most=2, end=None).pieces(Wrapped())) == [" two", " two"]
+
+
 def test_a_text_stops_after_as_many_tokens_as_asked_for(tokenizer) -> None:
     tokens = tokenizer("one two three four").input_ids
     told = Told(tokens, most=2, end=None)

@@ -179,6 +179,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
         """Return the text's tokens, with the marks of its beginning and end that are asked for."""
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Return the tokens' text."""
+
     def apply_chat_template(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
     ) -> str:

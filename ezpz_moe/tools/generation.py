@@ -105,12 +105,18 @@ class Continuation:
     def pieces(self, tokenizer: Tokenizer) -> Iterator[str]:
         """Yield the text as soon as its characters are complete, without special tokens.
 
-        A character may take several tokens.
+        A character may take several tokens; one that is incomplete at the end comes as U+FFFD.
         """
-        stream = DecodeStream(skip_special_tokens=True)
+        # The prompt too: some tokenizers leave out the space before the first word of a text.
+        stream = DecodeStream(ids=list(self._prompt), skip_special_tokens=True)
+        waiting: list[int] = []
         for token in self:
+            waiting.append(token)
             if (piece := stream.step(tokenizer.tokenizer, token)) is not None:
+                waiting.clear()
                 yield piece
+        if rest := tokenizer.decode(waiting, skip_special_tokens=True):
+            yield rest
 
     def _logits(self) -> torch.Tensor:
         """Return the next token's logits [V] on the CPU."""
