@@ -57,6 +57,35 @@ def vocabulary_problems(
         )
 
 
+def chat_problems(build: Callable[[], Any], hf_assets_path: str) -> Iterator[str]:
+    """Yield a sentence if the tokenizer cannot write a chat.
+
+    Args:
+        build: returns the host's tokenizer in ``hf_assets_path``, as the run will build it.
+        hf_assets_path: its folder. A tokenizer that cannot be read has none:
+            :func:`vocabulary_problems` says so.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        with _without_remarks():
+            tokenizer = build()
+    # The tokenizers library raises a bare Exception, whatever is wrong with a file.
+    except Exception:
+        return
+    chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    named = f"hf_assets_path = {hf_assets_path!r}"
+    try:
+        tokenizer.apply_chat_template(chat)
+    except (TemplateError, ValueError) as error:
+        yield (
+            f"{named}: its tokenizer cannot write a chat: {error} A chat template is "
+            "chat_template.jinja beside tokenizer_config.json, or a key of that file."
+        )
+    if tokenizer.eos_id is None:
+        yield f"{named}: its tokenizer names no eos_token, which ends an answer in chats."
+
+
 def special_tokens(build: Callable[[], Any], hf_assets_path: str) -> dict[int, str]:
     """Return id -> its name, for the tokens that begin and end a text.
 
