@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
