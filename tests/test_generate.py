@@ -24,6 +24,7 @@ from hf_models import opened  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from ezpz_moe import cli  # noqa: E402
+from ezpz_moe.cli.generate import _shown  # noqa: E402
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER  # noqa: E402
 from ezpz_moe.tools.generation import (  # noqa: E402
     Continuation,
@@ -237,6 +238,13 @@ def test_a_word_after_the_prompt_keeps_its_space() -> None:
     assert list(Told([1, 1], most=2, end=None).pieces(Wrapped())) == [" two", " two"]
 
 
+def test_a_terminal_gets_no_commands_from_a_model(monkeypatch) -> None:
+    text = "a\x1b[2J\tü\n🙂"
+    assert _shown(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert _shown(text) == "a\\x1b[2J\tü\n🙂"
+
+
 def test_a_text_stops_after_as_many_tokens_as_asked_for(tokenizer) -> None:
     tokens = tokenizer("one two three four").input_ids
     told = Told(tokens, most=2, end=None)
@@ -273,6 +281,7 @@ MISTAKES = [
     (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be"),
     (["--prompt", "a", "--temperature", "inf"], "--temperature inf: must be"),
     (["--prompt", "a", "--temperature", "0", "--top-p", "0.5"], "Remove one of the two"),
+    (["--prompt", "a", "--seed", "-1"], "--seed -1: must be between 0 and 2^63 - 1"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (["--prompt", "a"], "Add --config FLAVOR|JOB.toml"),
     (["--prompt", "a", "--config", "no_such"], "unknown flavor 'no_such'"),

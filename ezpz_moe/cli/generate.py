@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tyro.conf import Positional, arg
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, import_host
 from ezpz_moe.cli.command import Command
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, printable
 
 if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
@@ -77,9 +78,14 @@ class Generate(Command):
             display.print_to_stderr(note)
         most, end = self.max_new_tokens, tokenizer.eos_id
         text = Continuation(loaded, tokens, self._sampling(), most=most, end=end)
-        for piece in text.pieces(tokenizer):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in text.pieces(tokenizer):
+                print(_shown(piece), end="", flush=True)
+            print(flush=True)
+        except BrokenPipeError:  # `head` has read enough
+            # Without this, Python's own flush at exit would meet the closed pipe again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         why = "the text ended" if text.has_ended else f"--max-new-tokens {most}"
         # Not to stdout, where the text is alone.
         display.print_to_stderr(f"{len(tokens)} tokens read, {len(text.tokens)} written: {why}")
@@ -91,6 +97,8 @@ class Generate(Command):
         # Refuses NaN as well: every comparison with it is false.
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise EzpzError(f"--temperature {self.temperature}: must be a number >= 0.")
+        if not 0 <= self.seed < 2**63:
+            raise EzpzError(f"--seed {self.seed}: must be between 0 and 2^63 - 1.")
         if self.top_p is None:
             return
         if not 0 < self.top_p <= 1:
@@ -106,8 +114,10 @@ class Generate(Command):
         if (self.prompt is None) == (self.prompt_file is None):
             given = "not both" if self.prompt is not None else "or - for stdin"
             raise EzpzError(f"generate: needs --prompt TEXT or --prompt-file FILE, {given}.")
-        where = "--prompt" if self.prompt is not None else f"--prompt-file {self.prompt_file}"
-        text = _read(self.prompt_file) if self.prompt is None else self.prompt
+        if self.prompt_file is not None:
+            where, text = f"--prompt-file {self.prompt_file}", _read(self.prompt_file)
+        else:
+            where, text = "--prompt", self.prompt or ""
         if not text:
             raise EzpzError(f"{where}: is empty; there is nothing to continue.")
         try:
@@ -154,6 +164,13 @@ class Generate(Command):
 
 
 COMMAND = Generate
+
+
+def _shown(piece: str) -> str:
+    """Return a piece of text without what a terminal would act on, if one shows it."""
+    if not sys.stdout.isatty():
+        return piece
+    return "".join(each if each in "\n\t" else printable(each) for each in piece)
 
 
 def _read(name: str) -> str:

@@ -120,15 +120,15 @@ def load(
     part = host().analysis()
     _check_device(device)
     model = part.build(flavor, length, device=device, one_document=one_document)
-    state = model.state_dict()
+    state, step = model.state_dict(), None
+    notes: tuple[str, ...] = ()
     if (folder / storage.METADATA).is_file():
-        read, notes = _of_checkpoint(folder, state), ()
+        read = _of_checkpoint(folder, state)
         # A model alone may lie in a folder of any name: then its step is after every schedule.
         step = contents.step(folder, storage.read_metadata(folder))
     else:
         importable = _importable(folder, flavor)
         read, notes = importable.read, importable.notes
-        step = None
     # Layer by layer: the weights are never in memory as a whole. Not tensor by tensor, and not
     # into the tensors of the state dict: a host may fuse the queries', keys' and values' weights,
     # and make the state dict's from a copy.
