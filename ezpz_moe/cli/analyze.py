@@ -67,14 +67,16 @@ class Analyze(Command):
     def run(self) -> int:
         # Before torch is imported: a wrong number is reported at once.
         self._check()
-        from ezpz_moe.tools.trained import find_trained, find_weights
+        from ezpz_moe.tools.named_model import named_model
 
-        trained = find_trained(self.run_, self.config)
-        flavor, checkpoint = trained.flavor, trained.folder
+        named = named_model(self.run_, self.config)
+        from ezpz_moe.tools.trained import find_weights
+
+        flavor, checkpoint = named.flavor, find_weights(named.path)
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_weights(self.against) if self.against else None
         host = import_host()
-        text = self._text(trained.job, host.analysis().encoder(trained.tokenizer, flavor))
+        text = self._text(named.job, host.analysis().encoder(named.tokenizer(checkpoint), flavor))
         recording = self._record(flavor, checkpoint, text)
         compared = self._record(flavor, other, text) if other else None
 

@@ -63,17 +63,19 @@ class Generate(Command):
         # Before torch is imported: a wrong number is reported at once.
         self._check()
         prompt = self._prompt()
-        from ezpz_moe.tools.trained import find_trained
+        from ezpz_moe.tools.named_model import named_model
 
-        trained = find_trained(self.run_, self.config)
-        flavor = trained.flavor
+        named = named_model(self.run_, self.config)
+        from ezpz_moe.tools.trained import find_weights
+
+        flavor, weights = named.flavor, find_weights(named.path)
         part = import_host().analysis()
         from ezpz_moe.tools.generation import Continuation, prompt_tokens
 
-        tokenizer = part.tokenizer(trained.tokenizer, flavor)
+        tokenizer = part.tokenizer(named.tokenizer(weights), flavor)
         tokens = prompt_tokens(tokenizer, prompt, chat=self.chat)
         self._check_length(len(tokens), flavor, part.longest(flavor))
-        loaded = self._load(trained.folder, flavor, len(tokens) + self.max_new_tokens)
+        loaded = self._load(weights, flavor, len(tokens) + self.max_new_tokens)
         for note in loaded.notes:
             display.print_to_stderr(note)
         most, end = self.max_new_tokens, tokenizer.eos_id

@@ -1,4 +1,4 @@
-"""Find a trained model that the user names, and load it into the host's own module."""
+"""Find a trained model's weights, and load them into the host's own module."""
 
 from __future__ import annotations
 
@@ -8,73 +8,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.config.flavors import Flavor, load_flavor
-from ezpz_moe.config.job import Job
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.hosts.jobs import find_job, load_job
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
 from ezpz_moe.tools.checkpoints.huggingface.importing import Importable, check_importable
 from ezpz_moe.tools.checkpoints.huggingface.model import model_of
 from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model: the job that describes it, and the folder with its weights."""
-
-    job: Job
-    folder: Path
-
-    @cached_property
-    def flavor(self) -> Flavor:
-        """The model's flavor."""
-        return load_flavor(self.job.flavor, near=self.job.folder)
-
-    @property
-    def tokenizer(self) -> str:
-        """The folder of the job's tokenizer; without a job, what lies beside the weights."""
-        if assets := self.job.values.get("model.hf_assets_path"):
-            return self.job.resolve(assets)
-        # A job without the key has trained with the embedded one.
-        is_beside = self.job.path is None and (self.folder / "tokenizer.json").is_file()
-        return str(self.folder if is_beside else EMBEDDED_TOKENIZER)
-
-
-def find_trained(named: str, config: str | None) -> Trained:
-    """Find the model that the user names.
-
-    Args:
-        named: the folder of a checkpoint, of a run (its newest checkpoint) or of safetensors that
-            ``ckpt remap --to hf`` writes; or the job of the run.
-        config: a flavor or a job that describes the model. Needed unless ``named`` is a job.
-
-    Raises:
-        EzpzError: there is no such checkpoint, job or flavor, or no model was named.
-    """
-    if named.endswith(".toml"):
-        job = load_job(named)
-        # The defaults are the host's. As in the host, the folder is relative to the working
-        # directory, not to the job.
-        folder = Path(
-            job.values.get("job.dump_folder", "./outputs"),
-            job.values.get("checkpoint.folder", "checkpoint"),
-        )
-        return Trained(find_job(config) if config else job, find_weights(folder))
-    if config is None:
-        raise EzpzError(
-            f"{named}: a checkpoint does not say which model it holds. Add --config "
-            "FLAVOR|JOB.toml, or pass the job instead of the checkpoint."
-        )
-    return Trained(find_job(config), find_weights(Path(named)))
 
 
 def find_weights(path: Path) -> Path:
