@@ -33,6 +33,7 @@ from ezpz_moe.tools.generation import (  # noqa: E402
     likeliest,
     prompt_tokens,
 )
+from ezpz_moe.tools.named_model import named_model  # noqa: E402
 from ezpz_moe.tools.trained import Loaded  # noqa: E402
 
 pytestmark = [
@@ -102,7 +103,7 @@ def test_the_likeliest_text_is_that_of_transformers(exports, tokenizer, kind, ca
     [
         ("deepseek_v3", 'attention = "flex"'),  # compiled for each length, or no kernel on a CPU
         ("deepseek_v2", "[router]\nconstant_experts = 3\nnull_experts = 1"),
-        ("deepseek_v2", "[router]\ntemperature = { start = 9.0, end = 1.0, steps = 7 }"),
+        ("deepseek_v2", "[router]\ntemperature = { start = 0.05, end = 5.0, steps = 3 }"),
         pytest.param("gpt_oss", 'compute_backend = "grouped_mm"', marks=pytest.mark.full),
     ],
 )
@@ -153,6 +154,20 @@ def test_the_newest_step_of_a_job_and_a_chat_by_its_tokenizer(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi?\n")))
     assert said(capsys, job, *flags, "--prompt-file", "-", "--chat") == plain
     assert said(capsys, job, *flags, "--prompt", "Hi?") != plain
+
+
+def test_the_tokenizer_is_the_jobs_or_lies_beside_the_weights(tmp_path) -> None:
+    named = Path(tmp_path / "job.toml")
+    named.write_text('[model]\nname = "ezpz_moe"\nflavor = "debugmodel"\n')
+    weights = tmp_path / "hf"
+    weights.mkdir()
+    flavor, job = (named_model(str(weights), config) for config in ("debugmodel", str(named)))
+    assert flavor.tokenizer(weights) == str(EMBEDDED_TOKENIZER)
+    (weights / "tokenizer.json").write_text("{}")
+    assert flavor.tokenizer(weights) == str(weights)
+    assert job.tokenizer(weights) == str(EMBEDDED_TOKENIZER)
+    named.write_text(named.read_text() + 'hf_assets_path = "hf"\n')
+    assert named_model(str(weights), str(named)).tokenizer(weights) == str(weights)
 
 
 def test_a_seed_gives_the_same_text(exports, capsys) -> None:
