@@ -142,7 +142,11 @@ dataset = "chat_file"
 @pytest.mark.parametrize(
     ("assets", "data", "message"),
     [
-        ("", 'dataset_path = "chats.jsonl"', "its tokenizer cannot write a chat: No chat template"),
+        (
+            "",
+            'dataset_path = "chats.jsonl"',
+            "the tokenizer has no chat template: chat_template.jinja beside",
+        ),
         ("", "", "dataset = 'chat_file' needs dataset_path"),
         ("", 'dataset_path = "no.jsonl"', "dataset_path = 'no.jsonl' does not exist"),
     ],

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
 
@@ -166,8 +168,22 @@ def test_the_tokenizer_is_the_jobs_or_lies_beside_the_weights(tmp_path) -> None:
     (weights / "tokenizer.json").write_text("{}")
     assert flavor.tokenizer(weights) == str(weights)
     assert job.tokenizer(weights) == str(EMBEDDED_TOKENIZER)
-    named.write_text(named.read_text() + 'hf_assets_path = "hf"\n')
-    assert named_model(str(weights), str(named)).tokenizer(weights) == str(weights)
+    (weights / "own.toml").write_text('inherits = "debugmodel"\n')
+    run = f'[job]\ndump_folder = "{tmp_path}"\n[checkpoint]\nfolder = "hf"\n'
+    (weights / "job.toml").write_text(f'{run}{named.read_text()}hf_assets_path = "{weights}"\n')
+    for config in (None, "own"):  # another flavor of the same job, beside it
+        found = named_model(str(weights / "job.toml"), config)
+        assert (found.path, Path(found.tokenizer(weights))) == (weights, weights)
+    assert found.flavor.name == "own"
+
+
+def test_a_template_that_fails_is_one_line() -> None:
+    class Failing:
+        def apply_chat_template(self, messages: list, **_: bool) -> str:
+            raise TemplateError("roles must alternate")
+
+    with pytest.raises(EzpzError, match="--chat: the tokenizer's chat template fails: roles must"):
+        prompt_tokens(Failing(), "x", chat=True)  # type: ignore[arg-type]
 
 
 def test_a_seed_gives_the_same_text(exports, capsys) -> None:
@@ -316,7 +332,9 @@ def test_what_does_not_fit_the_model_is_one_line(exports, tmp_path, capsys) -> N
     assert "but flavor qwen3_moe reads 512 at most" in message
     message = refused(capsys, *flags, "--prompt", "word", "--max-new-tokens", 512)
     assert "after a prompt of 3 tokens, flavor qwen3_moe can write 509 at most" in message
-    assert "A chat template is" in refused(capsys, *flags, "--prompt", "Hi", "--chat")
+    assert "--chat: the tokenizer has no chat template" in refused(
+        capsys, *flags, "--prompt", "Hi", "--chat"
+    )
     assert "--device 'nowhere'" in refused(capsys, *flags, "--prompt", "a", "--device", "nowhere")
     job = tmp_path / "job.toml"
     named = f'[model]\nname = "ezpz_moe"\nflavor = "debugmodel"\nhf_assets_path = "{tmp_path}"\n'

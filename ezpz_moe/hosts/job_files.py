@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ezpz_moe.errors import EzpzError
+
 # What the host's tokenizer can load from; it needs one of these.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -65,25 +67,39 @@ def chat_problems(build: Callable[[], Any], hf_assets_path: str) -> Iterator[str
         hf_assets_path: its folder. A tokenizer that cannot be read has none:
             :func:`vocabulary_problems` says so.
     """
-    from jinja2 import TemplateError
-
     try:
         with _without_remarks():
             tokenizer = build()
     # The tokenizers library raises a bare Exception, whatever is wrong with a file.
     except Exception:
         return
-    chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     named = f"hf_assets_path = {hf_assets_path!r}"
     try:
-        tokenizer.apply_chat_template(chat)
-    except (TemplateError, ValueError) as error:
-        yield (
-            f"{named}: its tokenizer cannot write a chat: {error} A chat template is "
-            "chat_template.jinja beside tokenizer_config.json, or a key of that file."
-        )
+        written_chat(tokenizer, [{"role": role, "content": "a"} for role in ("user", "assistant")])
+    except EzpzError as error:
+        yield f"{named}: {error}"
     if tokenizer.eos_id is None:
         yield f"{named}: its tokenizer names no eos_token, which ends an answer in chats."
+
+
+def written_chat(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    """Return a chat as the host's tokenizer writes it.
+
+    Raises:
+        EzpzError: it has no chat template, or one that fails.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except ValueError as error:
+        raise EzpzError(
+            "the tokenizer has no chat template: chat_template.jinja beside its "
+            "tokenizer_config.json, or a key of that file."
+        ) from error
+    # A template is a program: it may also add a text to nothing.
+    except (TemplateError, TypeError) as error:
+        raise EzpzError(f"the tokenizer's chat template fails: {error}") from error
 
 
 def special_tokens(build: Callable[[], Any], hf_assets_path: str) -> dict[int, str]:

@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.job_files import written_chat
 from ezpz_moe.hosts.parts import Tokenizer
 from ezpz_moe.tools.trained import Loaded, inference
 
@@ -40,20 +41,14 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]
         chat: whether the prompt is a user's message, to be put into the tokenizer's chat template.
 
     Raises:
-        EzpzError: the tokenizer has no chat template, the template refuses the message, or there
-            are no tokens.
+        EzpzError: the tokenizer has no chat template, or one that fails; or there are no tokens.
     """
     if chat:
-        from jinja2 import TemplateError
-
         message = {"role": "user", "content": prompt}
         try:
-            prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-        except (TemplateError, ValueError) as error:
-            raise EzpzError(
-                f"--chat: the tokenizer cannot write a chat: {error} A chat template is "
-                "chat_template.jinja beside tokenizer_config.json, or a key of that file."
-            ) from error
+            prompt = written_chat(tokenizer, [message], add_generation_prompt=True)
+        except EzpzError as error:
+            raise EzpzError(f"--chat: {error}") from error
     tokens = tokenizer.encode(prompt, add_bos=True, add_eos=False)
     # Some tokenizers end every text by themselves, and nothing follows an end.
     tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,7 +44,8 @@ def named_model(name: str, config: str | None) -> NamedModel:
     Args:
         name: the folder of a checkpoint, of a run (its newest checkpoint) or of safetensors; or the
             job of the run.
-        config: a flavor or a job that describes the model. Needed unless ``name`` is a job.
+        config: a flavor or a job that describes the model. Needed unless ``name`` is a job, whose
+            flavor it replaces.
 
     Raises:
         EzpzError: there is no such folder, job or flavor, or no model was named.
@@ -59,7 +60,7 @@ def named_model(name: str, config: str | None) -> NamedModel:
         )
         if not path.is_dir():
             raise EzpzError(f"{name}: has no checkpoint yet: there is no folder {path}.")
-        named = NamedModel(find_job(config) if config else job, path)
+        named = NamedModel(_described(job, config), path)
     elif config is None:
         raise EzpzError(
             f"{name}: a checkpoint does not say which model it holds. Add --config "
@@ -71,3 +72,11 @@ def named_model(name: str, config: str | None) -> NamedModel:
             raise EzpzError(f"{name}: there is no such folder.")
     _ = named.flavor  # a wrong one is reported here, and not once torch has been imported
     return named
+
+
+def _described(job: Job, config: str | None) -> Job:
+    """Return the job, or another one, or the job with another flavor: what ``config`` names."""
+    if config is None:
+        return job
+    # Its own tokenizer stays, and its folder is searched for the flavor too.
+    return load_job(config) if config.endswith(".toml") else replace(job, flavor=config)

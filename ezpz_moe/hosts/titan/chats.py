@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.chats import messages_of, read_chats
 from ezpz_moe.hosts.documents import CHAT_FILE, find_file
+from ezpz_moe.hosts.job_files import written_chat
 
 
 class ChatFileDataLoader(ParallelAwareDataloader):
@@ -113,6 +114,6 @@ def _that_fit(path: str, tokenizer: Any, seq_len: int, ranks: int) -> Dataset:
 
 def _labels(sample: dict[str, Any], tokenizer: Any) -> int:
     """Return how many labels the host makes of a chat: one fewer than tokens."""
-    text = tokenizer.apply_chat_template(messages_of(sample)).rstrip("\n")
+    text = written_chat(tokenizer, messages_of(sample)).rstrip("\n")
     tokens = tokenizer.encode(text, add_bos=True, add_eos=False)
     return len(tokens) - (tokens[-1] == tokenizer.eos_id)
