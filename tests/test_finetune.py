@@ -62,6 +62,7 @@ def printed(tmp_path_factory) -> str:
             "NO_COLOR": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
+            "EZPZ_MOE_NATIVE_DTYPES": "float32",  # the same, and fast, on every CPU
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -70,6 +70,7 @@ def said(capsys, *arguments: object) -> str:
 
 
 def refused(capsys, *arguments: object) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", *map(str, arguments)])
     assert stopped.value.code == 2
