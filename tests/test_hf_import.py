@@ -17,6 +17,8 @@ check_host()  # before torchtitan is imported: it chooses the device
 import hf_cases  # noqa: E402
 from hf_cases import Exports, changed, with_tensors  # noqa: E402
 
+from ezpz_moe import cli  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
 
@@ -141,3 +143,17 @@ def test_the_trainer_reads_fp8_if_checkpoints_are_enabled(
     assert f"{EXPERT} is quantized (FP8)" in said
     assert "--checkpoint.enable --checkpoint.initial_load_in_hf " in said
     assert f"--checkpoint.initial_load_path {tmp_path / 'fp8'}" in said
+
+
+def test_analyze_reads_an_export_as_its_checkpoint(exports, capsys, tmp_path) -> None:
+    """What both say, but for the folder; and what an import would say of the model."""
+    case, (_, checkpoint, folder) = exports.case("deepseek_v3"), exports.plain("deepseek_v3")
+    (tmp_path / "text.txt").write_text("The host reads a checkpoint tensor by tensor. " * 20)
+    said = []
+    for weights in (checkpoint, folder):
+        flags = ["--config", case.job, "--data", str(tmp_path / "text.txt"), "--seq-len", "32"]
+        capsys.readouterr()
+        assert cli.main(["analyze", str(weights), *flags]) == 0
+        said.append(capsys.readouterr().out.replace(str(weights), ""))
+    assert said[1].startswith(said[0])
+    assert "transformers normalizes attention's latents" in said[1].removeprefix(said[0])

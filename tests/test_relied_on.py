@@ -17,11 +17,12 @@ from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.reliance import Reliance
 
 FOR_SOME_FLAVORS = (
+    "ezpz_moe.hosts.titan.chats",
     "ezpz_moe.hosts.titan.routing",
     "ezpz_moe.hosts.titan.metrics",
     "ezpz_moe.hosts.titan.labelled",
 )
-"""What is imported only for a flavor with [router], [balance] or [telemetry]."""
+"""What is imported only for a flavor with [router], [balance] or [telemetry], or for chats."""
 WHERE_A_FAILURE_IS_CAUGHT = ("ezpz_moe.hosts.titan.anatomy", "ezpz_moe.hosts.titan.components")
 """What is imported only to log a table, without which a run goes on."""
 

@@ -37,7 +37,8 @@ class Analyze(Command):
 
     # The underscores: `run` is the method, and `json` the module.
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
-    """A checkpoint's folder, a run's folder (its newest checkpoint), or the job of the run."""
+    """A checkpoint's folder, a run's folder (its newest checkpoint), a folder with safetensors, or
+    the job of the run."""
     data: Annotated[Path, arg(metavar="FILE")]
     """Run this text: .txt, .jsonl, .json or .parquet, as for a job's dataset_path."""
     config: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
@@ -66,15 +67,16 @@ class Analyze(Command):
     def run(self) -> int:
         # Before torch is imported: a wrong number is reported at once.
         self._check()
-        job, checkpoint = self._model()
-        from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
+        from ezpz_moe.tools.named_model import named_model
 
+        named = named_model(self.run_, self.config)
+        from ezpz_moe.tools.trained import find_weights
+
+        flavor, checkpoint = named.flavor, find_weights(named.path)
         # Before the text is read: a wrong path must not show only after the first model has run.
-        other = find_checkpoint(self.against) if self.against else None
+        other = find_weights(self.against) if self.against else None
         host = import_host()
-        flavor = load_flavor(job.flavor, near=job.folder)
-        text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
+        text = self._text(named.job, host.analysis().encoder(named.tokenizer(checkpoint), flavor))
         recording = self._record(flavor, checkpoint, text)
         compared = self._record(flavor, other, text) if other else None
 
@@ -97,6 +99,8 @@ class Analyze(Command):
         }
         # Printed first: if a file cannot be written, the results of a long run are not lost.
         _print(facts, layers, settings)
+        for note in recording.notes:
+            display.print_line(note)
         try:
             self._write(facts, layers, settings)
         except OSError as error:
@@ -129,27 +133,6 @@ class Analyze(Command):
             raise EzpzError(f"--json {self.json_}: there is no folder {self.json_.parent}.")
         if self.plot and self.plot.exists() and not self.plot.is_dir():
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
-
-    def _model(self) -> tuple[Job, Path]:
-        """Return the job that describes the model, and the checkpoint."""
-        from ezpz_moe.hosts.jobs import find_job, load_job
-        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
-
-        if self.run_.endswith(".toml"):
-            job = load_job(self.run_)
-            # The defaults are the host's. As in the host, the folder is relative to the working
-            # directory, not to the job.
-            folder = Path(
-                job.values.get("job.dump_folder", "./outputs"),
-                job.values.get("checkpoint.folder", "checkpoint"),
-            )
-            return (find_job(self.config) if self.config else job), find_checkpoint(folder)
-        if self.config is None:
-            raise EzpzError(
-                f"{self.run_}: a checkpoint does not say which model it holds. Add --config "
-                "FLAVOR|JOB.toml, or pass the job instead of the checkpoint."
-            )
-        return find_job(self.config), find_checkpoint(Path(self.run_))
 
     def _text(self, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
         from ezpz_moe.hosts.documents import COLUMN, read_documents
@@ -193,13 +176,6 @@ class Analyze(Command):
 
 
 COMMAND = Analyze
-
-
-def _tokenizer(job: Job) -> str:
-    from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
-
-    assets = job.values.get("model.hf_assets_path")
-    return job.resolve(assets) if assets else str(EMBEDDED_TOKENIZER)
 
 
 def _print(facts: dict[str, Any], layers: list[LayerReport], settings: Any) -> None:

@@ -127,23 +127,11 @@ def _model(config: str | None) -> Model:
         raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
     from ezpz_moe.hosts.jobs import find_job
-    from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
-    from ezpz_moe.tools.checkpoints.huggingface.model import Model
+    from ezpz_moe.tools.checkpoints.huggingface.model import model_of
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
-    host = import_host()
-    model, architecture = host.build_on_meta(flavor), host.architecture(flavor)
-    return Model(
-        generation=host.checkpoint_names,
-        adapter=host.adapter(flavor),
-        tensors=(tensors := model.state_dict()),
-        # named_buffers() lists also those that no checkpoint has, such as rotary tables.
-        buffers=frozenset(name for name, _ in model.named_buffers()) & tensors.keys(),
-        flavor=flavor,
-        form=transformers_class(architecture) if architecture else None,
-        tokenizer=_tokenizer(job),
-    )
+    return model_of(import_host(), flavor, _tokenizer(job))
 
 
 def _tokenizer(job: Job) -> Path | None:

@@ -1,9 +1,10 @@
 """Read the texts that this package adds to those of the host. The same for all hosts.
 
 - ``pydoc_topics``: the reference topics that ship with Python, one document per paragraph;
-- ``text_file``: a file of the user's at ``dataset_path``.
+- ``text_file``: a file of the user's at ``dataset_path``;
+- ``chat_file``: a file of chats at ``dataset_path`` (:mod:`ezpz_moe.hosts.chats`).
 
-Every other name belongs to the host and is passed on unchanged. The documents of a file are
+Every other name belongs to the host and is passed on unchanged. The documents of a text file are
 
 ====================  =============================================================
 ``.txt``              its paragraphs, separated by blank lines
@@ -40,6 +41,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 
 DEFAULT_DATASET = "pydoc_topics"
 TEXT_FILE = "text_file"
+CHAT_FILE = "chat_file"  # ezpz_moe.hosts.chats reads it
 COLUMN = "text"
 TOPICS_PATH = "pydoc_data.topics"
 
@@ -82,7 +84,7 @@ def find_text(
     if name == TEXT_FILE:
         if not dataset_path:
             raise EzpzError(f"dataset = {name!r} needs dataset_path, the path of the file.")
-        dataset_path = str(_find(dataset_path, job_folder))
+        dataset_path = str(find_file(dataset_path, job_folder))
         read_documents(dataset_path)
     elif dataset_path:  # a folder or file for the host's dataset, or a name on the Hub
         # What is not on this disk passes through unchanged: only the host can look it up.
@@ -99,7 +101,7 @@ VALIDATES_ON_TRAINING_TEXT = (
 
 def is_ours(dataset: str | None) -> bool:
     """Return whether this module reads the dataset, and not the host; None is our default."""
-    return (dataset or DEFAULT_DATASET).lower() in (DEFAULT_DATASET, TEXT_FILE)
+    return (dataset or DEFAULT_DATASET).lower() in (DEFAULT_DATASET, TEXT_FILE, CHAT_FILE)
 
 
 def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
@@ -318,6 +320,8 @@ def _no_column(file: Path, found: list[str], where: str = "") -> EzpzError:
     return EzpzError(
         f"dataset_path = '{file}'{where and f', {where}'} has no column {COLUMN!r}; "
         f"found: {', '.join(map(repr, found)) or 'none'}."
+        + f' For chats, set dataset = "{CHAT_FILE}".'
+        * ("messages" in found)
     )
 
 
@@ -328,8 +332,12 @@ def _places(dataset_path: str, job_folder: Path | None) -> list[Path]:
     return [folder / path for folder in (Path.cwd(), job_folder) if folder is not None]
 
 
-def _find(dataset_path: str, job_folder: Path | None) -> Path:
-    """Return the absolute path of the first of its places where the file exists."""
+def find_file(dataset_path: str, job_folder: Path | None) -> Path:
+    """Return the absolute path of the first of its places where the file exists.
+
+    Raises:
+        EzpzError: it exists in none.
+    """
     tried = _places(dataset_path, job_folder)
     for candidate in tried:
         if candidate.is_file():

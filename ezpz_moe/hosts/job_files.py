@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ezpz_moe.errors import EzpzError
+
 # What the host's tokenizer can load from; it needs one of these.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -55,6 +57,49 @@ def vocabulary_problems(
             f"vocabulary of {vocabulary}, so its last ID is {vocabulary - 1}. Use the tokenizer "
             f"that belongs to the model, or a flavor whose vocab_size is at least {largest + 1}."
         )
+
+
+def chat_problems(build: Callable[[], Any], hf_assets_path: str) -> Iterator[str]:
+    """Yield a sentence if the tokenizer cannot write a chat.
+
+    Args:
+        build: returns the host's tokenizer in ``hf_assets_path``, as the run will build it.
+        hf_assets_path: its folder. A tokenizer that cannot be read has none:
+            :func:`vocabulary_problems` says so.
+    """
+    try:
+        with _without_remarks():
+            tokenizer = build()
+    # The tokenizers library raises a bare Exception, whatever is wrong with a file.
+    except Exception:
+        return
+    named = f"hf_assets_path = {hf_assets_path!r}"
+    try:
+        written_chat(tokenizer, [{"role": role, "content": "a"} for role in ("user", "assistant")])
+    except EzpzError as error:
+        yield f"{named}: {error}"
+    if tokenizer.eos_id is None:
+        yield f"{named}: its tokenizer names no eos_token, which ends an answer in chats."
+
+
+def written_chat(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    """Return a chat as the host's tokenizer writes it.
+
+    Raises:
+        EzpzError: it has no chat template, or one that fails.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except ValueError as error:
+        raise EzpzError(
+            "the tokenizer has no chat template: chat_template.jinja beside its "
+            "tokenizer_config.json, or a key of that file."
+        ) from error
+    # A template is a program: it may also add a text to nothing.
+    except (TemplateError, TypeError) as error:
+        raise EzpzError(f"the tokenizer's chat template fails: {error}") from error
 
 
 def special_tokens(build: Callable[[], Any], hf_assets_path: str) -> dict[int, str]:

@@ -165,14 +165,45 @@ class Memory(Protocol):
         """Report the same with torch's kernels on the CPU."""
 
 
+class Tokenizer(Protocol):
+    """Turns text into tokens and back.
+
+    Attributes:
+        eos_id: the token that ends a text; None if the tokenizer names none.
+        tokenizer: the one of the library ``tokenizers`` that it wraps.
+    """
+
+    eos_id: int | None
+    tokenizer: Any
+
+    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
+        """Return the text's tokens, with the marks of its beginning and end that are asked for."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Return the tokens' text."""
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+    ) -> str:
+        """Return a chat as one text. Raises ValueError if there is no template."""
+
+
 class Analysis(Protocol):
     """Runs a flavor's model on a text. L = sequence length, V = vocabulary, K = experts per token.
 
     ``model`` is always what :meth:`build` has returned.
     """
 
-    def build(self, flavor: Flavor, length: int, *, device: str) -> nn.Module:
+    def longest(self, flavor: Flavor) -> int:
+        """Return how many tokens a sequence may have."""
+
+    def build(
+        self, flavor: Flavor, length: int, *, device: str, one_document: bool = False
+    ) -> nn.Module:
         """Build the model on ``device``, with the host's settings for sequences of ``length``.
+
+        Args:
+            one_document: whether every sequence is one document, without a mask between several.
 
         Raises:
             EzpzError: the host refuses the model or the length.
@@ -192,6 +223,13 @@ class Analysis(Protocol):
 
     def at_step(self, model: nn.Module, step: int) -> None:
         """Set what the flavor schedules to its value at a training step."""
+
+    def tokenizer(self, folder: str, flavor: Flavor) -> Tokenizer:
+        """Return the host's tokenizer in ``folder``.
+
+        Raises:
+            EzpzError: ``folder`` has no tokenizer, or one with IDs that the model does not have.
+        """
 
     def encoder(self, folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
         """Return a function that encodes a document, with the marks that the trainer adds.

@@ -21,19 +21,30 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
-from ezpz_moe.hosts.titan.attention import has_masked_attention
+from ezpz_moe.hosts.titan.attention import has_masked_attention, use_sdpa
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.router import moe_layers
 
 
-def build(flavor: Flavor, length: int, *, device: str) -> nn.Module:
+def longest(flavor: Flavor) -> int:
+    """Return how many tokens a sequence may have: what the model's rotary positions reach."""
+    return getattr(model_spec(flavor).model, titan().LONGEST)
+
+
+def build(flavor: Flavor, length: int, *, device: str, one_document: bool = False) -> nn.Module:
     """Build the flavor's model on ``device``, with the host's settings for sequences of ``length``.
+
+    Args:
+        one_document: whether every sequence is one document. Attention then needs no mask between
+            them and is SDPA, where FlexAttention would compile anew for each length.
 
     Raises:
         EzpzError: the host refuses the model or the length.
     """
     spec = model_spec(flavor)
+    if one_document:
+        use_sdpa(spec.model)
     training: Any = {titan().LENGTH.rpartition(".")[2]: length}
     try:
         config = Trainer.Config(model_spec=spec, training=TrainingConfig(**training))
@@ -96,8 +107,8 @@ def at_step(model: nn.Module, step: int) -> None:
         moe.router.at_step(step)
 
 
-def encoder(folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
-    """Return a function that encodes a document, with the beginning and end marks of the trainer.
+def tokenizer(folder: str, flavor: Flavor) -> HuggingFaceTokenizer:
+    """Return the host's tokenizer.
 
     Args:
         folder: ``hf_assets_path``, which contains the tokenizer.
@@ -114,7 +125,16 @@ def encoder(folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
     ]
     if problems:
         raise EzpzError(problems[0])
-    return partial(build().encode, add_bos=True, add_eos=True)
+    return build()
+
+
+def encoder(folder: str, flavor: Flavor) -> Callable[[str], list[int]]:
+    """Return a function that encodes a document, with the beginning and end marks of the trainer.
+
+    Raises:
+        EzpzError: as :func:`tokenizer`.
+    """
+    return partial(tokenizer(folder, flavor).encode, add_bos=True, add_eos=True)
 
 
 def _moes(model: nn.Module) -> dict[str, MoE]:

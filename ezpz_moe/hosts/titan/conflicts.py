@@ -23,7 +23,8 @@ from ezpz_moe.config.flavor_schema import Attention
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
-from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
+from ezpz_moe.hosts.documents import CHAT_FILE
+from ezpz_moe.hosts.job_files import chat_problems, missing_files, vocabulary_problems
 from ezpz_moe.hosts.limits import compile_problems, memory_problems
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -274,6 +275,14 @@ def _vocabulary(config: Trainer.Config) -> Iterator[str]:
     )
 
 
+def _chats(config: Trainer.Config) -> Iterator[str]:
+    if getattr(config.dataloader, "dataset", None) != CHAT_FILE:
+        return iter(())
+    return chat_problems(
+        lambda: config.tokenizer.build(tokenizer_path=config.hf_assets_path), config.hf_assets_path
+    )
+
+
 def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
     # If torch finds no device, torchtitan falls back to "cuda" and fails when it first uses it.
     if no_accelerator() and utils.device_type != "cpu":
@@ -369,6 +378,7 @@ _ALWAYS: tuple[_Check, ...] = (
 _ON_THIS_MACHINE: tuple[_Check, ...] = (
     _files,
     _vocabulary,
+    _chats,
     _backend_on_device,
     dispatcher_machine_problems,
     _cpu,

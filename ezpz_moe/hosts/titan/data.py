@@ -15,6 +15,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLo
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.hosts.documents import (
+    CHAT_FILE,
     DEFAULT_DATASET,
     TEXT_FILE,
     TOPICS_PATH,
@@ -24,6 +25,7 @@ from ezpz_moe.hosts.documents import (
     read_documents,
     text_of,
 )
+from ezpz_moe.hosts.titan.base import titan
 
 __all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_documents"]
 
@@ -48,14 +50,19 @@ def dataloader_config(
     *,
     job_folder: Path | None,
     infinite: bool = True,
-) -> TextDataLoader.Config:
+) -> Any:
     """Return the dataloader for ``dataset`` and ``dataset_path``.
 
     Raises:
-        EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
+        EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`, or of chats that cannot be read.
     """
+    if (dataset or "").lower() == CHAT_FILE:
+        with titan().importing():  # only such a job needs this from the host
+            from ezpz_moe.hosts.titan.chats import chat_config
+        return chat_config(dataset_path, job_folder=job_folder, infinite=infinite)
     _register_our_texts()
-    name, path = find_text(dataset, dataset_path, known=DATASETS, job_folder=job_folder)
+    known = [*DATASETS, CHAT_FILE]
+    name, path = find_text(dataset, dataset_path, known=known, job_folder=job_folder)
     return TextDataLoader.Config(dataset=name, dataset_path=path, infinite=infinite)
 
 

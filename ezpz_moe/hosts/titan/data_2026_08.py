@@ -20,6 +20,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, TextProcessor
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.hosts.documents import (
+    CHAT_FILE,
     DEFAULT_DATASET,
     TEXT_FILE,
     TOPICS_PATH,
@@ -29,6 +30,7 @@ from ezpz_moe.hosts.documents import (
     read_documents,
     text_of,
 )
+from ezpz_moe.hosts.titan.chats_2026_08 import chat_config
 
 __all__ = ["DEFAULT_DATASET", "EMBEDDED_TOKENIZER", "dataloader_config", "read_documents"]
 
@@ -60,6 +62,8 @@ def dataloader_config(
     Raises:
         EzpzError: as :func:`ezpz_moe.hosts.documents.find_text`.
     """
+    if (dataset or "").lower() == CHAT_FILE:
+        return chat_config(dataset_path, job_folder=job_folder, infinite=infinite)
     # Our texts are not registered here, unlike on 0.3: a config can hold its source directly.
     known = [*DATASETS, DEFAULT_DATASET, TEXT_FILE]
     name, path = find_text(dataset, dataset_path, known=known, job_folder=job_folder)

@@ -8,6 +8,7 @@ from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, NOTHING_TRA
 from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
 from ezpz_moe.hosts.titan.relied_on_in_part import (
     ANALYSIS,
+    CHATS,
     COMPONENTS,
     NO_ROUTER,
     ROUTERS,
@@ -391,6 +392,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *_EXPERTS,
     *ROUTERS,
     *ANALYSIS,
+    *CHATS,
     *COMPONENTS,
     *_DOORS,
     *_JOB,

@@ -2,6 +2,7 @@
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, Reliance
 from ezpz_moe.hosts.titan.relied_on import RELIED_ON as RELIED_ON_0_3
+from ezpz_moe.hosts.titan.relied_on_in_part import CHATS
 
 _CHANGED: tuple[Reliance, ...] = (
     Reliance(
@@ -81,6 +82,7 @@ _CHANGED: tuple[Reliance, ...] = (
 _GONE = {
     "torchtitan.hf_datasets:DatasetConfig",
     "torchtitan.hf_datasets.text_datasets:HuggingFaceTextDataLoader.Config",
+    *(line.thing for line in CHATS),
     *(line.thing for line in _CHANGED),
 }
 

@@ -143,6 +143,24 @@ ANALYSIS = (
     ),
 )
 
+_NO_CHATS = "a job cannot train on chats; on text it still can"
+
+CHATS = (
+    Reliance(
+        "torchtitan.components.dataloader:ParallelAwareDataloader",
+        used_for='the dataloader of a job with dataset = "chat_file"',
+        if_broken=_NO_CHATS,
+        takes=("dataset", "dp_rank", "dp_world_size"),
+    ),
+    Reliance(
+        "torchtitan.hf_datasets.text_datasets:ChatDataset",
+        used_for="the same: its chats, packed into sequences",
+        if_broken=_NO_CHATS,
+        takes=("dataset", "tokenizer", "sample_processor", "seq_len", "dp_rank", "infinite"),
+    ),
+)
+"""Needed by jobs whose data are chats."""
+
 COMPONENTS = (
     Reliance(
         "torchtitan.models.common.feed_forward:FeedForward",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
@@ -26,16 +29,47 @@ from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_che
 Config = Mapping[str, Any]
 
 
-def import_(source: Path, target: Path, model: Model) -> Converted:
-    """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
+@dataclass(frozen=True)
+class Importable:
+    """Safetensors that have been found to hold the flavor's model.
 
-    Selection biases that the class of transformers does not have are zero. A matrix that is absent
-    because ``config.json`` ties it is a copy of the other.
+    Attributes:
+        names: the model's parameters and buffers.
+        unused: tensors of the folder that the model does not need.
+        notes: what the user should know about the model.
+    """
+
+    names: tuple[str, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+    _source: Path
+    _model: Model
+    _files: Files
+    _keys: Mapping[str, Keys]
+    _origins: Mapping[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter in the host's form.
+
+        Raises:
+            EzpzError: as :meth:`Model.native`.
+        """
+        of = self._origins[name]
+        return self._model.native(self._source, self._files, of, self._keys[of])
+
+    @property
+    def bytes(self) -> int:
+        """The size of the files that hold the model."""
+        return size_of({self._source / file for file in self._files.values()})
+
+
+def check_importable(source: Path, model: Model) -> Importable:
+    """Check that the safetensors in ``source`` hold the model, without reading their values.
 
     Raises:
-        EzpzError: a tensor is missing, quantized or of another shape; the model has parameters that
-            Hugging Face's format lacks; ``config.json`` or a tensor that would not be used says
-            that it is another model; what was written differs; and as :func:`atomic_folder`.
+        EzpzError: a tensor is missing or quantized; the model has parameters that Hugging Face's
+            format lacks; ``config.json`` or a tensor that would not be used says that it is another
+            model.
     """
     config, files = read_config(source), weight_map(source)
     computed = f"what flavor {model.flavor.name} computes"
@@ -47,18 +81,28 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
     _check_complete(source, wanted, files.keys() | tied.keys(), config)
     unused = sorted(files.keys() - wanted)
     _check_unused(source, unused, files, config)
-    needed = size_of({source / file for file in files.values()})
-    origins = _origins(keys, tied)
-    with atomic_folder(target, source=source, needed=needed) as partial:
-        written = write_checkpoint(
-            partial,
-            ((name, model.native(source, files, of, keys[of])) for name, of in origins.items()),
-        )
-        for name, of in origins.items():
-            back = model.native(source, files, of, keys[of])
-            check_same(partial, source, name, read_whole(partial, written, name), back)
     notes += [*tied_notes(tied), *_import_notes(keys, model)]
-    return Converted(len(keys), tuple(unused), tuple(notes))
+    origins = _origins(keys, tied)
+    return Importable(tuple(keys), tuple(unused), tuple(notes), source, model, files, keys, origins)
+
+
+def import_(source: Path, target: Path, model: Model) -> Converted:
+    """Write the safetensors in ``source`` as a DCP checkpoint of the model alone.
+
+    Selection biases that the class of transformers does not have are zero. A matrix that is absent
+    because ``config.json`` ties it is a copy of the other.
+
+    Raises:
+        EzpzError: what was written differs; and as :func:`check_importable`,
+            :meth:`Importable.read` and :func:`atomic_folder`.
+    """
+    found = check_importable(source, model)
+    with atomic_folder(target, source=source, needed=found.bytes) as partial:
+        written = write_checkpoint(partial, ((name, found.read(name)) for name in found.names))
+        for name in found.names:
+            back = found.read(name)
+            check_same(partial, source, name, read_whole(partial, written, name), back)
+    return Converted(len(found.names), found.unused, found.notes)
 
 
 def _origins(keys: Mapping[str, Keys], tied: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,8 @@ import torch
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
+from ezpz_moe.hosts.host import Host
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, transformers_class
 from ezpz_moe.tools.checkpoints.huggingface.files import Files, read_tensors
 
 Keys = Mapping[str, torch.Size]
@@ -72,6 +73,21 @@ class Model:
                 f"has {list(expected.shape)}."
             )
         return tensor.contiguous()
+
+
+def model_of(host: Host, flavor: Flavor, tokenizer: Path | None = None) -> Model:
+    """Ask the installed host about a flavor's model."""
+    model, architecture = host.build_on_meta(flavor), host.architecture(flavor)
+    return Model(
+        generation=host.checkpoint_names,
+        adapter=host.adapter(flavor),
+        tensors=(tensors := model.state_dict()),
+        # named_buffers() lists also those that no checkpoint has, such as rotary tables.
+        buffers=frozenset(name for name, _ in model.named_buffers()) & tensors.keys(),
+        flavor=flavor,
+        form=transformers_class(architecture) if architecture else None,
+        tokenizer=tokenizer,
+    )
 
 
 @dataclass(frozen=True)
