@@ -1,37 +1,46 @@
 """Every flag of the installed host's command line, without importing torch or the host.
 
-The flags of each release are shipped beside this file, with a fingerprint of the host's files that
-define them. A host with other files is imported and asked (:meth:`Host.command_line`).
+The flags of each release are shipped in ``flags/``, made by ``scripts/make_host_flags.py`` from the
+host itself, with a fingerprint of the host's files. A host with other files, such as a checkout, is
+imported and asked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
+from ezpz_moe.config.job import Job
+from ezpz_moe.hosts.command_line import HostFlag
+from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.installed import HOST
+from ezpz_moe.hosts.installed import host as installed_host
 
-@dataclass(frozen=True)
-class HostFlag:
-    """A flag of the trainer's command line.
+__all__ = ["HostFlag", "known_flags", "shipped_flags"]
 
-    Attributes:
-        name: its path, such as ``training.local_batch_size``.
-        type: what it takes, in the host's words: ``INT``, ``{None}|STR``, ``{full,none}``; empty
-            for a switch, which is turned off by ``--training.no-NAME``.
-        default: the host's own, as text; empty if there is none.
-        help: what it does, in the host's words, on one line.
-        after: the subcommand that has to stand before it, such as ``activation-checkpoint:full``.
-    """
+FOLDER = Path(__file__).with_name("flags")
+"""A file for each release of the host."""
 
-    name: str
-    type: str
-    default: str
-    help: str
-    after: str = ""
-
-    @property
-    def option(self) -> str:
-        """As it is written: ``--training.local-batch-size``."""
-        return f"--{self.name.replace('_', '-')}"
+_FLAVOR = "debugmodel_sdpa"
+_WATCHED = """inherits = "debugmodel"
+attention = "sdpa"
+[router]
+padding = "labels"
+[telemetry]
+every = 1
+"""
+# Their defaults are the model's, or lie on this machine.
+_OF_THE_JOB = (
+    "hf_assets_path",
+    "loss.loss_fn.global_vocab_size",
+    "model.flavor",
+    "model.hf_assets_path",
+)
 
 
 def known_flags() -> list[HostFlag]:
@@ -40,4 +49,62 @@ def known_flags() -> list[HostFlag]:
     Raises:
         EzpzError: no host is installed that this package has a binding for.
     """
-    raise NotImplementedError
+    shipped = shipped_flags()
+    return asked_flags() if shipped is None else shipped
+
+
+@cache
+def shipped_flags() -> list[HostFlag] | None:
+    """Return the flags that are shipped for the installed host; None for an unknown host."""
+    found = installed_host()
+    if found is None:
+        return None
+    # By content and not by version: a checkout has the version of the release before it.
+    own = fingerprint(found.folder)
+    for file in FOLDER.glob("*.json"):
+        shipped = json.loads(file.read_text(encoding="utf-8"))
+        if shipped["fingerprint"] == own:
+            return [HostFlag(**flag) for flag in shipped["flags"]]
+    return None
+
+
+def asked_flags() -> list[HostFlag]:
+    """Ask the host itself for its flags; this imports it.
+
+    Raises:
+        EzpzError: no host is installed that this package has a binding for.
+    """
+    # It imports torch, which no host of a known release needs for this.
+    from ezpz_moe.hosts.precision import as_on_an_accelerator
+
+    check_host()
+    flags: dict[tuple[str, str], HostFlag] = {}
+    # On every machine as on one with an accelerator: the defaults do not depend on this one.
+    with as_on_an_accelerator(), tempfile.TemporaryDirectory() as folder:
+        for job in _jobs(Path(folder)):
+            for flag in host().command_line(host().trainer_config(job)):
+                # The first job says nothing, so its defaults are those of a job that says nothing.
+                flags.setdefault((flag.name, flag.after), flag)
+    return [_portable(flag) for flag in flags.values()]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of all Python files below ``folder``, the host's package."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _jobs(folder: Path) -> Iterator[Job]:
+    """Yield jobs that together have every flag: some are there only in some jobs."""
+    yield Job(_FLAVOR)
+    # A text of the host's has other settings than ours.
+    yield Job(_FLAVOR, values={"training.dataset": "c4", "validation.dataset": "c4_validation"})
+    (folder / "watched.toml").write_text(_WATCHED, encoding="utf-8")
+    yield Job("watched", path=folder / "job.toml")
+
+
+def _portable(flag: HostFlag) -> HostFlag:
+    return replace(flag, default="") if flag.name in _OF_THE_JOB else flag

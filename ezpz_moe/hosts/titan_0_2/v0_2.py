@@ -95,11 +95,6 @@ class Titan02(Host):
             from ezpz_moe.hosts.titan_0_2.settings import settings
         return settings(config)
 
-    def flags(self, config: Any) -> frozenset[str]:
-        with self.importing():
-            from ezpz_moe.hosts.titan_0_2.settings import flags
-        return flags(config)
-
     def precision_in_words(self, config: Any, flavor: Flavor) -> str:
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.precision import in_words
