@@ -164,6 +164,14 @@ class Host(ABC):
         """
 
     @abstractmethod
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        """Return whether the flavor's attention has no backward on the CPU.
+
+        Raises:
+            EzpzError: as :meth:`summarize`.
+        """
+
+    @abstractmethod
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
         """Build the flavor's model without allocating memory for it.
 

@@ -1,30 +1,22 @@
 """Every flag of the installed host's command line, without importing torch or the host.
 
-The flags of each release are shipped in ``flags/``, made by ``scripts/make_host_flags.py`` from the
-host itself, with a fingerprint of the host's files. A host with other files, such as a checkout, is
+The flags of each release are shipped (:mod:`.releases`). Any other host, such as a checkout, is
 imported and asked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import check_host, host
-from ezpz_moe.hosts.installed import HOST
-from ezpz_moe.hosts.installed import host as installed_host
+from ezpz_moe.hosts.releases import facts
 
-__all__ = ["HostFlag", "known_flags", "shipped_flags"]
-
-FOLDER = Path(__file__).with_name("flags")
-"""A file for each release of the host."""
+__all__ = ["HostFlag", "known_flags"]
 
 _FLAVOR = "debugmodel_sdpa"
 _WATCHED = """inherits = "debugmodel"
@@ -49,23 +41,8 @@ def known_flags() -> list[HostFlag]:
     Raises:
         EzpzError: no host is installed that this package has a binding for.
     """
-    shipped = shipped_flags()
-    return asked_flags() if shipped is None else shipped
-
-
-@cache
-def shipped_flags() -> list[HostFlag] | None:
-    """Return the flags that are shipped for the installed host; None for an unknown host."""
-    found = installed_host()
-    if found is None:
-        return None
-    # By content and not by version: a checkout has the version of the release before it.
-    own = fingerprint(found.folder)
-    for file in FOLDER.glob("*.json"):
-        shipped = json.loads(file.read_text(encoding="utf-8"))
-        if shipped["fingerprint"] == own:
-            return [HostFlag(**flag) for flag in shipped["flags"]]
-    return None
+    known = facts()
+    return asked_flags() if known is None else list(known.flags)
 
 
 def asked_flags() -> list[HostFlag]:
@@ -86,15 +63,6 @@ def asked_flags() -> list[HostFlag]:
                 # The first job says nothing, so its defaults are those of a job that says nothing.
                 flags.setdefault((flag.name, flag.after), flag)
     return [_portable(flag) for flag in flags.values()]
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of all Python files below ``folder``, the host's package."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _jobs(folder: Path) -> Iterator[Job]:

@@ -1,7 +1,7 @@
 """Check the trainer's flags on a command line, before torch and the host are imported.
 
 The trainer itself would refuse them too, after twenty seconds. Of a host whose flags are not
-shipped (:func:`ezpz_moe.hosts.host_flags.shipped_flags`) nothing is known here, and it does.
+shipped (:mod:`ezpz_moe.hosts.releases`) nothing is known here, and it does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
+from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import presumed_host
-from ezpz_moe.hosts.host_flags import HostFlag, shipped_flags
+from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
 
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+|-\d+\.?\d*[eE][+-]?\d+")
@@ -30,10 +31,10 @@ def refuse_wrong_flags(words: Sequence[str], ours: Collection[str]) -> None:
     Raises:
         EzpzError: names every such flag, and what to write instead.
     """
-    flags = shipped_flags()
-    if not words or flags is None:
+    known = facts()
+    if known is None:
         return
-    if problems := list(_Words(flags, ours).problems(words)):
+    if problems := list(_Words(known.flags, ours).problems(words)):
         lines = problems if len(problems) == 1 else [f"{len(problems)} wrong flags", *problems]
         raise EzpzError("\n  ".join(lines))
 
@@ -98,7 +99,8 @@ class _Words:
                 if word in self._subcommands:
                     behind = word
                 elif flag is not None and not flag.type:
-                    yield f"{_short(given.name)}: takes no value. Write {flag.option} or {_off(flag)}."
+                    either = f"{flag.option} or {_off(flag)}"
+                    yield f"{_short(given.name)}: takes no value. Write {either}."
                 else:
                     yield self._stray(word, given.name)
 

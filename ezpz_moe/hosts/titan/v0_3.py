@@ -124,6 +124,12 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.parameters import summarize
         return summarize(flavor)
 
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        with self.importing():
+            from ezpz_moe.hosts.titan.attention import has_masked_attention
+            from ezpz_moe.hosts.titan.models import model_spec
+        return has_masked_attention(model_spec(flavor))
+
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
         with self.importing():
             from ezpz_moe.hosts.titan.parameters import build_on_meta

@@ -110,6 +110,11 @@ class Titan02(Host):
             from ezpz_moe.hosts.titan_0_2.parameters import summarize
         return summarize(flavor)
 
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        with self.importing():
+            from ezpz_moe.hosts.titan_0_2.models import model_args
+        return model_args(flavor).attn_type != "sdpa"
+
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.parameters import build_on_meta

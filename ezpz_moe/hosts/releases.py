@@ -1,0 +1,75 @@
+"""What is known of the installed host without importing it: facts shipped for each release.
+
+``releases/HOST.json`` has the flags of the host's command line and the sizes of the models that our
+flavors name. ``scripts/make_host_facts.py`` asks the host itself for them. A host is recognized by
+the content of its files, so a checkout or an edited release is not taken for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ezpz_moe.hosts.command_line import HostFlag
+from ezpz_moe.hosts.installed import host
+from ezpz_moe.hosts.model_summary import ModelSummary
+
+FOLDER = Path(__file__).with_name("releases")
+"""A file for each release of the host."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One of the host's own models, as a flavor's ``base`` names it.
+
+    Attributes:
+        summary: its dimensions and counts.
+        needs_accelerator: whether its own attention has no backward on the CPU.
+    """
+
+    summary: ModelSummary
+    needs_accelerator: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is shipped about a release.
+
+    Attributes:
+        flags: of its command line, in its order.
+        models: by ``base``.
+    """
+
+    flags: Sequence[HostFlag]
+    models: Mapping[str, KnownModel]
+
+
+@cache
+def facts() -> Facts | None:
+    """Return what is shipped for the installed host; None for an unknown host."""
+    found = host()
+    if found is None:
+        return None
+    own = fingerprint(found.folder)
+    for file in FOLDER.glob("*.json"):
+        shipped = json.loads(file.read_text(encoding="utf-8"))
+        if shipped["fingerprint"] == own:
+            models = {
+                base: KnownModel(ModelSummary(**model["summary"]), model["needs_accelerator"])
+                for base, model in shipped["models"].items()
+            }
+            return Facts([HostFlag(**flag) for flag in shipped["flags"]], models)
+    return None
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of all Python files below ``folder``, the host's package."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
