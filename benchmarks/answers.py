@@ -156,7 +156,8 @@ def main() -> int:
         checkouts = [*before, Checkout("now", ROOT)]
         print("| `ezpz-moe ...` | goal |", *(f" {each.name} |" for each in checkouts), sep="")
         print("|---|--:|", *("--:|" for _ in checkouts), sep="")
-        return int(not all([_print_row(case, checkouts, scratch, told.rounds) for case in cases]))
+        met = [_print_row(case, checkouts, scratch, told.rounds) for case in cases]
+        return int(not all(met))
 
 
 def write_files(scratch: Path) -> None:

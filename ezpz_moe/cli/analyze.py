@@ -68,7 +68,7 @@ class Analyze(Command):
         self._check()
         job, checkpoint = self._model()
         from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
+        from ezpz_moe.hosts.dcp.paths import find_checkpoint
 
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_checkpoint(self.against) if self.against else None
@@ -132,8 +132,8 @@ class Analyze(Command):
 
     def _model(self) -> tuple[Job, Path]:
         """Return the job that describes the model, and the checkpoint."""
+        from ezpz_moe.hosts.dcp.paths import find_checkpoint
         from ezpz_moe.hosts.jobs import find_job, load_job
-        from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
         if self.run_.endswith(".toml"):
             job = load_job(self.run_)

@@ -30,8 +30,9 @@ def refuse_attention(job: Job, host_flags: Sequence[str]) -> None:
     if _needs_accelerator(flavor) and accelerator.has_certainly_none():
         attention = flavor.attention or "torchtitan's own"
         raise EzpzError(
-            f"{job.source}: the attention of flavor {flavor.name!r} ({attention}) has no "
-            f"backward on the CPU, and this machine has no accelerator. Use flavor {_with_sdpa(flavor)}."
+            f"{job.source}: the attention of flavor {flavor.name!r} ({attention}) has no backward "
+            "on the CPU, and this machine has no accelerator. Use flavor "
+            f"{_with_sdpa(flavor)}."
         )
 
 
