@@ -56,7 +56,8 @@ def flags_of(config_class: type, config: Any, registry: Any) -> list[HostFlag]:
     return list(_flags(parser))
 
 
-def _flags(parser: argparse.ArgumentParser, after: str = "") -> Iterator[HostFlag]:
+def _flags(parser: Any, after: str = "") -> Iterator[HostFlag]:
+    """Yield the flags of a parser that tyro made, argparse's in all but its type."""
     for action in parser._actions:
         if not action.option_strings:  # subcommands
             for name, inner in (action.choices or {}).items():

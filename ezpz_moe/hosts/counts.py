@@ -17,19 +17,17 @@ from ezpz_moe.hosts.releases import facts
 
 def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     """Return what :meth:`Host.summarize` would, or None where only the built model tells."""
-    # These change what a token uses, or have parameters of their own.
+    # They change what a token uses on average, and some have parameters of their own.
     if flavor.router.zero_computation_experts:
         return None
     if flavor.dimensions is not None:
-        return _of_size(flavor.dimensions, flavor.router.top_k)
-    if flavor.router.top_k is not None:
-        return None
+        return _of_size(flavor.dimensions)
     known = facts()
     model = known.models.get(str(flavor.base)) if known else None
     return model.summary if model else None
 
 
-def _of_size(size: Dimensions, top_k: int | None) -> ModelSummary:
+def _of_size(size: Dimensions) -> ModelSummary:
     """Count the host's deepseek_v3 in this size."""
     expert = FFN_MATRICES * size.dim * size.moe_hidden_dim
     moe_layers = size.n_layers - size.n_dense_layers
@@ -40,15 +38,14 @@ def _of_size(size: Dimensions, top_k: int | None) -> ModelSummary:
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
     rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms
     total = 2 * embedding + rest + routed
-    used = top_k or size.router_top_k
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,
         num_experts=size.num_experts,
-        top_k=used,
+        top_k=size.router_top_k,
         expert_hidden_dim=size.moe_hidden_dim,
         total=total,
-        active=total - routed + routed * used // size.num_experts,
+        active=total - routed + routed * size.router_top_k // size.num_experts,
         embedding=embedding,
     )
 
