@@ -13,19 +13,27 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 import tyro
 
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
-from ezpz_moe.hosts.host_flags import HostFlag, asked_flags
+from ezpz_moe.hosts.host_flags import SAYS_NOTHING, HostFlag, asked_flags
 from ezpz_moe.hosts.installed import host
+from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.releases import FOLDER, fingerprint
 
 _DEFAULTS = {field.name: field.default for field in fields(HostFlag)}
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One row in a line, so that a change is seen in a comparison of two files."""
+    return ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
 
 def flags() -> list[dict[str, Any]]:
@@ -51,6 +59,22 @@ def models() -> dict[str, Any]:
     return found
 
 
+def settings() -> list[dict[str, str]]:
+    """The settings of a job that says nothing, with values as Python writes them."""
+    asked = detect.host()
+    with as_on_an_accelerator():
+        told = asked.settings(asked.trainer_config(SAYS_NOTHING))
+    return [
+        {
+            "path": each.path,
+            # A path of this machine's is no fact of the host's.
+            "value": repr(None if each.value == str(EMBEDDED_TOKENIZER) else each.value),
+            "default": repr(each.default),
+        }
+        for each in told
+    ]
+
+
 def main(check: bool = False) -> int:
     """Write the facts of the installed host, or with ``check`` compare them.
 
@@ -60,11 +84,11 @@ def main(check: bool = False) -> int:
     found = host()
     if found is None:
         raise SystemExit("torchtitan is not installed")
-    of_flags = ",\n".join(json.dumps(flag, ensure_ascii=False) for flag in flags())
     text = (
         f'{{"fingerprint": "{fingerprint(found.folder)}",\n'
         f'"models": {json.dumps(models(), indent=1)},\n'
-        f'"flags": [\n{of_flags}\n]}}\n'
+        f'"settings": [\n{lines(settings())}\n],\n'
+        f'"flags": [\n{lines(flags())}\n]}}\n'
     )
     file = FOLDER / f"{found.name}.json"
     if check:

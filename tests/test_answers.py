@@ -198,6 +198,46 @@ def test_a_machine_that_has_certainly_no_accelerator(
     assert accelerator.has_certainly_none() is False, "it says nothing: torch has to be asked"
 
 
+JOBS = {
+    "a flavor": "",
+    "settings": """
+[job]
+description = "no setting"
+dump_folder = "there"
+[training]
+steps = 7
+[optimizer]
+lr = 0.5
+beta1 = 0.8
+[activation_checkpoint]
+mode = "none"
+[validation]
+enable = true
+steps = 3
+""",
+    "a text of the host's": '[training]\ndataset = "c4"\n',
+}
+
+
+@pytest.mark.parametrize("text", JOBS.values(), ids=JOBS)
+def test_the_settings_at_hand_are_those_of_the_host(text: str, tmp_path) -> None:
+    check_host()
+    file = tmp_path / "job.toml"
+    file.write_text(f'[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n{text}')
+    job = load_job(file)
+    at_hand = settings_at_hand(job, load_flavor(job.flavor))
+    assert at_hand is not None
+    with as_on_an_accelerator():  # they do not depend on this machine
+        asked = [each for each in host().settings(host().trainer_config(job)) if each.changed]
+    # The host has no such setting, but a class for each mode.
+    assert asked == [each for each in at_hand if each.path != "activation_checkpoint.mode"]
+
+
+def test_what_telemetry_sets_is_left_to_the_host(tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text('inherits = "debugmodel"\n[telemetry]\nevery = 4\n')
+    assert settings_at_hand(Job("mine"), load_flavor("mine", near=tmp_path)) is None
+
+
 # --- the trainer's flags ----------------------------------------------------------------------
 
 FLAGS = [

@@ -18,7 +18,9 @@ from ezpz_moe.hosts.releases import facts
 
 __all__ = ["HostFlag", "known_flags"]
 
-_FLAVOR = "debugmodel_sdpa"
+SAYS_NOTHING = Job("debugmodel_sdpa")
+"""A job that leaves everything to the defaults; the trainer's flags do not depend on the flavor."""
+
 _WATCHED = """inherits = "debugmodel"
 attention = "sdpa"
 [router]
@@ -67,9 +69,11 @@ def asked_flags() -> list[HostFlag]:
 
 def _jobs(folder: Path) -> Iterator[Job]:
     """Yield jobs that together have every flag: some are there only in some jobs."""
-    yield Job(_FLAVOR)
+    yield SAYS_NOTHING
     # A text of the host's has other settings than ours.
-    yield Job(_FLAVOR, values={"training.dataset": "c4", "validation.dataset": "c4_validation"})
+    yield replace(
+        SAYS_NOTHING, values={"training.dataset": "c4", "validation.dataset": "c4_validation"}
+    )
     (folder / "watched.toml").write_text(_WATCHED, encoding="utf-8")
     yield Job("watched", path=folder / "job.toml")
 

@@ -7,6 +7,7 @@ the content of its files, so a checkout or an edited release is not taken for an
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.installed import host
 from ezpz_moe.hosts.model_summary import ModelSummary
+from ezpz_moe.hosts.setting import Setting
 
 FOLDER = Path(__file__).with_name("releases")
 """A file for each release of the host."""
@@ -42,10 +44,12 @@ class Facts:
     Attributes:
         flags: of its command line, in its order.
         models: by ``base``.
+        settings: of a job that says nothing, on a machine with an accelerator.
     """
 
     flags: Sequence[HostFlag]
     models: Mapping[str, KnownModel]
+    settings: Sequence[Setting] = ()
 
 
 @cache
@@ -62,8 +66,15 @@ def facts() -> Facts | None:
                 base: KnownModel(ModelSummary(**model["summary"]), model["needs_accelerator"])
                 for base, model in shipped["models"].items()
             }
-            return Facts([HostFlag(**flag) for flag in shipped["flags"]], models)
+            flags = [HostFlag(**flag) for flag in shipped["flags"]]
+            return Facts(flags, models, [_setting(row) for row in shipped["settings"]])
     return None
+
+
+def _setting(row: Mapping[str, str]) -> Setting:
+    # Values as Python writes them, for JSON has no tuples.
+    values = (ast.literal_eval(row[name]) for name in ("value", "default"))
+    return Setting(row["path"], *values)
 
 
 def fingerprint(folder: Path) -> str:
