@@ -14,11 +14,12 @@ from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import Job
 from ezpz_moe.hosts.detect import presumed_host
-from ezpz_moe.hosts.documents import is_ours
+from ezpz_moe.hosts.our_texts import is_ours
 from ezpz_moe.hosts.releases import facts
 from ezpz_moe.hosts.setting import Setting
 
 _NAMES_THE_MODEL = ("model.name", "model.flavor")
+_FILES_OF_TEXT = {"training.dataset_path", "validation.dataset_path"}
 _MODE = "activation_checkpoint.mode"
 _TOKENIZERS = ("hf_assets_path", "model.hf_assets_path")
 _VOCABULARY = "loss.loss_fn.global_vocab_size"
@@ -32,8 +33,11 @@ def settings_at_hand(job: Job, flavor: Flavor) -> list[Setting] | None:
         flavor: the job's.
     """
     known = facts()
-    # Telemetry sets how often the host logs.
-    if known is None or flavor.is_watched:
+    # Telemetry sets how often the host logs; and 0.2's settings depend on one another.
+    if known is None or not known.settings or flavor.is_watched:
+        return None
+    # Which text a file of the user's is, and whether it can be read, is found out by reading it.
+    if not _FILES_OF_TEXT.isdisjoint(job.values):
         return None
     rows = {each.path: each for each in known.settings}
     for path in _TOKENIZERS:

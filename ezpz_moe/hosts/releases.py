@@ -44,7 +44,7 @@ class Facts:
     Attributes:
         flags: of its command line, in its order.
         models: by ``base``.
-        settings: of a job that says nothing, on a machine with an accelerator.
+        settings: of a job that says nothing, on a machine with an accelerator; none for 0.2.
     """
 
     flags: Sequence[HostFlag]
