@@ -34,7 +34,7 @@ def remedy(spelled: str, taken: Collection[str]) -> str:
     # A setting keeps its name, moves, or gets a flag of its own; any of these may be what the host
     # takes.
     for now in (row.path, row.flag, key):
-        if now in taken:
+        if now and now in taken:
             return f"now {dashed(now, no)}"
     if row.path and (whole := row.path.rpartition(".")[0]) in taken:
         return f"now one of the values of {dashed(whole)}"
