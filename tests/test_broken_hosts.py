@@ -60,7 +60,9 @@ def test_an_imported_name_that_is_gone(capsys, monkeypatch):
     assert "BROKEN torchtitan.components.optimizer:default_adamw: " in said
     assert "This means: no flavor and no job can be trained" in said
     assert " 1 broken" in said
-    assert "torchtitan.components.optimizer:default_adamw: " in refusal(capsys, "show", FLAVOR)
+    assert "torchtitan.components.optimizer:default_adamw: " in refusal(
+        capsys, "show", FLAVOR, "--all"
+    )
 
 
 def test_what_the_host_remarks_on_the_config_that_is_tried_is_not_in_the_report(capsys, caplog):
@@ -92,7 +94,7 @@ def test_a_model_that_is_no_longer_built(capsys):
 
 
 @pytest.mark.usefixtures("_another_signature")
-@pytest.mark.parametrize("command", [("flavors",), ("show", FLAVOR)])
+@pytest.mark.parametrize("command", [("describe", FLAVOR), ("show", FLAVOR, "--all")])
 def test_a_command_that_builds_a_model_says_why_it_cannot(capsys, command):
     assert "required keyword-only argument: 'novel'" in refusal(capsys, *command)
 
@@ -210,7 +212,7 @@ def test_a_host_that_cannot_be_imported(tmp_path, content, reason):
     "command",
     [
         ("doctor",),
-        pytest.param(("flavors",), marks=pytest.mark.full),
+        pytest.param(("describe", FLAVOR), marks=pytest.mark.full),
         pytest.param(("show", FLAVOR), marks=pytest.mark.full),
         ("train", FLAVOR),
     ],

@@ -15,7 +15,7 @@ from ezpz_moe.hosts.detect import HOSTS, presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan.v2026_08 import Titan2026_08
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
-from ezpz_moe.tools import lint
+from ezpz_moe.tools import flag_remedies, lint
 from ezpz_moe.tools.lint import words
 
 # Flags of each generation, as its `flags` gives them.
@@ -41,7 +41,8 @@ def on(monkeypatch):
     """Makes a generation the installed one, and lints a script for it."""
 
     def run(script: Path, generation=Titan03) -> dict[str, str]:
-        monkeypatch.setattr(lint, "presumed_host", generation)
+        for module in (lint, flag_remedies):
+            monkeypatch.setattr(module, "presumed_host", generation)
         findings = lint.lint(script, frozenset(TAKEN[generation]))
         return {f"{each.place.rpartition(':')[2]} {each.flag}": each.remedy for each in findings}
 

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.metadata import reason
+from ezpz_moe.hosts.dcp.paths import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints.huggingface.files import (
-    INDEX,
-    is_safetensors,
     read_tensors,
     weight_map,
 )

@@ -32,9 +32,10 @@ from upcycle_cases import (
 
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
-from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, write_checkpoint
+from ezpz_moe.tools.checkpoints.tensors import write_checkpoint
 from ezpz_moe.tools.upcycling import Perturbation, weights
 
 pytestmark = pytest.mark.skipif(

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[DEBUG_VARIABLE] = "1"
     try:
         with exit_on_user_error():
+            parsed.command.refuse_wrong_flags()
             return parsed.command.run()
     # Not a mistake, so no traceback; 128 + n is how shells report signal n.
     except KeyboardInterrupt:

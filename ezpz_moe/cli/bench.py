@@ -97,6 +97,10 @@ class Bench(Command):
         return int(any(each.failed for each in results))
 
     def _check(self) -> None:
+        from ezpz_moe.compute.names import name_and_options
+
+        for spec in self.backends:
+            name_and_options(spec)  # refuses a name that is not known
         for flag, number in (
             ("--scale", self.scale),
             ("--tokens", self.tokens),

@@ -13,6 +13,7 @@ from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp.paths import is_safetensors, refuse_other_folders
 
 if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
@@ -27,6 +28,8 @@ class Inspect:
     """A checkpoint's folder, such as outputs/checkpoint/step-100."""
 
     def run(self) -> int:
+        # Before torch is imported: a wrong path is reported at once.
+        refuse_other_folders(self.folder)
         with display.progress().status("Reading ..."):
             # Within the status: this imports torch, which takes longer than reading.
             from ezpz_moe.tools.checkpoints import inspect
@@ -65,12 +68,11 @@ class Remap:
     Runs the model on sample text first, and says how many choices of experts change."""
 
     def run(self) -> int:
-        from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
-
         if self.to == "hf" or is_safetensors(self.source):
             return self._through_the_host()
         if self.drop_bias:
             raise EzpzError("--drop-bias: only --to hf leaves out biases. Remove it.")
+        refuse_other_folders(self.source)
         from ezpz_moe.tools.checkpoints import remap
 
         copied = partial(display.tracked, what="Writing and comparing")
@@ -83,9 +85,11 @@ class Remap:
         return 0
 
     def _through_the_host(self) -> int:
+        if not is_safetensors(self.source):
+            refuse_other_folders(self.source)
+        model = _model(self.model)
         from ezpz_moe.tools.checkpoints.huggingface import convert
 
-        model = _model(self.model)
         if self.drop_bias and model.form is None:
             raise EzpzError("--drop-bias: needs torchtitan 0.3 or later, which runs the model.")
         if self.drop_bias and (self.to != "hf" or not model.loses_biases):
@@ -127,10 +131,12 @@ def _model(config: str | None) -> Model:
         raise EzpzError("Safetensors need the model: add --model FLAVOR|JOB.toml.")
     from ezpz_moe.config.flavors import load_flavor
     from ezpz_moe.hosts.jobs import find_job
-    from ezpz_moe.tools.checkpoints.huggingface.model import model_of
 
     job = find_job(config)
     flavor = load_flavor(job.flavor, near=job.folder)
+    # Only now, for it imports torch.
+    from ezpz_moe.tools.checkpoints.huggingface.model import model_of
+
     return model_of(import_host(), flavor, _tokenizer(job))
 
 

@@ -30,6 +30,19 @@ class Command(ABC):
             EzpzError: the user made a mistake.
         """
 
+    def refuse_wrong_flags(self) -> None:
+        """Refuse flags that the trainer would refuse, before anything heavy is imported.
+
+        Raises:
+            EzpzError: the trainer does not take them, or not with these values.
+        """
+        words = getattr(self, "host_flags", ())
+        if words:
+            from ezpz_moe.tools.trainer_flags import refuse_wrong_flags
+
+            ours = (f"--{each.name.replace('_', '-')}" for each in fields(self))  # type: ignore[arg-type]
+            refuse_wrong_flags(words, [*ours, "--debug"])
+
     @classmethod
     def takes_host_flags(cls) -> bool:
         # Asked of the class: the arguments are parsed only after this is known.

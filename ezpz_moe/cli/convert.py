@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
@@ -82,7 +81,6 @@ def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
         from ezpz_moe.tools.convert_hf import from_hf
         from ezpz_moe.tools.convert_megatron import from_megatron
 
-        import_host()
         conversion = from_hf(old) if project == "hf" else from_megatron(old)
     _report(conversion.changes)
     for difference in conversion.differences:
@@ -118,7 +116,6 @@ def _lint(scripts: tuple[Path, ...]) -> int:
         from ezpz_moe.hosts.detect import presumed_host
         from ezpz_moe.tools.lint import lint, taken_flags
 
-        import_host()
         taken = taken_flags()
         findings = [finding for path in scripts for finding in lint(path, taken)]
     display.print_table(

@@ -42,6 +42,9 @@ class Describe(Command):
     def run(self) -> int:
         if self.world_size is not None:
             refuse_no_ranks(self.world_size)
+        from ezpz_moe.hosts.jobs import find_job
+
+        find_job(self.config)  # before torch is imported: a mistake in it is reported at once
         with display.progress().status("Building the model without memory, to count ..."):
             import_host()
             from ezpz_moe.tools.describe import as_json, describe

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command
+
+if TYPE_CHECKING:
+    from ezpz_moe.config.flavors import Flavor
+    from ezpz_moe.hosts.model_summary import ModelSummary
 
 
 @dataclass(frozen=True)
@@ -20,28 +23,32 @@ class Flavors(Command):
         from ezpz_moe.compute.names import known_backend_names
         from ezpz_moe.config.flavor_schema import Attention
         from ezpz_moe.config.flavors import flavor_names, load_flavor
+        from ezpz_moe.hosts.counts import counts_at_hand
 
-        # Before torch is imported: a mistake in a file is reported at once.
         flavors = [load_flavor(name) for name in flavor_names()]
-        with display.progress().status("Building the models on the meta device, to count ..."):
-            summarize = import_host().summarize
-            counted = [(summarize(flavor), flavor) for flavor in flavors]
-            rows = [
-                {
-                    "flavor": flavor.name,
-                    "total": display.count(model.total),
-                    "active": display.count(model.active),
-                    "experts": model.num_experts,
-                    "top-k": model.top_k,
-                    "expert dim": model.expert_hidden_dim,
-                    "layers": model.n_layers,
-                    "dim": model.dim,
-                    "attention": flavor.attention or "the host's",
-                    "backend": flavor.compute_backend,
-                }
-                for model, flavor in sorted(counted, key=lambda pair: pair[0].total)
-            ]
+        counted = [(counts_at_hand(flavor), flavor) for flavor in flavors]
+        # Nothing is built here: a list has to be there at once.
+        rows = [
+            {
+                "flavor": flavor.name,
+                "total": model and display.count(model.total),
+                "active": model and display.count(model.active),
+                "experts": model and model.num_experts,
+                "top-k": model and model.top_k,
+                "expert dim": model and model.expert_hidden_dim,
+                "layers": model and model.n_layers,
+                "dim": model and model.dim,
+                "attention": flavor.attention or "the host's",
+                "backend": flavor.compute_backend,
+            }
+            for model, flavor in sorted(counted, key=_size)
+        ]
         display.print_table(rows)
+        if unknown := [flavor.name for model, flavor in counted if model is None]:
+            display.print_line(
+                f"Not counted here: {', '.join(unknown)}. `ezpz-moe describe {unknown[0]}` builds "
+                "the model and counts."
+            )
         attentions, backends = ", ".join(get_args(Attention)), ", ".join(known_backend_names())
         display.print_line(
             "Variants of each: FLAVOR[_ATTENTION][_BACKEND], such as 16B_sdpa_for_loop. "
@@ -51,3 +58,9 @@ class Flavors(Command):
 
 
 COMMAND = Flavors
+
+
+def _size(counted: tuple[ModelSummary | None, Flavor]) -> float:
+    """Return what to sort by: what is not counted comes last."""
+    model, _ = counted
+    return model.total if model else float("inf")

@@ -66,7 +66,7 @@ class Generate(Command):
         from ezpz_moe.tools.named_model import named_model
 
         named = named_model(self.run_, self.config)
-        from ezpz_moe.tools.trained import find_weights
+        from ezpz_moe.hosts.dcp.paths import find_weights
 
         flavor, weights = named.flavor, find_weights(named.path)
         part = import_host().analysis()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host
 from ezpz_moe.cli.command import Command
+
+if TYPE_CHECKING:
+    from ezpz_moe.config.flavors import Flavor
+    from ezpz_moe.config.job import Job
+    from ezpz_moe.hosts.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -21,28 +28,47 @@ class Show(Command):
     config: Config
     """The name of a flavor, or the path to a job's TOML."""
     all: bool = False
-    """Also show the settings that keep torchtitan's defaults."""
+    """Ask torchtitan: also show settings that keep its defaults or depend on this machine."""
 
     def run(self) -> int:
         from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.hosts.counts import counts_at_hand
+        from ezpz_moe.hosts.job_settings import settings_at_hand
         from ezpz_moe.hosts.jobs import find_job
-        from ezpz_moe.hosts.setting import flat
 
         job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
+        counted, settings = counts_at_hand(flavor), settings_at_hand(job, flavor)
+        if self.all or counted is None or settings is None:
+            return self._ask_host(job, flavor)
+        _print(job, flavor, {"counted": asdict(counted)}, settings)
+        display.print_line(
+            f"As the files say it. `ezpz-moe show {self.config} --all` asks torchtitan, also for "
+            f"what depends on this machine; `ezpz-moe doctor {self.config}` checks that it all "
+            "fits together."
+        )
+        return 0
+
+    def _ask_host(self, job: Job, flavor: Flavor) -> int:
         with display.progress().status("Building the config ..."):
             host = import_host()
-            # None means that the host decides, which its own config below shows.
-            fields = flavor.model_dump(exclude_none=True)
-            fields["counted"] = asdict(host.summarize(flavor))
+            counted = asdict(host.summarize(flavor))
             config = host.trainer_config(job)
-            fields["precision"] = host.precision_in_words(config, flavor)
+            found = {"counted": counted, "precision": host.precision_in_words(config, flavor)}
             # Most settings keep torchtitan's defaults; the others are what the job asks for.
             told = [s for s in host.settings(config) if self.all or s.changed]
-        rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
-        display.print_table(rows, title=job.source)
-        display.print_table(map(asdict, told), title="torchtitan's config")
+        _print(job, flavor, found, told)
         return 0
 
 
 COMMAND = Show
+
+
+def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[Setting]) -> None:
+    from ezpz_moe.hosts.setting import flat
+
+    # None means that the host decides, which --all shows.
+    fields = flavor.model_dump(exclude_none=True) | found
+    rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
+    display.print_table(rows, title=job.source)
+    display.print_table(map(asdict, settings), title="torchtitan's config")

@@ -14,6 +14,7 @@ from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp.paths import find_checkpoint, is_safetensors
 
 if TYPE_CHECKING:
     from ezpz_moe.hosts.upcycling_target import Target
@@ -53,6 +54,8 @@ class Upcycle(Command):
 
         job = find_job(self.model)
         flavor = load_flavor(job.flavor, near=job.folder)
+        if not is_safetensors(self.source):
+            find_checkpoint(self.source)
         host = import_host()
         from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
@@ -90,7 +93,6 @@ class Upcycle(Command):
             raise EzpzError(f"--reinit {self.reinit}: a share must be between 0 and 1.")
 
     def _dense(self, target: Target) -> Dense:
-        from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
         from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
 
         # What the folder holds decides, not what it is called.

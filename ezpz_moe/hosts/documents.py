@@ -38,10 +38,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.hosts.our_texts import CHAT_FILE, DEFAULT_DATASET, TEXT_FILE, is_ours
 
-DEFAULT_DATASET = "pydoc_topics"
-TEXT_FILE = "text_file"
-CHAT_FILE = "chat_file"  # ezpz_moe.hosts.chats reads it
 COLUMN = "text"
 TOPICS_PATH = "pydoc_data.topics"
 
@@ -97,11 +95,6 @@ VALIDATES_ON_TRAINING_TEXT = (
     "ezpz_moe: validation reads the training text, because [validation] names none: its loss says "
     "nothing about other text. For that, set dataset or dataset_path in [validation]"
 )
-
-
-def is_ours(dataset: str | None) -> bool:
-    """Return whether this module reads the dataset, and not the host; None is our default."""
-    return (dataset or DEFAULT_DATASET).lower() in (DEFAULT_DATASET, TEXT_FILE, CHAT_FILE)
 
 
 def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.command_line import HostFlag, flags_of
 from ezpz_moe.hosts.reliance import Reliance, in_words, is_written
 from ezpz_moe.hosts.untested import installed_pair
 
@@ -133,9 +134,12 @@ class Host(ABC):
     def settings(self, config: TrainerConfig) -> list[Setting]:
         """Return every field of the trainer's config except the model, in the host's order."""
 
-    @abstractmethod
-    def flags(self, config: TrainerConfig) -> frozenset[str]:
-        """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
+    def command_line(self, config: TrainerConfig) -> list[HostFlag]:
+        """Return the flags of the host's command line for ``config``, with its defaults."""
+        with self.importing():
+            from torchtitan.config.manager import ConfigManager, custom_registry
+        ConfigManager()  # gives the registry its rules
+        return flags_of(type(config), config, custom_registry)
 
     @abstractmethod
     def precision_in_words(self, config: TrainerConfig, flavor: Flavor) -> str:
@@ -157,6 +161,14 @@ class Host(ABC):
 
         Raises:
             EzpzError: the host cannot build the model.
+        """
+
+    @abstractmethod
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        """Return whether the flavor's attention has no backward on the CPU.
+
+        Raises:
+            EzpzError: as :meth:`summarize`.
         """
 
     @abstractmethod

@@ -22,10 +22,8 @@ from ezpz_moe.config.job import shown
 from ezpz_moe.config.routing_schema import SCOPES
 from ezpz_moe.config.toml_edit import assignment, commented
 from ezpz_moe.errors import EzpzError, printable, some
-from ezpz_moe.hosts.detect import host
-from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
-from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
-from ezpz_moe.tools.checkpoints.huggingface.files import CONFIG
+from ezpz_moe.hosts.dcp.paths import CONFIG
+from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.tools.convert import Change, write_files
 
 SIZED = ("deepseek_v2", "deepseek_v3", "kimi_k2")
@@ -255,7 +253,12 @@ def _rope(foreign: Foreign) -> Iterator[Line]:
 
 def _tried(foreign: Foreign, lines: Sequence[Line]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Return a flavor's text, what its model computes otherwise than the config, and notes."""
+    # Only now, for they import torch: most mistakes in the file are reported before.
+    from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
+    from ezpz_moe.tools.checkpoints.huggingface.differences import config_differences, eps_note
+
     text = _toml([*lines, *foreign.routing])
+    check_host()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "converted.toml")
         file.write_text(text, encoding="utf-8")

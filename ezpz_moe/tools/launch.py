@@ -19,6 +19,7 @@ from ezpz_moe.errors import EXIT_CODE, EzpzError
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.tools.early_refusals import refuse_attention
 from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
 from ezpz_moe.tools.resume_point import flags_to_resume
 from ezpz_moe.tools.trainer_settings import (
@@ -78,6 +79,9 @@ def train(
     """
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
+    if nproc < 1:
+        raise EzpzError(f"--nproc {nproc}: must be at least 1 process.")
+    refuse_attention(job, host_flags)
     settings = checkpoint_settings(job, host_flags)
     # Rank 0 refuses too, but only when all ranks have started.
     if settings.is_saving:
@@ -244,8 +248,6 @@ def _check_processes(nproc: int) -> None:
     """Allow one process per accelerator; on the CPU, any number."""
     import torch
 
-    if nproc < 1:
-        raise EzpzError(f"--nproc {nproc}: must be at least 1 process.")
     if torch.accelerator.is_available() and nproc > (count := torch.accelerator.device_count()):
         raise EzpzError(
             f"--nproc {nproc}: this machine has {count} {torch.accelerator.current_accelerator()} "

@@ -15,12 +15,12 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from ezpz_moe.config.job import job_for_flavor
-from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.hosts.detect import HOSTS, host, presumed_host
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.detect import HOSTS, presumed_host
+from ezpz_moe.hosts.host_flags import known_flags
+from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
 
 _LAUNCHER = "run_train.sh"  # the host's own
-_ANY_FLAVOR = "debugmodel_sdpa"  # a flag does not depend on the model
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
     for number, word in found:
         place = f"{path}:{number}"
         if (flag := _flag(word)) and _section(flag) in _sections():
-            findings.append(Finding(place, flag, _remedy(_path(flag), taken)))
+            findings.append(Finding(place, flag, remedy(_path(flag), taken)))
         # An unknown section is most likely another program's flag: report only a near miss.
         elif flag and (near := get_close_matches(_section(flag), _sections(), n=1, cutoff=0.8)):
             findings.append(Finding(place, flag, f"unknown section: did you mean {near[0]}?"))
@@ -74,11 +74,12 @@ def lint(path: Path, taken: frozenset[str]) -> list[Finding]:
 def taken_flags() -> frozenset[str]:
     """Return the flags of the installed host, as paths: ``--a.b-c`` is ``a.b_c``.
 
+    Flags behind a subcommand, ``activation-checkpoint:full``, are not flags of the top level.
+
     Raises:
         EzpzError: no host is installed that this package has a binding for.
     """
-    config = host().trainer_config(job_for_flavor(_ANY_FLAVOR))
-    return host().flags(config)
+    return frozenset(each.name for each in known_flags() if not (each.after or each.is_subcommand))
 
 
 def words(line: str) -> Iterator[str]:
@@ -119,35 +120,6 @@ def _section(flag: str) -> str:
     return _path(flag).partition(".")[0]
 
 
-def _remedy(spelled: str, taken: frozenset[str]) -> str:
-    """Return what to do about a flag; empty if the host accepts it."""
-    section, _, name = spelled.rpartition(".")
-    no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
-    path = f"{section}.{name.removeprefix(no)}"
-    if path in taken:
-        return ""
-    if (key := _keys_by_spelling().get(path)) is None:
-        siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
-        return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
-    section, _, name = key.rpartition(".")
-    row = presumed_host().job_keys()[section].get(name)
-    if row is None:  # the key belongs to a newer host
-        return f"{presumed_host().name} has no such setting"
-    # A setting keeps its name, moves, or gets a flag of its own; any of these may be what the host
-    # takes.
-    for now in (row.path, row.flag, key):
-        if now in taken:
-            return f"now {_dashed(now, no)}"
-    if row.path and (whole := row.path.rpartition(".")[0]) in taken:
-        return f"now one of the values of {_dashed(whole)}"
-    return row.message or f"no longer a flag: set [{section}] {name} in the job's TOML"
-
-
-def _dashed(path: str, no: str = "") -> str:
-    section, dot, name = path.rpartition(".")
-    return f"--{section}{dot}{no}{name}".replace("_", "-")
-
-
 def _variable_remedy(name: str) -> str:
     variables = presumed_host().launcher_variables
     if name in variables:
@@ -162,20 +134,6 @@ def _variables() -> frozenset[str]:
 
 
 @cache
-def _keys_by_spelling() -> dict[str, str]:
-    """Map a setting, as any generation of the host spells it, to the job's key for it."""
-    keys: dict[str, str] = {}
-    for each in HOSTS:
-        for section, rows in each.job_keys().items():
-            for name, row in rows.items():
-                for spelled in (row.path, row.flag, f"{section}.{name}"):
-                    if spelled:
-                        # The first generation that knows a spelling decides.
-                        keys.setdefault(spelled, f"{section}.{name}")
-    return keys
-
-
-@cache
 def _sections() -> frozenset[str]:
     """Return the first parts of trainer flags."""
-    return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)
+    return frozenset(path.partition(".")[0] for path in keys_by_spelling() if "." in path)

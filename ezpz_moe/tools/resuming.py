@@ -11,10 +11,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
+from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.resuming import rates_differ
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.checkpoints.tensors import find_checkpoint
 
 _STEP = "train_state.step"
 # The host saves the optimizer's settings for each parameter: optimizer.param_groups.NAME.lr.

@@ -17,21 +17,9 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.huggingface.files import is_safetensors
 from ezpz_moe.tools.checkpoints.huggingface.importing import Importable, check_importable
 from ezpz_moe.tools.checkpoints.huggingface.model import model_of
-from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
-
-
-def find_weights(path: Path) -> Path:
-    """Find the folder with a model's weights: ``path`` itself, or the newest checkpoint below it.
-
-    Raises:
-        EzpzError: there is neither a checkpoint nor safetensors.
-    """
-    if not (path / storage.METADATA).is_file() and is_safetensors(path):
-        return path
-    return find_checkpoint(path)
+from ezpz_moe.tools.checkpoints.tensors import read_whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ def load(
     """Build the flavor's model for inference, with the weights in ``folder``.
 
     Args:
-        folder: from :func:`find_weights`.
+        folder: from :func:`.find_weights`.
         length: tokens of a sequence, at most.
         device, dtype: where and in what the model computes; the host computes experts in bfloat16.
         one_document: whether every sequence is one document, which needs no mask between them.

@@ -14,9 +14,10 @@ from trainer_runs import job_folder
 
 from ezpz_moe import cli
 from ezpz_moe.cli.ckpt import _model
+from ezpz_moe.hosts.dcp import paths
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.checkpoints.huggingface import exporting, files
+from ezpz_moe.tools.checkpoints.huggingface import exporting
 from ezpz_moe.tools.checkpoints.huggingface.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
@@ -69,7 +70,7 @@ def test_there_and_back_keeps_every_bit(
     target = tmp_path / "hf"
     assert remap(source, target, "--to", "hf", "--model", job) == 0
     assert "no optimizer" in capsys.readouterr().out
-    index = json.loads((target / files.INDEX).read_text())["weight_map"]
+    index = json.loads((target / paths.INDEX).read_text())["weight_map"]
     names = sorted(set(index.values()))
     assert len(names) > 3
     assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
@@ -79,7 +80,7 @@ def test_there_and_back_keeps_every_bit(
         assert {index[key] for key in tensors} == {file}
         written |= tensors
     assert written.keys() == index.keys()
-    size = json.loads((target / files.INDEX).read_text())["metadata"]["total_size"]
+    size = json.loads((target / paths.INDEX).read_text())["metadata"]["total_size"]
     assert size == sum(tensor.nbytes for tensor in written.values())
     for number in range(8):
         expert = written[f"model.layers.1.mlp.experts.{number}.up_proj.weight"]

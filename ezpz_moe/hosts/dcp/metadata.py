@@ -13,10 +13,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError, printable
+from ezpz_moe.hosts.dcp.paths import METADATA
 from ezpz_moe.hosts.dcp.structure import check_structure
 from ezpz_moe.hosts.dcp.unpickling import Refused, load_metadata
-
-METADATA = ".metadata"
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -17,8 +17,9 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.chats import messages_of, read_chats
-from ezpz_moe.hosts.documents import CHAT_FILE, find_file
+from ezpz_moe.hosts.documents import find_file
 from ezpz_moe.hosts.job_files import written_chat
+from ezpz_moe.hosts.our_texts import CHAT_FILE
 
 
 class ChatFileDataLoader(ParallelAwareDataloader):

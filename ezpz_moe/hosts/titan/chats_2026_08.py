@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.documents import CHAT_FILE
+from ezpz_moe.hosts.our_texts import CHAT_FILE
 
 
 def chat_config(dataset_path: str | None, *, job_folder: Path | None, infinite: bool) -> NoReturn:

@@ -23,9 +23,9 @@ from ezpz_moe.config.flavor_schema import Attention
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
-from ezpz_moe.hosts.documents import CHAT_FILE
 from ezpz_moe.hosts.job_files import chat_problems, missing_files, vocabulary_problems
 from ezpz_moe.hosts.limits import compile_problems, memory_problems
+from ezpz_moe.hosts.our_texts import CHAT_FILE
 from ezpz_moe.hosts.ranks import (
     Batch,
     head_problems,

@@ -20,7 +20,8 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp.metadata import METADATA, read_metadata
+from ezpz_moe.hosts.dcp.metadata import read_metadata
+from ezpz_moe.hosts.dcp.paths import METADATA
 from ezpz_moe.hosts.resuming import Entries, Fit, fit
 
 # The degree's key in a dataloader's state: in 0.3, and since August 2026.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.dcp.metadata import METADATA
+from ezpz_moe.hosts.dcp.paths import METADATA
 from ezpz_moe.hosts.resuming import is_selection_bias
 from ezpz_moe.hosts.titan.resuming import whole_steps, why_it_failed
 

@@ -23,14 +23,3 @@ def settings(config: Trainer.Config) -> list[Setting]:
         if name != "model_spec" and name not in ours
     }
     return [Setting(path, value, defaults.get(path)) for path, value in flat(values)]
-
-
-def flags(config: Trainer.Config) -> frozenset[str]:
-    """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``.
-
-    Options of activation checkpointing follow a subcommand, ``activation-checkpoint:full``.
-    """
-    paths = {setting.path for setting in settings(config)}
-    # They are not flags of the top level, so a command line may not contain them there.
-    behind = {path for path in paths if path.startswith("activation_checkpoint.")}
-    return frozenset(paths - behind | {"module", "config"})

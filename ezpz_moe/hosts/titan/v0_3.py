@@ -12,6 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.reliance import Reliance
 from ezpz_moe.hosts.titan.base import Experts, Sequences, Titan
 
@@ -97,10 +98,11 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.settings import settings
         return settings(config)
 
-    def flags(self, config: Any) -> frozenset[str]:
-        with self.importing():
-            from ezpz_moe.hosts.titan.settings import flags
-        return flags(config)
+    def command_line(self, config: Any) -> list[HostFlag]:
+        # The host takes these from its arguments before tyro sees them.
+        module = HostFlag("module", "STR", "ezpz_moe", "The module that has the config.")
+        named = HostFlag("config", "STR", "", "The config: here a flavor, or the path of a job.")
+        return [module, named, *super().command_line(config)]
 
     def precision_in_words(self, config: Any, flavor: Flavor) -> str:
         with self.importing():
@@ -121,6 +123,12 @@ class Titan03(Titan):
         with self.importing():
             from ezpz_moe.hosts.titan.parameters import summarize
         return summarize(flavor)
+
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        with self.importing():
+            from ezpz_moe.hosts.titan.attention import has_masked_attention
+            from ezpz_moe.hosts.titan.models import model_spec
+        return has_masked_attention(model_spec(flavor))
 
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
         with self.importing():

@@ -19,8 +19,3 @@ def settings(config: Any) -> list[Setting]:
         for path, value in flat(dataclasses.asdict(config))
         if path not in AS_0_2_DOES  # accepted without effect
     ]
-
-
-def flags(config: Any) -> frozenset[str]:
-    """Return the flags of the host's command line, as paths: ``--a.b-c`` is ``a.b_c``."""
-    return frozenset(setting.path for setting in settings(config))

@@ -95,11 +95,6 @@ class Titan02(Host):
             from ezpz_moe.hosts.titan_0_2.settings import settings
         return settings(config)
 
-    def flags(self, config: Any) -> frozenset[str]:
-        with self.importing():
-            from ezpz_moe.hosts.titan_0_2.settings import flags
-        return flags(config)
-
     def precision_in_words(self, config: Any, flavor: Flavor) -> str:
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.precision import in_words
@@ -114,6 +109,11 @@ class Titan02(Host):
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.parameters import summarize
         return summarize(flavor)
+
+    def needs_accelerator(self, flavor: Flavor) -> bool:
+        with self.importing():
+            from ezpz_moe.hosts.titan_0_2.models import model_args
+        return model_args(flavor).attn_type != "sdpa"
 
     def build_on_meta(self, flavor: Flavor) -> nn.Module:
         with self.importing():

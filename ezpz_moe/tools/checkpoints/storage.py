@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import metadata as dcp_metadata
-from ezpz_moe.hosts.dcp.metadata import METADATA, reason
+from ezpz_moe.hosts.dcp.metadata import reason
+from ezpz_moe.hosts.dcp.paths import METADATA, refuse_other_folders
 
 _BLOCK = 16 * 2**20  # bytes
 
@@ -31,13 +32,7 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         EzpzError: it is missing or damaged, or names something that no metadata needs.
     """
-    if not folder.is_dir():
-        raise EzpzError(f"{folder}: there is no such folder.")
-    if not (folder / METADATA).is_file():
-        raise EzpzError(
-            f"{folder}: holds no checkpoint of torch.distributed.checkpoint (no .metadata)."
-            f"{_what_else(folder)}"
-        )
+    refuse_other_folders(folder)
     return dcp_metadata.read_metadata(folder)
 
 
@@ -50,18 +45,6 @@ def check_metadata(folder: Path) -> None:
     """
     check_data(folder, read_metadata(folder))
     dcp_metadata.check_torch_reads(folder)
-
-
-def _what_else(folder: Path) -> str:
-    """Give a hint for a folder that does not hold a checkpoint itself."""
-    if any(folder.glob("*.safetensors")):
-        return " It holds safetensors, which ckpt remap reads with --model FLAVOR|JOB.toml."
-    steps = [*folder.glob(f"step-*/{METADATA}"), *folder.glob(f"*/step-*/{METADATA}")]
-    if not steps:
-        return ""
-    # By time: these may be of several runs, whose step numbers do not compare.
-    newest = max(steps, key=lambda path: path.stat().st_mtime)
-    return f" There are checkpoints below it, such as {newest.parent}."
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,6 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
 
 _DCP_FILE = "__0_0.distcp"  # as DCP names rank 0's first file
-_FOLDER = "checkpoint"  # the host's default of checkpoint.folder
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Find the folder of one checkpoint: ``path`` itself, or the newest step below it.
-
-    Args:
-        path: a ``step-N`` folder, the folder that contains these, or a run's dump folder.
-
-    Raises:
-        EzpzError: there is no checkpoint.
-    """
-    if (path / storage.METADATA).is_file():
-        return path
-    for folder in (path, path / _FOLDER):
-        # Compare steps as numbers: as strings, step-20 would be newer than step-100.
-        steps = {
-            int(match[1]): file.parent
-            for file in folder.glob(f"step-*/{storage.METADATA}")
-            if (match := re.fullmatch(r"step-(\d+)", file.parent.name))
-        }
-        if steps:
-            return steps[max(steps)]
-    storage.read_metadata(path)  # raises, and says what is there instead
-    raise AssertionError(path)
 
 
 def read_whole(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from ezpz_moe.errors import EzpzError, some
 from ezpz_moe.hosts.architecture import Architecture
+from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
 from ezpz_moe.tools.checkpoints.huggingface.config import dense_classes
@@ -22,7 +23,7 @@ from ezpz_moe.tools.checkpoints.huggingface.files import (
     weight_map,
 )
 from ezpz_moe.tools.checkpoints.huggingface.tied import find_tied, tied_notes
-from ezpz_moe.tools.checkpoints.tensors import find_checkpoint, read_whole
+from ezpz_moe.tools.checkpoints.tensors import read_whole
 
 
 class Dense(Protocol):

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.errors import EzpzError, some
+from ezpz_moe.hosts.dcp.paths import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
-from ezpz_moe.tools.checkpoints.huggingface.files import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 

@@ -13,29 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ezpz_moe.errors import EzpzError, printable
+from ezpz_moe.hosts.dcp.paths import CONFIG, INDEX
 from ezpz_moe.hosts.dcp.structure import is_below
 
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 Files = Mapping[str, str]
 """Tensor -> the file that holds it."""
-
-
-def is_safetensors(folder: Path) -> bool:
-    """Return whether ``folder`` holds Hugging Face's safetensors, or an index that names some.
-
-    Raises:
-        EzpzError: it holds Hugging Face's older form of weights instead, which is a pickle.
-    """
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file():
-        return True
-    if pickled := sorted(folder.glob("pytorch_model*.bin")):
-        raise EzpzError(
-            f"{pickled[0]}: is a pickle, which ezpz_moe does not read. Save the model as "
-            "safetensors first, with transformers: AutoModelForCausalLM.from_pretrained(...)"
-            ".save_pretrained(...)."
-        )
-    return False
 
 
 def weight_map(folder: Path) -> dict[str, str]:

@@ -1,0 +1,54 @@
+"""Refuse at once what every rank would refuse after twenty seconds of imports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from ezpz_moe.config.flavor_schema import Attention
+from ezpz_moe.config.flavors import Flavor, load_flavor
+from ezpz_moe.config.job import Job
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import accelerator
+from ezpz_moe.hosts.releases import facts
+
+_RUNS_EVERYWHERE = "sdpa"
+# With these the model may be another one, or stand for another machine.
+_CHANGE_THE_MODEL = ("override.", "module", "config", "model.", "job.config", "comm.mode")
+
+
+def refuse_attention(job: Job, host_flags: Sequence[str]) -> None:
+    """Refuse attention without a backward on the CPU, if there is certainly nothing else here.
+
+    Raises:
+        EzpzError: names a flavor that trains here.
+    """
+    names = [word.lstrip("-").replace("_", "-") for word in host_flags if word.startswith("--")]
+    if any(name.startswith(_CHANGE_THE_MODEL) for name in names):
+        return
+    flavor = load_flavor(job.flavor, near=job.folder)
+    if _needs_accelerator(flavor) and accelerator.has_certainly_none():
+        attention = flavor.attention or "torchtitan's own"
+        raise EzpzError(
+            f"{job.source}: the attention of flavor {flavor.name!r} ({attention}) has no backward "
+            "on the CPU, and this machine has no accelerator. Use flavor "
+            f"{_with_sdpa(flavor)}."
+        )
+
+
+def _needs_accelerator(flavor: Flavor) -> bool:
+    if flavor.attention is not None:
+        return flavor.attention != _RUNS_EVERYWHERE
+    known = facts()
+    model = known.models.get(str(flavor.base)) if known else None
+    return model is not None and model.needs_accelerator
+
+
+def _with_sdpa(flavor: Flavor) -> str:
+    """Return the name of the same flavor with SDPA: NAME[_ATTENTION][_BACKEND]."""
+    backend = flavor.compute_backend
+    suffix = f"_{backend}" if flavor.name.endswith(f"_{backend}") else ""
+    stem = flavor.name.removesuffix(suffix)
+    for attention in get_args(Attention):
+        stem = stem.removesuffix(f"_{attention}")
+    return f"{stem}_{_RUNS_EVERYWHERE}{suffix}"

@@ -1,0 +1,221 @@
+"""Check the trainer's flags on a command line, before torch and the host are imported.
+
+The trainer itself would refuse them too, after twenty seconds. Of a host whose flags are not
+shipped (:mod:`ezpz_moe.hosts.releases`) nothing is known here, and it does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ezpz_moe.errors import EzpzError, did_you_mean, printable
+from ezpz_moe.hosts.command_line import HostFlag
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.releases import facts
+from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
+
+_NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+|-\d+\.?\d*[eE][+-]?\d+")
+_LONGEST = 60
+_IN_WORDS = {"INT": "an integer", "FLOAT": "a number"}
+
+
+def refuse_wrong_flags(words: Sequence[str], ours: Collection[str]) -> None:
+    """Refuse flags that the installed host does not take, and values that it cannot read.
+
+    Args:
+        words: what is left of a command line without our own options.
+        ours: our own options of that command, such as ``--nproc``, for the nearest name.
+
+    Raises:
+        EzpzError: names every such flag, and what to write instead.
+    """
+    known = facts()
+    if known is None:
+        return
+    if problems := list(_Words(known.flags, ours).problems(words)):
+        lines = problems if len(problems) == 1 else [f"{len(problems)} wrong flags", *problems]
+        raise EzpzError("\n  ".join(lines))
+
+
+@dataclass
+class _Given:
+    """A flag with its values, or a word that belongs to none."""
+
+    name: str
+    values: list[str]
+
+
+def _given(words: Sequence[str]) -> Iterator[_Given]:
+    """Split a command line where a flag begins."""
+    given: _Given | None = None
+    for word in words:
+        if word.startswith("-") and not _NEGATIVE_NUMBER.fullmatch(word) and word != "-":
+            if given:
+                yield given
+            name, equals, value = word.partition("=")
+            given = _Given(name, [value] if equals else [])
+        elif given:
+            given.values.append(word)
+        else:
+            given = _Given("", [word])
+    if given:
+        yield given
+
+
+class _Words:
+    """The words that a host takes, behind each subcommand.
+
+    Args:
+        flags: of the host.
+        ours: our own options.
+    """
+
+    def __init__(self, flags: Sequence[HostFlag], ours: Collection[str]) -> None:
+        self._ours = ours
+        self._subcommands = {each.name for each in flags if each.is_subcommand}
+        self._behind: dict[str, dict[str, HostFlag]] = {"": {}}
+        for flag in flags:
+            if not flag.is_subcommand:
+                self._behind.setdefault(flag.after, {})[flag.name] = flag
+
+    def problems(self, words: Sequence[str]) -> Iterator[str]:
+        """Yield a line for each word that the host would refuse."""
+        behind = ""
+        for given in _given(words):
+            known = self._behind.get(behind, {})
+            flag = known.get(_path(given.name)) or _switched(given.name, known)
+            left = given.values
+            if given.name and flag is None:
+                yield self._unknown(given.name, behind)
+                # Whatever follows may be its values.
+                left = [word for word in left if word in self._subcommands]
+            elif flag is not None:
+                taken = _taken(flag, given.values)
+                yield from _wrong_values(flag, given.name, given.values[:taken])
+                left = given.values[taken:]
+            for word in left:
+                if word in self._subcommands:
+                    behind = word
+                elif flag is not None and not flag.type:
+                    either = f"{flag.option} or {_off(flag)}"
+                    yield f"{_short(given.name)}: takes no value. Write {either}."
+                else:
+                    yield self._stray(word, given.name)
+
+    def _unknown(self, name: str, behind: str) -> str:
+        path, shown = _path(name), _short(name)
+        elsewhere = [after for after, flags in self._behind.items() if path in flags]
+        if behind and "" in elsewhere:
+            return f"{shown}: write it before {behind}, which only its own flags may follow."
+        if elsewhere:
+            return f"{shown}: write it after one of {', '.join(sorted(elsewhere))}."
+        top = self._behind[""]
+        if _turned_on(path) in keys_by_spelling() and (why := remedy(path, top)):
+            return f"{shown}: {presumed_host().name} has no such flag: {why.rstrip('.')}."
+        return (
+            f"{shown}: neither the trainer ({presumed_host().name}) nor this command has such a "
+            f"flag.{self._nearest(name)}"
+        )
+
+    def _nearest(self, name: str) -> str:
+        options = [flag.option for flags in self._behind.values() for flag in flags.values()]
+        switches = [_off(flag) for flag in self._behind[""].values() if not flag.type]
+        name = name.replace("_", "-")
+        near = did_you_mean(name, [*self._ours, *options, *switches])
+        # A name without its section, and one that says the section again (checkpoint.enable-
+        # checkpoint), mean another flag than the one with the most letters in common.
+        meant = [
+            option
+            for option in options
+            if option.rpartition(".")[2] == name.lstrip("-") or name.startswith(f"{option}-")
+        ]
+        return f" Did you mean {meant[0]!r}?" if len(meant) == 1 else near
+
+    def _stray(self, word: str, before: str) -> str:
+        near = did_you_mean(word, self._subcommands)
+        after = f" after {_short(before)}" if before else ""
+        return f"{_short(word)}{after}: the trainer takes no such word.{near}"
+
+
+def _taken(flag: HostFlag, values: Sequence[str]) -> int:
+    """Return how many of the words behind a flag are its values."""
+    if not flag.type:
+        return 0
+    return len(values) if flag.many else 1
+
+
+def _wrong_values(flag: HostFlag, name: str, values: Sequence[str]) -> Iterator[str]:
+    if flag.type and not values and not flag.many:
+        yield f"{_short(name)}: needs a value, {_in_words(flag.type)}."
+    # What takes many has a syntax of its own.
+    elif values and not flag.many and not _reads(flag.type, values[0]):
+        value = _short(values[0])
+        choices = {choice for each in _alternatives(flag.type) for choice in _choices(each)}
+        near = did_you_mean(values[0], choices - {"None"})
+        yield f"{_short(name)} {value}: must be {_in_words(flag.type)}.{near}"
+
+
+def _reads(type_: str, value: str) -> bool:
+    """Return whether the host reads ``value``, where its type tells."""
+    for each in _alternatives(type_):
+        if choices := _choices(each):
+            if value in choices:
+                return True
+        elif each in _READERS:
+            try:
+                _READERS[each](value)
+            except ValueError:
+                continue
+            return True
+        else:
+            return True
+    return False
+
+
+_READERS: Mapping[str, type] = {"INT": int, "FLOAT": float}
+
+
+def _alternatives(type_: str) -> list[str]:
+    """Split ``{None}|INT``."""
+    return type_.split("|")
+
+
+def _choices(type_: str) -> list[str]:
+    return type_[1:-1].split(",") if re.fullmatch(r"\{[^{}\[\]]*\}", type_) else []
+
+
+def _in_words(type_: str) -> str:
+    words: list[str] = []
+    for each in _alternatives(type_):
+        choices = _choices(each)
+        one_of = f"one of {', '.join(choices)}" if len(choices) > 1 else "".join(choices)
+        words.append(one_of or _IN_WORDS.get(each, each))
+    return " or ".join(words)
+
+
+def _path(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
+
+
+def _switched(name: str, known: Mapping[str, HostFlag]) -> HostFlag | None:
+    """Return the switch that ``--section.no-name`` turns off."""
+    flag = known.get(_turned_on(_path(name)))
+    return flag if flag is not None and not flag.type else None
+
+
+def _turned_on(path: str) -> str:
+    section, dot, last = path.rpartition(".")
+    return f"{section}{dot}{last.removeprefix('no_')}"
+
+
+def _off(flag: HostFlag) -> str:
+    section, dot, last = flag.option.rpartition(".")
+    return f"{section}{dot}no-{last}"
+
+
+def _short(text: str) -> str:
+    """Return what the user wrote on one short line."""
+    text = printable(text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
