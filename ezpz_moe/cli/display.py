@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
+
+from ezpz_moe.cli import tables
 
 # Commands ask this module alone for words; logs need some of them too.
 from ezpz_moe.telemetry.text import (
@@ -25,6 +26,7 @@ from ezpz_moe.telemetry.text import (
     number,
     table,
     text,
+    words,
 )
 
 __all__ = ["count", "flops", "gibibytes", "memory", "number", "text"]
@@ -46,15 +48,32 @@ def progress() -> Console:
     return console
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> None:
+def print_table(
+    rows: Iterable[Mapping[str, Any]], *, title: str = "", important: Sequence[str] = ()
+) -> None:
     """Print rows with the same keys, which become the headings. Columns of numbers align right.
 
-    Without rows, print nothing.
+    A terminal that is too narrow for all columns shows the most ``important`` ones, or a block for
+    each row. Without rows, print nothing.
     """
+    # As text at once: alignment and width depend on what is printed.
+    if not (made := words(rows)):
+        return
     console = output()
-    lines = box.SIMPLE_HEAD if console.is_terminal else None
-    if (made := table(rows, title=title, box=lines)) is not None:
-        console.print(made)
+    if title:
+        console.print(title, markup=False, soft_wrap=True, style="bold")
+    if not console.is_terminal:
+        console.print(table(made))
+        return
+    if (widths := tables.fit(made, console.width, important)) is None:
+        for line in tables.blocks(made, console.width):
+            console.print(line, markup=False, soft_wrap=True)
+        return
+    console.print(tables.fitted(made, widths))
+    if hidden := [each.replace("_", " ") for each in made[0] if each not in widths]:
+        several = "s" if len(hidden) > 1 else ""
+        note = f"{len(hidden)} column{several} hidden: {', '.join(hidden)}"
+        console.print(f"{note} (wider terminal, or --json)", markup=False, style="dim")
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
