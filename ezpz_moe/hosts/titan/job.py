@@ -47,7 +47,7 @@ from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
-from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.cpu import no_accelerator, sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision, router_remarks
 from ezpz_moe.hosts.titan.activation_checkpointing import (
@@ -152,6 +152,10 @@ def trainer_config(job: Job) -> JobConfig:
     sections["activation_checkpoint"] = keeping_products(sections["activation_checkpoint"])
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
+    elif no_accelerator():
+        with titan().importing():
+            from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
+        sections["metrics"] = CpuMetrics.Config()
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     # The job's own values come last in the merge, so they win over what suits this CPU.
     ours = _cpu_values(job) | (in_float32 := precision.values(job))

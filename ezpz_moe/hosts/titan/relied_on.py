@@ -10,6 +10,7 @@ from ezpz_moe.hosts.titan.relied_on_in_part import (
     ANALYSIS,
     COMPONENTS,
     NO_ROUTER,
+    ON_A_CPU,
     ROUTERS,
 )
 
@@ -390,6 +391,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     *_EXPERTS,
     *ROUTERS,
+    *ON_A_CPU,
     *ANALYSIS,
     *COMPONENTS,
     *_DOORS,
