@@ -1,8 +1,7 @@
 """``ezpz-moe``: parse the arguments and run a command. Each command is one file in this folder.
 
 Nothing heavy is imported before a command runs: help and argument mistakes are quick. Results go
-to stdout, progress and errors to stderr. Exit codes: 0; 1 when a check fails or a training run
-breaks; 2 for a user's mistake; 128 + n when signal n ended it.
+to stdout, progress and errors to stderr. docs/reference/exit-codes.md has the exit codes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass, replace
-from functools import partial
 from pkgutil import iter_modules
 from typing import Annotated, Any, Union
 
@@ -23,12 +21,21 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 from ezpz_moe import __version__
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import GROUPS, Command
-from ezpz_moe.errors import DEBUG_VARIABLE, exit_on_user_error
+from ezpz_moe.cli.mistakes import refuse_unknown, refuse_unknown_command
+from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError, exit_on_user_error
 
 _ABOUT = """Selectable expert backends for Mixture-of-Experts training with torchtitan.
 
-ezpz-moe --version prints the version.
+The options below may stand before or after a command.
 """
+_HELP = ("--help", "-h")
+_OF_ALL = {
+    "debug": "Show tracebacks.",
+    "quiet": "Print results and errors only: no progress, none of the trainer's remarks.",
+    "verbose": "Also print what the trainer and its libraries log.",
+    "version": "Print the version and end.",
+}
+"""Options of every command, and what they do."""
 
 
 def commands() -> dict[str, type[Command]]:
@@ -48,13 +55,13 @@ def commands() -> dict[str, type[Command]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argument mistakes exit with 2 at once."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # By hand, because tyro would insist on a command. Only on its own: after a command the flag may
-    # be the trainer's.
-    if list(arguments) == ["--version"]:
+    # By hand, because tyro would insist on a command.
+    if "--version" in arguments:
         print(f"ezpz-moe {__version__}")
         return 0
     try:
-        parsed = _parse(arguments)
+        with exit_on_user_error():
+            parsed = _parse(arguments)
     except BrokenPipeError:  # `head` stopped reading the help; rich handles the same for tables
         # Without this, Python's own flush at exit would meet the closed pipe again and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # In the environment, because the processes that a command starts read it too.
     if parsed.debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    display.set_mode(
+        quiet=parsed.quiet, verbose=parsed.verbose, for_programs=parsed.command.prints_json
+    )
     try:
         with exit_on_user_error():
             return parsed.command.run()
@@ -72,30 +82,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    """Parse the command line into ``command``, with its arguments, and ``debug``.
+    """Parse the command line into ``command``, with its arguments, and the options of all.
 
     Some commands hand flags that they do not know to the trainer; elsewhere those are mistakes.
+
+    Raises:
+        EzpzError: there is no such command or option.
     """
     known = commands()
-    # The first word is the command: --debug, the only flag before it, takes no value.
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    parse = partial(
-        tyro.cli,
+    of_all = [*(f"--{name}" for name in _OF_ALL), *_HELP]
+    if not (arguments and arguments[0] in _HELP):
+        refuse_unknown_command(arguments, known, of_all=of_all)
+    parsed, left = tyro.cli(
         _arguments(known),
         prog="ezpz-moe",
         args=arguments,
+        # What is left is refused below, in one line: tyro would fill a box.
+        return_unknown_args=True,
         config=(
             CascadeSubcommandArgs,  # --debug may also follow the command
             FlagCreatePairsOff,  # no --no-debug beside --debug
             OmitArgPrefixes,  # --device, not --command.device
         ),
     )
-    # Only for these commands: elsewhere a misspelt flag would be ignored in silence.
-    if not (words and words[0] in known and known[words[0]].takes_host_flags()):
-        return parse()
-    parsed, host_flags = parse(return_unknown_args=True)
-    # Commands are frozen, so a copy gets the flags.
-    return replace(parsed, command=replace(parsed.command, host_flags=tuple(host_flags)))
+    if parsed.quiet and parsed.verbose:
+        raise EzpzError("--quiet, --verbose: choose one.")
+    command = parsed.command
+    if command.takes_host_flags():
+        # Commands are frozen, so a copy gets the flags.
+        return replace(parsed, command=replace(command, host_flags=tuple(left)))
+    if left:
+        (name,) = (name for name, each in known.items() if each is type(command))
+        refuse_unknown(left, name, type(command), of_all=of_all)
+    return parsed
 
 
 def _arguments(known: dict[str, type[Command]]) -> type:
@@ -105,7 +124,10 @@ def _arguments(known: dict[str, type[Command]]) -> type:
         "Arguments",
         [
             ("command", Union[of_a_command]),  # noqa: UP007 - the members are known only here
-            ("debug", Annotated[bool, arg(help="Show tracebacks.")], field(default=False)),
+            *(
+                (name, Annotated[bool, arg(help=said)], field(default=False))
+                for name, said in _OF_ALL.items()
+            ),
         ],
         frozen=True,
         namespace={"__doc__": _ABOUT},  # tyro prints it at the top of the help

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs")
@@ -30,7 +30,25 @@ class Command(ABC):
             EzpzError: the user made a mistake.
         """
 
+    @property
+    def prints_json(self) -> bool:
+        """Whether stdout may hold nothing but the JSON that the command prints."""
+        return False
+
     @classmethod
     def takes_host_flags(cls) -> bool:
         # Asked of the class: the arguments are parsed only after this is known.
         return "host_flags" in {each.name for each in fields(cls)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reporting(Command):
+    """A command whose result programs can read."""
+
+    # Named only, so that a command's own fields may have no default.
+    json: bool = field(default=False, kw_only=True)
+    """Print the result to stdout as JSON, with exact figures, and nothing else there."""
+
+    @property
+    def prints_json(self) -> bool:
+        return self.json
