@@ -93,6 +93,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     of_all = [*(f"--{name}" for name in _OF_ALL), *_HELP]
     if not (arguments and arguments[0] in _HELP):
         refuse_unknown_command(arguments, known, of_all=of_all)
+    parsed: Any
     parsed, left = tyro.cli(
         _arguments(known),
         prog="ezpz-moe",

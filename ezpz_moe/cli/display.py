@@ -116,8 +116,9 @@ def print_table(
 
 
 def print_json(document: Any) -> None:
-    """Print a document for programs."""
-    print(json_text(document))
+    """Print the result for programs, if it is one that asks; nothing else is printed then."""
+    if _mode.for_programs:
+        print(json_text(document))
 
 
 def json_text(document: Any) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import get_args
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 
 @dataclass(frozen=True)
-class Flavors(Command):
+class Flavors(Reporting):
     """List the model flavors, smallest first, with their parameters, experts and backend."""
 
     group = "models"
@@ -23,9 +23,19 @@ class Flavors(Command):
 
         # Before torch is imported: a mistake in a file is reported at once.
         flavors = [load_flavor(name) for name in flavor_names()]
-        with display.progress().status("Building the models on the meta device, to count ..."):
+        with display.status("Building the models on the meta device, to count"):
             summarize = import_host().summarize
             counted = [(summarize(flavor), flavor) for flavor in flavors]
+            counted.sort(key=lambda pair: pair[0].total)
+            found = [
+                {
+                    "name": flavor.name,
+                    **asdict(model),
+                    "attention": flavor.attention,
+                    "backend": flavor.compute_backend,
+                }
+                for model, flavor in counted
+            ]
             rows = [
                 {
                     "flavor": flavor.name,
@@ -39,9 +49,11 @@ class Flavors(Command):
                     "attention": flavor.attention or "the host's",
                     "backend": flavor.compute_backend,
                 }
-                for model, flavor in sorted(counted, key=lambda pair: pair[0].total)
+                for model, flavor in counted
             ]
-        display.print_table(rows)
+        display.print_json({"flavors": found})
+        important = ["total", "active", "experts", "top-k", "backend", "layers", "dim"]
+        display.print_table(rows, important=important)
         attentions, backends = ", ".join(get_args(Attention)), ", ".join(known_backend_names())
         display.print_line(
             "Variants of each: FLAVOR[_ATTENTION][_BACKEND], such as 16B_sdpa_for_loop. "

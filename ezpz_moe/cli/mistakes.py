@@ -11,7 +11,7 @@ from tyro.conf import Positional, Suppress
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
 
 # What tyro looks for in an annotation.
-_NO_OPTION = (*Positional[int].__metadata__, *Suppress[int].__metadata__)
+_NO_OPTION = (*get_args(Positional[int])[1:], *get_args(Suppress[int])[1:])
 
 
 def refuse_unknown_command(
@@ -85,7 +85,7 @@ def _actions(command: type) -> Iterator[tuple[str, type]]:
     for each in fields(command):
         for member in get_args(hints[each.name]):
             kind, extras = getattr(member, "__origin__", None), getattr(member, "__metadata__", ())
-            if is_dataclass(kind) and (name := _name(extras)):
+            if isinstance(kind, type) and is_dataclass(kind) and (name := _name(extras)):
                 yield name, kind
 
 

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 
 @dataclass(frozen=True)
-class Show(Command):
+class Show(Reporting):
     """Show the resolved config of a flavor or job: the model, and the trainer's settings.
 
     The names of the trainer's settings are also its flags: --training.steps 100.
@@ -30,7 +30,7 @@ class Show(Command):
 
         job = find_job(self.config)
         flavor = load_flavor(job.flavor, near=job.folder)
-        with display.progress().status("Building the config ..."):
+        with display.status("Building the config"):
             host = import_host()
             # None means that the host decides, which its own config below shows.
             fields = flavor.model_dump(exclude_none=True)
@@ -39,6 +39,8 @@ class Show(Command):
             fields["precision"] = host.precision_in_words(config, flavor)
             # Most settings keep torchtitan's defaults; the others are what the job asks for.
             told = [s for s in host.settings(config) if self.all or s.changed]
+        settings = [asdict(each) for each in told]
+        display.print_json({"config": job.source, "flavor": fields, "settings": settings})
         rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
         display.print_table(rows, title=job.source)
         display.print_table(map(asdict, told), title="torchtitan's config")
