@@ -6,12 +6,15 @@ to stdout, progress and errors to stderr. docs/reference/exit-codes.md has the e
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass, replace
+from functools import partial
 from pkgutil import iter_modules
 from typing import Annotated, Any, Union
 
@@ -94,18 +97,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     if not (arguments and arguments[0] in _HELP):
         refuse_unknown_command(arguments, known, of_all=of_all)
     parsed: Any
-    parsed, left = tyro.cli(
-        _arguments(known),
-        prog="ezpz-moe",
-        args=arguments,
-        # What is left is refused below, in one line: tyro would fill a box.
-        return_unknown_args=True,
-        config=(
-            CascadeSubcommandArgs,  # --debug may also follow the command
-            FlagCreatePairsOff,  # no --no-debug beside --debug
-            OmitArgPrefixes,  # --device, not --command.device
-        ),
-    )
+    # What is left is refused below, in one line: tyro would fill a box.
+    parsed, left = _tyro(known)(args=arguments, return_unknown_args=True)
     if parsed.quiet and parsed.verbose:
         raise EzpzError("--quiet, --verbose: choose one.")
     command = parsed.command
@@ -116,6 +109,27 @@ def _parse(arguments: Sequence[str]) -> Any:
         (name,) = (name for name, each in known.items() if each is type(command))
         refuse_unknown(left, name, type(command), of_all=of_all)
     return parsed
+
+
+def completion_script(shell: str) -> str:
+    """Return tyro's script that completes the words of a command line in this shell."""
+    written = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(written):
+        _tyro(commands())(args=["--tyro-write-completion", shell, "-"])
+    return written.getvalue()
+
+
+def _tyro(known: dict[str, type[Command]]) -> Callable[..., Any]:
+    return partial(
+        tyro.cli,
+        _arguments(known),
+        prog="ezpz-moe",
+        config=(
+            CascadeSubcommandArgs,  # --debug may also follow the command
+            FlagCreatePairsOff,  # no --no-debug beside --debug
+            OmitArgPrefixes,  # --device, not --command.device
+        ),
+    )
 
 
 def _arguments(known: dict[str, type[Command]]) -> type:

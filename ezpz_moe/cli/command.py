@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs")
+GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs", "command line")
 """Groups of related commands, in the order of the help."""
 
 
