@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from json_documents import documented
 from matplotlib import image
 from torch import nn
 
@@ -112,7 +113,9 @@ def analyzed(folder: Path, *flags: object) -> dict:
     file = folder / "found.json"
     common = ("--data", folder / "text.txt", "--sequences", 6, "--out", file)
     assert run(folder / "job.toml", *common, *flags) == 0
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    assert found.keys() == documented()["analyze"]
+    return found
 
 
 def test_the_text_is_packed_as_the_trainer_packs_it(folder):

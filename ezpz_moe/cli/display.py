@@ -100,7 +100,7 @@ def print_table(
         return
     console = output()
     if title:
-        console.print(title, markup=False, soft_wrap=True, style="bold")
+        console.print(title, markup=False, style="bold")
     if not console.is_terminal:
         console.print(table(made))
         return

@@ -50,14 +50,13 @@ def _widths(rows: Sequence[Row], headings: Sequence[str], width: int) -> dict[st
     whole = {each: max(cell_len(each), *(cell_len(row[each]) for row in rows)) for each in headings}
     if sum(whole.values()) <= room:
         return whole
-    sentences = [each for each in headings if _has_sentences(rows, each)]
-    widths = {each: _narrowest(rows, each, wraps=each in sentences) for each in headings}
+    widths = {each: _narrowest(rows, each) for each in headings}
     spare = room - sum(widths.values())
     if spare < 0:
         return None
     # Those that need the least first: what they leave goes to the others.
-    sentences.sort(key=lambda each: whole[each] - widths[each])
-    for left, each in zip(range(len(sentences), 0, -1), sentences, strict=True):
+    needy = sorted(headings, key=lambda each: whole[each] - widths[each])
+    for left, each in zip(range(len(needy), 0, -1), needy, strict=True):
         more = min(spare // left, whole[each] - widths[each])
         widths[each] += more
         spare -= more
@@ -73,12 +72,14 @@ def _has_sentences(rows: Sequence[Row], heading: str) -> bool:
     )
 
 
-def _narrowest(rows: Sequence[Row], heading: str, *, wraps: bool) -> int:
+def _narrowest(rows: Sequence[Row], heading: str) -> int:
     """Return the width in which no word of the heading breaks, and no cell, or no name in one."""
     cells = [row[heading] for row in rows]
-    names = [length for length in _word_lengths(*cells) if length <= _LONGEST_NAME]
-    # A sentence in a column as wide as its longest word would be a pillar.
-    whole = [_SENTENCE, *names] if wraps else map(cell_len, cells)
+    whole = [cell_len(cell) for cell in cells]
+    if _has_sentences(rows, heading):
+        names = [length for length in _word_lengths(*cells) if length <= _LONGEST_NAME]
+        # A sentence in a column as wide as its longest word would be a pillar.
+        whole = [min(_SENTENCE, max(whole)), *names]
     return max(0, *_word_lengths(heading.replace("_", " ")), *whole)
 
 
