@@ -339,6 +339,7 @@ def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str]
         (["--versoin"], ["there is no option --versoin.", "'--version'"]),
         (["--devcie", "cpu", "backends"], ["there is no option --devcie."]),
         (["backends", "--devcie", "cpu"], ["backends: there is no option --devcie.", "'--device'"]),
+        (["plot", "--ouut", "x"], ["plot: there is no option --ouut.", "'--out'"]),
         (["backends", "--verbsoe"], ["no option --verbsoe.", "'--verbose'"]),
         (["backends", "--a\x1b" + 100 * "b"], ["no option --a\\x1bbb", "..."]),
         (["flavors", "--training.steps", "5"], ["flavors: there is no option --training.steps."]),

@@ -24,7 +24,11 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 from ezpz_moe import __version__
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import GROUPS, Command
-from ezpz_moe.cli.mistakes import refuse_unknown, refuse_unknown_command
+from ezpz_moe.cli.mistakes import (
+    refuse_unknown_command,
+    refuse_unknown_options,
+    refuse_words,
+)
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError, exit_on_user_error
 
 _ABOUT = """Selectable expert backends for Mixture-of-Experts training with torchtitan.
@@ -93,21 +97,21 @@ def _parse(arguments: Sequence[str]) -> Any:
         EzpzError: there is no such command or option.
     """
     known = commands()
-    of_all = [*(f"--{name}" for name in _OF_ALL), *_HELP]
-    if not (arguments and arguments[0] in _HELP):
-        refuse_unknown_command(arguments, known, of_all=of_all)
+    asks_for_help = bool(arguments) and arguments[0] in _HELP
+    name = "" if asks_for_help else refuse_unknown_command(arguments, known)
+    hands_on = bool(name) and known[name].takes_host_flags()
+    # Before tyro, which would look for another mistake: an argument missing, say.
+    if name and not hands_on:
+        refuse_unknown_options(arguments, name, known[name])
     parsed: Any
     # What is left is refused below, in one line: tyro would fill a box.
     parsed, left = _tyro(known)(args=arguments, return_unknown_args=True)
     if parsed.quiet and parsed.verbose:
         raise EzpzError("--quiet, --verbose: choose one.")
-    command = parsed.command
-    if command.takes_host_flags():
+    if hands_on:
         # Commands are frozen, so a copy gets the flags.
-        return replace(parsed, command=replace(command, host_flags=tuple(left)))
-    if left:
-        (name,) = (name for name, each in known.items() if each is type(command))
-        refuse_unknown(left, name, type(command), of_all=of_all)
+        return replace(parsed, command=replace(parsed.command, host_flags=tuple(left)))
+    refuse_words(left, name, known[name])
     return parsed
 
 

@@ -6,15 +6,15 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
-Shell = Literal["bash", "zsh", "fish"]
+Shell = Literal["auto", "bash", "zsh", "fish"]
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Completion(Command):
 
     group = "command line"
 
-    shell: Annotated[Positional[Shell | None], arg(metavar="{bash,zsh,fish}")] = None
-    """Complete for this shell. Default: the one that SHELL names."""
+    shell: Positional[Shell] = "auto"
+    """Complete for this shell; auto is the one that SHELL names."""
     install: bool = False
     """Write the script to your home folder, and the line that loads it to .bashrc or .zshrc."""
 
     def run(self) -> int:
         from ezpz_moe import cli
 
-        shell = self.shell or _named_by_environment()
+        shell = _named_by_environment() if self.shell == "auto" else self.shell
         script = cli.completion_script(shell) + _FILES[shell]
         if not self.install:
             print(script, end="")
@@ -66,18 +66,17 @@ complete --command ezpz-moe --condition 'test (count (commandline -opc)) -gt 1' 
 }
 
 
-def _named_by_environment() -> Shell:
+def _named_by_environment() -> str:
     name = Path(os.environ.get("SHELL", "")).name
-    for shell in get_args(Shell):
-        if shell == name:
-            return shell
-    raise EzpzError(
-        f"completion: SHELL is {name!r}. Name your shell: ezpz-moe completion "
-        f"{' | '.join(get_args(Shell))}."
-    )
+    if name not in _FILES:
+        raise EzpzError(
+            f"completion: SHELL is {name!r}. Name your shell: ezpz-moe completion "
+            f"{' | '.join(_FILES)}."
+        )
+    return name
 
 
-def _install(shell: Shell, script: str) -> list[str]:
+def _install(shell: str, script: str) -> list[str]:
     """Write the script, and the line that loads it; return what was written.
 
     Raises:

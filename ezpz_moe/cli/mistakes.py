@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from tyro.conf import Positional, Suppress
 
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
 
+OF_ALL = ("--debug", "--quiet", "--verbose", "--version", "--help", "-h")
+"""Options of every command."""
+
 # What tyro looks for in an annotation.
 _NO_OPTION = (*get_args(Positional[int])[1:], *get_args(Suppress[int])[1:])
 
 
-def refuse_unknown_command(
-    arguments: Sequence[str], known: Mapping[str, type], *, of_all: Collection[str]
-) -> None:
-    """Refuse a command line whose first word, or the word after it, names no command.
-
-    Args:
-        known: commands by name.
-        of_all: options of every command; before it there are no others.
+def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) -> str:
+    """Return the command that a command line names, after checking that it is one.
 
     Raises:
-        EzpzError: it names none, or an option before it does not exist.
+        EzpzError: it names none, or an option before it or a word after it does not exist.
     """
     words = [argument for argument in arguments if not argument.startswith("-")]
     for option in arguments[: arguments.index(words[0]) if words else None]:
-        if option not in of_all:
-            near = did_you_mean(option, of_all)
+        if option not in OF_ALL:
+            near = did_you_mean(option, OF_ALL)
             raise EzpzError(f"there is no option {_said(option)}.{near} See ezpz-moe --help.")
     if not words:
         raise EzpzError(f"name a command: {', '.join(known)}. See ezpz-moe --help.")
@@ -43,28 +40,36 @@ def refuse_unknown_command(
             f"{name}: there is no {_said(more[0])}.{did_you_mean(more[0], actions)} "
             f"It has {', '.join(actions)}."
         )
+    return name
 
 
-def refuse_unknown(
-    left: Sequence[str], name: str, command: type, *, of_all: Collection[str]
-) -> NoReturn:
-    """Refuse what the command has no place for.
-
-    Args:
-        left: words of the command line, at least one.
-        name: of the command.
-        of_all: as above.
+def refuse_unknown_options(arguments: Sequence[str], name: str, command: type) -> None:
+    """Refuse an option that neither this command nor all of them have.
 
     Raises:
-        EzpzError: always.
+        EzpzError: there is one.
     """
-    see = f"See ezpz-moe {name} --help."
-    flag = next((word.partition("=")[0] for word in left if word.startswith("-")), None)
-    if flag is not None:
-        near = did_you_mean(flag.replace("_", "-"), [*options(command), *of_all])
-        raise EzpzError(f"{name}: there is no option {_said(flag)}.{near} {see}")
-    file = " To write a file, use --out." if "--out" in options(command) else ""
-    raise EzpzError(f"{name}: has no place for {_said(left[0])}.{file} {see}")
+    known = [*options(command), *OF_ALL]
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option.replace("_", "-") not in known:
+            near = did_you_mean(option.replace("_", "-"), known)
+            raise EzpzError(
+                f"{name}: there is no option {_said(option)}.{near} See ezpz-moe {name} --help."
+            )
+
+
+def refuse_words(left: Sequence[str], name: str, command: type) -> None:
+    """Refuse words of the command line that the command has no place for.
+
+    Raises:
+        EzpzError: there are some.
+    """
+    if left:
+        file = " To write a file, use --out." if "--out" in options(command) else ""
+        raise EzpzError(
+            f"{name}: has no place for {_said(left[0])}.{file} See ezpz-moe {name} --help."
+        )
 
 
 def options(command: type) -> list[str]:
