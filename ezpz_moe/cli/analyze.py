@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -71,9 +72,10 @@ class Analyze(Reporting):
 
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_checkpoint(self.against) if self.against else None
-        host = import_host()
-        flavor = load_flavor(job.flavor, near=job.folder)
-        text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
+        with display.status("Reading the text"):
+            host = import_host()
+            flavor = load_flavor(job.flavor, near=job.folder)
+            text = self._text(job, host.analysis().encoder(_tokenizer(job), flavor))
         recording = self._record(flavor, checkpoint, text)
         compared = self._record(flavor, other, text) if other else None
 
@@ -181,17 +183,21 @@ class Analyze(Reporting):
         from ezpz_moe.tools.analysis.record import record
         from ezpz_moe.tools.verify import default_device
 
-        def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
-            return display.tracked(items, f"Running {checkpoint.name}", len(items))
+        with ExitStack() as loading:
+            loading.enter_context(display.status(f"Loading {checkpoint.name}"))
 
-        return record(
-            checkpoint,
-            flavor,
-            text,
-            device=self.device or default_device(),
-            dtype=getattr(torch, self.dtype),
-            progress=tracked,
-        )
+            def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
+                loading.close()  # a terminal shows one thing at a time
+                return display.tracked(items, f"Running {checkpoint.name}", len(items))
+
+            return record(
+                checkpoint,
+                flavor,
+                text,
+                device=self.device or default_device(),
+                dtype=getattr(torch, self.dtype),
+                progress=tracked,
+            )
 
 
 COMMAND = Analyze

@@ -53,12 +53,14 @@ class Upcycle(Command):
 
         job = find_job(self.model)
         flavor = load_flavor(job.flavor, near=job.folder)
-        host = import_host()
-        from ezpz_moe.tools.upcycling import Perturbation, upcycle
+        with display.status("Reading the models"):
+            host = import_host()
+            from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
-        target = host.upcycling_target(flavor)
+            target = host.upcycling_target(flavor)
+            dense = self._dense(target)
         done = upcycle(
-            self._dense(target),
+            dense,
             target,
             self.target,
             Perturbation(self.noise, self.reinit, self.router_std, self.seed),
