@@ -83,10 +83,11 @@ def test_help_needs_no_torch(command: list[str]) -> None:
     assert output.splitlines()[-1] == "0 set()"
 
 
-def test_a_reader_who_has_read_enough_causes_no_traceback() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "bash"]])
+def test_a_reader_who_has_read_enough_causes_no_traceback(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "ezpz_moe.cli", "--help"]
+    command = [sys.executable, "-m", "ezpz_moe.cli", *arguments]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

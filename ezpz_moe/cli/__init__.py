@@ -23,7 +23,7 @@ from tyro.conf import CascadeSubcommandArgs, FlagCreatePairsOff, OmitArgPrefixes
 
 from ezpz_moe import __version__
 from ezpz_moe.cli import display
-from ezpz_moe.cli.command import GROUPS, Command
+from ezpz_moe.cli.command import GROUPS, OF_ALL, Command
 from ezpz_moe.cli.mistakes import (
     refuse_unknown_command,
     refuse_unknown_options,
@@ -36,13 +36,6 @@ _ABOUT = """Selectable expert backends for Mixture-of-Experts training with torc
 The options below may stand before or after a command.
 """
 _HELP = ("--help", "-h")
-_OF_ALL = {
-    "debug": "Show tracebacks.",
-    "quiet": "Print results and errors only: no progress, none of the trainer's remarks.",
-    "verbose": "Also print what the trainer and its libraries log.",
-    "version": "Print the version and end.",
-}
-"""Options of every command, and what they do."""
 
 
 def commands() -> dict[str, type[Command]]:
@@ -68,24 +61,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         with exit_on_user_error():
-            parsed = _parse(arguments)
-    except BrokenPipeError:  # `head` stopped reading the help; rich handles the same for tables
+            return _run(_parse(arguments))
+    # Not a mistake, so no traceback; 128 + n is how shells report signal n.
+    except KeyboardInterrupt:
+        display.print_to_stderr("ezpz-moe: stopped by SIGINT")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `head` has read enough; rich handles the same for tables
         # Without this, Python's own flush at exit would meet the closed pipe again and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(parsed: Any) -> int:
     # In the environment, because the processes that a command starts read it too.
     if parsed.debug:
         os.environ[DEBUG_VARIABLE] = "1"
     display.set_mode(
         quiet=parsed.quiet, verbose=parsed.verbose, for_programs=parsed.command.prints_json
     )
-    try:
-        with exit_on_user_error():
-            return parsed.command.run()
-    # Not a mistake, so no traceback; 128 + n is how shells report signal n.
-    except KeyboardInterrupt:
-        display.print_to_stderr("ezpz-moe: stopped by SIGINT")
-        return 128 + signal.SIGINT
+    return parsed.command.run()
 
 
 def _parse(arguments: Sequence[str]) -> Any:
@@ -145,7 +139,7 @@ def _arguments(known: dict[str, type[Command]]) -> type:
             ("command", Union[of_a_command]),  # noqa: UP007 - the members are known only here
             *(
                 (name, Annotated[bool, arg(help=said)], field(default=False))
-                for name, said in _OF_ALL.items()
+                for name, said in OF_ALL.items()
             ),
         ],
         frozen=True,

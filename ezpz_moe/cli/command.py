@@ -9,6 +9,14 @@ from typing import ClassVar
 GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs", "command line")
 """Groups of related commands, in the order of the help."""
 
+OF_ALL = {
+    "debug": "Show tracebacks.",
+    "quiet": "Print results and errors only: no progress, none of the trainer's remarks.",
+    "verbose": "Also print what the trainer and its libraries log.",
+    "version": "Print the version and end.",
+}
+"""Options of every command, and what they do."""
+
 
 class Command(ABC):
     """A command: a frozen dataclass whose fields are its arguments, named by its file's COMMAND.

@@ -34,7 +34,7 @@ class Completion(Command):
         shell = _named_by_environment() if self.shell == "auto" else self.shell
         script = cli.completion_script(shell) + _FILES[shell]
         if not self.install:
-            print(script, end="")
+            print(script, end="", flush=True)
             return 0
         try:
             for line in _install(shell, script):

@@ -118,7 +118,7 @@ def print_table(
 def print_json(document: Any) -> None:
     """Print the result for programs, if it is one that asks; nothing else is printed then."""
     if _mode.for_programs:
-        print(json_text(document))
+        print(json_text(document), flush=True)  # here, where a closed pipe is met
 
 
 def json_text(document: Any) -> str:

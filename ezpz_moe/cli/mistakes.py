@@ -8,10 +8,10 @@ from typing import Any, get_args, get_type_hints
 
 from tyro.conf import Positional, Suppress
 
+from ezpz_moe.cli.command import OF_ALL
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
 
-OF_ALL = ("--debug", "--quiet", "--verbose", "--version", "--help", "-h")
-"""Options of every command."""
+_OF_ALL = (*(f"--{name}" for name in OF_ALL), "--help", "-h")
 
 # What tyro looks for in an annotation.
 _NO_OPTION = (*get_args(Positional[int])[1:], *get_args(Suppress[int])[1:])
@@ -25,8 +25,8 @@ def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) 
     """
     words = [argument for argument in arguments if not argument.startswith("-")]
     for option in arguments[: arguments.index(words[0]) if words else None]:
-        if option not in OF_ALL:
-            near = did_you_mean(option, OF_ALL)
+        if option not in _OF_ALL:
+            near = did_you_mean(option, _OF_ALL)
             raise EzpzError(f"there is no option {_said(option)}.{near} See ezpz-moe --help.")
     if not words:
         raise EzpzError(f"name a command: {', '.join(known)}. See ezpz-moe --help.")
@@ -49,7 +49,7 @@ def refuse_unknown_options(arguments: Sequence[str], name: str, command: type) -
     Raises:
         EzpzError: there is one.
     """
-    known = [*options(command), *OF_ALL]
+    known = [*options(command), *_OF_ALL]
     for argument in arguments:
         option = argument.partition("=")[0]
         if option.startswith("--") and option.replace("_", "-") not in known:
