@@ -153,9 +153,7 @@ def trainer_config(job: Job) -> JobConfig:
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
     elif no_accelerator():
-        with titan().importing():
-            from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
-        sections["metrics"] = CpuMetrics.Config()
+        sections["metrics"] = _without_mfu(sections["metrics"])
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     # The job's own values come last in the merge, so they win over what suits this CPU.
     ours = _cpu_values(job) | (in_float32 := precision.values(job))
@@ -189,6 +187,16 @@ def _metrics(telemetry: Telemetry | None) -> Any:
         # A common divisor: a record is written only on a step that the host logs.
         metrics.log_freq = gcd(metrics.log_freq, *telemetry.cadences.values())
     return metrics
+
+
+def _without_mfu(metrics: Any) -> Any:
+    """Return the host's defaults for a run on a CPU, whose MFU means nothing."""
+    # No run ends for a figure in its log: `ezpz-moe doctor` says what has changed in the host.
+    try:
+        from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
+    except (ImportError, AttributeError, TypeError):
+        return metrics
+    return CpuMetrics.Config()
 
 
 def _sections(job: Job, flavor: Flavor, spec: ModelSpec) -> dict[str, Any]:
