@@ -413,7 +413,7 @@ source {script}
 complete_words() {{
   COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
   _ezpz_moe
-  echo "${{COMPREPLY[*]}}"
+  echo "${{#COMPREPLY[@]}} ${{COMPREPLY[*]}}"
 }}
 complete -p ezpz-moe
 complete_words ezpz-moe doc
@@ -431,7 +431,7 @@ def test_bash_completes_commands_options_and_values(tmp_path, capsys) -> None:
     said = subprocess.check_output(command, text=True).splitlines()
     # bash completes files where it gets no word.
     assert "-o default" in said[0]
-    assert said[1:] == ["doctor", "--nproc", "float32 float16 float64", ""]
+    assert said[1:] == ["1 doctor", "1 --nproc", "3 float32 float16 float64", "0 "]
 
 
 @pytest.mark.parametrize(
