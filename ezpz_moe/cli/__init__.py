@@ -79,7 +79,10 @@ def _run(parsed: Any) -> int:
     display.set_mode(
         quiet=parsed.quiet, verbose=parsed.verbose, for_programs=parsed.command.prints_json
     )
-    return parsed.command.run()
+    try:
+        return parsed.command.run()
+    finally:
+        display.set_mode()  # main() may be called again, by tests and notebooks
 
 
 def _parse(arguments: Sequence[str]) -> Any:
