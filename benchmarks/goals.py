@@ -1,6 +1,6 @@
-"""What backends have to reach, as data, and whether a file of ``ezpz-moe bench --json`` shows it.
+"""What backends have to reach, as data, and whether a file of ``ezpz-moe bench --out`` shows it.
 
-    ezpz-moe bench --scale 4 --json figures.json
+    ezpz-moe bench --scale 4 --out figures.json
     python benchmarks/goals.py figures.json
 
 A line for each goal that the file decides, with "met" or "MISSED"; exit code 1 if one is missed.
@@ -167,7 +167,7 @@ def _other(goal: Goal, measured: Measured) -> str | None:
 
 
 def read(file: Path) -> list[Measured]:
-    """What a file of ``bench --json`` has measured."""
+    """What a file of ``bench --out`` has measured."""
     measured = json.loads(file.read_text())["measured"]
     return [TypeAdapter(Measured).validate_python(_renamed(each)) for each in measured]
 
@@ -186,7 +186,7 @@ def _renamed(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="written by ezpz-moe bench --json")
+    parser.add_argument("file", type=Path, help="written by ezpz-moe bench --out")
     verdicts = [
         f"{each.shape.name} {each.routing} {each.dtype} {each.allocator}: {verdict}"
         for each in read(parser.parse_args().file)

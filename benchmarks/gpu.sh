@@ -33,10 +33,10 @@ EZPZ_MOE_TEST_DEVICES=cuda "$python" -m pytest -q -n "${JOBS:-4}" -k "cuda or re
     >"$folder/verify_$device.json"
 
 "$python" -m ezpz_moe.cli bench --device cuda --shape olmoe qwen3_30b --dtype bfloat16 \
-    --routing balanced zipf1 --json "$folder/experts_$device.json" \
+    --routing balanced zipf1 --out "$folder/experts_$device.json" \
     --plot "$folder/experts_$device.png"
 
 # Whole routed layers: dispatch, experts and combination.
 "$python" -m ezpz_moe.cli bench --layer routed --device cuda --shape olmoe qwen3_30b \
-    --dtype bfloat16 --routing balanced zipf1 --json "$folder/routed_$device.json" \
+    --dtype bfloat16 --routing balanced zipf1 --out "$folder/routed_$device.json" \
     --plot "$folder/routed_$device.png"

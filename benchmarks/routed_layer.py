@@ -15,6 +15,7 @@ minutes on two cores with bfloat16.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -182,7 +183,8 @@ def main() -> int:
         _print(lines[-1])
     if options.json:
         command = shlex.join(["python", "benchmarks/routed_layer.py", *sys.argv[1:]])
-        options.json.write_text(document(results, environment("cpu"), command))
+        found = document(results, environment("cpu"), command)
+        options.json.write_text(f"{json.dumps(found, indent=1)}\n")
     failed = any(measured.failed for measured in results)
     return int(failed or any("MISSED" in each for line in lines for each in line.values()))
 

@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from json_documents import documented
 from matplotlib import image
 from torch import nn
 
@@ -110,9 +111,11 @@ def refused(capsys, *arguments: object) -> str:
 def analyzed(folder: Path, *flags: object) -> dict:
     """What is in the JSON file."""
     file = folder / "found.json"
-    common = ("--data", folder / "text.txt", "--sequences", 6, "--json", file)
+    common = ("--data", folder / "text.txt", "--sequences", 6, "--out", file)
     assert run(folder / "job.toml", *common, *flags) == 0
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    assert found.keys() == documented()["analyze"]
+    return found
 
 
 def test_the_text_is_packed_as_the_trainer_packs_it(folder):
@@ -163,7 +166,7 @@ def test_a_scheduled_temperature_is_that_of_the_checkpoints_step(folder):
     assert at_the_end["against_loss"] == at_the_end["loss"] == moving["loss"]
 
 
-@pytest.mark.parametrize("flag", ["--json", "--plot"])
+@pytest.mark.parametrize("flag", ["--out", "--plot"])
 def test_what_cannot_be_written_is_said(folder, capsys, flag):
     common = ("--data", folder / "text.txt", "--sequences", 2)
     message = refused(capsys, folder / "job.toml", *common, flag, "/proc/nowhere")
@@ -289,7 +292,7 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     assert "--cache 0.0" in refused(capsys, job, *data, "--cache", 0)
     assert "--seq-len 0" in refused(capsys, job, *data, "--seq-len", 0)
     assert "--sequences 0" in refused(capsys, job, *data, "--sequences", 0)
-    assert "there is no folder" in refused(capsys, job, *data, "--json", folder / "no" / "x.json")
+    assert "there is no folder" in refused(capsys, job, *data, "--out", folder / "no" / "x.json")
     assert "is a file" in refused(capsys, job, *data, "--plot", folder / "text.txt")
     (folder / "other.toml").write_text('inherits = "small"\nmoe_hidden_dim = 16\n')
     other = refused(capsys, step, *data, "--config", "other", "--seq-len", LENGTH)
@@ -353,7 +356,7 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
     (record,) = train({"on": on}, tmp_path, ranks=1)["on"]
     flags = ("--sequences", 2, "--config", folder / "job.toml")
     file = tmp_path / "found.json"
-    assert run(tmp_path / "first", "--data", folder / "text.txt", *flags, "--json", file) == 0
+    assert run(tmp_path / "first", "--data", folder / "text.txt", *flags, "--out", file) == 0
     loss = json.loads(file.read_text())["loss"]
     assert loss < 7.0, "the model has learnt too little to tell"
     # The experts compute in bfloat16, whose relative rounding is 2^-9.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ezpz_moe import __version__, cli
+from ezpz_moe.cli import display
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.tools.bench import plan
 from ezpz_moe.tools.bench.plan import RETAIN
@@ -18,9 +19,10 @@ TINY = ["bench", "--device", "cpu", "--shape", "4,32,48,16", "--repeats", "2"]
 FEW = ["--backends", "for_loop", "for_loop(recompute=true)", "--against", "dense", "indexed"]
 
 
-def test_everything_that_runs_here(tmp_path: Path, capsys) -> None:
+def test_everything_that_runs_here(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(display, "PATIENCE", 3600.0)  # no line of progress on a slow machine
     file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
-    out = ["--json", str(file), "--plot", str(picture)]
+    out = ["--out", str(file), "--plot", str(picture)]
     assert cli.main([*TINY, "--routing", "balanced", "zipf1", *out]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -53,7 +55,7 @@ def test_everything_that_runs_here(tmp_path: Path, capsys) -> None:
 def test_what_is_named_is_measured_in_every_dtype(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     dtypes = ["--dtype", "float32", "bfloat16", "--routing", "one_hot"]
-    assert cli.main([*TINY, *FEW, *dtypes, "--json", str(file)]) == 0
+    assert cli.main([*TINY, *FEW, *dtypes, "--out", str(file)]) == 0
     report = json.loads(file.read_text())
     assert [row["dtype"] for row in report["measured"]] == ["float32", "bfloat16"]
     for row in report["measured"]:
@@ -75,7 +77,7 @@ def test_both_allocators(tmp_path: Path, monkeypatch) -> None:
         monkeypatch.delenv(variable)
     file = tmp_path / "figures.json"
     arguments = [*TINY, *FEW, "--routing", "balanced", "--allocator", "both"]
-    assert cli.main([*arguments, "--json", str(file)]) == 0
+    assert cli.main([*arguments, "--out", str(file)]) == 0
     first, second = json.loads(file.read_text())["measured"]
     assert (first["allocator"], first["allocator_variables"]) == ("default", {})
     assert second["allocator"] == "retain"
@@ -119,8 +121,8 @@ def test_a_backend_that_breaks_is_an_exit_code(monkeypatch, capsys) -> None:
         (["--device", "hpu"], ["no usable hpu"]),
         (["--repeats", "0"], ["--repeats 0"]),
         (["--scale", "3"], ["--scale 3", "D = 2048"]),
-        (["--json", "no/such/file.json"], ["--json", "no folder no/such"]),
-        (["--json", "."], ["--json .", "is a folder"]),
+        (["--out", "no/such/file.json"], ["--out", "no folder no/such"]),
+        (["--out", "."], ["--out .", "is a folder"]),
         (["--plot", "figures.pdf"], [".png"]),
     ],
     ids=lambda value: " ".join(value),

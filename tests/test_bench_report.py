@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_refusals_failures_and_drops_are_one_line_each() -> None:
 def test_a_document_can_be_read_again() -> None:
     """The turns are there and the summary is made of them."""
     it = measured({"a": figures(3.14159265, 2, 5), "dense": figures(1, 1, 1)})
-    read = json.loads(document([it], {"threads": 2}, "ezpz-moe bench"))
+    read = document([it], {"threads": 2}, "ezpz-moe bench")
     assert read["command"] == "ezpz-moe bench"
     assert read["environment"] == {"threads": 2}
     (there,) = read["measured"]

@@ -264,7 +264,7 @@ SOON = ["--repeats", "1", "--routing", "zipf1", "--backends", "for_loop(recomput
 def test_the_command_measures_routed_layers(tmp_path: Path, capsys, native_in) -> None:
     native_in("bfloat16")
     file = tmp_path / "figures.json"
-    assert cli.main([*TINY, *SOON, "--dtype", "bfloat16", "float32", "--json", str(file)]) == 0
+    assert cli.main([*TINY, *SOON, "--dtype", "bfloat16", "float32", "--out", str(file)]) == 0
     output = capsys.readouterr().out
     assert "(routed layer, E=4 K=2 D=32 F=48 T=8), zipf1: 2 to 8 rows per expert" in output
     half, single = json.loads(file.read_text())["measured"]
@@ -284,7 +284,7 @@ def test_where_bfloat16_is_emulated_a_copy_stands_in_for_the_time(
 ) -> None:
     native_in("float32")
     file = tmp_path / "figures.json"
-    assert cli.main([*TINY, *SOON, "--against", "stock_copy", "--json", str(file)]) == 0
+    assert cli.main([*TINY, *SOON, "--against", "stock_copy", "--out", str(file)]) == 0
     (reason,) = contender("stock").why_not(CPU, torch.bfloat16, SHAPE)
     assert "which this CPU emulates: stock_copy, a copy of its forward made for this" in reason
     (row,) = json.loads(file.read_text())["measured"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_a_file_of_bench_is_judged(tmp_path: Path, monkeypatch, capsys) -> None:
     shape = Shape("qwen3_30b/4", 128, 512, 192, 8192)
     them = {"batched_mm_padded": figures(10), old_name: figures(49), "for_loop": figures(9)}
     file = tmp_path / "figures.json"
-    file.write_text(document([measured(them, shape=shape, routing="zipf1")], {}, "ezpz-moe bench"))
+    found = document([measured(them, shape=shape, routing="zipf1")], {}, "ezpz-moe bench")
+    file.write_text(json.dumps(found))
     monkeypatch.setattr(sys, "argv", ["goals.py", str(file)])
     assert goals.main() == 1
     told = capsys.readouterr().out.splitlines()

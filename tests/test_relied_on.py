@@ -23,8 +23,12 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.labelled",
 )
 """What is imported only for a flavor with [router], [balance] or [telemetry], or for chats."""
-WHERE_A_FAILURE_IS_CAUGHT = ("ezpz_moe.hosts.titan.anatomy", "ezpz_moe.hosts.titan.components")
-"""What is imported only to log a table, without which a run goes on."""
+WHERE_A_FAILURE_IS_CAUGHT = (
+    "ezpz_moe.hosts.titan.anatomy",
+    "ezpz_moe.hosts.titan.components",
+    "ezpz_moe.hosts.titan.cpu_metrics",
+)
+"""What is imported only for what is logged, without which a run goes on."""
 
 ROOT = Path(hosts.__file__).parent.parent.parent
 

@@ -121,6 +121,7 @@ def events_of(run):
 
 def test_tensorboard_has_scalars_picture_and_histograms(run):
     events = events_of(run)
+    assert "mfu(%)" not in events.Tags()["scalars"], "a share of an A100's peak, on a CPU"
     of_step_4 = records(run)[-1]
     (cv,) = (each.value for each in events.Scalars("moe/cv") if each.step == 4)
     assert cv == pytest.approx(of_step_4["figures"]["cv"], rel=1e-6)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, import_host
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Analyze(Command):
+class Analyze(Reporting):
     """Run a trained model on a text and report how its routers use the experts.
 
     Shows how well a token's ID predicts its experts, what a capacity factor would drop and where,
@@ -35,7 +35,7 @@ class Analyze(Command):
 
     group = "after a run"
 
-    # The underscores: `run` is the method, and `json` the module.
+    # The underscore: `run` is the method.
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
     """A checkpoint's folder, a run's folder (its newest checkpoint), a folder with safetensors, or
     the job of the run."""
@@ -59,8 +59,8 @@ class Analyze(Command):
     """Run the model on this device. Default: the accelerator if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute in this dtype; experts compute in bfloat16, as in the host."""
-    json_: Annotated[Path | None, arg(name="json", metavar="FILE")] = None
-    """Write all measurements to this file."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the JSON to this file."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None
     """Draw the measurements as PNG files in this folder."""
 
@@ -74,8 +74,10 @@ class Analyze(Command):
         flavor, checkpoint = named.flavor, find_weights(named.path)
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_weights(self.against) if self.against else None
-        host = import_host()
-        text = self._text(named.job, host.analysis().encoder(named.tokenizer(checkpoint), flavor))
+        with display.status("Reading the text"):
+            host = import_host()
+            tokenizer = named.tokenizer(checkpoint)
+            text = self._text(named.job, host.analysis().encoder(tokenizer, flavor))
         recording = self._record(flavor, checkpoint, text)
         compared = self._record(flavor, other, text) if other else None
 
@@ -96,22 +98,25 @@ class Analyze(Command):
             "against": str(other) if other else None,
             "against_loss": compared.loss if compared else None,
         }
+        document = facts | {"settings": asdict(settings), "layers": [asdict(x) for x in layers]}
         # Printed first: if a file cannot be written, the results of a long run are not lost.
+        display.print_json(document)
         _print(facts, layers, settings)
         for note in recording.notes:
             display.print_line(note)
         try:
-            self._write(facts, layers, settings)
+            self._write(document, layers, settings)
         except OSError as error:
-            raise EzpzError(f"--json, --plot: cannot write the results: {error}.") from error
+            raise EzpzError(f"--out, --plot: cannot write the results: {error}.") from error
         return 0
 
-    def _write(self, facts: dict[str, Any], layers: list[LayerReport], settings: Settings) -> None:
+    def _write(
+        self, document: dict[str, Any], layers: list[LayerReport], settings: Settings
+    ) -> None:
         """Write the file and the pictures that the user asked for."""
-        if self.json_:
-            document = facts | {"settings": asdict(settings), "layers": [asdict(x) for x in layers]}
-            self.json_.write_text(json.dumps(_finite(document), indent=1) + "\n")
-            display.print_line(f"Written: {self.json_}")
+        if self.out:
+            self.out.write_text(display.json_text(document) + "\n")
+            display.print_line(f"Written: {self.out}")
         if self.plot:
             from ezpz_moe.tools.analysis.plots import draw
 
@@ -128,8 +133,8 @@ class Analyze(Command):
             # Refuses NaN as well: every comparison with it is false.
             if not 0 < factor < float("inf"):
                 raise EzpzError(f"{flag} {factor}: must be a number above 0.")
-        if self.json_ and not self.json_.absolute().parent.is_dir():
-            raise EzpzError(f"--json {self.json_}: there is no folder {self.json_.parent}.")
+        if self.out and not self.out.absolute().parent.is_dir():
+            raise EzpzError(f"--out {self.out}: there is no folder {self.out.parent}.")
         if self.plot and self.plot.exists() and not self.plot.is_dir():
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
 
@@ -161,17 +166,21 @@ class Analyze(Command):
         from ezpz_moe.tools.analysis.record import record
         from ezpz_moe.tools.verify import default_device
 
-        def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
-            return display.tracked(items, f"Running {checkpoint.name}", len(items))
+        with ExitStack() as loading:
+            loading.enter_context(display.status(f"Loading {checkpoint.name}"))
 
-        return record(
-            checkpoint,
-            flavor,
-            text,
-            device=self.device or default_device(),
-            dtype=getattr(torch, self.dtype),
-            progress=tracked,
-        )
+            def tracked(items: Sequence[TextSequence]) -> Iterable[TextSequence]:
+                loading.close()  # a terminal shows one thing at a time
+                return display.tracked(items, f"Running {checkpoint.name}", len(items))
+
+            return record(
+                checkpoint,
+                flavor,
+                text,
+                device=self.device or default_device(),
+                dtype=getattr(torch, self.dtype),
+                progress=tracked,
+            )
 
 
 COMMAND = Analyze
@@ -184,7 +193,11 @@ def _print(facts: dict[str, Any], layers: list[LayerReport], settings: Any) -> N
     )
     if facts["against"]:
         display.print_line(f"{facts['against']}: loss {facts['against_loss']:.4f}")
-    display.print_table(_row(each, settings) for each in layers)
+    dropped = f"dropped at {settings.capacity_factor:g}"
+    display.print_table(
+        (_row(each, settings) for each in layers),
+        important=["rerouted", "experts", "told by token ID", "explained", dropped, "cosine"],
+    )
 
 
 def _row(each: LayerReport, settings: Any) -> dict[str, str]:
@@ -213,13 +226,3 @@ def _row(each: LayerReport, settings: Any) -> dict[str, str]:
     if each.drift:
         row |= {"rerouted": f"{each.drift.changed:.1%}", "Jaccard": f"{each.drift.jaccard:.3f}"}
     return row
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN with None, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    # Only NaN differs from itself.
-    return None if isinstance(value, float) and value != value else value

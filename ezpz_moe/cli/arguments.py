@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -49,7 +48,6 @@ def import_host() -> Host:
 
     # First: it refuses a host that lacks what every run needs, before anything uses that.
     check_host()
-    # Only now, to let through the notice of check_host() that a pair of versions is untested. The
-    # host logs on the root logger.
-    logging.getLogger().setLevel(logging.ERROR)
+    # Only now, to let through the notice of check_host() that a pair of versions is untested.
+    display.set_log_level()
     return host()

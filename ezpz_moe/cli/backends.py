@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, DType, print_emulated
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 
 @dataclass(frozen=True)
-class Backends(Command):
+class Backends(Reporting):
     """List the expert backends: which can run here, and why the others cannot."""
 
     group = "backends"
@@ -21,7 +21,7 @@ class Backends(Command):
     """Compute in this dtype."""
 
     def run(self) -> int:
-        with display.progress().status("Asking torch ..."):
+        with display.status("Asking torch"):
             # Within the status: the import of torch is what takes the time.
             from ezpz_moe.tools.verify import default_device, properties, reasons_against
 
@@ -31,8 +31,13 @@ class Backends(Command):
                 {"backend": name, "usable": not against, **properties(name)}
                 for name, against in reasons.items()
             ]
+        found = [
+            {"name": name, "usable": not against, "reasons": against, **properties(name)}
+            for name, against in reasons.items()
+        ]
+        display.print_json({"device": device, "dtype": self.dtype, "backends": found})
         title = f"Expert backends on {device} in {self.dtype}"
-        display.print_table(rows, title=title)
+        display.print_table(rows, title=title, important=["usable", "summary", "drops_tokens"])
         print_emulated(device, [self.dtype])
         display.print_reasons(reasons)
         return 0

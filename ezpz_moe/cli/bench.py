@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, DType, print_emulated
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _SCALE_ON_CPU, _REPEATS_ON_CPU, _REPEATS = 4, 5, 30
 
 
 @dataclass(frozen=True)
-class Bench(Command):
+class Bench(Reporting):
     """Measure the time and memory of one expert layer: all backends, the host's layer, the limit.
 
     With --layer routed it is the whole routed layer, with dispatch and combination of tokens.
@@ -65,15 +65,15 @@ class Bench(Command):
     """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
     allocator: Literal["default", "retain", "both"] = "default"
     """On the CPU, allocate as the environment says, or retain all memory that was ever obtained."""
-    json: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write every turn, and all that the figures depend on, to this file."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write the JSON to this file: every turn, and all that the figures depend on."""
     plot: Annotated[Path | None, arg(metavar="FILE.png")] = None
     """Draw bars per shape, and time and memory over skew, to this file."""
 
     def run(self) -> int:
         # Before torch is imported: a mistake in a flag is reported at once.
         self._check()
-        with display.progress().status("Asking torch and torchtitan ..."):
+        with display.status("Asking torch and torchtitan"):
             plan = self._plan()
             from ezpz_moe.tools.bench.plan import check, environment, run
 
@@ -116,7 +116,7 @@ class Bench(Command):
         ):
             if not names:
                 raise EzpzError(f"{flag}: name at least one.")
-        for flag, file in (("--json", self.json), ("--plot", self.plot)):
+        for flag, file in (("--out", self.out), ("--plot", self.plot)):
             if file and not file.absolute().parent.is_dir():
                 raise EzpzError(f"{flag} {file}: there is no folder {file.parent}.")
             if file and file.is_dir():
@@ -177,13 +177,15 @@ class Bench(Command):
 
     def _write(self, results: list[Measured], about: Mapping[str, Any]) -> None:
         # Before the picture: that can be drawn again, and measuring takes minutes.
-        if self.json:
-            from ezpz_moe.tools.bench.results import document
+        # Not argv[0], which is a path of this machine.
+        command = shlex.join(["ezpz-moe", *sys.argv[1:]])
+        from ezpz_moe.tools.bench.results import document
 
-            # Not argv[0], which is a path of this machine.
-            command = shlex.join(["ezpz-moe", *sys.argv[1:]])
-            self.json.write_text(document(results, about, command))
-            display.print_line(f"Written: {self.json}")
+        made = document(results, about, command)
+        display.print_json(made)
+        if self.out:
+            self.out.write_text(display.json_text(made) + "\n")
+            display.print_line(f"Written: {self.out}")
         if self.plot:
             from ezpz_moe.tools.bench.plots import draw
 
@@ -209,7 +211,11 @@ def _facts(about: Mapping[str, Any]) -> list[dict[str, str]]:
 def _print(measured: Measured, told: set[str]) -> None:
     """Print one layer's table, and why contenders are left out unless ``told`` has it already."""
     display.print_line("")
-    display.print_table(rows(measured), title=title(measured))
+    display.print_table(
+        rows(measured),
+        title=title(measured),
+        important=["fwd+bwd ms", "forward ms", "saved", f"speed / {measured.stock or 'stock'}"],
+    )
     new = [line for line in left_out(measured) if line not in told]
     told.update(new)
     for line in (*new, *remarks(measured)):

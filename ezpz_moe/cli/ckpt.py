@@ -26,15 +26,18 @@ class Inspect:
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint's folder, such as outputs/checkpoint/step-100."""
+    json: bool = False
+    """Print the result to stdout as JSON, with exact figures, and nothing else there."""
 
     def run(self) -> int:
         # Before torch is imported: a wrong path is reported at once.
         refuse_other_folders(self.folder)
-        with display.progress().status("Reading ..."):
+        with display.status("Reading"):
             # Within the status: this imports torch, which takes longer than reading.
             from ezpz_moe.tools.checkpoints import inspect
 
             contents = inspect(self.folder)
+        display.print_json({"folder": self.folder, **asdict(contents)})
         shown = {
             **asdict(contents),
             "parameters": display.count(contents.parameters),
@@ -98,7 +101,7 @@ class Remap:
                 "have a place for it or the source has none. Remove it."
             )
         measure = partial(self._measure, model) if self.drop_bias else None
-        with display.progress().status("Writing and comparing ..."):
+        with display.status("Writing and comparing"):
             done = convert(self.source, self.target, self.to, model, measure)
         display.print_line(
             f"{self.target}: {done.tensors} tensors of the model written and compared; no "
@@ -157,6 +160,10 @@ class Ckpt(Command):
     group = "weights"
 
     action: Annotated[Inspect, subcommand("inspect")] | Annotated[Remap, subcommand("remap")]
+
+    @property
+    def prints_json(self) -> bool:
+        return isinstance(self.action, Inspect) and self.action.json
 
     def run(self) -> int:
         return self.action.run()

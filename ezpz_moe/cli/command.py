@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs")
+GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs", "command line")
 """Groups of related commands, in the order of the help."""
+
+OF_ALL = {
+    "debug": "Show tracebacks.",
+    "quiet": "Print results and errors only: no progress, none of the trainer's remarks.",
+    "verbose": "Also print what the trainer and its libraries log.",
+    "version": "Print the version and end.",
+}
+"""Options of every command, and what they do."""
 
 
 class Command(ABC):
@@ -38,12 +46,30 @@ class Command(ABC):
         """
         words = getattr(self, "host_flags", ())
         if words:
+            from ezpz_moe.cli.mistakes import options
             from ezpz_moe.tools.trainer_flags import refuse_wrong_flags
 
-            ours = (f"--{each.name.replace('_', '-')}" for each in fields(self))  # type: ignore[arg-type]
-            refuse_wrong_flags(words, [*ours, "--debug"])
+            refuse_wrong_flags(words, [*options(type(self)), *(f"--{each}" for each in OF_ALL)])
+
+    @property
+    def prints_json(self) -> bool:
+        """Whether stdout may hold nothing but the JSON that the command prints."""
+        return False
 
     @classmethod
     def takes_host_flags(cls) -> bool:
         # Asked of the class: the arguments are parsed only after this is known.
         return "host_flags" in {each.name for each in fields(cls)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reporting(Command):
+    """A command whose result programs can read."""
+
+    # Named only, so that a command's own fields may have no default.
+    json: bool = field(default=False, kw_only=True)
+    """Print the result to stdout as JSON, with exact figures, and nothing else there."""
+
+    @property
+    def prints_json(self) -> bool:
+        return self.json

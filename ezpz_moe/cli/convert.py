@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
-    from ezpz_moe.tools.convert import Change
+    from ezpz_moe.tools.convert import Change, Conversion
+    from ezpz_moe.tools.convert_foreign import FlavorConversion
 
 
 @dataclass(frozen=True)
-class Convert(Command):
+class Convert(Reporting):
     """Convert a torchtitan 0.2 job to one that torchtitan 0.3 trains, and report every key.
 
     With --from: make a flavor of another project's config, its balance losses in our units.
@@ -69,14 +70,15 @@ def _convert(old: Path, new: Path | None = None) -> int:
     _report(conversion.changes)
     if new is None:
         display.print_line(conversion.refusal)
-    else:
-        for path in write(conversion, new):
-            display.print_line(f"{path} written")
+    written = [] if new is None else write(conversion, new)
+    for path in written:
+        display.print_line(f"{path} written")
+    display.print_json(_document(conversion, written))
     return 1 if conversion.dropped or conversion.refusal else 0
 
 
 def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
-    with display.progress().status("Comparing with the host's model ..."):
+    with display.status("Comparing with the host's model"):
         from ezpz_moe.tools.convert_foreign import write
         from ezpz_moe.tools.convert_hf import from_hf
         from ezpz_moe.tools.convert_megatron import from_megatron
@@ -89,11 +91,23 @@ def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
         display.print_line(f"note: {note}")
     if new is None:
         display.print_line(conversion.refusal or conversion.text)
-    else:
-        for path in write(conversion, new):
-            display.print_line(f"{path} written")
+    written = [] if new is None else write(conversion, new)
+    for path in written:
+        display.print_line(f"{path} written")
+    more = {"differences": conversion.differences, "notes": conversion.notes}
+    display.print_json(_document(conversion, written) | more)
     lost = conversion.dropped or conversion.differences or conversion.refusal
     return 1 if lost else 0
+
+
+def _document(conversion: Conversion | FlavorConversion, written: Sequence[Path]) -> dict[str, Any]:
+    """Return what became of every key, and the new file's text, written or not."""
+    return {
+        "changes": list(map(asdict, conversion.changes)),
+        "refusal": conversion.refusal or None,
+        "text": conversion.text,
+        "written": list(written),
+    }
 
 
 def _report(changes: Sequence[Change]) -> None:
@@ -112,7 +126,7 @@ def _report(changes: Sequence[Change]) -> None:
 
 
 def _lint(scripts: tuple[Path, ...]) -> int:
-    with display.progress().status("Asking the host for its flags ..."):
+    with display.status("Asking the host for its flags"):
         from ezpz_moe.hosts.detect import presumed_host
         from ezpz_moe.tools.lint import lint, taken_flags
 
@@ -127,6 +141,7 @@ def _lint(scripts: tuple[Path, ...]) -> int:
         }
         for finding in findings
     )
+    display.print_json({"flags": list(map(asdict, findings)), "host": presumed_host().name})
     dead = sum(bool(finding.remedy) for finding in findings)
     host = presumed_host().name
     display.print_line(f"{len(findings)} trainer flags, {dead} dead on {host}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +10,7 @@ from tyro.conf import Suppress
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 from ezpz_moe.hosts import anatomy_text
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Describe(Command):
+class Describe(Reporting):
     """Describe a model by component: parameters, FLOPs per token, memory per rank.
 
     All other flags go to the trainer unchanged, such as --training.seq-len.
@@ -35,8 +34,6 @@ class Describe(Command):
     For a flavor, memory is shown only with this flag."""
     device: Literal["accelerator", "cpu"] = "accelerator"
     """Count the activations that this device's kernels save: attention and norms differ."""
-    json: bool = False
-    """Print JSON, with exact figures."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
@@ -45,18 +42,17 @@ class Describe(Command):
         from ezpz_moe.hosts.jobs import find_job
 
         find_job(self.config)  # before torch is imported: a mistake in it is reported at once
-        with display.progress().status("Building the model without memory, to count ..."):
+        with display.status("Building the model without memory, to count"):
             import_host()
             from ezpz_moe.tools.describe import as_json, describe
 
             flags = list(self.host_flags)
             described = describe(self.config, flags, self.world_size, self.device)
-        if self.json:
-            display.print_line(json.dumps(as_json(described), indent=2))
-            return 0
+        display.print_json(as_json(described))
         model = described.anatomy
         display.print_line(anatomy_text.title(described.flavor, model, described.seq_len))
-        display.print_table(anatomy_text.rows(model))
+        important = ["parameters", "active", "FLOPs", "share"]
+        display.print_table(anatomy_text.rows(model), important=important)
         display.print_line(f"Precision: {described.precision}.")
         for line in _remarks(described):
             display.print_line(line)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, get_args
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Flavors(Command):
+class Flavors(Reporting):
     """List the model flavors, smallest first, with their parameters, experts and backend."""
 
     group = "models"
@@ -26,7 +26,7 @@ class Flavors(Command):
         from ezpz_moe.hosts.counts import counts_at_hand
 
         flavors = [load_flavor(name) for name in flavor_names()]
-        counted = [(counts_at_hand(flavor), flavor) for flavor in flavors]
+        counted = sorted(((counts_at_hand(flavor), flavor) for flavor in flavors), key=_size)
         # Nothing is built here: a list has to be there at once.
         rows = [
             {
@@ -41,9 +41,20 @@ class Flavors(Command):
                 "attention": flavor.attention or "the host's",
                 "backend": flavor.compute_backend,
             }
-            for model, flavor in sorted(counted, key=_size)
+            for model, flavor in counted
         ]
-        display.print_table(rows)
+        found = [
+            {
+                "name": flavor.name,
+                **(asdict(model) if model else {}),
+                "attention": flavor.attention,
+                "backend": flavor.compute_backend,
+            }
+            for model, flavor in counted
+        ]
+        display.print_json({"flavors": found})
+        important = ["total", "active", "experts", "top-k", "backend", "layers", "dim"]
+        display.print_table(rows, important=important)
         if unknown := [flavor.name for model, flavor in counted if model is None]:
             display.print_line(
                 f"Not counted here: {', '.join(unknown)}. `ezpz-moe describe {unknown[0]}` builds "

@@ -154,7 +154,7 @@ class Generate(Command):
         from ezpz_moe.tools.trained import load
         from ezpz_moe.tools.verify import default_device
 
-        with display.progress().status("Loading ..."):
+        with display.status("Loading"):
             return load(
                 folder,
                 flavor,

@@ -9,11 +9,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 
 @dataclass(frozen=True)
-class Plot(Command):
+class Plot(Reporting):
     """Draw a run's expert load, its variation, and loss against balance, on one HTML page.
 
     The run needs a [telemetry] table in its flavor, and may still be going on. Replaces the
@@ -28,12 +28,16 @@ class Plot(Command):
     """Write the pictures and the page here. Default: RUN_DIR/telemetry."""
 
     def run(self) -> int:
-        with display.progress().status("Drawing ..."):
+        with display.status("Drawing"):
             # Within the status: importing matplotlib takes a while too.
+            from ezpz_moe.telemetry.json_lines import as_json
             from ezpz_moe.telemetry.plot import plot
             from ezpz_moe.telemetry.summary import headline, over_layers_rows
 
             plotted = plot(self.run_dir, self.out)
+        display.print_json(
+            {"last": as_json(plotted.last), "alerts": plotted.alerts, "files": plotted.paths}
+        )
         display.print_line(headline(plotted.last))
         display.print_table(over_layers_rows(plotted.last))
         for alert in plotted.alerts:

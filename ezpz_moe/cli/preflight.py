@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Suppress
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, refuse_no_ranks
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
+
+if TYPE_CHECKING:
+    from ezpz_moe.hosts.rank_report import RankReport
 
 
 @dataclass(frozen=True)
-class Preflight(Command):
+class Preflight(Reporting):
     """Build the ranks of a big run on this machine, without accelerators, and show what each holds.
 
     Builds one rank per pipeline stage: the first, which has the largest shards. All other flags go
@@ -38,6 +42,8 @@ class Preflight(Command):
         built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
         # preflight() yields each report as soon as its rank is built, which moves the bar.
         reports = list(display.tracked(built, "Building ranks", total=stages))
+        held = [{"stage": stage, **_document(report)} for stage, report in enumerate(reports)]
+        display.print_json({"config": self.config, "world_size": self.world_size, "ranks": held})
         display.print_table(
             (
                 {
@@ -62,3 +68,9 @@ class Preflight(Command):
 
 
 COMMAND = Preflight
+
+
+def _document(report: RankReport) -> dict[str, Any]:
+    """Return a report as plain values."""
+    names = ("rank", "parameters", "state_bytes", "step")
+    return {name: getattr(report, name) for name in names} | {"error": report.error or None}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Show(Command):
+class Show(Reporting):
     """Show the resolved config of a flavor or job: the model, and the trainer's settings.
 
     The names of the trainer's settings are also its flags: --training.steps 100.
@@ -50,7 +50,7 @@ class Show(Command):
         return 0
 
     def _ask_host(self, job: Job, flavor: Flavor) -> int:
-        with display.progress().status("Building the config ..."):
+        with display.status("Building the config"):
             host = import_host()
             counted = asdict(host.summarize(flavor))
             config = host.trainer_config(job)
@@ -69,6 +69,8 @@ def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[S
 
     # None means that the host decides, which --all shows.
     fields = flavor.model_dump(exclude_none=True) | found
+    told = [asdict(each) for each in settings]
+    display.print_json({"config": job.source, "flavor": fields, "settings": told})
     rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
     display.print_table(rows, title=job.source)
-    display.print_table(map(asdict, settings), title="torchtitan's config")
+    display.print_table(told, title="torchtitan's config")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import print_emulated
+from ezpz_moe.cli.command import Reporting
 from ezpz_moe.cli.train import Launched
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tune(Launched):
+class Tune(Reporting, Launched):
     """Time the backends that compute_backend = "auto" chooses from, during one step of a job.
 
     The job's later runs then know the fastest from the start. All other flags go to the trainer
@@ -28,19 +29,36 @@ class Tune(Launched):
         # The trainer has already said why.
         if code:
             return code
+        from ezpz_moe.compute.tuning import cache_folder
+
+        found = [_document(*each) for each in measured]
+        display.print_json({"config": self.config, "measured": found, "saved_in": cache_folder()})
         if not measured:
             display.print_line("Nothing was measured: no routed rows reached these processes.")
             return 0
-        from ezpz_moe.compute.tuning import cache_folder
         from ezpz_moe.tools.verify import default_device
 
-        display.print_table(map(_row, *zip(*measured, strict=True)), title=f"auto in {self.config}")
+        display.print_table(
+            map(_row, *zip(*measured, strict=True)),
+            title=f"auto in {self.config}",
+            important=["fastest"],
+        )
         print_emulated(default_device(), (each.question.dtype for each, _ in measured))
         display.print_line(f"Saved in {cache_folder()}")
         return 0
 
 
 COMMAND = Tune
+
+
+def _document(situation: Situation, measured: Measured) -> dict[str, Any]:
+    return {
+        **asdict(situation.question),
+        "rows_up_to": situation.rows,
+        "busiest_over_mean": float(situation.busiest),
+        "fastest": measured.fastest,
+        "milliseconds": measured.milliseconds,
+    }
 
 
 def _row(situation: Situation, measured: Measured) -> dict[str, str]:

@@ -56,12 +56,14 @@ class Upcycle(Command):
         flavor = load_flavor(job.flavor, near=job.folder)
         if not is_safetensors(self.source):
             find_checkpoint(self.source)
-        host = import_host()
-        from ezpz_moe.tools.upcycling import Perturbation, upcycle
+        with display.status("Reading the models"):
+            host = import_host()
+            from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
-        target = host.upcycling_target(flavor)
+            target = host.upcycling_target(flavor)
+            dense = self._dense(target)
         done = upcycle(
-            self._dense(target),
+            dense,
             target,
             self.target,
             Perturbation(self.noise, self.reinit, self.router_std, self.seed),

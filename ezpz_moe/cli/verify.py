@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, DType, print_emulated
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Reporting
 
 if TYPE_CHECKING:
     from ezpz_moe.tools.verify import Row
 
 
 @dataclass(frozen=True)
-class Verify(Command):
+class Verify(Reporting):
     """Compare the output and all gradients of every usable backend with float64."""
 
     group = "backends"
@@ -23,36 +23,30 @@ class Verify(Command):
     """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
     dtype: tuple[DType, ...] = ("bfloat16", "float32")
     """Compute in these dtypes."""
-    json: bool = False
-    """Print every compared tensor as JSON."""
 
     def run(self) -> int:
-        with display.progress().status("Asking torch ..."):
+        with display.status("Asking torch"):
             from ezpz_moe.tools.verify import compare, default_device, plan, reasons_against, worst
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
-        # stdout has to hold nothing but the document.
-        if not self.json:
-            print_emulated(device, self.dtype)
+        print_emulated(device, self.dtype)
         compared = [compare(check) for check in display.tracked(checks, "Verifying")]
         rows = [row for rows in compared for row in rows]
         passed = all(row.ok for row in rows)
         reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
-        if self.json:
-            report = {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
-            # Rows have None for a figure that is not finite, because JSON has no NaN: one here is a
-            # bug, and must not reach a file that nobody can read.
-            display.output().print_json(data=report, allow_nan=False)
-        else:
-            display.print_table(
-                # One row for five or six tensors: a table of all would have hundreds.
-                (_figures(worst(rows)) for rows in compared),
-                title=f"Errors against float64 on {device}: the worst tensor of each case",
-            )
-            for against in reasons.values():
-                display.print_reasons(against)
-            display.print_failures([row for row in rows if not row.ok])
+        display.print_json(
+            {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+        )
+        display.print_table(
+            # One row for five or six tensors: a table of all would have hundreds.
+            (_figures(worst(rows)) for rows in compared),
+            title=f"Errors against float64 on {device}: the worst tensor of each case",
+            important=["backend", "routing", "verdict", "relative", "bound", "tensor"],
+        )
+        for against in reasons.values():
+            display.print_reasons(against)
+        display.print_failures([row for row in rows if not row.ok])
         return 0 if passed else 1
 
 

@@ -36,7 +36,7 @@ def append(path: Path, record: StepRecord) -> None:
     file cannot be written, the line is lost, and the first such line of a file is a warning in the
     log: a record is not worth the end of a run, whose checkpoints may go to another disk.
     """
-    line = f"{json.dumps(_as_json(record))}\n".encode()
+    line = f"{json.dumps(as_json(record))}\n".encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Mode a writes at the end, wherever _end_last_line() has read; two writers cannot overwrite
@@ -94,7 +94,7 @@ def read(path: Path) -> list[StepRecord]:
     return records
 
 
-def _as_json(record: StepRecord) -> dict[str, Any]:
+def as_json(record: StepRecord) -> dict[str, Any]:
     """Return the record and its figures, ``format`` first: it identifies a truncated line."""
     # Figures are written for jq and other readers. read() ignores them and computes its own.
     figures_L = [layer_figures(layer, record.steps) for layer in record.layers]

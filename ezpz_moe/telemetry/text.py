@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.box import Box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,36 +14,34 @@ from rich.table import Table
 UNLIMITED = 10_000
 """Columns of what is no terminal. Without one to ask, rich would wrap at 80."""
 
+_FIGURE = re.compile(r"[-+]?\d")
 
-def table(
-    rows: Iterable[Mapping[str, Any]], *, title: str = "", box: Box | None = None
-) -> Table | None:
-    """Return rows with the same keys as a table; the keys are its headings. None without rows.
 
-    Columns of numbers align right.
+def words(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the rows with every cell as it is printed."""
+    return [{heading: text(value) for heading, value in row.items()} for row in rows]
+
+
+def has_figures(rows: Sequence[Mapping[str, str]], heading: str) -> bool:
+    """Return whether a column holds numbers, with or without a unit; a dash is a missing one."""
+    # The first column names the row, also where a name begins with a digit, such as 16B.
+    if heading == next(iter(rows[0])):
+        return False
+    cells = [row[heading] for row in rows if row[heading] != "-"]
+    return bool(cells) and all(map(_FIGURE.match, cells))
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return rows of :func:`words`, at least one, as a table of any width without lines.
+
+    The keys are its headings. Columns of numbers align right.
     """
-    # As text at once: alignment and width depend on what is printed. And a list, because the rows
-    # are needed twice and may come from a generator.
-    rows = [{heading: text(value) for heading, value in row.items()} for row in rows]
-    if not rows:
-        return None
-    made = Table(
-        box=box,
-        header_style="bold",
-        # Escaped, as the cells are: rich would take a [folder] in a path for a style.
-        title=escape(title),
-        title_justify="left",
-    )
-    for column, heading in enumerate(rows[0]):
-        # The first column names the row, also where a name begins with a digit, such as 16B.
-        figures = column > 0 and all(row[heading][:1].isdigit() for row in rows)
+    made = Table(box=None, header_style="bold")
+    for heading in rows[0]:
         made.add_column(
-            heading.replace("_", " "),
-            justify="right" if figures else "left",
-            # Whole names can be copied. Elsewhere, what does not fit is folded: rich's own default
-            # cuts it off.
-            no_wrap=column == 0,
-            overflow="fold",
+            escape(heading.replace("_", " ")),
+            justify="right" if has_figures(rows, heading) else "left",
+            no_wrap=True,
         )
     for row in rows:
         # Escaped: rich would take [router] in a cell for a style, and leave it out.
@@ -55,8 +53,9 @@ def plain_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return the lines of such a table for a log: never wrapped, without colours."""
     # The environment may force colours on whatever is printed (FORCE_COLOR).
     log = Console(file=io.StringIO(), width=UNLIMITED, force_terminal=False, color_system=None)
+    made = words(rows)
     with log.capture() as lines:
-        log.print(table(rows) or "", highlight=False)
+        log.print(table(made) if made else "", highlight=False)
     return "\n".join(line.rstrip() for line in lines.get().splitlines())
 
 

@@ -40,6 +40,8 @@ def test_the_debug_job_trains_by_the_hosts_command_and_by_ours(module, steps, tm
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-4000:]
     lines = [line for line in output.splitlines() if "step:" in line]
+    # torchtitan takes an A100's peak for a CPU's; 0.2 has no way to leave the figure out.
+    assert all(line.split("mfu:")[1].strip() in ("N/A", "nan%") for line in lines)
     losses = [float(line.partition("loss:")[2].split()[0]) for line in lines]
     assert len(losses) == steps
     assert losses[0] > 7.5  # log(2048) = 7.6: nothing is learnt yet

@@ -47,7 +47,7 @@ from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
-from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
+from ezpz_moe.hosts.cpu import no_accelerator, sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision, router_remarks
 from ezpz_moe.hosts.titan.activation_checkpointing import (
@@ -152,6 +152,8 @@ def trainer_config(job: Job) -> JobConfig:
     sections["activation_checkpoint"] = keeping_products(sections["activation_checkpoint"])
     if flavor.is_watched:
         sections["metrics"] = _metrics(flavor.reported)
+    elif no_accelerator():
+        sections["metrics"] = _without_mfu(sections["metrics"])
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     # The job's own values come last in the merge, so they win over what suits this CPU.
     ours = _cpu_values(job) | (in_float32 := precision.values(job))
@@ -185,6 +187,16 @@ def _metrics(telemetry: Telemetry | None) -> Any:
         # A common divisor: a record is written only on a step that the host logs.
         metrics.log_freq = gcd(metrics.log_freq, *telemetry.cadences.values())
     return metrics
+
+
+def _without_mfu(metrics: Any) -> Any:
+    """Return the host's defaults for a run on a CPU, whose MFU means nothing."""
+    # No run ends for a figure in its log: `ezpz-moe doctor` says what has changed in the host.
+    try:
+        from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
+    except (ImportError, AttributeError, TypeError):
+        return metrics
+    return CpuMetrics.Config()
 
 
 def _sections(job: Job, flavor: Flavor, spec: ModelSpec) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import torch
 import tyro
 from torchtitan.components.metrics import (
     LoggerContainer,
-    MetricsProcessor,
     TensorBoardLogger,
     WandBLogger,
     _get_metrics_rank,
@@ -27,6 +26,7 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.config.routing_schema import LOSSES, Balance, reported_loss
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
 from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
@@ -40,11 +40,11 @@ from ezpz_moe.telemetry.remedies import settings_of
 from ezpz_moe.telemetry.scalars import scalars
 
 
-class RouterMetrics(MetricsProcessor):
+class RouterMetrics(CpuMetrics):
     """``MetricsProcessor`` with telemetry of the routers."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(MetricsProcessor.Config):
+    class Config(CpuMetrics.Config):
         telemetry: Annotated[Telemetry | None, tyro.conf.Suppress] = None
         # The job's, which sets it when the command line has been read.
         warmup_steps: Annotated[int | None, tyro.conf.Suppress] = None

@@ -11,6 +11,7 @@ from ezpz_moe.hosts.titan.relied_on_in_part import (
     CHATS,
     COMPONENTS,
     NO_ROUTER,
+    ON_A_CPU,
     ROUTERS,
 )
 
@@ -391,6 +392,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     *_EXPERTS,
     *ROUTERS,
+    *ON_A_CPU,
     *ANALYSIS,
     *CHATS,
     *COMPONENTS,

@@ -129,6 +129,16 @@ ROUTERS = (
 )
 """Needed by flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
 
+ON_A_CPU = (
+    Reliance(
+        "torchtitan.components.metrics:MetricsProcessor",
+        used_for="a run on a CPU reports no MFU, because the host takes an A100's peak for it",
+        if_broken="a run on a CPU shows an MFU that means nothing",
+        has=("Config",),
+        sets=("has_quantization",),
+    ),
+)
+
 ANALYSIS = (
     Reliance(
         "torchtitan.models.common.moe:MoE",

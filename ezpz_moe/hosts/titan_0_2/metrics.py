@@ -5,6 +5,7 @@ Everything else that routers can report, a flavor's ``[telemetry]``, needs torch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from ezpz_moe.telemetry.figures import over_layers, use_of_rows
 
 def build(job_config: Any, parallel_dims: Any, model_args: Any, **more: Any) -> MetricsProcessor:
     """Return the host's own processor, or :class:`DropMetrics` if the backend drops tokens."""
-    if not get_backend(model_args.compute_backend).drops_tokens:
-        return build_metrics_processor(job_config, parallel_dims, model_args, **more)
-    return DropMetrics(job_config, parallel_dims, **more, num_layers=model_args.n_layers)
+    if get_backend(model_args.compute_backend).drops_tokens:
+        made = DropMetrics(job_config, parallel_dims, **more, num_layers=model_args.n_layers)
+    else:
+        made = build_metrics_processor(job_config, parallel_dims, model_args, **more)
+    if device_type == "cpu":
+        # MFU is a share of the device's peak, and the host would take an A100's.
+        made.gpu_peak_flops = math.nan
+    return made
 
 
 class DropMetrics(MetricsProcessor):

@@ -5,7 +5,6 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -157,14 +156,14 @@ class Measured:
         return document
 
 
-def document(results: Sequence[Measured], about: Mapping[str, Any], command: str) -> str:
-    """Write everything as JSON."""
+def document(results: Sequence[Measured], about: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Return everything that was measured, as plain values."""
     content = {
         "command": command,
         "environment": about,
         "measured": [measured.as_json() for measured in results],
     }
-    return json.dumps(_rounded(content), indent=1) + "\n"
+    return {key: _rounded(each) for key, each in content.items()}
 
 
 def _rounded(value: Any) -> Any:
