@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Suppress
-
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.hosts import anatomy_text
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Describe(Command):
+class Describe(Inspected):
     """Describe a model by component: parameters, FLOPs per token, memory per rank.
 
     All other flags go to the trainer unchanged, such as --training.seq-len.
@@ -28,26 +26,22 @@ class Describe(Command):
 
     group = "models"
 
-    config: Config
-    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
-    """Assume this many ranks. Default for a job: the fewest that its degrees allow.
-    For a flavor, memory is shown only with this flag."""
+    """Assume this many ranks. Default: --nproc times --nnodes, if one of them is given; else, for
+    a job, the fewest that its degrees allow. For a flavor, memory is shown only with ranks."""
     device: Literal["accelerator", "cpu"] = "accelerator"
     """Count the activations that this device's kernels save: attention and norms differ."""
     json: bool = False
     """Print JSON, with exact figures."""
-    host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        if self.world_size is not None:
-            refuse_no_ranks(self.world_size)
+        ranks = self.ranks()
         with display.progress().status("Building the model without memory, to count ..."):
             import_host()
             from ezpz_moe.tools.describe import as_json, describe
 
             flags = list(self.host_flags)
-            described = describe(self.config, flags, self.world_size, self.device)
+            described = describe(self.config, flags, ranks, self.device)
         if self.json:
             display.print_line(json.dumps(as_json(described), indent=2))
             return 0
@@ -59,7 +53,7 @@ class Describe(Command):
             display.print_line(line)
         if described.ranks is not None:
             # Whoever named a number of ranks knows where it comes from.
-            fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
+            fewest = "" if ranks else ", the fewest that the job's degrees allow"
             display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
             display.print_table(_memory_rows(described.memory))
         return 0
