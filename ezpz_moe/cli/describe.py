@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import import_host
+from ezpz_moe.cli.arguments import Config, import_host
 from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.hosts import anatomy_text
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ezpz_moe.tools.memory import StageMemory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Describe(Inspected):
     """Describe a model by component: parameters, FLOPs per token, memory per rank.
 
@@ -26,6 +26,8 @@ class Describe(Inspected):
 
     group = "models"
 
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
     """Assume this many ranks. Default: --nproc times --nnodes, if one of them is given; else, for
     a job, the fewest that its degrees allow. For a flavor, memory is shown only with ranks."""

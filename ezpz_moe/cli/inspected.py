@@ -6,17 +6,16 @@ from dataclasses import dataclass
 
 from tyro.conf import Suppress
 
-from ezpz_moe.cli.arguments import Config, refuse_no_ranks
+from ezpz_moe.cli.arguments import refuse_no_ranks
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
 
-@dataclass(frozen=True)
+# Named only, so that a command's own fields may have no default.
+@dataclass(frozen=True, kw_only=True)
 class Inspected(Command):
     """A command that takes what follows ``ezpz-moe train``, word for word."""
 
-    config: Config
-    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
     """Assume this many ranks. Default: --nproc times --nnodes, if one of them is given."""
     nproc: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ezpz_moe.cli import display
+from ezpz_moe.cli.arguments import Config
 from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.errors import EzpzError
 
@@ -18,6 +19,9 @@ class Preflight(Inspected):
     """
 
     group = "before a run"
+
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
 
     def run(self) -> int:
         from ezpz_moe.hosts.jobs import find_job

@@ -28,7 +28,14 @@ class Verify(Command):
 
     def run(self) -> int:
         with display.progress().status("Asking torch ..."):
-            from ezpz_moe.tools.verify import compare, default_device, plan, reasons_against, worst
+            from ezpz_moe.tools.verify import (
+                compare,
+                default_device,
+                plan,
+                reasons_against,
+                verdict,
+                worst,
+            )
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
@@ -40,7 +47,12 @@ class Verify(Command):
         passed = all(row.ok for row in rows)
         reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
         if self.json:
-            report = {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+            report = {
+                "passed": passed,
+                "verdict": verdict(rows),
+                "not_usable": reasons,
+                "rows": list(map(asdict, rows)),
+            }
             # Rows have None for a figure that is not finite, because JSON has no NaN: one here is a
             # bug, and must not reach a file that nobody can read.
             display.output().print_json(data=report, allow_nan=False)
@@ -53,6 +65,7 @@ class Verify(Command):
             for against in reasons.values():
                 display.print_reasons(against)
             display.print_failures([row for row in rows if not row.ok])
+            display.print_line(verdict(rows))
         return 0 if passed else 1
 
 
