@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Suppress
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config
+from ezpz_moe.cli.arguments import OptionalConfig, only
 from ezpz_moe.cli.command import Command
 from ezpz_moe.errors import EzpzError
 
@@ -16,14 +17,13 @@ if TYPE_CHECKING:
     from ezpz_moe.tools.nodes import Placement
 
 
-@dataclass(frozen=True)
+# Named only, so that a command's own fields may have no default.
+@dataclass(frozen=True, kw_only=True)
 class Launched(Command):
     """A command that starts the trainer with torchrun."""
 
     group = "runs"
 
-    config: Config
-    """The name of a flavor, or the path to a job's TOML. It comes first."""
     nproc: int = 1
     """Start this many processes on this machine, one per accelerator."""
     nnodes: int = 1
@@ -63,18 +63,71 @@ class Launched(Command):
 class Train(Launched):
     """Train a flavor or job with torchtitan. All other flags go to the trainer unchanged."""
 
+    config: OptionalConfig = ()
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     resume_from_last_whole: bool = False
     """Resume from the newest step that is whole, if a later one is damaged."""
+    dry_run: bool = False
+    """Check the run, say what it would be, and start nothing."""
+    help_trainer: bool = False
+    """List the trainer's flags, and start nothing."""
 
     def run(self) -> int:
+        if self.help_trainer:
+            return _list_flags()
+        config, flags = only(self.config), list(self.host_flags)
+        if config is None:
+            raise EzpzError("train: name a flavor or a job: ezpz-moe train FLAVOR|JOB.toml ...")
+        if self.dry_run:
+            return self._plan(config, flags)
         from ezpz_moe.tools.launch import train
 
-        return train(
-            self.config,
-            list(self.host_flags),
-            from_last_whole=self.resume_from_last_whole,
-            **self._launch(),
+        return train(config, flags, from_last_whole=self.resume_from_last_whole, **self._launch())
+
+    def _plan(self, config: str, flags: list[str]) -> int:
+        """Print what would be trained; return 1 if the device is too small for it."""
+        with display.progress().status("Looking at the run ..."):
+            from ezpz_moe.tools.planned import planned
+
+            logging.getLogger().setLevel(logging.ERROR)  # the host's remarks are about training
+            plan = planned(
+                config,
+                flags,
+                nproc=self.nproc,
+                placement=self._placement(),
+                from_last_whole=self.resume_from_last_whole,
+            )
+        display.print_table({"run": name, "": said} for name, said in plan.what.items())
+        display.print_table(
+            (
+                {"setting": each.path, "value": each.value, "default": each.default}
+                for each in plan.settings
+            ),
+            title="Settings that are not torchtitan's own defaults",
         )
+        display.print_line(plan.command)
+        for remark in plan.remarks:
+            display.print_line(f"note: {remark}")
+        if not plan.fits:
+            display.print_line("The model states are larger than the device. Nothing was started.")
+            return 1
+        display.print_line("Nothing was started. Leave out --dry-run to train.")
+        return 0
 
 
 COMMAND = Train
+
+
+def _list_flags() -> int:
+    from ezpz_moe.hosts.host_flags import known_flags
+
+    display.print_table(
+        {
+            "flag": f"{each.after} {each.option}".strip(),
+            "takes": each.type,
+            "default": each.default,
+            "what it does": each.help,
+        }
+        for each in known_flags()
+    )
+    return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import print_emulated
+from ezpz_moe.cli.arguments import Config, print_emulated
 from ezpz_moe.cli.train import Launched
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ class Tune(Launched):
     The job's later runs then know the fastest from the start. All other flags go to the trainer
     unchanged.
     """
+
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
 
     def run(self) -> int:
         from ezpz_moe.tools.tune import tune
