@@ -18,7 +18,7 @@ from torch import nn
 from ezpz_moe.compute import Backend, backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import Job, job_for_flavor
+from ezpz_moe.config.job import Job, flavor_of, job_for_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.host import Host
@@ -194,7 +194,7 @@ def _job_findings(asked: Asked) -> Iterator[Finding]:
             problem = str(error).removeprefix(f"{config}: ")
             yield Finding(config, settings, problem, "it is refused")
             return
-        flavor = load_flavor(job.flavor, near=job.folder)
+        flavor = flavor_of(job)
         problems = detect.host().machine_problems(trainer_config, flavor, asked.ranks)
     yield Finding(config, settings)
     precision = detect.host().precision_in_words(trainer_config, flavor)

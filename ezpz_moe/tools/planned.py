@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from ezpz_moe.config.flavors import Flavor, load_flavor
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import flavor_of
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.detect import check_host, host
@@ -64,7 +65,7 @@ def planned(
     # RANK and WORLD_SIZE of a surrounding job script are not those of this run.
     with outside_of_a_run():
         trainer_config = host().trainer_config(start.job, host_flags)
-        flavor = load_flavor(start.job.flavor, near=start.job.folder)
+        flavor = flavor_of(start.job)
         problems = host().machine_problems(trainer_config, flavor, ranks)
     source = f"{start.job.source} and the command line" if host_flags else start.job.source
     if problems:

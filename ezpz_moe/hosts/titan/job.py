@@ -7,7 +7,7 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - validation reads the training text, if that is the embedded one or a file of the user's;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
-- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
+- ``metrics.log_freq`` is a divisor of ``[telemetry] every``, if it is set;
 - ``checkpoint.last_save_model_only`` is false, except for safetensors and a seed checkpoint.
 
 The host's bare config has no usable default for the optimizer and the loss. They are those of its
@@ -41,8 +41,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.config.flavors import Flavor, load_flavor
-from ezpz_moe.config.job import Job
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import Job, flavor_of
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
@@ -137,7 +137,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         EzpzError: the flavor, the data or a combination of settings is wrong; the message names
             the job.
     """
-    flavor = _reporting_drops(load_flavor(job.flavor, near=job.folder))
+    flavor = _reporting_drops(flavor_of(job))
     spec = model_spec(
         flavor,
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
