@@ -28,14 +28,14 @@ class Preflight(Inspected):
         from ezpz_moe.tools.preflight import preflight
         from ezpz_moe.tools.trainer_settings import pipeline_degree
 
-        ranks = self.ranks()
-        if ranks is None:
+        world_size = self.ranks()
+        if world_size is None:
             raise EzpzError(
                 "preflight: how many ranks? Give --world-size, or --nproc and --nnodes as in train."
             )
         flags = list(self.host_flags)
         stages = pipeline_degree(find_job(self.config), flags)
-        built = preflight(self.config, flags, world_size=ranks, stages=stages)
+        built = preflight(self.config, flags, world_size=world_size, stages=stages)
         # preflight() yields each report as soon as its rank is built, which moves the bar.
         reports = list(display.tracked(built, "Building ranks", total=stages))
         display.print_table(
@@ -49,7 +49,7 @@ class Preflight(Inspected):
                 }
                 for stage, report in enumerate(reports)
             ),
-            title=f"{self.config} on {ranks} ranks",
+            title=f"{self.config} on {world_size} ranks",
         )
         # Ranks mostly fail for the same reason, which is then printed once.
         errors: dict[str, list[int]] = {}
