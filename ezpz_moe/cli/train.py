@@ -87,15 +87,16 @@ class Train(Launched):
     def _plan(self, config: str, flags: list[str]) -> int:
         """Print what would be trained; return 1 if the device is too small for it."""
         with display.progress().status("Looking at the run ..."):
+            from ezpz_moe.tools.launch import prepared
+
+            placement, whole = self._placement(), self.resume_from_last_whole
+            start = prepared(config, flags, self.nproc, placement, from_last_whole=whole)
+            # Only now: it imports torch, and a mistake in the job is said before.
             from ezpz_moe.tools.planned import planned
 
             logging.getLogger().setLevel(logging.ERROR)  # the host's remarks are about training
             plan = planned(
-                config,
-                flags,
-                nproc=self.nproc,
-                placement=self._placement(),
-                from_last_whole=self.resume_from_last_whole,
+                start, flags, nproc=self.nproc, placement=placement, from_last_whole=whole
             )
         display.print_table({"run": name, "": said} for name, said in plan.what.items())
         display.print_table(

@@ -15,7 +15,7 @@ from ezpz_moe.hosts.ranks import degrees, outside_of_a_run
 from ezpz_moe.hosts.setting import Setting
 from ezpz_moe.telemetry.text import count
 from ezpz_moe.tools import device
-from ezpz_moe.tools.launch import Start, prepared
+from ezpz_moe.tools.launch import Start
 from ezpz_moe.tools.nodes import Placement
 from ezpz_moe.tools.resuming import resumption
 
@@ -40,17 +40,17 @@ class Planned:
 
 
 def planned(
-    config: str,
+    start: Start,
     host_flags: list[str],
     *,
-    nproc: int = 1,
-    placement: Placement | None = None,
-    from_last_whole: bool = False,
+    nproc: int,
+    placement: Placement | None,
+    from_last_whole: bool,
 ) -> Planned:
-    """Check a run as `ezpz-moe train` and its ranks would, and say what it is.
+    """Check a run as its ranks would, and say what it is.
 
     Args:
-        config: a flavor's name or the path of a job's TOML.
+        start: what the launcher has checked.
         host_flags: the trainer's own flags, which override the job.
         nproc: processes on this machine.
         placement: this machine's place among several; None if it is the only one.
@@ -59,7 +59,6 @@ def planned(
     Raises:
         EzpzError: the run would be refused, for all these reasons.
     """
-    start = prepared(config, host_flags, nproc, placement, from_last_whole=from_last_whole)
     check_host()
     ranks = nproc * (placement.nnodes if placement else 1)
     # RANK and WORLD_SIZE of a surrounding job script are not those of this run.
