@@ -120,15 +120,17 @@ COMMAND = Train
 
 
 def _list_flags() -> int:
+    """Print a line for each flag of the trainer, and a blank one between its sections."""
     from ezpz_moe.hosts.host_flags import known_flags
 
-    display.print_table(
-        {
-            "flag": f"{each.after} {each.option}".strip(),
-            "takes": each.type,
-            "default": each.default,
-            "what it does": each.help,
-        }
-        for each in known_flags()
-    )
+    display.print_line("Switches take no value: --checkpoint.enable, --checkpoint.no-enable.")
+    section = None
+    for flag in known_flags():
+        own = (flag.after, flag.name.partition(".")[0])
+        if own != section:
+            display.print_line("")
+        section = own
+        default = f"(default: {flag.default})" if flag.default else ""
+        words = (flag.after, flag.option, flag.type, flag.help, default)
+        display.print_line(" ".join(filter(None, words)))
     return 0
