@@ -99,13 +99,12 @@ class Train(Launched):
                 start, flags, nproc=self.nproc, placement=placement, from_last_whole=whole
             )
         display.print_table({"run": name, "": said} for name, said in plan.what.items())
-        display.print_table(
-            (
-                {"setting": each.path, "value": each.value, "default": each.default}
-                for each in plan.settings
-            ),
-            title="Settings that are not torchtitan's own defaults",
-        )
+        display.print_line("\nSettings that are not torchtitan's own defaults:")
+        # Lines, because values such as paths are long.
+        for each in plan.settings:
+            instead = "" if each.default is None else f" (default: {display.text(each.default)})"
+            display.print_line(f"  {each.path} = {display.text(each.value)}{instead}")
+        display.print_line("")
         display.print_line(plan.command)
         for remark in plan.remarks:
             display.print_line(f"note: {remark}")
