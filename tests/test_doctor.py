@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -36,14 +37,25 @@ def run(capsys, *arguments: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+KEY = "layers.1.moe.routed_experts.inner_experts.w1_EFD"
+
+
 def test_the_tested_host_holds(capsys) -> None:
     code, said = run(capsys)
     assert code == 0
     assert torch.__version__ in said
     assert f"torchtitan {metadata.version('torchtitan')}" in " ".join(said.split())
     assert "torchtitan 0.3 (torchtitan.config.override:derive is there)" in said
-    assert "layers.1.moe.routed_experts.inner_experts.w1_EFD" in said
-    assert " 0 broken" in said
+    assert "npu, triton: `ezpz-moe backends` says why" in said
+    assert KEY not in said
+    verdict = said.splitlines()[-1]
+    assert re.fullmatch(r"Runs can start here: \d+ hold, 0 broken\.", verdict)
+    code, everything = run(capsys, "--all")
+    assert code == 0
+    assert KEY in everything
+    lines = [line for line in everything.splitlines() if line.startswith(" holds ")]
+    assert len(lines) == int(verdict.split()[4])
+    assert everything.splitlines()[-1] == verdict
 
 
 def test_a_seam_that_moved_is_said_in_plain_words(capsys, monkeypatch) -> None:
@@ -56,6 +68,7 @@ def test_a_seam_that_moved_is_said_in_plain_words(capsys, monkeypatch) -> None:
     ) in said
     assert "the seam moved: backends other than grouped_mm cannot be bound to experts" in said
     assert "training with the stock path still works." in said
+    assert "Runs can start here, without what is broken in the host: " in said
     assert " 1 broken" in said
 
 
@@ -65,11 +78,12 @@ def test_a_broken_line_stops_the_look_at_the_job_only_if_it_is_vital(capsys, mon
     assert code == 1
     assert "its keys and how they combine" in said
     assert "A run is refused." not in said
+    assert "debugmodel_sdpa is ready here, without what is broken in the host: " in said
     monkeypatch.delattr(GroupedExperts, "forward")
     code, said = run(capsys, "debugmodel_sdpa")
     assert code == 1
     assert "torchtitan's own configs still can. A run is refused." in said
-    assert "debugmodel_sdpa was not checked: this host cannot start a run." in said
+    assert "This host cannot start a run, and debugmodel_sdpa was not checked: " in said
 
 
 @pytest.mark.parametrize(
@@ -89,10 +103,12 @@ def test_every_backend_says_whether_it_is_usable(
     cpu_with(cpu)
     why_not = lambda self, device, dtype, **sizes: ["too hot."]  # noqa: E731
     monkeypatch.setattr(type(get_backend("for_loop")), "why_not", why_not)
-    lines = [" ".join(f"{what} {said}".split()) for what, said in doctor.facts().items()]
+    facts = doctor.facts(in_full=True)
+    lines = [" ".join(f"{what} {said}".split()) for what, said in facts.items()]
     assert "backend for_loop not usable here: too hot." in lines
     assert f"backend grouped_mm usable here, {grouped_mm}" in lines
     assert f"backend grouped_mm_fused usable here, {fused}" in lines
+    assert "; not for_loop, npu, triton: " in doctor.facts(in_full=False)["backends"]
 
 
 def test_a_renamed_checkpoint_key_is_found(capsys, monkeypatch) -> None:
@@ -121,8 +137,9 @@ def test_a_host_that_no_binding_fits_is_compared_with_the_nearest(capsys, monkey
 def test_a_job_that_fits(capsys) -> None:
     code, said = run(capsys, str(JOB), "--world-size", "1")
     assert code == 0
-    assert "D = 256, F = 256 with for_loop" in said
+    assert "D = 256, F = 256: the experts' products in bfloat16, with " in said
     assert "0.5 GiB of model states on each of 1 rank(s)" in said
+    assert f"\n{JOB} is ready here: " in said
 
 
 @pytest.mark.parametrize(
@@ -152,6 +169,7 @@ def test_a_job_that_does_not(capsys, tmp_path, lines, arguments, message) -> Non
     assert code == 1
     assert f"BROKEN {job}: " in said
     assert message in said
+    assert said.splitlines()[-1].startswith(f"{job} is not ready here: ")
 
 
 def test_a_model_that_the_device_cannot_hold(capsys) -> None:
@@ -191,3 +209,62 @@ def test_no_number_of_ranks(capsys, number) -> None:
         cli.main(["doctor", str(JOB), "--world-size", number])
     assert end.value.code == 2
     assert f"--world-size {number}: a run needs at least 1 rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nproc", "2", "--nnodes", "3"], "6 ranks do not fit the degrees"),
+        (["--parallelism.tensor-parallel-degree", "5"], "divide the 16 attention heads"),
+        (["--training.steps", "many"], "Error parsing --training.steps: "),
+        (["--checkpoint.enable", "--checkpoint.load_step", "7"], "step-7"),
+    ],
+)
+def test_the_flags_of_train_are_those_of_the_run(capsys, tmp_path, flags, message) -> None:
+    (tmp_path / "job.toml").write_text(f"{MODEL}[parallelism]\ntensor_parallel_degree = 4\n")
+    job = str(tmp_path / "job.toml")
+    assert run(capsys, job)[0] == 0
+    code, said = run(capsys, job, *flags, "--dump_folder", str(tmp_path))
+    assert code == 1
+    assert message in said
+
+
+def test_a_flag_mends_what_the_file_says(capsys, tmp_path) -> None:
+    (tmp_path / "job.toml").write_text(f"{MODEL}[parallelism]\ntensor_parallel_degree = 3\n")
+    job = str(tmp_path / "job.toml")
+    assert run(capsys, job)[0] == 1
+    assert run(capsys, job, "--parallelism.tensor-parallel-degree", "4")[0] == 0
+
+
+def test_the_ranks_of_a_cpu_share_its_memory(monkeypatch, cpu_with) -> None:
+    cpu_with("float32,bfloat16")
+    monkeypatch.setattr("ezpz_moe.tools.device.memory", lambda: 100 * 2**30)
+
+    def fits(**how) -> bool:
+        (states,) = (
+            each
+            for each in doctor.job_findings(doctor.Asked("16B_sdpa_for_loop", **how))
+            if "of model states" in each.what
+        )
+        return states.holds
+
+    assert fits(ranks=4)
+    assert fits(ranks=4, nproc=1)
+    assert not fits(ranks=4, nproc=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--training.steps", "3"], "the flags of a run need its job"),
+        (["--nproc", "3"], "the flags of a run need its job"),
+        ([str(JOB), "16B"], "debug_cpu.toml 16B: name one flavor or job."),
+        ([str(JOB), "--nproc", "2", "--world-size", "3"], "on --nnodes 1 are 2 ranks"),
+        ([str(JOB), "--nnodes", "0"], "--nnodes 0: must be at least 1"),
+    ],
+)
+def test_flags_that_say_nothing(capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from config_cases import config, conflict
 
 from ezpz_moe.config.job import Job
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.jobs import load_job
@@ -46,6 +47,46 @@ def value_at(config: Any, path: str) -> Any:
 
 def is_endless(dataloader: Any) -> bool:
     return dataloader.repeat if SINCE_2026_08 else dataloader.infinite
+
+
+# Telemetry ----------------------------------------------------------------------------------------
+
+
+def of_telemetry(job_file, lines: str, flavor: str = "") -> Any:
+    """The telemetry of a job with these lines, whose flavor says ``flavor`` of its own."""
+    job_file(f'inherits = "debugmodel"\n{flavor}', "mine.toml")
+    model = MODEL.replace("debugmodel", "mine")
+    return trainer_config(load_job(job_file(f"{model}{lines}"))).metrics.telemetry
+
+
+def test_a_job_has_its_routers_reported(job_file):
+    watched = of_telemetry(job_file, '[telemetry]\ndetail = "per_layer"\n')
+    assert (watched.detail, watched.images) == ("per_layer", True)
+
+
+def test_a_jobs_telemetry_is_over_its_flavors_key_by_key(job_file):
+    flavor = '[telemetry]\nevery = 5\nimages = false\ndump = { every = 10, what = ["ids"] }\n'
+    watched = of_telemetry(job_file, "[telemetry]\nevery = 10\nalert_cv_rise = 3.0\n", flavor)
+    assert (watched.every, watched.images, watched.alert_cv_rise) == (10, False, 3.0)
+    assert watched.dump.every == 10
+
+
+def test_every_key_of_a_flavors_telemetry_but_its_table_is_a_jobs():
+    assert host().job_keys()["telemetry"].keys() == Telemetry.model_fields.keys() - {"dump"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("[telemetry]\n", "[telemetry]: is empty. Set a key of it"),
+        ("[telemetry]\nevery = 0\n", "[telemetry] every = 0: must be an integer >= 1"),
+        ('[telemetry]\ndetails = "brief"\n', "Did you mean 'detail'?"),
+    ],
+)
+def test_a_wrong_table_of_telemetry(job_file, lines, message):
+    with pytest.raises(EzpzError) as error:
+        load_job(job_file(f"{MODEL}{lines}"))
+    assert message in str(error.value)
 
 
 # The config ---------------------------------------------------------------------------------------

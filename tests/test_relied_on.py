@@ -29,6 +29,8 @@ WHERE_A_FAILURE_IS_CAUGHT = (
     "ezpz_moe.hosts.titan.cpu_metrics",
 )
 """What is imported only for what is logged, without which a run goes on."""
+FOR_FLAGS_WITHOUT_A_RUN = ("ezpz_moe.hosts.told",)
+"""What a run, whose flags the trainer reads itself, does without."""
 
 ROOT = Path(hosts.__file__).parent.parent.parent
 
@@ -119,7 +121,7 @@ def test_each_imported_name_has_a_line(each: Host) -> None:
 @pytest.mark.parametrize("each", HOSTS, ids=lambda each: each.generation)
 def test_what_a_job_cannot_do_without_is_vital(each: Host) -> None:
     """An import that fails there ends every run, so that it has to be refused before."""
-    without = (*FOR_SOME_FLAVORS, *WHERE_A_FAILURE_IS_CAUGHT)
+    without = (*FOR_SOME_FLAVORS, *WHERE_A_FAILURE_IS_CAUGHT, *FOR_FLAGS_WITHOUT_A_RUN)
     imported = of_the_host(behind(each, "trainer_config", without=without))
     assert len(imported) > 20, "the imports were not found"
     assert imported - in_lines(line for line in each.relied_on if line.vital) == set()

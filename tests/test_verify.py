@@ -12,7 +12,7 @@ from ezpz_moe.compute import Backend, for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools import verify
-from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, worst
+from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, verdict, worst
 
 TAIL = Check("for_loop", "cpu", "float32", "swiglu", "tail")
 LEFT_OUT = Check("for_loop", "cpu", "float32", "routed", "left out")
@@ -185,3 +185,19 @@ def test_a_package_that_does_not_load_concerns_its_own_backend(monkeypatch) -> N
     reasons = reasons_against("cpu", "float32")
     assert reasons["for_loop"] == ["cannot be loaded"]
     assert reasons["batched_mm_padded"] == []
+
+
+def test_the_verdict_names_what_to_train_with() -> None:
+    (good, *_), broken = compare(TAIL), "beyond the bound"
+    others = replace(good, backend="grouped_mm")
+    assert verdict([good]) == "for_loop agrees with float64 on cpu: 0 of 1 tensors are wrong."
+    assert verdict([good, others, others]) == (
+        "for_loop and grouped_mm agree with float64 on cpu: 0 of 3 tensors are wrong."
+    )
+    assert verdict([good, replace(good, verdict=broken), others]) == (
+        "Do not train with for_loop on cpu: 1 of 3 tensors are wrong; "
+        "grouped_mm agrees with float64 on cpu."
+    )
+    assert verdict([replace(good, verdict=broken)]) == (
+        "Do not train with for_loop on cpu: 1 of 1 tensors are wrong."
+    )

@@ -31,6 +31,20 @@ DType = Literal["bfloat16", "float32", "float16", "float64"]
 Device = Annotated[str | None, arg(metavar="DEVICE")]
 Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
 
+# A tuple, because tyro takes flags of the trainer for the value of an optional argument.
+OptionalConfig = Annotated[Positional[tuple[str, ...]], arg(metavar="FLAVOR|JOB.toml")]
+
+
+def only(configs: tuple[str, ...]) -> str | None:
+    """Return what an :data:`OptionalConfig` names; None if nothing.
+
+    Raises:
+        EzpzError: it names several.
+    """
+    if configs[1:]:
+        raise EzpzError(f"{' '.join(configs)}: name one flavor or job.")
+    return configs[0] if configs else None
+
 
 def refuse_no_ranks(world_size: int) -> None:
     """Refuse a ``--world-size`` that is not a number of ranks.

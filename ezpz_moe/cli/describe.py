@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Suppress
-
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, import_host, refuse_no_ranks
-from ezpz_moe.cli.command import Reporting
+from ezpz_moe.cli.arguments import Config, import_host
+from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.hosts import anatomy_text
 
 if TYPE_CHECKING:
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
     from ezpz_moe.tools.memory import StageMemory
 
 
-@dataclass(frozen=True)
-class Describe(Reporting):
+@dataclass(frozen=True, kw_only=True)
+class Describe(Inspected):
     """Describe a model by component: parameters, FLOPs per token, memory per rank.
 
     All other flags go to the trainer unchanged, such as --training.seq-len.
@@ -30,15 +28,13 @@ class Describe(Reporting):
     config: Config
     """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
-    """Assume this many ranks. Default for a job: the fewest that its degrees allow.
-    For a flavor, memory is shown only with this flag."""
+    """Assume this many ranks. Default: --nproc times --nnodes, if one of them is given; else, for
+    a job, the fewest that its degrees allow. For a flavor, memory is shown only with ranks."""
     device: Literal["accelerator", "cpu"] = "accelerator"
     """Count the activations that this device's kernels save: attention and norms differ."""
-    host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
-        if self.world_size is not None:
-            refuse_no_ranks(self.world_size)
+        ranks = self.ranks()
         from ezpz_moe.hosts.jobs import find_job
 
         find_job(self.config)  # before torch is imported: a mistake in it is reported at once
@@ -47,7 +43,7 @@ class Describe(Reporting):
             from ezpz_moe.tools.describe import as_json, describe
 
             flags = list(self.host_flags)
-            described = describe(self.config, flags, self.world_size, self.device)
+            described = describe(self.config, flags, ranks, self.device)
         display.print_json(as_json(described))
         model = described.anatomy
         display.print_line(anatomy_text.title(described.flavor, model, described.seq_len))
@@ -58,7 +54,7 @@ class Describe(Reporting):
             display.print_line(line)
         if described.ranks is not None:
             # Whoever named a number of ranks knows where it comes from.
-            fewest = "" if self.world_size else ", the fewest that the job's degrees allow"
+            fewest = "" if ranks else ", the fewest that the job's degrees allow"
             display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
             display.print_table(_memory_rows(described.memory))
         return 0

@@ -224,17 +224,3 @@ def print_failures(rows: Iterable[Any]) -> None:
     for row in rows:
         where = f"{row.backend} {row.dtype} {row.entry} {row.routing!r} {row.tensor}"
         print_line(f"FAILED {where}: {row.verdict}")
-
-
-def print_findings(findings: Sequence[Any]) -> None:
-    """Print a row per finding, then a line per problem, the broken ones last."""
-    print_table({"": each.state, "relied on": each.what, "for": each.used_for} for each in findings)
-    with_problem = [each for each in findings if each.problem]
-    # False sorts first: what is broken comes last, where the reader looks.
-    for each in sorted(with_problem, key=lambda each: not each.holds):
-        print_line(f"{each.state} {each.what}: {each.problem}")
-        if each.meaning:
-            refused = " A run is refused." if each.vital else ""
-            print_line(f"  This means: {each.meaning}.{refused}")
-    states = [each.state for each in findings]
-    print_line(f"{states.count('holds')} hold, {states.count('BROKEN')} broken")

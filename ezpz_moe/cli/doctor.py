@@ -2,50 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated
-
-from tyro.conf import Positional, arg
+from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import refuse_no_ranks
-from ezpz_moe.cli.command import Reporting
+from ezpz_moe.cli.arguments import OptionalConfig, only
+from ezpz_moe.cli.inspected import Inspected
+from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.tools.doctor import Finding
 
 
 @dataclass(frozen=True)
-class Doctor(Reporting):
+class Doctor(Inspected):
     """Check the installation, what the plugin relies on in the host, and a job if one is given.
 
-    Exit code 1 when something is broken.
+    Takes the flags of `train`, its own and the trainer's. Exit code 1 when something is broken.
     """
 
     group = "before a run"
 
-    config: Annotated[Positional[str | None], arg(metavar="FLAVOR|JOB.toml")] = None
-    """The name of a flavor, or the path to a job's TOML."""
+    config: OptionalConfig = ()
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
     world_size: int | None = None
-    """Check the job for this many ranks; without it, skip what depends on them."""
+    """Check the job for this many ranks. Default: --nproc times --nnodes, if one of them is given;
+    without ranks, skip what depends on them."""
+    all: bool = False
+    """Also list everything of the host that holds, each backend, and optional packages."""
 
     def run(self) -> int:
-        if self.world_size is not None:
-            refuse_no_ranks(self.world_size)
+        ranks, config = self.ranks(), only(self.config)
+        if config is None and (self.host_flags or ranks is not None):
+            raise EzpzError("doctor: the flags of a run need its job: doctor FLAVOR|JOB.toml ...")
+        of_job: list[Finding] = []
         with display.status("Inspecting torch and the host"):
             from ezpz_moe.tools import doctor
 
             display.set_log_level()  # the host's remarks are about training
-            facts = doctor.facts()
-            findings = doctor.host_findings()
-            can_train = doctor.can_train(findings)
+            facts = doctor.facts(in_full=self.all)
+            of_host = doctor.host_findings()
             # The host itself checks a job, so it has to work.
-            if self.config is not None and can_train:
-                findings += doctor.job_findings(self.config, self.world_size)
-        found = [{"state": each.state, **asdict(each)} for each in findings]
-        display.print_json({"installed": facts, "findings": found})
-        display.print_table(({"installed": what, "": said} for what, said in facts.items()))
-        display.print_findings(findings)
-        if self.config is not None and not can_train:
-            display.print_line(f"{self.config} was not checked: this host cannot start a run.")
-        return 0 if all(finding.holds for finding in findings) else 1
+            if config is not None and doctor.can_train(of_host):
+                of_job = doctor.job_findings(
+                    doctor.Asked(
+                        config,
+                        ranks=ranks,
+                        nproc=self.nproc,
+                        host_flags=self.host_flags,
+                        from_last_whole=self.resume_from_last_whole,
+                    )
+                )
+        verdict = doctor.verdict(of_host, of_job, config)
+        found = [{"state": each.state, **asdict(each)} for each in (*of_host, *of_job)]
+        display.print_json({"installed": facts, "findings": found, "verdict": verdict})
+        display.print_table({"installed": what, "": said} for what, said in facts.items())
+        if self.all:
+            display.print_table(
+                {"": each.state, "relied on": each.what, "for": each.used_for} for each in of_host
+            )
+        # What is wrong follows in words.
+        fine = [each for each in of_job if not each.problem]
+        display.print_table(
+            ({"": each.state, "checked": _words(each, config)} for each in fine),
+            title=config or "",
+        )
+        _print_problems([*of_host, *of_job])
+        display.print_line(verdict)
+        return 0 if all(each.holds for each in (*of_host, *of_job)) else 1
 
 
 COMMAND = Doctor
+
+
+def _words(finding: Finding, config: str | None) -> str:
+    """Return what was checked of the job, which stands above it."""
+    if finding.what == config:
+        return finding.used_for
+    return f"{finding.what}: {finding.used_for}"
+
+
+def _print_problems(findings: Iterable[Finding]) -> None:
+    """Print a line or two for each problem, the broken ones last, where the reader looks."""
+    with_problem = [each for each in findings if each.problem]
+    # False sorts first.
+    for each in sorted(with_problem, key=lambda each: not each.holds):
+        display.print_line(f"{each.state} {each.what}: {each.problem}")
+        if each.meaning:
+            refused = " A run is refused." if each.vital else ""
+            display.print_line(f"  This means: {each.meaning}.{refused}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Suppress
-
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, refuse_no_ranks
-from ezpz_moe.cli.command import Reporting
+from ezpz_moe.cli.arguments import Config
+from ezpz_moe.cli.inspected import Inspected
+from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
     from ezpz_moe.hosts.rank_report import RankReport
 
 
 @dataclass(frozen=True)
-class Preflight(Reporting):
+class Preflight(Inspected):
     """Build the ranks of a big run on this machine, without accelerators, and show what each holds.
 
     Builds one rank per pipeline stage: the first, which has the largest shards. All other flags go
@@ -27,23 +26,24 @@ class Preflight(Reporting):
 
     config: Config
     """The name of a flavor, or the path to a job's TOML. It comes first."""
-    world_size: int
-    """Assume this many ranks."""
-    host_flags: Suppress[tuple[str, ...]] = ()
 
     def run(self) -> int:
         from ezpz_moe.hosts.jobs import find_job
         from ezpz_moe.tools.preflight import preflight
         from ezpz_moe.tools.trainer_settings import pipeline_degree
 
-        refuse_no_ranks(self.world_size)
+        world_size = self.ranks()
+        if world_size is None:
+            raise EzpzError(
+                "preflight: how many ranks? Give --world-size, or --nproc and --nnodes as in train."
+            )
         flags = list(self.host_flags)
         stages = pipeline_degree(find_job(self.config), flags)
-        built = preflight(self.config, flags, world_size=self.world_size, stages=stages)
+        built = preflight(self.config, flags, world_size=world_size, stages=stages)
         # preflight() yields each report as soon as its rank is built, which moves the bar.
         reports = list(display.tracked(built, "Building ranks", total=stages))
         held = [{"stage": stage, **_document(report)} for stage, report in enumerate(reports)]
-        display.print_json({"config": self.config, "world_size": self.world_size, "ranks": held})
+        display.print_json({"config": self.config, "world_size": world_size, "ranks": held})
         display.print_table(
             (
                 {
@@ -55,7 +55,7 @@ class Preflight(Reporting):
                 }
                 for stage, report in enumerate(reports)
             ),
-            title=f"{self.config} on {self.world_size} ranks",
+            title=f"{self.config} on {world_size} ranks",
         )
         # Ranks mostly fail for the same reason, which is then printed once.
         errors: dict[str, list[int]] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host
-from ezpz_moe.cli.command import Reporting
+from ezpz_moe.cli.inspected import Inspected
 
 if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ezpz_moe.hosts.setting import Setting
 
 
-@dataclass(frozen=True)
-class Show(Reporting):
+@dataclass(frozen=True, kw_only=True)
+class Show(Inspected):
     """Show the resolved config of a flavor or job: the model, and the trainer's settings.
 
     The names of the trainer's settings are also its flags: --training.steps 100.
@@ -31,15 +31,15 @@ class Show(Reporting):
     """Ask torchtitan: also show settings that keep its defaults or depend on this machine."""
 
     def run(self) -> int:
-        from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.config.job import flavor_of
         from ezpz_moe.hosts.counts import counts_at_hand
         from ezpz_moe.hosts.job_settings import settings_at_hand
         from ezpz_moe.hosts.jobs import find_job
 
         job = find_job(self.config)
-        flavor = load_flavor(job.flavor, near=job.folder)
+        flavor = flavor_of(job)
         counted, settings = counts_at_hand(flavor), settings_at_hand(job, flavor)
-        if self.all or counted is None or settings is None:
+        if self.all or self.host_flags or counted is None or settings is None:
             return self._ask_host(job, flavor)
         _print(job, flavor, {"counted": asdict(counted)}, settings)
         display.print_line(
@@ -53,7 +53,7 @@ class Show(Reporting):
         with display.status("Building the config"):
             host = import_host()
             counted = asdict(host.summarize(flavor))
-            config = host.trainer_config(job)
+            config = host.trainer_config(job, self.host_flags)
             found = {"counted": counted, "precision": host.precision_in_words(config, flavor)}
             # Most settings keep torchtitan's defaults; the others are what the job asks for.
             told = [s for s in host.settings(config) if self.all or s.changed]

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import print_emulated
-from ezpz_moe.cli.command import Reporting
+from ezpz_moe.cli.arguments import Config, print_emulated
 from ezpz_moe.cli.train import Launched
 
 if TYPE_CHECKING:
@@ -15,12 +14,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tune(Reporting, Launched):
+class Tune(Launched):
     """Time the backends that compute_backend = "auto" chooses from, during one step of a job.
 
     The job's later runs then know the fastest from the start. All other flags go to the trainer
     unchanged.
     """
+
+    config: Config
+    """The name of a flavor, or the path to a job's TOML. It comes first."""
 
     def run(self) -> int:
         from ezpz_moe.tools.tune import tune

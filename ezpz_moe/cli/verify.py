@@ -26,7 +26,14 @@ class Verify(Reporting):
 
     def run(self) -> int:
         with display.status("Asking torch"):
-            from ezpz_moe.tools.verify import compare, default_device, plan, reasons_against, worst
+            from ezpz_moe.tools.verify import (
+                compare,
+                default_device,
+                plan,
+                reasons_against,
+                verdict,
+                worst,
+            )
 
             device = self.device or default_device()
             checks = plan(device, self.dtype)
@@ -36,7 +43,12 @@ class Verify(Reporting):
         passed = all(row.ok for row in rows)
         reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
         display.print_json(
-            {"passed": passed, "not_usable": reasons, "rows": list(map(asdict, rows))}
+            {
+                "passed": passed,
+                "verdict": verdict(rows),
+                "not_usable": reasons,
+                "rows": list(map(asdict, rows)),
+            }
         )
         display.print_table(
             # One row for five or six tensors: a table of all would have hundreds.
@@ -47,6 +59,7 @@ class Verify(Reporting):
         for against in reasons.values():
             display.print_reasons(against)
         display.print_failures([row for row in rows if not row.ok])
+        display.print_line(verdict(rows))
         return 0 if passed else 1
 
 

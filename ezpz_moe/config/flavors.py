@@ -150,8 +150,8 @@ def _is_flavor_file(path: Path) -> bool:
 
 
 def is_flavor(document: Mapping[str, Any]) -> bool:
-    """Return whether a TOML has any key of a flavor; a job has none."""
-    return not _KEYS.isdisjoint(document)
+    """Return whether a TOML has any key of a flavor, and not the [model] of a job."""
+    return "model" not in document and not _KEYS.isdisjoint(document)
 
 
 def _public(files: Mapping[str, Path]) -> dict[str, Path]:

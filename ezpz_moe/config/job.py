@@ -20,9 +20,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, is_flavor, load_flavor
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, Flavor, is_flavor, load_flavor
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, printable
 
@@ -77,8 +78,7 @@ def load_job(path: str | Path, keys: Keys) -> Job:
     """
     path = Path(path)
     document = read_toml(path)
-    # With [model] it is a job, and a flavor's table in it a mistake that is reported below.
-    if is_flavor(document) and "model" not in document:
+    if is_flavor(document):
         raise EzpzError(
             f"{path}: is a flavor's file, not a job's. Pass the flavor's name, {path.stem}, "
             f"with {FOLDER_VARIABLE}={path.parent} in the environment, or a job beside the file "
@@ -87,6 +87,10 @@ def load_job(path: str | Path, keys: Keys) -> Job:
     # Collect all problems: a file of another host has many, and one per run would be a nuisance.
     values, problems = _checked(document, keys)
     problems += _model_problems(document, values, path.parent)
+    if document.get("telemetry") == {} and "telemetry" in keys:
+        problems.append(
+            '[telemetry]: is empty. Set a key of it, such as detail = "brief", or remove it.'
+        )
     if problems:
         raise EzpzError(_report(path, problems))
     return Job(flavor=values["model.flavor"], path=path, values=values)
@@ -109,6 +113,24 @@ def job_for_flavor(name: str) -> Job:
     """
     load_flavor(name)
     return Job(flavor=name)
+
+
+def flavor_of(job: Job) -> Flavor:
+    """Return the job's flavor, with the job's own [telemetry] over the flavor's, key by key.
+
+    Raises:
+        EzpzError: there is no such flavor, or its file is wrong.
+    """
+    flavor = load_flavor(job.flavor, near=job.folder)
+    said = {
+        key.removeprefix("telemetry."): value
+        for key, value in job.values.items()
+        if key.startswith("telemetry.")
+    }
+    if not said:
+        return flavor
+    telemetry = (flavor.telemetry or Telemetry()).model_copy(update=said)
+    return flavor.model_copy(update={"telemetry": telemetry})
 
 
 def accepts(key: Key, value: Any) -> bool:

@@ -58,9 +58,9 @@ def new(path: str, type: Any) -> Key:
     return Key(type=type, path=path, since_0_3=True)
 
 
-def own(type: Any, *, flag: str | None = None) -> Key:
+def own(type: Any, *, flag: str | None = None, since_0_3: bool = False) -> Key:
     """Make a key that this package reads; ``flag`` is the host's for the same, if it has one."""
-    return Key(type=type, flag=flag)
+    return Key(type=type, flag=flag, since_0_3=since_0_3)
 
 
 def gone(message: str, *, unless: tuple[Any, ...] = ()) -> Key:

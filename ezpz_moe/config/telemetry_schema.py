@@ -1,4 +1,4 @@
-"""What a flavor may say in its table ``[telemetry]``.
+"""What a flavor may say in its table ``[telemetry]``, and a job, but for ``dump``.
 
 docs/guides/telemetry.md says what each key does; the functions are in :mod:`ezpz_moe.telemetry`.
 """
@@ -11,13 +11,17 @@ from pydantic import Field, model_validator
 
 from ezpz_moe.config.schema import Data, Steps, mistake
 
+Detail = Literal["brief", "per_layer", "per_expert"]
+Rise = Annotated[float, Field(gt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class AlertThresholds(Data):
     """When a run warns about its routers. Every record repeats them for later readers."""
 
     alert_dead_steps: Steps = 100
-    alert_cv_rise: Annotated[float, Field(gt=1)] = 2.0
-    alert_collapse: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    alert_cv_rise: Rise = 2.0
+    alert_collapse: Share = 0.25
 
 
 Kept = Literal["ids", "probabilities"]
@@ -55,7 +59,7 @@ class Telemetry(AlertThresholds):
 
     # Not set: as often as the trainer logs.
     every: Steps | None = None
-    detail: Literal["brief", "per_layer", "per_expert"] = "brief"
+    detail: Detail = "brief"
     images: bool = True
     dump: Dump | None = None
 

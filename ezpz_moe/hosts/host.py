@@ -15,7 +15,7 @@ the subclass. Its methods import them inside :meth:`Host.importing`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
@@ -99,12 +99,16 @@ class Host(ABC):
     # --- a job in the host's words ----------------------------------------------------------------
 
     @abstractmethod
-    def trainer_config(self, job: Job) -> TrainerConfig:
+    def trainer_config(self, job: Job, host_flags: Sequence[str] = ()) -> TrainerConfig:
         """Return the trainer's config for a job.
 
+        Args:
+            job: what is trained.
+            host_flags: the trainer's own flags, which override the job.
+
         Raises:
-            EzpzError: the flavor, the data or a combination of settings is wrong; the message
-                names the job.
+            EzpzError: the flavor, the data, a flag or a combination of settings is wrong; the
+                message names the job.
         """
 
     def job_config(self) -> type:

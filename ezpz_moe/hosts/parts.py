@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 # --- the host's own types -----------------------------------------------------------------------
 
 
-# Only what tools read by name, to estimate memory; they get the rest from `Host.settings`.
+# Only what tools read by name; they get the rest from `Host.settings`.
 class TrainerConfig(Protocol):
     """The config of a run; besides these sections it has whatever the host has."""
 
     training: Any
     parallelism: Any
+    checkpoint: Any
 
 
 class StateDictAdapter(Protocol):

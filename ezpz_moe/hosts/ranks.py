@@ -72,6 +72,25 @@ def share_of_model(parallelism: Any, ranks: int) -> float:
     return parallelism.data_parallel_replicate_degree / ranks
 
 
+def degrees(parallelism: Any, ranks: int) -> dict[str, int]:
+    """Return the degrees above 1 by name; a shard degree of -1 gets the ranks that are left."""
+    found = {
+        name.removesuffix("_degree"): getattr(parallelism, name)
+        for name in (
+            "pipeline_parallel_degree",
+            "data_parallel_replicate_degree",
+            "data_parallel_shard_degree",
+            "context_parallel_degree",
+            "tensor_parallel_degree",
+        )
+    }
+    if found["data_parallel_shard"] == -1:
+        # The product of the others is negative here, as it contains the -1.
+        found["data_parallel_shard"] = ranks // -math.prod(found.values())
+    found["expert_parallel"] = parallelism.expert_parallel_degree
+    return {name: degree for name, degree in found.items() if degree > 1}
+
+
 def fewest_ranks(parallelism: Any) -> int:
     """Return the fewest ranks that the degrees allow; a shard degree of -1 gets the least."""
     par = parallelism

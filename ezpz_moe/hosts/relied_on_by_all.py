@@ -2,6 +2,7 @@
 
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NOTHING_TRAINS, Reliance
 
+_NO_FLAGS = "`doctor`, `show` and `train --dry-run` cannot take the trainer's flags"
 _NO_SAFETENSORS = "`ckpt remap` cannot go through the host's adapter to or from safetensors"
 
 OF_EVERY_GENERATION = (
@@ -17,6 +18,17 @@ OF_EVERY_GENERATION = (
         used_for="`ezpz-moe train` and `python -m ezpz_moe.train` run this module",
         if_broken=NOTHING_TRAINS,
         vital=True,
+    ),
+    Reliance(
+        "torchtitan.config.manager:custom_registry",
+        used_for="reading the trainer's flags without a run: what its command line may look like",
+        if_broken=_NO_FLAGS,
+    ),
+    Reliance(
+        "torchtitan.config.manager:ConfigManager.register_tyro_rules",
+        used_for="the same: it fills the registry",
+        if_broken=_NO_FLAGS,
+        takes=("registry",),
     ),
     Reliance(
         "torchtitan.hf_datasets.text_datasets:DATASETS",

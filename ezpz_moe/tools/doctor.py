@@ -6,7 +6,7 @@ any host, even one that no binding fits: then it reports the nearest generation'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import mean
@@ -15,22 +15,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute import Backend, backend_names, get_backend
 from ezpz_moe.compute.native import is_emulated
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import Job, job_for_flavor
+from ezpz_moe.config.job import Job, flavor_of, job_for_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import detect
-from ezpz_moe.hosts.cpu import CpuDeviceModule
-from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.host import Host
 from ezpz_moe.hosts.installed import host, version
 from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.precision import REASON, is_host_path, trains_in_float32
-from ezpz_moe.hosts.ranks import outside_of_a_run, share_of_model
+from ezpz_moe.hosts.ranks import outside_of_a_run
 from ezpz_moe.hosts.reliance import NO_FLAVOR, NO_SIZES, Reliance, in_words
 from ezpz_moe.hosts.untested import is_tested, tested_pairs
+from ezpz_moe.tools import device
 from ezpz_moe.tools.resuming import resumption
 from ezpz_moe.tools.verify import default_device
 
@@ -79,15 +79,24 @@ class Finding:
         return "note" if self.is_note else "holds" if self.holds else "BROKEN"
 
 
-def facts() -> dict[str, str]:
-    """Return what is installed and what it runs on."""
-    return {
+def facts(*, in_full: bool) -> dict[str, str]:
+    """Return what is installed and what it runs on.
+
+    Args:
+        in_full: also why a backend cannot run here, and which optional packages there are.
+    """
+    known = {
         "torch": torch.__version__,
         "torchtitan": _host_version(),
         "binding": _binding(),
         "tested together": "yes" if is_tested() else f"no (tested: {tested_pairs()})",
-        "device": _device(),
+        "device": device.in_words(),
         "precision": _precision(),
+    }
+    if not in_full:
+        return known | {"backends": _usable_in_words()}
+    return {
+        **known,
         **{f"backend {name}": _usability(name) for name in backend_names()},
         **{f"{name} (optional)": _optional(name) for name in OPTIONAL_PACKAGES},
     }
@@ -119,57 +128,87 @@ def can_train(findings: Iterable[Finding]) -> bool:
     return all(finding.holds for finding in findings if finding.vital)
 
 
+def verdict(of_host: Sequence[Finding], of_job: Sequence[Finding], config: str | None) -> str:
+    """Return in a line whether a run can start here.
+
+    Args:
+        of_host: what :func:`host_findings` found.
+        of_job: what :func:`job_findings` found; empty if no job was checked.
+        config: the job that was asked about; None without one.
+    """
+    states = [each.state for each in (*of_host, *of_job)]
+    counted = f"{states.count('holds')} hold, {states.count('BROKEN')} broken"
+    if not can_train(of_host):
+        unchecked = f", and {config} was not checked" if config else ""
+        return f"This host cannot start a run{unchecked}: {counted}."
+    if not all(each.holds for each in of_job):
+        return f"{config} is not ready here: {counted}."
+    ready = f"{config} is ready here" if config else "Runs can start here"
+    lacking = "" if all(each.holds for each in of_host) else ", without what is broken in the host"
+    return f"{ready}{lacking}: {counted}."
+
+
 def nearest_generation() -> Host:
     """Return the generation nearest to a host that no binding fits: by its files, or what holds."""
     written = [each for each in detect.HOSTS if each.is_written]
     return written[0] if written else min(detect.HOSTS, key=_share_broken)
 
 
-def job_findings(config: str, world_size: int | None) -> list[Finding]:
-    """Check a job against the installed host: its keys, conflicts, files and memory.
+@dataclass(frozen=True)
+class Asked:
+    """The run that is asked about.
 
-    Args:
+    Attributes:
         config: a flavor's name or the path of a job's TOML.
-        world_size: number of ranks; without it, the checks that depend on it are skipped.
+        ranks: their number; without it, the checks that depend on it are skipped.
+        nproc: how many of them run on one machine; None if not known.
+        host_flags: the trainer's own flags, which override the job.
+        from_last_whole: whether it resumes from an earlier step if the newest is damaged.
     """
+
+    config: str
+    ranks: int | None = None
+    nproc: int | None = None
+    host_flags: Sequence[str] = ()
+    from_last_whole: bool = False
+
+
+def job_findings(asked: Asked) -> list[Finding]:
+    """Check a job against the installed host: its keys, conflicts, files and memory."""
     try:
-        return _job_findings(config, world_size)
+        return list(_job_findings(asked))
     except EzpzError:
         raise
     except Exception as error:  # the host's: no check foresees how each of its models can fail
-        return [Finding(config, "built by the host", in_words(error), "it cannot be trained")]
+        words = in_words(error)
+        return [Finding(asked.config, "built by the host", words, "it cannot be trained")]
 
 
-def _job_findings(config: str, world_size: int | None) -> list[Finding]:
-    settings = "its keys and how they combine"
+def _job_findings(asked: Asked) -> Iterator[Finding]:
+    config, settings = asked.config, "its keys and how they combine"
     with outside_of_a_run():
         try:
             job = find_job(config)
-            trainer_config = detect.host().trainer_config(job)
+            trainer_config = detect.host().trainer_config(job, asked.host_flags)
         except EzpzError as error:
             problem = str(error).removeprefix(f"{config}: ")
-            return [Finding(config, settings, problem, "it is refused")]
-        flavor = load_flavor(job.flavor, near=job.folder)
-        problems = detect.host().machine_problems(trainer_config, flavor, world_size)
-    findings = [
-        Finding(config, settings),
-        Finding(
-            config,
-            detect.host().precision_in_words(trainer_config, flavor),
-            is_note=True,
-        ),
-    ]
-    findings += [
-        Finding(config, "its routers", each, is_note=True)
-        for each in detect.host().remarks(trainer_config)
-    ]
-    findings += [Finding(config, "this machine", each, "it is refused here") for each in problems]
-    findings += _resuming(job, trainer_config)
+            yield Finding(config, settings, problem, "it is refused")
+            return
+        flavor = flavor_of(job)
+        problems = detect.host().machine_problems(trainer_config, flavor, asked.ranks)
+    yield Finding(config, settings)
+    precision = detect.host().precision_in_words(trainer_config, flavor)
+    yield Finding(config, precision, is_note=True)
+    for remark in detect.host().remarks(trainer_config):
+        yield Finding(config, "its routers", remark, is_note=True)
+    for problem in problems:
+        yield Finding(config, "this machine", problem, "it is refused here")
+    yield from _resuming(job, trainer_config, asked)
     summary = detect.host().summarize(flavor)
-    findings += _alignment(summary)
-    if world_size is not None:
-        findings.append(_memory(trainer_config, summary.total, world_size))
-    return findings
+    yield from _alignment(summary)
+    if asked.ranks is not None:
+        states = device.model_states(trainer_config, summary.total, asked.ranks, asked.nproc)
+        yield _memory(states)
 
 
 def _finding(line: Reliance) -> Finding:
@@ -226,11 +265,13 @@ def _state_dict_findings(model: nn.Module, generation: Host) -> Iterator[Finding
         )
 
 
-def _resuming(job: Job, trainer_config: TrainerConfig) -> Iterator[Finding]:
+def _resuming(job: Job, trainer_config: TrainerConfig, asked: Asked) -> Iterator[Finding]:
     """Say where the job resumes, and both learning rates if its schedule has another one there."""
     used_for = "the checkpoint that the run resumes from"
     try:
-        found = resumption(job, trainer_config)
+        found = resumption(
+            job, trainer_config, asked.host_flags, from_last_whole=asked.from_last_whole
+        )
     except EzpzError as error:
         yield Finding("checkpoint", used_for, str(error), "the run cannot resume")
         return
@@ -243,44 +284,44 @@ def _resuming(job: Job, trainer_config: TrainerConfig) -> Iterator[Finding]:
         yield Finding(folder, f"{used_for}, at step {found.step}", found.rates, is_note=True)
 
 
-def _alignment(summary) -> Iterator[Finding]:
+def _alignment(summary: ModelSummary) -> Iterator[Finding]:
     """Check the model's dimensions against every backend that this device can run at all.
 
     The job's own backend is checked with the job; for the others, the user learns which would work.
     """
-    device, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
-    for name, backend in _usable(device).items():
-        what = f"D = {dims[0]}, F = {dims[1]} with {name}"
-        reasons = backend.why_not(device, torch.bfloat16, dims=dims)
-        yield Finding(
-            what, "the experts' products in bfloat16", "; ".join(reasons), is_note=bool(reasons)
-        )
+    where, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
+    what, suits = f"D = {dims[0]}, F = {dims[1]}", []
+    for name, backend in _usable(where).items():
+        if reasons := backend.why_not(where, torch.bfloat16, dims=dims):
+            used_for = "the experts' products in bfloat16"
+            yield Finding(f"{what} with {name}", used_for, "; ".join(reasons), is_note=True)
+        else:
+            suits.append(name)
+    if suits:
+        yield Finding(what, f"the experts' products in bfloat16, with {', '.join(suits)}")
 
 
-def _usable(device: torch.device) -> dict:
-    backends = {name: get_backend(name) for name in backend_names()}
-    return {n: each for n, each in backends.items() if not each.why_not(device, torch.bfloat16)}
-
-
-def _memory(config, parameters: int, world_size: int) -> Finding:
-    """Compare an average rank's model states with the device's memory; activations are extra."""
-    size = getattr(torch, config.training.dtype).itemsize
-    # An average: shards differ by rounding, and pipeline stages by their layers. `ezpz-moe
-    # describe` counts each stage.
-    held = parameters * share_of_model(config.parallelism, world_size)
-    needed, there = STATES_PER_PARAMETER * size * held, _device_memory()
-    what = (
-        f"{needed / 2**30:.1f} GiB of model states on each of {world_size} rank(s), "
-        f"without activations"
-    )
-    if config.training.enable_cpu_offload:
-        return Finding(what, "kept in the host's memory, not the device's", is_note=True)
+def _memory(states: device.ModelStates) -> Finding:
+    if states.is_offloaded:
+        return Finding(states.needed, states.room, is_note=True)
     return Finding(
-        what,
-        f"{there / 2**30:.1f} GiB of device memory",
-        "more than the device has" if needed > there else "",
-        "use more ranks that share the model, a smaller flavor, or training.enable_cpu_offload",
+        states.needed,
+        states.room,
+        "" if states.fit else "more than the device has",
+        "it needs more ranks that share the model, a smaller flavor or training.enable_cpu_offload",
     )
+
+
+def _usable(where: torch.device) -> dict[str, Backend]:
+    backends = {name: get_backend(name) for name in backend_names()}
+    return {n: each for n, each in backends.items() if not each.why_not(where, torch.bfloat16)}
+
+
+def _usable_in_words() -> str:
+    usable = _usable(torch.device(default_device()))
+    others = [name for name in backend_names() if name not in usable]
+    said = f"{', '.join(usable) or 'none'}"
+    return f"{said}; not {', '.join(others)}: `ezpz-moe backends` says why" if others else said
 
 
 def _host_version() -> str:
@@ -301,25 +342,11 @@ def _binding() -> str:
     return f"{generation.name} ({evidence.thing}{fields} is there)"
 
 
-def _device() -> str:
-    kind = default_device()
-    return f"{kind}: {_device_module(kind).get_device_name()}, {_device_memory() / 2**30:.1f} GiB"
-
-
 def _precision() -> str:
     """Return the precision of a job here that does not set one."""
     if trains_in_float32(default_device()):
         return f"float32 unless a job says otherwise: {REASON}"
     return "as in torchtitan: bfloat16 unless a job says otherwise"
-
-
-def _device_memory() -> int:
-    kind = default_device()
-    return _device_module(kind).get_device_properties(torch.device(kind, 0)).total_memory
-
-
-def _device_module(kind: str):
-    return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)
 
 
 def _usability(backend: str) -> str:

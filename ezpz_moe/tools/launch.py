@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ from ezpz_moe.tools.trainer_settings import (
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from ezpz_moe.config.job import Job
 
 # torchrun's own patience is 30 seconds, in which a large model may not be saved.
 SECONDS_TO_SAVE = 300
@@ -77,6 +79,44 @@ def train(
             damaged, another run has the dump folder, or a machine did not show up. Nothing has been
             started then.
     """
+    start = prepared(config, host_flags, nproc, placement, from_last_whole=from_last_whole)
+    ending = _Ending(start.settings, tell, start.back)
+    if placement is None:
+        return _run(start.arguments, ending)
+    with meet(placement, nproc) as nodes:
+        return _run(start.arguments, replace(ending, nodes=nodes, own_rank=placement.node_rank))
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that nothing speaks against so far.
+
+    Attributes:
+        job: what is trained.
+        settings: where its checkpoints are.
+        back: how it goes back to an earlier step than the newest; None if it does not.
+        arguments: torchrun's.
+    """
+
+    job: Job
+    settings: CheckpointSettings
+    back: _Return | None
+    arguments: list[str]
+
+
+def prepared(
+    config: str,
+    host_flags: list[str],
+    nproc: int,
+    placement: Placement | None,
+    *,
+    from_last_whole: bool,
+) -> Start:
+    """Check what can be checked before a run is started.
+
+    Raises:
+        EzpzError: as :func:`train`, but for machines that do not show up.
+    """
     # Check before importing torch: most mistakes then show without a wait.
     job = find_job(config)
     if nproc < 1:
@@ -93,11 +133,8 @@ def train(
     _check_processes(nproc)
     _share_threads(nproc)
     workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
-    if placement is None:
-        return _run([*workers, *_HERE, *arguments], _Ending(settings, tell, back))
-    with meet(placement, nproc) as nodes:
-        ending = _Ending(settings, tell, back, nodes, placement.node_rank)
-        return _run([*workers, *placement.torchrun_arguments, *arguments], ending)
+    where = placement.torchrun_arguments if placement else _HERE
+    return Start(job, settings, back, [*workers, *where, *arguments])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.resuming import rates_differ
 from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.resume_point import flags_to_resume
+from ezpz_moe.tools.trainer_settings import CheckpointSettings, checkpoint_settings
 
 _STEP = "train_state.step"
 # The host saves the optimizer's settings for each parameter: optimizer.param_groups.NAME.lr.
 _RATE = "optimizer.param_groups."
 _SEED = "step-0"  # of it the trainer loads the model alone, whatever it holds
-_LEFT_OUT = "checkpoint.exclude_from_loading"
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,26 @@ class Resumption:
     rates: str = ""
 
 
-def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
+def resumption(
+    job: Job,
+    config: TrainerConfig,
+    host_flags: Sequence[str] = (),
+    *,
+    from_last_whole: bool = False,
+) -> Resumption | None:
     """Return where the job's run would resume; None if it would begin at step 1.
 
     Args:
-        config: the trainer's, from the job.
+        job: what is trained.
+        config: the trainer's, from the job and the flags.
+        host_flags: the trainer's own flags, which override the job.
+        from_last_whole: whether to resume from an earlier step if the newest is damaged.
 
     Raises:
         EzpzError: the checkpoint cannot be read, or the job names a step that is not there.
     """
-    checkpoint = _loaded_by(job)
+    settings = checkpoint_settings(job, list(host_flags))
+    checkpoint = _loaded_with(settings, from_last_whole=from_last_whole)
     if checkpoint is None:
         return None
     metadata = storage.read_metadata(checkpoint)
@@ -57,7 +69,7 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
         return Resumption(checkpoint)
     steps = int(_load(checkpoint, metadata, _STEP))
     saved = next((name for name in metadata.state_dict_metadata if _is_rate(name)), None)
-    left_out = {"optimizer", "lr_scheduler"} & set(job.values.get(_LEFT_OUT, ()))
+    left_out = {"optimizer", "lr_scheduler"} & set(config.checkpoint.exclude_from_loading)
     if saved is None or left_out:
         return Resumption(checkpoint, steps + 1)
     rates = rates_differ(
@@ -69,19 +81,19 @@ def resumption(job: Job, config: TrainerConfig) -> Resumption | None:
     return Resumption(checkpoint, steps + 1, rates)
 
 
-def _loaded_by(job: Job) -> Path | None:
-    """Return the checkpoint that the job loads; None without one, or if it loads none.
+def _loaded_with(settings: CheckpointSettings, *, from_last_whole: bool) -> Path | None:
+    """Return the checkpoint that a run loads; None without one, or if it loads none.
 
     Raises:
-        EzpzError: the job names a step that is not there.
+        EzpzError: the settings name a step that is not there; or ``from_last_whole``, and none is
+            whole.
     """
-    values = job.values
-    if not values.get("checkpoint.enable", False):
+    folder, step = settings.folder, settings.load_step
+    if from_last_whole and (flags := flags_to_resume(settings, from_last_whole=True)):
+        step = int(flags[-1])
+    if not settings.is_enabled:
         return None
-    folder = Path(
-        values.get("job.dump_folder", "./outputs"), values.get("checkpoint.folder", "checkpoint")
-    )
-    if (step := values.get("checkpoint.load_step", -1)) != -1:
+    if step is not None:
         return find_checkpoint(folder / f"step-{step}")
     if not folder.is_dir():
         return None

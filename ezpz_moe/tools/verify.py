@@ -181,6 +181,29 @@ def worst(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: (not row.ok, (row.relative_error or 0.0) / row.bound))
 
 
+def verdict(rows: Sequence[Row]) -> str:
+    """Return in a line whether the backends compute here what they promise."""
+    of_backend: dict[str, list[Row]] = {}
+    for row in rows:
+        of_backend.setdefault(row.backend, []).append(row)
+    wrong = [name for name, its in of_backend.items() if not all(row.ok for row in its)]
+    right = [name for name in of_backend if name not in wrong]
+    device, failed = rows[0].device, sum(not row.ok for row in rows)
+    agree = "agree" if right[1:] else "agrees"
+    agrees = f"{_and(right)} {agree} with float64 on {device}" if right else ""
+    if not wrong:
+        return f"{agrees}: 0 of {len(rows)} tensors are wrong."
+    others = f"; {agrees}" if agrees else ""
+    return (
+        f"Do not train with {_and(wrong)} on {device}: {failed} of {len(rows)} tensors are "
+        f"wrong{others}."
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
 def cosine(value: Tensor, true: Tensor) -> float:
     """Return the cosine of the angle between two tensors; 1 when both are zero, 0 when one is."""
     norms = [torch.linalg.vector_norm(tensor).item() for tensor in (value, true)]

@@ -17,7 +17,8 @@ def findings(job_file):
     """What is found of a job: its flavor and further lines, and the ranks."""
 
     def find(flavor: str, lines: str = "", ranks: int | None = None) -> list[doctor.Finding]:
-        return doctor.job_findings(str(job_file(f"{MODEL.format(flavor)}{lines}\n")), ranks)
+        job = job_file(f"{MODEL.format(flavor)}{lines}\n")
+        return doctor.job_findings(doctor.Asked(str(job), ranks))
 
     return find
 

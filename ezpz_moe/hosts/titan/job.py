@@ -7,7 +7,7 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - validation reads the training text, if that is the embedded one or a file of the user's;
 - on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
-- ``metrics.log_freq`` is a divisor of the flavor's ``[telemetry] every``, if it is set;
+- ``metrics.log_freq`` is a divisor of ``[telemetry] every``, if it is set;
 - ``checkpoint.last_save_model_only`` is false, except for safetensors and a seed checkpoint.
 
 The host's bare config has no usable default for the optimizer and the loss. They are those of its
@@ -18,7 +18,7 @@ own MoE configs: AdamW for all parameters, and cross-entropy in chunks of the se
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Annotated, Any
@@ -41,8 +41,8 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
-from ezpz_moe.config.flavors import Flavor, load_flavor
-from ezpz_moe.config.job import Job
+from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.job import Job, flavor_of
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
@@ -77,8 +77,9 @@ class JobConfig(Trainer.Config):
 
     ``trainer_config`` constructs a job from its file and then sets ``handed_over``, which every
     copy inherits. The host copies it twice: with the flags of its command line, and in ``build()``.
-    In a process that is about to train only copies are checked, because a flag may still correct
-    the file; elsewhere (``show``, ``doctor``) the first construction is checked too.
+    Where flags come, only copies are checked, because a flag may still correct the file. That is
+    so in a process that is about to train; elsewhere (``show``, ``doctor``) the first construction
+    is checked, unless flags were given.
     """
 
     origin: Annotated[str, tyro.conf.Suppress] = ""
@@ -91,14 +92,17 @@ class JobConfig(Trainer.Config):
     """False in the first construction, true in the host's copies. A mistake in a copy ends the
     process, because the host would show a traceback."""
 
+    awaits_flags: Annotated[bool, tyro.conf.Suppress] = False
+    """True in the first construction if flags may still change it: it is not checked."""
+
     training_text: Annotated[Any, tyro.conf.Suppress] = None
     """The dataloader that validation has, because the job names no text for it."""
 
     # Not in `build()`: the host calls that after it has opened its trace log in the dump folder.
     # The host's own checks are in the constructor, too.
     def __post_init__(self) -> None:
-        if is_about_to_train() and not self.handed_over:
-            return  # the host's copies will be checked
+        if self.awaits_flags:
+            return
         # Before the checks, which look at the model as it will be trained.
         titan().fit_model(self)
         precision.settle(self)
@@ -126,14 +130,14 @@ class JobConfig(Trainer.Config):
         return Trainer.Config.build(self, **parts)
 
 
-def trainer_config(job: Job) -> JobConfig:
-    """Return the trainer's config for a job.
+def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
+    """Return the trainer's config for a job, after the trainer's own flags.
 
     Raises:
         EzpzError: the flavor, the data or a combination of settings is wrong; the message names
             the job.
     """
-    flavor = _reporting_drops(load_flavor(job.flavor, near=job.folder))
+    flavor = _reporting_drops(flavor_of(job))
     spec = model_spec(
         flavor,
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
@@ -160,10 +164,33 @@ def trainer_config(job: Job) -> JobConfig:
     for name, change in _nested(ours | _field_values(job)).items():
         with _refusals(f"{job.source}: {name}"):
             sections[name] = _changed(sections[name], change)
-    config = JobConfig(**sections, origin=job.source, is_precision_ours=bool(in_float32))
+    config = JobConfig(
+        **sections,
+        origin=job.source,
+        is_precision_ours=bool(in_float32),
+        awaits_flags=is_about_to_train() or bool(host_flags),
+    )
+    config.awaits_flags = False
+    if host_flags:
+        config = _told(config, host_flags)
     # Not in the constructor call: the host's copies must see true, this construction false.
     config.handed_over = True
     return config
+
+
+def _told(config: JobConfig, host_flags: Sequence[str]) -> JobConfig:
+    """Return the config as the trainer's command line would change it, and check that.
+
+    Raises:
+        EzpzError: the flags and the job exclude each other.
+    """
+    with titan().importing():  # a run needs nothing of this
+        from ezpz_moe.hosts.told import changed_by
+    origin = config.origin
+    config.origin = f"{origin} and the command line"
+    told = changed_by(config, host_flags)
+    told.origin = origin
+    return told
 
 
 def _reporting_drops(flavor: Flavor) -> Flavor:

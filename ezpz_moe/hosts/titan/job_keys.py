@@ -26,6 +26,8 @@ from ezpz_moe.config.keys import (
     own,
     to,
 )
+from ezpz_moe.config.schema import Steps
+from ezpz_moe.config.telemetry_schema import Detail, Rise, Share
 from ezpz_moe.hosts.job_keys import ALIKE, FILES
 
 # --- keys of ALIKE: 0.3 keeps them under their own section and name, but for these ----------------
@@ -233,6 +235,15 @@ _OTHERS: Keys = {
         "spmd_typechecking": new("debug.spmd_typechecking", bool),
         "detect_anomaly": new("debug.detect_anomaly", bool),
         "enable_structured_logging": new("debug.enable_structured_logging", bool),
+    },
+    # Over the flavor's own. A flavor's `dump` is a table, which no key of a job is.
+    "telemetry": {
+        "every": own(Steps, since_0_3=True),
+        "detail": own(Detail, since_0_3=True),
+        "images": own(bool, since_0_3=True),
+        "alert_dead_steps": own(Steps, since_0_3=True),
+        "alert_cv_rise": own(Rise, since_0_3=True),
+        "alert_collapse": own(Share, since_0_3=True),
     },
     "override": {
         # Names alone: keyword arguments of an override can be given as a flag.

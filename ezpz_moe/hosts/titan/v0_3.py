@@ -7,7 +7,7 @@ where most answers differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,10 @@ class Titan03(Titan):
             *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
         ]
 
-    def trainer_config(self, job: Job) -> JobConfig:
+    def trainer_config(self, job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         with self.importing():
             from ezpz_moe.hosts.titan.job import trainer_config
-        return trainer_config(job)
+        return trainer_config(job, host_flags)
 
     def machine_problems(self, config: Any, flavor: Flavor, ranks: int | None) -> list[str]:
         with self.importing():

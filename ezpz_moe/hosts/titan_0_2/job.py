@@ -27,6 +27,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.job import MODEL_NAME, Job, load_job
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.at_hand import at_hand
 from ezpz_moe.hosts.precision import PARAM, job_line, trains_in_float32
 from ezpz_moe.hosts.titan_0_2.data import choose_text
 from ezpz_moe.hosts.titan_0_2.job_keys import AS_0_2_DOES, KEYS
@@ -64,8 +65,8 @@ def job_config() -> type[JobConfig]:
     return extended
 
 
-def trainer_config(job: Job) -> JobConfig:
-    """Return the host's config of a job, completed, to look at.
+def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
+    """Return the host's config of a job after its own flags, completed, to look at.
 
     Raises:
         EzpzError: the data are wrong, or the job asks for what this host does not have.
@@ -78,6 +79,10 @@ def trainer_config(job: Job) -> JobConfig:
     for key, value in job.values.items():
         section, _, name = key.rpartition(".")
         setattr(_at(config, section), name, value)
+    if host_flags:
+        with at_hand().importing():  # a run needs nothing of this
+            from ezpz_moe.hosts.told import changed_by
+        config = changed_by(config, host_flags)
     complete(config, job)
     return config
 

@@ -5,7 +5,7 @@ Parts that it lacks keep the defaults of :class:`ezpz_moe.hosts.host.Host`, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,10 @@ class Titan02(Host):
             *("--metrics.no-enable-wandb", "--metrics.no-enable-tensorboard"),
         ]
 
-    def trainer_config(self, job: Job) -> Any:
+    def trainer_config(self, job: Job, host_flags: Sequence[str] = ()) -> Any:
         with self.importing():
             from ezpz_moe.hosts.titan_0_2.job import trainer_config
-        return trainer_config(job)
+        return trainer_config(job, host_flags)
 
     def job_config(self) -> type:
         with self.importing():

@@ -1,0 +1,261 @@
+"""Write a job to begin with: ``ezpz-moe new``. Torch and the host are not imported.
+
+In the file, a line that begins with ``#`` and no space is a setting to switch on; a comment has a
+space after the ``#``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, variant_suffixes
+from ezpz_moe.config.keys import Keys
+from ezpz_moe.config.toml import read_toml
+from ezpz_moe.config.toml_edit import assignment
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.detect import presumed_host
+
+Device = Literal["any", "cpu", "cuda", "rocm", "xpu", "npu"]
+
+_EVERYWHERE = "for_loop runs on every device."
+_BACKENDS: dict[Device, tuple[str, str]] = {
+    "any": ("for_loop", _EVERYWHERE),
+    "cpu": ("for_loop", _EVERYWHERE),
+    "cuda": ("grouped_mm", "grouped_mm is for SM90 (H100) and newer: before, for_loop."),
+    "rocm": ("for_loop", _EVERYWHERE),
+    "xpu": ("for_loop", _EVERYWHERE),
+    "npu": ("for_loop", _EVERYWHERE),
+}
+"""The backend of the experts for a device, and why."""
+
+_FILES = (".txt", ".json", ".jsonl", ".parquet", ".gz", ".zst")
+_EXPERT_DEGREES = (8, 4, 2)
+_SMALL = 512
+"""A model dimension up to which a CPU trains a model in minutes."""
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job that has been written.
+
+    Attributes:
+        path: the file.
+        flavor: its model, with attention and backend.
+        several: how `train` and `doctor` are told of several ranks; empty for one.
+    """
+
+    path: Path
+    flavor: str
+    several: str
+
+
+def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob:
+    """Write a commented job that `ezpz-moe doctor` passes.
+
+    Args:
+        path: the file; its folder is made. Nothing is overwritten.
+        flavor: a flavor's name. What it does not say of attention and backend, ``device`` decides.
+        device: what the job is for.
+        data: a file with text, or the name of one of the trainer's datasets; None for the embedded
+            text.
+
+    Raises:
+        EzpzError: the file exists or cannot be written, there is no such flavor or text, or the
+            device cannot train it.
+    """
+    if path.suffix != ".toml":
+        raise EzpzError(f"{path}: a job's name ends in .toml; any other name is a flavor's.")
+    name = _with_variant(flavor, path.parent, device)
+    loaded = load_flavor(name, near=path.parent)
+    if device == "cpu" and loaded.attention != "sdpa":
+        raise EzpzError(
+            f"--flavor {flavor}: attention {loaded.attention!r} has no backward on a CPU. Use "
+            "attention sdpa, or another --device."
+        )
+    several = "" if device in ("any", "cpu") else " --nproc 8"
+    text = _TEXT.format(
+        path=path,
+        flavor=name,
+        stem=path.stem,
+        on="" if device == "any" else f" on {device}",
+        several=several,
+        why_backend=_BACKENDS[device][1],
+        data="".join(_data_lines(data)),
+        **_sizes(loaded, device),
+    )
+    _write(path, "".join(_known_lines(text, presumed_host().job_keys())))
+    return NewJob(path, name, several)
+
+
+def _with_variant(name: str, near: Path, device: Device) -> str:
+    """Return the flavor's name with an attention and a backend, unless its own file has them.
+
+    Raises:
+        EzpzError: there is no such flavor, or its file is wrong.
+    """
+    said = read_toml(load_flavor(name, near=near).source)
+    suffixes = variant_suffixes()
+    # As load_flavor() does: a file `16B_sdpa.toml` beats a variant of `16B`.
+    stems = sorted(flavor_names(near=near), key=len, reverse=True)
+    stem = next(s for s in stems if name.startswith(s) and name.removeprefix(s) in suffixes)
+    given = suffixes[name.removeprefix(stem)]
+    wanted = {"attention": "sdpa", "compute_backend": _BACKENDS[device][0]}
+    # In this order, which is the order of a name's parts.
+    parts = (given.get(key) or ("" if key in said else value) for key, value in wanted.items())
+    return "_".join([stem, *filter(None, parts)])
+
+
+def _data_lines(data: str | None) -> Iterator[str]:
+    """Yield the lines that choose the text.
+
+    Raises:
+        EzpzError: the file does not exist.
+    """
+    if data is None:
+        yield "# The text that this package has in it, unless you set dataset or dataset_path.\n"
+        yield '#dataset = "c4" # streamed from the Hugging Face hub\n'
+        return
+    file = Path(data).expanduser()
+    if file.exists():
+        # Absolute: the run may start in another folder.
+        yield assignment("dataset_path", str(file.absolute()))
+    elif file.suffix in _FILES or len(file.parts) > 1:
+        raise EzpzError(f"--data {data}: there is no such file.")
+    else:
+        yield assignment("dataset", data, "one of the trainer's")
+
+
+def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
+    """Return what depends on how large the model is, and on the device."""
+    size = flavor.dimensions
+    small = size.dim <= _SMALL if size else "debugmodel" in flavor.name
+    # Of one of the host's own models the number is not known here; all of them have an even one.
+    experts = size.num_experts if size else _EXPERT_DEGREES[-1]
+    degree = next((each for each in _EXPERT_DEGREES if experts % each == 0), 1)
+    return {
+        "batch": 4 if small else 1,
+        "length": 128 if small or device == "cpu" else 2048,
+        "steps": 80 if small else 1000,
+        "rate": "8e-4" if small else "2.2e-4",
+        "warmup": 10 if small else 200,
+        "log": 1 if small else 10,
+        "recomputing": "none" if small else "selective",
+        "degree": degree,
+        "interval": 40 if small else 500,
+    }
+
+
+def _known_lines(text: str, keys: Keys) -> Iterator[str]:
+    """Yield the lines whose keys the installed host has, and all comments."""
+    section = ""
+    for line in text.splitlines(keepends=True):
+        if header := re.match(r"#?\[([\w.]+)\]", line):
+            section = header[1]
+        key = re.match(r"#?(\w+) =", line)
+        row = keys.get(section, {}).get(key[1]) if key else None
+        if section and section not in keys:
+            continue
+        # A key that is gone may still be accepted, with the value that the file has.
+        if key and (row is None or (row.message and not row.unless)):
+            continue
+        yield line
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a new file, whole or not at all.
+
+    Raises:
+        EzpzError: it is there already, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not overwritten, whoever creates it in the meantime.
+        file = path.open("xb")
+    except OSError as error:
+        if path.exists():
+            raise EzpzError(f"{path}: is there already, and nothing is overwritten.") from None
+        raise _unwritten(path, error) from None
+    try:
+        with file:
+            file.write(text.encode())
+    except OSError as error:
+        path.unlink()
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> EzpzError:
+    return EzpzError(f"{path}: cannot be written: {error.strerror}.")
+
+
+_TEXT = """\
+# {flavor}{on}. Written by `ezpz-moe new`.
+#
+#     ezpz-moe doctor {path}{several}
+#     ezpz-moe train {path}{several}
+#
+# A line that begins with # and no space is off: to switch it on, remove the #. What is not said
+# here is torchtitan's own default; `ezpz-moe show {path} --all` lists everything.
+
+[job]
+dump_folder = "./outputs/{stem}" # logs and checkpoints, relative to the working directory
+custom_config_module = "ezpz_moe" # how torchtitan 0.2 finds this package; 0.3 is told by --module
+
+[model]
+name = "ezpz_moe"
+flavor = "{flavor}" # size _ attention _ backend of the experts
+# Sizes: `ezpz-moe flavors`. Attention: with sdpa a token also sees the documents before its own;
+# flex keeps them apart and needs a GPU. Backends: `ezpz-moe backends`.
+# {why_backend}
+# The tokenizer is a small one that this package has in it, unless you set hf_assets_path, the
+# folder of the model's own.
+
+[training]
+{data}local_batch_size = {batch} # sequences of a rank in a step
+seq_len = {length}
+steps = {steps}
+max_norm = 1.0 # gradients are clipped to this norm
+#mixed_precision_param = "float32" # default: bfloat16, except on a CPU that only emulates it
+
+[optimizer] # AdamW
+lr = {rate}
+
+[lr_scheduler]
+warmup_steps = {warmup}
+decay_ratio = 0.5 # the last half of the steps
+decay_type = "cosine"
+min_lr_factor = 0.1 # of lr, at the end
+
+[parallelism]
+data_parallel_shard_degree = -1 # shards the model over all ranks that the other degrees leave
+#expert_parallel_degree = {degree} # ranks that share a layer's experts
+
+[activation_checkpoint]
+mode = "{recomputing}" # "none" keeps all activations, "selective" some, "full" as few as possible
+
+[checkpoint]
+#enable = true # also resumes: after a stop, start the same command again
+#interval = {interval} # steps from one to the next
+#keep_latest_k = 3 # remove older ones
+#async_mode = "async" # go on training while one is written
+#exclude_from_loading = ["dataloader"] # resume, but begin the text anew
+
+[metrics]
+log_freq = {log}
+#enable_wandb = true # pip install wandb, then wandb login
+#enable_tensorboard = true # pip install tensorboard; files are in the dump folder
+
+[validation]
+#enable = true # on the same text, unless dataset or dataset_path is set here
+#freq = {interval} # steps from one to the next
+
+# What the routers do: records in telemetry.jsonl, `ezpz-moe plot` draws them, alerts in the log.
+#[telemetry]
+#detail = "per_layer" # what wandb and TensorBoard get: "brief", "per_layer" or "per_expert"
+
+[debug]
+seed = 42
+"""

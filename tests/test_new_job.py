@@ -1,0 +1,187 @@
+"""``ezpz-moe new``: what it writes passes doctor, as written and with its lines switched on."""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from ezpz_moe import cli
+from ezpz_moe.config.job import load_job
+from ezpz_moe.config.toml import read_toml
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.detect import HOSTS
+from ezpz_moe.tools import new_job as module
+from ezpz_moe.tools.new_job import Device, new_job
+
+DEVICES = get_args(Device)
+OFF = re.compile(r"#(?=[\w\[])")
+# Sizes of ours and the host's own models, one that no size is known of, a backend in the name.
+FLAVORS = (
+    "debugmodel",
+    "16B",
+    "qwen3_30B_A3B",
+    "gpt_oss_debugmodel",
+    "10B_2B_batched_mm_padded",
+    "671B",
+)
+
+
+def write(folder: Path, flavor: str = "debugmodel", device: Device = "any", data=None) -> Path:
+    return new_job(folder / "my" / "job.toml", flavor, device, data).path
+
+
+def switched_on(text: str, *numbers: int) -> str:
+    """The text with these lines on; all if none are named."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if not numbers or number in numbers:
+            lines[number] = OFF.sub("", line, count=1) if OFF.match(line) else line
+    return "".join(lines)
+
+
+def settings(text: str) -> list[tuple[int, ...]]:
+    """The lines that can be switched on, each with a header above it that is off."""
+    found, header = [], ()
+    for number, line in enumerate(text.splitlines()):
+        if re.match(r"#?\[", line):
+            header = (number,) if line.startswith("#") else ()
+        elif OFF.match(line):
+            found.append((*header, number))
+    return found
+
+
+def assert_ready(path: Path) -> None:
+    from ezpz_moe.tools import doctor
+
+    found = doctor.job_findings(doctor.Asked(str(path)))
+    assert [each.problem for each in found if not each.holds] == []
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize(
+    ("device", "flavor"), list(zip(DEVICES, FLAVORS, strict=True)), ids=map(str, FLAVORS)
+)
+def test_doctor_passes_what_is_written(tmp_path, device, flavor) -> None:
+    path = write(tmp_path, flavor, device)
+    assert_ready(path)
+    path.write_text(switched_on(path.read_text()))
+    assert_ready(path)
+
+
+@pytest.mark.parametrize(("flavor", "device"), [("debugmodel", "any"), ("16B", "cuda")])
+def test_doctor_passes_each_line_that_is_switched_on(tmp_path, flavor, device) -> None:
+    path = write(tmp_path, flavor, device)
+    text, plain = path.read_text(), read_toml(path)
+    lines = settings(text)
+    assert len(lines) >= 12
+    for numbers in lines:
+        path.write_text(switched_on(text, *numbers))
+        assert read_toml(path) != plain
+        assert_ready(path)
+
+
+def test_checkpoints_wandb_and_telemetry_can_be_switched_on(tmp_path) -> None:
+    path = write(tmp_path)
+    path.write_text(switched_on(path.read_text()))
+    job = read_toml(path)
+    assert job["checkpoint"]["enable"] is True
+    assert job["metrics"]["enable_wandb"] is True
+    assert job["telemetry"] == {"detail": "per_layer"}
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.generation)
+def test_every_generation_reads_it(tmp_path, monkeypatch, host) -> None:
+    monkeypatch.setattr(module, "presumed_host", lambda: host)
+    path = write(tmp_path)
+    path.write_text(switched_on(path.read_text()))
+    assert load_job(path, host.job_keys()).flavor == "debugmodel_sdpa_for_loop"
+    assert ("telemetry" in read_toml(path)) == ("telemetry" in host.job_keys())
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "written"),
+    [
+        ("debugmodel", "any", "debugmodel_sdpa_for_loop"),
+        ("16B", "cuda", "16B_sdpa_grouped_mm"),
+        ("16B_flex", "cuda", "16B_flex_grouped_mm"),
+        ("16B_auto", "xpu", "16B_sdpa_auto"),
+        ("own", "cuda", "own_sdpa"),
+        ("own_for_loop", "cuda", "own_sdpa_for_loop"),
+    ],
+)
+def test_what_the_flavor_leaves_open_suits_the_device(tmp_path, asked, device, written) -> None:
+    (tmp_path / "my").mkdir()
+    own = 'inherits = "debugmodel"\ncompute_backend = "batched_mm_padded"\n'
+    (tmp_path / "my" / "own.toml").write_text(own)
+    assert read_toml(write(tmp_path, asked, device))["model"]["flavor"] == written
+
+
+def test_the_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.jsonl").write_text('{"text": "a"}\n')
+    path = new_job(Path("of_file.toml"), "debugmodel", "any", "text.jsonl").path
+    assert read_toml(path)["training"]["dataset_path"] == str(tmp_path / "text.jsonl")
+    path = new_job(Path("of_host.toml"), "debugmodel", "any", "c4").path
+    assert read_toml(path)["training"]["dataset"] == "c4"
+    with pytest.raises(EzpzError, match=r"--data gone\.jsonl: there is no such file"):
+        new_job(Path("gone.toml"), "debugmodel", "any", "gone.jsonl")
+    assert not Path("gone.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["there.toml"], "there.toml: is there already, and nothing is overwritten."),
+        (["there.toml/job.toml"], "there.toml/job.toml: cannot be written: "),
+        (["job"], "job: a job's name ends in .toml"),
+        (["job.toml", "--flavor", "debugmodle"], "Did you mean 'debugmodel'?"),
+        (["job.toml", "--flavor", "16B_flex", "--device", "cpu"], "has no backward on a CPU"),
+    ],
+)
+def test_mistakes_write_nothing(tmp_path, monkeypatch, capsys, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.toml").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["new", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert Path("there.toml").read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["there.toml"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, mode):
+        path.touch()
+        return Full()
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(EzpzError, match="cannot be written: No space left on device"):
+        module._write(tmp_path / "job.toml", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_what_to_type_next_and_needs_no_torch(tmp_path) -> None:
+    program = (
+        "import sys\nfrom ezpz_moe.cli import main\n"
+        "main(['new', 'job.toml', '--flavor', '16B', '--device', 'cuda'])\n"
+        "print({'torch', 'torchtitan', 'pyarrow'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program]
+    said = subprocess.check_output(command, text=True, cwd=tmp_path).splitlines()
+    assert said == [
+        "job.toml written: 16B_sdpa_grouped_mm. Next:",
+        "  ezpz-moe doctor job.toml --nproc 8",
+        "  ezpz-moe train job.toml --nproc 8",
+        "set()",
+    ]
