@@ -69,11 +69,11 @@ def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ('name = "llama3"\nflavor = "8B"', '"llama3" is not one of'),
-        ('name = "qwen3"\nflavor = "0.6B"', "(debugmodel_moe, 30B-A3B, 235B-A22B)"),
+        ('name = "llama3"\nflavor = "8B"', "llama3 is dense: it has no routed experts"),
+        ('name = "qwen3"\nflavor = "0.6B"', 'qwen3\'s "0.6B" is dense'),
+        ('name = "qwen3"', 'qwen3\'s "debugmodel" is dense'),  # 0.2's default
         ('name = "llama4"\nflavor = "17bx16e"', "torchtitan 0.3 has no llama4"),
-        ("name = 3", "3 is not one of"),
-        ('hf_assets_path = "x"', '"llama3" is not one of'),
+        ('hf_assets_path = "x"', "llama3 is dense"),
     ],
 )
 def test_a_model_that_no_flavor_is(model, said, job_file, tmp_path, capsys):
