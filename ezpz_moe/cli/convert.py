@@ -82,8 +82,8 @@ class Convert(Command):
         else:
             for path in write(conversion, new):
                 display.print_line(f"{path} written")
-        if conversion.open:
-            display.print_line(f"open: [model] flavor: {conversion.open}")
+        for change in conversion.left_open:
+            display.print_line(f"open: {change.key}: {change.note}")
         return 0 if conversion.is_whole else 1
 
 

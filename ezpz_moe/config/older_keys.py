@@ -53,11 +53,12 @@ def _now(key: str) -> OlderKey:
 
 
 def _opposite(key: str) -> OlderKey:
-    return OlderKey(
-        now=key,
-        value=lambda value: not value if isinstance(value, bool) else None,
-        note="with the opposite value",
-    )
+    return OlderKey(now=key, value=_switch(False, True), note="with the opposite value")
+
+
+def _switch(on: Any, off: Any) -> Callable[[Any], Any]:
+    """Return what turns true and false into other values, and anything else into None."""
+    return lambda value: (on if value else off) if isinstance(value, bool) else None
 
 
 def _none(note: str, *, unless: tuple[Any, ...] = ()) -> OlderKey:
@@ -119,7 +120,7 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
     "optimizer.fused": OlderKey(
         now="optimizer.implementation",
         # Without it, torch chose foreach on a GPU.
-        value=lambda value: {True: "fused", False: "foreach"}.get(value),
+        value=_switch("fused", "foreach"),
         note='true is "fused", false is "foreach"',
     ),
     "lr_scheduler.lr_min": _now("lr_scheduler.min_lr_factor"),
@@ -174,7 +175,7 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
     "mx.moe_fqns_prototype": _now("quantize.grouped_mm.mx.fqns"),
     "mx.use_fp8_dim1_cast_triton_kernel": OlderKey(
         now="quantize.linear.mx.mxfp8_dim1_cast_kernel_choice",
-        value=lambda value: {True: "triton", False: "torch"}.get(value),
+        value=_switch("triton", "torch"),
         note='true is "triton", false is "torch"',
     ),
     **{

@@ -44,10 +44,9 @@ class Conversion:
     Attributes:
         changes: one per key, in the file's order; then the added keys, and those that differ.
         text: the new job.
-        flavor: the name in its ``model.flavor``; empty where that is open.
+        flavor: the name in its ``model.flavor``; empty if the user has to name it.
         flavor_file: text of the flavor file that it needs beside it; empty for none.
         refusal: why there is no such job; empty if there is one.
-        open: why its flavor is left to the user; empty if it is known.
         differences: what the old job's model computed and the flavor's does not.
     """
 
@@ -56,7 +55,6 @@ class Conversion:
     flavor: str
     flavor_file: str = ""
     refusal: str = ""
-    open: str = ""
     differences: tuple[str, ...] = ()
 
     @property
@@ -65,9 +63,14 @@ class Conversion:
         return [change.key for change in self.changes if change.fate == "dropped"]
 
     @property
+    def left_open(self) -> list[Change]:
+        """What the user has to fill in."""
+        return [change for change in self.changes if change.fate == "open"]
+
+    @property
     def is_whole(self) -> bool:
         """Whether the new job does all that the old one did."""
-        return not (self.dropped or self.refusal or self.open or self.differences)
+        return not (self.dropped or self.refusal or self.left_open or self.differences)
 
 
 def convert(old: Path, new: Path, wish: Wish = Wish()) -> Conversion:  # noqa: B008 (frozen)
@@ -91,9 +94,7 @@ def convert(old: Path, new: Path, wish: Wish = Wish()) -> Conversion:  # noqa: B
     if model is None:  # its model is this package's already, and keeps its flavor
         flavor = job.given.get("model.flavor")
         return Conversion(changes, text, flavor if isinstance(flavor, str) else "")
-    return Conversion(
-        changes, text, model.flavor, model.file, model.refusal, model.open, model.differences
-    )
+    return Conversion(changes, text, model.flavor, model.file, model.refusal, model.differences)
 
 
 def flavor_path(new: Path) -> Path:
@@ -112,7 +113,8 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
         raise EzpzError(f"{new} was not written: {conversion.refusal}")
     if new.suffix != ".toml":
         raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
-    if not conversion.flavor_file and not conversion.open:
+    is_open = any(each.key == "model.flavor" for each in conversion.left_open)
+    if not conversion.flavor_file and not is_open:
         # No flavor file is written, so the named flavor must be found from the job's new folder.
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
@@ -240,6 +242,8 @@ def _rendered_key(line: Statement, change: Change) -> str:
             return "" if _goes_away(change) else _assignment(change, line.section)
         case "needless":
             return ""
+        case "open" if change.new is not None:
+            return _remark(change) + line.text
         case _:
             return _remark(change) + commented(line.text)
 

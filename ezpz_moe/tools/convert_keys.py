@@ -19,6 +19,7 @@ from ezpz_moe.hosts.titan.job_keys import KEYS
 from ezpz_moe.hosts.titan_0_2.job_keys import (
     CHANGED_DEFAULTS,
     CONVERTERS,
+    DATASETS,
     LOST_DEFAULTS,
     NO_EFFECT,
 )
@@ -41,9 +42,9 @@ class Change:
         fate: ``moved``: an older release's key, now another one. ``needless``: 0.3 does it anyway,
             or it had no effect in 0.2 either; ``dropped``: it had an effect. Neither is in the new
             file. ``differs``: in neither file, because 0.3 cannot be given 0.2's default.
-            ``open``: the new file has it as a comment, for the user to fill in.
+            ``open``: the user has to fill it in; a run is refused before.
         note: 0.3's own name of the setting, the new value, or why there is none.
-        new: the new value of a moved, replaced or added key.
+        new: the new value of a moved, replaced or added key; of an open one, what stays there.
         to: the key that a moved one has become.
     """
 
@@ -145,6 +146,8 @@ def change_of(key: str, value: Any, job: OldJob, model: NewModel | None) -> Chan
         return Change(key, value, "dropped", note or row.message)
     if not accepts(row, value):
         return Change(key, value, "dropped", f"it must be {allowed(row)}")
+    if model and name == "dataset" and value.lower() not in DATASETS:
+        return Change(key, value, "open", _of_dataset(value), value)
     return Change(key, value, "kept", f"now {row.path}" if row.path not in (None, key) else "")
 
 
@@ -172,6 +175,13 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
         note = f"now {older.place}" if new == value else f"now {older.place} = {shown(new)}"
         return Change(key, value, "moved", note, new, older.now)
     return replace(change, key=key, value=value, note=f"{older.place}: {change.note}")
+
+
+def _of_dataset(name: str) -> str:
+    return (
+        f"torchtitan has no dataset {shown(name)} ({', '.join(DATASETS)}), so it is a fork's. Name "
+        "one of these, or leave dataset out and set dataset_path to a file of texts"
+    )
 
 
 def _of_converters(named: Any) -> str:

@@ -187,6 +187,9 @@ CONVERTERS: Mapping[str, tuple[str, ...]] = {
 }
 """Torchtitan's own converters, and the sections that count only if ``model.converters`` has one."""
 
+DATASETS = ("c4", "c4_test", "c4_validation")
+"""Torchtitan's own texts, the same in 0.3. It asks for them in lower case."""
+
 CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
     "model.flavor": ("debugmodel", None),
     "model.hf_assets_path": ("./tests/assets/tokenizer", None),
