@@ -58,7 +58,9 @@ def draft(given: str, *, seq_len: int) -> Draft:
     comments = {ours: _DEFAULT for name, (ours, _) in SIZES.items() if name not in sizes}
     if values["rope.max_seq_len"] == seq_len:
         comments["rope.max_seq_len"] = "the job's training.seq_len"
-    left_out = tuple(name for name in SIZES if name not in sizes)
+    left_out = tuple(
+        n for n, (_, default) in SIZES.items() if n not in sizes and default is not None
+    )
     text = _toml(_choices(sizes) | values, comments)
     return Draft(text, left_out, tuple(_differences(sizes)))
 
