@@ -210,11 +210,12 @@ def likely(name: str, value: Any, rows: Mapping[str, Key]) -> list[str]:
     return [
         key
         for key, row in rows.items()
-        if not row.message and accepts(row, value) and _is_slip(name, key)
+        if not row.message and accepts(row, value) and is_slip(name, key)
     ]
 
 
-def _is_slip(name: str, key: str) -> bool:
+def is_slip(name: str, key: str) -> bool:
+    """Return whether ``name`` is ``key`` with letters of a word changed, added or missing."""
     words, others = ([*filter(None, re.split(r"[-_\W]+", each.lower()))] for each in (name, key))
     if "".join(words) == "".join(others):
         return True

@@ -15,7 +15,8 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from ezpz_moe.config.job import job_for_flavor
+from ezpz_moe.config.job import is_slip, job_for_flavor
+from ezpz_moe.config.older_keys import OLDER_KEYS, OlderKey
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.detect import HOSTS, host, presumed_host
 
@@ -127,8 +128,11 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
     if path in taken:
         return ""
     if (key := _keys_by_spelling().get(path)) is None:
+        if older := OLDER_KEYS.get(path):
+            return _older(older, no, taken)
         siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
-        return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
+        near = did_you_mean(name, (each for each in siblings if is_slip(name, each)))
+        return f"torchtitan itself has no such flag.{near}"
     section, _, name = key.rpartition(".")
     row = presumed_host().job_keys()[section].get(name)
     if row is None:  # the key belongs to a newer host
@@ -141,6 +145,15 @@ def _remedy(spelled: str, taken: frozenset[str]) -> str:
     if row.path and (whole := row.path.rpartition(".")[0]) in taken:
         return f"now one of the values of {_dashed(whole)}"
     return row.message or f"no longer a flag: set [{section}] {name} in the job's TOML"
+
+
+def _older(older: OlderKey, no: str, taken: frozenset[str]) -> str:
+    """Return what to do about a flag of a release before 0.2."""
+    if not older.now:
+        return older.note
+    section, _, name = older.now.rpartition(".")
+    remedy = _remedy(f"{section}.{no}{name}", taken) or f"now {_dashed(older.now, no)}"
+    return f"{remedy} ({older.note})" if older.note else remedy
 
 
 def _dashed(path: str, no: str = "") -> str:
@@ -177,5 +190,6 @@ def _keys_by_spelling() -> dict[str, str]:
 
 @cache
 def _sections() -> frozenset[str]:
-    """Return the first parts of trainer flags."""
-    return frozenset(path.partition(".")[0] for path in _keys_by_spelling() if "." in path)
+    """Return the first parts of trainer flags, also of the releases before 0.2."""
+    paths = (*_keys_by_spelling(), *OLDER_KEYS)
+    return frozenset(path.partition(".")[0] for path in paths if "." in path)
