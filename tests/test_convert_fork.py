@@ -59,9 +59,10 @@ def test_a_forks_flavor_is_left_open_and_everything_else_is_kept(
     assert load_job(new).values["training.seq_len"] == 2048
 
 
-def test_a_model_that_is_no_name_is_open_too(job_file, tmp_path):
+@pytest.mark.parametrize("name", ["3", "['deepseek_v3']", "[['a']]", "''", "2001-01-01"])
+def test_a_model_that_is_no_name_is_open_too(name, job_file, tmp_path):
     new = tmp_path / "new.toml"
-    write(convert(job_file("[model]\nname = 3\n"), new), new)
+    write(convert(job_file(f"[model]\nname = {name}\n"), new), new)
     assert "# flavor =\n" in new.read_text()
     with pytest.raises(EzpzError, match="flavor is missing"):
         load_job(new)

@@ -8,17 +8,22 @@ marked as open; or is refused with the reason. No key of the old file is lost wi
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 
 import pytest
 import tomli
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ezpz_moe import cli
+from ezpz_moe.config.older_keys import OLDER_KEYS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, presumed_host
 from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.hosts.setting import flat
 from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.hosts.titan_0_2.job_keys import KEYS as KEYS_0_2
 from ezpz_moe.tools.convert import Conversion, Wish, convert, write
 
 JOBS = Path(__file__).parent / "data" / "jobs_0_2"
@@ -131,3 +136,49 @@ def test_the_exit_code_says_whether_anything_is_missing(name: str, tmp_path: Pat
     assert cli.main(["convert", str(JOBS / f"{name}.toml"), str(tmp_path / "new.toml")]) == lost
     output = capsys.readouterr().out
     assert ("open: model.flavor: " in output) is ("model.flavor" in OPEN.get(name, []))
+
+
+VALUES = (
+    "true",
+    "3",
+    "0",
+    "-1",
+    "0.5",
+    "nan",
+    "''",
+    "'c4'",
+    "[]",
+    "['float8']",
+    "[1, [2]]",
+    "8192",
+)
+ANY_KEY = (*OLDER_KEYS, *(f"{s}.{n}" for s, r in KEYS_0_2.items() for n in r))
+MODELS = ("'deepseek_v3'", "'qwen3'", "'gpt_oss'", "'ezpz_moe'", "'our_own'", "[['x']]")
+FLAVORS = ("'16B'", "'debugmodel_moe'", "'20b'", "'9.7B'", "3")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keys=st.dictionaries(st.sampled_from(ANY_KEY), st.sampled_from(VALUES), max_size=12),
+    model=st.sampled_from(MODELS),
+    flavor=st.sampled_from(FLAVORS),
+)
+def test_whatever_a_file_says_the_new_one_is_a_job(keys, model, flavor) -> None:
+    """Valid TOML of keys that 0.3 takes, or refused: keys of every release, values of any kind."""
+    lines = keys | {"model.name": model, "model.flavor": flavor}
+    with tempfile.TemporaryDirectory() as folder:
+        old, new = Path(folder, "old.toml"), Path(folder, "new.toml")
+        old.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
+        found = convert(old, new)
+        assert len(found.changes) >= len(lines)
+        # Of our own model's job too the flavor has to exist.
+        if found.refusal or (model == "'ezpz_moe'" and flavor != "'16B'"):
+            with pytest.raises(EzpzError):
+                write(found, new)
+            return
+        write(found, new)
+        if any(change.key == "model.flavor" for change in found.left_open):
+            with pytest.raises(EzpzError, match=r"new\.toml: \[model\] flavor is missing"):
+                load_job(new)
+        else:
+            load_job(new)

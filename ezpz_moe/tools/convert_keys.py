@@ -186,8 +186,10 @@ def _of_dataset(name: str) -> str:
 
 def _of_converters(named: Any) -> str:
     """Return what to know of converters that are not torchtitan's; nothing if all are."""
-    known = [each for each in named if each in CONVERTERS] if isinstance(named, list) else []
-    others = [each for each in named if each not in known] if isinstance(named, list) else []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        return ""
+    known = [each for each in named if each in CONVERTERS]
+    others = [each for each in named if each not in known]
     if not others:
         return ""
     quantizing = f"; {', '.join(map(shown, known))} quantizes" if known else ""

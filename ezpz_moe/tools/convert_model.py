@@ -103,7 +103,7 @@ def new_model(
             refusal=f"torchtitan 0.3 has no {known}. Train it with torchtitan 0.2. {_KEEP}"
         )
     if flavors is None or not isinstance(flavor, str) or flavor not in flavors:
-        return NewModel(open=_of_a_fork(model, flavor, flavors))
+        return NewModel(open=_of_a_fork(model, known, flavor, flavors))
     return _known(known, flavor, seq_len=seq_len, name=name, theirs=theirs)
 
 
@@ -113,19 +113,19 @@ def _own_name(model: str) -> str:
     return last if last in MOE_MODELS or last in DENSE_MODELS else model
 
 
-def _of_a_fork(model: Any, flavor: Any, flavors: Mapping[str, Any] | None) -> str:
+def _of_a_fork(model: Any, known: str, flavor: Any, flavors: Mapping[str, Any] | None) -> str:
     if flavors is None:
         what = f"torchtitan 0.2 has no model {shown(model)}"
     else:
         what = f"torchtitan 0.2's {model} has no flavor {shown(flavor)} ({', '.join(flavors)})"
-    sizes = ', or --sizes "dim=..., n_layers=..., ..." from the fork' if _may_size(model) else ""
+    sizes = ', or --sizes "dim=..., n_layers=..., ..." from the fork' if _may_size(known) else ""
     return (
         f"{what}, so it is a fork's. Name a flavor here (`ezpz-moe flavors` lists them), or "
         f"convert again with --flavor NAME{sizes}"
     )
 
 
-def _may_size(model: Any) -> bool:
+def _may_size(model: str) -> bool:
     """Return whether a flavor's sizes can describe it: deepseek_v3, or a model nobody knows."""
     return model == SIZED or not (model in MOE_MODELS or model in DENSE_MODELS)
 
