@@ -39,6 +39,7 @@ OPEN = {
     "fork_hf_backend": ["model.flavor"],
     "fork_kimi_k2_npu": ["model.flavor"],
     "fork_own_model": ["model.flavor", "training.dataset"],
+    "older_2024": ["model.tokenizer_path"],
 }
 NAMES = sorted(path.stem for path in JOBS.glob("*.toml"))
 WRITTEN = [name for name in NAMES if name not in REFUSED]

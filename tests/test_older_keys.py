@@ -117,14 +117,16 @@ def test_a_tokenizer_is_its_folder(folder, now, job_file) -> None:
     assert load_job(written(path)).values["model.hf_assets_path"] == now
 
 
-def test_tiktokens_file_is_dropped_and_no_other_tokenizer_is_put_in_its_place(job_file) -> None:
-    text = (
-        '[model]\nname = "qwen3"\nflavor = "30B-A3B"\ntokenizer_path = "original/tokenizer.model"\n'
-    )
-    found = changes(job_file(text))
-    assert found["model.tokenizer_path"].fate == "dropped"
-    assert "in place of tokenizer.model" in found["model.tokenizer_path"].note
+def test_tiktokens_file_is_open_and_no_other_tokenizer_is_put_in_its_place(job_file) -> None:
+    model = '[model]\nname = "qwen3"\nflavor = "30B-A3B"\n'
+    path = job_file(f'{model}tokenizer_path = "./original/tokenizer.model"\n')
+    found = changes(path)
+    assert found["model.tokenizer_path"].fate == "open"
     assert "model.hf_assets_path" not in found
+    new = written(path)
+    # The host refuses it until the folder has one: the embedded tokenizer would be another.
+    assert load_job(new).values["model.hf_assets_path"] == "original"
+    assert "open: since torchtitan 0.2 it is [model] hf_assets_path" in new.read_text()
 
 
 @pytest.mark.parametrize(

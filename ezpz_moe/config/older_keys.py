@@ -66,11 +66,11 @@ def _none(note: str, *, unless: tuple[Any, ...] = ()) -> OlderKey:
 
 
 def _assets(tokenizer: Any) -> Any:
-    """Return the folder of a tokenizer: itself, or that of its JSON. Tiktoken's file has none."""
-    if not isinstance(tokenizer, str) or tokenizer.endswith(".model"):
+    """Return the folder of a tokenizer: itself, or that of its file."""
+    if not isinstance(tokenizer, str):
         return None
     path = PurePosixPath(tokenizer)
-    return str(path.parent) if path.suffix == ".json" else tokenizer
+    return str(path.parent) if path.suffix in (".json", ".model") else tokenizer
 
 
 _SPLIT_POINTS = (
@@ -112,7 +112,7 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
     "model.tokenizer_path": OlderKey(
         now="model.hf_assets_path",
         value=_assets,
-        note="the folder that holds tokenizer.json; download it in place of tokenizer.model",
+        note="the folder that holds tokenizer.json",
     ),
     "model.norm_type": _none(
         "torchtitan 0.2 and 0.3 have RMSNorm alone. Leave it out.", unless=("rmsnorm",)

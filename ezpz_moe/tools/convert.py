@@ -243,15 +243,16 @@ def _rendered_key(line: Statement, change: Change) -> str:
         case "needless":
             return ""
         case "open" if change.new is not None:
-            return _remark(change) + line.text
+            now = _assignment(change, line.section) if change.to else line.text
+            return _remark(change) + now
         case _:
             return _remark(change) + commented(line.text)
 
 
 def _assignment(change: Change, section: str) -> str:
-    """Return a moved, replaced or added key, as written under the header ``section``."""
+    """Return a moved, replaced, added or open key, as written under the header ``section``."""
     name = change.new_key.removeprefix(f"{section}.")
-    if change.fate == "open":
+    if change.fate == "open" and change.new is None:
         return _remark(change) + commented(f"{name} =\n")
     return assignment(name, change.new, _origin(change))
 

@@ -27,6 +27,10 @@ from ezpz_moe.tools.convert_model import NewModel
 
 Fate = Literal["kept", "moved", "replaced", "added", "needless", "dropped", "differs", "open"]
 
+_OLD_TOKENIZER = (
+    "since torchtitan 0.2 it is [model] hf_assets_path, a folder with tokenizer.json: download "
+    "that in place of tokenizer.model, and name its folder here"
+)
 _LOSS_CHUNKS = 8  # torchtitan 0.3's default; 0.2 does not cut the loss
 _AN_OLDER_FILE_HAD_NO = ("checkpoint.last_save_model_only",)
 """Changed defaults that releases before 0.2 did not have yet."""
@@ -45,7 +49,7 @@ class Change:
             ``open``: the user has to fill it in; a run is refused before.
         note: 0.3's own name of the setting, the new value, or why there is none.
         new: the new value of a moved, replaced or added key; of an open one, what stays there.
-        to: the key that a moved one has become.
+        to: the key that a moved one has become, or an open one.
     """
 
     key: str
@@ -172,6 +176,8 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
         return Change(key, value, "dropped", f"{claim} = {shown(job.given[claim])} says otherwise")
     change = change_of(older.now, new, job, None)
     if change.fate == "kept":
+        if key == "model.tokenizer_path" and new != value and value.endswith(".model"):
+            return Change(key, value, "open", _OLD_TOKENIZER, new, older.now)
         note = f"now {older.place}" if new == value else f"now {older.place} = {shown(new)}"
         return Change(key, value, "moved", note, new, older.now)
     return replace(change, key=key, value=value, note=f"{older.place}: {change.note}")
@@ -225,8 +231,6 @@ def added(job: OldJob, model: NewModel | None) -> Iterator[Change]:
             continue
         if key in _AN_OLDER_FILE_HAD_NO and job.is_older:
             continue
-        if key == "model.hf_assets_path" and "model.tokenizer_path" in job.given:
-            continue  # it names a tokenizer, if one that 0.3 cannot read
         if key == "model.flavor" and model.open:
             yield Change(key, None, "open", model.open)
             continue
