@@ -11,6 +11,7 @@ from trainer_runs import train
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import DENSE_MODELS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, presumed_host
 from ezpz_moe.hosts.jobs import load_job
@@ -105,6 +106,18 @@ def test_the_hosts_ropes_are_as_long_as_the_table_says(base, tmp_path):
     ropes = [[layer.attention.rope for layer in model.layers] for model in (own, long)]
     assert {rope.max_seq_len for rope in ropes[1]} == {300000}
     assert [dataclasses.replace(r, max_seq_len=LONGEST[base]) for r in ropes[1]] == ropes[0]
+
+
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
+def test_what_is_called_dense_has_no_experts(tmp_path):
+    check_host()
+    from ezpz_moe.hosts.titan.models import host_spec
+
+    (tmp_path / "mine.toml").write_text('base = "llama3/8B"\n')
+    with pytest.raises(EzpzError, match="this model is dense"):
+        host_spec(load_flavor("mine", near=tmp_path))
+    assert "llama3" in DENSE_MODELS
+    assert not set(DENSE_MODELS) & {base.partition("/")[0] for base in LONGEST}
 
 
 def test_a_rope_beside_base_says_its_length_alone(tmp_path):

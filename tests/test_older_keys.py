@@ -227,6 +227,21 @@ def test_what_a_message_says_of_an_older_key(lines, said, job_file) -> None:
         assert str(error.value).endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "unsaid"),
+    [
+        ("llama3", "torchtitan's llama3 is dense: it has no routed experts", "base ="),
+        ("qwen3", 'base = "qwen3/<its flavor>"', "dense"),
+    ],
+)
+def test_another_models_name_leads_to_no_second_error(name, said, unsaid, job_file) -> None:
+    with pytest.raises(EzpzError) as error:
+        load_job(job_file(f'[model]\nname = "{name}"\nflavor = "debugmodel"\n'))
+    message = str(error.value)
+    assert said in message
+    assert unsaid not in message
+
+
 def test_no_key_is_taken_for_a_slip_of_another() -> None:
     """Two keys of one section do different things, however alike their names are."""
     samples = (True, 1, 0.5, "c4", "full", ["output"])
