@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,11 +11,12 @@ from trainer_runs import train
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import DENSE_MODELS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, presumed_host
 from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.hosts.titan.v0_3 import Titan03
-from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
+from ezpz_moe.hosts.titan_0_2.moe_models import LONGEST, MOE_MODELS
 from ezpz_moe.tools.convert import convert, flavor_path, write
 from ezpz_moe.tools.convert_model import new_model
 
@@ -67,13 +69,94 @@ def test_deepseek_v3_beyond_4096_tokens_is_0_3s_own(size, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model", "flavor", "seq_len"),
+    [
+        ("qwen3", "debugmodel_moe", 4096),
+        ("qwen3", "debugmodel_moe", 4097),
+        ("qwen3", "30B-A3B", 40960),
+        ("qwen3", "235B-A22B", 65536),
+        ("gpt_oss", "20b", 131072),
+        ("gpt_oss", "20b", 262144),
+    ],
+)
+def test_a_rope_is_at_least_as_long_as_the_sequence(model, flavor, seq_len, job_file):
+    """0.2 made its tables as long as the sequence; 0.3 refuses a longer one than its RoPE."""
+    text = f'[model]\nname = "{model}"\nflavor = "{flavor}"\n[training]\nseq_len = {seq_len}\n'
+    job = load_job(written(job_file(text)))
+    found = load_flavor(job.flavor, near=job.folder)
+    assert found.base == MOE_MODELS[model][flavor]["base"]
+    reach = found.rope.max_seq_len if found.rope else LONGEST[found.base]
+    assert (reach, found.rope is None) == (
+        max(seq_len, LONGEST[found.base]),
+        seq_len <= LONGEST[found.base],
+    )
+
+
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
+@pytest.mark.parametrize("base", LONGEST)
+def test_the_hosts_ropes_are_as_long_as_the_table_says(base, tmp_path):
+    """And one that is made longer rotates each position that the host's has as before."""
+    check_host()
+    from ezpz_moe.hosts.titan.models import host_spec
+
+    (tmp_path / "own.toml").write_text(f'base = "{base}"\nattention = "flex"\n')
+    (tmp_path / "long.toml").write_text('inherits = "own"\n[rope]\nmax_seq_len = 300000\n')
+    own, long = (host_spec(load_flavor(each, near=tmp_path)).model for each in ("own", "long"))
+    assert (own.max_seq_len, long.max_seq_len) == (LONGEST[base], 300000)
+    ropes = [[layer.attention.rope for layer in model.layers] for model in (own, long)]
+    assert {rope.max_seq_len for rope in ropes[1]} == {300000}
+    assert [dataclasses.replace(r, max_seq_len=LONGEST[base]) for r in ropes[1]] == ropes[0]
+
+
+@pytest.mark.skipif(type(presumed_host()) is not Titan03, reason="of 0.3's binding")
+def test_what_is_called_dense_has_no_experts(tmp_path):
+    check_host()
+    from ezpz_moe.hosts.titan.models import host_spec
+
+    (tmp_path / "mine.toml").write_text('base = "llama3/8B"\n')
+    with pytest.raises(EzpzError, match="this model is dense"):
+        host_spec(load_flavor("mine", near=tmp_path))
+    assert "llama3" in DENSE_MODELS
+    assert not set(DENSE_MODELS) & {base.partition("/")[0] for base in LONGEST}
+
+
+def test_a_rope_beside_base_says_its_length_alone(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "qwen3/30B-A3B"\n[rope]\ntheta = 2.0\n')
+    with pytest.raises(
+        EzpzError, match=r"except \[rope\] max_seq_len, so these keys would be ignor"
+    ):
+        load_flavor("mine", near=tmp_path)
+    (tmp_path / "mine.toml").write_text('base = "qwen3/30B-A3B"\n[rope]\nmax_seq_len = 0\n')
+    with pytest.raises(EzpzError, match=r"mine\.toml: rope\.max_seq_len = 0: should be greater"):
+        load_flavor("mine", near=tmp_path)
+
+
+def test_a_model_of_an_experiment_is_torchtitans(job_file):
+    path = job_file('[model]\nname = "simple_fsdp.deepseek_v3"\nflavor = "16B"\n')
+    job = load_job(written(path))
+    assert load_flavor(job.flavor, near=job.folder).dimensions.num_experts == 64
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "ranks", "chunks"), [(1000, 1, None), (1004, 1, 4), (1000, 2, 4), (1001, 1, 1)]
+)
+def test_a_length_that_the_loss_cannot_cut_into_8(seq_len, ranks, chunks, job_file):
+    model = '[model]\nname = "deepseek_v3"\nflavor = "debugmodel"\n'
+    length = f"[training]\nseq_len = {seq_len}\n"
+    path = job_file(f"{model}{length}[parallelism]\ncontext_parallel_degree = {ranks}\n")
+    values = load_job(written(path)).values
+    assert values.get("loss.num_chunks") == chunks
+    assert (values.get("parallelism.spmd_backend") == "partial_dtensor") is (ranks > 1)
+
+
+@pytest.mark.parametrize(
     ("model", "said"),
     [
-        ('name = "llama3"\nflavor = "8B"', '"llama3" is not one of'),
-        ('name = "qwen3"\nflavor = "0.6B"', "(debugmodel_moe, 30B-A3B, 235B-A22B)"),
+        ('name = "llama3"\nflavor = "8B"', "llama3 is dense: it has no routed experts"),
+        ('name = "qwen3"\nflavor = "0.6B"', 'qwen3\'s "0.6B" is dense'),
+        ('name = "qwen3"', 'qwen3\'s "debugmodel" is dense'),  # 0.2's default
         ('name = "llama4"\nflavor = "17bx16e"', "torchtitan 0.3 has no llama4"),
-        ("name = 3", "3 is not one of"),
-        ('hf_assets_path = "x"', '"llama3" is not one of'),
+        ('hf_assets_path = "x"', "llama3 is dense"),
     ],
 )
 def test_a_model_that_no_flavor_is(model, said, job_file, tmp_path, capsys):

@@ -110,13 +110,28 @@ def test_what_replaced_a_flag(job_file, on):
 
 
 def test_a_flag_that_no_generation_has(job_file, on):
-    found = on(job_file("x --training.batch_size 8 --training.zzz --unheard.of --help\n", "a.sh"))
+    found = on(job_file("x --training.step 8 --training.zzz --unheard.of --help\n", "a.sh"))
     assert found == {
-        "1 --training.batch_size": (
-            "torchtitan itself has no such flag. Did you mean 'local_batch_size'?"
-        ),
+        "1 --training.step": "torchtitan itself has no such flag. Did you mean 'steps'?",
         "1 --training.zzz": "torchtitan itself has no such flag.",
     }
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--training.batch_size", "now --training.local-batch-size"),
+        ("--training.tensor_parallel_degree", "now --parallelism.tensor-parallel-degree"),
+        ("--metrics.rank_0_only", "now --metrics.save-for-all-ranks (with the opposite value)"),
+        ("--checkpoint.no_enable_checkpoint", "now --checkpoint.no-enable"),
+        ("--checkpoint.enable_step_checkpoint", "torchtitan itself has no such flag."),
+    ],
+)
+def test_a_flag_of_a_release_before_0_2(flag, remedy, job_file, on, monkeypatch):
+    more = {"parallelism.tensor_parallel_degree", "metrics.save_for_all_ranks"}
+    more |= {"checkpoint.enable", "checkpoint.enable_first_step_checkpoint"}
+    monkeypatch.setitem(TAKEN, Titan03, TAKEN[Titan03] | more)
+    assert on(job_file(f"x {flag}\n", "a.sh")) == {f"1 {flag}": remedy}
 
 
 def test_a_section_that_is_misspelled(job_file, on):
@@ -225,7 +240,7 @@ def test_the_command_with_the_hosts_own_flags(job_file, capsys):
     assert cli.main(["convert", "--lint", str(script), str(dead)]) == 1
     output = capsys.readouterr().out
     assert f"{dead}:1" in output
-    assert "Did you mean 'disable_color_printing'?" in output
+    assert "now --metrics.disable-color-printing (with the opposite value)" in output
     assert "1 dead" in output
 
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 class Convert(Reporting):
     """Convert a torchtitan 0.2 job to one that torchtitan 0.3 trains, and report every key.
 
+    The model of a fork stays open in the new job, unless --flavor or --sizes say what it is.
     With --from: make a flavor of another project's config, its balance losses in our units.
     With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
 
-    Exit code 1 when a setting that had an effect is lost, the flavor's model differs, or a flag is
-    dead; 2 when NEW.toml cannot be written.
+    Exit code 1 when a setting that had an effect is lost, the flavor is open, its model differs, or
+    a flag is dead; 2 when NEW.toml cannot be written.
     """
 
     group = "weights"
@@ -40,8 +41,18 @@ class Convert(Reporting):
     """Read a config.json of Hugging Face, or a YAML file of Megatron-Core's arguments."""
     lint: bool = False
     """Treat the files as scripts, and report the trainer flags in them."""
+    flavor: Annotated[str | None, arg(metavar="NAME")] = None
+    """Train this flavor, whatever the old job's model was."""
+    sizes: Annotated[str | None, arg(metavar="SIZES")] = None
+    """Draft the flavor of a fork's model: "dim=2048, n_layers=27, ...", or the fork's own
+    DeepSeekV3ModelArgs(...). What is not given has torchtitan 0.2's default."""
 
     def run(self) -> int:
+        wished = [each for each in (self.flavor, self.sizes) if each is not None]
+        if len(wished) > 1:
+            raise EzpzError("convert: --flavor names a model, and --sizes make one. Choose one.")
+        if wished and (self.lint or self.from_ is not None):
+            raise EzpzError("convert: --flavor and --sizes are of a job's model. Leave them out.")
         if self.lint and self.from_ is not None:
             raise EzpzError("convert: --lint reads scripts, and --from a config. Choose one.")
         if self.lint and self.files:
@@ -56,25 +67,30 @@ class Convert(Reporting):
             )
         if self.from_ is not None:
             return _convert_foreign(self.from_, *self.files)
-        return _convert(*self.files)
+        return self._convert(*self.files)
+
+    def _convert(self, old: Path, new: Path | None = None) -> int:
+        from ezpz_moe.tools.convert import Wish, convert, write
+
+        # Without a new file, the old name only serves to name the flavor's file in the report.
+        conversion = convert(old, new or old, Wish(self.flavor, self.sizes))
+        _report(conversion.changes)
+        for difference in conversion.differences:
+            display.print_line(f"differs: {difference}")
+        if new is None:
+            display.print_line(conversion.refusal)
+        written = [] if new is None else write(conversion, new)
+        for path in written:
+            display.print_line(f"{path} written")
+        for change in conversion.left_open:
+            display.print_line(f"open: {change.key}: {change.note}")
+        open_ = {change.key: change.note for change in conversion.left_open}
+        more = {"differences": conversion.differences, "open": open_}
+        display.print_json(_document(conversion, written) | more)
+        return 0 if conversion.is_whole else 1
 
 
 COMMAND = Convert
-
-
-def _convert(old: Path, new: Path | None = None) -> int:
-    from ezpz_moe.tools.convert import convert, write
-
-    # Without a new file, the old name only serves to name the flavor's file in the report.
-    conversion = convert(old, new or old)
-    _report(conversion.changes)
-    if new is None:
-        display.print_line(conversion.refusal)
-    written = [] if new is None else write(conversion, new)
-    for path in written:
-        display.print_line(f"{path} written")
-    display.print_json(_document(conversion, written))
-    return 1 if conversion.dropped or conversion.refusal else 0
 
 
 def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:

@@ -43,6 +43,16 @@ class Rope(Data):
     original_seq_len: _Tokens
 
 
+class Longest(Data):
+    """What a flavor with ``base`` may say of its RoPE: how far it reaches.
+
+    Its frequencies stay the host's. Only positions that the host's own model has no table for are
+    added, so shorter sequences are the same model.
+    """
+
+    max_seq_len: _Tokens
+
+
 class Dimensions(Data):
     """A model's size: the arguments of the host's ``build_mla_moe_layers``, vocabulary and RoPE.
 
@@ -99,6 +109,8 @@ class Flavor(Data):
     expert_precision: ExpertPrecision | None = None
     routed: Routed = "one_node"
     dimensions: Dimensions | None = None
+    # Beside `base` alone; a size has its own.
+    rope: Longest | None = None
     # Not a dimension, as no model of the host's has it: it may stand beside `base` too.
     router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.

@@ -233,12 +233,17 @@ def _overwrite(
 
 def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
     values, origin = _merge(_chain(path, folders))
-    dimensions = {key: values.pop(key) for key in _DIMENSION_KEYS & values.keys()}
+    # Of its RoPE, also a model of the host's may say how far it reaches.
+    rope = values.get("rope")
+    is_length = "base" in values and isinstance(rope, dict) and rope.keys() == {"max_seq_len"}
+    of_size = _DIMENSION_KEYS - ({"rope"} if is_length else set())
+    dimensions = {key: values.pop(key) for key in of_size & values.keys()}
     if "base" in values and dimensions:
         set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
         raise EzpzError(
             f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
-            f"model, so these keys would be ignored: {set_here}. Remove either them or base."
+            f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. Remove "
+            "either them or base."
         )
     if "base" not in values:
         values["dimensions"] = dimensions

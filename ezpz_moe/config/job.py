@@ -12,8 +12,10 @@ working directory if they exist there, else to the job file's folder.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, Flavor, is_flavor, load_flavor
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
+from ezpz_moe.config.older_keys import SECTIONS as OLDER_SECTIONS
+from ezpz_moe.config.older_keys import successor
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, printable
 
 MODEL_NAME = "ezpz_moe"
+DENSE_MODELS = ("flux", "llama3", "llama3_ft")
+"""Models of torchtitan's that have no size with experts."""
+_SAME_WORD = 0.75
+"""How alike two words of a key's name are, at least, if one is a slip for the other."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def allowed(key: Key) -> str:
 
 def _checked(document: Mapping[str, Any], keys: Keys) -> tuple[dict[str, Any], list[str]]:
     """Return the valid ``"section.key"`` values of a file, and one line per problem."""
-    known = sections(keys)
+    known = sections(keys) | OLDER_SECTIONS
     values: dict[str, Any] = {}
     problems: list[str] = []
     # Several keys that are gone for the same reason become one line.
@@ -194,13 +202,58 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{meaning(name, known)}"
+    where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
+    if older := successor(path, keys):
+        return f"{where}: unknown key.{older}"
     # The right key in the wrong section is a common mistake.
     homes = [
-        f"in [{home}]" for home, rows in keys.items() if name in rows and not rows[name].message
+        f"in [{home}]"
+        for home, rows in keys.items()
+        if name in rows and not rows[name].message and accepts(rows[name], value)
     ]
-    near = meaning(name, keys.get(section, {}), homes)
-    where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
+    # A name such as "enable" is at home in many sections, and so says nothing.
+    near = meaning(
+        name, likely(name, value, keys.get(section, {})), homes if len(homes) < 3 else []
+    )
     return f"{where}: unknown key.{near}"
+
+
+def likely(name: str, value: Any, rows: Mapping[str, Key]) -> list[str]:
+    """Return the keys that ``name`` may be a slip for.
+
+    Names alike can do the opposite: a slip changes letters of a word, but no word, no digit, and
+    not what kind of value there is.
+
+    >>> likely("step", 3, {"steps": own(int)})
+    ['steps']
+    >>> likely("enable_checkpoint", True, {"enable_first_step_checkpoint": own(bool)})
+    []
+    """
+    return [
+        key
+        for key, row in rows.items()
+        if not row.message and accepts(row, value) and is_slip(name, key)
+    ]
+
+
+def is_slip(name: str, key: str) -> bool:
+    """Return whether ``name`` is ``key`` with letters of a word changed, added or missing."""
+    words, others = ([*filter(None, re.split(r"[-_\W]+", each.lower()))] for each in (name, key))
+    if "".join(words) == "".join(others):
+        return True
+    digits = [re.findall(r"\d", each) for each in (name, key)]
+    return (
+        len(words) == len(others)
+        and digits[0] == digits[1]
+        and all(map(_is_same_word, words, others))
+    )
+
+
+def _is_same_word(word: str, other: str) -> bool:
+    """Return whether two words differ by a slip, or one is short for the other."""
+    short, long = sorted((word, other), key=len)
+    is_short = len(short) >= 3 and long.startswith(short)
+    return is_short or SequenceMatcher(None, word, other).ratio() >= _SAME_WORD
 
 
 def _model_problems(
@@ -216,8 +269,7 @@ def _model_problems(
     elif (name := values.get("model.name", MODEL_NAME)) != MODEL_NAME:
         yield (
             f'[model] name = {shown(name)}: must be "{MODEL_NAME}" for this trainer module. '
-            "To train another of torchtitan's models, choose a flavor: a TOML file with "
-            f'base = "{name}/<its flavor>"; see docs/reference/flavors.md.'
+            f"{_of_another_model(name)}"
         )
     if "flavor" not in model:
         yield "[model] flavor is missing: name the model to train; `ezpz-moe flavors` lists them."
@@ -226,6 +278,19 @@ def _model_problems(
             load_flavor(flavor, near=folder)
         except EzpzError as error:
             yield f"[model] flavor = {shown(flavor)}: {error}"
+
+
+def _of_another_model(name: str) -> str:
+    if name in DENSE_MODELS:
+        return (
+            f"torchtitan's {name} is dense: it has no routed experts, and only those are computed "
+            "here. Train it with torchtitan alone, or name one of `ezpz-moe flavors`."
+        )
+    return (
+        "To train another of torchtitan's mixtures of experts, choose a flavor: a TOML file with "
+        f'base = "{name}/<its flavor>"; see docs/reference/flavors.md. `ezpz-moe convert` makes '
+        "such a job of one of torchtitan 0.2's."
+    )
 
 
 def _report(path: Path, problems: list[str]) -> str:

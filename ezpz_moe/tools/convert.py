@@ -1,11 +1,11 @@
 """Convert a job of torchtitan 0.2 to one that torchtitan 0.3 trains with this package.
 
 :func:`convert` decides for every key what becomes of it, and writes nothing. Each assignment of the
-old file gets one :class:`Change`; so does what 0.2 did by default and 0.3 does not, which no line
-of the file mentions. The new file consists of the old one's lines, each as its change has it;
-additions follow the header of their section. The binding's table ``hosts/titan/job_keys.py`` says
-what a key is in 0.3, and ``hosts/titan_0_2/moe_models.py`` what a model is. No host is imported:
-any may be installed, or none.
+old file gets one :class:`Change` (:mod:`.convert_keys`); so does what 0.2 did by default and 0.3
+does not, which no line of the file mentions. The new file consists of the old one's lines, each as
+its change has it; additions follow the header of their section. The binding's table
+``hosts/titan/job_keys.py`` says what a key is in 0.3, and ``hosts/titan_0_2/moe_models.py`` what a
+model is. No host is imported: any may be installed, or none.
 """
 
 from __future__ import annotations
@@ -16,48 +16,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import fill
+from typing import Any
 
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.config.job import MODEL_NAME, accepts, allowed, is_one_of, shown
+from ezpz_moe.config.job import MODEL_NAME, shown
 from ezpz_moe.config.keys import sections
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import Statement, assignment, commented, statements
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.setting import flat
 from ezpz_moe.hosts.titan.job_keys import KEYS
-from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS, LOST_DEFAULTS, NO_EFFECT
-from ezpz_moe.tools.convert_model import NewModel, new_model
+from ezpz_moe.hosts.titan_0_2.job_keys import CHANGED_DEFAULTS
+from ezpz_moe.tools.convert_keys import Change, OldJob, added, change_of, differing
+from ezpz_moe.tools.convert_model import NewModel, Wish, new_model
 
-Fate = Literal["kept", "replaced", "added", "needless", "dropped", "differs"]
+__all__ = ["Change", "Conversion", "Wish", "convert", "flavor_path", "write", "write_files"]
 
 _DEFAULT_MODEL = "llama3"  # torchtitan 0.2's default, like the next one
 _DEFAULT_SEQ_LEN = 2048
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of one key.
-
-    Attributes:
-        key: ``section.name``.
-        value: in the old file; None for an added key, and 0.2's default for one that differs.
-        fate: ``needless``: 0.3 does it anyway, or it had no effect in 0.2 either; ``dropped``: it
-            had an effect. Neither is in the new file. ``differs``: in neither file, because 0.3
-            cannot be given 0.2's default.
-        note: 0.3's own name of the setting, the new value, or why there is none.
-        new: the new value of a replaced or added key.
-    """
-
-    key: str
-    value: Any
-    fate: Fate
-    note: str = ""
-    new: Any = None
-
-    @property
-    def section(self) -> str:
-        return self.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -67,9 +44,10 @@ class Conversion:
     Attributes:
         changes: one per key, in the file's order; then the added keys, and those that differ.
         text: the new job.
-        flavor: the name in its ``model.flavor``.
+        flavor: the name in its ``model.flavor``; empty if the user has to name it.
         flavor_file: text of the flavor file that it needs beside it; empty for none.
         refusal: why there is no such job; empty if there is one.
+        differences: what the old job's model computed and the flavor's does not.
     """
 
     changes: tuple[Change, ...]
@@ -77,33 +55,46 @@ class Conversion:
     flavor: str
     flavor_file: str = ""
     refusal: str = ""
+    differences: tuple[str, ...] = ()
 
     @property
     def dropped(self) -> list[str]:
         """Keys that had an effect and no longer have one."""
         return [change.key for change in self.changes if change.fate == "dropped"]
 
+    @property
+    def left_open(self) -> list[Change]:
+        """What the user has to fill in."""
+        return [change for change in self.changes if change.fate == "open"]
 
-def convert(old: Path, new: Path) -> Conversion:
+    @property
+    def is_whole(self) -> bool:
+        """Whether the new job does all that the old one did."""
+        return not (self.dropped or self.refusal or self.left_open or self.differences)
+
+
+def convert(old: Path, new: Path, wish: Wish = Wish()) -> Conversion:  # noqa: B008 (frozen)
     """Return what torchtitan 0.3 accepts from a job of torchtitan 0.2.
 
     Args:
         old: the job's TOML.
         new: where the new job would go; nothing is written.
+        wish: what the user says of the new model.
 
     Raises:
-        EzpzError: ``old`` cannot be read, is not TOML, or has a section in one line.
+        EzpzError: ``old`` cannot be read, is not TOML, or has a section in one line; or there is no
+            such model as the wish asks for.
     """
-    values = dict(flat(read_toml(old)))
-    model = _new_model(values, flavor_path(new).stem)
-    lines = list(_changed_lines(old, values, model))
-    added = list(_added(values, model))
-    changes = (*(change for _, change in lines if change), *added, *_differing(values))
-    text = _rendered(lines, added, old.name)
+    job = OldJob(dict(flat(read_toml(old))))
+    model = _new_model(job, new, wish)
+    lines = list(_changed_lines(old, job, model))
+    more = list(added(job, model))
+    changes = (*(change for _, change in lines if change), *more, *differing(job))
+    text = _rendered(lines, more, old.name)
     if model is None:  # its model is this package's already, and keeps its flavor
-        flavor = values.get("model.flavor")
+        flavor = job.given.get("model.flavor")
         return Conversion(changes, text, flavor if isinstance(flavor, str) else "")
-    return Conversion(changes, text, model.flavor, model.file, model.refusal)
+    return Conversion(changes, text, model.flavor, model.file, model.refusal, model.differences)
 
 
 def flavor_path(new: Path) -> Path:
@@ -122,7 +113,8 @@ def write(conversion: Conversion, new: Path) -> list[Path]:
         raise EzpzError(f"{new} was not written: {conversion.refusal}")
     if new.suffix != ".toml":
         raise EzpzError(f"{new}: a job's name must end in .toml, which tells it from a flavor's.")
-    if not conversion.flavor_file:
+    is_open = any(each.key == "model.flavor" for each in conversion.left_open)
+    if not conversion.flavor_file and not is_open:
         # No flavor file is written, so the named flavor must be found from the job's new folder.
         load_flavor(conversion.flavor, near=new.parent)
     files = {flavor_path(new): conversion.flavor_file, new: conversion.text}
@@ -153,27 +145,28 @@ def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
     return list(files)
 
 
-# Keys ---------------------------------------------------------------------------------------------
+# Lines --------------------------------------------------------------------------------------------
 
 
-def _new_model(values: Mapping[str, Any], name: str) -> NewModel | None:
+def _new_model(job: OldJob, new: Path, wish: Wish) -> NewModel | None:
     """Return what the job trains; None if its model is already this package's."""
-    model = values.get("model.name", _DEFAULT_MODEL)
-    if model == MODEL_NAME:
+    model = job.given.get("model.name", _DEFAULT_MODEL)
+    if model == MODEL_NAME and wish == Wish():
         return None
     # A job that names no size got 0.2's default, which the new one has to train too.
-    flavor = values.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
-    seq_len = values.get("training.seq_len", _DEFAULT_SEQ_LEN)
-    return new_model(model, flavor, seq_len=seq_len, name=name)
+    flavor = job.given.get("model.flavor", CHANGED_DEFAULTS["model.flavor"][0])
+    length = job.count("training.seq_len", _DEFAULT_SEQ_LEN)
+    name = flavor_path(new).stem
+    return new_model(model, flavor, seq_len=length, name=name, wish=wish, near=new.parent)
 
 
 def _changed_lines(
-    old: Path, values: Mapping[str, Any], model: NewModel | None
+    old: Path, job: OldJob, model: NewModel | None
 ) -> Iterator[tuple[Statement, Change | None]]:
     """Yield the old file's statements, and for assignments, what becomes of them."""
     # As bytes: read_text() would make one kind of line ending of both.
     for line in statements(old.read_bytes().decode("utf-8-sig")):
-        yield line, _change(*_assigned(line, old), values, model) if line.is_assignment else None
+        yield line, change_of(*_assigned(line, old), job, model) if line.is_assignment else None
 
 
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
@@ -187,79 +180,17 @@ def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     return found[0]
 
 
-def _change(key: str, value: Any, values: Mapping[str, Any], model: NewModel | None) -> Change:
-    section, _, name = key.rpartition(".")
-    row = KEYS.get(section, {}).get(name)
-    if row is None:
-        near = did_you_mean(name, KEYS.get(section, {}))
-        return Change(key, value, "dropped", f"torchtitan 0.2 and 0.3 have no such key.{near}")
-    if model and key in ("model.name", "model.flavor"):
-        return _model_change(key, value, model)
-    # Before asking whether 0.3 has the key: a default that is built in needs none.
-    if is_one_of(row.unless, value):
-        return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
-    # In 0.3, an option of another mode of activation checkpointing is an error.
-    may_be_idle = row.message or section == "activation_checkpoint"
-    if may_be_idle and (because := _switched_off(key, values)):
-        return Change(key, value, "needless", f"it has no effect with {because}")
-    if row.message:
-        return Change(key, value, "dropped", row.message)
-    if not accepts(row, value):
-        return Change(key, value, "dropped", f"it must be {allowed(row)}")
-    return Change(key, value, "kept", f"now {row.path}" if row.path not in (None, key) else "")
-
-
-def _model_change(key: str, value: Any, model: NewModel) -> Change:
-    if model.refusal:
-        return Change(key, value, "dropped", "no flavor matches this model")
-    if key == "model.name":
-        return Change(key, value, "replaced", f"by {shown(MODEL_NAME)}", MODEL_NAME)
-    note = "; ".join([f"by {shown(model.flavor)}", *model.remarks])
-    return Change(key, value, "replaced", note, model.flavor)
-
-
-def _switched_off(key: str, values: Mapping[str, Any]) -> str:
-    """Return the setting that makes ``key`` idle in 0.2, as ``name = value``; or nothing."""
-    for prefix, other, default, off in NO_EFFECT:
-        value = values.get(other, default)
-        if key.startswith(prefix) and is_one_of(off, value):
-            return f"{other} = {shown(value)}"
-    return ""
-
-
-def _added(values: Mapping[str, Any], model: NewModel | None) -> Iterator[Change]:
-    """Yield what the old file left to defaults that have changed since.
-
-    Nothing for a job whose model is ours already, or if no new job can be written.
-    """
-    if model is None or model.refusal:
-        return
-    for key, (default, switch) in CHANGED_DEFAULTS.items():
-        # A job that sets the key has made its choice. The switch: without it the default had no
-        # effect.
-        if key not in values and (switch is None or values.get(switch) is True):
-            new = model.flavor if key == "model.flavor" else default
-            yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
-
-
-def _differing(values: Mapping[str, Any]) -> Iterator[Change]:
-    """Yield what the old file left to defaults that 0.3 cannot be given."""
-    for key, (default, now) in LOST_DEFAULTS.items():
-        if key not in values and not _switched_off(key, values):
-            yield Change(key, default, "differs", f"torchtitan 0.2's default; {now}")
-
-
 # The new file -------------------------------------------------------------------------------------
 
 
 def _rendered(
-    lines: Sequence[tuple[Statement, Change | None]], added: Sequence[Change], source: str
+    lines: Sequence[tuple[Statement, Change | None]], more: Sequence[Change], source: str
 ) -> str:
     """Return the old file's statements, with the changes made."""
     text = f"# From {source} of torchtitan 0.2, by ezpz-moe convert.\n\n"
     missing: dict[str, list[Change]] = {}
-    for change in added:
-        missing.setdefault(change.section, []).append(change)
+    for change in [*more, *(change for _, change in lines if change and _goes_away(change))]:
+        missing.setdefault(change.new_key.rpartition(".")[0], []).append(change)
     # Sections stay in the user's order: the new file should look like the old one.
     for _, block in groupby(lines, key=lambda pair: pair[0].section):
         text += "".join(_rendered_section(list(block), missing))
@@ -267,6 +198,11 @@ def _rendered(
     for section, changes in missing.items():
         text += f"\n[{section}]\n" + "".join(_assignment(each, section) for each in changes)
     return text
+
+
+def _goes_away(change: Change) -> bool:
+    """Return whether a key has moved to another section."""
+    return change.fate == "moved" and change.new_key.rpartition(".")[0] != change.section
 
 
 def _rendered_section(
@@ -278,10 +214,11 @@ def _rendered_section(
     from ``missing``.
     """
     section = block[0][0].section
-    fates = {change.fate for _, change in block if change}
+    fates = {change.fate for _, change in block if change and not _goes_away(change)}
+    has_keys = any(change for _, change in block)
     # `lives`: the header stays. `is_read`: so do comments and blank lines, for whoever reads on.
-    is_empty = not fates and section in sections(KEYS) | {""}
-    lives = is_empty or section in missing or bool(fates & {"kept", "replaced"})
+    is_empty = not has_keys and section in sections(KEYS) | {""}
+    lives = is_empty or section in missing or bool(fates & {"kept", "moved", "replaced", "open"})
     is_read = lives or "dropped" in fates or any(line.is_comment for line, _ in block)
     for line, change in block:
         if change:
@@ -291,8 +228,8 @@ def _rendered_section(
         elif is_read:
             yield line.text
         if change or line.is_header:
-            for added in missing.pop(change.section if change else section, ()):
-                yield _assignment(added, section)
+            for each in missing.pop(change.section if change else section, ()):
+                yield _assignment(each, section)
 
 
 def _rendered_key(line: Statement, change: Change) -> str:
@@ -301,13 +238,37 @@ def _rendered_key(line: Statement, change: Change) -> str:
             return line.text
         case "replaced":
             return _assignment(change, line.section)
+        case "moved":
+            return "" if _goes_away(change) else _assignment(change, line.section)
         case "needless":
             return ""
+        case "open" if change.new is not None:
+            now = _assignment(change, line.section) if change.to else line.text
+            return _remark(change) + now
         case _:
-            return commented(f"dropped: {change.note}\n{line.text}")
+            return _remark(change) + commented(line.text)
 
 
 def _assignment(change: Change, section: str) -> str:
-    """Return a replaced or added key, as written under the header ``section``."""
-    was = change.note if change.fate == "added" else f"was {shown(change.value)}"
-    return assignment(change.key.removeprefix(f"{section}."), change.new, was)
+    """Return a moved, replaced, added or open key, as written under the header ``section``."""
+    name = change.new_key.removeprefix(f"{section}.")
+    if change.fate == "open" and change.new is None:
+        return _remark(change) + commented(f"{name} =\n")
+    return assignment(name, change.new, _origin(change))
+
+
+def _remark(change: Change) -> str:
+    """Return why a key is no more than a comment, as one; what is open is to be read there."""
+    text = f"{change.fate}: {change.note}"
+    return commented((fill(text, width=98) if change.fate == "open" else text) + "\n")
+
+
+def _origin(change: Change) -> str:
+    """Return the comment behind a new value: where it is from."""
+    if change.fate == "added":
+        return change.note
+    if change.fate == "replaced":
+        return f"was {shown(change.value)}"
+    name = change.key.rpartition(".")[2]
+    was = f"[{change.section}] {name}" if _goes_away(change) else name
+    return f"was {was}" + (f" = {shown(change.value)}" if change.new != change.value else "")

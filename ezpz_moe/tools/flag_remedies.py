@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache
 
+from ezpz_moe.config.job import is_slip
+from ezpz_moe.config.older_keys import OLDER_KEYS, OlderKey
 from ezpz_moe.errors import did_you_mean
 from ezpz_moe.hosts.detect import HOSTS, presumed_host
 
@@ -25,8 +27,11 @@ def remedy(spelled: str, taken: Collection[str]) -> str:
     if path in taken:
         return ""
     if (key := keys_by_spelling().get(path)) is None:
+        if older := OLDER_KEYS.get(path):
+            return _older(older, no, taken)
         siblings = (each.rpartition(".")[2] for each in taken if each.startswith(f"{section}."))
-        return f"torchtitan itself has no such flag.{did_you_mean(name, siblings)}"
+        near = did_you_mean(name, (each for each in siblings if is_slip(name, each)))
+        return f"torchtitan itself has no such flag.{near}"
     section, _, name = key.rpartition(".")
     row = presumed_host().job_keys()[section].get(name)
     if row is None:  # the key belongs to a newer host
@@ -39,6 +44,15 @@ def remedy(spelled: str, taken: Collection[str]) -> str:
     if row.path and (whole := row.path.rpartition(".")[0]) in taken:
         return f"now one of the values of {dashed(whole)}"
     return row.message or f"no longer a flag: set [{section}] {name} in the job's TOML"
+
+
+def _older(older: OlderKey, no: str, taken: Collection[str]) -> str:
+    """Return what to do about a flag of a release before 0.2."""
+    if not older.now:
+        return older.note
+    section, _, name = older.now.rpartition(".")
+    now = remedy(f"{section}.{no}{name}", taken) or f"now {dashed(older.now, no)}"
+    return f"{now} ({older.note})" if older.note else now
 
 
 def dashed(path: str, no: str = "") -> str:

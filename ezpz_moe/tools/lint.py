@@ -15,6 +15,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
+from ezpz_moe.config.older_keys import OLDER_KEYS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import HOSTS, presumed_host
 from ezpz_moe.hosts.host_flags import known_flags
@@ -135,5 +136,6 @@ def _variables() -> frozenset[str]:
 
 @cache
 def _sections() -> frozenset[str]:
-    """Return the first parts of trainer flags."""
-    return frozenset(path.partition(".")[0] for path in keys_by_spelling() if "." in path)
+    """Return the first parts of trainer flags, also of the releases before 0.2."""
+    paths = (*keys_by_spelling(), *OLDER_KEYS)
+    return frozenset(path.partition(".")[0] for path in paths if "." in path)

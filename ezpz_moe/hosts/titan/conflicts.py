@@ -216,7 +216,8 @@ def _sequence_length(config: Trainer.Config) -> Iterator[str]:
         if seq_len > longest:
             yield (
                 f"{host.LENGTH} = {seq_len} exceeds what flavor {_flavor(config)!r} is made "
-                f"for: its RoPE ends at {host.LONGEST} = {longest}."
+                f"for: its RoPE ends at {host.LONGEST} = {longest}. A flavor that inherits it, "
+                f"with [rope] max_seq_len = {seq_len}, reaches that far."
             )
     # The loss cuts what a rank has of a sequence into chunks, and context parallelism cuts it
     # before.

@@ -11,6 +11,7 @@ from typing import Any
 import torchtitan.models
 from torchtitan.models import deepseek_v3
 from torchtitan.models.common import ComplexRoPE
+from torchtitan.models.common.attention import BaseAttention
 
 # The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with these
 # values, and `_output_linear_init` the one that is missing there. The alternative is to copy them.
@@ -75,6 +76,8 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
     try:
         if flavor.dimensions is None:
             spec = _upstream_spec(flavor, attention, moe_comm_backend)
+            if flavor.rope is not None:
+                _reach(spec, flavor.rope.max_seq_len, flavor)
         else:
             spec = _sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
     except (TypeError, ValueError) as error:
@@ -194,6 +197,21 @@ def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str)
     if moe_comm_backend != _DEFAULT_COMM_BACKEND:
         options["moe_comm_backend"] = moe_comm_backend
     return module.model_registry(upstream, **options) if options else spec
+
+
+def _reach(spec: ModelSpec, positions: int, flavor: Flavor) -> None:
+    """Let the RoPE of every layer reach so many positions; its frequencies stay as they are.
+
+    Raises:
+        EzpzError: no layer of the model has a RoPE.
+    """
+    attentions = [node for _, node, _, _ in spec.model.traverse(BaseAttention.Config)]
+    # Layers of linear attention have none.
+    rotating = [node for node in attentions if getattr(node, "rope", None) is not None]
+    if not rotating:
+        raise EzpzError(f"{_where(flavor)}: this model has no RoPE. Remove [rope].")
+    for node in rotating:
+        node.rope = dataclasses.replace(node.rope, **{titan().LONGEST: positions})
 
 
 def _upstream_module(name: str, flavor: Flavor) -> ModuleType:

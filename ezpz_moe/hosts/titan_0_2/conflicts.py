@@ -129,7 +129,8 @@ def _sequence_length(config: Any, args: Any) -> Iterator[str]:
         yield (
             f"training.seq_len = {config.training.seq_len} exceeds what flavor "
             f"{config.model.flavor!r} is made for: its RoPE ends at max_seq_len = "
-            f"{args.max_positions}."
+            f"{args.max_positions}. A flavor that inherits it, with [rope] max_seq_len = "
+            f"{config.training.seq_len}, reaches that far."
         )
 
 

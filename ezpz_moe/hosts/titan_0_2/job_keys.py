@@ -145,7 +145,6 @@ def _table() -> Keys:
 KEYS: Keys = _table()
 
 NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
-    ("quantize.", "model.converters", [], ([],)),
     ("validation.", "validation.enable", False, (False,)),
     ("fault_tolerance.", "fault_tolerance.enable", False, (False,)),
     ("checkpoint.enable_ft_", "fault_tolerance.enable", False, (False,)),
@@ -171,6 +170,25 @@ NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
 )
 """Settings that count only together with another: the prefix of their keys, the other key, its
 default, and its values that make them ineffective."""
+
+CONVERTERS: Mapping[str, tuple[str, ...]] = {
+    **{
+        name: (name,)
+        for name in (
+            "quantize.linear.float8",
+            "quantize.linear.mx",
+            "quantize.grouped_mm.float8",
+            "quantize.grouped_mm.mx",
+        )
+    },
+    # Before torchtitan 0.2, one name for linears and experts.
+    "float8": ("quantize.linear.float8", "quantize.grouped_mm.float8"),
+    "mx": ("quantize.linear.mx", "quantize.grouped_mm.mx"),
+}
+"""Torchtitan's own converters, and the sections that count only if ``model.converters`` has one."""
+
+DATASETS = ("c4", "c4_test", "c4_validation")
+"""Torchtitan's own texts, the same in 0.3. It asks for them in lower case."""
 
 CHANGED_DEFAULTS: Mapping[str, tuple[Any, str | None]] = {
     "model.flavor": ("debugmodel", None),
