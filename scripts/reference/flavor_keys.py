@@ -92,7 +92,7 @@ def _power(number: int) -> str:
 
 
 def _shown(default: Any) -> str:
-    if default is None or isinstance(default, Data) and not isinstance(default, Schedule):
+    if default is None or (isinstance(default, Data) and not isinstance(default, Schedule)):
         return ""
     if isinstance(default, Schedule):
         default = default.start

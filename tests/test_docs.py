@@ -1,0 +1,141 @@
+"""The documents: the site is built, links lead somewhere, tables are the code's, blocks run."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import doc_blocks
+import fork_server
+import pytest
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*doc_blocks.PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]
+GITHUB = MarkdownIt("commonmark").enable("table")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make docs`` builds."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in ("docs", "zensical.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    zensical = Path(sys.executable).with_name("zensical")
+    built = subprocess.run(
+        [zensical, "build", "--strict", "--clean"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = re.sub(r"\x1b\[[\d;]*m", "", built.stdout + built.stderr)
+    assert built.returncode == 0, said
+    return folder / "site"
+
+
+class _Links(HTMLParser):
+    """Where a page leads, pictures included, and its anchors."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.links += [value for name, value in attributes if name in ("href", "src") and value]
+
+
+def test_the_site_asks_nobody_else(site: Path) -> None:
+    """A page is read on machines without a network; only its links lead elsewhere."""
+    pages = [*site.rglob("*.html")]
+    assert len(pages) > 20
+    for page in pages:
+        scripts = re.findall(r'<(?:script|img|iframe)[^>]+src="([^"]*)"', page.read_text())
+        sheets = re.findall(r'<link[^>]+stylesheet[^>]+href="([^"]*)"', page.read_text())
+        assert not [each for each in (*scripts, *sheets) if urlsplit(each).netloc], page
+
+
+def test_every_shelf_is_in_the_navigation(site: Path) -> None:
+    html = (site / "index.html").read_text()
+    linked = {unquote(urlsplit(each).path) for each in _Links(html).links}
+    for page in doc_blocks.PAGES:
+        if page.startswith("docs/"):
+            assert page.removeprefix("docs/").replace(".md", ".html") in linked | {"index.html"}
+    tabs = re.search(r'<ul class="md-tabs__list">(.*?)</ul>', html, re.DOTALL)[1]
+    names = re.findall(r">\s*(\w+)\s*</a>", tabs)
+    assert names[-4:] == ["Start", "Guides", "Reference", "Internals"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    """Those of the site's build are pages and anchors; these are all others, and the README's."""
+    for link in _Links(GITHUB.render((ROOT / page).read_text())).links:
+        where = urlsplit(link)
+        if where.scheme or where.netloc or not where.path:
+            continue
+        target = (ROOT / page).parent / unquote(where.path)
+        assert target.exists(), f"{page}: {link}"
+        if where.fragment and target.suffix == ".md":
+            assert where.fragment in _anchors(target.read_text()), f"{page}: {link}"
+
+
+def _anchors(markdown: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    anchors = set()
+    for token, inline in zip(tokens := GITHUB.parse(markdown), tokens[1:], strict=False):
+        if token.type == "heading_open":
+            text = "".join(child.content for child in inline.children)
+            anchors.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
+    return anchors
+
+
+def test_a_page_reads_alike_on_github_and_on_the_site(site: Path) -> None:
+    """The site's Markdown wants four spaces where GitHub's takes two, and loses what has less."""
+    tags = re.compile(r"<(li|ul|ol|table|tr|td|th|pre|h\d|blockquote|img)\b")
+    for page in doc_blocks.PAGES:
+        if not page.startswith("docs/"):
+            continue
+        html = (site / page.removeprefix("docs/")).with_suffix(".html").read_text()
+        article = html[html.index("<article") : html.index("</article>")]
+        here = Counter(tags.findall(article))
+        assert here == Counter(tags.findall(GITHUB.render((ROOT / page).read_text()))), page
+
+
+def test_the_reference_is_the_codes() -> None:
+    command = [fork_server.python(), str(ROOT / "scripts" / "make_reference.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in doc_blocks.PAGES if [*doc_blocks.blocks(page)]])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_blocks_run_as_they_stand(page: str, full: bool, tmp_path: Path) -> None:
+    """In the page's order and one folder; what takes long is run by ``make test-all``."""
+    blocks = [each for each in doc_blocks.blocks(page) if not each.why_not]
+    blocks = [each for each in blocks if full or not each.full]
+    if full and not any(each.full for each in blocks):
+        return  # the short check runs all of them
+    reader = doc_blocks.Reader(tmp_path) if blocks else None
+    for block in blocks:
+        done = reader.types(block.text)
+        assert done.returncode == block.code, f"{block}\n{block.text}\n{done.stdout[-4000:]}"
+
+
+def test_a_comment_that_nobody_knows_is_refused() -> None:
+    text = "<!-- shell: never -->\n```bash\nezpz-moe flavors\n```\n"
+    with pytest.raises(ValueError, match="page:2: nobody knows <!-- shell: never -->"):
+        [*doc_blocks.blocks("page", text)]
+
+
+def test_a_block_has_what_a_reader_types() -> None:
+    text = (
+        "<!-- shell: full, exit 1 -->\n```console\n$ ezpz-moe doctor\nbroken\n```\n"
+        "<!-- shell: not run: it needs a GPU -->\n```bash\nx\n```\n```toml\n[model]\n```\n"
+    )
+    first, second = doc_blocks.blocks("page", text)
+    assert first == doc_blocks.Block("page", 2, "ezpz-moe doctor\n", full=True, code=1)
+    assert second.why_not == "it needs a GPU"
