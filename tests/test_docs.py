@@ -106,7 +106,14 @@ def test_a_page_reads_alike_on_github_and_on_the_site(site: Path) -> None:
 
 
 def test_the_reference_is_the_codes() -> None:
-    command = [fork_server.python(), str(ROOT / "scripts" / "make_reference.py"), "--check"]
+    script = ROOT / "scripts" / "make_reference.py"
+    lines = f"""
+import runpy, sys
+sys.path.insert(0, {str(script.parent)!r})
+sys.argv = [{str(script)!r}, "--check"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [fork_server.python(), "-c", lines]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
