@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tables
+from ezpz_moe.hosts.command_line import HostFlag
+from ezpz_moe.hosts.host_flags import known_flags
 
 from ezpz_moe.config.job import allowed, shown
 from ezpz_moe.config.keys import Key, Keys
-from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import presumed_host
-from ezpz_moe.hosts.host_flags import known_flags
 from ezpz_moe.hosts.titan.job_keys import KEYS
 from ezpz_moe.hosts.titan.job_keys_2026_08 import KEYS as KEYS_2026_08
 from ezpz_moe.hosts.titan.models import host_spec
@@ -36,7 +36,7 @@ _IN_OUR_WORDS = {
     "compile.backend": "The backend of torch.compile",
     "job.description": "For people; nothing reads it",
     "model.flavor": "The model: a [flavor](flavors.md), with a variant",
-    "model.hf_assets_path": "The folder with tokenizer.json; the default is that of the debug model",
+    "model.hf_assets_path": "The folder with tokenizer.json; by default our small one",
     "model.name": "`ezpz_moe`, which finds the flavor",
     "optimizer.beta1": "Adam's first decay rate",
     "optimizer.beta2": "Adam's second decay rate",
@@ -106,7 +106,7 @@ def _path(key: Key, flags: Flags) -> tuple[str, int | None]:
 def _first_sentence(flags: list[HostFlag]) -> str:
     """Return what the host says of a flag, up to the first full stop or list."""
     help_ = flags[0].help if flags else ""
-    sentence = re.split(r"\.(?=\s|$)|\s-\s|: (?=-)|\s(?=This is used)", help_, maxsplit=1)[0]
+    sentence = re.split(r"\.(?=\s+[A-Z]|$)|\s-\s|: (?=-)|\s(?=This is used)", help_, maxsplit=1)[0]
     return sentence.strip().replace("|", r"\|")
 
 
