@@ -35,8 +35,7 @@ _NOTE = re.compile(r"(?P<full>full)?(?:, )?(?:exit (?P<code>\d+))?|not run: (?P<
 _WATCHED = 'inherits = "tiny"\nattention = "sdpa"\n[telemetry]\n'
 _TRAIN = """\
 sed 's/"tiny_sdpa"/"watched"/' my/job.toml > my/watched_job.toml
-ezpz-moe train my/watched_job.toml --dump_folder outputs --checkpoint.enable --training.steps 2
-"""
+ezpz-moe train my/watched_job.toml --checkpoint.enable --training.steps 2"""
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,10 @@ def _typed(text: str, shell: str) -> str:
 class Reader:
     """Who types the blocks of one page, one after the other, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trained: Path) -> None:
+        """``trained``: a folder, for the run that pages share; it is made for the first of them."""
         self._folder = folder
+        self._trained = trained
         self._programs = folder / ".programs"
         for each in ROOT.iterdir():
             if not each.name.startswith(".") and each.name not in ("outputs", "site"):
@@ -141,9 +142,11 @@ class Reader:
         steps = set(re.findall(r"\boutputs/[\w/]*checkpoint/step-\d+", text))
         outputs = self._folder / "outputs"
         if ("plot outputs" in text or steps) and not outputs.exists():
-            (self._folder / "my" / "watched.toml").write_text(_WATCHED)
-            trained = self._run(_TRAIN)
-            assert trained.returncode == 0, trained.stdout
+            if not self._trained.exists():
+                (self._folder / "my" / "watched.toml").write_text(_WATCHED)
+                trained = self._run(f"{_TRAIN} --dump_folder {self._trained}")
+                assert trained.returncode == 0, trained.stdout
+            shutil.copytree(self._trained, outputs)
         for step in steps:
             if not (place := self._folder / step).exists():
-                shutil.copytree(outputs / "checkpoint" / "step-2", place)
+                shutil.copytree(self._trained / "checkpoint" / "step-2", place)

@@ -19,26 +19,40 @@ GITHUB = MarkdownIt("commonmark").enable("table")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``make docs`` builds."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What ``make docs`` builds, and what is wrong with it."""
     folder = tmp_path_factory.mktemp("site")
     for name in ("docs", "zensical.toml"):
         (folder / name).symlink_to(ROOT / name)
-    zensical = Path(sys.executable).with_name("zensical")
-    built = subprocess.run(
-        [zensical, "build", "--strict", "--clean"],
+    done = subprocess.run(
+        [Path(sys.executable).with_name("zensical"), "build", "--strict", "--clean"],
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    said = re.sub(r"\x1b\[[\d;]*m", "", built.stdout + built.stderr)
-    assert built.returncode == 0, said
-    return folder / "site"
+    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr) if done.returncode else ""
+    return folder / "site", said
+
+
+@pytest.fixture
+def site(built: tuple[Path, str]) -> Path:
+    return built[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that several pages read; whoever is first trains it."""
+    return tmp_path_factory.mktemp("trained") / "outputs"
+
+
+def test_the_site_is_built_without_a_warning(built: tuple[Path, str]) -> None:
+    """A link to a page or an anchor that is not there is one."""
+    assert not built[1], built[1]
 
 
 class _Links(HTMLParser):
-    """Where a page leads, pictures included, and its anchors."""
+    """Where a page leads, pictures included."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -120,13 +134,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("page", [page for page in doc_blocks.PAGES if [*doc_blocks.blocks(page)]])
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_blocks_run_as_they_stand(page: str, full: bool, tmp_path: Path) -> None:
+def test_blocks_run_as_they_stand(page: str, full: bool, tmp_path: Path, trained: Path) -> None:
     """In the page's order and one folder; what takes long is run by ``make test-all``."""
     blocks = [each for each in doc_blocks.blocks(page) if not each.why_not]
     blocks = [each for each in blocks if full or not each.full]
     if full and not any(each.full for each in blocks):
         return  # the short check runs all of them
-    reader = doc_blocks.Reader(tmp_path) if blocks else None
+    reader = doc_blocks.Reader(tmp_path, trained) if blocks else None
     for block in blocks:
         done = reader.types(block.text)
         assert done.returncode == block.code, f"{block}\n{block.text}\n{done.stdout[-4000:]}"
