@@ -32,6 +32,8 @@ _BLOCK = re.compile(
 )
 _NOTE = re.compile(r"(?P<full>full)?(?:, )?(?:exit (?P<code>\d+))?|not run: (?P<why>\w.+)")
 
+_RUN = re.compile(r"\b(outputs(?:/\w+)*?)(?=/checkpoint/step-|/telemetry\.jsonl|\s)")
+_STEP = re.compile(r"\boutputs/(?:\w+/)*checkpoint/step-\d+")
 _WATCHED = 'inherits = "tiny"\nattention = "sdpa"\n[telemetry]\n'
 _TRAIN = """\
 sed 's/"tiny_sdpa"/"watched"/' my/job.toml > my/watched_job.toml
@@ -138,15 +140,19 @@ class Reader:
         program.chmod(0o755)
 
     def _train_what_it_reads(self, text: str) -> None:
-        """Let each checkpoint and run that a block reads be one of the tests' model."""
-        steps = set(re.findall(r"\boutputs/[\w/]*checkpoint/step-\d+", text))
-        outputs = self._folder / "outputs"
-        if ("plot outputs" in text or steps) and not outputs.exists():
-            if not self._trained.exists():
-                (self._folder / "my" / "watched.toml").write_text(_WATCHED)
-                trained = self._run(f"{_TRAIN} --dump_folder {self._trained}")
-                assert trained.returncode == 0, trained.stdout
-            shutil.copytree(self._trained, outputs)
-        for step in steps:
+        """Let each run and checkpoint be one of the tests' model, unless the block trains it."""
+        if re.search(r"\b(ezpz-moe train|torchrun)\b", text):
+            return
+        for folder in dict.fromkeys(_RUN.findall(text)):
+            if not (self._folder / folder).exists():
+                self._train()
+                shutil.copytree(self._trained, self._folder / folder)
+        for step in set(_STEP.findall(text)):
             if not (place := self._folder / step).exists():
                 shutil.copytree(self._trained / "checkpoint" / "step-2", place)
+
+    def _train(self) -> None:
+        if not self._trained.exists():
+            (self._folder / "my" / "watched.toml").write_text(_WATCHED)
+            done = self._run(f"{_TRAIN} --dump_folder {self._trained}")
+            assert done.returncode == 0, done.stdout
