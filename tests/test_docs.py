@@ -134,6 +134,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_a_row_without_a_meaning_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A new key gets a row with an empty cell, and what people wrote beside the others stays."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import tables
+
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    old = tables.markdown([{"key": "`a`", "default": 1, "meaning": "as it says"}])
+    (tmp_path / "page.md").write_text(f"<!-- keys: begin -->\n{old}<!-- keys: end -->\n")
+    rows = [{"key": "`a`", "default": 2}, {"key": "`b`", "default": 3}]
+    made = tables.markdown(tables.with_prose("page.md", "keys", rows, ["meaning"]))
+    assert "| `a` | 2 | as it says |" in made
+    assert tables.without(made, ["meaning"]) == ["`b`"]
+
+
 @pytest.mark.parametrize("page", [page for page in doc_blocks.PAGES if [*doc_blocks.blocks(page)]])
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_blocks_run_as_they_stand(page: str, full: bool, tmp_path: Path, trained: Path) -> None:
