@@ -32,7 +32,8 @@ _BLOCK = re.compile(
 )
 _NOTE = re.compile(r"(?P<full>full)?(?:, )?(?:exit (?P<code>\d+))?|not run: (?P<why>\w.+)")
 
-_RUN = re.compile(r"\b(outputs(?:/\w+)*?)(?=/checkpoint/step-|/telemetry\.jsonl|\s)")
+_RUN = re.compile(r"\b(outputs(?:/\w+)*?)(?:/checkpoint/step-|/telemetry\.jsonl)")
+_PLOTTED = re.compile(r"\bplot (outputs(?:/\w+)*)")
 _STEP = re.compile(r"\boutputs/(?:\w+/)*checkpoint/step-\d+")
 _WATCHED = 'inherits = "tiny"\nattention = "sdpa"\n[telemetry]\n'
 _TRAIN = """\
@@ -143,7 +144,7 @@ class Reader:
         """Let each run and checkpoint be one of the tests' model, unless the block trains it."""
         if re.search(r"\b(ezpz-moe train|torchrun)\b", text):
             return
-        for folder in dict.fromkeys(_RUN.findall(text)):
+        for folder in dict.fromkeys([*_RUN.findall(text), *_PLOTTED.findall(text)]):
             if not (self._folder / folder).exists():
                 self._train()
                 shutil.copytree(self._trained, self._folder / folder)
