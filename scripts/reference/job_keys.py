@@ -88,9 +88,9 @@ def _row(section: str, name: str, key: Key, flags: Flags) -> dict[str, str]:
     of_host = flags.get(path, [])
     return {
         "key": f"`{name}`",
-        "meaning": _IN_OUR_WORDS.get(full) or _first_sentence(of_host),
         "type": allowed(key),
         "default": _default(full, key, of_host, number, flags),
+        "meaning": _IN_OUR_WORDS.get(full) or _first_sentence(of_host),
         "torchtitan 0.3": _flag(full, of_host, number),
         "torchtitan 0.2": _in_0_2(section, name, key),
     }
