@@ -91,8 +91,8 @@ def _row(section: str, name: str, key: Key, flags: Flags) -> dict[str, str]:
         "type": allowed(key),
         "default": _default(full, key, of_host, number, flags),
         "meaning": _IN_OUR_WORDS.get(full) or _first_sentence(of_host),
-        "torchtitan 0.3": _flag(full, of_host, number),
         "torchtitan 0.2": _in_0_2(section, name, key),
+        "torchtitan 0.3": _flag(full, of_host, number),
     }
 
 
