@@ -102,8 +102,9 @@ class Reader:
         self._trained = trained
         self._programs = folder / ".programs"
         for each in ROOT.iterdir():
-            if not each.name.startswith(".") and each.name not in ("outputs", "site"):
+            if not each.name.startswith(".") and each.name not in ("flavors", "outputs", "site"):
                 (folder / each.name).symlink_to(each)
+        shutil.copytree(ROOT / "flavors", folder / "flavors")  # readers write theirs into it
         # What the documents take a reader to have.
         shutil.copytree(DATA / "reader", folder, dirs_exist_ok=True)
         shutil.copytree(DATA / "tiny", folder / "my")
