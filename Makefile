@@ -4,6 +4,8 @@
 # make test-hosts   all host tests with every release, side by side
 # make test-all     everything: also the tests marked "full", with coverage, test-hosts, and torchao
 # make lint         formatting, style, types, and which way imports go
+# make docs         the site of docs/, in site/; a link to nowhere fails it
+# make reference    the tables of the documents, written again from the code
 # make clean        remove caches and build products (the environment and outputs/ stay)
 #
 #   make train JOB=flavors/jobs/debug_cpu.toml ARGS="--training.steps 5"
@@ -20,7 +22,7 @@ HOST ?=
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.ezpz_moe_installed
 
-.PHONY: train test test-smoke test-hosts test-all lint clean
+.PHONY: train test test-smoke test-hosts test-all lint docs reference clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/ezpz-moe train $(JOB) $(ARGS)
@@ -44,6 +46,18 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 
+docs: $(INSTALLED)
+	$(VENV)/bin/zensical build --strict --clean
+	@echo "Open site/index.html, or type $(VENV)/bin/zensical serve, which also searches"
+
+# Not those that try things for minutes: make_resume_table.py, make_neighbour_table.py.
+reference: $(INSTALLED)
+	$(VENV)/bin/python scripts/make_reference.py
+	$(VENV)/bin/python scripts/make_flavor_table.py
+	$(VENV)/bin/python scripts/make_host_tables.py
+	$(VENV)/bin/python scripts/make_moving_tables.py
+	$(VENV)/bin/python scripts/make_routing_tables.py
+
 # Again whenever the dependencies change.
 $(INSTALLED): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -51,5 +65,5 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist .nox .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site .cache .nox .coverage .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,51 @@ def update(document: str, tables: Mapping[str, str], *, check: bool) -> int:
     path = ROOT / document
     written = fresh = path.read_text()
     for name, table in tables.items():
-        place = re.compile(rf"(?<=<!-- {name}: begin -->\n).*(?=<!-- {name}: end -->)", re.DOTALL)
-        if not place.search(fresh):
-            raise ValueError(f"{document}: has no place for the table {name!r}")
-        fresh = place.sub(lambda _, table=table: table, fresh)
+        _standing(fresh, document, name)
+        fresh = _place(name).sub(lambda _, table=table: table, fresh)
     if not check:
         path.write_text(fresh)
     elif fresh != written:
         print(f"{document} is stale. Run: python {sys.argv[0]}", file=sys.stderr)
         return 1
     return 0
+
+
+def with_prose(
+    document: str, name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows with their cells of ``columns``, which people write into the table itself.
+
+    A row is known by its first cell. Those of a row that is new are empty until somebody does.
+    """
+    headings, *lines = _cells(_standing((ROOT / document).read_text(), document, name))
+    written = {cells[0]: cells for cells in lines}
+    for row in rows:
+        cells = dict(zip(headings, written.get(str(next(iter(row.values()))), ()), strict=False))
+        yield {**row, **{column: cells.get(column, "") for column in columns}}
+
+
+def without(table: str, columns: Iterable[str]) -> list[str]:
+    """Return the first cells of the rows of a table that have nothing in one of ``columns``."""
+    headings, *rows = _cells(table) or [[]]
+    places = [headings.index(column) for column in columns if column in headings]
+    return [cells[0] for cells in rows if not all(cells[place] for place in places)]
+
+
+def _place(name: str) -> re.Pattern[str]:
+    between = rf"(?<=<!-- {re.escape(name)}: begin -->\n).*(?=<!-- {re.escape(name)}: end -->)"
+    return re.compile(between, re.DOTALL)
+
+
+def _standing(text: str, document: str, name: str) -> str:
+    """Return what stands in the place of a table."""
+    found = _place(name).search(text)
+    if not found:
+        raise ValueError(f"{document}: has no place for the table {name!r}")
+    return found.group()
+
+
+def _cells(table: str) -> list[list[str]]:
+    """Return the cells of a table in Markdown, its headings first."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]

@@ -1,0 +1,2 @@
+#!/bin/bash
+torchrun -m torchtitan.train --training.steps 5 --optimizer.beta1 0.9
