@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tables
-from ezpz_moe.hosts.command_line import HostFlag
-from ezpz_moe.hosts.host_flags import known_flags
 
 from ezpz_moe.config.job import allowed, shown
 from ezpz_moe.config.keys import Key, Keys
+from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.host_flags import known_flags
 from ezpz_moe.hosts.titan.job_keys import KEYS
 from ezpz_moe.hosts.titan.job_keys_2026_08 import KEYS as KEYS_2026_08
 from ezpz_moe.hosts.titan.models import host_spec
@@ -32,6 +32,8 @@ _COMM_BACKEND = "parallelism.expert_parallel_comm_backend"
 
 # What the host's own help does not say, or says of a flag that takes more than the key.
 _IN_OUR_WORDS = {
+    "activation_checkpoint.experts": "What becomes of the experts' products under `selective`; "
+    "not set: kept if they [fit](../guides/backends.md)",
     "activation_checkpoint.mode": "What is computed again in backward rather than kept",
     "compile.backend": "The backend of torch.compile",
     "job.description": "For people; nothing reads it",
@@ -90,7 +92,7 @@ def _row(section: str, name: str, key: Key, flags: Flags) -> dict[str, str]:
         "key": f"`{name}`",
         "type": allowed(key),
         "default": _default(full, key, of_host, number, flags),
-        "meaning": _IN_OUR_WORDS.get(full) or _first_sentence(of_host),
+        "meaning": _meaning(full, of_host),
         "torchtitan 0.2": _in_0_2(section, name, key),
         "torchtitan 0.3": _flag(full, of_host, number),
     }
@@ -101,6 +103,12 @@ def _path(key: Key, flags: Flags) -> tuple[str, int | None]:
     path = key.path or key.flag or ""
     parent, _, last = path.rpartition(".")
     return (parent, int(last)) if last.isdigit() and parent in flags else (path, None)
+
+
+def _meaning(name: str, of_host: list[HostFlag]) -> str:
+    if name.startswith("telemetry."):
+        return "Takes the place of [the flavor's key](metrics.md)"
+    return _IN_OUR_WORDS.get(name) or _first_sentence(of_host)
 
 
 def _first_sentence(flags: list[HostFlag]) -> str:
