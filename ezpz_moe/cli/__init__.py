@@ -25,6 +25,7 @@ from ezpz_moe import __version__
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import GROUPS, OF_ALL, Command
 from ezpz_moe.cli.mistakes import (
+    refuse_flags_of_trainer,
     refuse_unknown_command,
     refuse_unknown_options,
     refuse_words,
@@ -80,7 +81,7 @@ def _run(parsed: Any) -> int:
         quiet=parsed.quiet, verbose=parsed.verbose, for_programs=parsed.command.prints_json
     )
     try:
-        parsed.command.refuse_wrong_flags()
+        refuse_flags_of_trainer(parsed.command)
         return parsed.command.run()
     finally:
         display.set_mode()  # main() may be called again, by tests and notebooks

@@ -38,19 +38,6 @@ class Command(ABC):
             EzpzError: the user made a mistake.
         """
 
-    def refuse_wrong_flags(self) -> None:
-        """Refuse flags that the trainer would refuse, before anything heavy is imported.
-
-        Raises:
-            EzpzError: the trainer does not take them, or not with these values.
-        """
-        words = getattr(self, "host_flags", ())
-        if words:
-            from ezpz_moe.cli.mistakes import options
-            from ezpz_moe.tools.trainer_flags import refuse_wrong_flags
-
-            refuse_wrong_flags(words, [*options(type(self)), *(f"--{each}" for each in OF_ALL)])
-
     @property
     def prints_json(self) -> bool:
         """Whether stdout may hold nothing but the JSON that the command prints."""

@@ -72,6 +72,18 @@ def refuse_words(left: Sequence[str], name: str, command: type) -> None:
         )
 
 
+def refuse_flags_of_trainer(command: Any) -> None:
+    """Refuse flags that the trainer would refuse, before anything heavy is imported.
+
+    Raises:
+        EzpzError: the trainer does not take them, or not with these values.
+    """
+    if words := getattr(command, "host_flags", ()):
+        from ezpz_moe.tools.trainer_flags import refuse_wrong_flags
+
+        refuse_wrong_flags(words, [*options(type(command)), *_OF_ALL])
+
+
 def options(command: type) -> list[str]:
     """Return the options of a command, and of the actions in it, such as ``ckpt inspect``."""
     hints = get_type_hints(command, include_extras=True)
