@@ -128,6 +128,29 @@ def test_pictures_show_what_was_measured() -> None:
     assert lines["a"] == [2, 2, 8], "MiB"
 
 
+def test_axes_are_linear_and_begin_at_zero() -> None:
+    """Beside ratios there is a line at 1."""
+    bars, *others = _picture(skewed()).axes
+    for axes in (bars, *others):
+        assert axes.get_yscale() == "linear"
+        assert axes.get_ylim()[0] == 0
+    assert [list(line.get_ydata()) for line in bars.lines] == [[1, 1]]
+
+
+def test_what_would_flatten_all_else_is_cut_off_and_written() -> None:
+    fast, slow = figures(2, peak=2**20), figures(1000, peak=None)
+    them = {"a": fast, "b": fast, "dense": fast}
+    far = [
+        measured(them, counts=[4, 4]),
+        measured(them | {"a": slow, "b": figures(1200)}, routing="one_hot", counts=[8, 0]),
+    ]
+    _, time, memory = _picture(far).axes
+    assert time.get_ylim() == (0, 6)
+    assert [text.get_text() for text in time.texts] == ["1,000 ↑", "1,200 ↑"]
+    assert len({text.xyann for text in time.texts}) == 2  # one below the other
+    assert not memory.texts
+
+
 def test_pictures_without_a_limit_are_in_milliseconds() -> None:
     (bars,) = _picture([measured({"a": figures(7)})]).axes
     assert bars.patches[0].get_height() == 7
