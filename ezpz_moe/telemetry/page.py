@@ -77,8 +77,8 @@ th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid var
 th { font-weight: 600; vertical-align: bottom; min-width: 2.8rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0;
                                  position: sticky; left: 0; background: var(--paper); }
-.alerts { border-left: 4px solid var(--alert); padding-left: 2rem; }
-.alerts li { margin: 0.4rem 0; }
+.alerts { border-left: 4px solid var(--alert); padding-left: 2rem; columns: 34rem; }
+.alerts li { margin-bottom: 0.4rem; break-inside: avoid; }
 """
 
 
@@ -109,16 +109,15 @@ def page(
 ) -> str:
     """Return the page of a run, from the records in the file ``source``."""
     last = records[-1]
+    figures = (
+        f"<p>{escape(headline(last))}.</p>\n{_table(over_layers_rows(last), 'Over the layers')}"
+    )
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [
         f"<header>\n<h1>{title}</h1>\n{_facts(source, records)}\n</header>\n<main>",
         # Alerts come first: they are what the reader opens the page for.
         _section("Alerts" if alerts else "No alerts", _alerts(alerts, last)),
-        _section(
-            "Over the layers",
-            f"<p>{escape(headline(last))}.</p>\n{_table(over_layers_rows(last), 'Over the layers')}",
-            wide="26rem",
-        ),
+        _section("Over the layers", figures, wide="26rem"),
         *map(_figure, pictures),
         _section(f"Layer by layer, {steps(last)}", _table(layer_rows(last), "Layer by layer")),
         "</main>",
