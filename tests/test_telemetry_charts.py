@@ -138,6 +138,16 @@ def test_a_layer_counts_where_it_has_load() -> None:
     np.testing.assert_array_equal(charts.mean_over_layers(cv_LS), [0.5, 0.75, nan])
 
 
+def test_a_dashed_line_is_where_the_balance_changed() -> None:
+    settings = [{}, {}, {"balance.aux_loss": 0.01}, {"balance.aux_loss": 0.01}]
+    records = [replace(each, settings=s) for each, s in zip(run(steps=40), settings, strict=True)]
+    for figure in (charts.load_over_steps(records), charts.cv_over_steps(records)):
+        for axes in figure.axes[:1]:
+            marks = [line for line in axes.lines if line.is_dashed()]
+            assert [list(line.get_xdata()) for line in marks] == [[20, 20]]
+    assert not charts.load_over_steps(records[2:]).axes[0].lines
+
+
 def test_one_record_is_not_drawn_against_itself() -> None:
     """The second part has a bar with the colours of the steps."""
     last_step = (68, 1, 84)  # where viridis ends

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 DPI = 100
 """Pixels per inch of a PNG."""
 
-_CELLS_DPI = 200  # of the cells of a heat map in an SVG, which are pixels there too
+_CELLS_DPI = 140  # of the cells of a heat map in an SVG, which are pixels there too
 
 
 def part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
@@ -44,10 +44,16 @@ class Look:
 
     def applied(self) -> AbstractContextManager[None]:
         """In this context figures are made and saved in the ink of this look."""
-        of_ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
         return matplotlib.rc_context(
-            # A fixed salt: the names inside an SVG, and so its bytes, are the same every time.
-            {**dict.fromkeys(of_ink, self.ink), "svg.hashsalt": "ezpz_moe"}
+            {
+                "text.color": self.ink,
+                "axes.labelcolor": self.ink,
+                "axes.edgecolor": self.ink,
+                "xtick.color": self.ink,
+                "ytick.color": self.ink,
+                # The names inside an SVG, and so its bytes, are the same every time.
+                "svg.hashsalt": "ezpz_moe",
+            }
         )
 
 
