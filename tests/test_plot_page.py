@@ -39,8 +39,6 @@ PICTURES = {
 }
 SECTIONS = {"Alerts", "Over the layers", *PICTURES, "Layer by layer, steps 201 to 220"}
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=ABSENT)
-
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory) -> Path:
@@ -58,6 +56,8 @@ def page_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip(ABSENT)  # here, so that all of them are one line of the summary
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -90,21 +90,19 @@ class Shown:
     params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")],
     ids=lambda it: f"{it[0]}-{it[1]}",
 )
-def shown(request, browser, page_file) -> Iterator[Shown]:
+def shown(browser, page_file, request) -> Iterator[Shown]:
     made = Shown(browser, page_file, *request.param)
     made.width, made.scheme = request.param
     yield made
     made.page.close()
 
 
-@needs_chromium
 def test_nothing_is_loaded_and_nothing_complains(shown: Shown, page_file: Path) -> None:
     embedded = [url for url in shown.requested if url.startswith("data:")]
     assert [url for url in shown.requested if url not in embedded] == [page_file.as_uri()]
     assert shown.said == []
 
 
-@needs_chromium
 def test_every_section_has_its_heading_and_its_picture(shown: Shown) -> None:
     assert len(shown.of_all("h1", "e.innerText")) == 1
     pictures = "[...e.querySelectorAll('img')]"
@@ -121,7 +119,6 @@ def test_every_section_has_its_heading_and_its_picture(shown: Shown) -> None:
     assert is_dark == [shown.scheme == "dark"] * len(PICTURES)
 
 
-@needs_chromium
 def test_the_head_says_what_ran_and_when(shown: Shown) -> None:
     facts = dict(shown.of_all("header div", "e.innerText.split('\\n')"))
     assert facts["Model"] == "debugmodel_sdpa_for_loop"
@@ -131,7 +128,6 @@ def test_the_head_says_what_ran_and_when(shown: Shown) -> None:
     assert max(shown.of_all("dt", "e.getBoundingClientRect().top")) < 600
 
 
-@needs_chromium
 def test_it_fills_the_screen_and_only_pictures_and_tables_scroll(shown: Shown) -> None:
     assert shown.page.evaluate("document.documentElement.scrollWidth") == shown.width
     edges = shown.of_all("main, header", "[e.getBoundingClientRect().x, e.clientWidth]")
@@ -150,7 +146,6 @@ def test_it_fills_the_screen_and_only_pictures_and_tables_scroll(shown: Shown) -
         assert all(shown.of_all(".wide", "e.scrollWidth <= e.clientWidth"))
 
 
-@needs_chromium
 def test_words_are_large_enough_and_stand_out(shown: Shown) -> None:
     """10 pixels at least in pictures, where words have 10 points; 13 and 4.5 to 1 elsewhere."""
     scales = shown.of_all(".wide img", "e.clientWidth / e.naturalWidth")
