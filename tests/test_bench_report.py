@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,13 @@ def test_one_file_for_each_dtype_and_allocator(tmp_path: Path) -> None:
     files = draw([one, other], tmp_path / "two.png")
     assert [file.name for file in files] == ["two-bfloat16-default.png", "two-float32-retain.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_file_of_figures_is_drawn_again(tmp_path: Path, capsys) -> None:
+    """As `scripts/draw_benchmarks.py` does with those of docs/internals/benchmarks."""
+    script = Path(__file__).parent.parent / "scripts" / "draw_benchmarks.py"
+    file = tmp_path / "figures.json"
+    file.write_text(document([measured({"a": figures(3), "dense": figures(1)})], {}, "ezpz-moe"))
+    runpy.run_path(str(script))["main"]([file])
+    assert capsys.readouterr().out == f"{tmp_path / 'figures.png'} drawn\n"
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
