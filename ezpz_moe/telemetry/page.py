@@ -77,7 +77,8 @@ th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid var
 th { font-weight: 600; vertical-align: bottom; min-width: 2.8rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0;
                                  position: sticky; left: 0; background: var(--paper); }
-.alerts { border-left: 4px solid var(--alert); padding-left: 2rem; columns: 34rem; }
+.alerts { border-left: 4px solid var(--alert); padding-left: 2rem;
+          columns: 30rem; column-gap: 3.5rem; }
 .alerts li { margin-bottom: 0.4rem; break-inside: avoid; }
 """
 
