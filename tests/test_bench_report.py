@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,29 @@ def test_pictures_show_what_was_measured() -> None:
     assert lines["a"] == [2, 2, 8], "MiB"
 
 
+def test_axes_are_linear_and_begin_at_zero() -> None:
+    """Beside ratios there is a line at 1."""
+    bars, *others = _picture(skewed()).axes
+    for axes in (bars, *others):
+        assert axes.get_yscale() == "linear"
+        assert axes.get_ylim()[0] == 0
+    assert [list(line.get_ydata()) for line in bars.lines] == [[1, 1]]
+
+
+def test_what_would_flatten_all_else_is_cut_off_and_written() -> None:
+    fast, slow = figures(2, peak=2**20), figures(1000, peak=None)
+    them = {"a": fast, "b": fast, "dense": fast}
+    far = [
+        measured(them, counts=[4, 4]),
+        measured(them | {"a": slow, "b": figures(1200)}, routing="one_hot", counts=[8, 0]),
+    ]
+    _, time, memory = _picture(far).axes
+    assert time.get_ylim() == (0, 6)
+    assert [text.get_text() for text in time.texts] == ["1,000 ↑", "1,200 ↑"]
+    assert len({text.xyann for text in time.texts}) == 2  # one below the other
+    assert not memory.texts
+
+
 def test_pictures_without_a_limit_are_in_milliseconds() -> None:
     (bars,) = _picture([measured({"a": figures(7)})]).axes
     assert bars.patches[0].get_height() == 7
@@ -140,3 +164,13 @@ def test_one_file_for_each_dtype_and_allocator(tmp_path: Path) -> None:
     files = draw([one, other], tmp_path / "two.png")
     assert [file.name for file in files] == ["two-bfloat16-default.png", "two-float32-retain.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_file_of_figures_is_drawn_again(tmp_path: Path, capsys) -> None:
+    """As `scripts/draw_benchmarks.py` does with those of docs/internals/benchmarks."""
+    script = Path(__file__).parent.parent / "scripts" / "draw_benchmarks.py"
+    file = tmp_path / "figures.json"
+    file.write_text(document([measured({"a": figures(3), "dense": figures(1)})], {}, "ezpz-moe"))
+    runpy.run_path(str(script))["main"]([file])
+    assert capsys.readouterr().out == f"{tmp_path / 'figures.png'} drawn\n"
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")

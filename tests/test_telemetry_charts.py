@@ -10,19 +10,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe.telemetry import charts
+from ezpz_moe.telemetry.look import DARK, LIGHT, Look, png, svg
+from ezpz_moe.telemetry.page import _STYLE
 
 # Twenty experts: cells without figures in them, so that a cell is of one colour.
 EVEN = [100] * 20
 CELL = 1000  # pixels that a cell has at least
 
 
-def colours(png: bytes) -> Counter[tuple[int, int, int]]:
+def colours(image: bytes) -> Counter[tuple[int, int, int]]:
     """How many pixels each colour has."""
-    pixels = (imread(io.BytesIO(png))[:, :, :3] * 255).round().astype(int)
+    pixels = (imread(io.BytesIO(image))[:, :, :3] * 255).round().astype(int)
     return Counter(map(tuple, pixels.reshape(-1, 3).tolist()))
 
 
@@ -33,17 +37,17 @@ def colour_of(load: float) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def area(png: bytes, colour: tuple[int, int, int]) -> int:
+def area(image: bytes, colour: tuple[int, int, int]) -> int:
     """Pixels of this colour, but for the steps of two colour maps of 256 colours."""
     return sum(
         number
-        for other, number in colours(png).items()
+        for other, number in colours(image).items()
         if max(abs(a - b) for a, b in zip(colour, other, strict=True)) <= 5
     )
 
 
 def drawn(*counts: list[int]) -> bytes:
-    return charts.load_heat_map(record(*(layer(c, n) for n, c in enumerate(counts, start=1))))
+    return png(charts.load_heat_map(record(*(layer(c, n) for n, c in enumerate(counts, start=1)))))
 
 
 @pytest.mark.parametrize("load", [0.5, 2.0, 3.0])
@@ -52,8 +56,8 @@ def test_a_load_has_one_colour_in_every_picture(load: float) -> None:
     count = 1900 * load / (20 - load)  # beside 19 others with 100 each: count = load * mean
     one = drawn([round(1000 * count), *[100_000] * 19])
     two = drawn([round(10 * count), *[1000] * 19], [1] + [0] * 19)
-    for png in (one, two):
-        assert area(png, colour_of(load)) > CELL
+    for image in (one, two):
+        assert area(image, colour_of(load)) > CELL
 
 
 def test_the_loggers_picture_has_the_colours_and_no_more() -> None:
@@ -99,7 +103,7 @@ def test_dead_experts_are_black_cells() -> None:
 def test_one_dead_expert_of_256_is_seen_over_the_steps() -> None:
     alive, dead = [10] * 256, [10] * 128 + [0] + [10] * 127
     before, after = (
-        charts.load_over_steps([at(record(layer(counts)), step) for step in (10, 20, 30)])
+        png(charts.load_over_steps([at(record(layer(counts)), step) for step in (10, 20, 30)]))
         for counts in (alive, dead)
     )
     # A line across the panel; the words of the legend are some hundred pixels.
@@ -134,15 +138,65 @@ def test_a_layer_counts_where_it_has_load() -> None:
     np.testing.assert_array_equal(charts.mean_over_layers(cv_LS), [0.5, 0.75, nan])
 
 
+def test_a_dashed_line_is_where_the_balance_changed() -> None:
+    settings = [{}, {}, {"balance.aux_loss": 0.01}, {"balance.aux_loss": 0.01}]
+    records = [replace(each, settings=s) for each, s in zip(run(steps=40), settings, strict=True)]
+    for figure in (charts.load_over_steps(records), charts.cv_over_steps(records)):
+        for axes in figure.axes[:1]:
+            marks = [line for line in axes.lines if line.is_dashed()]
+            assert [list(line.get_xdata()) for line in marks] == [[20, 20]]
+    assert not charts.load_over_steps(records[2:]).axes[0].lines
+
+
 def test_one_record_is_not_drawn_against_itself() -> None:
     """The second part has a bar with the colours of the steps."""
     last_step = (68, 1, 84)  # where viridis ends
-    one, two = (charts.loss_and_balance(run(steps=steps)) for steps in (10, 20))
+    one, two = (png(charts.loss_and_balance(run(steps=steps))) for steps in (10, 20))
     assert area(one, last_step) == 0
     assert area(two, last_step) > 10
 
 
-def every_picture(records) -> list[bytes | None]:
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize(("look", "paper"), [(LIGHT, "#fff"), (DARK, "#15171b")])
+def test_colours_stand_out_from_the_page(look: Look, paper: str) -> None:
+    """WCAG 2 asks for 4.5 to 1 of words, and for 3 to 1 of lines. Axes are in their line's colour.
+
+    The lightest of an order is a neighbour of others, and is let be a little fainter.
+    """
+    assert f"--paper: {paper};" in _STYLE
+
+    def contrast(colour: str) -> float:
+        low, high = sorted((luminance(colour), luminance(paper)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast(look.ink) > 4.5
+    assert min(contrast(look.loss), contrast(look.cv)) > 3
+    assert min(contrast(to_hex(look.order(place))) for place in (0.0, 0.5, 1.0)) > 1.5
+
+
+def test_the_same_records_make_the_same_svg_in_the_colours_of_the_page() -> None:
+    records = run(layers=2, steps=40)
+
+    def drawn_in(look: Look) -> bytes:
+        with look.applied():
+            return svg(charts.cv_over_steps(records, look))
+
+    light, dark, again = map(drawn_in, (LIGHT, DARK, DARK))
+    assert dark == again
+    assert DARK.ink.encode() in dark
+    assert DARK.ink.encode() not in light
+    for picture in (light, dark):
+        assert b"<text" not in picture  # words are shapes: they need no font
+        assert b"#ffffff" not in picture  # no paper of its own
+
+
+def every_picture(records) -> list[Figure | None]:
     return [
         charts.load_heat_map(records[-1]),
         charts.load_over_steps(records),
@@ -177,9 +231,9 @@ odd_runs = {
 @pytest.mark.parametrize("name", odd_runs)
 @pytest.mark.filterwarnings("error")
 def test_every_run_can_be_drawn(name: str) -> None:
-    for png in every_picture(odd_runs[name]):
-        assert png is not None
-        assert imread(io.BytesIO(png)).std() > 0
+    for figure in every_picture(odd_runs[name]):
+        assert figure is not None
+        assert imread(io.BytesIO(png(figure))).std() > 0
 
 
 def test_what_the_records_lack_is_not_drawn() -> None:
@@ -191,6 +245,6 @@ def test_what_the_records_lack_is_not_drawn() -> None:
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (6, 8), (60, 256), (61, 5000)])
 def test_pictures_fit_a_screen(layers: int, experts: int) -> None:
     (one,) = run(layers, experts, steps=10)
-    height, width, _ = imread(io.BytesIO(charts.load_heat_map(one))).shape
+    height, width, _ = imread(io.BytesIO(png(charts.load_heat_map(one)))).shape
     assert 200 < width <= 3200
     assert 100 < height <= 1500

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from telemetry_cases import at, layer, record, run
@@ -16,9 +19,11 @@ from ezpz_moe import cli
 from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry import page
 from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.telemetry.look import DARK
 from ezpz_moe.telemetry.plot import plot
 
 PICTURES = ["load_last", "load_over_steps", "cv_over_steps", "loss_and_balance", "balance_losses"]
+XLINK = "{http://www.w3.org/1999/xlink}"
 FILES = [*(f"{name}.png" for name in PICTURES), "telemetry.html"]
 
 
@@ -55,7 +60,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes) -> None:
         self.tags.add(tag)
         self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -97,10 +102,18 @@ def test_the_page_needs_nothing_else(run_dir: Path) -> None:
     plotted = plot(run_dir)
     shown = Page(plotted.paths[-1].read_text())
     assert not shown.tags & {"script", "link", "iframe", "object"}
-    start = "data:image/png;base64,"
+    start = "data:image/svg+xml;base64,"
     assert all(link.startswith(start) for link in shown.links)
-    pictures = [base64.b64decode(link.removeprefix(start), validate=True) for link in shown.links]
-    assert pictures == [path.read_bytes() for path in plotted.paths[:-1]]
+    svgs = [base64.b64decode(link.removeprefix(start), validate=True) for link in shown.links]
+    dark, light = svgs[::2], svgs[1::2]
+    assert len(dark) == len(light) == len(PICTURES)
+    assert all(DARK.ink.encode() in picture for picture in dark)
+    assert not any(DARK.ink.encode() in picture for picture in light)
+    for picture in svgs:
+        elements = list(ElementTree.fromstring(picture).iter())
+        targets = [e.get(f"{XLINK}href") for e in elements if e.get(f"{XLINK}href")]
+        assert all(target.startswith(("#", "data:image/png")) for target in targets)
+        assert not any(element.tag.endswith(("}script", "}text")) for element in elements)
     assert "url(" not in plotted.paths[-1].read_text()
     assert "@import" not in plotted.paths[-1].read_text()
 
@@ -117,6 +130,49 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
     assert float(figures[1]["max / mean"]) == pytest.approx(
         max(plotted.last.layers[1].counts_E) / sum(plotted.last.layers[1].counts_E) * 4, rel=5e-3
     )
+
+
+def facts(text: str) -> dict[str, str]:
+    """What the head of a page says of the run."""
+    return dict(re.findall(r"<dt>(.*)</dt><dd>(.*)</dd>", text))
+
+
+def test_the_head_says_what_ran_and_when(tmp_path: Path) -> None:
+    """Resumed after midnight, with another job and a balance loss."""
+    begin = datetime(2026, 11, 30, 23, 50, tzinfo=UTC)
+    first, *later = [
+        replace(each, time=begin + timedelta(seconds=each.step), model="mine", job="a.toml")
+        for each in run(layers=1, steps=1200, every=300)
+    ]
+    aux = {"balance.aux_loss": 0.01, "router.routing": "topk"}
+    later = [replace(each, job="b.toml", settings=aux) for each in later]
+    folder = written(tmp_path / "run", [first, *later])
+    assert facts(plot(folder).paths[-1].read_text()) == {
+        "Model": "mine",
+        "Job": "a.toml; from step 301 on b.toml",
+        "Trained": "2026-11-30 23:55 to 2026-12-01 00:10 UTC",
+        "Steps": "1 to 1200, in 4 records",
+        "Routing and balance": "the defaults; from step 301 on balance.aux_loss = 0.01, "
+        "router.routing = &quot;topk&quot;",
+        "Records": str(folder / "telemetry.jsonl"),
+    }
+
+
+def test_a_run_of_one_day_names_it_once(tiny: Path) -> None:
+    zone = timezone(timedelta(hours=2))
+    times = [datetime(2026, 12, 1, hour, 30, tzinfo=zone) for hour in (9, 17)]
+    for step, time in zip((20, 30), times, strict=True):
+        append(tiny / "telemetry.jsonl", replace(at(record(layer([3, 1])), step), time=time))
+    head = facts(plot(tiny).paths[-1].read_text())
+    assert head["Trained"] == "2026-12-01 07:30 to 15:30 UTC"
+
+
+def test_records_of_before_there_was_a_head_have_none_of_it(tiny: Path) -> None:
+    assert facts(plot(tiny).paths[-1].read_text()).keys() == {
+        "Steps",
+        "Routing and balance",
+        "Records",
+    }
 
 
 def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None:

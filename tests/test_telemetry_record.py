@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from datetime import UTC
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,9 @@ records = st.builds(
     grad_norm=maybe,
     backend=st.text(),
     layers=st.lists(layers, min_size=1, max_size=3).map(tuple),
+    time=st.none() | st.datetimes(timezones=st.just(UTC)),
+    model=st.text(),
+    job=st.text(),
 )
 
 

@@ -92,6 +92,20 @@ def records(run):
     return [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
 
 
+def figures_of(record):
+    """What the run computed, without its name and its date."""
+    return {key: value for key, value in record.items() if key not in ("time", "model", "job")}
+
+
+def test_a_record_says_what_ran_and_when(run):
+    file = run / "telemetry.jsonl"
+    dates = [each.time for each in read(file)]
+    assert dates == sorted(dates)
+    assert dates[-1].timestamp() == pytest.approx(file.stat().st_mtime, abs=3600)
+    for each in read(file):
+        assert (each.model, each.job) == ("watched_sdpa", str(run.parent / "job.toml"))
+
+
 def test_the_file_has_a_line_for_the_first_step_and_every_second(run):
     assert [(each["step"], each["steps"]) for each in records(run)] == [(1, 1), (2, 1), (4, 2)]
     for each in records(run):
@@ -177,7 +191,9 @@ def test_validation_is_logged_with_the_hosts_and_changes_nothing_else(trained, f
     """Not a bit of the weights, nor of a record, which has the norm of the bias."""
     (of_run,), (of_plain,) = trained["run"], trained["plain"]
     assert_same_bits(of_run, of_plain)
-    assert records(folder / "run") == records(folder / "plain")
+    assert [figures_of(each) for each in records(folder / "run")] == [
+        figures_of(each) for each in records(folder / "plain")
+    ]
     events = events_of(folder / "run")
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("moe_val/")}
     assert {"moe_val/cv", "moe_val/aux_loss", "moe_val/layer_2/expert_7/frequency"} <= tags

@@ -1,4 +1,4 @@
-"""Pictures of expert load, as PNG bytes. Import this only to draw: matplotlib is slow to import.
+"""Pictures of expert load, as figures. Import this only to draw: matplotlib is slow to import.
 
 Legend: S = records, in the order of their steps; E = routed experts; L = MoE layers. All pictures
 of load share one colour scale, which makes steps, layers and runs comparable: white is even load,
@@ -8,39 +8,31 @@ be told apart with every common form of colour blindness.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ezpz_moe.telemetry.figures import coefficient_of_variation, relative_load
 from ezpz_moe.telemetry.heat_map import Array, Palette, draw_cells, filled
+from ezpz_moe.telemetry.look import DPI, LIGHT, Look, part_of
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
 
-DPI = 100
 _WIDTH = 10.0  # inches, for a picture that sets no size
 _LARGEST = 30.0  # inches, for all cells of a heat map together
 _COLUMNS = 400  # of a heat map over steps: no screen shows more
 
-
-def _part_of(name: str, first: float, last: float) -> LinearSegmentedColormap:
-    return LinearSegmentedColormap.from_list(name, colormaps[name](np.linspace(first, last, 256)))
-
-
 # RdBu without its darkest ends, which look like the black of a dead expert.
-_LOAD = Palette(_part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
-_ORDER = _part_of("viridis_r", 0.1, 1.0)  # for layers and steps; without yellow, faint on white
-_LOSS_COLOUR, _CV_COLOUR = "#0072B2", "#D55E00"  # blue and vermilion, of Okabe and Ito's palette
+_LOAD = Palette(part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
 _PIXELS_WIDE = 1024  # of the loggers' picture, as long as its cells stay visible
 _VALUES_FIT = 16  # experts in a row that leave room for a figure in each cell
 _NAMES_FIT = 12  # layers in a legend
@@ -48,8 +40,8 @@ _DRAWN = 1e100  # larger values are left out: axes cannot be divided beyond the 
 _ROUND: dict[str, Any] = {"integer": True, "min_n_ticks": 1, "steps": [1, 2, 5, 10]}
 
 
-def load_heat_map(record: StepRecord) -> bytes:
-    """Draw the load of each layer (row) and expert (column) in one record, as PNG.
+def load_heat_map(record: StepRecord) -> Figure:
+    """Draw the load of each layer (row) and expert (column) in one record.
 
     For small models each cell shows its figure. Layers may have different numbers of experts.
     """
@@ -67,7 +59,7 @@ def load_heat_map(record: StepRecord) -> bytes:
         _write_values(axes, load_LE)
     axes.set(xlabel="expert", ylabel="layer", title=f"expert load, {steps(record)}")
     _add_load_bar(figure, axes, [record], location="bottom", pad=0.1 / size[1])
-    return _png(figure)
+    return figure
 
 
 def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
@@ -91,10 +83,11 @@ def caption(record: StepRecord) -> str:
     )
 
 
-def load_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """Draw a panel per layer, the load of its experts (rows) over the steps (columns), as PNG.
+def load_over_steps(records: Sequence[StepRecord]) -> Figure:
+    """Draw a panel per layer, the load of its experts (rows) over the steps (columns).
 
-    With more records than fit on a screen, a column is the sum of several.
+    With more records than fit on a screen, a column is the sum of several. A dashed line is where
+    [router] or [balance] changed.
     """
     layers = _layers(records)
     experts = max(len(layer.counts_E) for record in records for layer in record.layers)
@@ -114,26 +107,27 @@ def load_over_steps(records: Sequence[StepRecord]) -> bytes:
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
         panel.set_title(f"layer {layer}", fontsize="medium", loc="left")
+        _mark_changes(panel, records, "black")  # as on every cell, whatever the page
     for lowest in panels[-columns:]:
         lowest.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="medium")
     figure.supylabel("expert", fontsize="medium")
     _add_load_bar(figure, list(panels), records, location="top", pad=0.3 / size[1])
-    return _png(figure)
+    return figure
 
 
-def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
-    """Draw the CV of every layer's load, and their mean, over the steps, as PNG."""
+def cv_over_steps(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure:
+    """Draw the CV of every layer's load, and their mean, over the steps."""
     steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = ScalarMappable(Normalize(layers[0], layers[-1]), _ORDER)
+    colours = ScalarMappable(Normalize(layers[0], layers[-1]), look.order)
     # Colour by depth, from light to dark: dozens of layers have no distinct colours, but neighbours
     # look alike.
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
         _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
-    _line(axes, steps_S, mean_over_layers(cv_LS), color="black", linewidth=2.5, label="mean")
+    _line(axes, steps_S, mean_over_layers(cv_LS), color=look.ink, linewidth=2.5, label="mean")
     if len(layers) <= _NAMES_FIT:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
@@ -141,12 +135,13 @@ def cv_over_steps(records: Sequence[StepRecord]) -> bytes:
         figure.colorbar(colours, ax=axes, label="layer")
         _name_highest(axes, steps_S, layers, cv_LS)
     _over_steps(axes, "CV of load: std / mean")
+    _mark_changes(axes, records, look.ink)
     axes.set_ylim(bottom=0)
-    return _png(figure)
+    return figure
 
 
-def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
-    """Draw loss and mean CV over the steps on two axes, and loss against CV, as PNG.
+def loss_and_balance(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure | None:
+    """Draw loss and mean CV over the steps on two axes, and loss against CV.
 
     None if no record has a finite loss. A single record has no second part.
     """
@@ -160,25 +155,25 @@ def loss_and_balance(records: Sequence[StepRecord]) -> bytes | None:
     # Squeezing would return bare axes for a single panel.
     left, *right = figure.subplots(1, 1 + has_course, squeeze=False).flatten()
     twin = left.twinx()
-    _line(left, steps_S, loss_S, color=_LOSS_COLOUR)
-    _line(twin, steps_S, cv_S, color=_CV_COLOUR, linestyle="--")
+    _line(left, steps_S, loss_S, color=look.loss)
+    _line(twin, steps_S, cv_S, color=look.cv, linestyle="--")
     _over_steps(left, "training loss (solid)")
     twin.set_ylabel("mean CV of load (dashed)")
     twin.set_ylim(bottom=0)
     twin.spines["top"].set_visible(False)
-    for axes, colour in ((left, _LOSS_COLOUR), (twin, _CV_COLOUR)):
+    for axes, colour in ((left, look.loss), (twin, look.cv)):
         axes.yaxis.label.set_color(colour)
         axes.tick_params(axis="y", colors=colour)
     for axes in right:
-        points = axes.scatter(cv_S, loss_S, c=steps_S, cmap=_ORDER, s=18)
+        points = axes.scatter(cv_S, loss_S, c=steps_S, cmap=look.order, s=18)
         axes.set(xlabel="mean CV of load", ylabel="training loss")
         axes.spines[["top", "right"]].set_visible(False)
         figure.colorbar(points, ax=axes, label="step", ticks=MaxNLocator(6, **_ROUND))
-    return _png(figure)
+    return figure
 
 
-def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
-    """Draw each balance loss over the steps, unscaled and averaged over the layers, as PNG.
+def balance_losses(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure | None:
+    """Draw each balance loss over the steps, unscaled and averaged over the layers.
 
     None if no record has any.
     """
@@ -189,9 +184,9 @@ def balance_losses(records: Sequence[StepRecord]) -> bytes | None:
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=True):
         loss_S = _drawable([_mean_loss(record, name) for record in records])
-        _line(panel, _steps(records), loss_S, color=_LOSS_COLOUR)
+        _line(panel, _steps(records), loss_S, color=look.loss)
         _over_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
-    return _png(figure)
+    return figure
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -322,6 +317,13 @@ def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_L
     )
 
 
+def _mark_changes(axes: Axes, records: Sequence[StepRecord], ink: str) -> None:
+    """Draw a line where a resumed run began to choose or to balance in another way."""
+    for before, after in pairwise(records):
+        if before.settings != after.settings:
+            axes.axvline(before.step, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
+
+
 def _drawable(values_S: Sequence[float | None]) -> Array:
     """Return the values, NaN where there is none or one that no axis can show."""
     array_S = np.array(values_S, dtype=np.float64)
@@ -341,9 +343,3 @@ def _over_steps(axes: Axes, label: str, *, is_lowest: bool = True) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8, **_ROUND))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()

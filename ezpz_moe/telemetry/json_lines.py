@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,15 @@ def as_json(record: StepRecord) -> dict[str, Any]:
 def _spelled(value: Any) -> Any:
     """Spell NaN and infinity, which JSON lacks, as strings that pydantic and jq read as numbers.
 
-    The names come from the JSON mapping of Protocol Buffers.
+    The names come from the JSON mapping of Protocol Buffers. A time is spelled as RFC 3339 has it.
     """
     match value:
         case dict():
             return {key: _spelled(item) for key, item in value.items()}
         case [dict(), *_]:
             return [_spelled(item) for item in value]
+        case datetime():
+            return value.isoformat()
         case float() if math.isnan(value):
             return "NaN"
         case float() if math.isinf(value):

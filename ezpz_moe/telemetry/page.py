@@ -9,7 +9,16 @@ from html import escape
 from pathlib import Path
 
 from ezpz_moe.telemetry.record import StepRecord
-from ezpz_moe.telemetry.summary import headline, layer_rows, over_layers_rows, steps
+from ezpz_moe.telemetry.summary import (
+    dates,
+    first_step,
+    headline,
+    layer_rows,
+    over_layers_rows,
+    over_the_run,
+    routing,
+    steps,
+)
 
 _CAPTIONS = {
     "load_last": (
@@ -20,7 +29,7 @@ _CAPTIONS = {
     "load_over_steps": (
         "Load over the steps",
         "The same for every layer. A line that stays red or blue is an expert that stays in or out "
-        "of favour.",
+        "of favour. A dashed line is where a resumed run changed [router] or [balance].",
     ),
     "cv_over_steps": (
         "Imbalance over the steps",
@@ -39,28 +48,58 @@ _CAPTIONS = {
 }
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 0.5rem; }
-p, li, figcaption { max-width: 48rem; } .quiet, figcaption { color: #555; }
+:root { color-scheme: light dark;
+        --paper: #fff; --ink: #1a1a1a; --quiet: #555; --line: #ddd; --alert: #d55e00; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15171b; --ink: #d8dce2; --quiet: #9aa1ab; --line: #343942; --alert: #ff8c42; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       margin: 1.5rem clamp(1rem, 2vw, 3rem) 3rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 0.5rem; }
+p, li, figcaption { max-width: 48rem; overflow-wrap: anywhere; }
+.quiet, figcaption, dt { color: var(--quiet); }
 figcaption { margin-bottom: 0.6rem; }
-code { overflow-wrap: anywhere; }
-figure { margin: 0; } img { max-width: 100%; height: auto; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr));
+         gap: 0.8rem 2rem; margin: 0; padding: 0.8rem 0;
+         border-top: 1px solid var(--line); border-bottom: 1px solid var(--line); }
+dt { font-size: 0.85rem; } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 0; }
+/* Each section has at least the width that it was drawn for: as many side by side as have room. */
+main { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+section { flex: 1 1 min(100%, var(--drawn, 100%)); min-width: 0; }
+/* Scrolls where words would be too small to read: they are 10 pt at the width that was drawn. */
 .wide { overflow-x: auto; }
+.wide img { display: block; height: auto; width: 100%;
+            min-width: calc(0.75 * var(--drawn)); max-width: calc(1.3 * var(--drawn)); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; vertical-align: bottom; min-width: 3.5rem; }
-th:first-child, td:first-child { text-align: left; }
-.alerts li { margin: 0.4rem 0; } .alerts { border-left: 4px solid #d55e00; }
+th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; vertical-align: bottom; min-width: 2.8rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0;
+                                 position: sticky; left: 0; background: var(--paper); }
+.alerts { border-left: 4px solid var(--alert); padding-left: 2rem;
+          columns: 30rem; column-gap: 3.5rem; }
+.alerts li { margin-bottom: 0.4rem; break-inside: avoid; }
 """
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and its name, which is the file's name without ``.png``."""
+    """A picture by its name, which is the file's name without its ending.
+
+    Attributes:
+        name: what it shows; one of the captions'.
+        png: what is written as a file.
+        light: the same as SVG, for a page that is light.
+        dark: and for one that is dark.
+        inches_wide: how wide it was drawn.
+    """
 
     name: str
     png: bytes
+    light: bytes
+    dark: bytes
+    inches_wide: float
 
 
 def page(
@@ -71,19 +110,18 @@ def page(
 ) -> str:
     """Return the page of a run, from the records in the file ``source``."""
     last = records[-1]
+    figures = (
+        f"<p>{escape(headline(last))}.</p>\n{_table(over_layers_rows(last), 'Over the layers')}"
+    )
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [
-        f"<h1>{title}</h1>",
-        f'<p class="quiet">{escape(_what(records))} <code>{escape(str(source))}</code></p>',
+        f"<header>\n<h1>{title}</h1>\n{_facts(source, records)}\n</header>\n<main>",
         # Alerts come first: they are what the reader opens the page for.
-        f"<h2>{'Alerts' if alerts else 'No alerts'}</h2>",
-        _alerts(alerts, last),
-        "<h2>Over the layers</h2>",
-        f"<p>{escape(headline(last))}.</p>",
-        _table(over_layers_rows(last)),
+        _section("Alerts" if alerts else "No alerts", _alerts(alerts, last)),
+        _section("Over the layers", figures, wide="26rem"),
         *map(_figure, pictures),
-        f"<h2>Layer by layer, {steps(last)}</h2>",
-        _table(layer_rows(last)),
+        _section(f"Layer by layer, {steps(last)}", _table(layer_rows(last), "Layer by layer")),
+        "</main>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -94,10 +132,32 @@ def page(
     )
 
 
-def _what(records: Sequence[StepRecord]) -> str:
-    first = records[0].step - records[0].steps + 1
+def _section(title: str, content: str, wide: str = "") -> str:
+    """Return a section, which other sections may be beside if it is ``wide`` and no more."""
+    style = f' style="--drawn: {wide}"' if wide else ""
+    return f"<section{style}>\n<h2>{title}</h2>\n{content}\n</section>"
+
+
+def _facts(source: Path, records: Sequence[StepRecord]) -> str:
+    """Return what the run is: the page may be read far from it."""
+    facts = {
+        "Model": over_the_run(records, lambda record: record.model),
+        "Job": over_the_run(records, lambda record: record.job),
+        "Trained": dates(records),
+        "Steps": _steps(records),
+        "Routing and balance": over_the_run(records, routing),
+        "Records": str(source),
+    }
+    # Records of before there were these facts lack them.
+    told = "\n".join(
+        f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items() if fact
+    )
+    return f'<dl class="facts">\n{told}\n</dl>'
+
+
+def _steps(records: Sequence[StepRecord]) -> str:
     number = f"{len(records)} record{'s' * (len(records) > 1)}"
-    return f"{number} of steps {first} to {records[-1].step}, from"
+    return f"{first_step(records[0])} to {records[-1].step}, in {number}"
 
 
 def _alerts(alerts: Sequence[str], last: StepRecord) -> str:
@@ -114,15 +174,26 @@ def _alerts(alerts: Sequence[str], last: StepRecord) -> str:
 
 def _figure(picture: Picture) -> str:
     title, caption = _CAPTIONS[picture.name]
-    # Embedded, because the page is mailed and archived without its folder.
-    data = base64.b64encode(picture.png).decode()
-    return (
-        f"<h2>{title}</h2>\n<figure>\n<figcaption>{caption}</figcaption>\n"
-        f'<img alt="{title}" src="data:image/png;base64,{data}">\n</figure>'
+    figure = (
+        f"<figure>\n<figcaption>{caption}</figcaption>\n"
+        f"{_scrolling(title)}<picture>\n"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_embedded(picture.dark)}">\n'
+        f'<img alt="{title}" src="{_embedded(picture.light)}">\n</picture></div>\n</figure>'
     )
+    return _section(title, figure, wide=f"{picture.inches_wide:g}in")
 
 
-def _table(rows: Sequence[dict[str, str]]) -> str:
+def _embedded(svg: bytes) -> str:
+    # Embedded, because the page is mailed and archived without its folder.
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _scrolling(name: str) -> str:
+    """Begin what scrolls sideways if there is no room, also by the keyboard."""
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{name}">'
+
+
+def _table(rows: Sequence[dict[str, str]], name: str) -> str:
     if not rows:
         return '<p class="quiet">None: no layer was given a token.</p>'
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
@@ -130,6 +201,6 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows
     )
     return (
-        f'<div class="wide"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n'
+        f"{_scrolling(name)}<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n"
         "</tbody>\n</table></div>"
     )

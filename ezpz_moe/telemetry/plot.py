@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry import charts, page
+from ezpz_moe.telemetry import charts, look, page
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.look import DARK, LIGHT, Look
 from ezpz_moe.telemetry.record import StepRecord
 
 FOLDER = "telemetry"
@@ -77,15 +80,29 @@ def _find(run: Path) -> Path:
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
-    """Draw every picture that the records have figures for."""
-    drawn = {
+    """Draw every picture that the records have figures for, on white and for a dark page."""
+    with LIGHT.applied():
+        light = {
+            name: (look.png(figure), look.svg(figure), figure.get_figwidth())
+            for name, figure in _figures(records, LIGHT).items()
+        }
+    with DARK.applied():
+        dark = {name: look.svg(figure) for name, figure in _figures(records, DARK).items()}
+    return [
+        page.Picture(name, png, svg, dark[name], inches_wide)
+        for name, (png, svg, inches_wide) in light.items()
+    ]
+
+
+def _figures(records: Sequence[StepRecord], of: Look) -> dict[str, Figure]:
+    figures = {
         "load_last": charts.load_heat_map(records[-1]),
         "load_over_steps": charts.load_over_steps(records),
-        "cv_over_steps": charts.cv_over_steps(records),
-        "loss_and_balance": charts.loss_and_balance(records),
-        "balance_losses": charts.balance_losses(records),
+        "cv_over_steps": charts.cv_over_steps(records, of),
+        "loss_and_balance": charts.loss_and_balance(records, of),
+        "balance_losses": charts.balance_losses(records, of),
     }
-    return [page.Picture(name, png) for name, png in drawn.items() if png is not None]
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _write(files: dict[str, bytes], out: Path) -> list[Path]:

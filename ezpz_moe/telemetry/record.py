@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from ezpz_moe.config.telemetry_schema import AlertThresholds
 
@@ -57,7 +57,8 @@ class StepRecord:
     ``loss`` and ``grad_norm`` are the trainer's at ``step``; ``backend`` was asked for;
     ``computed_by``: the backends that ``backend`` chose, if it chooses. ``thresholds`` are those of
     the run's alerts, and ``settings`` what they advise by (:mod:`.remedies`). ``warmup_steps``:
-    of the learning rate.
+    of the learning rate. ``time``: when ``step`` ended. ``model`` is the flavor's name, and ``job``
+    the job file, or what else the settings came from. Records of before there were these have none.
     """
 
     step: _Number
@@ -71,3 +72,6 @@ class StepRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     warmup_steps: _Number = 0
     computed_by: tuple[str, ...] = ()
+    time: AwareDatetime | None = None
+    model: str = ""
+    job: str = ""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Sequence
+from datetime import UTC
+from itertools import groupby
 
 from ezpz_moe.config.routing_schema import REPORTED_LOSSES
 from ezpz_moe.telemetry.figures import WORST, layer_figures, over_layers
@@ -79,7 +83,37 @@ def steps(record: StepRecord) -> str:
     """Return ``step 7``, or ``steps 1 to 10`` for a record that covers several."""
     if record.steps == 1:
         return f"step {record.step}"
-    return f"steps {record.step - record.steps + 1} to {record.step}"
+    return f"steps {first_step(record)} to {record.step}"
+
+
+def over_the_run(records: Sequence[StepRecord], fact: Callable[[StepRecord], str]) -> str:
+    """Return what ``fact`` is, and from which step on, where a resumed run changed it."""
+    stretches = [
+        (name, first_step(next(stretch))) for name, stretch in groupby(records, fact) if name
+    ]
+    (first, _), *later = stretches or [("", 0)]
+    return "; ".join([first, *(f"from step {begin} on {name}" for name, begin in later)])
+
+
+def first_step(record: StepRecord) -> int:
+    """Return the first of the steps that a record covers."""
+    return record.step - record.steps + 1
+
+
+def routing(record: StepRecord) -> str:
+    """Return the settings of ``[router]`` and ``[balance]`` that are not the defaults."""
+    changed = [f"{key} = {json.dumps(value)}" for key, value in record.settings.items()]
+    return ", ".join(changed) or "the defaults"
+
+
+def dates(records: Sequence[StepRecord]) -> str:
+    """Return when the first and the last record were written; empty if they do not say."""
+    times = [record.time.astimezone(UTC) for record in records if record.time]
+    if not times:
+        return ""
+    first, last = times[0], times[-1]
+    ends = f"{last:%H:%M}" if first.date() == last.date() else f"{last:%Y-%m-%d %H:%M}"
+    return f"{first:%Y-%m-%d %H:%M} to {ends} UTC"
 
 
 def shown(value: float | None) -> str:

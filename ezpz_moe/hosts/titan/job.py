@@ -124,6 +124,8 @@ class JobConfig(Trainer.Config):
             run_folder.hold_for(self, self.dump_folder)
         if hasattr(self.metrics, "warmup_steps"):
             self.metrics.warmup_steps = self.lr_scheduler.warmup_steps
+            self.metrics.model = self.model_spec.flavor
+            self.metrics.job = self.origin
         # A flag may have named another text.
         if self.validator.enable and self.validator.dataloader == self.training_text:
             logger.warning(VALIDATES_ON_TRAINING_TEXT)

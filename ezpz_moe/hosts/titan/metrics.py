@@ -9,6 +9,7 @@ warns of a router that goes wrong. It also tells the routers the step, for anyth
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +47,10 @@ class RouterMetrics(CpuMetrics):
     @dataclass(kw_only=True, slots=True)
     class Config(CpuMetrics.Config):
         telemetry: Annotated[Telemetry | None, tyro.conf.Suppress] = None
-        # The job's, which sets it when the command line has been read.
+        # The job's, which sets these when the command line has been read.
         warmup_steps: Annotated[int | None, tyro.conf.Suppress] = None
+        model: Annotated[str, tyro.conf.Suppress] = ""
+        job: Annotated[str, tyro.conf.Suppress] = ""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class RouterMetrics(CpuMetrics):
         self._writes = torch.distributed.get_rank() == metrics_rank
         self._settings: Telemetry | None = config.telemetry
         self._warmup_steps = config.warmup_steps or 0
+        self._model, self._job = config.model, config.job
         self._alerts = Alerts()
         dumped = self._settings and self._settings.dumped
         self._dump = RoutingDump(dumped, Path(dump_folder)) if dumped else None
@@ -152,6 +156,9 @@ class RouterMetrics(CpuMetrics):
             settings=self._in_force(),
             warmup_steps=self._warmup_steps,
             computed_by=self._computed_by(),
+            time=datetime.now(UTC).replace(microsecond=0),
+            model=self._model,
+            job=self._job,
         )
 
     @torch.no_grad()

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from ezpz_moe.tools.bench.results import DENSE, Measured
 
 _DPI = 130
 _MIB = 2**20
+_TALLEST = 3.0  # times the middle one: what is above would make lines of the others
 _LAYERS = {"experts": "expert", "routed": "routed"}
 
 Colors = Mapping[str, Any]
@@ -86,9 +86,10 @@ def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
     routings = {each.routing for each in results}
     shared = f", {routings.pop()}" if len(routings) == 1 else ""
     if by_limit:
-        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    _logarithmic(axes)
+        # Above the bars, which would cover it.
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=3)
     axes.margins(y=0.12)
+    _from_zero(axes)
     axes.set(
         title=f"Forward and backward{shared}",
         ylabel="x the time of one dense FFN" if by_limit else "ms",
@@ -98,6 +99,7 @@ def _bars(axes: Any, results: Sequence[Measured], colors: Colors) -> None:
 
 def _against_skew(axes: Any, results: Sequence[Measured], colors: Colors, value: Any) -> None:
     """Draw a line per contender, over the routings from even to uneven."""
+    drawn = []
     for name, color in colors.items():
         heights = [
             value(each.figures[name]) if name in each.figures else np.nan for each in results
@@ -105,19 +107,40 @@ def _against_skew(axes: Any, results: Sequence[Measured], colors: Colors, value:
         # Dashed: a limit, not a way to compute the layer.
         style = {"linestyle": "--"} if name == DENSE else {"marker": "o", "markersize": 4}
         axes.plot(range(len(results)), heights, color=color, label=name, **style)
-    _logarithmic(axes)
+        drawn += [(place, height, color) for place, height in enumerate(heights)]
+    _from_zero(axes)
+    _cut(axes, drawn)
     axes.grid(axis="y", alpha=0.3)
     labels = [f"{each.routing}\n{each.skew:.3g}x" for each in results]
     axes.set_xticks(range(len(results)), labels)
     axes.set_xlabel("routing, and the busiest expert's rows as a multiple of the mean")
 
 
-def _logarithmic(axes: Any) -> None:
-    """Use a log scale with plain numbers, even if it spans less than a decade."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _from_zero(axes: Any) -> None:
+    """Begin at zero: twice as long, or twice as high, is twice as much."""
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _cut(axes: Any, drawn: Sequence[tuple[int, float, Any]]) -> None:
+    """Cut off what is far above the rest, and write its height: the rest has to be told apart."""
+    top = _TALLEST * float(np.nanmedian([height for _, height, _ in drawn] or [np.nan]))
+    beyond = [each for each in drawn if each[1] > top]
+    if not beyond:
+        return
+    axes.set_ylim(top=top)
+    places = [place for place, _, _ in beyond]
+    for number, (place, height, color) in enumerate(beyond):
+        above = places[:number].count(place)  # those that are written there already
+        axes.annotate(
+            f"{height:,.0f} ↑",
+            (place, top),
+            xytext=(0, -4 - 12 * above),
+            textcoords="offset points",
+            ha="right" if place else "left",
+            va="top",
+            color=color,
+        )
 
 
 def _height(measured: Measured, name: str, by_limit: bool) -> float:
