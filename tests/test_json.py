@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_describe(said, monkeypatch) -> None:
     anatomy = Anatomy({"router": cost}, 64, 2, 1, 8, 0, 2, host_flops=5e9)
     made = describe.Description("f", 128, "float32", anatomy, DenseModel(32, cost), None, ())
     monkeypatch.setattr(describe, "describe", lambda *arguments: made)
-    code, found = said("describe", "f")
+    code, found = said("describe", "debugmodel")
     assert (code, found.keys()) == (0, documented()["describe"])
     assert found["total"]["parameters"] == 10**9
 
@@ -157,6 +158,20 @@ def test_tune_has_what_was_measured(said, monkeypatch) -> None:
     assert (code, found.keys()) == (0, documented()["tune"])
     assert found["measured"][0]["milliseconds"] == {"for_loop": 1.5, "triton": None}
     assert found["measured"][0]["torch"] == torch.__version__
+
+
+def test_what_the_trainer_logs_does_not_reach_stdout(capfd, monkeypatch) -> None:
+    """Its processes inherit the file descriptor, and not Python's own sys.stdout."""
+
+    def trained(*arguments, **others):
+        subprocess.run(["echo", "step: 1"], check=True)
+        return 0, []
+
+    monkeypatch.setattr(tune, "tune", trained)
+    assert cli.main(["tune", "job.toml", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["measured"] == []
+    assert "step: 1" in err
 
 
 def test_after_a_mistake_stdout_is_empty(capsys) -> None:

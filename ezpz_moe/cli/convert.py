@@ -77,7 +77,7 @@ class Convert(Reporting):
         _report(conversion.changes)
         for difference in conversion.differences:
             display.print_line(f"differs: {difference}")
-        if new is None:
+        if new is None and conversion.refusal:
             display.print_line(conversion.refusal)
         written = [] if new is None else write(conversion, new)
         for path in written:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -113,6 +114,24 @@ def print_table(
         several = "s" if len(hidden) > 1 else ""
         note = f"{len(hidden)} column{several} hidden: {', '.join(hidden)}"
         console.print(f"{note} (wider terminal, or --json)", markup=False, style="dim")
+
+
+@contextmanager
+def stdout_of_others() -> Iterator[None]:
+    """Send to stderr what processes that are started here print, if stdout is for programs."""
+    if not _mode.for_programs:
+        yield
+        return
+    # The file descriptor, which a process inherits, and not Python's own sys.stdout.
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(ours, 1)
+        os.close(ours)
 
 
 def print_json(document: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +79,9 @@ class Generate(Command):
             display.print_to_stderr(note)
         most, end = self.max_new_tokens, tokenizer.eos_id
         text = Continuation(loaded, tokens, self._sampling(), most=most, end=end)
-        try:
-            for piece in text.pieces(tokenizer):
-                print(_shown(piece), end="", flush=True)
-            print(flush=True)
-        except BrokenPipeError:  # `head` has read enough
-            # Without this, Python's own flush at exit would meet the closed pipe again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        for piece in text.pieces(tokenizer):
+            print(_shown(piece), end="", flush=True)
+        print(flush=True)
         why = "the text ended" if text.has_ended else f"--max-new-tokens {most}"
         # Not to stdout, where the text is alone.
         display.print_to_stderr(f"{len(tokens)} tokens read, {len(text.tokens)} written: {why}")

@@ -27,7 +27,8 @@ class Tune(Launched):
     def run(self) -> int:
         from ezpz_moe.tools.tune import tune
 
-        code, measured = tune(self.config, list(self.host_flags), **self._launch())
+        with display.stdout_of_others():  # the trainer logs there
+            code, measured = tune(self.config, list(self.host_flags), **self._launch())
         # The trainer has already said why.
         if code:
             return code
