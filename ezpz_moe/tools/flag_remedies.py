@@ -23,7 +23,7 @@ def remedy(spelled: str, taken: Collection[str]) -> str:
     """
     section, _, name = spelled.rpartition(".")
     no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
-    path = f"{section}.{name.removeprefix(no)}"
+    path = f"{section}.{name.removeprefix(no)}".lstrip(".")  # some flags have no section
     if path in taken:
         return ""
     if (key := keys_by_spelling().get(path)) is None:
