@@ -63,7 +63,7 @@ class NewJob:
 
 
 def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob:
-    """Write a commented job that `ezpz-moe doctor` passes.
+    """Write a commented job that `ezpz-moe doctor` passes on such a device.
 
     Args:
         path: the file; its folder is made. Nothing is overwritten.
