@@ -33,9 +33,12 @@ class EzpzError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string."""
-    candidates = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.6)
+    """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string.
+
+    Options are compared without their dashes, which all of them have in common.
+    """
+    candidates = {candidate.lower().lstrip("-"): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower().lstrip("-"), candidates, n=1, cutoff=0.6)
     return f" Did you mean {candidates[near[0]]!r}?" if near else ""
 
 

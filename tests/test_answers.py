@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from answers import CASES, HEAVY, MISTAKE, Case, write_files
 
 from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.config.job import Job
+from ezpz_moe.config.older_keys import OLDER_KEYS
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator, counts, releases
 from ezpz_moe.hosts.command_line import HostFlag
@@ -27,7 +29,10 @@ from ezpz_moe.hosts.host_flags import asked_flags, known_flags
 from ezpz_moe.hosts.job_settings import settings_at_hand
 from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.hosts.precision import as_on_an_accelerator
-from ezpz_moe.tools import early_refusals, trainer_flags
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
+from ezpz_moe.tools import early_refusals, flag_remedies, trainer_flags
+from ezpz_moe.tools.flag_remedies import keys_by_spelling
 
 # A process that has imported the commands forks for each line; the fork says how it ended, and
 # what it has imported.
@@ -171,10 +176,27 @@ def test_what_may_change_the_model_is_left_to_the_host(monkeypatch) -> None:
     monkeypatch.setattr(accelerator, "has_certainly_none", lambda: True)
     for flag in ("--override.imports", "--config", "--comm.mode"):
         early_refusals.refuse_attention(Job("debugmodel"), [flag, "x"])
-    with pytest.raises(EzpzError, match="Use flavor 16B_sdpa_for_loop"):
+    with pytest.raises(EzpzError, match=r"Use flavor 16B_sdpa_for_loop\."):
         early_refusals.refuse_attention(Job("16B_for_loop"), ["--training.steps", "1"])
     monkeypatch.setattr(accelerator, "has_certainly_none", lambda: False)
     early_refusals.refuse_attention(Job("16B_for_loop"), [])
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "remedy"),
+    [
+        (["mini_flex"], "mini_flex", "Use flavor mini_flex_sdpa."),
+        (["mini", "mini_sdpa"], "mini_flex", 'Set attention = "sdpa" in FOLDER/mini.toml.'),
+        (["mini_for_loop"], "mini_for_loop", "Use flavor mini_for_loop_sdpa."),
+    ],
+)
+def test_the_flavor_that_would_train_exists(files, name, remedy, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(accelerator, "has_certainly_none", lambda: True)
+    for file in files:
+        (tmp_path / f"{file}.toml").write_text('inherits = "debugmodel"\nattention = "flex"\n')
+    with pytest.raises(EzpzError) as error:
+        early_refusals.refuse_attention(Job(name, path=tmp_path / "job.toml"), [])
+    assert str(error.value).endswith(remedy.replace("FOLDER", str(tmp_path)))
 
 
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"
@@ -295,7 +317,13 @@ def test_what_the_host_takes_is_not_refused(line: str, refused) -> None:
         ("--training.step 5", ["--training.step:", "Did you mean '--training.steps'?"]),
         ("--nprocs 2", ["--nprocs:", "Did you mean '--nproc'?"]),
         ("--steps 5", ["Did you mean '--training.steps'?"]),
-        ("--checkpoint.enable_checkpoint", ["Did you mean '--checkpoint.enable'?"]),
+        (
+            "--checkpoint.enable_checkpoint",
+            ["--checkpoint.enable_checkpoint:", "now --checkpoint.enable."],
+        ),
+        ("--checkpoint.no-enable-checkpoint", ["now --checkpoint.no-enable."]),
+        ("--training.seed 3", ["now --debug.seed."]),
+        ("--checkpoint.interval_type steps", ["in steps, not in seconds."]),
         ("--checkpoint.no-enabel", ["Did you mean '--checkpoint.no-enable'?"]),
         ("--training.no-steps 5", ["--training.no-steps: neither"]),
         ("--training.steps five", ["--training.steps five: must be an integer."]),
@@ -319,3 +347,35 @@ def test_what_the_host_would_refuse(line: str, parts: list[str], refused) -> Non
     assert all(part in message for part in parts), message
     assert "\x1b" not in message
     assert max(map(len, message.splitlines())) < 250
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--training.steps-per-epoch 5", "--debug.enable", "--checkpoint.enable-step", "--bogus"],
+)
+def test_a_flag_that_may_do_the_opposite_is_not_proposed(line: str, refused) -> None:
+    assert "Did you mean" not in refused(line)
+
+
+OLDER = {key: older for key, older in OLDER_KEYS.items() if key not in keys_by_spelling()}
+RELEASES = {"0.2.2": Titan02, "0.3.0": Titan03}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_older_flag_is_told_its_successor_or_why_there_is_none(release, monkeypatch) -> None:
+    shipped = json.loads((releases.FOLDER / f"{release}.json").read_text())
+    flags = [HostFlag(**flag) for flag in shipped["flags"]]
+    monkeypatch.setattr(trainer_flags, "facts", lambda: releases.Facts(flags, {}))
+    for module in (trainer_flags, flag_remedies):
+        monkeypatch.setattr(module, "presumed_host", RELEASES[release])
+    assert len(OLDER) > 50
+    for key, older in OLDER.items():
+        with pytest.raises(EzpzError) as error:
+            trainer_flags.refuse_wrong_flags([f"--{key}"], [])
+        said = str(error.value)
+        section, _, name = older.now.rpartition(".")
+        row = RELEASES[release]().job_keys().get(section, {}).get(name)
+        if now := re.search(r" now (--[\w.-]+\w)", said):
+            assert now[1] in {flag.option for flag in flags}, said
+        else:
+            assert (row.message if row else older.note).rstrip(".") in said, said

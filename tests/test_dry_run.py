@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.distributed.checkpoint import save
 
 from ezpz_moe import cli
 from ezpz_moe.hosts.ranks import degrees
@@ -92,6 +94,19 @@ def test_a_run_that_would_be_refused_is_refused(capsys, tmp_path) -> None:
     assert "job.toml and the command line: parallelism.tensor_parallel_degree = 3 does" in said
     flags = ["--checkpoint.enable", "--checkpoint.load_step", "7"]
     assert "step-7" in refusal(capsys, "job.toml", "--nproc", "4", "--dry-run", *flags)
+
+
+def test_where_it_would_resume(capsys, tmp_path) -> None:
+    folder = tmp_path / "outputs" / "checkpoint"
+    flags = ["--checkpoint.enable", "--dump_folder", "outputs", "--training.steps"]
+    save({"tok_embeddings.weight": torch.ones(1)}, checkpoint_id=folder / "step-7", no_dist=True)
+    said = refusal(capsys, "debugmodel_sdpa_for_loop", *flags, "9", "--dry-run")
+    assert "step-7: holds the model alone, so no run can resume from it" in said
+    save({"train_state.step": torch.tensor(8)}, checkpoint_id=folder / "step-8", no_dist=True)
+    _, run, _ = plan(capsys, "debugmodel_sdpa_for_loop", *flags, "9")
+    assert run["steps"] == "9 to 9"
+    _, run, _ = plan(capsys, "debugmodel_sdpa_for_loop", *flags, "8")
+    assert run["steps"] == "none: the checkpoint is of step 8, and training.steps is 8"
 
 
 def test_a_model_that_the_device_cannot_hold(capsys) -> None:

@@ -134,6 +134,13 @@ def test_a_flag_of_a_release_before_0_2(flag, remedy, job_file, on, monkeypatch)
     assert on(job_file(f"x {flag}\n", "a.sh")) == {f"1 {flag}": remedy}
 
 
+def test_a_flag_without_a_section(monkeypatch):
+    monkeypatch.setattr(flag_remedies, "presumed_host", Titan02)
+    assert flag_remedies.remedy("hf_assets_path", {"hf_assets_path"}) == ""
+    taken = {"model.hf_assets_path"}
+    assert flag_remedies.remedy("hf_assets_path", taken) == "now --model.hf-assets-path"
+
+
 def test_a_section_that_is_misspelled(job_file, on):
     found = on(job_file("x --trainnig.steps 3 --job-id.x 3 --other.tools=1\n", "a.sh"))
     assert found == {"1 --trainnig.steps": "unknown section: did you mean training?"}

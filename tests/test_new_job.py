@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import get_args
 import pytest
 
 from ezpz_moe import cli
-from ezpz_moe.config.job import load_job
+from ezpz_moe.config.job import load_job as read_job
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts import documents, our_texts
 from ezpz_moe.hosts.detect import HOSTS
+from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.tools import new_job as module
 from ezpz_moe.tools.new_job import Device, new_job
 
@@ -57,11 +60,14 @@ def settings(text: str) -> list[tuple[int, ...]]:
     return found
 
 
-def assert_ready(path: Path) -> None:
+def assert_ready(path: Path, device: Device) -> None:
     from ezpz_moe.tools import doctor
 
     found = doctor.job_findings(doctor.Asked(str(path)))
-    assert [each.problem for each in found if not each.holds] == []
+    problems = [each.problem for each in found if not each.holds]
+    if device == "cuda":  # doctor speaks of this machine, which may have no GPU
+        problems = [each for each in problems if "has no backward on the CPU" not in each]
+    assert problems == []
     assert len(found) > 2
 
 
@@ -70,9 +76,9 @@ def assert_ready(path: Path) -> None:
 )
 def test_doctor_passes_what_is_written(tmp_path, device, flavor) -> None:
     path = write(tmp_path, flavor, device)
-    assert_ready(path)
+    assert_ready(path, device)
     path.write_text(switched_on(path.read_text()))
-    assert_ready(path)
+    assert_ready(path, device)
 
 
 @pytest.mark.parametrize(("flavor", "device"), [("debugmodel", "any"), ("16B", "cuda")])
@@ -84,7 +90,7 @@ def test_doctor_passes_each_line_that_is_switched_on(tmp_path, flavor, device) -
     for numbers in lines:
         path.write_text(switched_on(text, *numbers))
         assert read_toml(path) != plain
-        assert_ready(path)
+        assert_ready(path, device)
 
 
 def test_checkpoints_wandb_and_telemetry_can_be_switched_on(tmp_path) -> None:
@@ -101,7 +107,7 @@ def test_every_generation_reads_it(tmp_path, monkeypatch, host) -> None:
     monkeypatch.setattr(module, "presumed_host", lambda: host)
     path = write(tmp_path)
     path.write_text(switched_on(path.read_text()))
-    assert load_job(path, host.job_keys()).flavor == "debugmodel_sdpa_for_loop"
+    assert read_job(path, host.job_keys()).flavor == "debugmodel_sdpa_for_loop"
     assert ("telemetry" in read_toml(path)) == ("telemetry" in host.job_keys())
 
 
@@ -109,11 +115,11 @@ def test_every_generation_reads_it(tmp_path, monkeypatch, host) -> None:
     ("asked", "device", "written"),
     [
         ("debugmodel", "any", "debugmodel_sdpa_for_loop"),
-        ("16B", "cuda", "16B_sdpa_grouped_mm"),
-        ("16B_flex", "cuda", "16B_flex_grouped_mm"),
+        ("16B", "cuda", "16B_flex_grouped_mm"),
+        ("16B_sdpa", "cuda", "16B_sdpa_grouped_mm"),
         ("16B_auto", "xpu", "16B_sdpa_auto"),
-        ("own", "cuda", "own_sdpa"),
-        ("own_for_loop", "cuda", "own_sdpa_for_loop"),
+        ("own", "cuda", "own_flex"),
+        ("own_for_loop", "cuda", "own_flex_for_loop"),
     ],
 )
 def test_what_the_flavor_leaves_open_suits_the_device(tmp_path, asked, device, written) -> None:
@@ -130,9 +136,54 @@ def test_the_text(tmp_path, monkeypatch) -> None:
     assert read_toml(path)["training"]["dataset_path"] == str(tmp_path / "text.jsonl")
     path = new_job(Path("of_host.toml"), "debugmodel", "any", "c4").path
     assert read_toml(path)["training"]["dataset"] == "c4"
-    with pytest.raises(EzpzError, match=r"--data gone\.jsonl: there is no such file"):
-        new_job(Path("gone.toml"), "debugmodel", "any", "gone.jsonl")
-    assert not Path("gone.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("gone.jsonl", "--data gone.jsonl: there is no such file."),
+        ("gone.txt.bz2", "--data gone.txt.bz2: there is no such file."),
+        ("c4_tset", "torchtitan has no such dataset. Did you mean 'c4_test'?"),
+        ("c5", "has no such dataset. Known are c4, "),
+        ("text_file", "has no such dataset. Known are c4, "),
+        (".", "--data .: is a folder. Name one file."),
+        ("table.csv", "--data table.csv: unknown kind of file. Known: .txt, "),
+        ("a.parquet.gz", "--data a.parquet.gz: unknown kind of file."),
+    ],
+)
+def test_a_text_that_doctor_would_refuse(tmp_path, monkeypatch, data, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("table.csv", "a.parquet.gz"):
+        Path(name).write_text("a")
+    with pytest.raises(EzpzError) as error:
+        new_job(Path("job.toml"), "debugmodel", "any", data)
+    assert message in str(error.value)
+    assert not Path("job.toml").exists()
+
+
+def test_every_kind_of_text_has_a_reader() -> None:
+    assert tuple(documents._READERS) == our_texts.KINDS
+
+
+@pytest.mark.parametrize("name", ['my "own" job', "$HOME", "a\u2028b", "it's"])
+def test_a_name_that_a_shell_or_toml_would_read_differently(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path(f"{name}.jsonl").write_text('{"text": "a"}\n')
+    assert cli.main(["new", f"{name}.toml", "--data", f"{name}.jsonl"]) == 0
+    job = load_job(Path(f"{name}.toml"))
+    assert job.values["job.dump_folder"] == f"./outputs/{name}"
+    assert job.values["training.dataset_path"] == str(tmp_path / f"{name}.jsonl")
+    for text in (capsys.readouterr().out, Path(f"{name}.toml").read_text()):
+        line = next(each for each in text.split("\n") if "ezpz-moe doctor " in each)
+        assert shlex.split(line.lstrip("# "))[2] == f"{name}.toml"
+
+
+@pytest.mark.parametrize("name", ["a\nb.toml", "a\udc80.toml"])
+def test_a_name_that_no_toml_can_hold(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EzpzError, match="no TOML can hold this name"):
+        new_job(Path(name), "debugmodel", "any", None)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -180,7 +231,7 @@ def test_it_says_what_to_type_next_and_needs_no_torch(tmp_path) -> None:
     command = [sys.executable, "-c", program]
     said = subprocess.check_output(command, text=True, cwd=tmp_path).splitlines()
     assert said == [
-        "job.toml written: 16B_sdpa_grouped_mm. Next:",
+        "job.toml written: 16B_flex_grouped_mm. Next:",
         "  ezpz-moe doctor job.toml --nproc 8",
         "  ezpz-moe train job.toml --nproc 8",
         "set()",

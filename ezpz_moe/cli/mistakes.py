@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -9,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from tyro.conf import Positional, Suppress
 
 from ezpz_moe.cli.command import OF_ALL
-from ezpz_moe.errors import EzpzError, did_you_mean, printable
+from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 
 _OF_ALL = (*(f"--{name}" for name in OF_ALL), "--help", "-h")
 
@@ -27,17 +28,19 @@ def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) 
     for option in arguments[: arguments.index(words[0]) if words else None]:
         if option not in _OF_ALL:
             near = did_you_mean(option, _OF_ALL)
-            raise EzpzError(f"there is no option {_said(option)}.{near} See ezpz-moe --help.")
+            raise EzpzError(
+                f"there is no option {short(printable(option))}.{near} See ezpz-moe --help."
+            )
     if not words:
         raise EzpzError(f"name a command: {', '.join(known)}. See ezpz-moe --help.")
     name, *more = words
     if name not in known:
         near = did_you_mean(name, known)
-        raise EzpzError(f"there is no command {_said(name)}.{near} See ezpz-moe --help.")
+        raise EzpzError(f"there is no command {short(printable(name))}.{near} See ezpz-moe --help.")
     actions = [action for action, _ in _actions(known[name])]
     if actions and more and more[0] not in actions:
         raise EzpzError(
-            f"{name}: there is no {_said(more[0])}.{did_you_mean(more[0], actions)} "
+            f"{name}: there is no {short(printable(more[0]))}.{did_you_mean(more[0], actions)} "
             f"It has {', '.join(actions)}."
         )
     return name
@@ -52,11 +55,13 @@ def refuse_unknown_options(arguments: Sequence[str], name: str, command: type) -
     known = [*options(command), *_OF_ALL]
     for argument in arguments:
         option = argument.partition("=")[0]
-        if option.startswith("--") and option.replace("_", "-") not in known:
+        # No option has a space in its name: that is a value, such as the text of a prompt.
+        if not option.startswith("--") or re.search(r"\s", option):
+            continue
+        if option.replace("_", "-") not in known:
             near = did_you_mean(option.replace("_", "-"), known)
-            raise EzpzError(
-                f"{name}: there is no option {_said(option)}.{near} See ezpz-moe {name} --help."
-            )
+            said = short(printable(option))
+            raise EzpzError(f"{name}: there is no option {said}.{near} See ezpz-moe {name} --help.")
 
 
 def refuse_words(left: Sequence[str], name: str, command: type) -> None:
@@ -67,9 +72,8 @@ def refuse_words(left: Sequence[str], name: str, command: type) -> None:
     """
     if left:
         file = " To write a file, use --out." if "--out" in options(command) else ""
-        raise EzpzError(
-            f"{name}: has no place for {_said(left[0])}.{file} See ezpz-moe {name} --help."
-        )
+        said = short(printable(left[0]))
+        raise EzpzError(f"{name}: has no place for {said}.{file} See ezpz-moe {name} --help.")
 
 
 def refuse_flags_of_trainer(command: Any) -> None:
@@ -109,7 +113,3 @@ def _actions(command: type) -> Iterator[tuple[str, type]]:
 def _name(extras: Iterable[Any]) -> str | None:
     """Return the name that a field's ``arg()`` or ``subcommand()`` gives it."""
     return next((name for extra in extras if (name := getattr(extra, "name", None))), None)
-
-
-def _said(word: str) -> str:
-    return printable(word if len(word) <= 60 else f"{word[:60]}...")

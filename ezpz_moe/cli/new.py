@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +32,9 @@ class New(Command):
     def run(self) -> int:
         made = new_job(self.job, self.flavor, self.device, self.data)
         display.print_line(f"{made.path} written: {made.flavor}. Next:")
+        path = shlex.quote(str(made.path))
         for command in ("doctor", "train"):
-            display.print_line(f"  ezpz-moe {command} {made.path}{made.several}")
+            display.print_line(f"  ezpz-moe {command} {path}{made.several}")
         return 0
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +39,7 @@ __all__ = [
     "flavor_names",
     "is_flavor",
     "load_flavor",
+    "split_name",
 ]
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
@@ -71,24 +72,31 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
     """
     folders = _folders(near)
     files = _public(_flavor_files(folders))
-    # By the suffixes that exist, not at an underscore: names of files and backends have underscores
-    # too.
-    suffixes = variant_suffixes()
-    # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
-    for stem in sorted(files, key=len, reverse=True):
-        suffix = name.removeprefix(stem)
-        if name == stem + suffix and suffix in suffixes:
-            return _resolve(name, files[stem], folders, suffixes[suffix])
+    if found := split_name(name, files):
+        return _resolve(name, files[found[0]], folders, found[1])
     if (stem := Path(name).name.removesuffix(".toml")) in files and stem != name:
         raise EzpzError(f"{short(name)!r} is a path. Write the flavor's name alone: {stem!r}.")
     # All variants, for the hint: `16B_sdap` is nearest to one of them.
-    known = [stem + suffix for stem, suffix in product(files, suffixes)]
+    known = [stem + suffix for stem, suffix in product(files, variant_suffixes())]
     raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
 
 
 def flavor_names(*, near: Path | None = None) -> list[str]:
     """Return the flavors' names, as in their files. Any of :func:`variant_suffixes` may follow."""
     return sorted(_public(_flavor_files(_folders(near))))
+
+
+def split_name(name: str, names: Iterable[str]) -> tuple[str, dict[str, str]] | None:
+    """Return which of the flavors ``name`` is, and the keys that its suffix sets; None if none."""
+    # By the suffixes that exist, not at an underscore: names of files and backends have underscores
+    # too.
+    suffixes = variant_suffixes()
+    # Try the longest file name first: a file `16B_sdpa.toml` beats a variant of `16B`.
+    for stem in sorted(names, key=len, reverse=True):
+        suffix = name.removeprefix(stem)
+        if name == stem + suffix and suffix in suffixes:
+            return stem, suffixes[suffix]
+    return None
 
 
 def variant_suffixes() -> dict[str, dict[str, str]]:

@@ -38,7 +38,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ezpz_moe.errors import EzpzError, did_you_mean
-from ezpz_moe.hosts.our_texts import CHAT_FILE, DEFAULT_DATASET, TEXT_FILE, is_ours
+from ezpz_moe.hosts.our_texts import (
+    CHAT_FILE,
+    DEFAULT_DATASET,
+    KNOWN_KINDS,
+    TEXT_FILE,
+    is_ours,
+    kind_of,
+)
 
 COLUMN = "text"
 TOPICS_PATH = "pydoc_data.topics"
@@ -161,14 +168,14 @@ def read_documents(path: str) -> Dataset:
 
 @functools.lru_cache(maxsize=2)  # the training file and the validation file
 def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
-    reader = _reader(file)
-    if reader is None:
+    kind = kind_of(file)
+    if kind is None:
         raise EzpzError(
             f"dataset_path = '{file}': unknown kind of file {''.join(file.suffixes[-2:])!r}; "
-            f"known: {', '.join(_READERS)}; each but .parquet also with {', '.join(_COMPRESSED)}."
+            f"known: {KNOWN_KINDS}."
         )
     try:
-        dataset = reader(file)
+        dataset = _READERS[kind](file)
     except (OSError, pa.ArrowException) as error:
         raise EzpzError(f"dataset_path = '{file}' cannot be read: {error}.") from error
     except UnicodeDecodeError as error:
@@ -247,8 +254,6 @@ def _read_parquet(file: Path) -> Dataset:
 
 
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-_COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
-
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
     ".txt": _read_txt,
@@ -256,15 +261,6 @@ _READERS: dict[str, Callable[[Path], Dataset]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-
-
-def _reader(file: Path) -> Callable[[Path], Dataset] | None:
-    name = file.name.lower()
-    for ending in _COMPRESSED:
-        if name.endswith(ending):
-            inner = _READERS.get(Path(name.removesuffix(ending)).suffix)
-            return None if inner is _read_parquet else inner  # that is compressed inside
-    return _READERS.get(Path(name).suffix)
 
 
 def _parse_json(text: str, file: Path, line: int | None = None) -> Any:

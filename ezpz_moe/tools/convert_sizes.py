@@ -15,7 +15,7 @@ from typing import Any
 from ezpz_moe.config.flavor_schema import Dimensions, Rope
 from ezpz_moe.config.job import shown
 from ezpz_moe.config.toml_edit import assignment
-from ezpz_moe.errors import EzpzError, did_you_mean, printable
+from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 from ezpz_moe.hosts.titan_0_2.moe_models import NO_SIZES, NOT_EXPRESSED, SIZES
 
 _FORM = 'write --sizes "dim=2048, n_layers=27, ...", or paste the fork\'s DeepSeekV3ModelArgs(...)'
@@ -84,7 +84,7 @@ def parsed(given: str) -> dict[str, Any]:
             found |= _arguments(node)
         if found:
             return found
-    raise EzpzError(f"--sizes {_short(given)}: has no key=value: {_FORM}.")
+    raise EzpzError(f"--sizes {short(printable(given))!r}: has no key=value: {_FORM}.")
 
 
 def _arguments(node: ast.expr) -> dict[str, Any]:
@@ -113,17 +113,14 @@ def _value(name: str, node: ast.expr) -> Any:
         value = node.value if isinstance(node, ast.Constant) else ...
     if value is None or isinstance(value, str) or _is_number(value):
         return value
-    raise EzpzError(f"--sizes: {name} = {_short(ast.unparse(node))}: write the number itself.")
+    raise EzpzError(
+        f"--sizes: {name} = {short(printable(ast.unparse(node)))!r}: write the number itself."
+    )
 
 
 def _is_number(value: Any) -> bool:
     """Return whether it is one that a size could be; True and False are numbers of Python's."""
     return isinstance(value, int | float) and abs(value) < _BEYOND
-
-
-def _short(text: str) -> str:
-    text = printable(" ".join(text.split()))
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _by_their_names(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import get_args
+from pathlib import Path
 
-from ezpz_moe.config.flavor_schema import Attention
-from ezpz_moe.config.flavors import Flavor, load_flavor
+from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, split_name
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator
@@ -31,8 +31,8 @@ def refuse_attention(job: Job, host_flags: Sequence[str]) -> None:
         attention = flavor.attention or "torchtitan's own"
         raise EzpzError(
             f"{job.source}: the attention of flavor {flavor.name!r} ({attention}) has no backward "
-            "on the CPU, and this machine has no accelerator. Use flavor "
-            f"{_with_sdpa(flavor)}."
+            "on the CPU, and this machine has no accelerator. "
+            f"{_with_sdpa(flavor, job.folder)}"
         )
 
 
@@ -44,11 +44,14 @@ def _needs_accelerator(flavor: Flavor) -> bool:
     return model is not None and model.needs_accelerator
 
 
-def _with_sdpa(flavor: Flavor) -> str:
-    """Return the name of the same flavor with SDPA: NAME[_ATTENTION][_BACKEND]."""
-    backend = flavor.compute_backend
-    suffix = f"_{backend}" if flavor.name.endswith(f"_{backend}") else ""
-    stem = flavor.name.removesuffix(suffix)
-    for attention in get_args(Attention):
-        stem = stem.removesuffix(f"_{attention}")
-    return f"{stem}_{_RUNS_EVERYWHERE}{suffix}"
+def _with_sdpa(flavor: Flavor, near: Path | None) -> str:
+    """Say how to have the same flavor with SDPA: NAME[_ATTENTION][_BACKEND]."""
+    found = split_name(flavor.name, flavor_names(near=near))
+    assert found is not None  # it has been loaded
+    stem, given = found
+    name = "_".join([stem, _RUNS_EVERYWHERE, *filter(None, [given.get("compute_backend")])])
+    # A file may have this name, and another attention.
+    with contextlib.suppress(EzpzError):
+        if load_flavor(name, near=near).attention == _RUNS_EVERYWHERE:
+            return f"Use flavor {name}."
+    return f'Set attention = "{_RUNS_EVERYWHERE}" in {flavor.source}.'

@@ -23,7 +23,7 @@ def remedy(spelled: str, taken: Collection[str]) -> str:
     """
     section, _, name = spelled.rpartition(".")
     no = "no_" if name.startswith("no_") else ""  # --a.no-b turns b off
-    path = f"{section}.{name.removeprefix(no)}"
+    path = f"{section}.{name.removeprefix(no)}".lstrip(".")  # some flags have no section
     if path in taken:
         return ""
     if (key := keys_by_spelling().get(path)) is None:
@@ -52,7 +52,8 @@ def _older(older: OlderKey, no: str, taken: Collection[str]) -> str:
         return older.note
     section, _, name = older.now.rpartition(".")
     now = remedy(f"{section}.{no}{name}", taken) or f"now {dashed(older.now, no)}"
-    return f"{now} ({older.note})" if older.note else now
+    # How the values differ says nothing where the successor is gone too.
+    return f"{now} ({older.note})" if older.note and now.startswith("now ") else now
 
 
 def dashed(path: str, no: str = "") -> str:

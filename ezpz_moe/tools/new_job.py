@@ -6,21 +6,31 @@ space after the ``#``.
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, variant_suffixes
+from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, split_name
 from ezpz_moe.config.keys import Keys
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import assignment
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import EzpzError, did_you_mean, printable
 from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.our_texts import DEFAULT_DATASET, KNOWN_KINDS, kind_of
+from ezpz_moe.hosts.titan_0_2.job_keys import DATASETS
 
 Device = Literal["any", "cpu", "cuda", "rocm", "xpu", "npu"]
 
+_ATTENTIONS = {
+    "sdpa": "sdpa runs on every device. A token also sees the documents before its own.",
+    "flex": "flex keeps documents apart, needs torch.compile, and does not train on a CPU.",
+    "varlen": "varlen keeps documents apart, and needs a GPU.",
+    "flex_flash": "flex_flash keeps documents apart, and needs a Hopper or Blackwell GPU.",
+}
 _EVERYWHERE = "for_loop runs on every device."
 _BACKENDS: dict[Device, tuple[str, str]] = {
     "any": ("for_loop", _EVERYWHERE),
@@ -32,7 +42,6 @@ _BACKENDS: dict[Device, tuple[str, str]] = {
 }
 """The backend of the experts for a device, and why."""
 
-_FILES = (".txt", ".json", ".jsonl", ".parquet", ".gz", ".zst")
 _EXPERT_DEGREES = (8, 4, 2)
 _SMALL = 512
 """A model dimension up to which a CPU trains a model in minutes."""
@@ -54,7 +63,7 @@ class NewJob:
 
 
 def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob:
-    """Write a commented job that `ezpz-moe doctor` passes.
+    """Write a commented job that `ezpz-moe doctor` passes on such a device.
 
     Args:
         path: the file; its folder is made. Nothing is overwritten.
@@ -69,6 +78,7 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
     """
     if path.suffix != ".toml":
         raise EzpzError(f"{path}: a job's name ends in .toml; any other name is a flavor's.")
+    _refuse_control_characters(str(path))
     name = _with_variant(flavor, path.parent, device)
     loaded = load_flavor(name, near=path.parent)
     if device == "cpu" and loaded.attention != "sdpa":
@@ -78,11 +88,17 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         )
     several = "" if device in ("any", "cpu") else " --nproc 8"
     text = _TEXT.format(
-        path=path,
-        flavor=name,
-        stem=path.stem,
+        path=shlex.quote(str(path)),
+        name=name,
+        dump_folder=assignment(
+            "dump_folder",
+            f"./outputs/{path.stem}",
+            "logs and checkpoints, relative to the working directory",
+        ),
+        flavor=assignment("flavor", name, "size _ attention _ backend of the experts"),
         on="" if device == "any" else f" on {device}",
         several=several,
+        why_attention=_ATTENTIONS[str(loaded.attention)],
         why_backend=_BACKENDS[device][1],
         data="".join(_data_lines(data)),
         **_sizes(loaded, device),
@@ -98,12 +114,12 @@ def _with_variant(name: str, near: Path, device: Device) -> str:
         EzpzError: there is no such flavor, or its file is wrong.
     """
     said = read_toml(load_flavor(name, near=near).source)
-    suffixes = variant_suffixes()
-    # As load_flavor() does: a file `16B_sdpa.toml` beats a variant of `16B`.
-    stems = sorted(flavor_names(near=near), key=len, reverse=True)
-    stem = next(s for s in stems if name.startswith(s) and name.removeprefix(s) in suffixes)
-    given = suffixes[name.removeprefix(stem)]
-    wanted = {"attention": "sdpa", "compute_backend": _BACKENDS[device][0]}
+    found = split_name(name, flavor_names(near=near))
+    assert found is not None  # it has been loaded
+    stem, given = found
+    # FlexAttention is torchtitan's own, and what a GPU of any generation compiles.
+    attention = "flex" if device == "cuda" else "sdpa"
+    wanted = {"attention": attention, "compute_backend": _BACKENDS[device][0]}
     # In this order, which is the order of a name's parts.
     parts = (given.get(key) or ("" if key in said else value) for key, value in wanted.items())
     return "_".join([stem, *filter(None, parts)])
@@ -113,20 +129,39 @@ def _data_lines(data: str | None) -> Iterator[str]:
     """Yield the lines that choose the text.
 
     Raises:
-        EzpzError: the file does not exist.
+        EzpzError: there is no such file or dataset, or the file is none of text.
     """
     if data is None:
         yield "# The text that this package has in it, unless you set dataset or dataset_path.\n"
         yield '#dataset = "c4" # streamed from the Hugging Face hub\n'
         return
     file = Path(data).expanduser()
-    if file.exists():
+    known = (*DATASETS, DEFAULT_DATASET)
+    # A folder may have the name of a dataset.
+    if data.lower() in known:
+        yield assignment("dataset", data)
+    elif file.is_dir():
+        raise EzpzError(f"--data {data}: is a folder. Name one file.")
+    elif file.exists():
+        if kind_of(file) is None:
+            raise EzpzError(f"--data {data}: unknown kind of file. Known: {KNOWN_KINDS}.")
         # Absolute: the run may start in another folder.
-        yield assignment("dataset_path", str(file.absolute()))
-    elif file.suffix in _FILES or len(file.parts) > 1:
+        path = str(file.absolute())
+        _refuse_control_characters(path)
+        yield assignment("dataset_path", path)
+    elif file.suffix or len(file.parts) > 1:
         raise EzpzError(f"--data {data}: there is no such file.")
     else:
-        yield assignment("dataset", data, "one of the trainer's")
+        raise EzpzError(
+            f"--data {data}: there is no such file, and torchtitan has no such dataset."
+            f"{did_you_mean(data, known)} Known are {', '.join(known)}."
+        )
+
+
+def _refuse_control_characters(path: str) -> None:
+    """Refuse a file's name with bytes that are no text, or with what ends a comment."""
+    if re.search("[\x00-\x1f\x7f\ud800-\udfff]", path):
+        raise EzpzError(f"{printable(path)}: no TOML can hold this name. Rename the file.")
 
 
 def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
@@ -152,7 +187,7 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
 def _known_lines(text: str, keys: Keys) -> Iterator[str]:
     """Yield the lines whose keys the installed host has, and all comments."""
     section = ""
-    for line in text.splitlines(keepends=True):
+    for line in io.StringIO(text, newline="\n"):  # TOML ends lines only here
         if header := re.match(r"#?\[([\w.]+)\]", line):
             section = header[1]
         key = re.match(r"#?(\w+) =", line)
@@ -192,7 +227,7 @@ def _unwritten(path: Path, error: OSError) -> EzpzError:
 
 
 _TEXT = """\
-# {flavor}{on}. Written by `ezpz-moe new`.
+# {name}{on}. Written by `ezpz-moe new`.
 #
 #     ezpz-moe doctor {path}{several}
 #     ezpz-moe train {path}{several}
@@ -201,14 +236,14 @@ _TEXT = """\
 # here is torchtitan's own default; `ezpz-moe show {path} --all` lists everything.
 
 [job]
-dump_folder = "./outputs/{stem}" # logs and checkpoints, relative to the working directory
+{dump_folder}\
 custom_config_module = "ezpz_moe" # how torchtitan 0.2 finds this package; 0.3 is told by --module
 
 [model]
 name = "ezpz_moe"
-flavor = "{flavor}" # size _ attention _ backend of the experts
-# Sizes: `ezpz-moe flavors`. Attention: with sdpa a token also sees the documents before its own;
-# flex keeps them apart and needs a GPU. Backends: `ezpz-moe backends`.
+{flavor}\
+# Sizes: `ezpz-moe flavors`. Backends: `ezpz-moe backends`.
+# {why_attention}
 # {why_backend}
 # The tokenizer is a small one that this package has in it, unless you set hf_assets_path, the
 # folder of the model's own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ezpz_moe.config.flavors import Flavor
@@ -10,6 +11,7 @@ from ezpz_moe.config.job import flavor_of
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import backend_of
 from ezpz_moe.hosts.detect import check_host, host
+from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.ranks import degrees, outside_of_a_run
 from ezpz_moe.hosts.setting import Setting
@@ -17,7 +19,7 @@ from ezpz_moe.telemetry.text import count
 from ezpz_moe.tools import device
 from ezpz_moe.tools.launch import Start
 from ezpz_moe.tools.nodes import Placement
-from ezpz_moe.tools.resuming import resumption
+from ezpz_moe.tools.resuming import Resumption, resumption
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,18 @@ def planned(
         flavor = flavor_of(start.job)
         problems = host().machine_problems(trainer_config, flavor, ranks)
     source = f"{start.job.source} and the command line" if host_flags else start.job.source
-    if problems:
-        raise EzpzError(
-            "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
-        )
+    _refuse(source, problems)
     resumed = resumption(start.job, trainer_config, host_flags, from_last_whole=from_last_whole)
+    _refuse_model_alone(resumed)
     summary = host().summarize(flavor)
     states = device.model_states(trainer_config, summary.total, ranks, nproc)
-    active = count(summary.active)
     return Planned(
         what={
             "job": source,
-            "model": f"{flavor.name}: {count(summary.total)} parameters, {active} of them active",
-            "experts": _experts(flavor),
-            "device": device.in_words(),
-            "precision": host().precision_in_words(trainer_config, flavor),
+            **_model(flavor, trainer_config, summary),
             "ranks": _ranks(trainer_config, nproc, placement),
             "memory": f"{states.needed}; {states.room}",
-            "steps": f"{resumed.step if resumed else 1} to {trainer_config.training.steps}",
+            "steps": _steps(resumed, trainer_config.training.steps),
             "checkpoints": _checkpoints(start, trainer_config),
             "begins with": str(resumed.checkpoint) if resumed else "initial values",
             "writes to": start.settings.dump_folder,
@@ -96,8 +92,39 @@ def planned(
     )
 
 
-def _experts(flavor: Flavor) -> str:
-    return f"{flavor.compute_backend} ({backend_of(flavor).summary})"
+def _refuse(source: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise EzpzError(
+            "\n  ".join([f"{source}:", *problems]) if problems[1:] else f"{source}: {problems[0]}"
+        )
+
+
+def _refuse_model_alone(resumed: Resumption | None) -> None:
+    if resumed and resumed.step is None:
+        raise EzpzError(
+            f"{resumed.checkpoint}: holds the model alone, so no run can resume from it. Add "
+            "--resume-from-last-whole if an earlier step is whole. To start a new run from its "
+            "weights, use --checkpoint.initial_load_path with its absolute path, and a new "
+            "--dump_folder."
+        )
+
+
+def _model(flavor: Flavor, config: TrainerConfig, summary: ModelSummary) -> dict[str, str]:
+    """Return what is trained, and how it is computed."""
+    total, active = count(summary.total), count(summary.active)
+    return {
+        "model": f"{flavor.name}: {total} parameters, {active} of them active",
+        "experts": f"{flavor.compute_backend} ({backend_of(flavor).summary})",
+        "device": device.in_words(),
+        "precision": host().precision_in_words(config, flavor),
+    }
+
+
+def _steps(resumed: Resumption | None, last: int) -> str:
+    first = resumed.step if resumed and resumed.step else 1
+    if first > last:
+        return f"none: the checkpoint is of step {first - 1}, and training.steps is {last}"
+    return f"{first} to {last}"
 
 
 def _ranks(config: TrainerConfig, nproc: int, placement: Placement | None) -> str:

@@ -10,14 +10,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ezpz_moe.errors import EzpzError, did_you_mean, printable
+from ezpz_moe.config.job import is_slip
+from ezpz_moe.config.older_keys import OLDER_KEYS
+from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
 
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+|-\d+\.?\d*[eE][+-]?\d+")
-_LONGEST = 60
 _IN_WORDS = {"INT": "an integer", "FLOAT": "a number"}
 
 
@@ -100,43 +101,41 @@ class _Words:
                     behind = word
                 elif flag is not None and not flag.type:
                     either = f"{flag.option} or {_off(flag)}"
-                    yield f"{_short(given.name)}: takes no value. Write {either}."
+                    yield f"{short(printable(given.name))}: takes no value. Write {either}."
                 else:
                     yield self._stray(word, given.name)
 
     def _unknown(self, name: str, behind: str) -> str:
-        path, shown = _path(name), _short(name)
+        path, said = _path(name), short(printable(name))
         elsewhere = [after for after, flags in self._behind.items() if path in flags]
         if behind and "" in elsewhere:
-            return f"{shown}: write it before {behind}, which only its own flags may follow."
+            return f"{said}: write it before {behind}, which only its own flags may follow."
         if elsewhere:
-            return f"{shown}: write it after one of {', '.join(sorted(elsewhere))}."
+            return f"{said}: write it after one of {', '.join(sorted(elsewhere))}."
         top = self._behind[""]
-        if _turned_on(path) in keys_by_spelling() and (why := remedy(path, top)):
-            return f"{shown}: {presumed_host().name} has no such flag: {why.rstrip('.')}."
+        key = _turned_on(path)
+        if (key in keys_by_spelling() or key in OLDER_KEYS) and (why := remedy(path, top)):
+            return f"{said}: {presumed_host().name} has no such flag: {why.rstrip('.')}."
         return (
-            f"{shown}: neither the trainer ({presumed_host().name}) nor this command has such a "
+            f"{said}: neither the trainer ({presumed_host().name}) nor this command has such a "
             f"flag.{self._nearest(name)}"
         )
 
     def _nearest(self, name: str) -> str:
         options = [flag.option for flags in self._behind.values() for flag in flags.values()]
         switches = [_off(flag) for flag in self._behind[""].values() if not flag.type]
+        # Names alike can do the opposite: only a slip of the pen is taken for another flag.
         name = name.replace("_", "-")
-        near = did_you_mean(name, [*self._ours, *options, *switches])
-        # A name without its section, and one that says the section again (checkpoint.enable-
-        # checkpoint), mean another flag than the one with the most letters in common.
-        meant = [
-            option
-            for option in options
-            if option.rpartition(".")[2] == name.lstrip("-") or name.startswith(f"{option}-")
-        ]
-        return f" Did you mean {meant[0]!r}?" if len(meant) == 1 else near
+        slips = [each for each in (*self._ours, *options, *switches) if is_slip(name, each)]
+        # A name without its section means another flag than the one with the most letters in
+        # common.
+        meant = [each for each in options if each.rpartition(".")[2] == name.lstrip("-")]
+        return f" Did you mean {meant[0]!r}?" if len(meant) == 1 else did_you_mean(name, slips)
 
     def _stray(self, word: str, before: str) -> str:
         near = did_you_mean(word, self._subcommands)
-        after = f" after {_short(before)}" if before else ""
-        return f"{_short(word)}{after}: the trainer takes no such word.{near}"
+        after = f" after {short(printable(before))}" if before else ""
+        return f"{short(printable(word))}{after}: the trainer takes no such word.{near}"
 
 
 def _taken(flag: HostFlag, values: Sequence[str]) -> int:
@@ -148,13 +147,13 @@ def _taken(flag: HostFlag, values: Sequence[str]) -> int:
 
 def _wrong_values(flag: HostFlag, name: str, values: Sequence[str]) -> Iterator[str]:
     if flag.type and not values and not flag.many:
-        yield f"{_short(name)}: needs a value, {_in_words(flag.type)}."
+        yield f"{short(printable(name))}: needs a value, {_in_words(flag.type)}."
     # What takes many has a syntax of its own.
     elif values and not flag.many and not _reads(flag.type, values[0]):
-        value = _short(values[0])
+        value = short(printable(values[0]))
         choices = {choice for each in _alternatives(flag.type) for choice in _choices(each)}
         near = did_you_mean(values[0], choices - {"None"})
-        yield f"{_short(name)} {value}: must be {_in_words(flag.type)}.{near}"
+        yield f"{short(printable(name))} {value}: must be {_in_words(flag.type)}.{near}"
 
 
 def _reads(type_: str, value: str) -> bool:
@@ -213,9 +212,3 @@ def _turned_on(path: str) -> str:
 def _off(flag: HostFlag) -> str:
     section, dot, last = flag.option.rpartition(".")
     return f"{section}{dot}no-{last}"
-
-
-def _short(text: str) -> str:
-    """Return what the user wrote on one short line."""
-    text = printable(text)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
