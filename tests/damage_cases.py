@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_cases import trained
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.analysis import record
+from ezpz_moe.tools import trained as trained_weights
 from ezpz_moe.tools.checkpoints import inspect, remap, storage
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
 
@@ -22,7 +21,7 @@ COMMANDS: dict[str, Callable] = {
     "inspect": inspect,
     "remap": lambda folder: remap(folder, folder.with_name("out"), "2026_09"),
     "upcycle": lambda folder: DenseCheckpoint(folder, SimpleNamespace(generation="0.3")),
-    "analyze": lambda folder: record._load(folder, torch.nn.Linear(1, 1)),
+    "analyze": lambda folder: trained_weights._of_checkpoint(folder, {}),
     "train": storage.check_metadata,
 }
 """What reads a checkpoint, before it asks for anything of the model."""

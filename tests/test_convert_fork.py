@@ -72,7 +72,7 @@ def test_a_flavor_that_the_user_names(job_file, tmp_path, capsys):
     path, new = job_file(FORK.format("deepseek_v3", 4096)), tmp_path / "new.toml"
     assert cli.main(["convert", str(path), str(new), "--flavor", "16B_for_loop"]) == 0
     assert load_job(new).flavor == "16B_for_loop"
-    assert "open" not in capsys.readouterr().out
+    assert "open: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flavor", ["16B_for_loop", "qwen3_debugmodel_sdpa"])

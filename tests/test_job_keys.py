@@ -104,7 +104,7 @@ def accepts(row: Key, value: Any) -> bool:
 
 def sample(row: Key, current: Any) -> Any:
     """A valid value other than ``current``."""
-    candidates = [not current, 1, 2, 0, 0.25, 0.5, "text", ["text"], [["text"]], ["model"]]
+    candidates = [not current, 1, 2, 0, 0.25, 0.5, "eager", ["text"], [["text"]], ["model"]]
     schema = TypeAdapter(row.type).json_schema()
     candidates += schema.get("enum", [schema.get("const")])
     valid = [value for value in candidates if accepts(row, value)]

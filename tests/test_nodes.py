@@ -316,7 +316,7 @@ def test_fewer_than_one_machine_are_refused(nnodes):
     with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: must be at least 1 machine"):
         Placement(nnodes, 0, "node0", 29500)
     with pytest.raises(EzpzError, match=f"--nnodes {nnodes}: must be at least 1 machine"):
-        Train("debugmodel", nnodes=nnodes).run()
+        Train(config=("debugmodel",), nnodes=nnodes).run()
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
@@ -329,7 +329,7 @@ def test_a_port_that_cannot_be_is_refused(port):
 def test_the_place_has_to_be_given_for_several_nodes(missing):
     told = {"node_rank": 0, "master_addr": "node0", missing: None}
     with pytest.raises(EzpzError, match=r"--nnodes 2 needs --node-rank.* and --master-addr"):
-        Train("debugmodel", nnodes=2, **told).run()
+        Train(config=("debugmodel",), nnodes=2, **told).run()
 
 
 # --- after a failure --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import Command
-from ezpz_moe.tools.new_job import Device, new_job
+from ezpz_moe.config.devices import Device
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class New(Command):
     """Train on this file, or on this one of torchtitan's datasets. Default: the embedded text."""
 
     def run(self) -> int:
+        from ezpz_moe.tools.new_job import new_job
+
         made = new_job(self.job, self.flavor, self.device, self.data)
         display.print_line(f"{made.path} written: {made.flavor}. Next:")
         path = shlex.quote(str(made.path))

@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from ezpz_moe.config.devices import Device
 from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, split_name
 from ezpz_moe.config.keys import Keys
 from ezpz_moe.config.toml import read_toml
@@ -22,8 +22,6 @@ from ezpz_moe.errors import EzpzError, did_you_mean, printable
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.our_texts import DEFAULT_DATASET, KNOWN_KINDS, kind_of
 from ezpz_moe.hosts.titan_0_2.job_keys import DATASETS
-
-Device = Literal["any", "cpu", "cuda", "rocm", "xpu", "npu"]
 
 _ATTENTIONS = {
     "sdpa": "sdpa runs on every device. A token also sees the documents before its own.",

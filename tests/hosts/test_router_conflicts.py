@@ -205,7 +205,7 @@ def test_what_nobody_may_have_meant_is_remarked(tmp_path, tables):
 def test_remarks_are_logged_at_the_start_and_noted_by_doctor(tmp_path, monkeypatch, caplog):
     config_of(tmp_path, "[balance]\naux_loss = 0.02")
     assert "balances beside" not in caplog.text
-    found = doctor.job_findings(str(tmp_path / "job.toml"), None)
+    found = doctor.job_findings(doctor.Asked(str(tmp_path / "job.toml")))
     (note,) = [each for each in found if "balances beside" in each.problem]
     assert note.is_note
     config = host().trainer_config(find_job(str(tmp_path / "job.toml")))

@@ -14,13 +14,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchtitan.models.common.moe import MoE
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.ranks import share_of_model
-from ezpz_moe.hosts.titan.row_figures import experts_of
+from ezpz_moe.hosts.titan.selector import Selector
 from ezpz_moe.telemetry.text import memory
 
 
@@ -56,7 +55,10 @@ def saved_or_not(
 def bytes_per_token(model: nn.Module) -> Iterator[int]:
     """Yield for each MoE layer the bytes of gate, up and the layer's or the rows' output."""
     for moe in model.modules():
-        experts = experts_of(moe) if isinstance(moe, MoE) else None
+        if not hasattr(moe, "router"):
+            continue
+        # None: experts for which nobody has chosen a backend.
+        experts = next((each for each in moe.modules() if isinstance(each, Selector)), None)
         if experts is None:
             continue
         weights = list(experts.parameters())

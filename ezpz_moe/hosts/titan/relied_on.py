@@ -11,7 +11,6 @@ from ezpz_moe.hosts.titan.relied_on_in_part import (
     CHATS,
     COMPONENTS,
     NO_ROUTER,
-    ON_A_CPU,
     ROUTERS,
 )
 
@@ -392,7 +391,6 @@ RELIED_ON: tuple[Reliance, ...] = (
     ),
     *_EXPERTS,
     *ROUTERS,
-    *ON_A_CPU,
     *ANALYSIS,
     *CHATS,
     *COMPONENTS,

@@ -114,10 +114,11 @@ ROUTERS = (
     ),
     Reliance(
         "torchtitan.components.metrics:MetricsProcessor",
-        used_for="a flavor's telemetry is a subclass of it; it is asked before every step",
-        if_broken=_NO_TELEMETRY,
+        used_for="a flavor's telemetry is a subclass of it, as is what hides a CPU's MFU; it is "
+        "asked before every step",
+        if_broken=f"{_NO_TELEMETRY}; a CPU's MFU, which means nothing, is shown",
         has=("Config", "should_log", "log", "log_validation"),
-        sets=("logger", "parallel_dims", "model_parts"),
+        sets=("logger", "parallel_dims", "model_parts", "has_quantization"),
     ),
     Reliance(
         "torchtitan.components.metrics:_get_metrics_rank",
@@ -128,16 +129,6 @@ ROUTERS = (
     *PICTURES,
 )
 """Needed by flavors with ``[router]``, ``[balance]`` or ``[telemetry]``."""
-
-ON_A_CPU = (
-    Reliance(
-        "torchtitan.components.metrics:MetricsProcessor",
-        used_for="a run on a CPU reports no MFU, because the host takes an A100's peak for it",
-        if_broken="a run on a CPU shows an MFU that means nothing",
-        has=("Config",),
-        sets=("has_quantization",),
-    ),
-)
 
 ANALYSIS = (
     Reliance(

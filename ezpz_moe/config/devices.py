@@ -1,0 +1,5 @@
+"""The kinds of devices that a job can be written for."""
+
+from typing import Literal
+
+Device = Literal["any", "cpu", "cuda", "rocm", "xpu", "npu"]
