@@ -172,6 +172,17 @@ def test_show_a_job(capsys) -> None:
     assert captured.err == ""
 
 
+@pytest.mark.parametrize(
+    "flags", [["--world-size", "0"], ["--nproc", "-3"], ["--nproc", "2", "--world-size", "3"]]
+)
+def test_show_takes_the_ranks_of_train_but_no_impossible_ones(capsys, flags) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", str(JOB), *flags])
+    assert end.value.code == 2
+    assert " ".join(flags[-2:]) in capsys.readouterr().err
+    assert cli.main(["show", str(JOB), "--nproc", "2", "--nnodes", "3"]) == 0
+
+
 def test_a_title_keeps_its_brackets(capsys) -> None:
     row = {"a": "[red]b, in a row that is wider than the title"}
     display.print_table([row], title="runs/[bold]x.toml")

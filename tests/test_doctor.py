@@ -145,7 +145,6 @@ def test_a_job_that_fits(capsys) -> None:
 @pytest.mark.parametrize(
     ("lines", "arguments", "message"),
     [
-        ("[training]\nstepz = 1", [], "[training] stepz: unknown key. Did you mean 'steps'?"),
         ("[parallelism]\nexpert_parallel_degree = 3", [], "does not divide the 8 experts"),
         ("[parallelism]\ntensor_parallel_degree = 3", [], "does not divide the 16 attention heads"),
         (
@@ -170,6 +169,19 @@ def test_a_job_that_does_not(capsys, tmp_path, lines, arguments, message) -> Non
     assert f"BROKEN {job}: " in said
     assert message in said
     assert said.splitlines()[-1].startswith(f"{job} is not ready here: ")
+
+
+def test_a_mistake_in_the_jobs_text_is_told_before_anything_is_inspected(
+    capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(doctor, "facts", None)
+    (tmp_path / "job.toml").write_text(f"{MODEL}[training]\nstepz = 1\n")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", str(tmp_path / "job.toml")])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "[training] stepz: unknown key. Did you mean 'steps'?" in captured.err
 
 
 def test_a_model_that_the_device_cannot_hold(capsys) -> None:

@@ -36,6 +36,10 @@ class Doctor(Inspected):
         ranks, config = self.ranks(), only(self.config)
         if config is None and (self.host_flags or ranks is not None):
             raise EzpzError("doctor: the flags of a run need its job: doctor FLAVOR|JOB.toml ...")
+        if config is not None:
+            from ezpz_moe.hosts.jobs import find_job
+
+            find_job(config)  # before torch is imported: a mistake in its text is told at once
         of_job: list[Finding] = []
         with display.status("Inspecting torch and the host"):
             from ezpz_moe.tools import doctor
