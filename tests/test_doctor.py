@@ -228,7 +228,6 @@ def test_no_number_of_ranks(capsys, number) -> None:
     [
         (["--nproc", "2", "--nnodes", "3"], "6 ranks do not fit the degrees"),
         (["--parallelism.tensor-parallel-degree", "5"], "divide the 16 attention heads"),
-        (["--training.steps", "many"], "Error parsing --training.steps: "),
         (["--checkpoint.enable", "--checkpoint.load_step", "7"], "step-7"),
     ],
 )
@@ -273,6 +272,7 @@ def test_the_ranks_of_a_cpu_share_its_memory(monkeypatch, cpu_with) -> None:
         ([str(JOB), "16B"], "debug_cpu.toml 16B: name one flavor or job."),
         ([str(JOB), "--nproc", "2", "--world-size", "3"], "on --nnodes 1 are 2 ranks"),
         ([str(JOB), "--nnodes", "0"], "--nnodes 0: must be at least 1"),
+        ([str(JOB), "--training.steps", "many"], "--training.steps many: must be an integer"),
     ],
 )
 def test_flags_that_say_nothing(capsys, arguments, message) -> None:

@@ -29,6 +29,8 @@ class Doctor(Inspected):
     world_size: int | None = None
     """Check the job for this many ranks. Default: --nproc times --nnodes, if one of them is given;
     without ranks, skip what depends on them."""
+    resume_from_last_whole: bool = False
+    """As in `train`: resume from the newest step that is whole, if a later one is damaged."""
     all: bool = False
     """Also list everything of the host that holds, each backend, and optional packages."""
 

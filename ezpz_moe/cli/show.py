@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Suppress
-
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Config, import_host
 from ezpz_moe.cli.inspected import Inspected
@@ -31,10 +29,12 @@ class Show(Inspected):
     """The name of a flavor, or the path to a job's TOML."""
     all: bool = False
     """Ask torchtitan: also show settings that keep its defaults or depend on this machine."""
-    # What follows `train` may follow `show`, whose answer is the same for any number of ranks.
-    world_size: Suppress[int | None] = None
-    nproc: Suppress[int | None] = None
-    nnodes: Suppress[int] = 1
+    world_size: int | None = None
+    """Accepted as in `doctor`; changes nothing here."""
+    nproc: int | None = None
+    """Accepted as in `train`; changes nothing here."""
+    nnodes: int = 1
+    """Accepted as in `train`; changes nothing here."""
 
     def run(self) -> int:
         self.ranks()  # refuses what is no number of ranks
