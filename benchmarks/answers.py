@@ -85,7 +85,7 @@ CASES = (
     Case("show misspelt.toml", MISTAKE, 2),
     Case("show absent.toml", MISTAKE, 2),
     Case("describe 16X", MISTAKE, 2),
-    Case("doctor misspelt.toml", MISTAKE, None, HEAVY),
+    Case("doctor misspelt.toml", MISTAKE, 2),
     Case("preflight misspelt.toml --world-size 2", MISTAKE, 2),
     Case("train misspelt.toml", MISTAKE, 2),
     Case("train absent.toml", MISTAKE, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_each_line_is_a_chat(tmp_path) -> None:
     assert second == chat("c", "d")["messages"]
 
 
+def test_a_compressed_file_is_read_once_until_it_changes(tmp_path) -> None:
+    file = tmp_path / "chats.jsonl.GZ"
+    file.write_bytes(gzip.compress(json.dumps(chat("a", "b")).encode()))
+    first = read_chats(str(file))
+    assert list(map(messages_of, first)) == [chat("a", "b")["messages"]]
+    assert read_chats(str(file)) is first
+    file.write_bytes(gzip.compress(json.dumps(chat("a", "bcd")).encode()))
+    assert list(map(messages_of, read_chats(str(file)))) == [chat("a", "bcd")["messages"]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -70,8 +81,11 @@ def test_files_that_are_none(tmp_path) -> None:
         read_chats(written(tmp_path, name="chats.txt"))
     with pytest.raises(EzpzError, match="contains no chats"):
         read_chats(written(tmp_path, "", ""))
-    with pytest.raises(EzpzError, match="cannot be read: No such file"):
+    with pytest.raises(EzpzError, match="is not a file"):
         read_chats(str(tmp_path / "none.jsonl"))
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(EzpzError, match="cannot be read"):
+        read_chats(str(tmp_path / "broken.jsonl.gz"))
     (tmp_path / "latin.jsonl").write_bytes(b"\xff")
     with pytest.raises(EzpzError, match="is not UTF-8 text: byte 0"):
         read_chats(str(tmp_path / "latin.jsonl"))
@@ -133,22 +147,25 @@ name = "ezpz_moe"
 flavor = "debugmodel_sdpa_for_loop"
 {assets}
 [training]
-dataset = "chat_file"
 {data}
 """
+CHATS = 'dataset = "chat_file"\ndataset_path = "chats.jsonl"'
+NO_TEMPLATE = "the tokenizer has no chat template: chat_template.jinja beside"
 
 
 @on_0_3
 @pytest.mark.parametrize(
     ("assets", "data", "message"),
     [
+        ("", f"{CHATS}", NO_TEMPLATE),
+        # Of training and of validation alike, if there is a validation.
+        ("", f'dataset = "pydoc_topics"\n[validation]\nenable = true\n{CHATS}', NO_TEMPLATE),
+        ("", 'dataset = "chat_file"', "dataset = 'chat_file' needs dataset_path"),
         (
             "",
-            'dataset_path = "chats.jsonl"',
-            "the tokenizer has no chat template: chat_template.jinja beside",
+            'dataset = "chat_file"\ndataset_path = "no.jsonl"',
+            "dataset_path = 'no.jsonl' does not exist",
         ),
-        ("", "", "dataset = 'chat_file' needs dataset_path"),
-        ("", 'dataset_path = "no.jsonl"', "dataset_path = 'no.jsonl' does not exist"),
     ],
 )
 def test_a_job_without_what_chats_need_is_refused(

@@ -17,6 +17,7 @@ from contract_cases import ON_THE_CPU
 
 from ezpz_moe import __version__, cli
 from ezpz_moe.cli import display
+from ezpz_moe.cli.mistakes import options
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.compute.names import known_backend_names
@@ -170,6 +171,26 @@ def test_show_a_job(capsys) -> None:
     assert "training.gc_freq" not in rows, "the host's default is not shown"
     assert not {"origin", "checked", "model_spec"} & set(rows), "our own fields are no settings"
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "flags", [["--world-size", "0"], ["--nproc", "-3"], ["--nproc", "2", "--world-size", "3"]]
+)
+def test_show_takes_the_ranks_of_train_but_no_impossible_ones(capsys, flags) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", str(JOB), *flags])
+    assert end.value.code == 2
+    assert " ".join(flags[-2:]) in capsys.readouterr().err
+
+
+def test_what_follows_train_may_follow_the_commands_that_look_at_a_run() -> None:
+    """Each flag of `train` is one of theirs, but for those that are about starting."""
+    known = cli.commands()
+    of_train = set(options(known["train"])) - {"--dry-run", "--help-trainer"}
+    for command in ("show", "doctor", "describe", "preflight"):
+        assert of_train <= set(options(known[command])), command
+    place = ["--nproc", "2", "--nnodes", "3", "--node-rank", "1", "--master-addr", "node0"]
+    assert cli.main(["show", str(JOB), *place, "--resume-from-last-whole"]) == 0
 
 
 def test_a_title_keeps_its_brackets(capsys) -> None:

@@ -1,6 +1,7 @@
 """The text behind ``dataset`` and ``dataset_path``: what becomes a document, that no rank goes
 without, and that every mistake in a file is one message before the run starts."""
 
+import dataclasses
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -153,6 +154,12 @@ def test_a_document_for_each_rank_is_enough_and_one_less_is_not(tmp_path, tokeni
     build(config, tokenizer, rank=2, ranks=3)
     with pytest.raises(EzpzError, match="has 3 documents for 4 data-parallel ranks"):
         build(config, tokenizer, rank=2, ranks=4)
+
+
+def test_a_flag_that_makes_chats_of_text_is_told_what_to_set(tokenizer):
+    config = dataloader_config(None, None, job_folder=None)
+    with pytest.raises(EzpzError, match=r"flag cannot change. Set \[training\] dataset in the job"):
+        build(dataclasses.replace(config, dataset="Chat_File"), tokenizer, rank=0, ranks=1)
 
 
 def test_resuming_gives_the_tokens_that_would_have_come(tmp_path, tokenizer):

@@ -145,7 +145,6 @@ def test_a_job_that_fits(capsys) -> None:
 @pytest.mark.parametrize(
     ("lines", "arguments", "message"),
     [
-        ("[training]\nstepz = 1", [], "[training] stepz: unknown key. Did you mean 'steps'?"),
         ("[parallelism]\nexpert_parallel_degree = 3", [], "does not divide the 8 experts"),
         ("[parallelism]\ntensor_parallel_degree = 3", [], "does not divide the 16 attention heads"),
         (
@@ -170,6 +169,19 @@ def test_a_job_that_does_not(capsys, tmp_path, lines, arguments, message) -> Non
     assert f"BROKEN {job}: " in said
     assert message in said
     assert said.splitlines()[-1].startswith(f"{job} is not ready here: ")
+
+
+def test_a_mistake_in_the_jobs_text_is_told_before_anything_is_inspected(
+    capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(doctor, "facts", None)
+    (tmp_path / "job.toml").write_text(f"{MODEL}[training]\nstepz = 1\n")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", str(tmp_path / "job.toml")])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "[training] stepz: unknown key. Did you mean 'steps'?" in captured.err
 
 
 def test_a_model_that_the_device_cannot_hold(capsys) -> None:
@@ -216,7 +228,6 @@ def test_no_number_of_ranks(capsys, number) -> None:
     [
         (["--nproc", "2", "--nnodes", "3"], "6 ranks do not fit the degrees"),
         (["--parallelism.tensor-parallel-degree", "5"], "divide the 16 attention heads"),
-        (["--training.steps", "many"], "Error parsing --training.steps: "),
         (["--checkpoint.enable", "--checkpoint.load_step", "7"], "step-7"),
     ],
 )
@@ -261,6 +272,7 @@ def test_the_ranks_of_a_cpu_share_its_memory(monkeypatch, cpu_with) -> None:
         ([str(JOB), "16B"], "debug_cpu.toml 16B: name one flavor or job."),
         ([str(JOB), "--nproc", "2", "--world-size", "3"], "on --nnodes 1 are 2 ranks"),
         ([str(JOB), "--nnodes", "0"], "--nnodes 0: must be at least 1"),
+        ([str(JOB), "--training.steps", "many"], "--training.steps many: must be an integer"),
     ],
 )
 def test_flags_that_say_nothing(capsys, arguments, message) -> None:

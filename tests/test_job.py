@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.config.job import Job, job_for_flavor
+from ezpz_moe.config.job import BASES, Job, job_for_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
 
 JOBS = Path(__file__).parents[1] / "flavors" / "jobs"
 MODEL = '[model]\nname = "ezpz_moe"\nflavor = "debugmodel_sdpa_for_loop"\n'
@@ -209,6 +210,14 @@ def test_another_models_name_says_how_to_choose_it(job_file):
     message = problem(path)
     assert '[model] name = "deepseek_v3": must be "ezpz_moe"' in message
     assert 'base = "deepseek_v3/<its flavor>"' in message
+
+
+def test_only_a_model_that_can_be_a_base_is_named_as_one(job_file):
+    """With any other, doctor would answer that torchtitan has no such model."""
+    assert set(BASES) == {name for name, flavors in MOE_MODELS.items() if flavors}
+    message = problem(job_file('[model]\nname = "llama4"\nflavor = "debugmodel"\n'))
+    assert "`ezpz-moe flavors` lists them" in message
+    assert "base" not in message
 
 
 def test_name_and_flavor_are_required(job_file):

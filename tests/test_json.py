@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.tools import convert_hf, describe, doctor, preflight, tune, verify
 from ezpz_moe.tools.convert_foreign import FlavorConversion
 from ezpz_moe.tools.doctor import Finding
+from ezpz_moe.tools.planned import Planned
 
 JOB_0_2 = """
 [model]
@@ -88,7 +90,7 @@ def test_bench_prints_what_it_would_write(said, tmp_path, capsys) -> None:
 
 def test_doctor_has_a_state_for_each_line(said, monkeypatch) -> None:
     findings = [Finding("a", "b"), Finding("c", "d", problem="e", vital=True)]
-    monkeypatch.setattr(doctor, "facts", lambda: {"torch": "2"})
+    monkeypatch.setattr(doctor, "facts", lambda **_: {"torch": "2"})
     monkeypatch.setattr(doctor, "host_findings", lambda: findings)
     code, found = said("doctor")
     assert (code, found.keys()) == (1, documented()["doctor"])
@@ -148,6 +150,13 @@ def test_plot_has_the_last_record_and_the_files(said, tmp_path) -> None:
     assert (code, found.keys()) == (0, documented()["plot"])
     assert found["last"]["layers"][0]["counts_E"] == [3, 1]
     assert all(Path(each).is_file() for each in found["files"])
+
+
+def test_the_trainers_flags_and_a_dry_run(said) -> None:
+    code, found = said("train", "--help-trainer")
+    assert (code, found.keys()) == (0, documented()["train --help-trainer"])
+    assert "training.steps" in {each["name"] for each in found["flags"]}
+    assert {each.name for each in fields(Planned)} == documented()["train --dry-run"]
 
 
 def test_tune_has_what_was_measured(said, monkeypatch) -> None:

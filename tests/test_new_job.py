@@ -23,6 +23,7 @@ from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.tools import new_job as module
 from ezpz_moe.tools.new_job import Device, new_job
 
+README = Path(__file__).parent.parent / "README.md"
 DEVICES = get_args(Device)
 OFF = re.compile(r"#(?=[\w\[])")
 # Sizes of ours and the host's own models, one that no size is known of, a backend in the name.
@@ -58,6 +59,23 @@ def settings(text: str) -> list[tuple[int, ...]]:
         elif OFF.match(line):
             found.append((*header, number))
     return found
+
+
+def test_the_readmes_tasks_follow_from_one_another(tmp_path) -> None:
+    """With its lines switched on, the job makes the checkpoint and records that they need."""
+    tasks = " ".join(README.read_text().partition("## Five tasks")[2].split())
+    (switching,) = re.findall(r"In the file, (.*?)\. Then", tasks)
+    path = write(tmp_path)
+    text = path.read_text()
+    for name in re.findall("`([^`]+)`", switching):
+        text = text.replace(f"\n#{name}", f"\n{name}", 1)
+    path.write_text(text)
+    values = load_job(path).values
+    assert values["checkpoint.enable"]
+    assert values["telemetry.detail"]
+    assert f"`ezpz-moe plot {Path(values['job.dump_folder'])}`" in tasks
+    for command in ("new", "doctor", "train", "generate"):
+        assert f"`ezpz-moe {command} {path.relative_to(tmp_path)}" in tasks
 
 
 def assert_ready(path: Path, device: Device) -> None:

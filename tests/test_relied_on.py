@@ -6,6 +6,7 @@ Nothing of the host is imported here: a binding can be read with any host, or wi
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from ezpz_moe import hosts
 from ezpz_moe.hosts.detect import HOSTS
 from ezpz_moe.hosts.host import Host
+from ezpz_moe.hosts.parts import Tokenizer
 from ezpz_moe.hosts.reliance import Reliance
+from ezpz_moe.hosts.titan.v0_3 import Titan03
 
 FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.chats",
@@ -137,3 +140,23 @@ def test_a_binding_that_imports_something_new_is_found() -> None:
     line = Reliance("torchtitan.b", used_for="x", if_broken="x", has=("c",))
     assert in_lines([line]) >= {"torchtitan.b", "torchtitan.b.c"}
     assert "torchtitan.a" not in in_lines([line])
+
+
+def line_of(thing: str) -> Reliance:
+    (line,) = (line for line in Titan03().relied_on if line.thing == thing)
+    return line
+
+
+def test_all_that_commands_use_of_a_tokenizer_is_relied_on() -> None:
+    line = line_of("torchtitan.components.tokenizer:HuggingFaceTokenizer")
+    methods = {name for name in vars(Tokenizer) if not name.startswith("_")}
+    assert set(line.has) == methods
+    assert set(line.sets) == Tokenizer.__annotations__.keys()
+    assert "`generate`" in line.if_broken
+
+
+def test_all_that_chats_take_of_the_hosts_dataloader_is_relied_on() -> None:
+    """But for what our subclass of its Config has itself."""
+    code = source("ezpz_moe.hosts.titan.chats").read_text()
+    line = line_of("torchtitan.components.dataloader:ParallelAwareDataloader.Config")
+    assert {*line.fields, "infinite"} == set(re.findall(r"\bconfig\.(\w+)", code))

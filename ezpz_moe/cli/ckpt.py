@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
-from ezpz_moe.cli.command import Command
+from ezpz_moe.cli.command import Command, Reporting
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.paths import is_safetensors, refuse_other_folders
 
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Inspect(Reporting):
     """Show what a checkpoint holds and which generation of torchtitan wrote it."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint's folder, such as outputs/checkpoint/step-100."""
-    json: bool = False
-    """Print the result to stdout as JSON, with exact figures, and nothing else there."""
 
     def run(self) -> int:
         # Before torch is imported: a wrong path is reported at once.
@@ -163,7 +161,7 @@ class Ckpt(Command):
 
     @property
     def prints_json(self) -> bool:
-        return isinstance(self.action, Inspect) and self.action.json
+        return isinstance(self.action, Reporting) and self.action.json
 
     def run(self) -> int:
         return self.action.run()

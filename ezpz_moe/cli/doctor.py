@@ -29,6 +29,8 @@ class Doctor(Inspected):
     world_size: int | None = None
     """Check the job for this many ranks. Default: --nproc times --nnodes, if one of them is given;
     without ranks, skip what depends on them."""
+    resume_from_last_whole: bool = False
+    """As in `train`: resume from the newest step that is whole, if a later one is damaged."""
     all: bool = False
     """Also list everything of the host that holds, each backend, and optional packages."""
 
@@ -36,6 +38,10 @@ class Doctor(Inspected):
         ranks, config = self.ranks(), only(self.config)
         if config is None and (self.host_flags or ranks is not None):
             raise EzpzError("doctor: the flags of a run need its job: doctor FLAVOR|JOB.toml ...")
+        if config is not None:
+            from ezpz_moe.hosts.jobs import find_job
+
+            find_job(config)  # before torch is imported: a mistake in its text is told at once
         of_job: list[Finding] = []
         with display.status("Inspecting torch and the host"):
             from ezpz_moe.tools import doctor

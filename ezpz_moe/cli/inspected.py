@@ -22,11 +22,14 @@ class Inspected(Reporting):
     """As in `train`: processes on one machine."""
     nnodes: int = 1
     """As in `train`: machines."""
-    # A machine's place in a run changes nothing that these commands tell.
-    node_rank: Suppress[int | None] = None
-    master_addr: Suppress[str | None] = None
-    master_port: Suppress[int] = 29500
-    resume_from_last_whole: Suppress[bool] = False
+    node_rank: int | None = None
+    """Accepted as in `train`; changes nothing here."""
+    master_addr: str | None = None
+    """Accepted as in `train`; changes nothing here."""
+    master_port: int = 29500
+    """Accepted as in `train`; changes nothing here."""
+    resume_from_last_whole: bool = False
+    """Accepted as in `train`; changes nothing here."""
     host_flags: Suppress[tuple[str, ...]] = ()
 
     def ranks(self) -> int | None:

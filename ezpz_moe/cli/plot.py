@@ -16,7 +16,7 @@ from ezpz_moe.cli.command import Reporting
 class Plot(Reporting):
     """Draw a run's expert load, its variation, and loss against balance, on one HTML page.
 
-    The run needs a [telemetry] table in its flavor, and may still be going on. Replaces the
+    The run needs a [telemetry] table in its job or flavor, and may still be going on. Replaces the
     pictures of an earlier call.
     """
 

@@ -29,8 +29,15 @@ class Show(Inspected):
     """The name of a flavor, or the path to a job's TOML."""
     all: bool = False
     """Ask torchtitan: also show settings that keep its defaults or depend on this machine."""
+    world_size: int | None = None
+    """Accepted as in `doctor`; changes nothing here."""
+    nproc: int | None = None
+    """Accepted as in `train`; changes nothing here."""
+    nnodes: int = 1
+    """Accepted as in `train`; changes nothing here."""
 
     def run(self) -> int:
+        self.ranks()  # refuses what is no number of ranks
         from ezpz_moe.config.job import flavor_of
         from ezpz_moe.hosts.counts import counts_at_hand
         from ezpz_moe.hosts.job_settings import settings_at_hand

@@ -34,6 +34,8 @@ from ezpz_moe.errors import EzpzError, printable
 MODEL_NAME = "ezpz_moe"
 DENSE_MODELS = ("flux", "llama3", "llama3_ft")
 """Models of torchtitan's that have no size with experts."""
+BASES = ("deepseek_v3", "gpt_oss", "qwen3")
+"""Models of torchtitan's that a flavor can name as its base, by every generation's name."""
 _SAME_WORD = 0.75
 """How alike two words of a key's name are, at least, if one is a slip for the other."""
 
@@ -286,6 +288,8 @@ def _of_another_model(name: str) -> str:
             f"torchtitan's {name} is dense: it has no routed experts, and only those are computed "
             "here. Train it with torchtitan alone, or name one of `ezpz-moe flavors`."
         )
+    if name not in BASES:
+        return "The model is named by its flavor: `ezpz-moe flavors` lists them."
     return (
         "To train another of torchtitan's mixtures of experts, choose a flavor: a TOML file with "
         f'base = "{name}/<its flavor>"; see docs/reference/flavors.md. `ezpz-moe convert` makes '

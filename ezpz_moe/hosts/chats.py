@@ -1,12 +1,14 @@
 """Read a file of chats: ``dataset = "chat_file"``. The same for all hosts that train on chats.
 
-A ``.jsonl`` file has one chat per line, in the form that most projects share::
+A ``.jsonl`` file, which may be compressed (``.jsonl.gz``), has one chat per line, in the form that
+most projects share::
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from datasets import Dataset, Split
 from pydantic import BaseModel, ValidationError
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.our_texts import COMPRESSED, kind_of
+from ezpz_moe.hosts.text_files import lines_in, reading, stamped
 
 COLUMN = "messages"
 _ROLES = ["user", "assistant"]
@@ -36,22 +40,18 @@ def read_chats(path: str) -> Dataset:
         EzpzError: the file is of another kind, cannot be read, is broken (naming the line), has no
             chats, or one that is not a user's message and its answer.
     """
-    file = Path(path)
-    if file.suffix.lower() != ".jsonl":
+    return _read_chats(*stamped(path))
+
+
+@functools.lru_cache(maxsize=2)  # the training file and the validation file
+def _read_chats(file: Path, mtime_ns: int, size: int) -> Dataset:
+    if kind_of(file) != ".jsonl":
         raise EzpzError(
             f"dataset_path = '{file}': a chat_file is a .jsonl file, one chat per line, not "
-            f"{file.suffix!r}."
+            f"{file.suffix!r}; it may be compressed ({', '.join(COMPRESSED)})."
         )
-    try:
-        # -sig drops the byte order mark that Windows editors write.
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise EzpzError(f"dataset_path = '{file}' cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise EzpzError(
-            f"dataset_path = '{file}' is not UTF-8 text: byte {error.start} ({error.reason})."
-        ) from error
-    chats = list(_chats(file, text))
+    with reading(file):
+        chats = list(_chats(file))
     if not chats:
         raise EzpzError(f"dataset_path = '{file}' contains no chats.")
     dataset = Dataset.from_dict({COLUMN: chats}, split=Split.TRAIN)
@@ -64,11 +64,8 @@ def messages_of(sample: dict[str, Any]) -> list[dict[str, str]]:
     return sample[COLUMN]
 
 
-def _chats(file: Path, text: str) -> Iterator[list[dict[str, str]]]:
-    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _chats(file: Path) -> Iterator[list[dict[str, str]]]:
+    for number, line in lines_in(file):
         where = f"dataset_path = '{file}', line {number}"
         try:
             chat = _Chat.model_validate_json(line)

@@ -46,6 +46,7 @@ from ezpz_moe.hosts.our_texts import (
     is_ours,
     kind_of,
 )
+from ezpz_moe.hosts.text_files import lines_in, reading, stamped, text_in
 
 COLUMN = "text"
 TOPICS_PATH = "pydoc_data.topics"
@@ -114,6 +115,11 @@ def check_shares(dataset: str, dataset_path: str | None, ranks: int) -> None:
     """
     if not is_ours(dataset):
         return
+    if dataset.lower() == CHAT_FILE:  # only a flag says so here: a job's chats have another loader
+        raise EzpzError(
+            f"dataset = {dataset!r}: the job's data are text, which a flag cannot change. Set "
+            "[training] dataset in the job."
+        )
     path = dataset_path or TOPICS_PATH
     documents = len(load_topics(path) if dataset == DEFAULT_DATASET else read_documents(path))
     if documents < ranks:
@@ -158,12 +164,7 @@ def read_documents(path: str) -> Dataset:
         EzpzError: the file is missing, a folder, of an unknown kind, not readable, broken (naming
             the line), without text, or without a column ``text`` of strings.
     """
-    file = Path(path)
-    if not path or not file.is_file():
-        raise EzpzError(f"dataset_path = {path!r} is not a file.")
-    stamp = file.stat()
-    # Time and size are part of the cache key: a file that was edited meanwhile is read again.
-    return _read_documents(file, stamp.st_mtime_ns, stamp.st_size)
+    return _read_documents(*stamped(path))
 
 
 @functools.lru_cache(maxsize=2)  # the training file and the validation file
@@ -174,30 +175,15 @@ def _read_documents(file: Path, mtime_ns: int, size: int) -> Dataset:
             f"dataset_path = '{file}': unknown kind of file {''.join(file.suffixes[-2:])!r}; "
             f"known: {KNOWN_KINDS}."
         )
-    try:
+    with reading(file):
         dataset = _READERS[kind](file)
-    except (OSError, pa.ArrowException) as error:
-        raise EzpzError(f"dataset_path = '{file}' cannot be read: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise EzpzError(
-            f"dataset_path = '{file}' is not UTF-8 text: byte {error.start} "
-            f"({error.reason}). Convert it, for example with iconv."
-        ) from error
     if not any(text.strip() for text in dataset[COLUMN]):
         raise EzpzError(f"dataset_path = '{file}' contains no text.")
     return dataset
 
 
-def _text_in(file: Path) -> str:
-    # By the name's ending: Arrow decompresses, or not.
-    with pa.input_stream(str(file), compression="detect") as stream:
-        # -sig drops the byte order mark that Windows editors write; it would become a token.
-        text = stream.read().decode("utf-8-sig")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _read_txt(file: Path) -> Dataset:
-    return _paragraphs(_text_in(file))
+    return _paragraphs(text_in(file))
 
 
 def _paragraphs(text: str) -> Dataset:
@@ -208,18 +194,12 @@ def _paragraphs(text: str) -> Dataset:
 
 
 def _read_jsonl(file: Path) -> Dataset:
-    # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
-    lines = _text_in(file).split("\n")
-    rows = (
-        (f"line {number}", _parse_json(line, file, number))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
+    rows = ((f"line {number}", _parse_json(line, file, number)) for number, line in lines_in(file))
     return _from_rows(rows, file)
 
 
 def _read_json(file: Path) -> Dataset:
-    text = _text_in(file)
+    text = text_in(file)
     # An empty file is not JSON; as a file without text it gets a better message.
     rows = _parse_json(text, file) if text.strip() else []
     if not isinstance(rows, list):
@@ -254,6 +234,7 @@ def _read_parquet(file: Path) -> Dataset:
 
 
 _TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
     ".txt": _read_txt,

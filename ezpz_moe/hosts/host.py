@@ -246,7 +246,7 @@ class Host(ABC):
         self._lacks("memory")
 
     def analysis(self) -> Analysis:
-        """Return the part that runs the model on a text, for ``ezpz-moe analyze``."""
+        """Return the part that runs the model on a text: ``ezpz-moe analyze`` and ``generate``."""
         self._lacks("analysis")
 
     def upcycling_target(self, flavor: Flavor) -> Target:

@@ -73,8 +73,8 @@ def _set(rows: dict[str, Setting], job: Job, key: str, value: Any) -> None:
     """Put a job's key into the rows, in place."""
     section, _, name = key.rpartition(".")
     row = presumed_host().job_keys()[section][name]
-    if row.path is None and row.flag is None and key != _MODE:
-        return  # nothing of the trainer's, such as a description
+    if row.path is None and row.flag is None:
+        return  # no setting of the trainer's: a description, or a mode, for which it has classes
     if row.is_file:
         value = job.resolve(value)
     path = row.path or row.flag or key

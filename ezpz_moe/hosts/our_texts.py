@@ -26,5 +26,5 @@ def kind_of(file: Path) -> str | None:
 
 
 def is_ours(dataset: str | None) -> bool:
-    """Return whether this module reads the dataset, and not the host; None is our default."""
+    """Return whether this package reads the dataset, and not the host; None is our default."""
     return (dataset or DEFAULT_DATASET).lower() in (DEFAULT_DATASET, TEXT_FILE, CHAT_FILE)

@@ -73,8 +73,8 @@ def read(path: Path) -> list[StepRecord]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise EzpzError(
-            f"{path}: there is no such file. A run whose flavor has a [telemetry] table writes it "
-            "into its dump_folder."
+            f"{path}: there is no such file. A run whose job or flavor has a [telemetry] table "
+            "writes it into its dump_folder."
         ) from None
     except OSError as error:
         raise EzpzError(f"{path}: cannot be read: {error}.") from error

@@ -74,8 +74,8 @@ def _find(run: Path) -> Path:
     below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
     hint = f" There is one below it: {below[0]}." if below else ""
     raise EzpzError(
-        f"{run}: holds no {FILE_NAME}. A run whose flavor has a [telemetry] table writes it into "
-        f"its dump_folder.{hint}"
+        f"{run}: holds no {FILE_NAME}. A run whose job or flavor has a [telemetry] table writes it "
+        f"into its dump_folder.{hint}"
     )
 
 

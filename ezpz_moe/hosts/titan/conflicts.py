@@ -277,7 +277,8 @@ def _vocabulary(config: Trainer.Config) -> Iterator[str]:
 
 
 def _chats(config: Trainer.Config) -> Iterator[str]:
-    if getattr(config.dataloader, "dataset", None) != CHAT_FILE:
+    validation = ["validator.dataloader.dataset"] if config.validator.enable else []
+    if CHAT_FILE not in [_at(config, path) for path in ("dataloader.dataset", *validation)]:
         return iter(())
     return chat_problems(
         lambda: config.tokenizer.build(tokenizer_path=config.hf_assets_path), config.hf_assets_path

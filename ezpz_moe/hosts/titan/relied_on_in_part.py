@@ -138,9 +138,10 @@ ANALYSIS = (
     ),
     Reliance(
         "torchtitan.components.tokenizer:HuggingFaceTokenizer",
-        used_for="the text of `ezpz-moe analyze` as tokens",
-        if_broken="`ezpz-moe analyze` cannot read a text",
-        has=("encode",),
+        used_for="the text of `ezpz-moe analyze` and `generate` as tokens, and tokens as text",
+        if_broken="`ezpz-moe analyze` cannot read a text, and `generate` cannot continue one",
+        has=("encode", "decode", "apply_chat_template"),
+        sets=("eos_id", "tokenizer"),
     ),
 )
 
@@ -152,6 +153,15 @@ CHATS = (
         used_for='the dataloader of a job with dataset = "chat_file"',
         if_broken=_NO_CHATS,
         takes=("dataset", "dp_rank", "dp_world_size"),
+    ),
+    Reliance(
+        "torchtitan.components.dataloader:ParallelAwareDataloader.Config",
+        used_for="the same: how it fetches",
+        if_broken=_NO_CHATS,
+        fields=(
+            *("dataset_path", "num_workers", "persistent_workers"),
+            *("pin_memory", "prefetch_factor"),
+        ),
     ),
     Reliance(
         "torchtitan.hf_datasets.text_datasets:ChatDataset",
