@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from trainer_runs import EP_2, LOG, door_1, job_folder, train
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.titan.v0_3 import Titan03
@@ -152,3 +154,18 @@ def test_a_table_in_a_log_has_no_colours_and_is_not_wrapped(
         f" {'y':30}  93.0%",
     ]
     assert plain_table([]) == ""
+
+
+@pytest.mark.parametrize(("ranks", "is_refused"), [(1, False), (2, True)])
+def test_what_a_machine_without_accelerators_cannot_hold_is_refused(
+    ranks: int, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would end some process instead, with no word of it in the log."""
+    part = nn.Linear(10, 10, bias=False, device="meta")
+    there = SimpleNamespace(total_memory=STATES_PER_PARAMETER * 100 * 4)
+    device = SimpleNamespace(get_device_properties=lambda: there)
+    monkeypatch.setattr(announcing.utils, "device_module", device)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    refused = pytest.raises(EzpzError, match=r"the 2 rank\(s\) on this machine take 0.00 MiB")
+    with refused if is_refused else contextlib.nullcontext():
+        announcing._refuse_more_than_the_machine_has([part])

@@ -193,8 +193,8 @@ def test_a_model_that_the_device_cannot_hold(capsys) -> None:
 
 def test_a_job_without_ranks_is_not_judged_by_its_memory(capsys) -> None:
     code, said = run(capsys, "671B_sdpa_for_loop")
-    assert code == 0
-    assert "of model states" not in said
+    assert code == 0, "it is only noted what one rank would hold"
+    assert "for more ranks name them: --nproc or --world-size" in said
 
 
 def test_dimensions_that_another_backend_cannot_take_break_nothing(capsys, tmp_path) -> None:
@@ -245,6 +245,15 @@ def test_a_flag_mends_what_the_file_says(capsys, tmp_path) -> None:
     job = str(tmp_path / "job.toml")
     assert run(capsys, job)[0] == 1
     assert run(capsys, job, "--parallelism.tensor-parallel-degree", "4")[0] == 0
+
+
+def test_what_one_rank_cannot_hold_is_noted_where_no_ranks_are_named(monkeypatch) -> None:
+    for there, noted in ((2**20, True), (2**50, False)):
+        monkeypatch.setattr("ezpz_moe.tools.device.memory", lambda there=there: there)
+        found = doctor.job_findings(doctor.Asked("debugmodel_sdpa_for_loop"))
+        notes = [each for each in found if "name them: --nproc" in each.problem]
+        assert len(notes) == noted
+        assert all(each.holds for each in notes), "the run may have more ranks"
 
 
 def test_the_ranks_of_a_cpu_share_its_memory(monkeypatch, cpu_with) -> None:

@@ -317,13 +317,17 @@ MISTAKES = [
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (["--prompt", "a"], "Add --config FLAVOR|JOB.toml"),
     (["--prompt", "a", "--config", "no_such"], "unknown flavor 'no_such'"),
-    (["--prompt", "a", "--config", "debugmodel"], "there is no such folder"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES)
-def test_mistakes_are_one_line(capsys, flags: list[str], message: str) -> None:
-    assert message in refused(capsys, "nowhere", *flags)
+def test_mistakes_are_one_line(capsys, tmp_path, flags: list[str], message: str) -> None:
+    assert message in refused(capsys, tmp_path, *flags)
+
+
+@pytest.mark.parametrize("more", [(), ("--config", "debugmodel")])
+def test_a_path_that_does_not_exist_is_said_before_anything_else(capsys, more) -> None:
+    assert "nowhere: there is no such folder" in refused(capsys, "nowhere", "--prompt", "a", *more)
 
 
 def test_what_does_not_fit_the_model_is_one_line(exports, tmp_path, capsys) -> None:

@@ -11,7 +11,7 @@ GROUPS = ("models", "backends", "before a run", "weights", "after a run", "runs"
 
 OF_ALL = {
     "debug": "Show tracebacks.",
-    "quiet": "Print results and errors only: no progress, none of the trainer's remarks.",
+    "quiet": "Print results and errors only, no progress. The log of a run is its result.",
     "verbose": "Also print what the trainer and its libraries log.",
     "version": "Print the version and end.",
 }

@@ -56,7 +56,8 @@ class Describe(Inspected):
             # Whoever named a number of ranks knows where it comes from.
             fewest = "" if ranks else ", the fewest that the job's degrees allow"
             display.print_line(f"\nMemory per rank, with {described.ranks} ranks{fewest}:")
-            display.print_table(_memory_rows(described.memory))
+            important = ["total", "activations", "weights"]
+            display.print_table(_memory_rows(described.memory), important=important)
         return 0
 
 

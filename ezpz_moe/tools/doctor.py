@@ -206,9 +206,12 @@ def _job_findings(asked: Asked) -> Iterator[Finding]:
     yield from _resuming(job, trainer_config, asked)
     summary = detect.host().summarize(flavor)
     yield from _alignment(summary)
+    states = device.model_states(trainer_config, summary.total, asked.ranks or 1, asked.nproc)
     if asked.ranks is not None:
-        states = device.model_states(trainer_config, summary.total, asked.ranks, asked.nproc)
         yield _memory(states)
+    elif not states.fit:
+        few = "more than the device has; for more ranks name them: --nproc or --world-size"
+        yield Finding(states.needed, states.room, few, is_note=True)
 
 
 def _finding(line: Reliance) -> Finding:

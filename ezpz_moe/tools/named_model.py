@@ -59,8 +59,13 @@ def named_model(name: str, config: str | None) -> NamedModel:
             job.values.get("checkpoint.folder", "checkpoint"),
         )
         if not path.is_dir():
-            raise EzpzError(f"{name}: has no checkpoint yet: there is no folder {path}.")
+            raise EzpzError(
+                f"{name}: has no checkpoint yet: there is no folder {path}. A run makes it if "
+                "[checkpoint] enable = true."
+            )
         named = NamedModel(_described(job, config), path)
+    elif not Path(name).exists():
+        raise EzpzError(f"{name}: there is no such folder.")
     elif config is None:
         raise EzpzError(
             f"{name}: a checkpoint does not say which model it holds. Add --config "
@@ -69,7 +74,7 @@ def named_model(name: str, config: str | None) -> NamedModel:
     else:
         named = NamedModel(find_job(config), Path(name))
         if not named.path.is_dir():
-            raise EzpzError(f"{name}: there is no such folder.")
+            raise EzpzError(f"{name}: is not a folder.")
     _ = named.flavor  # a wrong one is reported here, and not once torch has been imported
     return named
 

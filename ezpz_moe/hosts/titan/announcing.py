@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import anatomy_text
 from ezpz_moe.hosts.dry_run import report
 from ezpz_moe.hosts.reliance import in_words
@@ -46,7 +49,10 @@ def _announced(cut: Callable[..., Any], flavor: Flavor, *, of_pipeline: bool) ->
         result = cut(model, parallel_dims=parallel_dims, **more)
         if announces:
             # pipelining_fn returns the schedule first, then the model parts of this rank.
-            _log("what rank 0 holds", lambda: _held(result[1] if of_pipeline else [result]))
+            parts = result[1] if of_pipeline else [result]
+            _log("what rank 0 holds", lambda: _held(parts))
+            with exit_on_user_error():
+                _refuse_more_than_the_machine_has(parts)
         return result
 
     return announce_and_cut
@@ -89,9 +95,34 @@ def consists_of(model: nn.Module, flavor: Flavor, training: Any) -> str:
     )
 
 
-def _held(parts: list[nn.Module]) -> str:
+def _refuse_more_than_the_machine_has(parts: list[nn.Module]) -> None:
+    """Refuse a run whose model states a machine without accelerators cannot hold.
+
+    An accelerator's allocator would say so. Here the kernel would end some process, or all swap.
+
+    Raises:
+        EzpzError: they cannot be held.
+    """
+    if utils.device_type != "cpu":
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = utils.device_module.get_device_properties().total_memory
+    if (needed := ranks * _bytes_held(parts)) > there:
+        raise EzpzError(
+            f"weights, gradients and optimizer states of the {ranks} rank(s) on this machine take "
+            f"{memory(needed)}, and it has {memory(there)}. Train a smaller flavor, or on more "
+            "machines that share the model."
+        )
+
+
+def _bytes_held(parts: list[nn.Module]) -> int:
     held = report(rank=0, parts=parts).state_bytes
     assert held is not None
+    return held
+
+
+def _held(parts: list[nn.Module]) -> str:
+    held = _bytes_held(parts)
     return (
         f"rank 0 of {dist.get_world_size()} holds {memory(held)} of weights, gradients and AdamW's "
         "two moments"
