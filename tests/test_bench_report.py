@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -170,7 +171,8 @@ def test_a_file_of_figures_is_drawn_again(tmp_path: Path, capsys) -> None:
     """As `scripts/draw_benchmarks.py` does with those of docs/internals/benchmarks."""
     script = Path(__file__).parent.parent / "scripts" / "draw_benchmarks.py"
     file = tmp_path / "figures.json"
-    file.write_text(document([measured({"a": figures(3), "dense": figures(1)})], {}, "ezpz-moe"))
+    of_both = [measured({"a": figures(3), "dense": figures(1)})]
+    file.write_text(json.dumps(document(of_both, {}, "ezpz-moe")))
     runpy.run_path(str(script))["main"]([file])
     assert capsys.readouterr().out == f"{tmp_path / 'figures.png'} drawn\n"
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")

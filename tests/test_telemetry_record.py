@@ -209,7 +209,7 @@ def test_a_wrong_value_is_named(path: Path, changed: dict, key: str) -> None:
 
 
 def test_missing_and_unreadable_files(path: Path, caplog) -> None:
-    assert refusal(path).startswith(f"{path}: there is no such file. A run whose flavor has")
+    assert refusal(path).startswith(f"{path}: there is no such file. A run whose job or flavor has")
     path.mkdir(parents=True)
     assert refusal(path).startswith(f"{path}: cannot be read: ")
     append(path, record(layer([1])))  # a run goes on without it
