@@ -363,7 +363,7 @@ def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str]
         (["backends", "--devcie", "cpu"], ["backends: there is no option --devcie.", "'--device'"]),
         (["plot", "--ouut", "x"], ["plot: there is no option --ouut.", "'--out'"]),
         (["backends", "--bogus"], ["there is no option --bogus. See"]),
-        (["generate", "x", "--prompt", "-- hello"], ["x: a checkpoint does not say"]),
+        (["generate", "x", "--prompt", "-- hello"], ["x: there is no such folder"]),
         (["backends", "--verbsoe"], ["no option --verbsoe.", "'--verbose'"]),
         (["backends", "--a\x1b" + 100 * "b"], ["no option --a\\x1bbb", "..."]),
         (["flavors", "--training.steps", "5"], ["flavors: there is no option --training.steps."]),
