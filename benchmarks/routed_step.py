@@ -209,7 +209,8 @@ def peaks_in_bytes(step: Callable[[], object]) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
     events = sorted(found.profiler.kineto_results.events(), key=lambda each: each.start_ns())
-    (optimizer,) = (each for each in events if each.name().startswith("Optimizer.step#"))
+    # The trainer's container is an optimizer too, around those of its parts.
+    optimizer = next(each for each in events if each.name().startswith("Optimizer.step#"))
     changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
     before = [number for when, number in changes if when < optimizer.start_ns()]
     whole = [number for _, number in changes]

@@ -9,21 +9,16 @@ from types import ModuleType
 from typing import Any
 
 import torchtitan.models
-from torchtitan.models import deepseek_v3
-from torchtitan.models.common import ComplexRoPE
 from torchtitan.models.common.attention import BaseAttention
-
-# The host's initial values. `_build_dsv3_layers` is its public `build_mla_moe_layers` with these
-# values, and `_output_linear_init` the one that is missing there. The alternative is to copy them.
-from torchtitan.models.deepseek_v3 import _build_dsv3_layers, _output_linear_init
 from torchtitan.protocols.model_spec import ModelSpec
 
-from ezpz_moe.config.flavors import Dimensions, Flavor
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.selector import select_backend
+from ezpz_moe.hosts.titan.sized import sized_spec
 from ezpz_moe.hosts.titan.upstream_configs import (
     VISION,
     config_name,
@@ -79,7 +74,7 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             if flavor.rope is not None:
                 _reach(spec, flavor.rope.max_seq_len, flavor)
         else:
-            spec = _sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
+            spec = sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
     except (TypeError, ValueError) as error:
         # This host calls it differently, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
@@ -124,41 +119,6 @@ def _needs_images(flavor: Flavor) -> str:
 
 def _where(flavor: Flavor) -> str:
     return f"{flavor.source}: base = {flavor.base!r}"
-
-
-def _sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
-    """Return the host's deepseek_v3 in another size; what has no size stays as it is there."""
-    # Any of its sizes would do: everything with a size is replaced below, and the hooks are the
-    # same.
-    spec = deepseek_v3.model_registry("debugmodel")
-    rope = size.rope.model_dump()
-    rope[titan().LONGEST] = rope.pop("max_seq_len")
-    layers = _build_dsv3_layers(
-        **size.model_dump(exclude={"vocab_size", "rope"}),
-        rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
-        attn_backend=attention,
-        moe_comm_backend=moe_comm_backend,
-        non_blocking_capacity_factor=None,
-    )
-    model = spec.model
-    model = dataclasses.replace(
-        model,
-        vocab_size=size.vocab_size,
-        dim=size.dim,
-        tok_embeddings=dataclasses.replace(
-            model.tok_embeddings, num_embeddings=size.vocab_size, embedding_dim=size.dim
-        ),
-        norm=dataclasses.replace(model.norm, normalized_shape=size.dim),
-        lm_head=dataclasses.replace(
-            model.lm_head,
-            in_features=size.dim,
-            out_features=size.vocab_size,
-            param_init=_output_linear_init(size.dim),
-        ),
-        layers=layers,
-    )
-    # The host's messages and logs then do not speak of its deepseek_v3.
-    return dataclasses.replace(spec, name="ezpz_moe", model=model)
 
 
 def _upstream_spec(flavor: Flavor, attention: str | None, moe_comm_backend: str) -> ModelSpec:
