@@ -191,11 +191,11 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     case = make_routed_case(TAIL, device)
     counts_E = case.num_tokens_per_expert_E
     _, gate_RF, up_RF, order_R = backend.compute(
-        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows
+        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows, torch.float32
     )
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R)
+        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R, torch.float32)
         return backend.compute("routed_backward", case.grad_out_TD, *kept)
 
     expected = gradients()
@@ -211,7 +211,7 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens(name: str, device: str) ->
     backend = with_routed_kernels(name, device, torch.float32)
     case = make_routed_case(CUT, device)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
-    *_, order_R = backend.compute("routed", *case.inputs, *routing)
+    *_, order_R = backend.compute("routed", *case.inputs, *routing, torch.float32)
     ids = case.ids_TK.flatten().tolist()
     assert order_R.tolist() == sorted(range(len(ids)), key=ids.__getitem__)[: case.num_rows]
 

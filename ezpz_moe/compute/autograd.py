@@ -39,10 +39,12 @@ class Kernels:
         swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
             -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
             were not saved, and the kernel computes them again.
-        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows)
+        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows, dtype)
             -> (out_TD, gate_RF, up_RF, order_R)``, with the order of :func:`.dispatch.row_order`.
-        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R)
-            -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
+            Rows are computed in that dtype. Weights in another are cast where a product reads
+            them, in forward and again in backward: no copy of all of them is kept.
+        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R,
+            dtype) -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
     """
 
     mm: Callable[..., Tensor]
@@ -60,9 +62,7 @@ class Operators:
         mm: the grouped product, differentiable.
         swiglu: the expert FFN, differentiable; returns gate and up too, which it saves.
         swiglu_output: the same without gate and up, which backward computes again.
-        routed: the routed layer, differentiable; returns gate, up and the order too. Before the
-            backend's options it takes the dtype that the weights are cast to, in forward and again
-            in backward: no copy of them is saved.
+        routed: the routed layer, differentiable; returns gate, up and the order too.
         routed_output: the same without gate and up.
     """
 
@@ -74,8 +74,8 @@ class Operators:
         )
         self.routed, self.routed_output = _layer(
             f"{name}_routed",
-            _weights_cast(kernels.routed, first=0, others=8),
-            _weights_cast(kernels.routed_backward, first=1, others=10),
+            kernels.routed,
+            kernels.routed_backward,
             _ROUTED,
         )
 
@@ -149,34 +149,6 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
     # mutates_args=() is a promise that torch relies on: it may drop or repeat a call, and a kernel
     # that wrote into its inputs would corrupt them.
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
-
-
-def _weights_cast(kernel: Callable[..., Any], first: int, others: int) -> Callable[..., Any]:
-    """Return ``kernel`` behind a cast of the three weights from argument ``first`` on.
-
-    Their dtype comes after the ``others`` arguments before it, and before the backend's options.
-    Backward's first results, the gradients of the weights, are cast back.
-    """
-    signature = inspect.signature(kernel)
-    own = list(signature.parameters.values())
-
-    @wraps(kernel)
-    def casting(*arguments: Any) -> Any:
-        *before, dtype = arguments[: others + 1]
-        weights = before[first : first + 3]
-        before[first : first + 3] = (each.to(dtype) for each in weights)
-        results = kernel(*before, *arguments[others + 1 :])
-        if not first:
-            return results
-        gradients = (each.to(w.dtype) for each, w in zip(results, weights, strict=False))
-        return *gradients, *results[3:]
-
-    option = inspect.Parameter(
-        "dtype", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=torch.dtype
-    )
-    parameters = [*own[:others], option, *own[others:]]
-    casting.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return casting
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:

@@ -297,13 +297,14 @@ def is_transposed(weights_EXY: torch.Tensor) -> bool:
 
 
 def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return ``gradient`` with the strides of ``torch.empty_like(model)``, copied if needed.
+    """Return ``gradient`` with dtype and strides of ``torch.empty_like(model)``, copied if needed.
 
     The strides are taken from a tensor without memory, because a gradient of weights is large.
     """
     # Not model.stride(): empty_like makes an expanded or sliced tensor dense, and fakes promise
     # empty_like's strides.
-    if gradient.stride() == torch.empty_like(model, device="meta").stride():
+    wanted = torch.empty_like(model, device="meta")
+    if (gradient.dtype, gradient.stride()) == (wanted.dtype, wanted.stride()):
         return gradient
     return torch.empty_like(model).copy_(gradient)
 

@@ -23,8 +23,7 @@ from ezpz_moe.compute.contract import (
     counts_of_offsets,
     counts_on_host,
 )
-
-_ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multiple of it
+from ezpz_moe.compute.products import ALIGNMENT_BYTES, aligned
 
 
 @cache
@@ -51,11 +50,11 @@ def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int
             f"({refusal}): use for_loop or batched_mm_padded"
         )
     reasons += [
-        f"torch._grouped_mm needs dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
+        f"torch._grouped_mm needs dimensions that are multiples of {ALIGNMENT_BYTES} bytes, "
         f"but {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
         # D and F may be equal: say it once.
         for dim in dict.fromkeys(dims)
-        if dim * dtype.itemsize % _ALIGNMENT_BYTES
+        if dim * dtype.itemsize % ALIGNMENT_BYTES
     ]
     return reasons
 
@@ -120,14 +119,6 @@ def row_major(rows_RX: Tensor) -> Tensor:
     if rows_RX.stride() == (rows_RX.shape[1], 1):
         return rows_RX
     return rows_RX.clone(memory_format=torch.contiguous_format)
-
-
-def aligned(matrices: Tensor) -> Tensor:
-    """Return the same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
-    strides = matrices.stride()[-2:]
-    if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
-        return matrices
-    return matrices.contiguous()
 
 
 BACKEND = GroupedMM()

@@ -73,12 +73,12 @@ def _routed(
     ids_TK: Tensor,
     num_tokens_per_expert_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.routed(
-        w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, num_rows
-    )
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
+    return launch.routed(*inputs, num_rows, dtype)
 
 
 def _routed_backward(
@@ -92,11 +92,12 @@ def _routed_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
-    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R)
+    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R, dtype)
 
 
 def _interpreted() -> bool:
