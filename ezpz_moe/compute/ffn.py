@@ -30,7 +30,7 @@ from ezpz_moe.compute.grouping import Grouping
 
 def kernels_of(grouping: type[Grouping]) -> Kernels:
     """Return the kernels of the backend that multiplies by ``grouping``."""
-    names = ("mm", "mm_backward", "swiglu", "swiglu_backward", "routed", "routed_backward")
+    names = ("mm", "mm_backward", "ffn", "ffn_backward", "routed", "routed_backward")
     return Kernels(**{name: _kernel(globals()[f"_{name}"], grouping) for name in names})
 
 
@@ -82,7 +82,7 @@ def _gate_and_up(groups: Grouping, w1_EFD: Tensor, w3_EFD: Tensor, x: Any) -> tu
     return groups.multiply(x, w1_EFD.transpose(1, 2)), groups.multiply(x, w3_EFD.transpose(1, 2))
 
 
-def _swiglu(
+def _ffn(
     grouping: type[Grouping],
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -99,7 +99,7 @@ def _swiglu(
     return groups.zero_tail_(y_RD), gate_RF, up_RF
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grouping: type[Grouping],
     grad_y_RD: Tensor,
     w1_EFD: Tensor,

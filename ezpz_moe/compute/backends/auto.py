@@ -117,7 +117,7 @@ def _mm_backward(
     return backend.compute("mm_backward", grad_C_RN, A_RK, B_EKN, offs_E)
 
 
-def _swiglu(
+def _ffn(
     w1_EFD: Tensor,
     w2_EDF: Tensor,
     w3_EFD: Tensor,
@@ -126,12 +126,12 @@ def _swiglu(
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer = Layer.of("swiglu", among, recompute, w1_EFD)
+    layer = Layer.of("ffn", among, recompute, w1_EFD)
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
     return _forward(layer, counts_on_host, num_tokens_per_expert_E, len(x_RD), inputs, inputs)
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -143,9 +143,9 @@ def _swiglu_backward(
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = _chosen(Layer.of("swiglu", among, recompute, w1_EFD))
+    backend = _chosen(Layer.of("ffn", among, recompute, w1_EFD))
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-    return backend.compute("swiglu_backward", grad_y_RD, *inputs, gate_RF, up_RF)
+    return backend.compute("ffn_backward", grad_y_RD, *inputs, gate_RF, up_RF)
 
 
 def _routed(
@@ -201,7 +201,7 @@ class Auto(KernelBackend):
     host_syncs = True
     static_shapes = False
     operators = Operators(
-        AUTO, Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward)
+        AUTO, Kernels(_mm, _mm_backward, _ffn, _ffn_backward, _routed, _routed_backward)
     )
 
     among: str = ""

@@ -85,7 +85,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
                 *weights, *tokens, num_rows=num_rows, dtype=self.computed_in
             )
         cast = (each.to(self.computed_in) for each in (*weights, x_RD))
-        return self._backend.swiglu(*cast, num_tokens_per_expert_E).type_as(x_RD)
+        return self._backend.ffn(*cast, num_tokens_per_expert_E).type_as(x_RD)
 
 
 def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:

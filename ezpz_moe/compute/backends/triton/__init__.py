@@ -39,15 +39,15 @@ def _mm_backward(
     return launch.mm_backward(grad_C_RN, A_RK, B_EKN, offs_E)
 
 
-def _swiglu(
+def _ffn(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    return launch.ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -59,7 +59,7 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.swiglu_backward(
+    return launch.ffn_backward(
         grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, gate_RF, up_RF
     )
 
@@ -148,7 +148,7 @@ class Triton(KernelBackend):
     static_shapes = True
     operators = Operators(
         "triton",
-        Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward),
+        Kernels(_mm, _mm_backward, _ffn, _ffn_backward, _routed, _routed_backward),
     )
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:

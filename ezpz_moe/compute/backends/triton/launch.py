@@ -194,7 +194,7 @@ def mm_backward(
         return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, rows, torch.empty_like(B_EKN))
 
 
-def swiglu(
+def ffn(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the FFN, in two launches."""
@@ -203,7 +203,7 @@ def swiglu(
         return _experts(w1_EFD, w2_EDF, w3_EFD, x_RD, rows)
 
 
-def swiglu_backward(
+def ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
