@@ -37,10 +37,10 @@ def parts() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for name in ("for_loop", "grouped_mm_fused"):
         compute = get_backend(name).compute
-        _, gate_RF, up_RF = compute("swiglu", *inputs)
-        found[f"{name}, forward"] = partial(compute, "swiglu", *inputs)
+        _, gate_RF, up_RF = compute("ffn", *inputs)
+        found[f"{name}, forward"] = partial(compute, "ffn", *inputs)
         found[f"{name}, backward"] = partial(
-            compute, "swiglu_backward", case.grad_y_RD, *inputs, gate_RF, up_RF
+            compute, "ffn_backward", case.grad_y_RD, *inputs, gate_RF, up_RF
         )
     loop = get_backend("for_loop").compute
     found["product, for_loop"] = partial(loop, "mm", x_RD, w1_EDF, offs_E)

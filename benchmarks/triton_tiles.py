@@ -129,9 +129,9 @@ def _launch_all(dtype: torch.dtype) -> None:
     launch.routed_backward(x, *weights, x, scores, counts, *saved)
     launch.routed_backward(x, *weights, x, scores, counts, None, None, saved[2])
     x = empty(rows, DIM)
-    _, *saved = launch.swiglu(*weights, x, counts)
-    launch.swiglu_backward(x, *weights, x, counts, *saved)
-    launch.swiglu_backward(x, *weights, x, counts, None, None)
+    _, *saved = launch.ffn(*weights, x, counts)
+    launch.ffn_backward(x, *weights, x, counts, *saved)
+    launch.ffn_backward(x, *weights, x, counts, None, None)
 
 
 def _name(kernel: str, arguments: dict[str, Any]) -> str:

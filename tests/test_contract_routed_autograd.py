@@ -89,7 +89,7 @@ def test_a_second_derivative_is_refused_or_right(name: str, device: str) -> None
     backend = usable(name, device, torch.float32)
     case = make_routed_case(ROUTINGS["idle_experts"], device)
     if isinstance(backend, KernelBackend):
-        with pytest.raises(RuntimeError, match=f"{backend.name}_(routed|swiglu)_backward"):
+        with pytest.raises(RuntimeError, match=f"{backend.name}_(routed|ffn)_backward"):
             _second_order(backend.routed, case)
         return
     true = _second_order(case.plains[0], case.to("cpu", torch.float64))
@@ -191,11 +191,11 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     case = make_routed_case(TAIL, device)
     counts_E = case.num_tokens_per_expert_E
     _, gate_RF, up_RF, order_R = backend.compute(
-        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows
+        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows, torch.float32
     )
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R)
+        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R, torch.float32)
         return backend.compute("routed_backward", case.grad_out_TD, *kept)
 
     expected = gradients()
@@ -211,7 +211,7 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens(name: str, device: str) ->
     backend = with_routed_kernels(name, device, torch.float32)
     case = make_routed_case(CUT, device)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
-    *_, order_R = backend.compute("routed", *case.inputs, *routing)
+    *_, order_R = backend.compute("routed", *case.inputs, *routing, torch.float32)
     ids = case.ids_TK.flatten().tolist()
     assert order_R.tolist() == sorted(range(len(ids)), key=ids.__getitem__)[: case.num_rows]
 
@@ -310,10 +310,10 @@ def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_a
     """As every module with ``from __future__ import annotations``, this one too."""
     own = get_backend("for_loop").operators.kernels
 
-    def swiglu(
+    def ffn(
         a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return own.swiglu(a, b, c, rows, counts)
+        return own.ffn(a, b, c, rows, counts)
 
     def routed(
         a: torch.Tensor,
@@ -327,9 +327,9 @@ def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_a
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return own.routed(a, b, c, tokens, scores, ids, counts, rows)
 
-    Operators("of_another", dataclasses.replace(own, swiglu=swiglu, routed=routed))
+    Operators("of_another", dataclasses.replace(own, ffn=ffn, routed=routed))
     results = {
         name: len(getattr(torch.ops.ezpz_moe, f"of_another_{name}").default._schema.returns)
-        for name in ("swiglu", "swiglu_output", "routed", "routed_output")
+        for name in ("ffn", "ffn_output", "routed", "routed_output")
     }
-    assert results == {"swiglu": 3, "swiglu_output": 1, "routed": 4, "routed_output": 2}
+    assert results == {"ffn": 3, "ffn_output": 1, "routed": 4, "routed_output": 2}

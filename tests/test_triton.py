@@ -32,7 +32,7 @@ if find_spec("triton") is None:
 # takes a second.
 SOME_ROUTINGS = "two_uneven or tail_and_empty or no_rows"
 CONTRACT = {
-    "test_swiglu_equals_float64": [
+    "test_ffn_equals_float64": [
         f"triton-cpu and ({SOME_ROUTINGS})",
         "recompute and tail_and_empty",
     ],
@@ -40,7 +40,7 @@ CONTRACT = {
         f"contiguous and ({SOME_ROUTINGS})",
         "view and tail_and_empty",
     ],
-    "test_swiglu_takes_any_strides": ["triton-1"],
+    "test_ffn_takes_any_strides": ["triton-1"],
     "test_grouped_mm_takes_any_strides": ["triton-0"],
     "test_counts_and_offsets_take_any_strides": ["triton-cpu"],
     "test_an_expanded_gradient_is_taken": ["triton-cpu"],

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.compute.contract import Backend
 
 
@@ -32,23 +33,25 @@ class Kernels:
     Attributes:
         mm: ``(A_RK, B_EKN, offs_E) -> C_RN``.
         mm_backward: ``(grad_C_RN, A_RK, B_EKN, offs_E) -> (grad_A_RK, grad_B_EKN)``.
-        swiglu: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
+        ffn: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
             ``x @ w1.T`` and ``x @ w3.T``, which is all that backward needs besides the inputs.
             Their rows of the tail may hold anything, and backward must not read them: ``auto`` may
             take another backend's backward.
-        swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
+        ffn_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
             -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
             were not saved, and the kernel computes them again.
-        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows)
+        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows, dtype)
             -> (out_TD, gate_RF, up_RF, order_R)``, with the order of :func:`.dispatch.row_order`.
-        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R)
-            -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
+            Rows are computed in that dtype. Weights in another are cast where a product reads
+            them, in forward and again in backward: no copy of all of them is kept.
+        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R,
+            dtype) -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
     """
 
     mm: Callable[..., Tensor]
     mm_backward: Callable[..., tuple[Tensor, Tensor]]
-    swiglu: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    ffn: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    ffn_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     routed_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
@@ -58,24 +61,20 @@ class Operators:
 
     Attributes:
         mm: the grouped product, differentiable.
-        swiglu: the expert FFN, differentiable; returns gate and up too, which it saves.
-        swiglu_output: the same without gate and up, which backward computes again.
-        routed: the routed layer, differentiable; returns gate, up and the order too. Before the
-            backend's options it takes the dtype that the weights are cast to, in forward and again
-            in backward: no copy of them is saved.
+        ffn: the expert FFN, differentiable; returns gate and up too, which it saves.
+        ffn_output: the same without gate and up, which backward computes again.
+        routed: the routed layer, differentiable; returns gate, up and the order too.
         routed_output: the same without gate and up.
     """
 
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.kernels = kernels
         self.mm = _differentiable_mm(name, kernels)
-        self.swiglu, self.swiglu_output = _layer(
-            f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
-        )
+        self.ffn, self.ffn_output = _layer(f"{name}_ffn", kernels.ffn, kernels.ffn_backward, _FFN)
         self.routed, self.routed_output = _layer(
             f"{name}_routed",
-            _weights_cast(kernels.routed, first=0, others=8),
-            _weights_cast(kernels.routed_backward, first=1, others=10),
+            kernels.routed,
+            kernels.routed_backward,
             _ROUTED,
         )
 
@@ -105,18 +104,24 @@ class KernelBackend(Backend):
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         return self.operators.mm(A_RK, B_EKN, offs_E, *self.kernel_options)
 
-    def _swiglu(
+    def _ffn(
         self,
         w1_EFD: Tensor,
         w2_EDF: Tensor,
         w3_EFD: Tensor,
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
+        if activation != "swiglu" or biases:
+            return super()._ffn(
+                w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, activation, biases
+            )
         inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *self.kernel_options)
         if self.recompute:
-            return self.operators.swiglu_output(*inputs)
-        y_RD, _, _ = self.operators.swiglu(*inputs)
+            return self.operators.ffn_output(*inputs)
+        y_RD, _, _ = self.operators.ffn(*inputs)
         return y_RD
 
     def _routed(
@@ -130,7 +135,14 @@ class KernelBackend(Backend):
         num_tokens_per_expert_E: Tensor,
         num_rows: int,
         dtype: torch.dtype,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
+        if activation != "swiglu" or biases:
+            return super()._routed(
+                *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),
+                *(num_rows, dtype, activation, biases),
+            )
         node = self.operators.routed_output if self.recompute else self.operators.routed
         out_TD, *_ = node(
             *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),
@@ -149,34 +161,6 @@ def _operator(name: str, kernel: Callable[..., Any]) -> torch.library.CustomOpDe
     # mutates_args=() is a promise that torch relies on: it may drop or repeat a call, and a kernel
     # that wrote into its inputs would corrupt them.
     return torch.library.custom_op(f"ezpz_moe::{name}", in_the_given_dtype, mutates_args=())
-
-
-def _weights_cast(kernel: Callable[..., Any], first: int, others: int) -> Callable[..., Any]:
-    """Return ``kernel`` behind a cast of the three weights from argument ``first`` on.
-
-    Their dtype comes after the ``others`` arguments before it, and before the backend's options.
-    Backward's first results, the gradients of the weights, are cast back.
-    """
-    signature = inspect.signature(kernel)
-    own = list(signature.parameters.values())
-
-    @wraps(kernel)
-    def casting(*arguments: Any) -> Any:
-        *before, dtype = arguments[: others + 1]
-        weights = before[first : first + 3]
-        before[first : first + 3] = (each.to(dtype) for each in weights)
-        results = kernel(*before, *arguments[others + 1 :])
-        if not first:
-            return results
-        gradients = (each.to(w.dtype) for each, w in zip(results, weights, strict=False))
-        return *gradients, *results[3:]
-
-    option = inspect.Parameter(
-        "dtype", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=torch.dtype
-    )
-    parameters = [*own[:others], option, *own[others:]]
-    casting.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return casting
 
 
 def _differentiable_mm(name: str, kernels: Kernels) -> Callable[..., Tensor]:
@@ -233,7 +217,7 @@ class _Arguments:
     without_gate_and_up: Any
 
 
-def _fake_swiglu(
+def _fake_ffn(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     R, F = x_RD.shape[0], w1_EFD.shape[1]
@@ -258,7 +242,7 @@ def _fake_routed(
     return x_TD.new_empty(x_TD.shape), gate_RF, up_RF, order_R
 
 
-_SWIGLU = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_swiglu, Tensor)
+_FFN = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_ffn, Tensor)
 # The order replaces the ids.
 _ROUTED = _Arguments(5, (0, 1, 2, 3, 4, 6), 8, _fake_routed, tuple[Tensor, Tensor])
 

@@ -40,9 +40,18 @@ class Layer:
     sizes: tuple[int, int, int]
 
     @classmethod
-    def of(cls, product: str, among: str, recompute: bool, weights: Tensor) -> "Layer":
+    def of(
+        cls,
+        product: str,
+        among: str,
+        recompute: bool,
+        weights: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> "Layer":
+        """``dtype``: what rows are computed in, if not in that of the weights."""
         E, inner, outer = weights.shape
-        return cls(product, among, recompute, weights.device, weights.dtype, (E, inner, outer))
+        dtype = dtype or weights.dtype
+        return cls(product, among, recompute, weights.device, dtype, (E, inner, outer))
 
     @property
     def candidates(self) -> list[str]:

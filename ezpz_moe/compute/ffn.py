@@ -30,7 +30,7 @@ from ezpz_moe.compute.grouping import Grouping
 
 def kernels_of(grouping: type[Grouping]) -> Kernels:
     """Return the kernels of the backend that multiplies by ``grouping``."""
-    names = ("mm", "mm_backward", "swiglu", "swiglu_backward", "routed", "routed_backward")
+    names = ("mm", "mm_backward", "ffn", "ffn_backward", "routed", "routed_backward")
     return Kernels(**{name: _kernel(globals()[f"_{name}"], grouping) for name in names})
 
 
@@ -82,7 +82,7 @@ def _gate_and_up(groups: Grouping, w1_EFD: Tensor, w3_EFD: Tensor, x: Any) -> tu
     return groups.multiply(x, w1_EFD.transpose(1, 2)), groups.multiply(x, w3_EFD.transpose(1, 2))
 
 
-def _swiglu(
+def _ffn(
     grouping: type[Grouping],
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -99,7 +99,7 @@ def _swiglu(
     return groups.zero_tail_(y_RD), gate_RF, up_RF
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grouping: type[Grouping],
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
@@ -151,11 +151,12 @@ def _routed(
     ids_TK: Tensor,
     num_tokens_per_expert_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order_R = row_order(ids_TK, num_rows)
     token_R, score_R = order_R // ids_TK.shape[1], scores_TK.flatten()[order_R]
-    x_RD = _gathered(x_TD, token_R, w1_EFD.dtype)
+    x_RD = _gathered(x_TD, token_R, dtype)
     groups = grouping.of_counts(num_tokens_per_expert_E, x_RD, *options)
     gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, groups.operand(x_RD))
     hidden_RF = torch.empty_like(gate_RF)
@@ -179,13 +180,14 @@ def _routed_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
+    dtype: torch.dtype,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     token_R, score_R = order_R // scores_TK.shape[1], scores_TK.flatten()[order_R]
-    grad_y_RD = _gathered(grad_out_TD, token_R, w1_EFD.dtype)
+    grad_y_RD = _gathered(grad_out_TD, token_R, dtype)
     groups = grouping.of_counts(num_tokens_per_expert_E, grad_y_RD, *options)
     if gate_RF is None or up_RF is None:
-        x = groups.operand(_gathered(x_TD, token_R, w1_EFD.dtype))
+        x = groups.operand(_gathered(x_TD, token_R, dtype))
         gate_RF, up_RF = _gate_and_up(groups, w1_EFD, w3_EFD, x)
         del x
     # Two [R, F] and one [R, D] in all: fresh memory costs an allocator the most.
@@ -203,7 +205,7 @@ def _routed_backward(
     grad_scores_TK = torch.zeros_like(scores_TK.flatten()).index_copy_(0, order_R, grad_score_R)
 
     # The gradient of y is no longer needed: x takes over the memory, and then x's gradient.
-    x_RD = torch.index_select(x_TD.to(grad_y_RD.dtype), 0, token_R, out=grad_y_RD)
+    x_RD = torch.index_select(x_TD.to(dtype), 0, token_R, out=grad_y_RD)
     x, grad_gate, grad_up = map(groups.operand, (x_RD, grad_gate_RF, grad_up_RF))
     grad_w1_EFD = groups.weight_gradient(grad_gate, x, w1_EFD)
     grad_w3_EFD = groups.weight_gradient(grad_up, x, w3_EFD)

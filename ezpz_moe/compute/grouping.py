@@ -19,6 +19,10 @@ class Grouping(ABC):
 
     An *operand* is rows in the form in which a product reads them, made once for all products
     that read them. Rows that change afterwards need a new one.
+
+    Products are computed in the dtype of their operands. Weights in another are cast where they are
+    read, and their gradients are rounded to theirs: of no stack of weights there are two copies at
+    once, and on a CPU not even one.
     """
 
     @classmethod
@@ -69,7 +73,7 @@ class Grouping(ABC):
 
     @abstractmethod
     def weight_gradient(self, left: Any, right: Any, like_EMN: Tensor) -> Tensor:
-        """Compute ``left[rows].T @ right[rows]`` per expert, laid out like ``like_EMN``.
+        """Compute ``left[rows].T @ right[rows]`` per expert, in layout and dtype of ``like_EMN``.
 
         An expert without rows gets zero, the sum over nothing.
         """

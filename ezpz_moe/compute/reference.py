@@ -303,7 +303,7 @@ def plain_routed(
 
 
 def run(compute: Callable[..., Tensor], case: LayerCase) -> dict[str, Tensor]:
-    """Run ``swiglu`` or ``routed``; return its output and the gradients, by ``case.names``."""
+    """Run ``ffn`` or ``routed``; return its output and the gradients, by ``case.names``."""
     inputs = [tensor.detach().requires_grad_() for tensor in case.inputs]
     output = case.apply(compute, *inputs)
     # allow_unused: a backend that loses a gradient returns None here, and the caller can say which.

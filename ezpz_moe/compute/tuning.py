@@ -41,7 +41,7 @@ class Question:
     """What layers computed by the same backend have in common, on whatever rank.
 
     Attributes:
-        product: ``"routed"``, ``"swiglu"`` or ``"mm"``.
+        product: ``"routed"``, ``"ffn"`` or ``"mm"``.
         candidates: the backends to choose from.
         device: :func:`device_name`.
         dtype: what the kernels compute in.

@@ -67,8 +67,9 @@ def _forward(
     counts_of: Callable[[Tensor, int], list[int]],
     counts_E: Tensor,
     rows: int,
-    inputs: tuple[Tensor | int, ...],
+    inputs: tuple[Any, ...],
     kept: tuple[Tensor, ...],
+    last: tuple[torch.dtype, ...] = (),
 ) -> Any:
     """Run forward by the fastest backend. Timing takes the output itself for a gradient.
 
@@ -77,6 +78,7 @@ def _forward(
         rows: R, tail rows included.
         inputs: what the kernel takes.
         kept: what its backward takes of them.
+        last: what backward takes after all else.
     """
 
     def one_pass(backend: KernelBackend) -> None:
@@ -87,7 +89,7 @@ def _forward(
         if saved and layer.recompute:
             # Time what backward will really do, which is to compute gate and up again.
             saved = [None, None, *saved[2:]]
-        backend.compute(f"{layer.product}_backward", out, *kept, *saved)
+        backend.compute(f"{layer.product}_backward", out, *kept, *saved, *last)
 
     choice = _CHOICES.setdefault(layer, Choice())
     # A choice that may drop tokens is made once: backward must drop what forward dropped.
@@ -115,7 +117,7 @@ def _mm_backward(
     return backend.compute("mm_backward", grad_C_RN, A_RK, B_EKN, offs_E)
 
 
-def _swiglu(
+def _ffn(
     w1_EFD: Tensor,
     w2_EDF: Tensor,
     w3_EFD: Tensor,
@@ -124,12 +126,12 @@ def _swiglu(
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer = Layer.of("swiglu", among, recompute, w1_EFD)
+    layer = Layer.of("ffn", among, recompute, w1_EFD)
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
     return _forward(layer, counts_on_host, num_tokens_per_expert_E, len(x_RD), inputs, inputs)
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -141,9 +143,9 @@ def _swiglu_backward(
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = _chosen(Layer.of("swiglu", among, recompute, w1_EFD))
+    backend = _chosen(Layer.of("ffn", among, recompute, w1_EFD))
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-    return backend.compute("swiglu_backward", grad_y_RD, *inputs, gate_RF, up_RF)
+    return backend.compute("ffn_backward", grad_y_RD, *inputs, gate_RF, up_RF)
 
 
 def _routed(
@@ -155,14 +157,15 @@ def _routed(
     ids_TK: Tensor,
     num_tokens_per_expert_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = Layer.of("routed", among, recompute, w1_EFD)
+    layer = Layer.of("routed", among, recompute, w1_EFD, dtype)
     counts_E = num_tokens_per_expert_E
     tokens = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
-    inputs, kept = (*tokens, ids_TK, counts_E, num_rows), (*tokens, counts_E)
-    return _forward(layer, counts_on_host, counts_E, num_rows, inputs, kept)
+    inputs, kept = (*tokens, ids_TK, counts_E, num_rows, dtype), (*tokens, counts_E)
+    return _forward(layer, counts_on_host, counts_E, num_rows, inputs, kept, (dtype,))
 
 
 def _routed_backward(
@@ -176,12 +179,13 @@ def _routed_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
+    dtype: torch.dtype,
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = _chosen(Layer.of("routed", among, recompute, w1_EFD))
+    backend = _chosen(Layer.of("routed", among, recompute, w1_EFD, dtype))
     kept = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
-    return backend.compute("routed_backward", grad_out_TD, *kept, gate_RF, up_RF, order_R)
+    return backend.compute("routed_backward", grad_out_TD, *kept, gate_RF, up_RF, order_R, dtype)
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ class Auto(KernelBackend):
     host_syncs = True
     static_shapes = False
     operators = Operators(
-        AUTO, Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward)
+        AUTO, Kernels(_mm, _mm_backward, _ffn, _ffn_backward, _routed, _routed_backward)
     )
 
     among: str = ""

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.compute.contract import (
     Backend,
     check_where_free,
     counts_of_offsets,
     counts_on_host,
 )
-
-_ALIGNMENT_BYTES = 16  # torch._grouped_mm requires every stride to be a multiple of it
+from ezpz_moe.compute.products import ALIGNMENT_BYTES, aligned
 
 
 @cache
@@ -51,11 +51,11 @@ def reasons_against(device: torch.device, dtype: torch.dtype, dims: Sequence[int
             f"({refusal}): use for_loop or batched_mm_padded"
         )
     reasons += [
-        f"torch._grouped_mm needs dimensions that are multiples of {_ALIGNMENT_BYTES} bytes, "
+        f"torch._grouped_mm needs dimensions that are multiples of {ALIGNMENT_BYTES} bytes, "
         f"but {dim} x {dtype} is not: pad the dimension, or use for_loop or batched_mm_padded"
         # D and F may be equal: say it once.
         for dim in dict.fromkeys(dims)
-        if dim * dtype.itemsize % _ALIGNMENT_BYTES
+        if dim * dtype.itemsize % ALIGNMENT_BYTES
     ]
     return reasons
 
@@ -81,16 +81,19 @@ class GroupedMM(Backend):
         C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), aligned(B_EKN), offs=offs_E)
         return _OwnedRows.apply(C_RN, owned_R1)
 
-    def _swiglu(
+    def _ffn(
         self,
         w1_EFD: Tensor,
         w2_EDF: Tensor,
-        w3_EFD: Tensor,
+        w3_EFD: Tensor | None,
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
-        check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
-        return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        counts_E = num_tokens_per_expert_E
+        check_where_free(counts_on_host, counts_E, x_RD)
+        return super()._ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, activation, biases)
 
 
 class _OwnedRows(torch.autograd.Function):
@@ -120,14 +123,6 @@ def row_major(rows_RX: Tensor) -> Tensor:
     if rows_RX.stride() == (rows_RX.shape[1], 1):
         return rows_RX
     return rows_RX.clone(memory_format=torch.contiguous_format)
-
-
-def aligned(matrices: Tensor) -> Tensor:
-    """Return the same matrices, copied only if ``torch._grouped_mm`` cannot read their strides."""
-    strides = matrices.stride()[-2:]
-    if min(strides) == 1 and max(strides) * matrices.itemsize % _ALIGNMENT_BYTES == 0:
-        return matrices
-    return matrices.contiguous()
 
 
 BACKEND = GroupedMM()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Operators
-from ezpz_moe.compute.backends.grouped_mm import aligned, reasons_against, row_major
+from ezpz_moe.compute.backends.grouped_mm import reasons_against, row_major
 from ezpz_moe.compute.contract import (
     is_transposed,
     laid_out_like,
@@ -55,20 +55,20 @@ class _Offsets(Grouping):
     def operand(self, rows_RX: Tensor) -> Tensor:
         return row_major(rows_RX)
 
-    # torch._grouped_mm cannot write into an output. aligned() copies weights only if their strides
-    # do not suit.
+    # torch._grouped_mm cannot write into an output.
     def multiply(self, A: Tensor, B_EKN: Tensor, out_RN: Tensor | None = None) -> Tensor:
-        return products.grouped_mm(A, aligned(B_EKN), self.offs_E)
+        return products.grouped_mm(A, B_EKN, self.offs_E)
 
     def multiply_sum(
         self, A: Tensor, B_EKN: Tensor, A2: Tensor, B2_ELN: Tensor, out_RN: Tensor | None = None
     ) -> Tensor:
-        return products.grouped_mm_sum(A, aligned(B_EKN), A2, aligned(B2_ELN), self.offs_E)
+        return products.grouped_mm_sum(A, B_EKN, A2, B2_ELN, self.offs_E)
 
     def weight_gradient(self, left: Tensor, right: Tensor, like_EMN: Tensor) -> Tensor:
         if is_transposed(like_EMN):
             return self.weight_gradient(right, left, like_EMN.transpose(1, 2)).transpose(1, 2)
-        return laid_out_like(products.grouped_outer(left, right, self.offs_E), like_EMN)
+        grad_EMN = products.grouped_outer(left, right, self.offs_E, like_EMN.dtype)
+        return laid_out_like(grad_EMN, like_EMN)
 
 
 @dataclass(frozen=True)

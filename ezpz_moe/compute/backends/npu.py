@@ -76,7 +76,7 @@ class _Groups(Grouping):
         # The tail of the result is NaN if the last expert has no rows and its matrix holds NaN.
         if not A.shape[0]:
             return A.new_zeros(0, B_EKN.shape[2])
-        return self._call(A, _readable(B_EKN), group_type=0)
+        return self._call(A, _readable(B_EKN.to(A.dtype)), group_type=0)
 
     def multiply_sum(
         self, A: Tensor, B_EKN: Tensor, A2: Tensor, B2_ELN: Tensor, out_RN: Tensor | None = None

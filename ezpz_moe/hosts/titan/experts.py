@@ -15,6 +15,7 @@ so ``grouped_mm`` then composes it of the host's products.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.activations import ACTIVATIONS
-from ezpz_moe.compute.contract import Biases
+from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
@@ -112,16 +113,25 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         self._count(choices.num_rows if choices else x_RD.shape[0], num_tokens_per_expert_E)
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
         weights = [_local(each) for each in (self.w1_EFD, self.w2_EDF, self.w3_EFD)]
-        formula: dict[str, Any] = {"activation": self.activation, "biases": self._biases()}
+        biases = self._biases()
         if choices:
             scores_TK, ids_TK, num_rows = choices
             tokens = (x_RD, scores_TK, ids_TK, num_tokens_per_expert_E)
             return self._backend.routed(
-                *weights, *tokens, num_rows=num_rows, dtype=self.computed_in, **formula
+                *weights,
+                *tokens,
+                num_rows=num_rows,
+                dtype=self.computed_in,
+                activation=self.activation,
+                biases=biases,
             )
-        w1_EFD, w2_EDF, w3_EFD, x = (_cast(each, self.computed_in) for each in (*weights, x_RD))
-        y_RD = self._backend.ffn(w1_EFD, w2_EDF, w3_EFD, x, num_tokens_per_expert_E, **formula)
-        return y_RD.type_as(x_RD)
+        rows = _cast((*weights, x_RD), self.computed_in)
+        return self._backend.ffn(
+            *rows,
+            num_tokens_per_expert_E,
+            activation=self.activation,
+            biases=biases and Biases(*_cast(biases, self.computed_in)),
+        ).type_as(x_RD)
 
     def _biases(self) -> Biases | None:
         if not self.has_biases:
@@ -143,8 +153,8 @@ def _local(parameter: Any) -> Any:
     return None if parameter is None else local(parameter)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    return None if tensor is None else tensor.to(dtype)
+def _cast(tensors: Iterable[torch.Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [None if each is None else each.to(dtype) for each in tensors]
 
 
 def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:

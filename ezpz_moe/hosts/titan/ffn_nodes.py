@@ -50,7 +50,7 @@ class ActivatedFeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         up_XF = None if self.w3 is None else self.w3(x)
-        return self.w2(self.activation(self.w1(x), up_XF))
+        return self.w2(self.activation.hidden(self.w1(x), up_XF))
 
 
 class GatedFeedForward(SigmoidGatedFeedForward):

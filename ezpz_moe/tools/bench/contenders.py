@@ -67,7 +67,7 @@ def _backend(spec: str) -> Contender:
     backend = get_backend(spec)
     return Contender(
         spec,
-        prepared(backend.swiglu),
+        prepared(backend.ffn),
         lambda device, dtype, shape: backend.why_not(device, dtype, dims=(shape.D, shape.F)),
         declares_syncs=backend.host_syncs,
         may_drop=backend.drops_tokens,
@@ -135,7 +135,7 @@ def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> li
 
 def _single_buffer(case: Case) -> Prepared:
     """Prepare all experts as one run of ``batched_mm_padded``, however much padding that is."""
-    return prepared(get_backend(_UNBOUNDED).swiglu)(case)
+    return prepared(get_backend(_UNBOUNDED).ffn)(case)
 
 
 def _single_buffer_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:

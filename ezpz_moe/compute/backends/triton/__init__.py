@@ -39,15 +39,15 @@ def _mm_backward(
     return launch.mm_backward(grad_C_RN, A_RK, B_EKN, offs_E)
 
 
-def _swiglu(
+def _ffn(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    return launch.ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -59,7 +59,7 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.swiglu_backward(
+    return launch.ffn_backward(
         grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, gate_RF, up_RF
     )
 
@@ -73,12 +73,12 @@ def _routed(
     ids_TK: Tensor,
     num_tokens_per_expert_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
-    return launch.routed(
-        w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, num_rows
-    )
+    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
+    return launch.routed(*inputs, num_rows, dtype)
 
 
 def _routed_backward(
@@ -92,11 +92,12 @@ def _routed_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ezpz_moe.compute.backends.triton import launch
 
     inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
-    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R)
+    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R, dtype)
 
 
 def _interpreted() -> bool:
@@ -147,7 +148,7 @@ class Triton(KernelBackend):
     static_shapes = True
     operators = Operators(
         "triton",
-        Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward),
+        Kernels(_mm, _mm_backward, _ffn, _ffn_backward, _routed, _routed_backward),
     )
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:

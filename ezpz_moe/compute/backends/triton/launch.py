@@ -82,8 +82,10 @@ def _multiply(
 
     C is in the order of choices, unless rows are in place.
     """
+    B_EKN = B_EKN.to(A_RK.dtype)
     # Without a second pair the kernel does not read these; it only needs valid pointers.
     A2_RK, B2_EKN = second or (A_RK, B_EKN)
+    B2_EKN = B2_EKN.to(A_RK.dtype)
     E, K, N = B_EKN.shape
     strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_XN)
     kernels.multiply[_slots(rows.number, E, N)](
@@ -114,6 +116,7 @@ def _gate_and_up(
 ) -> tuple[Tensor, Tensor]:
     """Compute gate and up; if hidden is given, write ``score * silu(gate) * up`` into it."""
     E, F, D = w1_EFD.shape
+    w1_EFD, w3_EFD = w1_EFD.to(x_XD.dtype), w3_EFD.to(x_XD.dtype)
     gate_RF, up_RF = (x_XD.new_empty(rows.number, F) for _ in range(2))
     kernels.gate_and_up[_slots(rows.number, E, F)](
         x_XD, w1_EFD, w3_EFD, rows.offs_E, rows.order_R, rows.score_C, gate_RF, up_RF,
@@ -153,12 +156,14 @@ def _experts_backward(
         gate_RF, up_RF = _gate_and_up(x_XD, w1_EFD, w3_EFD, rows, None)
     E, D, F = w2_EDF.shape
     hidden_RF, grad_gate_RF, grad_up_RF = (torch.empty_like(gate_RF) for _ in range(3))
+    # The kernels cast what they load to no other dtype.
+    w2_in_rows_dtype_EDF = w2_EDF.to(gate_RF.dtype)
     parts = triton.cdiv(F, tuning.NARROWEST) if rows.top_k else 0
     grad_score_XP = rows.written(gate_RF, parts, torch.float32)
     kernels.hidden_gradients[_slots(rows.number, E, F)](
-        grad_y_XD, w2_EDF, gate_RF, up_RF, rows.offs_E, rows.order_R, rows.score_C,
+        grad_y_XD, w2_in_rows_dtype_EDF, gate_RF, up_RF, rows.offs_E, rows.order_R, rows.score_C,
         hidden_RF, grad_gate_RF, grad_up_RF, grad_score_XP,
-        *_sizes(E, rows.number, D, F), *grad_y_XD.stride(), *w2_EDF.stride(),
+        *_sizes(E, rows.number, D, F), *grad_y_XD.stride(), *w2_in_rows_dtype_EDF.stride(),
         TOP_K=rows.top_k, PART=tuning.NARROWEST, BLOCK_E=_block_e(E),
     )  # fmt: skip
     grad_w1_EFD, grad_w2_EDF, grad_w3_EFD = map(torch.empty_like, (w1_EFD, w2_EDF, w3_EFD))
@@ -189,7 +194,7 @@ def mm_backward(
         return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, rows, torch.empty_like(B_EKN))
 
 
-def swiglu(
+def ffn(
     w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the FFN, in two launches."""
@@ -198,7 +203,7 @@ def swiglu(
         return _experts(w1_EFD, w2_EDF, w3_EFD, x_RD, rows)
 
 
-def swiglu_backward(
+def ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
@@ -226,12 +231,13 @@ def routed(
     ids_TK: Tensor,
     num_tokens_per_expert_E: Tensor,
     num_rows: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the routed layer, in two launches and what torch needs to sort and to add up."""
     with torch.cuda.device_of(x_TD):
         order_R = row_order(ids_TK, num_rows)
         rows = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E)
-        y_XD, gate_RF, up_RF = _experts(w1_EFD, w2_EDF, w3_EFD, x_TD.to(w1_EFD.dtype), rows)
+        y_XD, gate_RF, up_RF = _experts(w1_EFD, w2_EDF, w3_EFD, x_TD.to(dtype), rows)
         return _sum_by_token(y_XD, x_TD), gate_RF, up_RF, order_R
 
 
@@ -246,10 +252,11 @@ def routed_backward(
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return all gradients, in five launches, or six without gate and up, and torch's sums."""
     with torch.cuda.device_of(x_TD):
-        rows, dtype = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E), w1_EFD.dtype
+        rows = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E)
         *of_weights, grad_x_XD, grad_score_XP = _experts_backward(
             grad_out_TD.to(dtype), w1_EFD, w2_EDF, w3_EFD, x_TD.to(dtype), rows, gate_RF, up_RF
         )
