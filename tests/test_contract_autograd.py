@@ -39,7 +39,7 @@ from torch.utils.checkpoint import (
 
 from ezpz_moe.compute import tuning
 from ezpz_moe.compute.autograd import KernelBackend
-from ezpz_moe.compute.contract import laid_out_like
+from ezpz_moe.compute.layouts import laid_out_like
 from ezpz_moe.compute.reference import (
     Case,
     LayerCase,

@@ -10,7 +10,7 @@ import torch
 from contract_cases import PATTERNS, Pattern, make_case, over_patterns
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.compute.contract import is_transposed
+from ezpz_moe.compute.layouts import is_transposed
 from ezpz_moe.compute.reference import run
 from ezpz_moe.errors import EzpzError
 

@@ -26,6 +26,9 @@ class Biases(NamedTuple):
     b3_EF: torch.Tensor | None
 
 
+NO_BIASES = (None, None, None)
+
+
 def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.grouped_mm`. No device sync."""
     _check_rank("A_RK", A_RK, 2)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ezpz_moe.compute.layouts import laid_out_like
+
 _COLUMN_BYTES = 16
 """``torch._grouped_mm`` reads rows of a multiple of so many bytes."""
 
@@ -29,3 +31,31 @@ def bias_matrices(bias_EX: Tensor, dtype: torch.dtype) -> Tensor:
     """Return matrices_ECX: :func:`bias_columns` times them is the factor times the bias."""
     twice_E2X = bias_EX.to(dtype).unsqueeze(1).expand(-1, 2, -1)
     return F.pad(twice_E2X, (0, 0, 0, _COLUMN_BYTES // dtype.itemsize - 2))
+
+
+def sums_like(bias_EX: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in shape and dtype of ``gradient.T @ columns`` per expert, [E, X, C]."""
+    return bias_EX.unsqueeze(2).expand(-1, -1, _COLUMN_BYTES // dtype.itemsize)
+
+
+def bias_gradient(sums_EXC: Tensor, bias_EX: Tensor) -> Tensor:
+    """Return the gradient of a bias from these sums."""
+    return laid_out_like(sums_EXC[..., 0] + sums_EXC[..., 1], bias_EX)
+
+
+def score_gradients(
+    grad_out_TD: Tensor, b2_ED: Tensor, token_R: Tensor, num_tokens_per_expert_E: Tensor
+) -> Tensor:
+    """Return what b2 adds to the gradient of each row's score, ``grad_out[token] . b2[expert]``.
+
+    In float32 or wider, [R]; zero for tail rows. All tokens times all biases, of which a row picks
+    one: E columns cost next to nothing beside an FFN, and no [R, D] is made.
+    """
+    wider = torch.promote_types(grad_out_TD.dtype, torch.float32)
+    dots_TE = grad_out_TD.to(wider) @ b2_ED.to(wider).T
+    counts_E = num_tokens_per_expert_E.to(token_R.device, non_blocking=True).contiguous()
+    row_R = torch.arange(len(token_R), device=token_R.device)
+    # right=True skips experts without rows, whose end is also the next expert's first row.
+    expert_R = torch.searchsorted(torch.cumsum(counts_E, 0), row_R, right=True)
+    last = b2_ED.shape[0] - 1
+    return torch.where(expert_R > last, 0, dots_TE[token_R, expert_R.clamp(max=last)])

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from ezpz_moe.compute.activations import ACTIVATIONS
-from ezpz_moe.compute.arguments import Biases, check_ffn, check_grouped_mm, check_routed
+from ezpz_moe.compute.arguments import NO_BIASES, Biases, check_ffn, check_grouped_mm, check_routed
 from ezpz_moe.compute.biases import bias_columns, bias_matrices
 from ezpz_moe.compute.dispatch import row_order
 
@@ -242,7 +242,7 @@ class Backend(ABC):
             ones_RC = bias_columns(rows_RX.new_ones(rows_RX.shape[0]), rows_RX.dtype)
             return out_RY + self._grouped_mm(ones_RC, bias_matrices(bias_EY, rows_RX.dtype), offs_E)
 
-        b1_EF, b2_ED, b3_EF = biases or (None, None, None)
+        b1_EF, b2_ED, b3_EF = biases or NO_BIASES
         gate_RF = product(x_RD, w1_EFD, b1_EF)
         up_RF = None if w3_EFD is None else product(x_RD, w3_EFD, b3_EF)
         return product(ACTIVATIONS[activation].hidden(gate_RF, up_RF), w2_EDF, b2_ED)
@@ -313,28 +313,6 @@ def _to_host(counts_E: torch.Tensor) -> list[int]:
             "choose a backend without host syncs (grouped_mm)"
         )
     return counts_E.tolist()
-
-
-def is_transposed(weights_EXY: torch.Tensor) -> bool:
-    """Return whether the last two dimensions are swapped in memory, as in the host's ``B_t``.
-
-    Products are written into tensors that are not: on the CPU, ``torch.bmm`` in bfloat16 is two
-    thousand times slower with a transposed ``out``.
-    """
-    return weights_EXY.stride(1) == 1 < weights_EXY.stride(2)
-
-
-def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return ``gradient`` with dtype and strides of ``torch.empty_like(model)``, copied if needed.
-
-    The strides are taken from a tensor without memory, because a gradient of weights is large.
-    """
-    # Not model.stride(): empty_like makes an expanded or sliced tensor dense, and fakes promise
-    # empty_like's strides.
-    wanted = torch.empty_like(model, device="meta")
-    if (gradient.dtype, gradient.stride()) == (wanted.dtype, wanted.stride()):
-        return gradient
-    return torch.empty_like(model).copy_(gradient)
 
 
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
