@@ -4,27 +4,29 @@ A layer is compared in float64 with its formula as on a blackboard; what remains
 sums.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from dialect import ON_0_2, SINCE_2026_09
+from config_cases import config
+from dialect import SINCE_2026_09
 from router_cases import flat, moe_of, small_model, tokens
-from torch.utils.flop_counter import FlopCounterMode
 
 if SINCE_2026_09:
     pytest.skip("this host's experts compute their own activation", allow_module_level=True)
 
 from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.reference import relative_error
-from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.products_fit import bytes_per_token
+from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
 
 D, F, SHARED, E, K = 32, 48, 40, 8, 3
 SMALL = f"""
@@ -159,3 +161,86 @@ def test_and_with_the_hosts_own_dispatch(tmp_path, backend):
 def test_the_flavors_words_are_the_kernels(activation):
     assert FORMULAS.keys() == ACTIVATIONS.keys()
     assert ffn_matrices(activation) == 2 + ACTIVATIONS[activation].is_gated
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[6]], ids=str)
+def test_parameters_are_those_of_the_formula(tmp_path, case):
+    found = flavor(tmp_path, f"{SMALL}n_layers = 2\n{keys(*case)}")
+    activation, has_biases, ffn_activation, has_gate = case
+    plain = flavor(tmp_path, f"{SMALL}n_layers = 2\n")
+    n, m = ffn_matrices(activation), ffn_matrices(ffn_activation)
+    # One dense layer, and one with experts.
+    of_experts = E * ((n - 3) * D * F + has_biases * ((n - 1) * F + D))
+    beside = (m - 3) * D * (24 + SHARED) + has_gate * D
+    summary = host().summarize(found)
+    assert summary.total - host().summarize(plain).total == of_experts + beside
+    assert summary == counts_at_hand(found)
+
+
+def test_no_shared_experts_are_no_module(tmp_path):
+    found = flavor(tmp_path, SMALL.replace(f"shared_hidden_dim = {SHARED}", "num_shared_experts = 0"))
+    assert host().summarize(found) == counts_at_hand(found)
+    assert moe_of(host().build_on_meta(found)).shared_experts is None
+
+
+def test_of_experts_without_a_gate_one_product_less_is_kept(tmp_path):
+    """Of every choice: up and the row's output, in bfloat16."""
+    built = model(tmp_path, 'expert_activation = "relu2"')
+    assert list(bytes_per_token(built)) == [K * (F + D) * 2]
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "said"),
+    [
+        ("gpt_oss/debugmodel", 'expert_activation = "relu2"', "expert_activation: the experts of"),
+        ("gpt_oss/debugmodel", "expert_bias = true", "expert_bias: the experts of this model (E"),
+        ("qwen3/debugmodel_moe", 'ffn_activation = "gelu"', "has no effect: this model has neither"),
+    ],
+)
+def test_a_base_that_cannot_have_it(tmp_path, base, key, said):
+    found = flavor(tmp_path, key, f'base = "{base}"')
+    with pytest.raises(EzpzError) as refused:
+        model_spec(found)
+    assert str(refused.value).startswith(f"{tmp_path / 'mine.toml'}: ")
+    assert said in str(refused.value)
+
+
+def test_a_base_that_can(tmp_path):
+    found = flavor(tmp_path, 'expert_activation = "gelu"', 'base = "qwen3/debugmodel_moe"')
+    assert moe_of(host().build_on_meta(found)).routed_experts.inner_experts.w3_EFD is None
+
+
+def test_no_class_of_transformers_computes_it(tmp_path):
+    found = host().architecture(flavor(tmp_path, f"{SMALL}{keys(*CASES[4])}"))
+    said = "; ".join(transformers_class(found).differences)
+    for part in ("experts that compute relu2", "experts with biases", "FFNs that compute geglu"):
+        assert f"it has {part}" in said
+    assert "a gate of its shared experts" in said
+
+
+def fuse(config) -> None:
+    config.override.imports = ["torchtitan.overrides.fused_swiglu.fused_swiglu"]
+
+
+def save_as_hf(config) -> None:
+    config.checkpoint.last_save_in_hf = True
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(fuse, "replaces FFNs with a fused SwiGLU"), (save_as_hf, "no class of transformers computes its FFNs")],
+)
+def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said):
+    flavor(tmp_path, f"{SMALL}{keys(*CASES[4])}")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    changed = config("mine")
+    change(changed)
+    with pytest.raises(SystemExit):  # as of the command line
+        dataclasses.replace(changed)
+    assert said in capsys.readouterr().err

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.arguments import NO_BIASES, Biases, check_ffn, check_grouped_mm, check_routed
@@ -355,8 +356,9 @@ def check_where_free(
     Args:
         check: :func:`counts_on_host` or :func:`counts_of_offsets`, which raise.
     """
-    # While torch.compile traces, the counts have no values yet.
-    if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
+    # While torch.compile traces, or a run is estimated, the counts have no values.
+    has_values = not (torch.compiler.is_compiling() or isinstance(counts_E, FakeTensor))
+    if counts_E.device.type == "cpu" and has_values:
         check(counts_E, rows_RX.shape[0])
 
 

@@ -77,7 +77,7 @@ class Dimensions(Data):
     moe_hidden_dim: _Width
     num_experts: Experts
     # One FFN as wide as so many experts, or as `shared_hidden_dim` says; 0: there is none.
-    num_shared_experts: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    num_shared_experts: Annotated[int, Field(ge=0, le=2**14)] | None = None
     shared_hidden_dim: _Width | None = None
     shared_gate: bool = False
     router_top_k: Experts

@@ -53,8 +53,8 @@ def override_problems(config: Trainer.Config) -> Iterator[str]:
             yield f"override.imports {target}: {_OF_A_FLAVOR[target]}"
     if _FUSED_FFN in targets and any(map(_is_no_swiglu, config.traverse(FeedForward.Config))):
         yield (
-            f"override.imports {_FUSED_FFN}: it would make SwiGLU FFNs without a gate of what the "
-            "flavor asks for with ffn_activation or shared_gate. Remove the override or the keys."
+            f"override.imports {_FUSED_FFN}: it replaces FFNs with a fused SwiGLU, which has neither "
+            "the flavor's ffn_activation nor its shared_gate. Remove the override, or these keys."
         )
 
 
