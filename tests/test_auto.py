@@ -142,7 +142,7 @@ def test_backward_is_timed_with_what_it_will_be_given(
     backward, gates = kernels.ffn_backward, []
 
     def watched(*arguments):
-        gates.append(arguments[6] is not None)
+        gates.append(arguments[9] is not None)
         return backward(*arguments)
 
     monkeypatch.setattr(choosing, "get_backend", lambda _: get_backend("for_loop"))
@@ -186,7 +186,7 @@ def test_a_routed_layer_is_timed_with_what_backward_will_be_given(
     saved = []
 
     def watched(*arguments):
-        *_, gate_RF, up_RF, order_R = arguments
+        *_, gate_RF, up_RF, order_R, _, _ = arguments
         saved.append((gate_RF is not None, up_RF is not None, order_R is not None))
         return kernels.routed_backward(*arguments)
 

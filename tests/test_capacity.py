@@ -32,15 +32,8 @@ from contract_cases import (
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.backends import batched_mm_capacity
-from ezpz_moe.compute.reference import (
-    Case,
-    RoutedCase,
-    error_bounds,
-    plain_loop,
-    relative_error,
-    run,
-    truth,
-)
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import Case, RoutedCase, error_bounds, relative_error, run, truth
 from ezpz_moe.errors import EzpzError
 
 FACTORS = (0.3, 0.75, 1.0, 1.25)
@@ -175,16 +168,13 @@ def test_no_kernel_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not backend.host_syncs
     case: Case = make_case(PATTERNS["uneven"]).to("meta", torch.bfloat16)
     counts_E = case.num_tokens_per_expert_E
-    weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    inputs = (*case.parameters, case.x_RD, counts_E)
     kernels, options = backend.operators.kernels, backend.kernel_options
-    y_RD, gate_RF, up_RF = kernels.ffn(*weights, case.x_RD, counts_E, *options)
+    y_RD, gate_RF, up_RF = kernels.ffn(*inputs, "swiglu", *options)
     assert (y_RD.shape, gate_RF.shape) == (case.x_RD.shape, (len(case.x_RD), HIDDEN_DIM))
     for saved in ((gate_RF, up_RF), (None, None)):
-        gradients = kernels.ffn_backward(
-            case.grad_y_RD, *weights, case.x_RD, counts_E, *saved, *options
-        )
-        like = (*weights, case.x_RD)
-        assert [g.shape for g in gradients] == [each.shape for each in like]
+        gradients = kernels.ffn_backward(case.grad_y_RD, *inputs, *saved, "swiglu", *options)
+        assert [g.shape for g in gradients] == [each.shape for each in case.inputs]
     B_EKN, offs_E = case.w2_EDF.transpose(1, 2), counts_E.cumsum(0)
     C_RN = kernels.mm(gate_RF, B_EKN, offs_E, *options)
     assert C_RN.shape == case.x_RD.shape

@@ -38,17 +38,11 @@ from torch.utils.checkpoint import (
 )
 
 from ezpz_moe.compute import tuning
+from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.autograd import KernelBackend
 from ezpz_moe.compute.layouts import laid_out_like
-from ezpz_moe.compute.reference import (
-    Case,
-    LayerCase,
-    error_bounds,
-    plain_loop,
-    random_case,
-    run,
-    truth,
-)
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import Case, LayerCase, error_bounds, random_case, run, truth
 from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN = PATTERNS["uneven"]
@@ -218,10 +212,11 @@ def _operator_arguments(case: Case) -> dict[str, tuple[torch.Tensor, ...]]:
     hidden_RF = torch.randn_like(x_RD[:, :1].expand(-1, HIDDEN_DIM), requires_grad=False)
     weights = [tensor.detach() for tensor in (w1_EFD, w2_EDF, w3_EFD)]
     rows = (x_RD.detach(), counts_E, hidden_RF, hidden_RF.clone())
+    inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_RD, counts_E, "swiglu")
     return {
-        "ffn": (w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E),
-        "ffn_output": (w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E),
-        "ffn_backward": (case.grad_y_RD, *weights, *rows),
+        "ffn": inputs,
+        "ffn_output": inputs,
+        "ffn_backward": (case.grad_y_RD, *weights, *NO_BIASES, *rows, "swiglu"),
         "mm": (x_RD, B_EKN, offs_E),
         "mm_backward": (hidden_RF, x_RD.detach(), w1_EFD.detach().transpose(1, 2), offs_E),
     }
@@ -254,11 +249,11 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} saves what torch's own operators save")
     case = make_case(TAIL, device)
-    inputs = (*(each.detach() for each in leaves(case)), case.num_tokens_per_expert_E)
-    _, gate_RF, up_RF = backend.compute("ffn", *inputs)
+    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E)
+    _, gate_RF, up_RF = backend.compute("ffn", *inputs, "swiglu")
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        return backend.compute("ffn_backward", case.grad_y_RD, *inputs, gate_RF, up_RF)
+        return backend.compute("ffn_backward", case.grad_y_RD, *inputs, gate_RF, up_RF, "swiglu")
 
     expected = gradients()
     for saved_RF in (gate_RF, up_RF):

@@ -106,7 +106,8 @@ def products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> 
 def _dense(case: Case) -> Prepared:
     """Prepare one FFN over all rows, with the first expert's weights: the same number of FLOPs."""
     # Clone: a view would keep all experts' weights in memory.
-    of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
+    *weights, _ = case.inputs
+    of_one = (each[0].clone() for each in weights)
     w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
     return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
 

@@ -29,10 +29,9 @@ dimension r, and so on; offs are the inclusive offsets of the experts' rows.
 import triton
 import triton.language as tl
 
-from ezpz_moe.compute.activations import CLAMP_ALPHA, CLAMP_LIMIT
+from ezpz_moe.compute.backends.triton import tiles
 from ezpz_moe.compute.backends.triton.tuning import tuned
 
-ALPHA, LIMIT = tl.constexpr(CLAMP_ALPHA), tl.constexpr(CLAMP_LIMIT)
 # Columns of a tile that are stored at once, and computed with: a whole tile of several tensors
 # needs more registers than there are.
 PIECE = tl.constexpr(32)
@@ -84,13 +83,6 @@ def _tokens(ORDER, rows, in_rows, TOP_K: tl.constexpr):
         return _choices(ORDER, rows, in_rows) // TOP_K
     else:  # noqa: RET505 - Triton compiles what follows a return
         return rows
-
-
-@triton.jit
-def _bias(B, expert, columns, E, N):
-    """Return the expert's bias in these columns, float32; the tail has none."""
-    at = B + expert.to(tl.int64) * N + columns  # contiguous
-    return tl.load(at, (columns < N) & (expert < E), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -157,7 +149,7 @@ def multiply(
         if TOP_K:
             places = _choices(ORDER, rows, in_rows)
         if BIASED:
-            bias = _bias(BIAS, expert, columns, E, N)[None, :]
+            bias = tiles.bias(BIAS, expert, columns, E, N)[None, :]
             if TOP_K:
                 bias *= tl.load(SCORES + places).to(tl.float32)[:, None]
             acc += bias
@@ -166,69 +158,14 @@ def multiply(
 
 
 @triton.jit
-def _halves(tile):
-    """Split a tile's columns into the left and the right half."""
-    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
-
-
-# Comparisons are written so that NaN fails them and stays NaN.
-@triton.jit
-def _activated(gate, ACTIVATION: tl.constexpr):
-    """Return ``act(gate)``."""
-    if ACTIVATION == "swiglu":
-        return gate * tl.sigmoid(gate)
-    elif ACTIVATION == "clamped_swiglu":  # noqa: RET505 - Triton compiles what follows a return
-        clamped = tl.where(gate > LIMIT, LIMIT, gate)
-        return clamped * tl.sigmoid(clamped * ALPHA)
-    elif ACTIVATION == "reglu":
-        return tl.where(gate < 0, 0.0, gate)
-    elif ACTIVATION == "relu2":
-        return tl.where(gate < 0, 0.0, gate * gate)
-    else:
-        tl.static_assert(ACTIVATION == "geglu" or ACTIVATION == "gelu")
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-
-
-@triton.jit
-def _slope(gate, ACTIVATION: tl.constexpr):
-    """Return the derivative of :func:`_activated`."""
-    if ACTIVATION == "swiglu":
-        # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
-        sigmoid = tl.sigmoid(gate)
-        return sigmoid + gate * sigmoid * (1.0 - sigmoid)
-    elif ACTIVATION == "clamped_swiglu":  # noqa: RET505
-        sigmoid = tl.sigmoid(gate * ALPHA)
-        slope = sigmoid + gate * ALPHA * sigmoid * (1.0 - sigmoid)
-        return tl.where(gate > LIMIT, 0.0, slope)
-    elif ACTIVATION == "reglu":
-        return tl.where(gate <= 0, 0.0, 1.0)
-    elif ACTIVATION == "relu2":
-        return tl.where(gate <= 0, 0.0, 2.0 * gate)
-    else:
-        # The normal distribution, and g times its density.
-        distribution = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        return distribution + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-
-
-@triton.jit
-def _factor(up, ACTIVATION: tl.constexpr):
-    """Return what of up multiplies ``act(gate)``."""
-    if ACTIVATION == "clamped_swiglu":
-        up = tl.where(up > LIMIT, LIMIT, up)
-        up = tl.where(up < -LIMIT, -LIMIT, up) + 1.0
-    return up
-
-
-@triton.jit
 def _store_gate_and_up(
     gate, up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
     HIDDEN_TOO: tl.constexpr, SCORED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of gate and up, from a column on, and ``score * act(gate) * factor(up)``."""
+    """Store a tile of gate and up, from a column on, and ``score * hidden``."""
     if gate.shape[1] > PIECE:
-        left, right = _halves(gate)
-        left_up, right_up = _halves(up)
+        left, right = tiles.halves(gate)
+        left_up, right_up = tiles.halves(up)
         half: tl.constexpr = gate.shape[1] // 2
         _store_gate_and_up(
             left, left_up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
@@ -248,9 +185,9 @@ def _store_gate_and_up(
             tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
         if HIDDEN_TOO:
             # From the float32 sums, not from the rounded gate and up.
-            hidden = _activated(gate, ACTIVATION)
+            hidden = tiles.activated(gate, ACTIVATION)
             if GATED:
-                hidden *= _factor(up, ACTIVATION)
+                hidden *= tiles.factor(up, ACTIVATION)
             if SCORED:
                 hidden *= score[:, None]
             tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
@@ -303,9 +240,9 @@ def gate_and_up(
             w1_at += BLOCK_K * w1_k
             w3_at += BLOCK_K * w3_k
         if BIASED:
-            gate += _bias(B1, expert, columns, E, N)[None, :]
+            gate += tiles.bias(B1, expert, columns, E, N)[None, :]
             if GATED:
-                up += _bias(B3, expert, columns, E, N)[None, :]
+                up += tiles.bias(B3, expert, columns, E, N)[None, :]
         score = gate  # any tensor: without TOP_K nobody reads it
         if TOP_K:
             score = tl.load(SCORES + _choices(ORDER, rows, rows < end)).to(tl.float32)
@@ -325,7 +262,7 @@ def _through_activation(
     Store both, and the tile itself. Return the sum over the columns of ``grad * hidden``.
     """
     if grad.shape[1] > PIECE:
-        left, right = _halves(grad)
+        left, right = tiles.halves(grad)
         half: tl.constexpr = grad.shape[1] // 2
         return _through_activation(
             left, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N,
@@ -339,22 +276,20 @@ def _through_activation(
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
         inside = in_rows[:, None] & (columns < N)[None, :]
         gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
-        activated = _activated(gate, ACTIVATION)
+        activated = tiles.activated(gate, ACTIVATION)
         hidden = activated
         if GATED:
             up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
-            factor = _factor(up, ACTIVATION)
-            hidden *= factor
+            factor = tiles.factor(up, ACTIVATION)
+            hidden = activated * factor
         grad_score = tl.sum(grad * hidden, 1)
         if SCORED:
             hidden *= score[:, None]
             grad *= score[:, None]
-        grad_gate = grad * _slope(gate, ACTIVATION)
+        grad_gate = grad * tiles.slope(gate, ACTIVATION)
         if GATED:
             grad_gate *= factor
-            grad_up = grad * activated
-            if ACTIVATION == "clamped_swiglu":
-                grad_up = tl.where(tl.abs(up) > LIMIT, 0.0, grad_up)
+            grad_up = tiles.through_factor(grad * activated, up, ACTIVATION)
             tl.store(DUP + at, grad_up.to(DUP.dtype.element_ty), inside)
         tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
         tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
