@@ -234,7 +234,7 @@ def save_as_hf(config) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(fuse, "replaces FFNs with a fused SwiGLU"), (save_as_hf, "no class of transformers computes its FFNs")],
+    [(fuse, "replaces FFNs with a fused SwiGLU"), (save_as_hf, "no class of transformers computes the FFNs")],
 )
 def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said):
     flavor(tmp_path, f"{SMALL}{keys(*CASES[4])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torchtitan.models import deepseek_v3
 from torchtitan.models.common import ComplexRoPE
@@ -14,7 +15,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Dimensions
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.ffn_nodes import set_shared
 
 _OF_SHARED = ("num_shared_experts", "shared_hidden_dim", "shared_gate")
 
@@ -34,7 +34,8 @@ def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Model
         moe_comm_backend=moe_comm_backend,
         non_blocking_capacity_factor=None,
     )
-    set_shared(layers, size)
+    if size.shared_hidden_dim is not None or not size.num_shared_experts:
+        _set_shared(layers, size.shared_hidden_dim)
     model = spec.model
     model = dataclasses.replace(
         model,
@@ -54,3 +55,15 @@ def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Model
     )
     # The host's messages and logs then do not speak of its deepseek_v3.
     return dataclasses.replace(spec, name="ezpz_moe", model=model)
+
+
+def _set_shared(layers: list[Any], width: int | None) -> None:
+    """Set the width of the shared FFN of every layer with experts, in place; None: it has none."""
+    for moe in (layer.moe for layer in layers if layer.moe is not None):
+        shared = moe.shared_experts
+        moe.shared_experts = width and dataclasses.replace(
+            shared,
+            w1=dataclasses.replace(shared.w1, out_features=width),
+            w2=dataclasses.replace(shared.w2, in_features=width),
+            w3=dataclasses.replace(shared.w3, out_features=width),
+        )
