@@ -47,7 +47,7 @@ def ffn_problems(config: Trainer.Config) -> Iterator[str]:
     par = config.parallelism
     if is_gated and par.tensor_parallel_degree > 1 and not par.enable_sequence_parallel:
         yield (
-            "parallelism.enable_sequence_parallel = false with parallelism.tensor_parallel_degree = "
-            f"{par.tensor_parallel_degree} leaves the shared experts' output a part of a sum, which "
-            "shared_gate = true cannot multiply. Set it to true."
+            "parallelism.enable_sequence_parallel = false with "
+            f"parallelism.tensor_parallel_degree = {par.tensor_parallel_degree} leaves the output "
+            "of shared experts a part of a sum, which their gate cannot multiply. Set it to true."
         )

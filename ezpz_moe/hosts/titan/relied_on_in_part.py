@@ -31,9 +31,7 @@ PICTURES = (
 )
 """Needed by flavors with ``[telemetry]`` that draw pictures for the loggers."""
 
-_NO_OTHER_FFNS = (
-    "flavors with ffn_activation or shared_gate cannot be trained; others still can"
-)
+_NO_OTHER_FFNS = "flavors with ffn_activation or shared_gate cannot be trained; others still can"
 _FFNS = (
     Reliance(
         "torchtitan.models.common.feed_forward:FeedForward.Config",

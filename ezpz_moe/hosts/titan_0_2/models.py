@@ -223,7 +223,7 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         beta_slow=rope.beta_slow,
         moe_args=MoEArgs(
             num_experts=size.num_experts,
-            num_shared_experts=_shared_experts(size, source),
+            num_shared_experts=_shared_experts(size, where),
             top_k=size.router_top_k,
             score_func=size.router_score_func,
             route_norm=size.router_route_norm,
@@ -237,12 +237,12 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     )
 
 
-def _shared_experts(size: Dimensions, source: str) -> int:
+def _shared_experts(size: Dimensions, where: str) -> int:
     """Return how many experts are as wide as the shared FFN."""
     number, rest = divmod(size.shared_width(size.moe_hidden_dim), size.moe_hidden_dim)
     if rest:
         raise EzpzError(
-            f"{source}: shared_hidden_dim = {size.shared_hidden_dim}: torchtitan 0.2's shared "
+            f"{where}: shared_hidden_dim = {size.shared_hidden_dim}: torchtitan 0.2's shared "
             "experts are as wide as a number of routed ones. Set num_shared_experts, or install "
             "torchtitan 0.3."
         )
