@@ -186,7 +186,7 @@ def test_a_routed_layer_is_timed_with_what_backward_will_be_given(
     saved = []
 
     def watched(*arguments):
-        *_, gate_RF, up_RF, order_R = arguments
+        *_, gate_RF, up_RF, order_R, _ = arguments
         saved.append((gate_RF is not None, up_RF is not None, order_R is not None))
         return kernels.routed_backward(*arguments)
 
