@@ -39,6 +39,7 @@ from ezpz_moe.compute.reference import (
     run,
     truth,
 )
+from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN, CUT, TAIL = ROUTINGS["uneven"], ROUTINGS["cut"], ROUTINGS["tail"]
 
@@ -303,12 +304,38 @@ def test_weights_are_cast_for_the_products_alone(name: str, device: str) -> None
         weights, others = arguments[:3], arguments[3:]
         return backend.routed(*(each.bfloat16() for each in weights), *others, **rows)
 
-    assert_same_bits(run(inside, case), run(outside, case))
+    found = run(inside, case)
+    # Who multiplies in float32 has these gradients in float32: a caller's are rounded once more.
+    of_weights = {
+        each: found[each].bfloat16().float() for each in ("grad_w1", "grad_w2", "grad_w3")
+    }
+    assert_same_bits(found | of_weights, run(outside, case))
     inputs = (*case.inputs, case.num_tokens_per_expert_E)
     order = case.num_rows * torch.int64.itemsize
     kept = 0 if backend.recompute else 2 * case.num_rows * HIDDEN_DIM * torch.bfloat16.itemsize
     expected = sum(tensor.nbytes for tensor in inputs) + order + kept
     assert bytes_saved(inside, case) == expected
+
+
+@pytest.mark.parametrize("name", ["for_loop", "batched_mm_padded", "grouped_mm_fused"])
+def test_a_cpu_holds_no_second_stack_of_weights(name: str) -> None:
+    """Beyond the gradients of the weights, a step has room for less than one stack in bfloat16."""
+    case = random_routed_case(
+        [(expert, expert + 1) for expert in range(15)],
+        num_experts=16,
+        top_k=2,
+        dim=256,
+        hidden_dim=256,
+    )
+    routed = partial(usable(name, "cpu", torch.bfloat16).routed, dtype=torch.bfloat16)
+    inputs, stack = leaves(case), case.w1_EFD.numel() * torch.bfloat16.itemsize
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out_TD = case.apply(routed, *inputs)
+        return torch.autograd.grad(out_TD, inputs, case.grad_out_TD)
+
+    of_gradients = 3 * case.w1_EFD.nbytes
+    assert of_gradients < peak_bytes(step, torch.device("cpu")) < of_gradients + stack
 
 
 def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_arguments() -> None:

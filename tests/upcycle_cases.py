@@ -137,7 +137,8 @@ def mla_dense(flavor: str) -> nn.Module:
     from torchtitan.models.common import ComplexRoPE
     from torchtitan.models.deepseek_v3 import _build_dsv3_layers
 
-    size = load_flavor(flavor).dimensions.model_dump(exclude={"vocab_size"})
+    not_the_hosts = {"vocab_size", "shared_hidden_dim", "shared_gate"}
+    size = load_flavor(flavor).dimensions.model_dump(exclude=not_the_hosts)
     rope = ComplexRoPE.Config(dim=size["qk_rope_head_dim"], **size.pop("rope"))
     layers = _build_dsv3_layers(
         **size | {"n_dense_layers": LAYERS},
