@@ -5,6 +5,7 @@ sums.
 """
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
@@ -253,3 +254,13 @@ def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said
     with pytest.raises(SystemExit):  # as of the command line
         dataclasses.replace(changed)
     assert said in capsys.readouterr().err
+
+
+def test_the_log_says_that_the_hosts_own_path_is_not_taken(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        model(tmp_path, 'expert_activation = "relu2"')
+        model(tmp_path, "")
+    other, own = (line for line in caplog.messages if "compute_backend grouped_mm" in line)
+    assert "(composed of the host's products, as its experts have no such FFN)" in other
+    assert "1 MoE layers of relu2 experts;" in other
+    assert "(the host's own path)" in own
