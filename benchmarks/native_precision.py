@@ -33,15 +33,15 @@ def measure_layer() -> dict[str, float]:
     from ezpz_moe.compute import get_backend
     from ezpz_moe.compute.reference import random_case, run
 
-    swiglu = get_backend("for_loop").swiglu
+    ffn = get_backend("for_loop").ffn
     small = random_case([2, 2], dim=32, hidden_dim=32, dtype=torch.bfloat16)
-    run(swiglu, small)  # loads what only the first call loads
+    run(ffn, small)  # loads what only the first call loads
     case = random_case(
         [ROWS // EXPERTS] * EXPERTS, dim=DIM, hidden_dim=HIDDEN, dtype=torch.bfloat16
     )
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
     start = time.perf_counter()
-    run(swiglu, case)
+    run(ffn, case)
     return {"ms": (time.perf_counter() - start) * 1e3, "peak MiB": _peak_mebibytes()}
 
 

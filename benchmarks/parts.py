@@ -29,18 +29,17 @@ def parts() -> dict[str, Callable[[], object]]:
     """By name what is timed."""
     counts = [R // E] * E
     case = random_case(counts, dim=D, hidden_dim=HIDDEN, dtype=torch.bfloat16)
-    inputs = (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E)
-    inputs = tuple(each.detach() for each in inputs)
-    w1_EFD, _, _, x_RD, counts_E = inputs
+    x_RD, counts_E = case.x_RD, case.num_tokens_per_expert_E
+    inputs = (*case.parameters, x_RD, counts_E)
     offs_E = torch.cumsum(counts_E, 0).int()
-    w1_EDF = w1_EFD.transpose(1, 2)
+    w1_EDF = case.w1_EFD.transpose(1, 2)
     found: dict[str, Callable[[], object]] = {}
     for name in ("for_loop", "grouped_mm_fused"):
         compute = get_backend(name).compute
-        _, gate_RF, up_RF = compute("swiglu", *inputs)
-        found[f"{name}, forward"] = partial(compute, "swiglu", *inputs)
+        _, gate_RF, up_RF = compute("ffn", *inputs, case.activation)
+        found[f"{name}, forward"] = partial(compute, "ffn", *inputs, case.activation)
         found[f"{name}, backward"] = partial(
-            compute, "swiglu_backward", case.grad_y_RD, *inputs, gate_RF, up_RF
+            compute, "ffn_backward", case.grad_y_RD, *inputs, gate_RF, up_RF, case.activation
         )
     loop = get_backend("for_loop").compute
     found["product, for_loop"] = partial(loop, "mm", x_RD, w1_EDF, offs_E)

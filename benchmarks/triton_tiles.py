@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.backends.triton import kernels, launch, tuning
 
 KERNELS = ("gate_and_up", "multiply", "hidden_gradients", "weight_gradient")
@@ -123,15 +124,17 @@ def _launch_all(dtype: torch.dtype) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weights = empty(EXPERTS, HIDDEN, DIM), empty(EXPERTS, DIM, HIDDEN), empty(EXPERTS, HIDDEN, DIM)
+    parameters = (*weights, *NO_BIASES)
     scores, x = empty(TOKENS, TOP_K, dtype=torch.float32), empty(TOKENS, DIM)
     ids, counts = empty(TOKENS, TOP_K, dtype=torch.int64), empty(EXPERTS, dtype=torch.int64)
-    _, *saved = launch.routed(*weights, x, scores, ids, counts, rows, dtype)
-    launch.routed_backward(x, *weights, x, scores, counts, *saved, dtype)
-    launch.routed_backward(x, *weights, x, scores, counts, None, None, saved[2], dtype)
-    x = empty(rows, DIM)
-    _, *saved = launch.swiglu(*weights, x, counts)
-    launch.swiglu_backward(x, *weights, x, counts, *saved)
-    launch.swiglu_backward(x, *weights, x, counts, None, None)
+    inputs, last = (*parameters, x, scores), (dtype, "swiglu")
+    _, *saved = launch.routed(*inputs, ids, counts, rows, *last)
+    launch.routed_backward(x, *inputs, counts, *saved, *last)
+    launch.routed_backward(x, *inputs, counts, None, None, saved[2], *last)
+    inputs = (*parameters, empty(rows, DIM), counts)
+    _, *saved = launch.ffn(*inputs, "swiglu")
+    launch.ffn_backward(inputs[6], *inputs, *saved, "swiglu")
+    launch.ffn_backward(inputs[6], *inputs, None, None, "swiglu")
 
 
 def _name(kernel: str, arguments: dict[str, Any]) -> str:

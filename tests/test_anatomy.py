@@ -19,9 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ezpz_moe.config.flavors import flavor_names, load_flavor
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.accounting import FFN_MATRICES, OF_MOE_LAYERS, Anatomy, dense_model
+from ezpz_moe.hosts.accounting import OF_MOE_LAYERS, Anatomy, dense_model, ffn_matrices
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
@@ -37,6 +37,14 @@ from ezpz_moe.hosts.titan.components import weigh  # noqa: E402
 from ezpz_moe.hosts.titan.models import model_spec  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import build_on_meta  # noqa: E402
 
+UNGATED = """
+inherits = "debugmodel"
+n_layers = 3
+expert_activation = "relu2"
+ffn_activation = "gelu"
+shared_hidden_dim = 96
+shared_gate = true
+"""
 SHORT = (*SMALL, "236B")  # small ones of each family, and one with groups and a query of low rank
 SIZES = [
     name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in flavor_names()
@@ -148,12 +156,15 @@ def is_of_attention(operator: str) -> bool:
         ("debugmodel", 32),
         ("qwen3_debugmodel", 32),
         ("gpt_oss_debugmodel", 160),  # it has a window of 128
+        ("ungated", 32),
         pytest.param("debugmodel", 160, marks=pytest.mark.full),
         pytest.param("qwen3_debugmodel", 160, marks=pytest.mark.full),
         pytest.param("gpt_oss_debugmodel", 32, marks=pytest.mark.full),
     ],
 )
-def test_flops_are_what_torch_counts(name: str, seq_len: int) -> None:
+def test_flops_are_what_torch_counts(name: str, seq_len: int, tmp_path, monkeypatch) -> None:
+    (tmp_path / "ungated.toml").write_text(UNGATED)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     found = anatomy(load_flavor(name), seq_len)
     scores = found.costs["attention scores"].forward
     forward, backward = counted(name, seq_len)
@@ -209,7 +220,7 @@ def test_the_dense_model_is_one_that_can_be_built(size: str) -> None:
     scores = found.costs["attention scores"].forward
     assert sum(cost.forward for cost in built.values()) + scores == dense.cost.forward
     # The hidden size is rounded: half a unit of it, in every layer with experts.
-    per_unit = 2 * FFN_MATRICES * found.dim * found.n_moe_layers
+    per_unit = 2 * ffn_matrices("swiglu") * found.dim * found.n_moe_layers
     assert abs(dense.cost.forward - found.total.forward) <= per_unit / 2
 
 

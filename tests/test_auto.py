@@ -68,7 +68,7 @@ def _compute(
 ) -> None:
     for _ in range(calls):
         case = make_case(pattern, dtype=dtype)
-        run(get_backend(f"auto(among='{NAMES}'{options})").swiglu, case)
+        run(get_backend(f"auto(among='{NAMES}'{options})").ffn, case)
 
 
 @pytest.mark.parametrize("faster", NAMES.split())
@@ -139,14 +139,14 @@ def test_backward_is_timed_with_what_it_will_be_given(
     clock: _Clock, monkeypatch: pytest.MonkeyPatch, options: str, given: bool
 ) -> None:
     kernels = get_backend("for_loop").operators.kernels
-    backward, gates = kernels.swiglu_backward, []
+    backward, gates = kernels.ffn_backward, []
 
     def watched(*arguments):
-        gates.append(arguments[6] is not None)
+        gates.append(arguments[9] is not None)
         return backward(*arguments)
 
     monkeypatch.setattr(choosing, "get_backend", lambda _: get_backend("for_loop"))
-    watching = dataclasses.replace(kernels, swiglu_backward=watched)
+    watching = dataclasses.replace(kernels, ffn_backward=watched)
     monkeypatch.setattr(get_backend("for_loop").operators, "kernels", watching)
     _compute(options=options)
     assert gates == [given] * 3  # two that are timed, and the one that counts
@@ -163,7 +163,7 @@ def test_a_routed_layer_is_a_question_of_its_own(clock: _Clock, faster: str) -> 
     assert (clock.asked, _winners()) == (2, ["for_loop", faster])
     (routed,) = (each for each in auto._CHOICES if each.product == "routed")
     assert (routed.question.product, routed.question.sizes) == ("routed", (4, 48, 32))
-    assert routed.question.key != dataclasses.replace(routed.question, product="swiglu").key
+    assert routed.question.key != dataclasses.replace(routed.question, product="ffn").key
 
 
 def test_telemetry_knows_who_computes_a_routed_layer(clock: _Clock) -> None:
@@ -186,7 +186,7 @@ def test_a_routed_layer_is_timed_with_what_backward_will_be_given(
     saved = []
 
     def watched(*arguments):
-        *_, gate_RF, up_RF, order_R, _ = arguments
+        *_, gate_RF, up_RF, order_R, _, _ = arguments
         saved.append((gate_RF is not None, up_RF is not None, order_R is not None))
         return kernels.routed_backward(*arguments)
 
@@ -392,7 +392,7 @@ def test_where_bits_have_to_be_the_same_nothing_is_timed_nor_remembered(
     assert clock.asked == 1
     said = [r.message for r in caplog.records if "deterministic algorithms are on" in r.message]
     assert len(said) == 2
-    assert "auto: for_loop for swiglu of 4 experts" in said[0]
+    assert "auto: for_loop for ffn of 4 experts" in said[0]
     assert f"(the first of {NAMES}: " in said[0]
 
 
@@ -451,7 +451,7 @@ def test_one_that_drops_tokens_is_said_and_counted_where_it_is_named(clock: _Clo
     case = make_case(HOT)
     counts_E, rows = case.num_tokens_per_expert_E, len(case.x_RD)
     assert backend.rows_used(counts_E, rows) is None
-    run(backend.swiglu, case)
+    run(backend.ffn, case)
     expected = get_backend("batched_mm_capacity").rows_used(counts_E, rows)
     assert backend.rows_used(counts_E, rows).tolist() == expected.tolist()
     assert expected[1] > 0
@@ -464,9 +464,9 @@ def test_among_those_that_drop_tokens_the_first_choice_stays(
     monkeypatch.setattr(auto, "_EVERY", 1)
     monkeypatch.setattr(choosing, "_LOOKS", 1)
     clock.milliseconds = {"for_loop": 2.0, "batched_mm_capacity": 1.0}
-    swiglu = get_backend("auto(among='for_loop batched_mm_capacity')").swiglu
+    ffn = get_backend("auto(among='for_loop batched_mm_capacity')").ffn
     for pattern in (EVEN, HOT, EVEN):
-        run(swiglu, make_case(pattern))
+        run(ffn, make_case(pattern))
     assert (clock.asked, _winners()) == (1, ["batched_mm_capacity"])
 
 
@@ -524,4 +524,4 @@ def test_where_no_candidate_runs_it_says_so() -> None:
     assert "add for_loop to" in reason
     assert not backend.why_not(torch.device("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="none of the backends to choose from runs on cpu"):
-        run(backend.swiglu, make_case(EVEN, dtype=torch.float64))
+        run(backend.ffn, make_case(EVEN, dtype=torch.float64))

@@ -67,9 +67,9 @@ def _arguments() -> dict[str, torch.Tensor]:
     ],
 )
 @over_backends
-def test_swiglu_names_the_wrong_argument(name: str, wrong: dict, error, message: str) -> None:
+def test_ffn_names_the_wrong_argument(name: str, wrong: dict, error, message: str) -> None:
     with pytest.raises(error, match=message):
-        get_backend(name).swiglu(**(_arguments() | wrong))
+        get_backend(name).ffn(**(_arguments() | wrong))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_public_functions_are_the_backends(name: str) -> None:
         for shape in ((E, F, D), (E, D, F), (E, F, D), (R, D))
     )
     y = getattr(compute, name)(w1, w2, w3, x, COUNTS)
-    assert torch.equal(y, get_backend(name).swiglu(w1, w2, w3, x, COUNTS))
+    assert torch.equal(y, get_backend(name).ffn(w1, w2, w3, x, COUNTS))
     first = torch.nn.functional.silu(x[:4] @ w1[0].T) * (x[:4] @ w3[0].T) @ w2[0].T
     torch.testing.assert_close(y[:4], first)
 

@@ -98,7 +98,7 @@ def test_a_backend_that_breaks_is_an_exit_code(monkeypatch, capsys) -> None:
     def broken(*arguments):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(broken))
+    monkeypatch.setattr(ForLoop, "ffn", staticmethod(broken))
     assert cli.main([*TINY, *FEW, "--routing", "balanced"]) == 1
     output = capsys.readouterr().out
     assert "FAILED: for_loop: RuntimeError: no kernel" in output

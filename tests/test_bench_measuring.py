@@ -25,8 +25,8 @@ def case(dtype: torch.dtype = torch.float32):
     return random_case(COUNTS, dim=D, hidden_dim=F, dtype=dtype)
 
 
-def contender(name: str, swiglu, **others) -> Contender:
-    return Contender(name, prepared(swiglu), lambda *_: [], **others)
+def contender(name: str, ffn, **others) -> Contender:
+    return Contender(name, prepared(ffn), lambda *_: [], **others)
 
 
 def no_tick(name: str) -> None:
@@ -49,7 +49,7 @@ def test_auto_chooses_for_the_load_that_is_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tuning, "fastest", fastest)
     for counts in (COUNTS, [0, 0, 18, 0]):
         layer = random_case(counts, dim=D, hidden_dim=F)
-        measure([contender("auto", get_backend("auto").swiglu)], layer, 1, no_tick)
+        measure([contender("auto", get_backend("auto").ffn)], layer, 1, no_tick)
     assert asked == [2, 4]  # twice and four times the mean
 
 
@@ -66,7 +66,7 @@ def test_auto_is_measured_anew_and_leaves_nothing(
     monkeypatch.setattr(tuning, "measure", count)
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
     for _ in range(2):
-        measure([contender("auto", get_backend("auto").swiglu)], case(), 1, no_tick)
+        measure([contender("auto", get_backend("auto").ffn)], case(), 1, no_tick)
     assert len(asked) == 2
     assert not list(tmp_path.iterdir())
     assert os.environ[tuning.CACHE_VARIABLE] == str(tmp_path)
@@ -161,11 +161,11 @@ def test_contenders_take_turns_and_the_first_turn_does_not_count() -> None:
     calls: list[str] = []
 
     def counting(name: str) -> Contender:
-        def swiglu(*arguments: Tensor) -> Tensor:
+        def ffn(*arguments: Tensor) -> Tensor:
             calls.append(name)
             return for_loop(*arguments)
 
-        return contender(name, swiglu)
+        return contender(name, ffn)
 
     them = [counting(name) for name in "abc"]
     steps: list[str] = []

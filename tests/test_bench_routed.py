@@ -18,7 +18,8 @@ from torch import Tensor
 from ezpz_moe import cli
 from ezpz_moe.cli.bench import rows, title
 from ezpz_moe.compute import get_backend, native
-from ezpz_moe.compute.reference import plain_loop, relative_error
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.bench import routed
 from ezpz_moe.tools.bench.contender import Contender, Prepared

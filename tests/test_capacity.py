@@ -32,15 +32,8 @@ from contract_cases import (
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.backends import batched_mm_capacity
-from ezpz_moe.compute.reference import (
-    Case,
-    RoutedCase,
-    error_bounds,
-    plain_loop,
-    relative_error,
-    run,
-    truth,
-)
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import Case, RoutedCase, error_bounds, relative_error, run, truth
 from ezpz_moe.errors import EzpzError
 
 FACTORS = (0.3, 0.75, 1.0, 1.25)
@@ -91,7 +84,7 @@ def test_what_is_kept_equals_float64_and_what_is_dropped_is_zero(
     kept_R1 = kept_rows(pattern, factor)
     expected = dropping(plain_loop, kept_R1)
     true = run(expected, case.to("cpu", torch.float64))
-    result = run(capacity(factor, recompute=recompute).swiglu, case)
+    result = run(capacity(factor, recompute=recompute).ffn, case)
     assert_within(result, true, bounds_of(run(expected, case), true))
     dropped_R = ~kept_R1.squeeze(1)
     for name in ("y", "grad_x"):
@@ -142,7 +135,7 @@ def test_a_dropped_row_may_hold_anything() -> None:
     case = make_case(pattern)
     case.x_RD[5] = torch.nan
     assert not kept_rows(pattern, 1.25)[5]
-    result = run(capacity(1.25).swiglu, case)
+    result = run(capacity(1.25).ffn, case)
     assert all(value.isfinite().all() for value in result.values())
 
 
@@ -155,7 +148,7 @@ def test_weights_of_an_idle_expert_reach_nothing(recompute: str) -> None:
     for value in (1.0, torch.nan):
         for weights in (case.w1_EFD, case.w2_EDF, case.w3_EFD):
             weights[1] = value
-        results.append(run(backend.swiglu, case))
+        results.append(run(backend.ffn, case))
     assert_same_bits(*results)
     assert all(value.isfinite().all() for value in results[1].values())
     product = make_product_case(Pattern((3, 0, 6), tail=1), transposed=True)
@@ -175,16 +168,13 @@ def test_no_kernel_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not backend.host_syncs
     case: Case = make_case(PATTERNS["uneven"]).to("meta", torch.bfloat16)
     counts_E = case.num_tokens_per_expert_E
-    weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    inputs = (*case.parameters, case.x_RD, counts_E)
     kernels, options = backend.operators.kernels, backend.kernel_options
-    y_RD, gate_RF, up_RF = kernels.swiglu(*weights, case.x_RD, counts_E, *options)
+    y_RD, gate_RF, up_RF = kernels.ffn(*inputs, "swiglu", *options)
     assert (y_RD.shape, gate_RF.shape) == (case.x_RD.shape, (len(case.x_RD), HIDDEN_DIM))
     for saved in ((gate_RF, up_RF), (None, None)):
-        gradients = kernels.swiglu_backward(
-            case.grad_y_RD, *weights, case.x_RD, counts_E, *saved, *options
-        )
-        like = (*weights, case.x_RD)
-        assert [g.shape for g in gradients] == [each.shape for each in like]
+        gradients = kernels.ffn_backward(case.grad_y_RD, *inputs, *saved, "swiglu", *options)
+        assert [g.shape for g in gradients] == [each.shape for each in case.inputs]
     B_EKN, offs_E = case.w2_EDF.transpose(1, 2), counts_E.cumsum(0)
     C_RN = kernels.mm(gate_RF, B_EKN, offs_E, *options)
     assert C_RN.shape == case.x_RD.shape
@@ -197,24 +187,24 @@ def test_a_cuda_graph_replays_it_with_other_counts() -> None:
     backend = capacity(1.25)
     case = make_case(PATTERNS["uneven"], "cuda")
     inputs, counts_E = leaves(case), case.num_tokens_per_expert_E
-    run(backend.swiglu, case)  # libraries are set up outside of the capture
+    run(backend.ffn, case)  # libraries are set up outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y_RD = backend.swiglu(*inputs, counts_E)
+        y_RD = backend.ffn(*inputs, counts_E)
         gradients = torch.autograd.grad(y_RD, inputs, case.grad_y_RD)
     counts_E.copy_(torch.tensor([1, 30, 0, 14]))
     graph.replay()
-    expected = run(backend.swiglu, case)
+    expected = run(backend.ffn, case)
     for value, name in zip((y_RD, *gradients), expected, strict=True):
         assert torch.equal(value, expected[name])
 
 
 def test_compiled_it_drops_the_same() -> None:
     backend = capacity(1.0)
-    compiled = torch.compile(backend.swiglu, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(backend.ffn, backend="aot_eager", fullgraph=True, dynamic=True)
     for name in ("uneven", "tail", "one_hot"):
         case = make_case(PATTERNS[name])
-        expected = run(backend.swiglu, case)
+        expected = run(backend.ffn, case)
         for key, value in run(compiled, case).items():
             assert torch.equal(value, expected[key]), key
 
@@ -258,6 +248,6 @@ def test_tail_rows_are_zero_whatever_the_weights_are() -> None:
     """A tail row has no slot, not even a void one of the last expert."""
     case = make_case(Pattern((5, 0, 9, 1), tail=2))
     case.w2_EDF[-1] = torch.nan
-    y_RD = run(capacity(1.25).swiglu, case)["y"]
+    y_RD = run(capacity(1.25).ffn, case)["y"]
     assert y_RD[14].isnan().all()
     assert not y_RD[15:].any()

@@ -268,7 +268,7 @@ def _drops_the_last_token(w1, w2, w3, x, counts):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(_drops_the_last_token))
+    monkeypatch.setattr(ForLoop, "ffn", staticmethod(_drops_the_last_token))
     arguments = ["verify", "--device", "cpu", "--dtype", "float32"]
     assert cli.main([*arguments, "--json"] if as_json else arguments) == 1
     output = capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
         assert {row["backend"] for row in wrong} == {"for_loop"}
         assert wrong[0]["relative_error"] is None
     else:
-        assert "FAILED for_loop float32 swiglu 'tail' y: beyond the bound" in output
+        assert "FAILED for_loop float32 ffn 'tail' y: beyond the bound" in output
 
 
 def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:

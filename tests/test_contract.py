@@ -1,6 +1,6 @@
 """The compute contract, in numbers: every backend against float64, whatever the routing.
 
-Both entry points (``swiglu`` and the ``grouped_mm`` seam), output and all gradients. The bound is
+Both entry points (``ffn`` and the ``grouped_mm`` seam), output and all gradients. The bound is
 the contract's own: twice the error of the plain loop in the same dtype. Runs with torch alone;
 what autograd, compilers and memory are promised is in ``test_contract_autograd.py``.
 """
@@ -98,7 +98,7 @@ def test_the_bound_is_tight(dtype: torch.dtype, limit: float) -> None:
 
 
 @over_squares
-def test_swiglu_equals_float64(
+def test_ffn_equals_float64(
     name: str, device: str, dtype: torch.dtype, count_dtype: torch.dtype, pattern: Pattern
 ) -> None:
     backend = usable(name, device, dtype)
@@ -106,7 +106,7 @@ def test_swiglu_equals_float64(
     case = dataclasses.replace(
         case, num_tokens_per_expert_E=case.num_tokens_per_expert_E.to(count_dtype)
     )
-    result = run(backend.swiglu, case)
+    result = run(backend.ffn, case)
     true = truth(case)
     assert_within(result, true, error_bounds(case, true))
     assert {value.dtype for value in result.values()} == {dtype}
@@ -151,7 +151,7 @@ def test_every_combination_equals_float64(name: str, pattern: Pattern, device: s
     """All that the two tests above have a square of."""
     for dtypes in product(usable_dtypes(name, device), COUNT_DTYPES):
         case = (name, device, *dtypes, pattern)
-        test_swiglu_equals_float64(*case)
+        test_ffn_equals_float64(*case)
         for transposed in (True, False):
             test_grouped_mm_equals_float64(*case, transposed)
 
@@ -165,9 +165,7 @@ def test_the_fused_forward_has_the_bits_of_three_products(
     usable("grouped_mm", device, dtype)
     cpu_with("float32,bfloat16")  # where it is emulated, the fused one is more exact than the host
     case = make_case(PATTERNS[pattern], device, dtype)
-    host, fused = (
-        run(get_backend(name).swiglu, case) for name in ("grouped_mm", "grouped_mm_fused")
-    )
+    host, fused = (run(get_backend(name).ffn, case) for name in ("grouped_mm", "grouped_mm_fused"))
     assert torch.equal(host["y"], fused["y"])
 
 
@@ -179,10 +177,10 @@ def test_a_rerun_gives_the_same_bits(name: str, dtype: torch.dtype, device: str)
     backend = usable(name, device, dtype)
     layer = make_case(TAIL, device, dtype)
     product = make_product_case(TAIL, transposed=True, device=device, dtype=dtype)
-    first = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    first = run(backend.ffn, layer) | run_product(backend.grouped_mm, product)
     garbage = [torch.full_like(value, torch.nan) for value in first.values()]
     del garbage
-    second = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    second = run(backend.ffn, layer) | run_product(backend.grouped_mm, product)
     assert_same_bits(first, second)
 
 
@@ -195,7 +193,7 @@ def test_inputs_are_not_changed(name: str, device: str) -> None:
     inputs = vars(layer) | vars(product)
     before = {key: tensor.clone() for key, tensor in inputs.items()}
     versions = {key: tensor._version for key, tensor in inputs.items()}
-    run(backend.swiglu, layer)
+    run(backend.ffn, layer)
     run_product(backend.grouped_mm, product)
     assert_same_bits(before, inputs)
     assert {key: tensor._version for key, tensor in inputs.items()} == versions
@@ -209,7 +207,7 @@ def test_counts_may_stay_on_the_host(name: str, device: str) -> None:
     on_host = dataclasses.replace(
         layer, num_tokens_per_expert_E=layer.num_tokens_per_expert_E.cpu()
     )
-    assert_same_bits(run(backend.swiglu, layer), run(backend.swiglu, on_host))
+    assert_same_bits(run(backend.ffn, layer), run(backend.ffn, on_host))
 
 
 def _every_second_column(tensor: torch.Tensor) -> torch.Tensor:
@@ -247,12 +245,12 @@ def _strided(case, names: tuple[str, ...], shift: int):
 @over_devices
 @over_strides
 @over_backends
-def test_swiglu_takes_any_strides(name: str, shift: int, device: str) -> None:
+def test_ffn_takes_any_strides(name: str, shift: int, device: str) -> None:
     backend = usable(name, device, torch.float32)
     layer = make_case(UNEVEN, device)
     other = _strided(layer, ("w1_EFD", "w2_EDF", "w3_EFD", "x_RD", "grad_y_RD"), shift)
     true = truth(layer)
-    assert_within(run(backend.swiglu, other), true, error_bounds(layer, true))
+    assert_within(run(backend.ffn, other), true, error_bounds(layer, true))
 
 
 @over_devices
@@ -281,7 +279,7 @@ def test_one_row_or_none_may_have_any_strides(name: str, rows: int, strided, dev
     for gradient in (strided(layer.grad_y_RD), expanded.expand(layer.grad_y_RD.shape)):
         other = dataclasses.replace(layer, x_RD=strided(layer.x_RD), grad_y_RD=gradient)
         true = truth(other)
-        assert_within(run(backend.swiglu, other), true, error_bounds(other, true))
+        assert_within(run(backend.ffn, other), true, error_bounds(other, true))
     for gradient in (strided(product.grad_C_RN), expanded.expand(product.grad_C_RN.shape)):
         other = dataclasses.replace(product, A_RK=strided(product.A_RK), grad_C_RN=gradient)
         true = run_product(plain_product, other.true())
@@ -298,7 +296,7 @@ def test_counts_and_offsets_take_any_strides(name: str, device: str) -> None:
         layer, num_tokens_per_expert_E=_every_second_column(layer.num_tokens_per_expert_E)
     )
     strided_product = dataclasses.replace(product, offs_E=_every_second_column(product.offs_E))
-    assert_same_bits(run(backend.swiglu, layer), run(backend.swiglu, strided_layer))
+    assert_same_bits(run(backend.ffn, layer), run(backend.ffn, strided_layer))
     assert_same_bits(
         run_product(backend.grouped_mm, product), run_product(backend.grouped_mm, strided_product)
     )
@@ -312,7 +310,7 @@ def test_an_expanded_gradient_is_taken(name: str, device: str) -> None:
     layer = make_case(UNEVEN, device)
     layer = dataclasses.replace(layer, grad_y_RD=torch.ones_like(layer.grad_y_RD))
     inputs = leaves(layer)
-    backend.swiglu(*inputs, layer.num_tokens_per_expert_E).sum().backward()
+    backend.ffn(*inputs, layer.num_tokens_per_expert_E).sum().backward()
     gradients = dict(zip(("grad_w1", "grad_w2", "grad_w3", "grad_x"), inputs, strict=True))
     true = truth(layer)
     assert_within(
@@ -342,4 +340,4 @@ def test_any_layer_equals_float64(
     backend = usable(name, device, torch.float32)
     case = random_case(counts, dim=dim, hidden_dim=hidden_dim, tail=tail, device=device, seed=seed)
     true = truth(case)
-    assert_within(run(backend.swiglu, case), true, error_bounds(case, true))
+    assert_within(run(backend.ffn, case), true, error_bounds(case, true))

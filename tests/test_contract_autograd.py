@@ -38,17 +38,11 @@ from torch.utils.checkpoint import (
 )
 
 from ezpz_moe.compute import tuning
+from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.autograd import KernelBackend
-from ezpz_moe.compute.contract import laid_out_like
-from ezpz_moe.compute.reference import (
-    Case,
-    LayerCase,
-    error_bounds,
-    plain_loop,
-    random_case,
-    run,
-    truth,
-)
+from ezpz_moe.compute.layouts import laid_out_like
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import Case, LayerCase, error_bounds, random_case, run, truth
 from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN = PATTERNS["uneven"]
@@ -71,16 +65,16 @@ def test_gradcheck(name: str, device: str) -> None:
     layer.x_RD[-1] = 0  # finite differences cannot step from NaN
     counts_E = layer.num_tokens_per_expert_E
     *weights, x_RD = leaves(layer)
-    assert torch.autograd.gradcheck(lambda *t: backend.swiglu(*t, counts_E), (*weights, x_RD))
+    assert torch.autograd.gradcheck(lambda *t: backend.ffn(*t, counts_E), (*weights, x_RD))
     B_EKN = weights[0].detach().transpose(1, 2).requires_grad_()
     offs_E = counts_E.cumsum(0)
     assert torch.autograd.gradcheck(lambda *t: backend.grouped_mm(*t, offs_E), (x_RD, B_EKN))
 
 
-def _second_order(swiglu: Callable, case: Case) -> list[torch.Tensor]:
+def _second_order(ffn: Callable, case: Case) -> list[torch.Tensor]:
     """Gradients of the squared norm of the gradients."""
     inputs = leaves(case)
-    y_RD = swiglu(*inputs, case.num_tokens_per_expert_E)
+    y_RD = ffn(*inputs, case.num_tokens_per_expert_E)
     first = torch.autograd.grad(y_RD, inputs, case.grad_y_RD, create_graph=True)
     return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
 
@@ -91,11 +85,11 @@ def test_a_second_derivative_is_refused_or_right(name: str, device: str) -> None
     backend = usable(name, device, torch.float32)
     layer = make_case(PATTERNS["empty_middle"], device)
     if isinstance(backend, KernelBackend):
-        with pytest.raises(RuntimeError, match=f"{backend.name}_swiglu_backward"):
-            _second_order(backend.swiglu, layer)
+        with pytest.raises(RuntimeError, match=f"{backend.name}_ffn_backward"):
+            _second_order(backend.ffn, layer)
         return
     true = _second_order(plain_loop, layer.to("cpu", torch.float64))
-    for value, expected in zip(_second_order(backend.swiglu, layer), true, strict=True):
+    for value, expected in zip(_second_order(backend.ffn, layer), true, strict=True):
         torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -109,10 +103,10 @@ def test_inputs_may_be_frozen(name: str, wanted: int, device: str) -> None:
     inputs = leaves(layer)
     for index, leaf in enumerate(inputs):
         leaf.requires_grad_(index == wanted)
-    backend.swiglu(*inputs, layer.num_tokens_per_expert_E).backward(layer.grad_y_RD)
+    backend.ffn(*inputs, layer.num_tokens_per_expert_E).backward(layer.grad_y_RD)
     gradients = [leaf.grad for leaf in inputs]
     assert [gradient is None for gradient in gradients] == [i != wanted for i in range(4)]
-    expected = run(backend.swiglu, layer)[GRADIENTS[wanted]]
+    expected = run(backend.ffn, layer)[GRADIENTS[wanted]]
     assert torch.equal(gradients[wanted], expected)
 
 
@@ -122,9 +116,9 @@ def test_without_autograd_the_same_output(name: str, device: str) -> None:
     backend = usable(name, device, torch.float32)
     layer = make_case(TAIL, device)
     with torch.no_grad():
-        y_RD = backend.swiglu(*leaves(layer), layer.num_tokens_per_expert_E)
+        y_RD = backend.ffn(*leaves(layer), layer.num_tokens_per_expert_E)
     assert not y_RD.requires_grad
-    assert torch.equal(y_RD, run(backend.swiglu, layer)["y"])
+    assert torch.equal(y_RD, run(backend.ffn, layer)["y"])
 
 
 @over_devices
@@ -146,9 +140,9 @@ def test_autocast_changes_nothing(
     backend = usable(name, device, dtype)
     layer = make_case(TAIL, device, dtype)
     product = make_product_case(TAIL, transposed=True, device=device, dtype=dtype)
-    plain = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+    plain = run(backend.ffn, layer) | run_product(backend.grouped_mm, product)
     with torch.autocast(device, torch.bfloat16):
-        under_autocast = run(backend.swiglu, layer) | run_product(backend.grouped_mm, product)
+        under_autocast = run(backend.ffn, layer) | run_product(backend.grouped_mm, product)
     assert_same_bits(plain, under_autocast)
 
 
@@ -158,7 +152,7 @@ def test_autocast_changes_nothing(
 def test_a_compiled_graph_serves_every_number_of_rows(name: str, device: str) -> None:
     backend = usable(name, device, torch.bfloat16)
     torch.compiler.reset()
-    compiled = torch.compile(backend.swiglu, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(backend.ffn, backend="aot_eager", fullgraph=True, dynamic=True)
     run(compiled, make_case(UNEVEN, device, torch.bfloat16))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for pattern in (UNEVEN, TAIL, PATTERNS["balanced"]):
@@ -218,19 +212,18 @@ def _operator_arguments(case: Case) -> dict[str, tuple[torch.Tensor, ...]]:
     hidden_RF = torch.randn_like(x_RD[:, :1].expand(-1, HIDDEN_DIM), requires_grad=False)
     weights = [tensor.detach() for tensor in (w1_EFD, w2_EDF, w3_EFD)]
     rows = (x_RD.detach(), counts_E, hidden_RF, hidden_RF.clone())
+    inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_RD, counts_E, "swiglu")
     return {
-        "swiglu": (w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E),
-        "swiglu_output": (w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E),
-        "swiglu_backward": (case.grad_y_RD, *weights, *rows),
+        "ffn": inputs,
+        "ffn_output": inputs,
+        "ffn_backward": (case.grad_y_RD, *weights, *NO_BIASES, *rows, "swiglu"),
         "mm": (x_RD, B_EKN, offs_E),
         "mm_backward": (hidden_RF, x_RD.detach(), w1_EFD.detach().transpose(1, 2), offs_E),
     }
 
 
 @over_devices
-@pytest.mark.parametrize(
-    "operator", ["swiglu", "swiglu_output", "swiglu_backward", "mm", "mm_backward"]
-)
+@pytest.mark.parametrize("operator", ["ffn", "ffn_output", "ffn_backward", "mm", "mm_backward"])
 @over_installed
 def test_operators_keep_torchs_rules(name: str, operator: str, device: str) -> None:
     """Schema (nothing mutated or aliased), autograd, fake kernels with strides, AOT dispatch.
@@ -256,11 +249,11 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} saves what torch's own operators save")
     case = make_case(TAIL, device)
-    inputs = (*(each.detach() for each in leaves(case)), case.num_tokens_per_expert_E)
-    _, gate_RF, up_RF = backend.compute("swiglu", *inputs)
+    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E)
+    _, gate_RF, up_RF = backend.compute("ffn", *inputs, "swiglu")
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        return backend.compute("swiglu_backward", case.grad_y_RD, *inputs, gate_RF, up_RF)
+        return backend.compute("ffn_backward", case.grad_y_RD, *inputs, gate_RF, up_RF, "swiglu")
 
     expected = gradients()
     for saved_RF in (gate_RF, up_RF):
@@ -270,7 +263,7 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
 
 def save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """The rule of a trainer's selective checkpointing: keep products, recompute the rest."""
-    expensive = any(word in str(op) for word in ("mm", "swiglu", "routed"))
+    expensive = any(word in str(op) for word in ("mm", "ffn", "routed"))
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -288,10 +281,10 @@ def test_activation_checkpointing_gives_the_same_bits(
     )
 
     def checkpointed(*args: torch.Tensor) -> torch.Tensor:
-        return checkpoint(backend.swiglu, *args, use_reentrant=False, **context)
+        return checkpoint(backend.ffn, *args, use_reentrant=False, **context)
 
     layer = make_case(TAIL, device)
-    assert_same_bits(run(backend.swiglu, layer), run(checkpointed, layer))
+    assert_same_bits(run(backend.ffn, layer), run(checkpointed, layer))
 
 
 @pytest.mark.parametrize("name", [*INSTALLED, *RECOMPUTING])
@@ -302,7 +295,7 @@ def test_meta_tensors_have_no_values_to_read(name: str) -> None:
         pytest.skip(f"{name} says that it reads the counts on the host")
     layer = make_case(UNEVEN, "cpu", torch.bfloat16)
     inputs = [leaf.detach().to("meta").requires_grad_() for leaf in leaves(layer)]
-    y_RD = backend.swiglu(*inputs, layer.num_tokens_per_expert_E.to("meta"))
+    y_RD = backend.ffn(*inputs, layer.num_tokens_per_expert_E.to("meta"))
     y_RD.backward(torch.empty_like(y_RD))
     assert [leaf.grad.shape for leaf in inputs] == [leaf.shape for leaf in inputs]
 
@@ -358,10 +351,10 @@ def test_counts_are_copied_to_the_host_once_per_pass(
     expected = 1 if backend.host_syncs else 0
     layer = make_case(UNEVEN, device, torch.bfloat16)
     inputs, counts_E = leaves(layer), layer.num_tokens_per_expert_E
-    backend.swiglu(*inputs, counts_E).backward(layer.grad_y_RD)  # first-call set-up may sync
+    backend.ffn(*inputs, counts_E).backward(layer.grad_y_RD)  # first-call set-up may sync
     forward, backward = HostReads(), HostReads()
     with forward.watch(device, monkeypatch):
-        y_RD = backend.swiglu(*inputs, counts_E)
+        y_RD = backend.ffn(*inputs, counts_E)
     with backward.watch(device, monkeypatch):
         y_RD.backward(layer.grad_y_RD)
     if backend.name == "auto":  # those of the one that it chose: on CUDA perhaps none
@@ -383,7 +376,7 @@ def test_a_cuda_graph_replays_with_other_counts(name: str, device: str) -> None:
     inputs, counts_E = leaves(layer), layer.num_tokens_per_expert_E
 
     def step() -> tuple[torch.Tensor, ...]:
-        y_RD = backend.swiglu(*inputs, counts_E)
+        y_RD = backend.ffn(*inputs, counts_E)
         return y_RD, *torch.autograd.grad(y_RD, inputs, layer.grad_y_RD)
 
     side = torch.cuda.Stream()
@@ -428,7 +421,7 @@ def test_memory_held_for_backward(name: str, pattern: str, device: str) -> None:
     rows = len(case.x_RD)
     kept = 0 if backend.recompute else 2 * rows * HIDDEN_DIM
     expected = sum(tensor.nbytes for tensor in inputs) + kept * case.x_RD.itemsize
-    assert bytes_saved(backend.swiglu, case) == expected
+    assert bytes_saved(backend.ffn, case) == expected
 
 
 def test_a_gradient_that_lies_right_needs_no_second_one() -> None:

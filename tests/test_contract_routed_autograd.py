@@ -29,6 +29,7 @@ from test_contract_autograd import HostReads, bytes_saved, save_products
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.reference import (
     RoutedCase,
@@ -90,7 +91,7 @@ def test_a_second_derivative_is_refused_or_right(name: str, device: str) -> None
     backend = usable(name, device, torch.float32)
     case = make_routed_case(ROUTINGS["idle_experts"], device)
     if isinstance(backend, KernelBackend):
-        with pytest.raises(RuntimeError, match=f"{backend.name}_(routed|swiglu)_backward"):
+        with pytest.raises(RuntimeError, match=f"{backend.name}_(routed|ffn)_backward"):
             _second_order(backend.routed, case)
         return
     true = _second_order(case.plains[0], case.to("cpu", torch.float64))
@@ -148,7 +149,7 @@ def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
     """Arguments of every operator. w1's storage is transposed; rows are in float16."""
     w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK = leaves(case)
     w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
+    inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_TD, scores_TK)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
     gate_RF, up_RF = (
         torch.randn(case.num_rows, HIDDEN_DIM, device=x_TD.device, dtype=torch.float16)
@@ -157,11 +158,11 @@ def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
     order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[: case.num_rows]
     kept = (case.num_tokens_per_expert_E, gate_RF, up_RF, order_R)
     return {
-        "routed": (*inputs, *routing, torch.float16),
-        "routed_output": (*inputs, *routing, torch.float16),
+        "routed": (*inputs, *routing, torch.float16, "swiglu"),
+        "routed_output": (*inputs, *routing, torch.float16, "swiglu"),
         "routed_backward": (
-            *(case.grad_out_TD, *(each.detach() for each in inputs), *kept),
-            torch.float16,
+            *(case.grad_out_TD, *(each if each is None else each.detach() for each in inputs)),
+            *(*kept, torch.float16, "swiglu"),
         ),
     }
 
@@ -192,11 +193,14 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     case = make_routed_case(TAIL, device)
     counts_E = case.num_tokens_per_expert_E
     _, gate_RF, up_RF, order_R = backend.compute(
-        "routed", *case.inputs, case.ids_TK, counts_E, case.num_rows, torch.float32
+        "routed",
+        *(*case.parameters, case.x_TD, case.scores_TK),
+        *(case.ids_TK, counts_E, case.num_rows, torch.float32, "swiglu"),
     )
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        kept = (*case.inputs, counts_E, gate_RF, up_RF, order_R, torch.float32)
+        kept = (*case.parameters, case.x_TD, case.scores_TK, counts_E, gate_RF, up_RF, order_R)
+        kept = (*kept, torch.float32, "swiglu")
         return backend.compute("routed_backward", case.grad_out_TD, *kept)
 
     expected = gradients()
@@ -212,7 +216,8 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens(name: str, device: str) ->
     backend = with_routed_kernels(name, device, torch.float32)
     case = make_routed_case(CUT, device)
     routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
-    *_, order_R = backend.compute("routed", *case.inputs, *routing, torch.float32)
+    tokens = (*case.parameters, case.x_TD, case.scores_TK)
+    *_, order_R = backend.compute("routed", *tokens, *routing, torch.float32, "swiglu")
     ids = case.ids_TK.flatten().tolist()
     assert order_R.tolist() == sorted(range(len(ids)), key=ids.__getitem__)[: case.num_rows]
 
@@ -337,27 +342,40 @@ def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_a
     """As every module with ``from __future__ import annotations``, this one too."""
     own = get_backend("for_loop").operators.kernels
 
-    def swiglu(
-        a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor
+    def ffn(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor | None,
+        d: torch.Tensor | None,
+        e: torch.Tensor | None,
+        f: torch.Tensor | None,
+        rows: torch.Tensor,
+        counts: torch.Tensor,
+        between: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return own.swiglu(a, b, c, rows, counts)
+        return own.ffn(a, b, c, d, e, f, rows, counts, between)
 
     def routed(
         a: torch.Tensor,
         b: torch.Tensor,
-        c: torch.Tensor,
+        c: torch.Tensor | None,
+        d: torch.Tensor | None,
+        e: torch.Tensor | None,
+        f: torch.Tensor | None,
         tokens: torch.Tensor,
         scores: torch.Tensor,
         ids: torch.Tensor,
         counts: torch.Tensor,
         rows: int,
-        dtype: torch.dtype,
+        kind: torch.dtype,
+        between: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return own.routed(a, b, c, tokens, scores, ids, counts, rows, dtype)
+        first = (a, b, c, d, e, f)
+        return own.routed(*first, tokens, scores, ids, counts, rows, kind, between)
 
-    Operators("of_another", dataclasses.replace(own, swiglu=swiglu, routed=routed))
+    Operators("of_another", dataclasses.replace(own, ffn=ffn, routed=routed))
     results = {
         name: len(getattr(torch.ops.ezpz_moe, f"of_another_{name}").default._schema.returns)
-        for name in ("swiglu", "swiglu_output", "routed", "routed_output")
+        for name in ("ffn", "ffn_output", "routed", "routed_output")
     }
-    assert results == {"swiglu": 3, "swiglu_output": 1, "routed": 4, "routed_output": 2}
+    assert results == {"ffn": 3, "ffn_output": 1, "routed": 4, "routed_output": 2}

@@ -198,10 +198,6 @@ def test_what_a_flavor_cannot_have_is_dropped(tmp_path: Path) -> None:
     [
         ([1], "is not a config"),
         ({"hidden_size": 8}, "is not a config of Hugging Face"),
-        (
-            V2_LITE | {"n_shared_experts": 0},
-            "config.json: n_shared_experts = 0: models with latent",
-        ),
         (V2_LITE | {"kv_lora_rank": None}, "config.json: lacks kv_lora_rank."),
         (V2_LITE | {"hidden_size": "wide"}, "config.json: dim = 'wide': should be a valid integer"),
         (V2_LITE | {"aux_loss_alpha": -1}, "aux_loss_alpha = -1: must be a number >= 0."),

@@ -112,7 +112,7 @@ def test_the_chosen_backend_is_the_one_that_runs(kind, backend):
     ):
         ours(torch.randn(32, 32, dtype=torch.bfloat16), COUNTS)
     whole, seam = {GroupedExperts: (1, 0), GptOssGroupedExperts: (0, 2)}[kind]
-    assert (calls["swiglu"].call_count, calls["grouped_mm"].call_count) == (whole, seam)
+    assert (calls["ffn"].call_count, calls["grouped_mm"].call_count) == (whole, seam)
     host_product.assert_not_called()
 
 
@@ -147,7 +147,7 @@ def counting_calls(backend):
             name: patches.enter_context(
                 mock.patch.object(type(backend), name, mock.Mock(wraps=getattr(backend, name)))
             )
-            for name in ("swiglu", "grouped_mm")
+            for name in ("ffn", "grouped_mm")
         }
 
 
@@ -246,10 +246,10 @@ def test_door_2_has_the_experts_compute_in_what_it_asks_for(asked, dtype):
     config = SPECS["qwen3"]().model
     overrides("experts", {"compute_backend": "for_loop", "expert_precision": asked}, config)
     experts = built(next(config.traverse(GroupedExperts.Config))[1])
-    with mock.patch.object(type(experts._backend), "swiglu", autospec=True) as swiglu:
-        swiglu.side_effect = lambda backend, w1, w2, w3, x, counts: x
+    with mock.patch.object(type(experts._backend), "ffn", autospec=True) as ffn:
+        ffn.side_effect = lambda backend, w1, w2, w3, x, counts: x
         experts(torch.ones(4, experts.w1_EFD.shape[2]), torch.ones(experts.num_experts).long())
-    assert {each.dtype for each in swiglu.call_args.args[1:5]} == {dtype}
+    assert {each.dtype for each in ffn.call_args.args[1:5]} == {dtype}
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,14 @@ def test_a_child_changes_its_parent_key_by_key(tmp_path: Path) -> None:
     assert wider.source == tmp_path / "wider.toml"
 
 
+def test_a_width_of_shared_experts_replaces_their_number_and_the_other_way_round(tmp_path: Path):
+    write(tmp_path, wide='inherits = "16B"\nshared_hidden_dim = 100')
+    write(tmp_path, two='inherits = "wide"\nnum_shared_experts = 2')
+    size = load_flavor("wide", near=tmp_path).dimensions
+    assert (size.num_shared_experts, size.shared_width(1408)) == (None, 100)
+    assert load_flavor("two", near=tmp_path).dimensions.shared_width(1408) == 2816
+
+
 def test_a_base_is_inherited_too(tmp_path: Path) -> None:
     write(tmp_path, mine='inherits = "qwen3_30B_A3B"\ncompute_backend = "for_loop"')
     flavor = load_flavor("mine_sdpa", near=tmp_path)
@@ -267,6 +275,9 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
         ("n_dense_layers = 27", "n_dense_layers (27) must be less than n_layers (27)"),
         ("router_top_k = 65", "router_top_k (65) must not exceed num_experts (64)"),
         ("[rope]\nbeta_slow = 33.0", "rope.beta_slow (33.0) must not exceed rope.beta_fast"),
+        ("shared_hidden_dim = 3\nnum_shared_experts = 2", "shared_hidden_dim (3) is not num_shared"),
+        ("num_shared_experts = 0\nshared_gate = true", "shared_gate = true has no effect without"),
+        ('expert_activation = "relu"', "expert_activation = 'relu': should be 'swiglu', 'geglu'"),
         ("router_num_expert_groups = 8", "must be set together"),
         ("router_num_limited_groups = 8", "must be set together"),
         (

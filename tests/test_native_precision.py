@@ -52,10 +52,10 @@ def test_a_word_that_is_no_dtype_is_refused(cpu_with):
 def run_kernels(name: str, case: Case) -> dict[str, torch.Tensor]:
     """Output and gradients, by the kernels themselves: no mode looks into an operator."""
     backend = get_backend(name)
-    inputs = (case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E)
-    y_RD, *saved = backend.compute("swiglu", *inputs)
+    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E)
+    y_RD, *saved = backend.compute("ffn", *inputs, case.activation)
     saved = [None, None] if backend.recompute else saved
-    gradients = backend.compute("swiglu_backward", case.grad_y_RD, *inputs, *saved)
+    gradients = backend.compute("ffn_backward", case.grad_y_RD, *inputs, *saved, case.activation)
     return dict(zip(case.names, (y_RD, *gradients), strict=True))
 
 
@@ -116,7 +116,7 @@ def test_saved_tensors_keep_the_dtype(cpu_with, name):
     case = random_case(COUNTS, dim=32, hidden_dim=48, dtype=torch.bfloat16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        run(get_backend(name).swiglu, case)
+        run(get_backend(name).ffn, case)
     assert {each.dtype for each in saved if each.is_floating_point()} == {torch.bfloat16}
 
 
@@ -136,7 +136,7 @@ def test_the_hosts_own_path_stays_its_own(cpu_with):
     cpu_with("float32")
     case = random_case([8, 8], dim=32, hidden_dim=48, dtype=torch.bfloat16)
     with _Products() as seen:
-        run(get_backend("grouped_mm").swiglu, case)
+        run(get_backend("grouped_mm").ffn, case)
     assert seen.dtypes == {torch.bfloat16}
 
 

@@ -107,7 +107,7 @@ class TestNumerics:
     def test_numbers(self, name: str) -> None:
         """A square for the FFN, and one for each layout of a product."""
         for case in square(name, "cpu", TAKEN):
-            contract.test_swiglu_equals_float64(*case)
+            contract.test_ffn_equals_float64(*case)
         for shift, transposed in ((1, False), (2, True)):
             for case in square(name, "cpu", TAKEN, shift=shift):
                 contract.test_grouped_mm_equals_float64(*case, transposed)
@@ -123,7 +123,7 @@ class TestNumerics:
 
     @contract.over_strides
     def test_strides(self, shift: int) -> None:
-        contract.test_swiglu_takes_any_strides("npu", shift, "cpu")
+        contract.test_ffn_takes_any_strides("npu", shift, "cpu")
         contract.test_grouped_mm_takes_any_strides("npu", shift, "cpu")
 
     def test_strides_of_counts_and_offsets(self) -> None:
@@ -140,7 +140,7 @@ class TestNumerics:
     def test_inputs_are_not_changed(self, name: str) -> None:
         contract.test_inputs_are_not_changed(name, "cpu")
 
-    @pytest.mark.parametrize("operator", ["swiglu", "swiglu_backward", "mm", "mm_backward"])
+    @pytest.mark.parametrize("operator", ["ffn", "ffn_backward", "mm", "mm_backward"])
     def test_operators_keep_torchs_rules(self, operator: str) -> None:
         contract_autograd.test_operators_keep_torchs_rules("npu", operator, "cpu")
 
@@ -159,7 +159,7 @@ class TestNumerics:
     def test_recomputing_gives_the_same_bits(self) -> None:
         layer = make_case(PATTERNS["tail"])
         saved, recomputed = get_backend("npu"), get_backend("npu(recompute=true)")
-        assert_same_bits(run(saved.swiglu, layer), run(recomputed.swiglu, layer))
+        assert_same_bits(run(saved.ffn, layer), run(recomputed.ffn, layer))
 
 
 def test_weights_are_never_copied(torch_npu: types.ModuleType) -> None:
@@ -178,7 +178,7 @@ def test_weights_are_never_copied(torch_npu: types.ModuleType) -> None:
         return npu_grouped_matmul(x, weight, **options)
 
     torch_npu.npu_grouped_matmul = watched
-    run(get_backend("npu").swiglu, layer)
+    run(get_backend("npu").ffn, layer)
     assert read == ["w1_EFD", "w3_EFD", "w2_EDF", "w2_EDF", "w1_EFD", "w3_EFD"]
 
 

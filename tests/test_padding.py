@@ -10,7 +10,7 @@ import torch
 from contract_cases import PATTERNS, Pattern, make_case, over_patterns
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.compute.contract import is_transposed
+from ezpz_moe.compute.layouts import is_transposed
 from ezpz_moe.compute.reference import run
 from ezpz_moe.errors import EzpzError
 
@@ -47,9 +47,7 @@ def test_it_computes_the_rows_that_it_says(
     assert dropped == 0
     products = _Products(monkeypatch)
     with torch.no_grad():
-        backend.swiglu(
-            case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E
-        )
+        backend.ffn(case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E)
     assert products.rows == 3 * computed
     given = sum(pattern.counts)
     assert given <= computed <= (1 + backend.max_padding) * given
@@ -63,7 +61,7 @@ def test_more_padding_is_fewer_launches(monkeypatch: pytest.MonkeyPatch) -> None
     for bound in (0, 0.3, 1.5, 1000):
         products = _Products(monkeypatch)
         with torch.no_grad():
-            get_backend(f"batched_mm_padded(max_padding={bound})").swiglu(
+            get_backend(f"batched_mm_padded(max_padding={bound})").ffn(
                 case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD, case.num_tokens_per_expert_E
             )
         launches.append(products.launches // 3)
@@ -83,9 +81,9 @@ def test_an_even_routing_copies_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     for copying in ("index_select", "repeat_interleave"):
         monkeypatch.setattr(torch, copying, refuse)
     backend = get_backend("batched_mm_padded")
-    run(backend.swiglu, make_case(PATTERNS["balanced"]))
+    run(backend.ffn, make_case(PATTERNS["balanced"]))
     with pytest.raises(AssertionError, match="rows are copied"):
-        run(get_backend("batched_mm_padded(max_padding=9)").swiglu, make_case(SKEWED))
+        run(get_backend("batched_mm_padded(max_padding=9)").ffn, make_case(SKEWED))
 
 
 def test_no_batched_product_is_written_into_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +97,7 @@ def test_no_batched_product_is_written_into_columns(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "bmm", watched)
     case = make_case(PATTERNS["balanced"])
     case = dataclasses.replace(case, x_RD=case.x_RD.T.contiguous().T)
-    result = run(get_backend("batched_mm_padded").swiglu, case)
+    result = run(get_backend("batched_mm_padded").ffn, case)
     assert written
     assert not any(is_transposed(out_gCN) for out_gCN in written)
     assert result["grad_x"].stride() == case.x_RD.stride()

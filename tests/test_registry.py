@@ -155,7 +155,7 @@ def test_a_backend_of_ours_is_one_file(tmp_path: Path) -> None:
     program = (
         "from ezpz_moe.compute import get_backend, twin\n"
         "from ezpz_moe.config.flavors import load_flavor\n"
-        "assert get_backend('twin').swiglu == twin\n"
+        "assert get_backend('twin').ffn == twin\n"
         "print(load_flavor('debugmodel_sdpa_twin').compute_backend)"
     )
     done = python(tmp_path, "-c", program, folder=tmp_path)

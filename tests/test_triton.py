@@ -32,7 +32,7 @@ if find_spec("triton") is None:
 # takes a second.
 SOME_ROUTINGS = "two_uneven or tail_and_empty or no_rows"
 CONTRACT = {
-    "test_swiglu_equals_float64": [
+    "test_ffn_equals_float64": [
         f"triton-cpu and ({SOME_ROUTINGS})",
         "recompute and tail_and_empty",
     ],
@@ -40,7 +40,7 @@ CONTRACT = {
         f"contiguous and ({SOME_ROUTINGS})",
         "view and tail_and_empty",
     ],
-    "test_swiglu_takes_any_strides": ["triton-1"],
+    "test_ffn_takes_any_strides": ["triton-1"],
     "test_grouped_mm_takes_any_strides": ["triton-0"],
     "test_counts_and_offsets_take_any_strides": ["triton-cpu"],
     "test_an_expanded_gradient_is_taken": ["triton-cpu"],
@@ -113,17 +113,18 @@ A, B, offs = torch.ones(R, K), torch.ones(2, K, N), torch.tensor([5, 20])
 outputs = [torch.full((R, N), -1.0) for _ in range(6)]
 of_rows, of_weights, sizes = A.stride(), B.stride(), (2, R, 32, K, N)
 rows, common = (offs, offs), {"TOP_K": 0, "BLOCK_E": 4}
+ffn = {"GATED": True, "ACTIVATION": "swiglu"}
 kernels.multiply[(1,)](
-    A, B, A, B, *rows, outputs[0], *sizes, *of_rows, *of_weights, *of_rows, *of_weights, N, 1,
-    SECOND=False, **common,
+    A, B, A, B, A, *rows, A, outputs[0], *sizes, *of_rows, *of_weights, *of_rows, *of_weights, N, 1,
+    SECOND=False, BIASED=False, **common,
 )
 kernels.gate_and_up[(1,)](
-    A, B, B, *rows, A, *outputs[:3], *sizes, *of_rows, *(K * N, 1, N) * 2, HIDDEN_TOO=True,
-    **common,
+    A, B, B, A, A, *rows, A, *outputs[:3], *sizes, *of_rows, *(K * N, 1, N) * 2, HIDDEN_TOO=True,
+    BIASED=False, **ffn, **common,
 )
 kernels.hidden_gradients[(1,)](
     A, B, outputs[0], outputs[1], *rows, A, *outputs[3:], A, *sizes, *of_rows, *of_weights,
-    PART=32, **common,
+    PART=32, **ffn, **common,
 )
 for output in outputs:
     print((output != -1).any(1).nonzero().flatten().tolist())

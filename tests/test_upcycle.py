@@ -296,6 +296,14 @@ def test_experts_with_biases_have_no_dense_ffn(tmp_path, capsys):
     assert "can only be copied to a SwiGLU FFN without biases" in said
 
 
+def test_another_ffn_than_the_dense_models_is_refused(tmp_path, capsys):
+    (tmp_path / ".metadata").touch()
+    mine = tmp_path / "mine.toml"
+    mine.write_text('inherits = "debugmodel"\nexpert_activation = "geglu"\n')
+    said = refused(capsys, tmp_path, "mine", tmp_path / "out", "--flavors", str(tmp_path))
+    assert "makes this another FFN than the dense model's" in said
+
+
 # Training ----------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools import verify
 from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, verdict, worst
 
-TAIL = Check("for_loop", "cpu", "float32", "swiglu", "tail")
+TAIL = Check("for_loop", "cpu", "float32", "ffn", "tail")
 LEFT_OUT = Check("for_loop", "cpu", "float32", "routed", "left out")
 
 
@@ -22,7 +22,7 @@ LEFT_OUT = Check("for_loop", "cpu", "float32", "routed", "left out")
 def test_our_backends_pass(check: Check) -> None:
     rows = compare(check)
     tensors = {
-        "swiglu": ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"],
+        "ffn": ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"],
         "routed": ["out", "grad_w1", "grad_w2", "grad_w3", "grad_x", "grad_scores"],
     }
     assert {row.tensor: row.verdict for row in rows} == dict.fromkeys(tensors[check.entry], "ok")
@@ -34,7 +34,7 @@ def test_the_plan_covers_every_usable_backend_and_routing() -> None:
     assert {check.backend for check in checks} == set(ON_THE_CPU)
     for dtype in ("bfloat16", "float64"):
         usable = [name for name, against in reasons_against("cpu", dtype).items() if not against]
-        for entry, routings in (("swiglu", 5), ("routed", 3)):
+        for entry, routings in (("ffn", 5), ("routed", 3)):
             of_entry = [each for each in checks if (each.dtype, each.entry) == (dtype, entry)]
             assert len(of_entry) == routings * len(usable)
 
@@ -81,7 +81,7 @@ def _asserts(w1, w2, w3, x, counts):
 
 
 @pytest.mark.parametrize(
-    ("swiglu", "tensor", "verdict"),
+    ("ffn", "tensor", "verdict"),
     [
         (_drops_the_last_token, "y", "beyond the bound"),
         (_swaps_gate_and_up, "grad_w1", "beyond the bound"),
@@ -94,8 +94,8 @@ def _asserts(w1, w2, w3, x, counts):
         (_asserts, "y", "AssertionError"),
     ],
 )
-def test_a_wrong_backend_is_told(swiglu, tensor: str, verdict: str, monkeypatch) -> None:
-    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(swiglu))
+def test_a_wrong_backend_is_told(ffn, tensor: str, verdict: str, monkeypatch) -> None:
+    monkeypatch.setattr(ForLoop, "ffn", staticmethod(ffn))
     rows = {row.tensor: row for row in compare(TAIL)}
     assert verdict in rows[tensor].verdict
     assert not rows[tensor].ok
@@ -141,7 +141,7 @@ def test_a_wrong_routed_layer_is_told(wrong, tensor: str, verdict: str, monkeypa
 
 
 def test_a_figure_that_is_no_number_is_none(monkeypatch) -> None:
-    monkeypatch.setattr(ForLoop, "swiglu", staticmethod(_gives_nan))
+    monkeypatch.setattr(ForLoop, "ffn", staticmethod(_gives_nan))
     row = compare(TAIL)[0]
     assert (row.max_abs_error, row.relative_error, row.cosine) == (None, None, None)
 

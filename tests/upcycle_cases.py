@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ezpz_moe import cli
-from ezpz_moe.compute.reference import plain_routed
+from ezpz_moe.compute.plain import plain_routed
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host
 from ezpz_moe.hosts.titan.base import titan

@@ -23,6 +23,7 @@ from ezpz_moe.compute.names import own_backends
 
 _EXPORTED = {
     "Backend": "ezpz_moe.compute.contract",
+    "Biases": "ezpz_moe.compute.arguments",
     "backend_names": "ezpz_moe.compute.registry",
     "get_backend": "ezpz_moe.compute.registry",
 }
@@ -31,11 +32,11 @@ __all__ = [*_EXPORTED, *own_backends()]
 
 
 def __getattr__(name: str) -> Any:
-    """An exported class or function, or a backend's ``swiglu``."""
+    """An exported class or function, or a backend's ``ffn``."""
     if name in _EXPORTED:
         return getattr(import_module(_EXPORTED[name]), name)
     if name in own_backends():
-        return import_module(own_backends()[name]).BACKEND.swiglu
+        return import_module(own_backends()[name]).BACKEND.ffn
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,9 +6,27 @@ A kernel that reads out of bounds gives no message at all. Values of counts are 
 Legend of the suffixes: :mod:`.contract`.
 """
 
+from typing import NamedTuple
+
 import torch
 
+from ezpz_moe.compute.activations import ACTIVATIONS
+
 _INTEGERS = (torch.int32, torch.int64)
+
+
+class Biases(NamedTuple):
+    """What is added to the products of every expert: b1 to gate, b2 to the output, b3 to up.
+
+    ``b3_EF`` is None with an activation without a gate.
+    """
+
+    b1_EF: torch.Tensor
+    b2_ED: torch.Tensor
+    b3_EF: torch.Tensor | None
+
+
+NO_BIASES = (None, None, None)
 
 
 def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor) -> None:
@@ -24,58 +42,92 @@ def check_grouped_mm(A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tens
     _check_counts("offs_E", offs_E, B_EKN.shape[0])
 
 
-def check_swiglu(
+def check_ffn(
     w1_EFD: torch.Tensor,
     w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
+    w3_EFD: torch.Tensor | None,
     x_RD: torch.Tensor,
     num_tokens_per_expert_E: torch.Tensor,
+    activation: str,
+    biases: Biases | None,
 ) -> None:
-    """Check ranks, sizes, dtypes and devices for :meth:`Backend.swiglu`. No device sync."""
+    """Check ranks, sizes, dtypes and devices for :meth:`Backend.ffn`. No device sync."""
     _check_layer(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+    _check_activation(activation, w1_EFD, w3_EFD, biases)
     _check_same("x", x_RD, "w1", w1_EFD)
 
 
 def _check_layer(
     w1_EFD: torch.Tensor,
     w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
+    w3_EFD: torch.Tensor | None,
     x_XD: torch.Tensor,
     num_tokens_per_expert_E: torch.Tensor,
 ) -> None:
     _check_rank("x", x_XD, 2)
     _check_rank("w1", w1_EFD, 3)
     E, F_, D = w1_EFD.shape
-    for name, tensor, shape in (
-        ("w2", w2_EDF, (E, D, F_)),
-        ("w3", w3_EFD, (E, F_, D)),
-        ("x", x_XD, (x_XD.shape[0], D)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; "
-                f"with w1 of shape (E, F, D) = {(E, F_, D)} it must be {shape}"
-            )
-    for name, tensor in (("w2", w2_EDF), ("w3", w3_EFD)):
-        _check_same(name, tensor, "w1", w1_EFD)
+    _check_shape("w2", w2_EDF, (E, D, F_), w1_EFD)
+    _check_shape("w3", w3_EFD, (E, F_, D), w1_EFD)
+    _check_shape("x", x_XD, (x_XD.shape[0], D), w1_EFD)
+    _check_same("w2", w2_EDF, "w1", w1_EFD)
+    if w3_EFD is not None:
+        _check_same("w3", w3_EFD, "w1", w1_EFD)
     _check_counts("num_tokens_per_expert", num_tokens_per_expert_E, E)
+
+
+def _check_activation(
+    activation: str, w1_EFD: torch.Tensor, w3_EFD: torch.Tensor | None, biases: Biases | None
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    _check_gate("w3", w3_EFD, activation)
+    if biases is None:
+        return
+    E, F_, D = w1_EFD.shape
+    _check_gate("b3", biases.b3_EF, activation)
+    for name, bias, size in zip(("b1", "b2", "b3"), biases, (F_, D, F_), strict=True):
+        _check_shape(name, bias, (E, size), w1_EFD)
+        if bias is not None:
+            _check_same(name, bias, "w1", w1_EFD)
+
+
+def _check_gate(name: str, tensor: torch.Tensor | None, activation: str) -> None:
+    is_gated = ACTIVATIONS[activation].is_gated
+    if is_gated != (tensor is not None):
+        what = "is missing: activation" if is_gated else "must be None: activation"
+        gate = "has a gate" if is_gated else "has no gate"
+        raise ValueError(f"{name} {what} {activation!r} {gate}")
+
+
+def _check_shape(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], w1_EFD: torch.Tensor
+) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; "
+            f"with w1 of shape (E, F, D) = {tuple(w1_EFD.shape)} it must be {shape}"
+        )
 
 
 def check_routed(
     w1_EFD: torch.Tensor,
     w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
+    w3_EFD: torch.Tensor | None,
     x_TD: torch.Tensor,
     scores_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     num_tokens_per_expert_E: torch.Tensor,
     num_rows: int,
     dtype: torch.dtype,
+    activation: str,
+    biases: Biases | None,
 ) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.routed`. No device sync."""
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, not {dtype}")
     _check_layer(w1_EFD, w2_EDF, w3_EFD, x_TD, num_tokens_per_expert_E)
+    _check_activation(activation, w1_EFD, w3_EFD, biases)
     _check_rank("ids", ids_TK, 2)
     if ids_TK.dtype not in _INTEGERS:
         raise TypeError(f"ids must be int32 or int64, not {ids_TK.dtype}")

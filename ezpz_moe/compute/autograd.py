@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ezpz_moe.compute.arguments import NO_BIASES, Biases
 from ezpz_moe.compute.contract import Backend
 
 
@@ -32,27 +33,29 @@ class Kernels:
     Attributes:
         mm: ``(A_RK, B_EKN, offs_E) -> C_RN``.
         mm_backward: ``(grad_C_RN, A_RK, B_EKN, offs_E) -> (grad_A_RK, grad_B_EKN)``.
-        swiglu: ``(w1, w2, w3, x, counts) -> (y_RD, gate_RF, up_RF)``; gate and up are
-            ``x @ w1.T`` and ``x @ w3.T``, which is all that backward needs besides the inputs.
-            Their rows of the tail may hold anything, and backward must not read them: ``auto`` may
-            take another backend's backward.
-        swiglu_backward: ``(grad_y_RD, w1, w2, w3, x, counts, gate_RF, up_RF)
-            -> (grad_w1, grad_w2, grad_w3, grad_x)``. If ``gate_RF`` and ``up_RF`` are None, they
-            were not saved, and the kernel computes them again.
-        routed: ``(w1, w2, w3, x_TD, scores_TK, ids_TK, counts, num_rows, dtype)
+        ffn: ``(*parameters, x, counts, activation) -> (y_RD, gate_RF, up_RF)``. The parameters are
+            w1, w2, w3, b1, b2, b3: w3 and b3 are None without a gate, all three b without biases.
+            Gate and up are ``x @ w1.T + b1`` and ``x @ w3.T + b3``, which is all that backward
+            needs besides the inputs; without a gate up is [R, 0]. Their rows of the tail may hold
+            anything, and backward must not read them: ``auto`` may take another backend's
+            backward.
+        ffn_backward: ``(grad_y_RD, *parameters, x, counts, gate_RF, up_RF, activation)`` to a list
+            of the gradients of all parameters that are not None, and of x. If ``gate_RF`` and
+            ``up_RF`` are None, they were not saved, and the kernel computes them again.
+        routed: ``(*parameters, x_TD, scores_TK, ids_TK, counts, num_rows, dtype, activation)
             -> (out_TD, gate_RF, up_RF, order_R)``, with the order of :func:`.dispatch.row_order`.
-            Rows are computed in that dtype. Weights in another are cast where a product reads
+            Rows are computed in that dtype. Parameters in another are cast where a product reads
             them, in forward and again in backward: no copy of all of them is kept.
-        routed_backward: ``(grad_out_TD, w1, w2, w3, x, scores, counts, gate_RF, up_RF, order_R,
-            dtype) -> (grad_w1, grad_w2, grad_w3, grad_x, grad_scores)``, gate and up as above.
+        routed_backward: ``(grad_out_TD, *parameters, x, scores, counts, gate_RF, up_RF, order_R,
+            dtype, activation)`` to a list as above, with the scores' gradient last.
     """
 
     mm: Callable[..., Tensor]
     mm_backward: Callable[..., tuple[Tensor, Tensor]]
-    swiglu: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    ffn: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    ffn_backward: Callable[..., list[Tensor]]
     routed: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    routed_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    routed_backward: Callable[..., list[Tensor]]
 
 
 class Operators:
@@ -60,8 +63,8 @@ class Operators:
 
     Attributes:
         mm: the grouped product, differentiable.
-        swiglu: the expert FFN, differentiable; returns gate and up too, which it saves.
-        swiglu_output: the same without gate and up, which backward computes again.
+        ffn: the expert FFN, differentiable; returns gate and up too, which it saves.
+        ffn_output: the same without gate and up, which backward computes again.
         routed: the routed layer, differentiable; returns gate, up and the order too.
         routed_output: the same without gate and up.
     """
@@ -69,9 +72,7 @@ class Operators:
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.kernels = kernels
         self.mm = _differentiable_mm(name, kernels)
-        self.swiglu, self.swiglu_output = _layer(
-            f"{name}_swiglu", kernels.swiglu, kernels.swiglu_backward, _SWIGLU
-        )
+        self.ffn, self.ffn_output = _layer(f"{name}_ffn", kernels.ffn, kernels.ffn_backward, _FFN)
         self.routed, self.routed_output = _layer(
             f"{name}_routed",
             kernels.routed,
@@ -105,36 +106,41 @@ class KernelBackend(Backend):
     def _grouped_mm(self, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
         return self.operators.mm(A_RK, B_EKN, offs_E, *self.kernel_options)
 
-    def _swiglu(
+    def _ffn(
         self,
         w1_EFD: Tensor,
         w2_EDF: Tensor,
-        w3_EFD: Tensor,
+        w3_EFD: Tensor | None,
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
-        inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, *self.kernel_options)
+        parameters = (w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES))
+        inputs = (*parameters, x_RD, num_tokens_per_expert_E, activation, *self.kernel_options)
         if self.recompute:
-            return self.operators.swiglu_output(*inputs)
-        y_RD, _, _ = self.operators.swiglu(*inputs)
+            return self.operators.ffn_output(*inputs)
+        y_RD, _, _ = self.operators.ffn(*inputs)
         return y_RD
 
     def _routed(
         self,
         w1_EFD: Tensor,
         w2_EDF: Tensor,
-        w3_EFD: Tensor,
+        w3_EFD: Tensor | None,
         x_TD: Tensor,
         scores_TK: Tensor,
         ids_TK: Tensor,
         num_tokens_per_expert_E: Tensor,
         num_rows: int,
         dtype: torch.dtype,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
         node = self.operators.routed_output if self.recompute else self.operators.routed
         out_TD, *_ = node(
-            *(w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E),
-            *(num_rows, dtype, *self.kernel_options),
+            *(w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES), x_TD, scores_TK, ids_TK),
+            *(num_tokens_per_expert_E, num_rows, dtype, activation, *self.kernel_options),
         )
         return out_TD
 
@@ -190,9 +196,9 @@ class _Arguments:
     """Where the arguments of a layer's forward are, and what its operator returns.
 
     Attributes:
-        differentiable: so many inputs have gradients: the weights and what follows them.
+        differentiable: so many inputs have gradients: the parameters and what follows them.
         kept: the inputs that backward needs, by their places.
-        first_option: where the backend's options begin.
+        first_option: where what backward takes last begins: all that are no tensors.
         fake: from the inputs to empty outputs: shapes only, for torch.compile, which traces with
             this instead of running the kernel. The first is the layer's output, gate and up follow.
         without_gate_and_up: the type of what is left without these two.
@@ -205,40 +211,43 @@ class _Arguments:
     without_gate_and_up: Any
 
 
-def _fake_swiglu(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    R, F = x_RD.shape[0], w1_EFD.shape[1]
-    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(R, F), x_RD.new_empty(R, F)
+_PARAMETERS = 6
+"""w1, w2, w3, b1, b2, b3: the first arguments."""
 
 
-def _fake_routed(
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_TD: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
-    counts_E: Tensor,
-    num_rows: int,
-    dtype: torch.dtype,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def _fake_gate_and_up(
+    parameters: tuple[Tensor | None, ...], num_rows: int, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    w1_EFD, _, w3_EFD, *_ = parameters
+    assert w1_EFD is not None
     F = w1_EFD.shape[1]
-    gate_RF, up_RF = (w1_EFD.new_empty(num_rows, F, dtype=dtype) for _ in range(2))
+    sizes = ((num_rows, F), (num_rows, 0 if w3_EFD is None else F))
+    gate_RF, up_RF = (like.new_empty(size, dtype=dtype) for size in sizes)
+    return gate_RF, up_RF
+
+
+def _fake_ffn(*inputs: Any) -> tuple[Tensor, ...]:
+    x_RD = inputs[_PARAMETERS]
+    gate_and_up = _fake_gate_and_up(inputs[:_PARAMETERS], x_RD.shape[0], x_RD, x_RD.dtype)
+    return x_RD.new_empty(x_RD.shape), *gate_and_up
+
+
+def _fake_routed(*inputs: Any) -> tuple[Tensor, ...]:
+    x_TD, _, ids_TK, _, num_rows, dtype, *_ = inputs[_PARAMETERS:]
+    gate_and_up = _fake_gate_and_up(inputs[:_PARAMETERS], num_rows, x_TD, dtype)
     order_R = ids_TK.new_empty(num_rows, dtype=torch.int64)
-    return x_TD.new_empty(x_TD.shape), gate_RF, up_RF, order_R
+    return x_TD.new_empty(x_TD.shape), *gate_and_up, order_R
 
 
-_SWIGLU = _Arguments(4, (0, 1, 2, 3, 4), 5, _fake_swiglu, Tensor)
+_FFN = _Arguments(7, (*range(_PARAMETERS), 6, 7), 8, _fake_ffn, Tensor)
 # The order replaces the ids.
-_ROUTED = _Arguments(5, (0, 1, 2, 3, 4, 6), 8, _fake_routed, tuple[Tensor, Tensor])
+_ROUTED = _Arguments(8, (*range(_PARAMETERS), 6, 7, 9), 11, _fake_routed, tuple[Tensor, Tensor])
 
 
 def _layer(
     name: str,
     kernel: Callable[..., tuple[Tensor, ...]],
-    backward_kernel: Callable[..., tuple[Tensor, ...]],
+    backward_kernel: Callable[..., list[Tensor]],
     arguments: _Arguments,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the operator that saves gate and up, and the one that computes them again."""
@@ -247,8 +256,9 @@ def _layer(
     backward = _operator(f"{name}_backward", backward_kernel)
 
     @backward.register_fake
-    def _(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(like) for like in others[: arguments.differentiable])
+    def _(grad_out: Tensor, *others: Any) -> list[Tensor]:
+        inputs = others[: arguments.differentiable]
+        return [torch.empty_like(like) for like in inputs if like is not None]
 
     saving = _operator(name, kernel)
     saving.register_fake(arguments.fake)
@@ -277,7 +287,7 @@ def _without_gate_and_up(
 
 def _differentiate(
     forward: torch.library.CustomOpDef,
-    backward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., list[Tensor]],
     arguments: _Arguments,
     not_saved: tuple[None, ...],
 ) -> None:
@@ -301,8 +311,11 @@ def _differentiate(
         if grad_out is None:  # no gradient arrived from above
             return (None,) * (arguments.differentiable + others)
         inputs, saved = _split(ctx.saved_tensors, len(arguments.kept))
-        gradients = backward(grad_out, *inputs, *not_saved, *saved, *ctx.options)
-        return *gradients, *(None for _ in range(others))
+        gradients = iter(backward(grad_out, *inputs, *not_saved, *saved, *ctx.options))
+        of_inputs = (
+            None if each is None else next(gradients) for each in inputs[: arguments.differentiable]
+        )
+        return *of_inputs, *(None for _ in range(others))
 
     forward.register_autograd(differentiate, setup_context=setup_context)
 

@@ -30,7 +30,7 @@ _LOOKS = 5  # the load is their median: one odd batch then changes nothing
 
 @dataclass(frozen=True)
 class Layer:
-    """What calls computed by the same backend have in common."""
+    """What calls computed by the same backend have in common. ``ffn``: see :class:`.Question`."""
 
     product: str
     among: str
@@ -38,6 +38,7 @@ class Layer:
     device: torch.device
     dtype: torch.dtype
     sizes: tuple[int, int, int]
+    ffn: str = ""
 
     @classmethod
     def of(
@@ -46,12 +47,12 @@ class Layer:
         among: str,
         recompute: bool,
         weights: Tensor,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
+        ffn: str = "",
     ) -> "Layer":
-        """``dtype``: what rows are computed in, if not in that of the weights."""
+        """``dtype``: what rows are computed in, which weights need not be."""
         E, inner, outer = weights.shape
-        dtype = dtype or weights.dtype
-        return cls(product, among, recompute, weights.device, dtype, (E, inner, outer))
+        return cls(product, among, recompute, weights.device, dtype, (E, inner, outer), ffn)
 
     @property
     def candidates(self) -> list[str]:
@@ -73,6 +74,7 @@ class Layer:
             dtype=str(self.dtype).removeprefix("torch."),
             sizes=self.sizes,
             recompute=self.recompute,
+            ffn=self.ffn,
         )
 
 

@@ -3,7 +3,7 @@
 Shape suffixes, as torchtitan writes them:
     T = tokens; K = experts of a token (top-k); R = routed tokens, sorted by expert;
     E = local experts; D = model dimension; F = hidden dimension of an expert;
-    K, N in a product = its inner and outer dimension.
+    K, N in a product = its inner and outer dimension; C = columns of a bias as a product.
 
 What a backend promises, whatever the routing:
 
@@ -26,9 +26,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 
-from ezpz_moe.compute.arguments import check_grouped_mm, check_routed, check_swiglu
+from ezpz_moe.compute.activations import ACTIVATIONS
+from ezpz_moe.compute.arguments import NO_BIASES, Biases, check_ffn, check_grouped_mm, check_routed
+from ezpz_moe.compute.biases import bias_columns, bias_matrices
 from ezpz_moe.compute.dispatch import row_order
 
 
@@ -110,20 +112,26 @@ class Backend(ABC):
             return _without_experts(A_RK, B_EKN.shape[2], B_EKN)
         return self._grouped_mm(A_RK, B_EKN, offs_E)
 
-    def swiglu(
+    def ffn(
         self,
         w1_EFD: torch.Tensor,
         w2_EDF: torch.Tensor,
-        w3_EFD: torch.Tensor,
+        w3_EFD: torch.Tensor | None,
         x_RD: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
+        *,
+        activation: str = "swiglu",
+        biases: Biases | None = None,
     ) -> torch.Tensor:
         """Compute the whole expert FFN: ``(silu(x @ w1.T) * (x @ w3.T)) @ w2.T``, row by row.
 
         Args:
-            w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
+            w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert; w3 is None with
+                an activation without a gate.
             x_RD: routed tokens sorted by expert, and possibly tail rows after them.
             num_tokens_per_expert_E: int32 or int64 counts, on x's device or on the host.
+            activation: what to put in the place of SwiGLU, a name in :data:`.ACTIVATIONS`.
+            biases: what to add to each product.
 
         Returns:
             y_RD in x's dtype; tail rows are zero.
@@ -131,16 +139,17 @@ class Backend(ABC):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it.
         """
-        check_swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        weights, counts_E = (w1_EFD, w2_EDF, w3_EFD), num_tokens_per_expert_E
+        check_ffn(*weights, x_RD, counts_E, activation, biases)
         if not w1_EFD.shape[0]:
-            return _without_experts(x_RD, x_RD.shape[1], w1_EFD, w2_EDF, w3_EFD)
-        return self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+            return _without_experts(x_RD, x_RD.shape[1], *weights, *(biases or ()))
+        return self._ffn(*weights, x_RD, counts_E, activation, biases)
 
     def routed(
         self,
         w1_EFD: torch.Tensor,
         w2_EDF: torch.Tensor,
-        w3_EFD: torch.Tensor,
+        w3_EFD: torch.Tensor | None,
         x_TD: torch.Tensor,
         scores_TK: torch.Tensor,
         ids_TK: torch.Tensor,
@@ -148,15 +157,17 @@ class Backend(ABC):
         *,
         num_rows: int | None = None,
         dtype: torch.dtype | None = None,
+        activation: str = "swiglu",
+        biases: Biases | None = None,
     ) -> torch.Tensor:
         """Compute a whole routed layer: every token's experts, weighted by its scores, summed.
 
-        ``out[t] = sum over k of scores[t, k] * swiglu(x[t])``, each with the weights of expert
+        ``out[t] = sum over k of scores[t, k] * ffn(x[t])``, each with the weights of expert
         ``ids[t, k]``. Whether a score multiplies the output of an expert or its hidden rows is the
         backend's choice: on paper both are the same.
 
         Args:
-            w1_EFD, w2_EDF, w3_EFD: gate, down and up projection of every expert.
+            w1_EFD, w2_EDF, w3_EFD: as in :meth:`ffn`.
             x_TD: tokens, in any floating dtype.
             scores_TK: weights of each token's experts, in any floating dtype.
             ids_TK: int32 or int64, at least 0, each token's experts. One may be chosen more than
@@ -168,6 +179,7 @@ class Backend(ABC):
                 no expert, are left out. Ids of no expert among the others are rows of the tail.
             dtype: what rows are computed in, that of the weights by default. Weights in another are
                 cast for the products alone: a kernel of its own keeps no copy for backward.
+            activation, biases: as in :meth:`ffn`.
 
         Returns:
             out_TD in x's dtype.
@@ -178,16 +190,16 @@ class Backend(ABC):
         rows = ids_TK.numel() if num_rows is None else num_rows
         weights = (w1_EFD, w2_EDF, w3_EFD)
         dtype = dtype or w1_EFD.dtype
-        check_routed(*weights, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E, rows, dtype)
-        if not w1_EFD.shape[0]:
-            return _without_experts(x_TD, x_TD.shape[1], *weights, scores_TK[:0])
         tokens = (x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
-        return self._routed(*weights, *tokens, rows, dtype)
+        check_routed(*weights, *tokens, rows, dtype, activation, biases)
+        if not w1_EFD.shape[0]:
+            return _without_experts(x_TD, x_TD.shape[1], *weights, *(biases or ()), scores_TK[:0])
+        return self._routed(*weights, *tokens, rows, dtype, activation, biases)
 
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
     ) -> torch.Tensor | None:
-        """Return what :meth:`swiglu` computes and drops for these counts. Telemetry asks.
+        """Return what :meth:`ffn` computes and drops for these counts. Telemetry asks.
 
         Args:
             num_tokens_per_expert_E: int32 or int64 counts, on any device.
@@ -208,38 +220,55 @@ class Backend(ABC):
         self, A_RK: torch.Tensor, B_EKN: torch.Tensor, offs_E: torch.Tensor
     ) -> torch.Tensor: ...
 
-    def _swiglu(
+    def _ffn(
         self,
         w1_EFD: torch.Tensor,
         w2_EDF: torch.Tensor,
-        w3_EFD: torch.Tensor,
+        w3_EFD: torch.Tensor | None,
         x_RD: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
+        activation: str,
+        biases: Biases | None,
     ) -> torch.Tensor:
+        """Compose products; differentiable because :meth:`_grouped_mm` is."""
         # int32, because torch._grouped_mm takes no other offsets; cumsum alone would give int64.
         offs_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
-        gate_RF = self._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs_E)
-        up_RF = self._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs_E)
-        return self._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs_E)
+
+        def product(
+            rows_RX: torch.Tensor, weights_EYX: torch.Tensor, bias_EY: torch.Tensor | None
+        ) -> torch.Tensor:
+            out_RY = self._grouped_mm(rows_RX, weights_EYX.transpose(-2, -1), offs_E)
+            if bias_EY is None:
+                return out_RY
+            ones_RC = bias_columns(rows_RX.new_ones(rows_RX.shape[0]), rows_RX.dtype)
+            return out_RY + self._grouped_mm(ones_RC, bias_matrices(bias_EY, rows_RX.dtype), offs_E)
+
+        b1_EF, b2_ED, b3_EF = biases or NO_BIASES
+        gate_RF = product(x_RD, w1_EFD, b1_EF)
+        up_RF = None if w3_EFD is None else product(x_RD, w3_EFD, b3_EF)
+        return product(ACTIVATIONS[activation].hidden(gate_RF, up_RF), w2_EDF, b2_ED)
 
     def _routed(
         self,
         w1_EFD: torch.Tensor,
         w2_EDF: torch.Tensor,
-        w3_EFD: torch.Tensor,
+        w3_EFD: torch.Tensor | None,
         x_TD: torch.Tensor,
         scores_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         num_tokens_per_expert_E: torch.Tensor,
         num_rows: int,
         dtype: torch.dtype,
+        activation: str,
+        biases: Biases | None,
     ) -> torch.Tensor:
         """Compose dispatch, experts and combination, as the host does."""
         order_R = row_order(ids_TK, num_rows)
         token_R, score_R = order_R // ids_TK.shape[1], scores_TK.flatten()[order_R]
-        w1_EFD, w2_EDF, w3_EFD = (each.to(dtype) for each in (w1_EFD, w2_EDF, w3_EFD))
-        x_RD = x_TD[token_R].to(dtype)
-        y_RD = self._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        cast = [None if each is None else each.to(dtype) for each in (w3_EFD, *(biases or ()))]
+        weights = (w1_EFD.to(dtype), w2_EDF.to(dtype), cast[0])
+        x_RD, counts_E = x_TD[token_R].to(dtype), num_tokens_per_expert_E
+        y_RD = self._ffn(*weights, x_RD, counts_E, activation, biases and Biases(*cast[1:]))
         # Weighted in the scores' dtype, which is float32 where rows are in half of it.
         weighted_RD = (y_RD * score_R.unsqueeze(1)).to(x_TD.dtype)
         # A copy to each choice's place, not an addition to each token: adding needs atomics on a
@@ -251,10 +280,10 @@ class Backend(ABC):
 
 # Here and not in the backends: kernels and the libraries below them may rely on a first expert.
 def _without_experts(
-    rows_RX: torch.Tensor, columns: int, *weights_EXY: torch.Tensor
+    rows_RX: torch.Tensor, columns: int, *weights_EX: torch.Tensor | None
 ) -> torch.Tensor:
     """Return zero rows that depend on every input: their gradients are then zeros, not None."""
-    nothing = sum((each.sum() for each in weights_EXY), rows_RX[:0].sum())
+    nothing = sum((each.sum() for each in weights_EX if each is not None), rows_RX[:0].sum())
     return rows_RX.new_zeros(rows_RX.shape[0], columns) + nothing
 
 
@@ -285,28 +314,6 @@ def _to_host(counts_E: torch.Tensor) -> list[int]:
             "choose a backend without host syncs (grouped_mm)"
         )
     return counts_E.tolist()
-
-
-def is_transposed(weights_EXY: torch.Tensor) -> bool:
-    """Return whether the last two dimensions are swapped in memory, as in the host's ``B_t``.
-
-    Products are written into tensors that are not: on the CPU, ``torch.bmm`` in bfloat16 is two
-    thousand times slower with a transposed ``out``.
-    """
-    return weights_EXY.stride(1) == 1 < weights_EXY.stride(2)
-
-
-def laid_out_like(gradient: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """Return ``gradient`` with dtype and strides of ``torch.empty_like(model)``, copied if needed.
-
-    The strides are taken from a tensor without memory, because a gradient of weights is large.
-    """
-    # Not model.stride(): empty_like makes an expanded or sliced tensor dense, and fakes promise
-    # empty_like's strides.
-    wanted = torch.empty_like(model, device="meta")
-    if (gradient.dtype, gradient.stride()) == (wanted.dtype, wanted.stride()):
-        return gradient
-    return torch.empty_like(model).copy_(gradient)
 
 
 def counts_on_host(num_tokens_per_expert_E: torch.Tensor, num_rows: int) -> list[int]:
@@ -349,8 +356,9 @@ def check_where_free(
     Args:
         check: :func:`counts_on_host` or :func:`counts_of_offsets`, which raise.
     """
-    # While torch.compile traces, the counts have no values yet.
-    if counts_E.device.type == "cpu" and not torch.compiler.is_compiling():
+    # While torch.compile traces, or a run is estimated, the counts have no values.
+    has_values = not (torch.compiler.is_compiling() or isinstance(counts_E, FakeTensor))
+    if counts_E.device.type == "cpu" and has_values:
         check(counts_E, rows_RX.shape[0])
 
 

@@ -1,6 +1,6 @@
 """The truth that backends are measured against: a plain loop in float64, and the error bound.
 
-Written for reading, not for speed: slices, ``@`` and autograd, sharing nothing with a backend.
+:mod:`.plain` has the loops.
 Legend of the suffixes: :mod:`.contract`.
 """
 
@@ -8,44 +8,78 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ezpz_moe.compute.arguments import Biases
+from ezpz_moe.compute.plain import GATED, are_rows, plain_loop, plain_routed
 
+
+@dataclass(frozen=True, kw_only=True)
 class LayerCase(ABC):
     """What a backend is given: a layer's inputs, and the gradient that arrives at its output.
 
-    Attributes:
-        names: of the output, and of the gradients of ``inputs``.
-        inputs: those that have gradients.
-        grad_output: the gradient that arrives.
+    ``w3`` is None if the activation has no gate; biases are None if there are none.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    _output_name: ClassVar[str]
+
+    w1_EFD: Tensor
+    w2_EDF: Tensor
+    w3_EFD: Tensor | None
+    b1_EF: Tensor | None = None
+    b2_ED: Tensor | None = None
+    b3_EF: Tensor | None = None
+    num_tokens_per_expert_E: Tensor
+    activation: str = "swiglu"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the output, and of the gradients of :attr:`inputs`."""
+        gradients = (f"grad_{name}" for name, each in self._tensors.items() if each is not None)
+        return self._output_name, *gradients
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The inputs that have gradients."""
+        return tuple(each for each in self._tensors.values() if each is not None)
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Weights and biases as kernels take them."""
+        return self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF
 
     @property
     @abstractmethod
-    def inputs(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    @abstractmethod
-    def grad_output(self) -> Tensor: ...
-
-    @abstractmethod
-    def apply(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Compute the layer's output from ``inputs``."""
+    def grad_output(self) -> Tensor:
+        """The gradient that arrives."""
 
     @property
     @abstractmethod
     def plains(self) -> tuple[Callable[..., Tensor], ...]:
         """The plain loops that compute this layer, in each order of operations that is allowed."""
 
-    @abstractmethod
     def zeros(self) -> Iterator[tuple[str, Tensor, str]]:
         """Yield a tensor's name, the mask of what is exactly zero in it, and what to say if not."""
+        for name in self.names:
+            if name.startswith(("grad_w", "grad_b")):
+                idle_E = self.num_tokens_per_expert_E.cpu() == 0
+                yield name, idle_E, "experts without tokens have a gradient"
+
+    def apply(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Compute the layer's output from ``inputs``."""
+        left = iter(inputs)
+        given = [None if each is None else next(left) for each in self._tensors.values()]
+        *others, b1_EF, b2_ED, b3_EF = given
+        options: dict[str, Any] = {}
+        # Nothing is said of what is plain, so that a function of tensors alone computes it too.
+        if self.activation != "swiglu":
+            options["activation"] = self.activation
+        if b1_EF is not None and b2_ED is not None:
+            options["biases"] = Biases(b1_EF, b2_ED, b3_EF)
+        return self._apply(partial(compute, *others), options)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Move the case to another device and floating dtype; integers stay integers."""
@@ -56,35 +90,33 @@ class LayerCase(ABC):
         }
         return type(self)(**(vars(self) | moved))
 
+    @property
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """All that may have gradients, by name."""
+        weights = {"w1": self.w1_EFD, "w2": self.w2_EDF, "w3": self.w3_EFD}
+        biases = {"b1": self.b1_EF, "b2": self.b2_ED, "b3": self.b3_EF}
+        return weights | self._tokens | biases
 
-def _zeros_of_idle_experts(counts_E: Tensor) -> Iterator[tuple[str, Tensor, str]]:
-    for name in ("grad_w1", "grad_w2", "grad_w3"):
-        yield name, counts_E.cpu() == 0, "experts without tokens have a gradient"
+    @property
+    @abstractmethod
+    def _tokens(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _apply(self, compute: Callable[..., Tensor], options: dict[str, Any]) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case(LayerCase):
     """An expert FFN."""
 
-    names = ("y", "grad_w1", "grad_w2", "grad_w3", "grad_x")
+    _output_name = "y"
 
-    w1_EFD: Tensor
-    w2_EDF: Tensor
-    w3_EFD: Tensor
     x_RD: Tensor
-    num_tokens_per_expert_E: Tensor
     grad_y_RD: Tensor
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return self.w1_EFD, self.w2_EDF, self.w3_EFD, self.x_RD
 
     @property
     def grad_output(self) -> Tensor:
         return self.grad_y_RD
-
-    def apply(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        return compute(*inputs, self.num_tokens_per_expert_E)
 
     @property
     def plains(self) -> tuple[Callable[..., Tensor], ...]:
@@ -94,10 +126,17 @@ class Case(LayerCase):
         tail_R = torch.arange(len(self.x_RD)) >= self.num_tokens_per_expert_E.cpu().sum()
         for name in ("y", "grad_x"):
             yield name, tail_R, "tail rows are not zero"
-        yield from _zeros_of_idle_experts(self.num_tokens_per_expert_E)
+        yield from super().zeros()
+
+    @property
+    def _tokens(self) -> dict[str, Tensor]:
+        return {"x": self.x_RD}
+
+    def _apply(self, compute: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+        return compute(self.num_tokens_per_expert_E, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutedCase(LayerCase):
     """A routed layer.
 
@@ -106,21 +145,13 @@ class RoutedCase(LayerCase):
             on the CPU.
     """
 
-    names = ("out", "grad_w1", "grad_w2", "grad_w3", "grad_x", "grad_scores")
+    _output_name = "out"
 
-    w1_EFD: Tensor
-    w2_EDF: Tensor
-    w3_EFD: Tensor
     x_TD: Tensor
     scores_TK: Tensor
     ids_TK: Tensor
-    num_tokens_per_expert_E: Tensor
     num_rows: int
     grad_out_TD: Tensor
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return self.w1_EFD, self.w2_EDF, self.w3_EFD, self.x_TD, self.scores_TK
 
     @property
     def grad_output(self) -> Tensor:
@@ -128,11 +159,7 @@ class RoutedCase(LayerCase):
 
     @property
     def is_row_TK(self) -> Tensor:
-        return _are_rows(self.ids_TK, len(self.w1_EFD), self.num_rows)
-
-    def apply(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        counts_E, rows = self.num_tokens_per_expert_E, self.num_rows
-        return compute(*inputs, self.ids_TK, counts_E, num_rows=rows)
+        return are_rows(self.ids_TK, len(self.w1_EFD), self.num_rows)
 
     @property
     def plains(self) -> tuple[Callable[..., Tensor], ...]:
@@ -142,7 +169,15 @@ class RoutedCase(LayerCase):
         for name in ("out", "grad_x"):
             yield name, ~self.is_row_TK.any(1), "tokens without experts are not zero"
         yield "grad_scores", ~self.is_row_TK, "choices without rows have a gradient"
-        yield from _zeros_of_idle_experts(self.num_tokens_per_expert_E)
+        yield from super().zeros()
+
+    @property
+    def _tokens(self) -> dict[str, Tensor]:
+        return {"x": self.x_TD, "scores": self.scores_TK}
+
+    def _apply(self, compute: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+        counts_E, rows = self.num_tokens_per_expert_E, self.num_rows
+        return compute(self.ids_TK, counts_E, num_rows=rows, **options)
 
 
 def random_case(
@@ -154,6 +189,8 @@ def random_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    activation: str = "swiglu",
+    biased: bool = False,
 ) -> Case:
     """Make random inputs of an expert layer; the ``tail`` rows of x hold NaN.
 
@@ -166,11 +203,15 @@ def random_case(
     # A kernel that reads tail rows, even to multiply them by zero, shows it.
     x_RD[sum(counts) :] = torch.nan
     counts_E = torch.tensor(counts, device=device, dtype=torch.int64)
+    weights = _random_weights(normal, counts_E, dim, hidden_dim, dtype)
+    grad_y_RD = normal(R, dim, dtype=dtype)
+    sizes = (dim, hidden_dim) if biased else None
     return Case(
-        *_random_weights(normal, counts_E, dim, hidden_dim, dtype),
+        **_parameters(normal, counts_E, weights, activation, sizes),
         x_RD=x_RD,
         num_tokens_per_expert_E=counts_E,
-        grad_y_RD=normal(R, dim, dtype=dtype),
+        grad_y_RD=grad_y_RD,
+        activation=activation,
     )
 
 
@@ -187,6 +228,8 @@ def random_routed_case(
     scores_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    activation: str = "swiglu",
+    biased: bool = False,
 ) -> RoutedCase:
     """Make random inputs of a routed layer; ``top_k`` says what K is without tokens.
 
@@ -196,28 +239,24 @@ def random_routed_case(
     normal = _drawing(seed, device)
     ids_TK = torch.tensor(ids, device=device, dtype=torch.int64).view(-1, top_k)
     rows = ids_TK.numel() if num_rows is None else num_rows
-    routed_TK = _are_rows(ids_TK, num_experts, rows)
+    routed_TK = are_rows(ids_TK, num_experts, rows)
     x_TD = normal(len(ids_TK), dim, dtype=x_dtype or dtype)
     x_TD[~routed_TK.any(1)] = torch.nan
     counts_E = torch.bincount(ids_TK[routed_TK.to(device)], minlength=num_experts)
+    weights = _random_weights(normal, counts_E, dim, hidden_dim, dtype)
+    scores_TK = normal(*ids_TK.shape, dtype=scores_dtype or dtype)
+    grad_out_TD = normal(*x_TD.shape, dtype=x_TD.dtype)
+    sizes = (dim, hidden_dim) if biased else None
     return RoutedCase(
-        *_random_weights(normal, counts_E, dim, hidden_dim, dtype),
+        **_parameters(normal, counts_E, weights, activation, sizes),
         x_TD=x_TD,
-        scores_TK=normal(*ids_TK.shape, dtype=scores_dtype or dtype),
+        scores_TK=scores_TK,
         ids_TK=ids_TK,
         num_tokens_per_expert_E=counts_E,
         num_rows=rows,
-        grad_out_TD=normal(*x_TD.shape, dtype=x_TD.dtype),
+        grad_out_TD=grad_out_TD,
+        activation=activation,
     )
-
-
-def _are_rows(ids_TK: Tensor, num_experts: int, num_rows: int) -> Tensor:
-    """Return whether a choice is a row of an expert: [T, K], on the CPU."""
-    ids = ids_TK.flatten().tolist()
-    kept = sorted(range(len(ids)), key=ids.__getitem__)[:num_rows]  # sorted() is stable
-    is_row = torch.zeros(len(ids), dtype=torch.bool)
-    is_row[[choice for choice in kept if ids[choice] < num_experts]] = True
-    return is_row.view(ids_TK.shape)
 
 
 def _drawing(seed: int, device: torch.device | str) -> Callable[..., Tensor]:
@@ -250,60 +289,32 @@ def _random_weights(
     return weights
 
 
-def plain_loop(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor
-) -> Tensor:
-    """Compute the expert FFN as one would write it on a blackboard; tail rows are zero."""
-    counts = counts_E.tolist()
-    # The tail is never multiplied, since it may hold NaN.
-    *chunks_RD, tail_RD = x_RD.split([*counts, len(x_RD) - sum(counts)])
-    outputs_RD = [
-        (F.silu(x_nD @ w1_FD.T) * (x_nD @ w3_FD.T)) @ w2_DF.T
-        for x_nD, w1_FD, w2_DF, w3_FD in zip(
-            chunks_RD, w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True
-        )
-    ]
-    # Adds zero. Without experts, what remains is then still a function of every input.
-    nothing = sum(each[:0].sum() for each in (w1_EFD, w2_EDF, w3_EFD, x_RD))
-    return torch.cat([*outputs_RD, torch.zeros_like(tail_RD)]) + nothing
-
-
-def plain_routed(
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_TD: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
+def _parameters(
+    normal: Callable[..., Tensor],
     counts_E: Tensor,
-    *,
-    num_rows: int,
-    scores_first: bool = False,
-) -> Tensor:
-    """Compute the routed layer as one would write it on a blackboard, expert by expert.
-
-    Args:
-        scores_first: apply the scores to the hidden rows, not to the outputs of the experts.
-    """
-    is_row_TK = _are_rows(ids_TK, len(w1_EFD), num_rows).to(ids_TK.device)
-    # Adds zero: the result is a function of every input, whatever the routing.
-    out_TD = torch.zeros_like(x_TD) + sum(each[:0].sum() for each in (w1_EFD, w2_EDF, w3_EFD))
-    out_TD = out_TD + x_TD[:0].sum() + scores_TK[:0].sum()
-    weights = zip(w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True)
-    for expert, (w1_FD, w2_DF, w3_FD) in enumerate(weights):
-        token_n, choice_n = torch.where(is_row_TK & (ids_TK == expert))
-        x_nD, score_n1 = x_TD[token_n].to(w1_FD.dtype), scores_TK[token_n, choice_n].unsqueeze(1)
-        hidden_nF = F.silu(x_nD @ w1_FD.T) * (x_nD @ w3_FD.T)
-        if scores_first:
-            y_nD = (hidden_nF * score_n1).to(w2_DF.dtype) @ w2_DF.T
-        else:
-            y_nD = (hidden_nF @ w2_DF.T) * score_n1
-        out_TD = out_TD.index_add(0, token_n, y_nD.to(out_TD.dtype))
-    return out_TD
+    weights: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    sizes: tuple[int, int] | None,
+) -> dict[str, Tensor | None]:
+    """Return the weights that an activation has, and random biases if D and F are given."""
+    w1_EFD, w2_EDF, w3_EFD = weights
+    if activation == "clamped_swiglu":  # some rows have to reach its limit
+        w1_EFD, w3_EFD = w1_EFD * 4, w3_EFD * 4
+    is_gated = activation in GATED
+    found = {"w1_EFD": w1_EFD, "w2_EDF": w2_EDF, "w3_EFD": w3_EFD if is_gated else None}
+    if sizes is None:
+        return found
+    dim, hidden_dim = sizes
+    columns = {"b1_EF": hidden_dim, "b2_ED": dim} | ({"b3_EF": hidden_dim} if is_gated else {})
+    for name, size in columns.items():
+        bias_EX = normal(len(counts_E), size, dtype=w1_EFD.dtype)
+        bias_EX[counts_E == 0] = torch.nan
+        found[name] = bias_EX
+    return found
 
 
 def run(compute: Callable[..., Tensor], case: LayerCase) -> dict[str, Tensor]:
-    """Run ``swiglu`` or ``routed``; return its output and the gradients, by ``case.names``."""
+    """Run ``ffn`` or ``routed``; return its output and the gradients, by ``case.names``."""
     inputs = [tensor.detach().requires_grad_() for tensor in case.inputs]
     output = case.apply(compute, *inputs)
     # allow_unused: a backend that loses a gradient returns None here, and the caller can say which.

@@ -41,12 +41,13 @@ class Question:
     """What layers computed by the same backend have in common, on whatever rank.
 
     Attributes:
-        product: ``"routed"``, ``"swiglu"`` or ``"mm"``.
+        product: ``"routed"``, ``"ffn"`` or ``"mm"``.
         candidates: the backends to choose from.
         device: :func:`device_name`.
         dtype: what the kernels compute in.
         sizes: (E, D, F), or (E, K, N) of one product.
         recompute: whether backward computes gate and up again.
+        ffn: the activation of experts, and whether they have biases; empty for one product.
         torch, ezpz_moe: their versions.
     """
 
@@ -56,14 +57,18 @@ class Question:
     dtype: str
     sizes: tuple[int, int, int]
     recompute: bool
+    ffn: str = ""
     torch: str = torch.__version__
     ezpz_moe: str = __version__
 
     def __str__(self) -> str:
         E, inner, outer = self.sizes
         again = ", recomputed in backward" if self.recompute else ""
+        # SwiGLU without biases is what most models have.
+        ffn = "" if self.ffn in ("", "swiglu") else f" ({self.ffn})"
         return (
-            f"{self.product} of {E} experts {inner} x {outer}, {self.dtype} on {self.device}{again}"
+            f"{self.product}{ffn} of {E} experts {inner} x {outer}, "
+            f"{self.dtype} on {self.device}{again}"
         )
 
     @property

@@ -24,6 +24,7 @@ Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
 Routed = Literal["one_node", "composed"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
+Activation = Literal["swiglu", "geglu", "reglu", "relu2", "gelu", "clamped_swiglu"]
 
 # The upper bounds are far above any model, yet low enough that no tensor size overflows.
 _Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -75,7 +76,10 @@ class Dimensions(Data):
     dense_hidden_dim: _Width
     moe_hidden_dim: _Width
     num_experts: Experts
-    num_shared_experts: Experts
+    # One FFN as wide as so many experts, or as `shared_hidden_dim` says; 0: there is none.
+    num_shared_experts: Annotated[int, Field(ge=0, le=2**14)] | None = None
+    shared_hidden_dim: _Width | None = None
+    shared_gate: bool = False
     router_top_k: Experts
     router_score_func: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     router_route_scale: _Positive
@@ -86,9 +90,20 @@ class Dimensions(Data):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if conflicts := [*_size_conflicts(self), *_group_conflicts(self)]:
+        conflicts = (*_size_conflicts(self), *_shared_conflicts(self), *_group_conflicts(self))
+        if conflicts:
             raise mistake("; ".join(conflicts))
         return self
+
+    def shared_width(self, moe_hidden_dim: int) -> int:
+        """Return the hidden size of a layer's shared FFN; 0 if there is none.
+
+        Args:
+            moe_hidden_dim: that of the layer's routed experts.
+        """
+        if self.shared_hidden_dim is not None:
+            return self.shared_hidden_dim
+        return moe_hidden_dim * (self.num_shared_experts or 0)
 
 
 class Flavor(Data):
@@ -99,6 +114,8 @@ class Flavor(Data):
     ``expert_precision = None`` keeps the host's cast to bfloat16, except on a CPU that only
     emulates bfloat16: there it means float32. ``routed = "one_node"`` asks for dispatch, experts
     and combination as one operator wherever that is possible; elsewhere they stay the host's.
+    ``ffn_activation`` is that of dense layers and shared experts, ``expert_activation`` that of
+    routed experts.
     """
 
     name: str
@@ -111,7 +128,10 @@ class Flavor(Data):
     dimensions: Dimensions | None = None
     # Beside `base` alone; a size has its own.
     rope: Longest | None = None
-    # Not a dimension, as no model of the host's has it: it may stand beside `base` too.
+    # Not dimensions, as no model of the host's has them: they may stand beside `base` too.
+    expert_activation: Activation = "swiglu"
+    expert_bias: bool = False
+    ffn_activation: Activation = "swiglu"
     router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.
     router: Router = Router()
@@ -163,6 +183,12 @@ class Flavor(Data):
             size.router_score_func == "sqrtsoftplus"
             or size.num_experts == size.router_num_expert_groups
         )
+
+    @property
+    def computes_otherwise(self) -> bool:
+        """Whether experts or dense FFNs have a formula that the host does not know."""
+        activations = {self.expert_activation, self.ffn_activation}
+        return activations != {"swiglu"} or self.expert_bias
 
     @property
     def reported(self) -> Telemetry | None:
@@ -222,6 +248,22 @@ def _size_conflicts(size: Dimensions) -> Iterator[str]:
         yield (
             f"rope.beta_slow ({size.rope.beta_slow}) must not exceed "
             f"rope.beta_fast ({size.rope.beta_fast})"
+        )
+
+
+def _shared_conflicts(size: Dimensions) -> Iterator[str]:
+    number, width = size.num_shared_experts, size.shared_hidden_dim
+    if number is None and width is None:
+        yield "num_shared_experts is missing: 0 means no shared experts"
+    elif number is not None and width is not None and width != number * size.moe_hidden_dim:
+        yield (
+            f"shared_hidden_dim ({width}) is not num_shared_experts times moe_hidden_dim "
+            f"({number} x {size.moe_hidden_dim}); set one of the two"
+        )
+    elif size.shared_gate and not (number or width):
+        yield (
+            "shared_gate = true has no effect without shared experts; remove it, or set "
+            "num_shared_experts"
         )
 
 

@@ -168,6 +168,12 @@ def _public(files: Mapping[str, Path]) -> dict[str, Path]:
 
 # Inheritance --------------------------------------------------------------------------------------
 
+_INSTEAD = {
+    "num_shared_experts": "shared_hidden_dim",
+    "shared_hidden_dim": "num_shared_experts",
+}
+"""Two keys of one meaning: a file that says one does not inherit the other."""
+
 
 def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """Return the file and its ancestors, youngest first, each with its keys except ``inherits``."""
@@ -228,6 +234,8 @@ def _overwrite(
     for key, value in data.items():
         name = f"{table}{key}"
         origin[name] = path
+        if (other := _INSTEAD.get(name)) and other not in data:
+            values.pop(other, None)
         if name in _TABLES and isinstance(value, dict):
             inherited = values.get(key)
             values[key] = dict(inherited) if isinstance(inherited, dict) else {}

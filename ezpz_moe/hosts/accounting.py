@@ -17,8 +17,7 @@ from ezpz_moe.errors import EzpzError
 BACKWARD = 2
 """Backward FLOPs per forward FLOP: the gradient of a product's weight, and that of its input."""
 
-FFN_MATRICES = 3
-"""Matrices of a gated FFN (SwiGLU, arXiv 2002.05202): gate, up and down, D x F each."""
+_WITHOUT_GATE = ("gelu", "relu2")
 
 COMPONENTS = (
     "embeddings",
@@ -86,6 +85,7 @@ class Anatomy:
         top_k: choices per token and layer, among all E + Z.
         uncounted: classes of modules that have parameters but unknown FLOPs.
         host_flops: the trainer's own FLOPs per token, the basis of its MFU; None if nobody asked.
+        ffn_activation: that of dense layers, as in a flavor.
     """
 
     costs: Mapping[str, Cost]
@@ -97,6 +97,7 @@ class Anatomy:
     top_k: int
     uncounted: tuple[str, ...] = ()
     host_flops: float | None = None
+    ffn_activation: str = "swiglu"
 
     @property
     def computing_experts(self) -> float:
@@ -115,7 +116,7 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The same model at equal FLOPs per token, with one gated FFN per layer instead of experts.
+    """The same model at equal FLOPs per token, with one dense FFN per layer instead of experts.
 
     Attributes:
         hidden_dim: hidden size F of that FFN, rounded to the nearest integer.
@@ -135,6 +136,11 @@ def computing_experts(top_k: int, num_experts: int, zero_experts: int) -> float:
     return top_k * num_experts / (num_experts + zero_experts)
 
 
+def ffn_matrices(activation: str) -> int:
+    """Return how many matrices [D, F] an FFN has: up and down, and gate (arXiv 2002.05202)."""
+    return 2 if activation in _WITHOUT_GATE else 3
+
+
 def mean_keys(seq_len: int, window: int | None = None) -> float:
     """Return how many keys a token attends to, itself included, averaged over a sequence.
 
@@ -152,7 +158,8 @@ def mean_keys(seq_len: int, window: int | None = None) -> float:
 def dense_model(anatomy: Anatomy) -> DenseModel:
     """Return the dense model with equal FLOPs per token.
 
-    Its FFN replaces the router and the routed and shared experts, at ``2 * 3 D F`` per token.
+    Its FFN replaces the router and the routed and shared experts. It has the activation of the
+    model's dense layers: with a gate it costs ``2 * 3 D F`` per token.
 
     Raises:
         EzpzError: the model has no experts.
@@ -161,7 +168,8 @@ def dense_model(anatomy: Anatomy) -> DenseModel:
         raise EzpzError("the model has no layer with experts to compare with a dense one")
     instead = sum((anatomy.costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
     # Only layers with experts change: dense layers between them keep their FFN.
-    per_hidden_unit = FFN_MATRICES * anatomy.dim * anatomy.n_moe_layers
+    matrices = ffn_matrices(anatomy.ffn_activation)
+    per_hidden_unit = matrices * anatomy.dim * anatomy.n_moe_layers
     # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
     hidden_dim = round(instead.forward / (2 * per_hidden_unit))
     weights = per_hidden_unit * hidden_dim

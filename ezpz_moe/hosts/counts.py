@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.hosts.accounting import FFN_MATRICES
+from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.releases import facts
 
@@ -21,19 +21,27 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     if flavor.router.zero_computation_experts:
         return None
     if flavor.dimensions is not None:
-        return _of_size(flavor.dimensions)
+        return _of_size(flavor.dimensions, flavor)
+    # What is known of it is the host's own model.
+    if flavor.computes_otherwise:
+        return None
     known = facts()
     model = known.models.get(str(flavor.base)) if known else None
     return model.summary if model else None
 
 
-def _of_size(size: Dimensions) -> ModelSummary:
-    """Count the host's deepseek_v3 in this size."""
-    expert = FFN_MATRICES * size.dim * size.moe_hidden_dim
+def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
+    """Count the host's deepseek_v3 in this size, with the flavor's FFNs."""
+    matrices = ffn_matrices(flavor.expert_activation)
+    expert = matrices * size.dim * size.moe_hidden_dim
+    if flavor.expert_bias:
+        expert += (matrices - 1) * size.moe_hidden_dim + size.dim
+    per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # of F, in FFNs of every token
     moe_layers = size.n_layers - size.n_dense_layers
     routed = moe_layers * size.num_experts * expert
-    moe = size.dim * size.num_experts + size.num_shared_experts * expert  # beside the routed ones
-    dense = FFN_MATRICES * size.dim * size.dense_hidden_dim
+    moe = size.dim * size.num_experts  # beside the routed ones
+    moe += per_unit * size.shared_width(size.moe_hidden_dim) + size.dim * size.shared_gate
+    dense = per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
     rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms

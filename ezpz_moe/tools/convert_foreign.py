@@ -203,11 +203,6 @@ def _sizes(foreign: Foreign) -> Iterator[Line]:
             absent.append(theirs)
         elif isinstance(value, list | dict):
             raise EzpzError(f"{foreign.source}: {theirs} must be a single value.")
-        if key == "num_shared_experts" and value == 0:
-            raise EzpzError(
-                f"{foreign.source}: {theirs} = 0: models with latent attention have at least one "
-                "shared expert here."
-            )
         yield Line(key, value, theirs if theirs != key else "")
     longest = "max_position_embeddings"
     if config.get(longest) is None:

@@ -52,7 +52,7 @@ TOKEN_ROUTINGS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
     "left out": ([(7 * t % 10, t % 9) for t in range(256)], 450),
 }
 
-_NAMES_OF = {"swiglu": tuple(ROUTINGS), "routed": tuple(TOKEN_ROUTINGS)}
+_NAMES_OF = {"ffn": tuple(ROUTINGS), "routed": tuple(TOKEN_ROUTINGS)}
 """The routings of each entry point, a method of a backend."""
 
 
@@ -225,7 +225,7 @@ def _reference(
     return case, true, error_bounds(case, true)
 
 
-def _swiglu_case(routing: str, **place: Any) -> LayerCase:
+def _ffn_case(routing: str, **place: Any) -> LayerCase:
     counts, tail = ROUTINGS[routing]
     return random_case(counts, tail=tail, dim=DIM, hidden_dim=HIDDEN_DIM, **place)
 
@@ -244,7 +244,7 @@ def _routed_case(routing: str, **place: Any) -> LayerCase:
     )
 
 
-_CASES = {"swiglu": _swiglu_case, "routed": _routed_case}
+_CASES = {"ffn": _ffn_case, "routed": _routed_case}
 
 
 def _reasons(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:

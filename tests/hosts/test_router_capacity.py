@@ -8,7 +8,8 @@ import torch
 from dialect import SINCE_2026_09
 from router_cases import B, L, flat, moe_of, router_of, tokens
 
-from ezpz_moe.compute.reference import plain_loop, relative_error
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.hosts.titan.zero_computation import Choices
 from ezpz_moe.routing.capacity import beyond_capacity, capacity
 

@@ -63,8 +63,8 @@ class Experts(nn.Module):
         offs_E = torch.cumsum(COUNTS_E, 0, dtype=torch.int32)
         return backend.grouped_mm(x, self.w1.transpose(1, 2), offs_E)
 
-    def swiglu(self, backend, x, scores_TK):
-        return backend.swiglu(self.w1, self.w2, self.w3, x, COUNTS_E)
+    def ffn(self, backend, x, scores_TK):
+        return backend.ffn(self.w1, self.w2, self.w3, x, COUNTS_E)
 
     def routed(self, backend, x, scores_TK):
         out_TD = backend.routed(self.w1, self.w2, self.w3, x[:T], scores_TK, IDS_TK, COUNTS_E)
@@ -89,7 +89,7 @@ def checkpointed(module: nn.Module, policy) -> nn.Module:
     return policy.build()._wrap_block(module)
 
 
-@pytest.mark.parametrize("entry", ["grouped_mm", "swiglu", "routed"])
+@pytest.mark.parametrize("entry", ["grouped_mm", "ffn", "routed"])
 @pytest.mark.parametrize(
     "backend",
     [
@@ -124,7 +124,7 @@ def test_compiled_blocks_save_it_too(monkeypatch, policy, again):
 
     multiply = products.mm
     monkeypatch.setattr(products, "mm", counting)
-    module = Experts("for_loop", "swiglu")
+    module = Experts("for_loop", "ffn")
     expected = gradients(module)
     plain = len(calls)
     with torch.no_grad():

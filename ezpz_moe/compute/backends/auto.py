@@ -68,8 +68,8 @@ def _forward(
     counts_E: Tensor,
     rows: int,
     inputs: tuple[Any, ...],
-    kept: tuple[Tensor, ...],
-    last: tuple[torch.dtype, ...] = (),
+    kept: tuple[Tensor | None, ...],
+    last: tuple[torch.dtype | str, ...] = (),
 ) -> Any:
     """Run forward by the fastest backend. Timing takes the output itself for a gradient.
 
@@ -105,7 +105,7 @@ def _forward(
 
 
 def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, among: str, recompute: bool) -> Tensor:
-    layer = Layer.of("mm", among, recompute, B_EKN)
+    layer = Layer.of("mm", among, recompute, B_EKN, A_RK.dtype)
     inputs = (A_RK, B_EKN, offs_E)
     return _forward(layer, counts_of_offsets, offs_E, A_RK.shape[0], inputs, inputs)
 
@@ -113,79 +113,106 @@ def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, among: str, recompute: bool
 def _mm_backward(
     grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor, among: str, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    backend = _chosen(Layer.of("mm", among, recompute, B_EKN))
+    backend = _chosen(Layer.of("mm", among, recompute, B_EKN, A_RK.dtype))
     return backend.compute("mm_backward", grad_C_RN, A_RK, B_EKN, offs_E)
 
 
-def _swiglu(
+def _ffn_in_words(activation: str, b1_EF: Tensor | None) -> str:
+    return activation if b1_EF is None else f"{activation} with biases"
+
+
+def _ffn(
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
+    activation: str,
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer = Layer.of("swiglu", among, recompute, w1_EFD)
-    inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-    return _forward(layer, counts_on_host, num_tokens_per_expert_E, len(x_RD), inputs, inputs)
+    parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
+    ffn = _ffn_in_words(activation, b1_EF)
+    layer = Layer.of("ffn", among, recompute, w1_EFD, x_RD.dtype, ffn)
+    kept, last = (*parameters, x_RD, counts_E), (activation,)
+    return _forward(layer, counts_on_host, counts_E, len(x_RD), (*kept, *last), kept, last)
 
 
-def _swiglu_backward(
+def _ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
+    activation: str,
     among: str,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = _chosen(Layer.of("swiglu", among, recompute, w1_EFD))
-    inputs = (w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-    return backend.compute("swiglu_backward", grad_y_RD, *inputs, gate_RF, up_RF)
+) -> list[Tensor]:
+    parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
+    ffn = _ffn_in_words(activation, b1_EF)
+    layer = Layer.of("ffn", among, recompute, w1_EFD, x_RD.dtype, ffn)
+    inputs = (*parameters, x_RD, counts_E, gate_RF, up_RF, activation)
+    return _chosen(layer).compute("ffn_backward", grad_y_RD, *inputs)
 
 
 def _routed(
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_TD: Tensor,
     scores_TK: Tensor,
     ids_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     num_rows: int,
     dtype: torch.dtype,
+    activation: str,
     among: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = Layer.of("routed", among, recompute, w1_EFD, dtype)
-    counts_E = num_tokens_per_expert_E
-    tokens = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK)
-    inputs, kept = (*tokens, ids_TK, counts_E, num_rows, dtype), (*tokens, counts_E)
-    return _forward(layer, counts_on_host, counts_E, num_rows, inputs, kept, (dtype,))
+    parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
+    ffn = _ffn_in_words(activation, b1_EF)
+    layer = Layer.of("routed", among, recompute, w1_EFD, dtype, ffn)
+    tokens, last = (*parameters, x_TD, scores_TK), (dtype, activation)
+    inputs, kept = (*tokens, ids_TK, counts_E, num_rows, *last), (*tokens, counts_E)
+    return _forward(layer, counts_on_host, counts_E, num_rows, inputs, kept, last)
 
 
 def _routed_backward(
     grad_out_TD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_TD: Tensor,
     scores_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
     dtype: torch.dtype,
+    activation: str,
     among: str,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backend = _chosen(Layer.of("routed", among, recompute, w1_EFD, dtype))
-    kept = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
-    return backend.compute("routed_backward", grad_out_TD, *kept, gate_RF, up_RF, order_R, dtype)
+) -> list[Tensor]:
+    parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
+    ffn = _ffn_in_words(activation, b1_EF)
+    layer = Layer.of("routed", among, recompute, w1_EFD, dtype, ffn)
+    kept = (*parameters, x_TD, scores_TK, counts_E, gate_RF, up_RF, order_R)
+    return _chosen(layer).compute("routed_backward", grad_out_TD, *kept, dtype, activation)
 
 
 @dataclass(frozen=True)
@@ -201,7 +228,7 @@ class Auto(KernelBackend):
     host_syncs = True
     static_shapes = False
     operators = Operators(
-        AUTO, Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward)
+        AUTO, Kernels(_mm, _mm_backward, _ffn, _ffn_backward, _routed, _routed_backward)
     )
 
     among: str = ""

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Operators
-from ezpz_moe.compute.contract import is_transposed, offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 from ezpz_moe.compute.ffn import kernels_of
 from ezpz_moe.compute.grouping import Grouping
+from ezpz_moe.compute.layouts import is_transposed
 
 
 def rows_per_expert(num_rows: int, num_experts: int, capacity_factor: float) -> int:

@@ -33,13 +33,10 @@ from torch import Tensor
 
 from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Operators
-from ezpz_moe.compute.contract import (
-    counts_of_offsets,
-    counts_on_host,
-    is_transposed,
-)
+from ezpz_moe.compute.contract import counts_of_offsets, counts_on_host
 from ezpz_moe.compute.ffn import kernels_of
 from ezpz_moe.compute.grouping import Grouping
+from ezpz_moe.compute.layouts import is_transposed
 from ezpz_moe.compute.runs import Run, runs_within
 
 

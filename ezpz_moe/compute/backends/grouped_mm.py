@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.compute.contract import (
     Backend,
     check_where_free,
@@ -80,16 +81,19 @@ class GroupedMM(Backend):
         C_RN = torch._grouped_mm(_OwnedRows.apply(A_RK, owned_R1), aligned(B_EKN), offs=offs_E)
         return _OwnedRows.apply(C_RN, owned_R1)
 
-    def _swiglu(
+    def _ffn(
         self,
         w1_EFD: Tensor,
         w2_EDF: Tensor,
-        w3_EFD: Tensor,
+        w3_EFD: Tensor | None,
         x_RD: Tensor,
         num_tokens_per_expert_E: Tensor,
+        activation: str,
+        biases: Biases | None,
     ) -> Tensor:
-        check_where_free(counts_on_host, num_tokens_per_expert_E, x_RD)
-        return super()._swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
+        counts_E = num_tokens_per_expert_E
+        check_where_free(counts_on_host, counts_E, x_RD)
+        return super()._ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, activation, biases)
 
 
 class _OwnedRows(torch.autograd.Function):

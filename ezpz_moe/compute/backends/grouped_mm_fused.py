@@ -21,14 +21,10 @@ from torch import Tensor
 from ezpz_moe.compute import products
 from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.backends.grouped_mm import reasons_against, row_major
-from ezpz_moe.compute.contract import (
-    is_transposed,
-    laid_out_like,
-    offsets_of_counts,
-    offsets_on_device,
-)
+from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 from ezpz_moe.compute.ffn import kernels_of
 from ezpz_moe.compute.grouping import Grouping
+from ezpz_moe.compute.layouts import is_transposed, laid_out_like
 
 
 class _Offsets(Grouping):

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from ezpz_moe.compute.autograd import KernelBackend, Operators
-from ezpz_moe.compute.contract import laid_out_like, offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 from ezpz_moe.compute.ffn import kernels_of
 from ezpz_moe.compute.grouping import Grouping
+from ezpz_moe.compute.layouts import laid_out_like
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INNER_LIMIT = 65536  # documented: every last dimension has to be smaller

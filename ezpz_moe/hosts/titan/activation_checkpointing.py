@@ -30,7 +30,7 @@ from ezpz_moe.hosts.titan.products_fit import saved_or_not
 
 _CHOICES = [torch.ops.aten.topk.default]
 
-_FORWARD = ("mm", "swiglu", "swiglu_output", "routed", "routed_output")
+_FORWARD = ("mm", "ffn", "ffn_output", "routed", "routed_output")
 """What follows a backend's name in those of its operators (:class:`.autograd.Operators`)."""
 
 

@@ -44,7 +44,8 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
     # Not in `anatomy_of`: the host logs its count, and in a run it has done so already. The first
     # of its two numbers counts parameters, as `weigh` does.
     _, host_flops = config.get_nparams_and_flops(model, seq_len)
-    return replace(anatomy_of(config, model, choices(flavor), seq_len), host_flops=host_flops)
+    counted = anatomy_of(config, model, choices(flavor), seq_len)
+    return replace(counted, host_flops=host_flops, ffn_activation=flavor.ffn_activation)
 
 
 def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> Anatomy:

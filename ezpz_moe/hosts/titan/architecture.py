@@ -9,6 +9,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Latent, Layer, Rope
 from ezpz_moe.hosts.titan.attention import left_window
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.ffn_nodes import other_ffns
 from ezpz_moe.hosts.titan.models import host_spec
 
 _SIZED = "deepseek_v3"
@@ -28,7 +29,7 @@ def architecture(flavor: Flavor) -> Architecture:
             f"{flavor.source}: ezpz_moe knows no class of transformers that computes torchtitan's "
             f"{family}, only those for {', '.join(_FAMILIES)}."
         )
-    # The host's model: our subclasses compute the same, and [router] is in the flavor.
+    # The host's model: what our subclasses compute otherwise is in the flavor.
     model: Any = host_spec(flavor).model
     return Architecture(
         family=family,
@@ -37,7 +38,7 @@ def architecture(flavor: Flavor) -> Architecture:
         layers=tuple(_layer(each, flavor.router_group_score) for each in model.layers),
         norm_eps=model.norm.eps,
         tied=model.enable_weight_tying,
-        besides=tuple(_besides(model)),
+        besides=(*_besides(model), *other_ffns(flavor)),
     )
 
 

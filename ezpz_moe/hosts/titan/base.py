@@ -16,7 +16,7 @@ from ezpz_moe.hosts.at_hand import at_hand
 from ezpz_moe.hosts.host import Host
 
 if TYPE_CHECKING:
-    from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
+    from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ class Experts(Protocol):
 
         Raises:
             EzpzError: unknown backend, or it cannot compute these experts.
+        """
+
+    def computing(self, config: Any, activation: Activation, has_biases: bool, where: str) -> Any:
+        """Return the node of the same experts with another activation, or with biases.
+
+        Raises:
+            EzpzError: the host's experts compute another FFN than SwiGLU.
         """
 
 

@@ -37,6 +37,7 @@ from ezpz_moe.hosts.ranks import (
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
+from ezpz_moe.hosts.titan.ffn_nodes import ffn_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
@@ -373,6 +374,7 @@ _ALWAYS: tuple[_Check, ...] = (
     _limits,
     schedule_problems,
     _routers,
+    ffn_problems,
     _telemetry,
     _of_this_host,
 )

@@ -8,23 +8,35 @@ state-dict key, so a checkpoint fits every backend.
 
 The host casts the experts' inputs and weights to bfloat16. This binding does the same, unless the
 flavor or the CPU wants float32 (:mod:`ezpz_moe.hosts.precision`).
+
+With another activation, or with biases, the parameters are the host's as far as it has them: without
+a gate there is no w3, and a bias is called as its weight. The host's own path has no such formula,
+so ``grouped_mm`` then composes it of the host's products.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import spmd_types as spmd
 import torch
+from torch import nn
 from torchtitan.config.override import derive
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
-from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
+from ezpz_moe.compute import get_backend
+from ezpz_moe.compute.activations import ACTIVATIONS
+from ezpz_moe.compute.arguments import Biases
+from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
+from ezpz_moe.hosts.titan.expert_biases import added_once, with_biases
 from ezpz_moe.hosts.titan.routed_experts import Choices, as_one_node, why_composed
 from ezpz_moe.hosts.titan.seam import ROWS, check_seam
 from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
@@ -50,10 +62,33 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         """What that means in this run: name of a dtype."""
         why_composed: str | None = None
         """Why dispatch and combination stay the host's; None if the layer is one node. Logged."""
+        activation: Activation = "swiglu"
+        has_biases: bool = False
 
     def __init__(self, config: Config):
         super().__init__(config)
         self._choose(config)
+        self.activation, self.has_biases = config.activation, config.has_biases
+        is_gated = ACTIVATIONS[config.activation].is_gated
+        if not is_gated:
+            self.w3_EFD = None
+        if config.has_biases:
+            E, D, F = sizes(config)
+            self.b1_EF = nn.Parameter(torch.empty(E, F))
+            self.b2_ED = nn.Parameter(torch.empty(E, D))
+            self.b3_EF = nn.Parameter(torch.empty(E, F)) if is_gated else None
+        if _is_other(config):  # the host's own path has no such formula
+            self._backend = get_backend(config.compute_backend)
+        self._tensor_parallel_degree = 1
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Shard biases beside their weights, then as the host."""
+        if self.has_biases and self._sharding_config is not None:
+            self._sharding_config = with_biases(self._sharding_config)
+        # Expert parallelism splits the tokens of a tensor-parallel group, not the hidden dimension.
+        if not parallel_dims.ep_enabled:
+            self._tensor_parallel_degree = parallel_dims.tp
+        super().parallelize(parallel_dims)
 
     def forward(
         self,
@@ -77,15 +112,49 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
         num_tokens_per_expert_E = _of_this_rank(num_tokens_per_expert_E)
         self._count(choices.num_rows if choices else x_RD.shape[0], num_tokens_per_expert_E)
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
-        weights = [local(each) for each in (self.w1_EFD, self.w2_EDF, self.w3_EFD)]
+        weights = [_local(each) for each in (self.w1_EFD, self.w2_EDF, self.w3_EFD)]
+        biases = self._biases()
         if choices:
             scores_TK, ids_TK, num_rows = choices
             tokens = (x_RD, scores_TK, ids_TK, num_tokens_per_expert_E)
             return self._backend.routed(
-                *weights, *tokens, num_rows=num_rows, dtype=self.computed_in
+                *weights,
+                *tokens,
+                num_rows=num_rows,
+                dtype=self.computed_in,
+                activation=self.activation,
+                biases=biases,
             )
-        cast = (each.to(self.computed_in) for each in (*weights, x_RD))
-        return self._backend.swiglu(*cast, num_tokens_per_expert_E).type_as(x_RD)
+        rows = _cast((*weights, x_RD), self.computed_in)
+        return self._backend.ffn(
+            *rows,
+            num_tokens_per_expert_E,
+            activation=self.activation,
+            biases=biases and Biases(*_cast(biases, self.computed_in)),
+        ).type_as(x_RD)
+
+    def _biases(self) -> Biases | None:
+        if not self.has_biases:
+            return None
+        b1_EF, b2_ED, b3_EF = map(_local, (self.b1_EF, self.b2_ED, self.b3_EF))
+        return Biases(b1_EF, added_once(b2_ED, self._tensor_parallel_degree), b3_EF)
+
+    def _formula(self, config: Any) -> str:
+        with_biases = " with biases" if config.has_biases else ""
+        return f"{config.activation} experts{with_biases}" if _is_other(config) else ""
+
+
+def _is_other(config: Any) -> bool:
+    """Return whether the FFN is another than the host's."""
+    return config.activation != "swiglu" or config.has_biases
+
+
+def _local(parameter: Any) -> Any:
+    return None if parameter is None else local(parameter)
+
+
+def _cast(tensors: Iterable[torch.Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [None if each is None else each.to(dtype) for each in tensors]
 
 
 def _of_this_rank(num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
@@ -184,3 +253,30 @@ def selected_layer(
     host_class = type(config)._owner
     layer_class = host_class if backend == HOST_PATH or why else as_one_node(host_class)
     return derive(config, layer_class.Config, inner_experts=experts)
+
+
+def computing(config: Any, activation: Activation, has_biases: bool, where: str) -> Any:
+    """Return the config of the same experts with another activation, or with biases.
+
+    Args:
+        config: of :func:`selected`.
+        activation: the flavor's.
+        has_biases: whether every product has a bias, which begins as zero.
+        where: who asks for it, for the message.
+
+    Raises:
+        EzpzError: the host's experts compute another FFN than SwiGLU.
+    """
+    if not isinstance(config, EzpzGroupedExperts.Config):
+        key = "expert_bias" if activation == "swiglu" else "expert_activation"
+        raise EzpzError(
+            f"{where}: {key}: the experts of this model ({type(config)._owner.__name__}) compute "
+            "an FFN of their own. Remove it, or choose a model with torchtitan's GroupedExperts."
+        )
+    zeros = dict.fromkeys(("b1_EF", "b2_ED", "b3_EF"), nn.init.zeros_) if has_biases else {}
+    return replace(
+        config,
+        activation=activation,
+        has_biases=has_biases,
+        param_init={**(config.param_init or {}), **zeros},
+    )

@@ -19,7 +19,7 @@ from torchtitan.models.common.linear import GroupedLinear
 from torchtitan.models.common.moe import RoutedExperts
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
+from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.precision import refuse_precision
@@ -152,3 +152,16 @@ def selected_layer(
         EzpzError: as :func:`selected`.
     """
     return selected(config, backend, chosen_by, expert_precision, why_composed(routed))
+
+
+def computing(config: Any, activation: Activation, has_biases: bool, where: str) -> Any:
+    """Refuse another FFN: the host's forward computes the activation between its two products.
+
+    Raises:
+        EzpzError: always; ``where`` is who asks.
+    """
+    key = "expert_bias" if activation == "swiglu" else "expert_activation"
+    raise EzpzError(
+        f"{where}: {key}: this torchtitan computes its SwiGLU between two linears, which a backend "
+        "cannot replace. Remove it, or install torchtitan 0.3."
+    )

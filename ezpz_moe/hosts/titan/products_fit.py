@@ -17,6 +17,7 @@ from torch import nn
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.ranks import share_of_model
 from ezpz_moe.hosts.titan.selector import Selector
@@ -53,7 +54,7 @@ def saved_or_not(
 
 
 def bytes_per_token(model: nn.Module) -> Iterator[int]:
-    """Yield for each MoE layer the bytes of gate, up and the layer's or the rows' output."""
+    """Yield for each MoE layer the bytes of gate, if any, up, and the layer's or rows' output."""
     for moe in model.modules():
         if not hasattr(moe, "router"):
             continue
@@ -63,10 +64,12 @@ def bytes_per_token(model: nn.Module) -> Iterator[int]:
             continue
         weights = list(experts.parameters())
         dim = moe.router.gate.in_features
-        # Three matrices [D, F] for each expert, whatever a host calls or stacks them; biases are
-        # small beside them.
-        hidden = sum(each[0].numel() for each in weights) / (3 * dim)
-        yield int(moe.router.top_k * (2 * hidden + dim)) * experts.computed_in.itemsize
+        # Matrices [D, F] for each expert, whatever a host calls or stacks them; biases are small
+        # beside them.
+        matrices = ffn_matrices(experts.activation)
+        hidden = sum(each[0].numel() for each in weights) / (matrices * dim)
+        kept = (matrices - 1) * hidden + dim
+        yield int(moe.router.top_k * kept) * experts.computed_in.itemsize
 
 
 def _states(model: nn.Module, parallelism: Any) -> int:

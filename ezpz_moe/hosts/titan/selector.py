@@ -14,7 +14,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
+from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
@@ -59,6 +59,8 @@ class Selector(Module):
     dtype.
     """
 
+    activation: Activation = "swiglu"  # of experts with another one it is set beside the choice
+
     def _choose(self, config) -> None:
         self.compute_backend, self._chosen_by = config.compute_backend, config.chosen_by
         backend = get_backend(self.compute_backend)  # an unknown name is an error right here
@@ -77,7 +79,12 @@ class Selector(Module):
             dtype or HOSTS_CAST,
             dtype is None,
             config.why_composed,
+            self._formula(config),
         )
+
+    def _formula(self, config) -> str:
+        """Return what these experts compute, in words; empty if it is what the host's compute."""
+        return ""
 
     def _count(self, num_rows: int, num_tokens_per_expert_E: torch.Tensor) -> None:
         if self.row_counts is not None:
@@ -164,6 +171,7 @@ class _Choice(NamedTuple):
     dtype: str
     is_hosts_forward: bool
     why_composed: str | None
+    formula: str
 
 
 _choices_not_logged: Counter[_Choice] = Counter()
@@ -174,6 +182,14 @@ def _layer_in_words(why_composed: str | None) -> str:
     return f"; routed layer {'as one node' if why_composed is None else composed}"
 
 
+def _path(backend: ExpertComputeBackend, formula: str) -> str:
+    if backend != HOST_PATH:
+        return get_backend(backend).summary
+    return "composed of the host's products, as its experts have no such FFN" if formula else (
+        "the host's own path"
+    )
+
+
 def _log_choices(device: torch.device) -> None:
     """Log one line per choice and run, when the first experts get their weights.
 
@@ -181,13 +197,13 @@ def _log_choices(device: torch.device) -> None:
     the one that trains. Nothing is logged in forward, which the host compiles with fullgraph=True.
     """
     for choice, layers in _choices_not_logged.items():
-        backend, chosen_by, dtype, is_hosts, why_composed = choice
+        backend, chosen_by, dtype, is_hosts, why_composed, formula = choice
         chosen = get_backend(backend)
-        path = "the host's own path" if backend == HOST_PATH else chosen.summary
+        path = _path(backend, formula)
         precision = in_words(dtype, backend, device.type, is_forward_ours=not is_hosts)
         logger.info(
             f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in {precision} "
-            f"for {layers} MoE layers; {chosen_by}"
+            f"for {layers} MoE layers{f' of {formula}' if formula else ''}; {chosen_by}"
             f"{'' if backend == HOST_PATH else _layer_in_words(why_composed)}"
         )
         if chosen.drops_tokens:

@@ -14,6 +14,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Dimensions
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.ffn_nodes import set_shared
+
+_OF_SHARED = ("num_shared_experts", "shared_hidden_dim", "shared_gate")
 
 
 def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> ModelSpec:
@@ -24,12 +27,14 @@ def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Model
     rope = size.rope.model_dump()
     rope[titan().LONGEST] = rope.pop("max_seq_len")
     layers = _build_dsv3_layers(
-        **size.model_dump(exclude={"vocab_size", "rope"}),
+        **size.model_dump(exclude={"vocab_size", "rope", *_OF_SHARED}),
+        num_shared_experts=size.num_shared_experts or 0,
         rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
         attn_backend=attention,
         moe_comm_backend=moe_comm_backend,
         non_blocking_capacity_factor=None,
     )
+    set_shared(layers, size)
     model = spec.model
     model = dataclasses.replace(
         model,

@@ -21,6 +21,11 @@ def target(flavor: Flavor) -> Target:
     Raises:
         EzpzError: the host cannot build it, or its experts are not a SwiGLU FFN without biases.
     """
+    if flavor.computes_otherwise:
+        raise EzpzError(
+            f"{flavor.source}: expert_activation, expert_bias or ffn_activation makes this another "
+            "FFN than the dense model's. Upcycle to a flavor without them."
+        )
     model = build_on_meta(flavor)
     tensors = model.state_dict()
     moes = {name: each for name, each in model.named_modules() if isinstance(each, MoE)}

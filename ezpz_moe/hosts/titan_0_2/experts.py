@@ -78,7 +78,7 @@ class EzpzGroupedExperts(GroupedExperts):
         # As the host does: DTensors cannot express the dynamic shapes of expert parallelism.
         w1_EFD, w2_EDF, w3_EFD = (local(weight).to(self._dtype) for weight in weights)
         x_RD = x.to(self._dtype)
-        y_RD = self._backend.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert)
+        y_RD = self._backend.ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert)
         return y_RD.type_as(x)
 
     def _count(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> None:

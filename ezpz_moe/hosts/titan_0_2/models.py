@@ -86,6 +86,11 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
             f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "
             "Remove these tables, or install torchtitan 0.3."
         )
+    if flavor.computes_otherwise:
+        raise EzpzError(
+            f"{flavor.source}: expert_activation, expert_bias and ffn_activation need torchtitan "
+            "0.3 or later. Remove these keys, or install torchtitan 0.3."
+        )
     args: Any = (
         _upstream_args(flavor)
         if flavor.dimensions is None
@@ -218,7 +223,7 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         beta_slow=rope.beta_slow,
         moe_args=MoEArgs(
             num_experts=size.num_experts,
-            num_shared_experts=size.num_shared_experts,
+            num_shared_experts=_shared_experts(size, source),
             top_k=size.router_top_k,
             score_func=size.router_score_func,
             route_norm=size.router_route_norm,
@@ -230,6 +235,18 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         attn_type="flex",
         attn_mask_type="block_causal",
     )
+
+
+def _shared_experts(size: Dimensions, source: str) -> int:
+    """Return how many experts are as wide as the shared FFN."""
+    number, rest = divmod(size.shared_width(size.moe_hidden_dim), size.moe_hidden_dim)
+    if rest or size.shared_gate:
+        key = "shared_gate" if size.shared_gate else f"shared_hidden_dim = {size.shared_hidden_dim}"
+        raise EzpzError(
+            f"{source}: {key}: torchtitan 0.2's shared experts are as wide as a number of routed "
+            "ones, and have no gate. Set num_shared_experts alone, or install torchtitan 0.3."
+        )
+    return number
 
 
 def _upstream_args(flavor: Flavor) -> BaseModelArgs:

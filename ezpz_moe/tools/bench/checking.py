@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ezpz_moe.compute.dispatch import row_order
-from ezpz_moe.compute.reference import Case, plain_loop
+from ezpz_moe.compute.plain import plain_loop
+from ezpz_moe.compute.reference import Case
 from ezpz_moe.tools.bench.contender import Contender, Prepared
 from ezpz_moe.tools.bench.routed_case import RoutedCase
 

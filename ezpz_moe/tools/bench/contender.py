@@ -61,13 +61,13 @@ def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
-def prepared(swiglu: Callable[..., Tensor]) -> Callable[[Case], Prepared]:
+def prepared(ffn: Callable[..., Tensor]) -> Callable[[Case], Prepared]:
     """Prepare a function that takes ``(w1, w2, w3, x, counts)``, as our backends do."""
 
     def prepare(case: Case) -> Prepared:
         inputs = leaves(case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
         counts_E = case.num_tokens_per_expert_E
-        return Prepared(lambda: swiglu(*inputs, counts_E), inputs, (counts_E,))
+        return Prepared(lambda: ffn(*inputs, counts_E), inputs, (counts_E,))
 
     return prepare
 

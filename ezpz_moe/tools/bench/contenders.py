@@ -67,7 +67,7 @@ def _backend(spec: str) -> Contender:
     backend = get_backend(spec)
     return Contender(
         spec,
-        prepared(backend.swiglu),
+        prepared(backend.ffn),
         lambda device, dtype, shape: backend.why_not(device, dtype, dims=(shape.D, shape.F)),
         declares_syncs=backend.host_syncs,
         may_drop=backend.drops_tokens,
@@ -106,7 +106,8 @@ def products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> 
 def _dense(case: Case) -> Prepared:
     """Prepare one FFN over all rows, with the first expert's weights: the same number of FLOPs."""
     # Clone: a view would keep all experts' weights in memory.
-    of_one = (each[0].clone() for each in (case.w1_EFD, case.w2_EDF, case.w3_EFD))
+    *weights, _ = case.inputs
+    of_one = (each[0].clone() for each in weights)
     w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
     return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
 
@@ -135,7 +136,7 @@ def _stock_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> li
 
 def _single_buffer(case: Case) -> Prepared:
     """Prepare all experts as one run of ``batched_mm_padded``, however much padding that is."""
-    return prepared(get_backend(_UNBOUNDED).swiglu)(case)
+    return prepared(get_backend(_UNBOUNDED).ffn)(case)
 
 
 def _single_buffer_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:

@@ -175,6 +175,7 @@ def _megablocks(case: Case) -> Prepared:
             device=device,
         )
     )
+    assert case.w3_EFD is not None  # a SwiGLU
     weights = {
         "w1": case.w1_EFD.flatten(0, 1),
         "v1": case.w3_EFD.flatten(0, 1),

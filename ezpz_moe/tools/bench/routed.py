@@ -100,7 +100,7 @@ def _of_backend(spec: str) -> list[Contender]:
     composed = replace(
         own,
         name=f"{spec} composed",
-        prepare=lambda case: _around(partial(_experts, backend.swiglu), case),
+        prepare=lambda case: _around(partial(_experts, backend.ffn), case),
         why_not=lambda *where: _without_host() + why_not(*where),
     )
     # Without a kernel of its own, `routed` is composed as well.
@@ -119,8 +119,8 @@ def _one_node(backend: Backend) -> Callable[[RoutedCase], Prepared]:
     return prepare
 
 
-def _experts(swiglu: Callable[..., Tensor], *weights: Tensor) -> tuple[Experts, tuple[Tensor, ...]]:
-    return partial(swiglu, *(inputs := leaves(*weights))), inputs
+def _experts(ffn: Callable[..., Tensor], *weights: Tensor) -> tuple[Experts, tuple[Tensor, ...]]:
+    return partial(ffn, *(inputs := leaves(*weights))), inputs
 
 
 def _around(make: Callable[..., tuple[Experts, tuple[Tensor, ...]]], case: RoutedCase) -> Prepared:

@@ -2,8 +2,9 @@
 
 Forward is two launches, backward five. The counts stay on the device (:mod:`.kernels` says how a
 program finds its rows), and a CUDA graph can capture both. Weights are read through their strides.
-SwiGLU and its derivative are computed while a product's tile is in registers; in a routed layer so
-is the product with the scores, and rows are gathered while they are loaded.
+Activations, their derivatives and biases are computed while a product's tile is in registers; in a
+routed layer so is the product with the scores, and rows are gathered while they are loaded. Biases
+take three launches more in backward, for the sums of their gradients.
 
 float32 is computed in float32, never in tf32: the contract's bound is that of the plain loop in the
 same dtype. On the CPU only Triton's interpreter runs, slowly, for tests.
@@ -13,91 +14,26 @@ Triton is imported with the first product, so this file loads without it.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ezpz_moe.compute.autograd import KernelBackend, Kernels, Operators
+from ezpz_moe.compute.autograd import KernelBackend, Operators
+from ezpz_moe.compute.ffn import kernels_by_name
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
-    from ezpz_moe.compute.backends.triton import launch
+def _launched(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        from ezpz_moe.compute.backends.triton import launch
 
-    return launch.mm(A_RK, B_EKN, offs_E)
+        return getattr(launch, name)(*arguments)
 
-
-def _mm_backward(
-    grad_C_RN: Tensor, A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    from ezpz_moe.compute.backends.triton import launch
-
-    return launch.mm_backward(grad_C_RN, A_RK, B_EKN, offs_E)
-
-
-def _swiglu(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ezpz_moe.compute.backends.triton import launch
-
-    return launch.swiglu(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
-
-
-def _swiglu_backward(
-    grad_y_RD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor | None,
-    up_RF: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ezpz_moe.compute.backends.triton import launch
-
-    return launch.swiglu_backward(
-        grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E, gate_RF, up_RF
-    )
-
-
-def _routed(
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_TD: Tensor,
-    scores_TK: Tensor,
-    ids_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    num_rows: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ezpz_moe.compute.backends.triton import launch
-
-    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
-    return launch.routed(*inputs, num_rows, dtype)
-
-
-def _routed_backward(
-    grad_out_TD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
-    x_TD: Tensor,
-    scores_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
-    gate_RF: Tensor | None,
-    up_RF: Tensor | None,
-    order_R: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ezpz_moe.compute.backends.triton import launch
-
-    inputs = (w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK, num_tokens_per_expert_E)
-    return launch.routed_backward(grad_out_TD, *inputs, gate_RF, up_RF, order_R, dtype)
+    return kernel
 
 
 def _interpreted() -> bool:
@@ -146,10 +82,7 @@ class Triton(KernelBackend):
     summary = "our Triton kernels, SwiGLU fused, no device-host sync; CUDA and ROCm"
     host_syncs = False
     static_shapes = True
-    operators = Operators(
-        "triton",
-        Kernels(_mm, _mm_backward, _swiglu, _swiglu_backward, _routed, _routed_backward),
-    )
+    operators = Operators("triton", kernels_by_name(_launched))
 
     def _why_not(self, device: torch.device, dtype: torch.dtype, dims: Sequence[int]) -> list[str]:
         if find_spec("triton") is None:

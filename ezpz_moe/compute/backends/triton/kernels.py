@@ -29,6 +29,7 @@ dimension r, and so on; offs are the inclusive offsets of the experts' rows.
 import triton
 import triton.language as tl
 
+from ezpz_moe.compute.backends.triton import tiles
 from ezpz_moe.compute.backends.triton.tuning import tuned
 
 # Columns of a tile that are stored at once, and computed with: a whole tile of several tensors
@@ -113,14 +114,15 @@ def _add_product(
 # becomes or stops being a multiple of 16.
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def multiply(
-    A, B, A2, B2, offs, ORDER, C, E, R, R_BUCKET, K, N,
+    A, B, A2, B2, BIAS, offs, ORDER, SCORES, C, E, R, R_BUCKET, K, N,
     a_r, a_k, b_e, b_k, b_n, a2_r, a2_k, b2_e, b2_k, b2_n, c_r, c_n,
-    SECOND: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    SECOND: tl.constexpr, BIASED: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Compute ``C[r] = A[r] @ B[e]``, plus ``A2[r] @ B2[e]`` if SECOND, for expert e's rows r.
 
-    With TOP_K, C is written in the order of choices.
+    With TOP_K, C is written in the order of choices, and a bias is multiplied by their scores.
     """
     slot, column = _place(tl.program_id(0), R // BLOCK_R + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _rows_of(slot, offs, E, R, BLOCK_E, BLOCK_R)
@@ -146,33 +148,32 @@ def multiply(
         places = rows
         if TOP_K:
             places = _choices(ORDER, rows, in_rows)
+        if BIASED:
+            bias = tiles.bias(BIAS, expert, columns, E, N)[None, :]
+            if TOP_K:
+                bias *= tl.load(SCORES + places).to(tl.float32)[:, None]
+            acc += bias
         inside = in_rows[:, None] & (columns < N)[None, :]
         tl.store(_at(C, places, columns, c_r, c_n), acc.to(C.dtype.element_ty), inside)
 
 
 @triton.jit
-def _halves(tile):
-    """Split a tile's columns into the left and the right half."""
-    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
-
-
-@triton.jit
 def _store_gate_and_up(
     gate, up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
-    HIDDEN_TOO: tl.constexpr, SCORED: tl.constexpr,
+    HIDDEN_TOO: tl.constexpr, SCORED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of gate and up, from a column on, and ``score * silu(gate) * up``."""
+    """Store a tile of gate and up, from a column on, and ``score * hidden``."""
     if gate.shape[1] > PIECE:
-        left, right = _halves(gate)
-        left_up, right_up = _halves(up)
+        left, right = tiles.halves(gate)
+        left_up, right_up = tiles.halves(up)
         half: tl.constexpr = gate.shape[1] // 2
         _store_gate_and_up(
-            left, left_up, score, GATE, UP, HIDDEN, rows, in_rows, column, N, HIDDEN_TOO, SCORED
-        )
+            left, left_up, score, GATE, UP, HIDDEN, rows, in_rows, column, N,
+            HIDDEN_TOO, SCORED, GATED, ACTIVATION,
+        )  # fmt: skip
         _store_gate_and_up(
             right, right_up, score, GATE, UP, HIDDEN, rows, in_rows, column + half, N,
-            HIDDEN_TOO, SCORED,
+            HIDDEN_TOO, SCORED, GATED, ACTIVATION,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, gate.shape[1])
@@ -180,10 +181,13 @@ def _store_gate_and_up(
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
         inside = in_rows[:, None] & (columns < N)[None, :]
         tl.store(GATE + at, gate.to(GATE.dtype.element_ty), inside)
-        tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
+        if GATED:
+            tl.store(UP + at, up.to(UP.dtype.element_ty), inside)
         if HIDDEN_TOO:
             # From the float32 sums, not from the rounded gate and up.
-            hidden = gate * tl.sigmoid(gate) * up
+            hidden = tiles.activated(gate, ACTIVATION)
+            if GATED:
+                hidden *= tiles.factor(up, ACTIVATION)
             if SCORED:
                 hidden *= score[:, None]
             tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
@@ -192,14 +196,16 @@ def _store_gate_and_up(
 @tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def gate_and_up(
-    X, W1, W3, offs, ORDER, SCORES, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
+    X, W1, W3, B1, B3, offs, ORDER, SCORES, GATE, UP, HIDDEN, E, R, R_BUCKET, K, N,
     x_r, x_k, w1_e, w1_n, w1_k, w3_e, w3_n, w3_k,
-    HIDDEN_TOO: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    HIDDEN_TOO: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``x @ w1.T``, ``x @ w3.T`` and ``silu(gate) * up``, reading x once. [R, N] each.
+    """Compute ``x @ w1.T``, ``x @ w3.T`` and the hidden rows, reading x once. [R, N] each.
 
-    With TOP_K, x is [T, D], and ``silu(gate) * up`` is multiplied by the choice's score.
+    Biases are added first. Unless GATED there is no w3, and UP is not written. With TOP_K, x is
+    [T, D], and the hidden rows are multiplied by the choice's score.
 
     The two products are written out instead of called: a tile of x is then loaded once.
     """
@@ -220,59 +226,73 @@ def gate_and_up(
             if EVEN_K:
                 x = tl.load(x_at, in_rows, other=0.0)
                 w1 = tl.load(w1_at, in_columns, other=0.0)
-                w3 = tl.load(w3_at, in_columns, other=0.0)
+                if GATED:
+                    w3 = tl.load(w3_at, in_columns, other=0.0)
             else:
                 x = tl.load(x_at, in_rows & (terms < K - k)[None, :], other=0.0)
                 w1 = tl.load(w1_at, in_columns & (terms < K - k)[:, None], other=0.0)
-                w3 = tl.load(w3_at, in_columns & (terms < K - k)[:, None], other=0.0)
+                if GATED:
+                    w3 = tl.load(w3_at, in_columns & (terms < K - k)[:, None], other=0.0)
             gate = tl.dot(x, w1, gate, input_precision="ieee")
-            up = tl.dot(x, w3, up, input_precision="ieee")
+            if GATED:
+                up = tl.dot(x, w3, up, input_precision="ieee")
             x_at += BLOCK_K * x_k
             w1_at += BLOCK_K * w1_k
             w3_at += BLOCK_K * w3_k
+        if BIASED:
+            gate += tiles.bias(B1, expert, columns, E, N)[None, :]
+            if GATED:
+                up += tiles.bias(B3, expert, columns, E, N)[None, :]
         score = gate  # any tensor: without TOP_K nobody reads it
         if TOP_K:
             score = tl.load(SCORES + _choices(ORDER, rows, rows < end)).to(tl.float32)
         _store_gate_and_up(
             gate, up, score, GATE, UP, HIDDEN, rows, rows < end, column * BLOCK_N, N,
-            HIDDEN_TOO, TOP_K > 0,
+            HIDDEN_TOO, TOP_K > 0, GATED, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit
-def _through_swiglu(
-    grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED: tl.constexpr
-):
-    """Turn the gradient of a tile of ``score * silu(gate) * up`` into those of gate and up.
+def _through_activation(
+    grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N,
+    SCORED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Turn the gradient of a tile of ``score * hidden`` into those of gate and up.
 
-    Store both, and the tile itself. Return the sum over the columns of ``grad * silu(gate) * up``.
+    Store both, and the tile itself. Return the sum over the columns of ``grad * hidden``.
     """
     if grad.shape[1] > PIECE:
-        left, right = _halves(grad)
+        left, right = tiles.halves(grad)
         half: tl.constexpr = grad.shape[1] // 2
-        return _through_swiglu(
-            left, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N, SCORED
-        ) + _through_swiglu(
-            right, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column + half, N, SCORED
-        )
+        return _through_activation(
+            left, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column, N,
+            SCORED, GATED, ACTIVATION,
+        ) + _through_activation(
+            right, score, GATE, UP, HIDDEN, DGATE, DUP, rows, in_rows, column + half, N,
+            SCORED, GATED, ACTIVATION,
+        )  # fmt: skip
     else:  # noqa: RET505 - as above
         columns = column + tl.arange(0, grad.shape[1])
         at = rows.to(tl.int64)[:, None] * N + columns[None, :]
         inside = in_rows[:, None] & (columns < N)[None, :]
         gate = tl.load(GATE + at, inside, other=0.0).to(tl.float32)
-        up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        hidden = silu * up
+        activated = tiles.activated(gate, ACTIVATION)
+        hidden = activated
+        if GATED:
+            up = tl.load(UP + at, inside, other=0.0).to(tl.float32)
+            factor = tiles.factor(up, ACTIVATION)
+            hidden = activated * factor
         grad_score = tl.sum(grad * hidden, 1)
         if SCORED:
             hidden *= score[:, None]
             grad *= score[:, None]
-        # silu(g) = g s(g), so silu'(g) = s + g s (1 - s), with s the sigmoid.
-        grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+        grad_gate = grad * tiles.slope(gate, ACTIVATION)
+        if GATED:
+            grad_gate *= factor
+            grad_up = tiles.through_factor(grad * activated, up, ACTIVATION)
+            tl.store(DUP + at, grad_up.to(DUP.dtype.element_ty), inside)
         tl.store(HIDDEN + at, hidden.to(HIDDEN.dtype.element_ty), inside)
         tl.store(DGATE + at, grad_gate.to(DGATE.dtype.element_ty), inside)
-        tl.store(DUP + at, (grad * silu).to(DUP.dtype.element_ty), inside)
         return grad_score
 
 
@@ -290,13 +310,14 @@ def _store_sums(OUT, sums, lines, inside, first, width, PLACES: tl.constexpr):
 def hidden_gradients(
     DY, W2, GATE, UP, offs, ORDER, SCORES, HIDDEN, DGATE, DUP, DSCORES, E, R, R_BUCKET, K, N,
     dy_r, dy_k, w2_e, w2_k, w2_n,
-    TOP_K: tl.constexpr, PART: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, TOP_K: tl.constexpr, PART: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Differentiate SwiGLU: ``grad_y @ w2`` becomes the gradients of gate and up. [R, N] each.
+    """Differentiate what is elementwise: ``grad_y @ w2`` becomes gradients of gate and up. [R, N].
 
-    HIDDEN is ``silu(gate) * up`` again, for w2's gradient: two loaded tiles and no product, which
-    is cheaper than saving it between forward and backward.
+    HIDDEN is the hidden rows again, for w2's gradient: two loaded tiles and no product, which is
+    cheaper than saving them between forward and backward. UP and DUP are not used unless GATED.
 
     With TOP_K, DY is the gradient of the layer's output, [T, D], and HIDDEN is multiplied by the
     scores. Their gradient is a sum over N, of which a program has BLOCK_N terms: DSCORES has a
@@ -321,9 +342,9 @@ def hidden_gradients(
             score = tl.load(SCORES + choices).to(tl.float32)
         # gate and up of the tail hold anything, and would reach the scores' gradient.
         readable = in_rows & (expert < E)
-        grad_score = _through_swiglu(
+        grad_score = _through_activation(
             grad, score, GATE, UP, HIDDEN, DGATE, DUP, rows, readable, column * BLOCK_N, N,
-            TOP_K > 0,
+            TOP_K > 0, GATED, ACTIVATION,
         )  # fmt: skip
         if TOP_K:
             places: tl.constexpr = BLOCK_N // PART

@@ -5,14 +5,17 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ezpz_moe.compute.backends.triton import kernels, tuning
-from ezpz_moe.compute.contract import laid_out_like, offsets_of_counts, offsets_on_device
+from ezpz_moe.compute.biases import bias_columns, bias_gradient, score_gradients, sums_like
+from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 from ezpz_moe.compute.dispatch import row_order
+from ezpz_moe.compute.layouts import laid_out_like
 
 # The kernels' name for rows that are read and written in place.
 _IN_PLACE = 0
@@ -77,10 +80,11 @@ def _multiply(
     rows: _Rows,
     C_XN: Tensor,
     second: tuple[Tensor, Tensor] | None = None,
+    bias_EN: Tensor | None = None,
 ) -> Tensor:
     """Compute ``C[r] = A[r] @ B[e]``, plus the product of a second pair of the same sizes.
 
-    C is in the order of choices, unless rows are in place.
+    C is in the order of choices, unless rows are in place. A bias is added, times the scores.
     """
     B_EKN = B_EKN.to(A_RK.dtype)
     # Without a second pair the kernel does not read these; it only needs valid pointers.
@@ -89,9 +93,11 @@ def _multiply(
     E, K, N = B_EKN.shape
     strides = (A_RK, B_EKN, A2_RK, B2_EKN, C_XN)
     kernels.multiply[_slots(rows.number, E, N)](
-        A_RK, B_EKN, A2_RK, B2_EKN, rows.offs_E, rows.order_R, C_XN,
+        A_RK, B_EKN, A2_RK, B2_EKN, _contiguous(bias_EN, C_XN), rows.offs_E, rows.order_R,
+        rows.score_C, C_XN,
         *_sizes(E, rows.number, K, N), *(stride for each in strides for stride in each.stride()),
-        SECOND=second is not None, TOP_K=rows.top_k, BLOCK_E=_block_e(E),
+        SECOND=second is not None, BIASED=bias_EN is not None, TOP_K=rows.top_k,
+        BLOCK_E=_block_e(E),
     )  # fmt: skip
     return C_XN
 
@@ -111,51 +117,77 @@ def _weight_gradient(left_RK: Tensor, right_XN: Tensor, rows: _Rows, grad_EKN: T
     return grad_EKN
 
 
+class _Experts(NamedTuple):
+    """The parameters of a layer, in the order of the contract's kernels, and its activation."""
+
+    w1_EFD: Tensor
+    w2_EDF: Tensor
+    w3_EFD: Tensor | None
+    b1_EF: Tensor | None
+    b2_ED: Tensor | None
+    b3_EF: Tensor | None
+    activation: str
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        return {"GATED": self.w3_EFD is not None, "ACTIVATION": self.activation}
+
+
+def _contiguous(bias_EX: Tensor | None, like: Tensor) -> Tensor:
+    """Return the bias as kernels read it; if there is none any tensor, which they do not read."""
+    return like if bias_EX is None else bias_EX.to(like.dtype).contiguous()
+
+
 def _gate_and_up(
-    x_XD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: _Rows, hidden_RF: Tensor | None
+    experts: _Experts, x_XD: Tensor, rows: _Rows, hidden_RF: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute gate and up; if hidden is given, write ``score * silu(gate) * up`` into it."""
-    E, F, D = w1_EFD.shape
-    w1_EFD, w3_EFD = w1_EFD.to(x_XD.dtype), w3_EFD.to(x_XD.dtype)
-    gate_RF, up_RF = (x_XD.new_empty(rows.number, F) for _ in range(2))
+    """Compute gate and up, [R, 0] without a gate; if hidden is given, write hidden rows into it."""
+    E, F, D = experts.w1_EFD.shape
+    w1_EFD = experts.w1_EFD.to(x_XD.dtype)
+    gate_RF, up_RF = x_XD.new_empty(rows.number, F), x_XD.new_empty(rows.number, 0)
+    w3_EFD = w1_EFD
+    if experts.w3_EFD is not None:
+        w3_EFD, up_RF = experts.w3_EFD.to(x_XD.dtype), torch.empty_like(gate_RF)
     kernels.gate_and_up[_slots(rows.number, E, F)](
-        x_XD, w1_EFD, w3_EFD, rows.offs_E, rows.order_R, rows.score_C, gate_RF, up_RF,
+        x_XD, w1_EFD, w3_EFD, _contiguous(experts.b1_EF, x_XD), _contiguous(experts.b3_EF, x_XD),
+        rows.offs_E, rows.order_R, rows.score_C, gate_RF, up_RF,
         gate_RF if hidden_RF is None else hidden_RF,
         *_sizes(E, rows.number, D, F), *x_XD.stride(), *w1_EFD.stride(), *w3_EFD.stride(),
-        HIDDEN_TOO=hidden_RF is not None, TOP_K=rows.top_k, BLOCK_E=_block_e(E),
+        HIDDEN_TOO=hidden_RF is not None, BIASED=experts.b1_EF is not None, **experts.constants,
+        TOP_K=rows.top_k, BLOCK_E=_block_e(E),
     )  # fmt: skip
     return gate_RF, up_RF
 
 
-def _experts(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_XD: Tensor, rows: _Rows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, gate and up, in two launches: gate, up and their SwiGLU; the product with w2."""
+def _experts(experts: _Experts, x_XD: Tensor, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, gate and up, in two launches: what ends in hidden rows; the product with w2."""
     # Not kept for backward, which computes it again from two tiles that it loads anyway.
-    hidden_RF = x_XD.new_empty(rows.number, w1_EFD.shape[1])
-    gate_RF, up_RF = _gate_and_up(x_XD, w1_EFD, w3_EFD, rows, hidden_RF)
+    hidden_RF = x_XD.new_empty(rows.number, experts.w1_EFD.shape[1])
+    gate_RF, up_RF = _gate_and_up(experts, x_XD, rows, hidden_RF)
     y_XD = rows.written(x_XD, x_XD.shape[1])
-    return _multiply(hidden_RF, w2_EDF.transpose(1, 2), rows, y_XD), gate_RF, up_RF
+    w2_EFD = experts.w2_EDF.transpose(1, 2)
+    return _multiply(hidden_RF, w2_EFD, rows, y_XD, bias_EN=experts.b2_ED), gate_RF, up_RF
 
 
 def _experts_backward(
+    experts: _Experts,
     grad_y_XD: Tensor,
-    w1_EFD: Tensor,
-    w2_EDF: Tensor,
-    w3_EFD: Tensor,
     x_XD: Tensor,
     rows: _Rows,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of w1, w2, w3 and x, and parts of the scores' gradients to add up.
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the gradients of parameters and x, and parts of the scores' gradients to add up.
 
-    Five launches, or six without gate and up. Holds three [R, F].
+    Five launches, or six without gate and up; four, or five, without a gate; three more with
+    biases. Holds three [R, F], or two.
     """
     if gate_RF is None or up_RF is None:
-        gate_RF, up_RF = _gate_and_up(x_XD, w1_EFD, w3_EFD, rows, None)
+        gate_RF, up_RF = _gate_and_up(experts, x_XD, rows, None)
+    w1_EFD, w2_EDF, w3_EFD, *_ = experts
     E, D, F = w2_EDF.shape
-    hidden_RF, grad_gate_RF, grad_up_RF = (torch.empty_like(gate_RF) for _ in range(3))
+    hidden_RF, grad_gate_RF, grad_up_RF = map(torch.empty_like, (gate_RF, gate_RF, up_RF))
     # The kernels cast what they load to no other dtype.
     w2_in_rows_dtype_EDF = w2_EDF.to(gate_RF.dtype)
     parts = triton.cdiv(F, tuning.NARROWEST) if rows.top_k else 0
@@ -164,16 +196,43 @@ def _experts_backward(
         grad_y_XD, w2_in_rows_dtype_EDF, gate_RF, up_RF, rows.offs_E, rows.order_R, rows.score_C,
         hidden_RF, grad_gate_RF, grad_up_RF, grad_score_XP,
         *_sizes(E, rows.number, D, F), *grad_y_XD.stride(), *w2_in_rows_dtype_EDF.stride(),
-        TOP_K=rows.top_k, PART=tuning.NARROWEST, BLOCK_E=_block_e(E),
+        **experts.constants, TOP_K=rows.top_k, PART=tuning.NARROWEST, BLOCK_E=_block_e(E),
     )  # fmt: skip
-    grad_w1_EFD, grad_w2_EDF, grad_w3_EFD = map(torch.empty_like, (w1_EFD, w2_EDF, w3_EFD))
-    _weight_gradient(hidden_RF, grad_y_XD, rows, grad_w2_EDF.transpose(1, 2))
-    _weight_gradient(grad_gate_RF, x_XD, rows, grad_w1_EFD)
-    _weight_gradient(grad_up_RF, x_XD, rows, grad_w3_EFD)
+    of_parameters = list(map(torch.empty_like, (w1_EFD, w2_EDF)))
+    _weight_gradient(grad_gate_RF, x_XD, rows, of_parameters[0])
+    _weight_gradient(hidden_RF, grad_y_XD, rows, of_parameters[1].transpose(1, 2))
+    second, grad_x_XD = None, rows.written(x_XD, D)
+    if w3_EFD is not None:
+        second = (grad_up_RF, w3_EFD)
+        of_parameters.append(_weight_gradient(grad_up_RF, x_XD, rows, torch.empty_like(w3_EFD)))
+    if experts.b1_EF is not None:
+        of_parameters += _bias_gradients(experts, grad_gate_RF, grad_y_XD, grad_up_RF, rows)
     # Both paths to x in one sum: no [R, D] in between, and one rounding.
-    grad_x_XD = rows.written(x_XD, D)
-    _multiply(grad_gate_RF, w1_EFD, rows, grad_x_XD, second=(grad_up_RF, w3_EFD))
-    return grad_w1_EFD, grad_w2_EDF, grad_w3_EFD, grad_x_XD, grad_score_XP
+    _multiply(grad_gate_RF, w1_EFD, rows, grad_x_XD, second)
+    return of_parameters, grad_x_XD, grad_score_XP
+
+
+def _bias_gradients(
+    experts: _Experts, grad_gate_RF: Tensor, grad_y_XD: Tensor, grad_up_RF: Tensor, rows: _Rows
+) -> list[Tensor]:
+    """Return the gradients of b1, b2, and b3 if there is one: sums over an expert's rows."""
+    dtype = grad_y_XD.dtype
+    ones_X = grad_y_XD.new_ones(grad_y_XD.shape[0])
+    factor_R = rows.score_C[rows.order_R] if rows.top_k else ones_X
+
+    def of_rows(left_RY: Tensor, right_XY: Tensor, bias_EY: Tensor, *, swap: bool) -> Tensor:
+        sums_EYC = torch.empty_like(sums_like(bias_EY, dtype))
+        _weight_gradient(left_RY, right_XY, rows, sums_EYC.transpose(1, 2) if swap else sums_EYC)
+        return bias_gradient(sums_EYC, bias_EY)
+
+    ones_XC, factor_RC = bias_columns(ones_X, dtype), bias_columns(factor_R, dtype)
+    assert experts.b1_EF is not None
+    assert experts.b2_ED is not None
+    found = [of_rows(grad_gate_RF, ones_XC, experts.b1_EF, swap=False)]
+    found.append(of_rows(factor_RC, grad_y_XD, experts.b2_ED, swap=True))
+    if experts.b3_EF is not None:
+        found.append(of_rows(grad_up_RF, ones_XC, experts.b3_EF, swap=False))
+    return found
 
 
 def mm(A_RK: Tensor, B_EKN: Tensor, offs_E: Tensor) -> Tensor:
@@ -194,50 +253,68 @@ def mm_backward(
         return grad_A_RK, _weight_gradient(A_RK, grad_C_RN, rows, torch.empty_like(B_EKN))
 
 
-def swiglu(
-    w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor
+def ffn(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
+    x_RD: Tensor,
+    counts_E: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the FFN, in two launches."""
+    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_RD):
-        rows = _Rows.in_place(x_RD, offsets_of_counts(num_tokens_per_expert_E, x_RD))
-        return _experts(w1_EFD, w2_EDF, w3_EFD, x_RD, rows)
+        return _experts(experts, x_RD, _Rows.in_place(x_RD, offsets_of_counts(counts_E, x_RD)))
 
 
-def swiglu_backward(
+def ffn_backward(
     grad_y_RD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_RD: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return all gradients, in five launches, or six without gate and up."""
+    activation: str,
+) -> list[Tensor]:
+    """Return all gradients, in the launches of :func:`_experts_backward`."""
+    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_RD):
-        rows = _Rows.in_place(x_RD, offsets_of_counts(num_tokens_per_expert_E, x_RD))
-        *of_weights, grad_x_RD, _ = _experts_backward(
-            grad_y_RD, w1_EFD, w2_EDF, w3_EFD, x_RD, rows, gate_RF, up_RF
+        rows = _Rows.in_place(x_RD, offsets_of_counts(counts_E, x_RD))
+        of_parameters, grad_x_RD, _ = _experts_backward(
+            experts, grad_y_RD, x_RD, rows, gate_RF, up_RF
         )
-        return *of_weights, laid_out_like(grad_x_RD, x_RD)
+        return [*of_parameters, laid_out_like(grad_x_RD, x_RD)]
 
 
 def routed(
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_TD: Tensor,
     scores_TK: Tensor,
     ids_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     num_rows: int,
     dtype: torch.dtype,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the routed layer, in two launches and what torch needs to sort and to add up."""
+    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_TD):
         order_R = row_order(ids_TK, num_rows)
-        rows = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E)
-        y_XD, gate_RF, up_RF = _experts(w1_EFD, w2_EDF, w3_EFD, x_TD.to(dtype), rows)
+        rows = _Rows.of_choices(order_R, scores_TK, counts_E)
+        y_XD, gate_RF, up_RF = _experts(experts, x_TD.to(dtype), rows)
         return _sum_by_token(y_XD, x_TD), gate_RF, up_RF, order_R
 
 
@@ -245,24 +322,33 @@ def routed_backward(
     grad_out_TD: Tensor,
     w1_EFD: Tensor,
     w2_EDF: Tensor,
-    w3_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
     x_TD: Tensor,
     scores_TK: Tensor,
-    num_tokens_per_expert_E: Tensor,
+    counts_E: Tensor,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return all gradients, in five launches, or six without gate and up, and torch's sums."""
+    activation: str,
+) -> list[Tensor]:
+    """Return all gradients, in the launches of :func:`_experts_backward` and torch's sums."""
+    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_TD):
-        rows = _Rows.of_choices(order_R, scores_TK, num_tokens_per_expert_E)
-        *of_weights, grad_x_XD, grad_score_XP = _experts_backward(
-            grad_out_TD.to(dtype), w1_EFD, w2_EDF, w3_EFD, x_TD.to(dtype), rows, gate_RF, up_RF
+        rows = _Rows.of_choices(order_R, scores_TK, counts_E)
+        of_parameters, grad_x_XD, grad_score_XP = _experts_backward(
+            experts, grad_out_TD.to(dtype), x_TD.to(dtype), rows, gate_RF, up_RF
         )
-        grad_x_TD = _sum_by_token(grad_x_XD, x_TD)
-        grad_scores_TK = grad_score_XP.sum(1).view(scores_TK.shape).to(scores_TK.dtype)
-        return *of_weights, grad_x_TD, laid_out_like(grad_scores_TK, scores_TK)
+        grad_x_TD, grad_score_C = _sum_by_token(grad_x_XD, x_TD), grad_score_XP.sum(1)
+        if b2_ED is not None:
+            token_R = order_R // rows.top_k
+            of_b2_R = score_gradients(grad_out_TD, b2_ED.to(dtype), token_R, counts_E)
+            grad_score_C += torch.zeros_like(grad_score_C).index_copy_(0, order_R, of_b2_R)
+        grad_scores_TK = grad_score_C.view(scores_TK.shape).to(scores_TK.dtype)
+        return [*of_parameters, grad_x_TD, laid_out_like(grad_scores_TK, scores_TK)]
 
 
 def _sum_by_token(rows_CD: Tensor, like_TD: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SMALL = _config(32, 32, 32, 2, 4)
 _INTERPRETED = _config(16, 32, 16, 1, 1, group=2)  # several tiles even at the tests' small sizes
 
 # By kernel, the largest tiles first. gate_and_up has two sums in registers, and so half as many
-# columns; hidden_gradients needs registers for SwiGLU's derivative beside its sum.
+# columns; hidden_gradients needs registers for derivatives beside its sum.
 _HALF = {
     "multiply": [
         _config(128, 128, 64, 4, 8),
@@ -136,8 +136,8 @@ def tuned(kernel: Any) -> Any:
         even = triton.heuristics({"EVEN_K": lambda given: given["K"] % given["BLOCK_K"] == 0})
         kernel = even(kernel)
     # These strides tell weights from their transposed view: a tile is then read in another order,
-    # and another size may be best.
-    layout = {"SECOND", "TOP_K", "b_n", "w1_k", "w2_n", "g_n"} & set(kernel.arg_names)
+    # and another size may be best. And without a gate gate_and_up has half as much to do.
+    layout = {"SECOND", "GATED", "TOP_K", "b_n", "w1_k", "w2_n", "g_n"} & set(kernel.arg_names)
     return triton.autotune(
         [_INTERPRETED] if triton.knobs.runtime.interpret else configs,
         key=["E", "K", "N", "R_BUCKET", *sorted(layout)],

@@ -1,0 +1,196 @@
+"""FFNs that the host's models do not have: other activations, and shared experts of any width.
+
+Dense layers and shared experts are the host's ``FeedForward``, a SwiGLU. Here its nodes are
+replaced in a model's config, so that parameters keep the host's names: ``w1``, ``w2`` and, if the
+activation has a gate, ``w3``. Routed experts are in ``experts.py`` of each generation.
+
+Legend of the suffixes: :mod:`ezpz_moe.compute.contract`; X = whatever is before the last dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import spmd_types as spmd
+from torch import Tensor
+from torchtitan.config.override import derive
+from torchtitan.models.common.decoder_sharding import (
+    dense_activation_placement,
+    dense_param_placement,
+)
+from torchtitan.models.common.feed_forward import FeedForward, SigmoidGatedFeedForward
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import MoE
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import ShardingConfig
+from torchtitan.trainer import Trainer
+
+from ezpz_moe.compute.activations import ACTIVATIONS
+from ezpz_moe.config.flavor_schema import Activation, Dimensions, Flavor
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.titan.base import titan
+
+
+class ActivatedFeedForward(FeedForward):
+    """``FeedForward`` with another activation. Without a gate it has no ``w3``."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FeedForward.Config):
+        activation: Activation
+
+    def __init__(self, config: Config):
+        # Not the host's __init__, which builds w3. Its node stays, as the host sets its sharding.
+        Module.__init__(self)
+        self.activation = ACTIVATIONS[config.activation]
+        self.w1 = config.w1.build()
+        self.w2 = config.w2.build()
+        self.w3 = config.w3.build() if self.activation.is_gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        up_XF = None if self.w3 is None else self.w3(x)
+        return self.w2(self.activation.hidden(self.w1(x), up_XF))
+
+
+class GatedFeedForward(SigmoidGatedFeedForward):
+    """``SigmoidGatedFeedForward``, whose gate the host shards only in the model that has one."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SigmoidGatedFeedForward.Config):
+        pass
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Let every rank of a tensor-parallel group compute the whole gate, then as the host."""
+        output = self.w2._sharding_config
+        if output is not None and self.gate._sharding_config is None:
+            whole, output = dense_param_placement(tp=spmd.R), output.out_dst_shardings
+            self.gate._sharding_config = ShardingConfig(
+                state_shardings={"weight": whole, "bias": whole},
+                out_src_shardings=dense_activation_placement(tp=spmd.R),
+                # As the FFN's output that it multiplies.
+                out_dst_shardings=output,
+            )
+        super().parallelize(parallel_dims)
+
+
+class ActivatedGatedFeedForward(GatedFeedForward, ActivatedFeedForward):
+    """:class:`GatedFeedForward` with another activation."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GatedFeedForward.Config):
+        activation: Activation
+
+
+_ACTIVATED: dict[type, Any] = {
+    FeedForward: ActivatedFeedForward,
+    SigmoidGatedFeedForward: ActivatedGatedFeedForward,
+    GatedFeedForward: ActivatedGatedFeedForward,
+}
+"""A class of FFNs -> the same with an activation of its own."""
+
+
+def set_shared(layers: list[Any], size: Dimensions) -> None:
+    """Give the host's layers the shared FFN that ``size`` asks for, in place."""
+    for moe in (layer.moe for layer in layers if layer.moe is not None):
+        shared = moe.shared_experts
+        width = size.shared_hidden_dim or shared.w1.out_features
+        if not width:
+            moe.shared_experts = None
+            continue
+        shared = replace(
+            shared,
+            w1=replace(shared.w1, out_features=width),
+            w2=replace(shared.w2, in_features=width),
+            w3=replace(shared.w3, out_features=width),
+        )
+        if size.shared_gate:
+            gate = Linear.Config(
+                in_features=size.dim, out_features=1, param_init=shared.w1.param_init
+            )
+            shared = derive(shared, GatedFeedForward.Config, gate=gate)
+        moe.shared_experts = shared
+
+
+def other_ffns(flavor: Flavor) -> list[str]:
+    """Return what the flavor's FFNs have that no class of transformers computes, in words."""
+    found = {
+        f"experts that compute {flavor.expert_activation}": flavor.expert_activation != "swiglu",
+        "experts with biases": flavor.expert_bias,
+        f"FFNs that compute {flavor.ffn_activation}": flavor.ffn_activation != "swiglu",
+        "a gate of its shared experts": flavor.dimensions and flavor.dimensions.shared_gate,
+    }
+    return [part for part, is_there in found.items() if is_there]
+
+
+def ffn_problems(config: Trainer.Config) -> Iterator[str]:
+    """Yield which of the run's settings do not fit a model with such FFNs."""
+    if config.model_spec is None or config.model_spec.state_dict_adapter is not None:
+        return
+    for key in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(config.checkpoint, key, False):
+            yield (
+                f"checkpoint.{key} = true: flavor {config.model_spec.flavor!r} has no form of "
+                "Hugging Face's, as no class of transformers computes its FFNs. Set it to false."
+            )
+    degree = config.parallelism.tensor_parallel_degree
+    is_split = getattr(config.parallelism, "enable_sequence_parallel", True)
+    nodes = config.model_spec.model.traverse(GatedFeedForward.Config)
+    if degree > 1 and not is_split and any(True for _ in nodes):
+        yield (
+            f"parallelism.tensor_parallel_degree = {degree} with enable_sequence_parallel = false: "
+            "shared_gate = true multiplies whole sums. Set it to true."
+        )
+
+
+def set_ffns(model: Any, flavor: Flavor) -> None:
+    """Give the model's FFNs the flavor's activations and biases, in place.
+
+    The experts have a selector by now: it decides who computes them.
+
+    Raises:
+        EzpzError: the host's experts or FFNs compute a formula of their own, or the model has no
+            FFN that a key is about.
+    """
+    if flavor.ffn_activation != "swiglu":
+        _set_dense(model, flavor)
+    if flavor.expert_activation != "swiglu" or flavor.expert_bias:
+        experts = titan().experts()
+        for _, node, parent, attribute in list(model.traverse(experts.HostExperts.Config)):
+            other = experts.computing(
+                node, flavor.expert_activation, flavor.expert_bias, str(flavor.source)
+            )
+            setattr(parent, attribute, other)
+
+
+def _set_dense(model: Any, flavor: Flavor) -> None:
+    said = f"{flavor.source}: ffn_activation = {flavor.ffn_activation!r}"
+    nodes = list(_dense(model))
+    if not nodes:
+        raise EzpzError(
+            f"{said} has no effect: this model has neither dense layers nor shared experts. "
+            "Remove it."
+        )
+    for parent, attribute in nodes:
+        node = getattr(parent, attribute)
+        host_class = type(node)._owner
+        if host_class not in _ACTIVATED:
+            raise EzpzError(
+                f"{said}: {host_class.__name__}, which this model has, computes an FFN of its own. "
+                "Remove it."
+            )
+        activated = _ACTIVATED[host_class].Config
+        setattr(parent, attribute, derive(node, activated, activation=flavor.ffn_activation))
+
+
+def _dense(model: Any) -> Iterator[tuple[Any, str]]:
+    """Yield the holder of every FFN that is not routed, and its name there.
+
+    Not every ``FeedForward`` below the model: a vision encoder may have some, too.
+    """
+    for layer in (*model.layers, *(getattr(model, "mtp_layers", None) or ())):
+        if getattr(layer, "feed_forward", None) is not None:
+            yield layer, "feed_forward"
+        moe = getattr(layer, "moe", None)
+        if isinstance(moe, MoE.Config) and moe.shared_experts is not None:
+            yield moe, "shared_experts"
