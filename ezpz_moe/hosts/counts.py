@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import FFN_MATRICES
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.releases import facts
@@ -29,23 +30,26 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
 
 def _of_size(size: Dimensions) -> ModelSummary:
     """Count the host's deepseek_v3 in this size."""
-    expert = FFN_MATRICES * size.dim * size.moe_hidden_dim
-    moe_layers = size.n_layers - size.n_dense_layers
-    routed = moe_layers * size.num_experts * expert
-    moe = size.dim * size.num_experts + size.num_shared_experts * expert  # beside the routed ones
-    dense = FFN_MATRICES * size.dim * size.dense_hidden_dim
+    layers = size.layer_sizes.values()
+    per_unit = FFN_MATRICES * size.dim  # of F: an expert, and the shared ones, are as wide
+    routed = sum(of.num_experts * of.hidden_dim * per_unit for of in layers)
+    used = sum(of.top_k * of.hidden_dim * per_unit for of in layers)
+    shared = sum(size.num_shared_experts * of.hidden_dim * per_unit for of in layers)
+    gates = sum(size.dim * of.num_experts for of in layers)
+    dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
-    rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms
+    rest = size.n_layers * _attention(size) + dense + gates + shared + norms
     total = 2 * embedding + rest + routed
+    num_experts, top_k, hidden_dim = map(one_or_each, zip(*layers, strict=True))
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,
-        num_experts=size.num_experts,
-        top_k=size.router_top_k,
-        expert_hidden_dim=size.moe_hidden_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_hidden_dim=hidden_dim,
         total=total,
-        active=total - routed + routed * size.router_top_k // size.num_experts,
+        active=total - routed + used,
         embedding=embedding,
     )
 
