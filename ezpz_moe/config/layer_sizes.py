@@ -1,4 +1,4 @@
-"""Which layers have experts, and how large these are in each: what a flavor says, and what it means.
+"""Which layers have experts, and how large these are in each: what a flavor says of it.
 
 Layers count from 0, as in the names of a model's parameters. The sizes of a layer's experts are a
 number for all layers, a list with one for each layer with experts, or a ramp over these layers.

@@ -16,12 +16,15 @@ from ezpz_moe.routing.gate import why_untrained
 
 def router_remarks(config: Any) -> list[str]:
     """Return the remarks on a trainer's config, each a sentence or two."""
-    moe = _first_moe(config)
-    if moe is None:
-        return []
-    flavor = f"flavor {config.model_spec.flavor!r}"
+    flavor = f"flavor {config.model_spec.flavor!r}" if config.model_spec else ""
     checks = (_untrained_gate, _kept_score, _two_that_balance, _padding_with_a_special_token)
-    return [f"{flavor}: {each}" for check in checks for each in check(config, moe)]
+    found = {
+        each: None  # layers of one kind need one remark
+        for moe in _kinds_of_moe(config)
+        for check in checks
+        for each in check(config, moe)
+    }
+    return [f"{flavor}: {each}" for each in found]
 
 
 def log_once(config: Any) -> None:
@@ -36,14 +39,14 @@ def _log(remark: str) -> None:
     logger.warning(f"ezpz_moe: {remark}")
 
 
-def _first_moe(config: Any) -> Any:
-    """Return the config of an MoE layer; all have the same router."""
+def _kinds_of_moe(config: Any) -> list[Any]:
+    """Return configs of MoE layers, one of each size: apart from it, all have the same router."""
     if config.model_spec is None:
-        return None
+        return []
     # recurse, because every node is of this class: the search would otherwise end at the root.
     nodes = config.model_spec.model.traverse(Configurable.Config, recurse=True)
     moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "score_func"))
-    return next(moes, None)
+    return list({(moe.router.num_experts, moe.router.top_k): moe for moe in moes}.values())
 
 
 def _untrained_gate(config: Any, moe: Any) -> Iterator[str]:
