@@ -17,6 +17,7 @@ from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.compiling import make_room
 from ezpz_moe.hosts.titan.dispatchers import cuts_padding
 from ezpz_moe.hosts.titan.labelled import COUNTED
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
@@ -69,6 +70,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
     def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
         # Here, because the flags of the command line may still change the policy until now.
         kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
+        if flavor.dimensions is not None:
+            make_room(flavor.dimensions)
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
         if flavor.balance.capacity_factor:
             logger.warning(f"ezpz_moe: {_drops(flavor)}")
