@@ -23,6 +23,7 @@ class Flavors(Reporting):
         from ezpz_moe.compute.names import known_backend_names
         from ezpz_moe.config.flavor_schema import Attention
         from ezpz_moe.config.flavors import flavor_names, load_flavor
+        from ezpz_moe.config.layer_sizes import in_words
         from ezpz_moe.hosts.counts import counts_at_hand
 
         flavors = [load_flavor(name) for name in flavor_names()]
@@ -33,9 +34,9 @@ class Flavors(Reporting):
                 "flavor": flavor.name,
                 "total": model and display.count(model.total),
                 "active": model and display.count(model.active),
-                "experts": model and model.num_experts,
-                "top-k": model and model.top_k,
-                "expert dim": model and model.expert_hidden_dim,
+                "experts": model and in_words(model.num_experts),
+                "top-k": model and in_words(model.top_k),
+                "expert dim": model and in_words(model.expert_hidden_dim),
                 "layers": model and model.n_layers,
                 "dim": model and model.dim,
                 "attention": flavor.attention or "the host's",

@@ -72,12 +72,15 @@ COMMAND = Show
 
 
 def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[Setting]) -> None:
+    from ezpz_moe.config.layer_sizes import in_words
     from ezpz_moe.hosts.setting import flat
 
     # None means that the host decides, which --all shows.
     fields = flavor.model_dump(exclude_none=True) | found
     told = [asdict(each) for each in settings]
     display.print_json({"config": job.source, "flavor": fields, "settings": told})
-    rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
+    # A cell has no room for a number of each layer; the JSON has them.
+    in_short = fields | {"counted": {key: in_words(each) for key, each in found["counted"].items()}}
+    rows = [{"flavor": path, "value": value} for path, value in flat(in_short)]
     display.print_table(rows, title=job.source)
     display.print_table(told, title="torchtitan's config")

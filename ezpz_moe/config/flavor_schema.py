@@ -9,6 +9,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.layer_sizes import (
+    ExpertsByLayer,
+    LayerSizes,
+    MoeLayers,
+    Width,
+    WidthByLayer,
+    length_conflicts,
+    moe_layer_numbers,
+    place_conflicts,
+    sizes_of,
+)
 from ezpz_moe.config.routing_schema import (
     Balance,
     Experts,
@@ -27,7 +38,6 @@ GroupScore = Literal["top2_sum", "max", "topk_sum"]
 Activation = Literal["swiglu", "geglu", "reglu", "relu2", "gelu", "clamped_swiglu"]
 
 # The upper bounds are far above any model, yet low enough that no tensor size overflows.
-_Width = Annotated[int, Field(ge=1, le=2**20)]
 _Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
@@ -57,30 +67,33 @@ class Longest(Data):
 class Dimensions(Data):
     """A model's size: the arguments of the host's ``build_mla_moe_layers``, vocabulary and RoPE.
 
-    Without ``router_num_expert_groups`` a token may go to any expert.
+    Without ``router_num_expert_groups`` a token may go to any expert. The experts' sizes may differ
+    from layer to layer: ``layer_sizes`` has them.
     """
 
     vocab_size: _Tokens
-    dim: _Width
+    dim: Width
     n_layers: Annotated[int, Field(ge=1, le=2**10)]
-    n_dense_layers: Annotated[int, Field(ge=0)]
-    n_heads: _Width
+    # Either this, or which layers have experts.
+    n_dense_layers: Annotated[int, Field(ge=0)] | None = None
+    moe_layers: MoeLayers | None = None
+    n_heads: Width
     # 0: the queries are not compressed.
     q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
-    kv_lora_rank: _Width
-    qk_nope_head_dim: _Width
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
     # Even, because a rotation turns channels in pairs.
-    qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
-    v_head_dim: _Width
+    qk_rope_head_dim: Annotated[Width, Field(multiple_of=2)]
+    v_head_dim: Width
     mscale: Annotated[float, Field(ge=0)]
-    dense_hidden_dim: _Width
-    moe_hidden_dim: _Width
-    num_experts: Experts
+    dense_hidden_dim: Width
+    moe_hidden_dim: WidthByLayer
+    num_experts: ExpertsByLayer
     # One FFN as wide as so many experts, or as `shared_hidden_dim` says; 0: there is none.
     num_shared_experts: Annotated[int, Field(ge=0, le=2**14)] | None = None
-    shared_hidden_dim: _Width | None = None
+    shared_hidden_dim: Width | None = None
     shared_gate: bool = False
-    router_top_k: Experts
+    router_top_k: ExpertsByLayer
     router_score_func: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     router_route_scale: _Positive
     router_route_norm: bool
@@ -90,10 +103,29 @@ class Dimensions(Data):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        conflicts = (*_size_conflicts(self), *_shared_conflicts(self), *_group_conflicts(self))
-        if conflicts:
+        conflicts = [*_size_conflicts(self), *_limit_conflicts(self)]
+        # The shared FFN is as wide as experts, whose widths must be clear by then.
+        if conflicts := conflicts or list(_shared_conflicts(self)):
             raise mistake("; ".join(conflicts))
         return self
+
+    @property
+    def moe_layer_numbers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return moe_layer_numbers(self.n_layers, self.n_dense_layers, self.moe_layers)
+
+    @property
+    def layer_sizes(self) -> dict[int, LayerSizes]:
+        """Layer number -> the sizes of its routed experts, for every layer that has any."""
+        numbers = self.moe_layer_numbers
+        said = (self.num_experts, self.router_top_k, self.moe_hidden_dim)
+        each_L = zip(*(sizes_of(one, len(numbers)) for one in said), strict=True)
+        return {number: LayerSizes(*of) for number, of in zip(numbers, each_L, strict=True)}
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether layers have experts of different sizes."""
+        return len(set(self.layer_sizes.values())) > 1
 
     def shared_width(self, moe_hidden_dim: int) -> int:
         """Return the hidden size of a layer's shared FFN; 0 if there is none.
@@ -147,11 +179,13 @@ class Flavor(Data):
             conflicts += group_score_conflicts(
                 self.router_group_score, size.router_num_expert_groups
             )
-            conflicts += size_conflicts(
-                self.router,
-                choices=size.num_experts + self.router.zero_computation_experts,
-                top_k=self.router.choices_of_token(size.num_experts, size.router_top_k),
-            )
+            for where, of in _by_size(size):
+                found = size_conflicts(
+                    self.router,
+                    choices=of.num_experts + self.router.zero_computation_experts,
+                    top_k=self.router.choices_of_token(of.num_experts, of.top_k),
+                )
+                conflicts += [f"{conflict}{where}" for conflict in found]
         if conflicts:
             raise mistake("; ".join(conflicts))
         return self
@@ -171,7 +205,9 @@ class Flavor(Data):
         """Whether the flavor asks the routers for anything that the host's own do not do."""
         # By value: a table that repeats the defaults leaves the host's routers in place.
         own = self.router != Router() or self.balance != Balance() or self.scores_otherwise
-        return own or self.telemetry is not None
+        # The host's update of the selection bias stacks the counts of all layers.
+        is_uneven = self.dimensions is not None and self.dimensions.is_uneven
+        return own or is_uneven or self.telemetry is not None
 
     @property
     def scores_otherwise(self) -> bool:
@@ -181,7 +217,7 @@ class Flavor(Data):
         size = self.dimensions
         return size is not None and (
             size.router_score_func == "sqrtsoftplus"
-            or size.num_experts == size.router_num_expert_groups
+            or size.router_num_expert_groups in {of.num_experts for of in size.layer_sizes.values()}
         )
 
     @property
@@ -233,16 +269,27 @@ def group_score_conflicts(group_score: GroupScore, groups: int | None) -> Iterat
         )
 
 
+def _by_size(size: Dimensions) -> Iterator[tuple[str, LayerSizes]]:
+    """Yield every size of experts once, after where it is: nothing if all layers have it."""
+    first: dict[LayerSizes, int] = {}
+    for number, of in size.layer_sizes.items():
+        first.setdefault(of, number)
+    for of, number in first.items():
+        yield (f" in layer {number}" if len(first) > 1 else ""), of
+
+
 def _size_conflicts(size: Dimensions) -> Iterator[str]:
-    if size.n_dense_layers >= size.n_layers:
-        yield (
-            f"n_dense_layers ({size.n_dense_layers}) must be less than n_layers "
-            f"({size.n_layers}), or no layer has experts"
-        )
-    if size.router_top_k > size.num_experts:
-        yield (
-            f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"
-        )
+    layers = (size.n_layers, size.n_dense_layers, size.moe_layers)
+    said = {key: getattr(size, key) for key in ("num_experts", "router_top_k", "moe_hidden_dim")}
+    unclear = [*place_conflicts(*layers)]
+    unclear += [] if unclear else length_conflicts(said, len(moe_layer_numbers(*layers)))
+    yield from unclear
+    for where, of in () if unclear else _by_size(size):
+        if of.top_k > of.num_experts:
+            yield (
+                f"router_top_k ({of.top_k}) must not exceed num_experts ({of.num_experts}){where}"
+            )
+        yield from _group_conflicts(size, of, where)
     # Equal ones are Kimi-K2's: one boundary, which the host rounds to two.
     if size.rope.beta_slow > size.rope.beta_fast:
         yield (
@@ -255,11 +302,13 @@ def _shared_conflicts(size: Dimensions) -> Iterator[str]:
     number, width = size.num_shared_experts, size.shared_hidden_dim
     if number is None and width is None:
         yield "num_shared_experts is missing: 0 means no shared experts"
-    elif number is not None and width is not None and width != number * size.moe_hidden_dim:
-        yield (
-            f"shared_hidden_dim ({width}) is not num_shared_experts times moe_hidden_dim "
-            f"({number} x {size.moe_hidden_dim}); set one of the two"
-        )
+    elif number is not None and width is not None:
+        hidden = (of.hidden_dim for of in size.layer_sizes.values())
+        if other := next((each for each in hidden if number * each != width), None):
+            yield (
+                f"shared_hidden_dim ({width}) is not num_shared_experts times moe_hidden_dim "
+                f"({number} x {other}); set one of the two"
+            )
     elif size.shared_gate and not (number or width):
         yield (
             "shared_gate = true has no effect without shared experts; remove it, or set "
@@ -267,25 +316,29 @@ def _shared_conflicts(size: Dimensions) -> Iterator[str]:
         )
 
 
-def _group_conflicts(size: Dimensions) -> Iterator[str]:
+def _group_conflicts(size: Dimensions, of: LayerSizes, where: str) -> Iterator[str]:
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
-    if groups is None and limited is None:
+    # Whatever else is wrong of both is said once, of the model.
+    if groups is None or limited is None or limited > groups:
         return
-    if groups is None or limited is None:
+    if of.num_experts % groups:
+        yield (
+            f"num_experts ({of.num_experts}) must be a multiple of router_num_expert_groups "
+            f"({groups}){where}"
+        )
+    elif of.top_k > limited * (of.num_experts // groups):
+        yield (
+            f"router_top_k ({of.top_k}) must not exceed the "
+            f"{limited * (of.num_experts // groups)} experts of {limited} groups{where}"
+        )
+
+
+def _limit_conflicts(size: Dimensions) -> Iterator[str]:
+    groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
+    if (groups is None) != (limited is None):
         yield "router_num_expert_groups and router_num_limited_groups must be set together"
-        return
-    if limited > groups:
+    elif groups is not None and limited is not None and limited > groups:
         yield (
             f"router_num_limited_groups ({limited}) must not exceed "
             f"router_num_expert_groups ({groups})"
-        )
-    if size.num_experts % groups:
-        yield (
-            f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "
-            f"({groups})"
-        )
-    elif size.router_top_k > limited * (size.num_experts // groups):
-        yield (
-            f"router_top_k ({size.router_top_k}) must not exceed the "
-            f"{limited * (size.num_experts // groups)} experts of {limited} groups"
         )

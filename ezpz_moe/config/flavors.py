@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
 from ezpz_moe.config.foreign_keys import meaning
+from ezpz_moe.config.layer_sizes import FORMS
 from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.telemetry_schema import Telemetry
@@ -169,6 +170,8 @@ def _public(files: Mapping[str, Path]) -> dict[str, Path]:
 # Inheritance --------------------------------------------------------------------------------------
 
 _INSTEAD = {
+    "n_dense_layers": "moe_layers",
+    "moe_layers": "n_dense_layers",
     "num_shared_experts": "shared_hidden_dim",
     "shared_hidden_dim": "num_shared_experts",
 }
@@ -277,7 +280,9 @@ def _messages(
     missing = []
     for error in errors:
         # Flavor has the dimensions in a model of their own; the file has their keys at its top.
-        key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
+        # pydantic also names the form of a value that may be a number, a list or a table.
+        places = [str(place) for place in error["loc"] if place not in FORMS]
+        key = ".".join(places).removeprefix("dimensions").removeprefix(".")
         # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
         parts = key.split(".")
         whole = (".".join(parts[:end]) for end in range(len(parts), 0, -1))

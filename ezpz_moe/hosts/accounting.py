@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
+from ezpz_moe.config.layer_sizes import sizes_of
 from ezpz_moe.errors import EzpzError
 
 BACKWARD = 2
@@ -80,9 +82,10 @@ class Anatomy:
         costs: component -> its cost; components that the model lacks are absent.
         dim: model dimension D.
         n_layers: number of layers, of which ``n_moe_layers`` have experts.
-        num_experts: routed experts E per layer that compute something.
+        num_experts: routed experts E per layer that compute something; a tuple has each layer's
+            number, where they differ.
         zero_experts: zero-computation experts Z per layer.
-        top_k: choices per token and layer, among all E + Z.
+        top_k: choices per token and layer, among all E + Z; a tuple as above.
         uncounted: classes of modules that have parameters but unknown FLOPs.
         host_flops: the trainer's own FLOPs per token, the basis of its MFU; None if nobody asked.
         ffn_activation: that of dense layers, as in a flavor.
@@ -92,17 +95,19 @@ class Anatomy:
     dim: int
     n_layers: int
     n_moe_layers: int
-    num_experts: int
+    num_experts: int | tuple[int, ...]
     zero_experts: int
-    top_k: int
+    top_k: int | tuple[int, ...]
     uncounted: tuple[str, ...] = ()
     host_flops: float | None = None
     ffn_activation: str = "swiglu"
 
     @property
     def computing_experts(self) -> float:
-        """Experts that compute for a token in one layer, on average."""
-        return computing_experts(self.top_k, self.num_experts, self.zero_experts)
+        """Experts that compute for a token in one layer, on average; over the layers too."""
+        layers = self.n_moe_layers
+        each_L = zip(sizes_of(self.top_k, layers), sizes_of(self.num_experts, layers), strict=True)
+        return fmean(computing_experts(k, E, self.zero_experts) for k, E in each_L)
 
     @property
     def in_order(self) -> dict[str, Cost]:

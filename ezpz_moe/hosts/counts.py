@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.releases import facts
@@ -32,28 +33,30 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
 
 def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
     """Count the host's deepseek_v3 in this size, with the flavor's FFNs."""
+    layers = size.layer_sizes.values()
     matrices = ffn_matrices(flavor.expert_activation)
-    expert = matrices * size.dim * size.moe_hidden_dim
-    if flavor.expert_bias:
-        expert += (matrices - 1) * size.moe_hidden_dim + size.dim
-    per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # of F, in FFNs of every token
-    moe_layers = size.n_layers - size.n_dense_layers
-    routed = moe_layers * size.num_experts * expert
-    moe = size.dim * size.num_experts  # beside the routed ones
-    moe += per_unit * size.shared_width(size.moe_hidden_dim) + size.dim * size.shared_gate
-    dense = per_unit * size.dense_hidden_dim
+    per_unit = matrices * size.dim + (matrices - 1) * flavor.expert_bias  # of F, in an expert
+    experts = [of.hidden_dim * per_unit + size.dim * flavor.expert_bias for of in layers]
+    routed = sum(of.num_experts * expert for of, expert in zip(layers, experts, strict=True))
+    used = sum(of.top_k * expert for of, expert in zip(layers, experts, strict=True))
+    per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # in FFNs of every token
+    shared = sum(size.shared_width(of.hidden_dim) * per_unit for of in layers)
+    shared += len(layers) * size.dim * size.shared_gate
+    gates = sum(size.dim * of.num_experts for of in layers)
+    dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
-    rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms
+    rest = size.n_layers * _attention(size) + dense + gates + shared + norms
     total = 2 * embedding + rest + routed
+    num_experts, top_k, hidden_dim = map(one_or_each, zip(*layers, strict=True))
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,
-        num_experts=size.num_experts,
-        top_k=size.router_top_k,
-        expert_hidden_dim=size.moe_hidden_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_hidden_dim=hidden_dim,
         total=total,
-        active=total - routed + routed * size.router_top_k // size.num_experts,
+        active=total - routed + used,
         embedding=embedding,
     )
 

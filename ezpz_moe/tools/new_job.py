@@ -7,6 +7,7 @@ space after the ``#``.
 from __future__ import annotations
 
 import io
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -167,7 +168,9 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
     size = flavor.dimensions
     small = size.dim <= _SMALL if size else "debugmodel" in flavor.name
     # Of one of the host's own models the number is not known here; all of them have an even one.
-    experts = size.num_experts if size else _EXPERT_DEGREES[-1]
+    # All layers of a size share the degree.
+    numbers = [of.num_experts for of in size.layer_sizes.values()] if size else []
+    experts = math.gcd(*numbers) or _EXPERT_DEGREES[-1]
     degree = next((each for each in _EXPERT_DEGREES if experts % each == 0), 1)
     return {
         "batch": 4 if small else 1,

@@ -38,6 +38,7 @@ from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
 from ezpz_moe.hosts.titan.ffn_nodes import ffn_problems
+from ezpz_moe.hosts.titan.layer_conflicts import layer_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
@@ -138,21 +139,6 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
                 f"training.disable_cuda_graphs = false cannot be combined with "
                 f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
                 f"and this expert_parallel_comm_backend. {remedy} (torchtitan: {error})"
-            )
-
-
-def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
-    degree = config.parallelism.expert_parallel_degree
-    # A set: layers of one size need one message.
-    for experts in {sizes.num_experts for sizes in _sizes(config)}:
-        if experts % degree:
-            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
-            below = max(d for d in divisors if d < degree)
-            nearest = [below, *[d for d in divisors if d > degree][:1]]
-            yield (
-                f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} "
-                f"experts of flavor {_flavor(config)!r}. The nearest that do: "
-                f"{' and '.join(map(str, nearest))}."
             )
 
 
@@ -365,7 +351,7 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
 _Check = Callable[[Trainer.Config], Iterator[str]]
 _ALWAYS: tuple[_Check, ...] = (
     _cuda_graphs,
-    _expert_parallel_degree,
+    layer_problems,
     _tensor_parallel_degree,
     _context_parallel_attention,
     override_problems,

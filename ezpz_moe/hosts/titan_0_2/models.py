@@ -76,6 +76,8 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
+    if flavor.dimensions is not None:
+        _refuse_uneven_layers(flavor.dimensions, str(flavor.source))
     if flavor.scores_otherwise:
         raise EzpzError(
             f'{flavor.source}: router_group_score, router_score_func = "sqrtsoftplus" and groups '
@@ -190,9 +192,25 @@ def _with_backends(model_class: Any) -> Any:
     return SelectedModel
 
 
+def _refuse_uneven_layers(size: Dimensions, where: str) -> None:
+    """Refuse layers that the host's arguments cannot describe: they have one size for all."""
+    if size.is_uneven:
+        raise EzpzError(
+            f"{where}: num_experts, router_top_k and moe_hidden_dim: layers with experts of "
+            "different sizes need torchtitan 0.3 or later. Write a number, or install torchtitan "
+            "0.3."
+        )
+    first = size.moe_layer_numbers[0]
+    if size.moe_layer_numbers != tuple(range(first, size.n_layers)):
+        raise EzpzError(
+            f"{where}: moe_layers: dense layers that are not the first ones need torchtitan 0.3 or "
+            "later. Write n_dense_layers, or install torchtitan 0.3."
+        )
+
+
 def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     """Return the host's deepseek_v3 in another size; what has no size stays as it is there."""
-    rope = size.rope
+    rope, (of, *_) = size.rope, size.layer_sizes.values()  # of all its layers
     scaled = rope.scaling == "yarn" and rope.rope_factor > 1
     if scaled and rope.max_seq_len <= rope.original_seq_len:
         raise EzpzError(
@@ -204,9 +222,9 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         vocab_size=size.vocab_size,
         dim=size.dim,
         inter_dim=size.dense_hidden_dim,
-        moe_inter_dim=size.moe_hidden_dim,
+        moe_inter_dim=of.hidden_dim,
         n_layers=size.n_layers,
-        n_dense_layers=size.n_dense_layers,
+        n_dense_layers=size.moe_layer_numbers[0],
         n_heads=size.n_heads,
         q_lora_rank=size.q_lora_rank,
         kv_lora_rank=size.kv_lora_rank,
@@ -222,9 +240,9 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         beta_fast=rope.beta_fast,
         beta_slow=rope.beta_slow,
         moe_args=MoEArgs(
-            num_experts=size.num_experts,
-            num_shared_experts=_shared_experts(size, source),
-            top_k=size.router_top_k,
+            num_experts=of.num_experts,
+            num_shared_experts=_shared_experts(size, where),
+            top_k=of.top_k,
             score_func=size.router_score_func,
             route_norm=size.router_route_norm,
             route_scale=size.router_route_scale,
@@ -239,7 +257,8 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
 
 def _shared_experts(size: Dimensions, source: str) -> int:
     """Return how many experts are as wide as the shared FFN."""
-    number, rest = divmod(size.shared_width(size.moe_hidden_dim), size.moe_hidden_dim)
+    hidden = next(iter(size.layer_sizes.values())).hidden_dim  # of all its layers
+    number, rest = divmod(size.shared_width(hidden), hidden)
     if rest or size.shared_gate:
         key = "shared_gate" if size.shared_gate else f"shared_hidden_dim = {size.shared_hidden_dim}"
         raise EzpzError(
