@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.change_schema import Change
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.routing_schema import (
     Balance,
     Experts,
@@ -16,7 +18,7 @@ from ezpz_moe.config.routing_schema import (
     routing_conflicts,
     size_conflicts,
 )
-from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.config.schema import Data, Tokens, Width, mistake
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 
@@ -25,9 +27,6 @@ ExpertPrecision = Literal["host", "bfloat16", "float32"]
 Routed = Literal["one_node", "composed"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
 
-# The upper bounds are far above any model, yet low enough that no tensor size overflows.
-_Width = Annotated[int, Field(ge=1, le=2**20)]
-_Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
@@ -35,12 +34,12 @@ class Rope(Data):
     """Rotary positions: the arguments of the host's ``ComplexRoPE``, except ``dim``."""
 
     theta: Annotated[float, Field(gt=1)]
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
     scaling: Literal["none", "yarn"]
     rope_factor: Annotated[float, Field(ge=1)]
     beta_fast: _Positive
     beta_slow: _Positive
-    original_seq_len: _Tokens
+    original_seq_len: Tokens
 
 
 class Longest(Data):
@@ -50,7 +49,7 @@ class Longest(Data):
     added, so shorter sequences are the same model.
     """
 
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
 
 
 class Dimensions(Data):
@@ -59,21 +58,21 @@ class Dimensions(Data):
     Without ``router_num_expert_groups`` a token may go to any expert.
     """
 
-    vocab_size: _Tokens
-    dim: _Width
+    vocab_size: Tokens
+    dim: Width
     n_layers: Annotated[int, Field(ge=1, le=2**10)]
     n_dense_layers: Annotated[int, Field(ge=0)]
-    n_heads: _Width
+    n_heads: Width
     # 0: the queries are not compressed.
     q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
-    kv_lora_rank: _Width
-    qk_nope_head_dim: _Width
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
     # Even, because a rotation turns channels in pairs.
-    qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
-    v_head_dim: _Width
+    qk_rope_head_dim: Annotated[Width, Field(multiple_of=2)]
+    v_head_dim: Width
     mscale: Annotated[float, Field(ge=0)]
-    dense_hidden_dim: _Width
-    moe_hidden_dim: _Width
+    dense_hidden_dim: Width
+    moe_hidden_dim: Width
     num_experts: Experts
     num_shared_experts: Experts
     router_top_k: Experts
@@ -82,11 +81,12 @@ class Dimensions(Data):
     router_route_norm: bool
     router_num_expert_groups: Experts | None = None
     router_num_limited_groups: Experts | None = None
+    router_bias: bool = False
     rope: Rope
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if conflicts := [*_size_conflicts(self), *_group_conflicts(self)]:
+        if conflicts := [*_size_conflicts(self), *group_conflicts(self)]:
             raise mistake("; ".join(conflicts))
         return self
 
@@ -109,7 +109,8 @@ class Flavor(Data):
     expert_precision: ExpertPrecision | None = None
     routed: Routed = "one_node"
     dimensions: Dimensions | None = None
-    # Beside `base` alone; a size has its own.
+    # The next two beside `base` alone; a size has its own.
+    change: Change | None = None
     rope: Longest | None = None
     # Not a dimension, as no model of the host's has it: it may stand beside `base` too.
     router_group_score: GroupScore = "top2_sum"
@@ -117,6 +118,16 @@ class Flavor(Data):
     router: Router = Router()
     balance: Balance = Balance()
     telemetry: Telemetry | None = None
+    init: Init = Init()
+
+    @model_validator(mode="after")
+    def _changes_a_base(self) -> Self:
+        if self.change is not None and self.base is None:
+            raise mistake(
+                "[change] says what differs from base, and there is no base: the keys of a model's "
+                "own sizes stand at the top of the file"
+            )
+        return self
 
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
@@ -158,6 +169,8 @@ class Flavor(Data):
         """Whether experts or their groups have a score that the host does not know."""
         if self.router_group_score != "top2_sum":
             return True
+        if self.change is not None:
+            return self.change.scores_otherwise
         size = self.dimensions
         return size is not None and (
             size.router_score_func == "sqrtsoftplus"
@@ -225,7 +238,7 @@ def _size_conflicts(size: Dimensions) -> Iterator[str]:
         )
 
 
-def _group_conflicts(size: Dimensions) -> Iterator[str]:
+def group_conflicts(size: Dimensions) -> Iterator[str]:
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
     if groups is None and limited is None:
         return

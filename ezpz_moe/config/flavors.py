@@ -24,8 +24,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
 from ezpz_moe.config.foreign_keys import meaning
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.telemetry_schema import Telemetry
@@ -47,6 +49,8 @@ FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 _DIMENSION_KEYS = frozenset(Dimensions.model_fields)
 _TABLES: dict[str, type[Data]] = {
     "rope": Rope,
+    "change": Change,
+    "init": Init,
     "router": Router,
     "balance": Balance,
     **{f"balance.{scope}": Losses for scope in SCOPES},
@@ -250,8 +254,8 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
         set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
         raise EzpzError(
             f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
-            f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. Remove "
-            "either them or base."
+            f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. "
+            "[change] is the table for what differs; else remove either them or base."
         )
     if "base" not in values:
         values["dimensions"] = dimensions

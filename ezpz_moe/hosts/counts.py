@@ -22,6 +22,8 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
         return None
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions)
+    if flavor.change is not None:
+        return None  # the shipped counts are the base's
     known = facts()
     model = known.models.get(str(flavor.base)) if known else None
     return model.summary if model else None
@@ -32,7 +34,8 @@ def _of_size(size: Dimensions) -> ModelSummary:
     expert = FFN_MATRICES * size.dim * size.moe_hidden_dim
     moe_layers = size.n_layers - size.n_dense_layers
     routed = moe_layers * size.num_experts * expert
-    moe = size.dim * size.num_experts + size.num_shared_experts * expert  # beside the routed ones
+    gate = (size.dim + size.router_bias) * size.num_experts
+    moe = gate + size.num_shared_experts * expert  # beside the routed ones
     dense = FFN_MATRICES * size.dim * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix

@@ -54,6 +54,16 @@ class Experts(Protocol):
     def sizes(self, config: Any) -> Sizes:
         """Return the experts' sizes from such a config node."""
 
+    def resize(
+        self,
+        config: Any,
+        *,
+        num_experts: int | None = None,
+        dim: int | None = None,
+        hidden_dim: int | None = None,
+    ) -> None:
+        """Give such a node other sizes, in place; None keeps one."""
+
     def selected(
         self,
         config: Any,

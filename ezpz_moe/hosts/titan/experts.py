@@ -126,6 +126,19 @@ def sizes(config: GroupedExperts.Config) -> Sizes:
     return Sizes(config.num_experts, config.dim, config.hidden_dim)
 
 
+def resize(
+    config: GroupedExperts.Config,
+    *,
+    num_experts: int | None = None,
+    dim: int | None = None,
+    hidden_dim: int | None = None,
+) -> None:
+    """Give the experts other sizes, in place; None keeps one."""
+    config.num_experts = num_experts or config.num_experts
+    config.dim = dim or config.dim
+    config.hidden_dim = hidden_dim or config.hidden_dim
+
+
 def selected(
     config: GroupedExperts.Config,
     backend: ExpertComputeBackend,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.changed import bias_routers, change_model, without_effect
 from ezpz_moe.hosts.titan.selector import select_backend
 from ezpz_moe.hosts.titan.sized import sized_spec
 from ezpz_moe.hosts.titan.upstream_configs import (
@@ -71,10 +73,13 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
     try:
         if flavor.dimensions is None:
             spec = _upstream_spec(flavor, attention, moe_comm_backend)
+            if flavor.change is not None:
+                change_model(spec.model, flavor.change, _where(flavor))
             if flavor.rope is not None:
                 _reach(spec, flavor.rope.max_seq_len, flavor)
         else:
             spec = sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
+            bias_routers(spec.model, flavor.dimensions.router_bias)
     except (TypeError, ValueError) as error:
         # This host calls it differently, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
@@ -97,6 +102,15 @@ def what_differs(flavor: Flavor, spec: ModelSpec) -> str | None:
     said += f" ({names})" if names else ""
     has_vision = getattr(spec.model, VISION) is not None
     return said + "; text trains the language part, not the vision encoder" * has_vision
+
+
+def what_changes_nothing(flavor: Flavor) -> str | None:
+    """Return which keys of ``[change]`` the base's model has already; None if there are none."""
+    if flavor.change is None:
+        return None
+    same = without_effect(_upstream_spec(flavor, None, _DEFAULT_COMM_BACKEND).model, flavor.change)
+    keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in same.items())
+    return f"{_where(flavor)}: [change] {keys} has no effect: so the base is" if keys else None
 
 
 def _refuse_without_text(spec: ModelSpec, flavor: Flavor) -> None:

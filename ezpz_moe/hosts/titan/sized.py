@@ -24,7 +24,7 @@ def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Model
     rope = size.rope.model_dump()
     rope[titan().LONGEST] = rope.pop("max_seq_len")
     layers = _build_dsv3_layers(
-        **size.model_dump(exclude={"vocab_size", "rope"}),
+        **size.model_dump(exclude={"vocab_size", "rope", "router_bias"}),
         rope=ComplexRoPE.Config(dim=size.qk_rope_head_dim, **rope),
         attn_backend=attention,
         moe_comm_backend=moe_comm_backend,
