@@ -44,9 +44,9 @@ class Change(Data):
     def _keeps_the_attention(cls, value: Any) -> Any:
         if isinstance(value, dict) and (kept := sorted(_OF_ATTENTION & value.keys())):
             raise mistake(
-                f"{', '.join(kept)} cannot be changed: torchtitan draws the initial values of a "
-                "layer's projections head by head. Remove it, or describe the whole model by its "
-                "sizes, without base"
+                f"{', '.join(kept)} cannot be changed: the projections of attention and their "
+                "initial values are made for the base's heads. Remove it, or describe the whole "
+                "model by its sizes, without base"
             )
         return value
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchtitan.models.common.param_init import depth_scaled_std
 from torchtitan.protocols.module import Module
 
 BASE = 0.02
@@ -29,15 +30,16 @@ class Place(NamedTuple):
     layer: int
     layers: int
 
+    # In the host's own words, so that the values are its own to the last bit.
     @property
-    def by_layer(self) -> float:
-        """The factor that shrinks with the layer's number."""
-        return (2 * (self.layer + 1)) ** -0.5
+    def std_by_layer(self) -> float:
+        """Return the standard deviation that shrinks with the layer's number."""
+        return depth_scaled_std(BASE, self.layer)
 
     @property
-    def by_depth(self) -> float:
-        """The factor that shrinks with the model's depth."""
-        return (2 * self.layers) ** -0.5
+    def std_by_depth(self) -> float:
+        """Return the one that shrinks with the number of layers."""
+        return BASE / (2 * self.layers) ** 0.5
 
 
 def std_of(draw: Draw) -> float | None:
@@ -51,15 +53,23 @@ def std_of(draw: Draw) -> float | None:
     return found[0] if found else None
 
 
-def scaled(draw: Draw, factor: float) -> Draw:
-    """Return an initializer whose values are ``factor`` times those of ``draw``."""
-    if math.isclose(factor, 1.0):
-        return draw  # the host's values, bit for bit
-    if isinstance(draw, partial) and "std" in draw.keywords:
-        # Bounds that are given are multiples of std; those that are not are too far away to matter.
-        words = {key: draw.keywords[key] * factor for key in ("std", "a", "b") & draw.keywords.keys()}
-        return partial(draw.func, *draw.args, **draw.keywords | words)
-    return partial(_draw_and_multiply, draw, factor)
+def with_std(draw: Draw, std: float) -> Draw:
+    """Return the initializer with another standard deviation.
+
+    Args:
+        draw: one for which :func:`std_of` knows it.
+        std: the new one.
+    """
+    old = std_of(draw)
+    assert old is not None
+    if std == old:
+        return draw
+    if isinstance(draw, partial):
+        # Bounds that are given are multiples of std; torch's own are far outside of it.
+        words = draw.keywords
+        bounds = {key: words[key] / old * std for key in ("a", "b") if key in words}
+        return partial(draw.func, *draw.args, **{**words, **bounds, "std": std})
+    return partial(_draw_and_multiply, draw, std / old)
 
 
 def _draw_and_multiply(draw: Draw, factor: float, tensor: Tensor) -> None:
@@ -68,23 +78,15 @@ def _draw_and_multiply(draw: Draw, factor: float, tensor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-def factor_at(draw: Draw, place: Place) -> float | None:
-    """Return what the host scales ``BASE`` with there; None if it draws something else."""
-    std = std_of(draw)
-    if std is not None:
-        for factor in (1.0, place.by_layer, place.by_depth):
-            if math.isclose(std, BASE * factor):
-                return factor
-    return None
-
-
 def moved(draw: Draw, old: Place, new: Place) -> Draw:
     """Return the initializer that the host would have at another place."""
-    found = factor_at(draw, old)
-    if found == old.by_layer:
-        return scaled(draw, new.by_layer / old.by_layer)
-    if found == old.by_depth:
-        return scaled(draw, new.by_depth / old.by_depth)
+    std = std_of(draw)
+    if std is None:
+        return draw
+    if math.isclose(std, old.std_by_layer):
+        return with_std(draw, new.std_by_layer)
+    if math.isclose(std, old.std_by_depth):
+        return with_std(draw, new.std_by_depth)
     return draw
 
 
@@ -92,7 +94,7 @@ def widened(draw: Draw, old_dim: int, new_dim: int) -> Draw:
     """Return the initializer of an output head for another width; some shrink with it."""
     std = std_of(draw)
     shrinks = std is not None and math.isclose(std, old_dim**-0.5)
-    return scaled(draw, (old_dim / new_dim) ** 0.5) if shrinks else draw
+    return with_std(draw, new_dim**-0.5) if shrinks else draw
 
 
 def initialized(node: Any) -> Iterator[tuple[str, Any]]:
