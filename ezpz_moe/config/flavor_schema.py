@@ -25,6 +25,7 @@ from ezpz_moe.errors import EzpzError
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
 Routed = Literal["one_node", "composed"]
+Equal = Literal["flops", "params"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -119,6 +120,9 @@ class Flavor(Data):
     balance: Balance = Balance()
     telemetry: Telemetry | None = None
     init: Init = Init()
+    # The flavor with experts whose cost this dense model has, and which of its costs.
+    dense_baseline_of: Flavor | None = None
+    equal: Equal = "flops"
 
     @model_validator(mode="after")
     def _changes_a_base(self) -> Self:
@@ -156,6 +160,13 @@ class Flavor(Data):
                 "for bit. Choose another backend, such as 'for_loop', or remove expert_precision"
             )
         return self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer has experts."""
+        size = self.dimensions
+        all_dense = size is not None and size.n_dense_layers == size.n_layers
+        return self.dense_baseline_of is not None or all_dense
 
     @property
     def is_routed(self) -> bool:
@@ -221,11 +232,8 @@ def group_score_conflicts(group_score: GroupScore, groups: int | None) -> Iterat
 
 
 def _size_conflicts(size: Dimensions) -> Iterator[str]:
-    if size.n_dense_layers >= size.n_layers:
-        yield (
-            f"n_dense_layers ({size.n_dense_layers}) must be less than n_layers "
-            f"({size.n_layers}), or no layer has experts"
-        )
+    if size.n_dense_layers > size.n_layers:
+        yield f"n_dense_layers ({size.n_dense_layers}) must not exceed n_layers ({size.n_layers})"
     if size.router_top_k > size.num_experts:
         yield (
             f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"

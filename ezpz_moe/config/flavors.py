@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config import dense_flavors
 from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
 from ezpz_moe.config.foreign_keys import meaning
@@ -74,7 +75,10 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
         EzpzError: there is no such flavor, or ``EZPZ_MOE_FLAVORS``, the flavor's file or a parent's
             is wrong.
     """
-    folders = _folders(near)
+    return _load(name, _folders(near))
+
+
+def _load(name: str, folders: Sequence[Path]) -> Flavor:
     files = _public(_flavor_files(folders))
     if found := split_name(name, files):
         return _resolve(name, files[found[0]], folders, found[1])
@@ -245,6 +249,16 @@ def _overwrite(
 
 def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
     values, origin = _merge(_chain(path, folders))
+    if dense_flavors.OF in values:
+        return _baseline(name, path, folders, values, variant)
+    if "equal" in values:
+        raise EzpzError(
+            f"{origin['equal']}: equal = {_shown(values['equal'])} says what a dense_baseline_of "
+            "has in common with the flavor that it names. Set that, or remove it."
+        )
+    if "base" not in values and dense_flavors.all_dense(values):
+        dense_flavors.refuse_backend(variant, name, path)
+        values = dense_flavors.without_experts(values, origin, path)
     # Of its RoPE, also a model of the host's may say how far it reaches.
     rope = values.get("rope")
     is_length = "base" in values and isinstance(rope, dict) and rope.keys() == {"max_seq_len"}
@@ -263,6 +277,42 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
         # The variant comes last: a suffix of the name beats the key in the file.
         return Flavor.model_validate({"name": name, "source": path, **values, **variant})
     except ValidationError as error:
+        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+
+
+def _baseline(
+    name: str,
+    path: Path,
+    folders: Sequence[Path],
+    values: dict[str, Any],
+    variant: dict[str, str],
+) -> Flavor:
+    """Return the dense model that costs as much as the flavor that ``dense_baseline_of`` names."""
+    named = values[dense_flavors.OF]
+    where = f"{path}: {dense_flavors.OF} = {_shown(named)}"
+    if not isinstance(named, str):
+        raise EzpzError(f"{where}: should be the name of a flavor.")
+    dense_flavors.refuse_beside_baseline(values, path)
+    dense_flavors.refuse_backend(variant, name, path)
+    files = _public(_flavor_files(folders))
+    found = split_name(named, files)
+    # Looked up before it is loaded: two files may name each other.
+    if found and dense_flavors.OF in _merge(_chain(files[found[0]], folders))[0]:
+        raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
+    try:
+        experts = _load(named, folders)
+    except EzpzError as error:
+        raise EzpzError(f"{where}: {error}") from None
+    if experts.is_dense:
+        raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
+    kept = {key: getattr(experts, key) for key in ("base", "attention", "dimensions", "change")}
+    kept |= {"rope": experts.rope, "init": experts.init}
+    own = {key: value for key, value in values.items() if key != dense_flavors.OF}
+    said = {"name": name, "source": path, **kept, **own, **variant, dense_flavors.OF: experts}
+    try:
+        return Flavor.model_validate(said)
+    except ValidationError as error:
+        origin = dict.fromkeys(values, path)
         raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
 
 

@@ -20,6 +20,8 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     # They change what a token uses on average, and some have parameters of their own.
     if flavor.router.zero_computation_experts:
         return None
+    if flavor.dense_baseline_of is not None:
+        return None  # its size comes from what the experts cost
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions)
     if flavor.change is not None:
@@ -41,12 +43,13 @@ def _of_size(size: Dimensions) -> ModelSummary:
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
     rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms
     total = 2 * embedding + rest + routed
+    has_experts = moe_layers > 0  # a dense model shows none
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,
-        num_experts=size.num_experts,
-        top_k=size.router_top_k,
-        expert_hidden_dim=size.moe_hidden_dim,
+        num_experts=size.num_experts * has_experts,
+        top_k=size.router_top_k * has_experts,
+        expert_hidden_dim=size.moe_hidden_dim * has_experts,
         total=total,
         active=total - routed + routed * size.router_top_k // size.num_experts,
         embedding=embedding,

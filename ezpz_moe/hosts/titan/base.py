@@ -64,6 +64,12 @@ class Experts(Protocol):
     ) -> None:
         """Give such a node other sizes, in place; None keeps one."""
 
+    def initial_values(self, config: Any) -> tuple[Any, Any, Any] | None:
+        """Return what such a node draws gate, down and up of its experts with.
+
+        None for experts of another kind.
+        """
+
     def selected(
         self,
         config: Any,

@@ -300,9 +300,7 @@ def _set_moe(moe: Any, old: Sizes, new: Sizes) -> None:
     dispatcher = moe.routed_experts.token_dispatcher
     dispatcher.num_experts, dispatcher.top_k = new.num_experts, new.router_top_k
     experts = titan().experts()
-    experts.resize(
-        _experts_node(moe), num_experts=new.num_experts, hidden_dim=new.moe_hidden_dim
-    )
+    experts.resize(_experts_node(moe), num_experts=new.num_experts, hidden_dim=new.moe_hidden_dim)
     shared = (new.num_shared_experts, new.moe_hidden_dim)
     if moe.shared_experts is not None and shared != (old.num_shared_experts, old.moe_hidden_dim):
         _set_ffn(moe.shared_experts, math.prod(filter(None, shared)))

@@ -34,15 +34,21 @@ class Choices:
     @property
     def computing_share(self) -> float:
         """Share of a layer's routed experts that computes for a token, on average."""
+        if not self.num_experts:
+            return 1.0
         return computing_experts(self.top_k, self.num_experts, self.zero_experts) / self.num_experts
 
 
 def choices(flavor: Flavor) -> Choices:
     """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
 
+    In a dense model a token has none.
+
     Raises:
         EzpzError: the host has no such model.
     """
+    if flavor.is_dense:
+        return Choices(num_experts=0, zero_experts=0, top_k=0)
     # All MoE layers of a model route alike; the host's own counts rely on that too.
     _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
     num_experts = moe.router.num_experts

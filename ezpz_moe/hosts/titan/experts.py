@@ -12,6 +12,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -137,6 +138,13 @@ def resize(
     config.num_experts = num_experts or config.num_experts
     config.dim = dim or config.dim
     config.hidden_dim = hidden_dim or config.hidden_dim
+
+
+def initial_values(config: GroupedExperts.Config) -> tuple[Any, Any, Any] | None:
+    """Return what gate, down and up are drawn with; None for experts of another kind."""
+    draws = config.param_init or {}
+    names = ("w1_EFD", "w2_EDF", "w3_EFD")
+    return tuple(draws[name] for name in names) if draws.keys() >= set(names) else None
 
 
 def selected(

@@ -111,6 +111,12 @@ def resize(
     w13.out_features = w2.in_features = hidden_dim or old.hidden_dim
 
 
+def initial_values(config: RoutedExperts.Config) -> tuple[Any, Any, Any] | None:
+    """Return what the experts' gate, down and up are drawn with; gate and up are one linear."""
+    gate_and_up, down = config.w13.param_init["weight"], config.w2.param_init["weight"]
+    return gate_and_up, down, gate_and_up
+
+
 def selected(
     config: RoutedExperts.Config,
     backend: ExpertComputeBackend,

@@ -51,6 +51,8 @@ def model_spec(
     _refuse_without_text(spec, flavor)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
+    if flavor.is_dense:
+        return spec  # there is nothing to select and nothing to route
     chosen_by = why or f"flavor {flavor.name}"
     asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
     select_backend(spec.model, *asked)
@@ -87,6 +89,10 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): "
             f"{in_words(error)}"
         ) from error
+    if flavor.dense_baseline_of is not None:
+        with titan().importing():  # only such a flavor needs this, which needs this module
+            from ezpz_moe.hosts.titan.dense import make_dense
+        make_dense(spec, flavor)
     return dataclasses.replace(spec, flavor=flavor.name)
 
 

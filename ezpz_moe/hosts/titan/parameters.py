@@ -15,7 +15,7 @@ from torch import nn
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.components import choices, weigh
 from ezpz_moe.hosts.titan.models import model_spec
 
@@ -53,9 +53,9 @@ def _summarize(flavor: Flavor) -> ModelSummary:
     costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
     total = sum(costs.values(), Cost())
     host_experts = titan().experts()
-    # The first stands for all: layers with experts have the same sizes.
-    _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
-    sizes = host_experts.sizes(experts)
+    # The first stands for all: layers with experts have the same sizes. A dense model has none.
+    nodes = config.traverse(host_experts.HostExperts.Config)
+    sizes = next((host_experts.sizes(node) for _, node, _, _ in nodes), Sizes(0, config.dim, 0))
     return ModelSummary(
         dim=config.dim,
         n_layers=len(config.layers),

@@ -1,0 +1,97 @@
+"""Flavors without experts: sizes whose layers are all dense, and the dense baseline of another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ezpz_moe.errors import EzpzError
+
+OF = "dense_baseline_of"
+"""The key of a flavor that is the dense model of equal cost."""
+
+_SIZES_OF_EXPERTS: dict[str, Any] = {
+    "moe_hidden_dim": 1,
+    "num_experts": 1,
+    "num_shared_experts": 1,
+    "router_top_k": 1,
+    "router_score_func": "softmax",
+    "router_route_scale": 1.0,
+    "router_route_norm": False,
+}
+"""Required of a model with experts. A dense one has these values, and no layer that reads them."""
+
+OF_EXPERTS: frozenset[str] = frozenset(
+    {
+        *_SIZES_OF_EXPERTS,
+        *("router_num_expert_groups", "router_num_limited_groups", "router_bias"),
+        *("compute_backend", "expert_precision", "routed", "router_group_score"),
+        *("router", "balance", "telemetry"),
+    }
+)
+"""Keys and tables that say something about experts."""
+
+_BESIDE_BASELINE = frozenset({OF, "equal", "attention"})
+
+
+def all_dense(values: Mapping[str, Any]) -> bool:
+    """Return whether sizes leave no layer with experts."""
+    layers = values.get("n_layers")
+    return layers is not None and values.get("n_dense_layers") == layers
+
+
+def without_experts(
+    values: Mapping[str, Any], origin: Mapping[str, Path], path: Path
+) -> dict[str, Any]:
+    """Return a dense flavor's values; what it inherits about experts is left out.
+
+    Args:
+        values: merged with those of the ancestors.
+        origin: the file that set each.
+        path: the flavor's own.
+
+    Raises:
+        EzpzError: a file that makes the model dense says something about experts.
+    """
+    # A file that makes the model dense, and the flavor's own: what those say, they say of this
+    # model. An ancestor with experts had to say it.
+    dense = {path, origin["n_dense_layers"]}
+    _refuse_experts([key for key in values if origin[key] in dense], path)
+    return _SIZES_OF_EXPERTS | {k: v for k, v in values.items() if k not in OF_EXPERTS}
+
+
+def refuse_beside_baseline(values: Collection[str], path: Path) -> None:
+    """Refuse what a baseline takes from the flavor that it names.
+
+    Raises:
+        EzpzError: names the keys.
+    """
+    _refuse_experts(values, path)
+    if ignored := sorted(set(values) - _BESIDE_BASELINE):
+        raise EzpzError(
+            f"{path}: {OF} takes everything else from the flavor that it names, so these keys "
+            f"would be ignored: {', '.join(ignored)}. Change them in that flavor, or in one that "
+            "inherits it."
+        )
+
+
+def refuse_backend(variant: Mapping[str, str], name: str, path: Path) -> None:
+    """Refuse the suffix of a backend in the name of a dense flavor.
+
+    Raises:
+        EzpzError: names the suffix.
+    """
+    if backend := variant.get("compute_backend"):
+        raise EzpzError(
+            f"{path}: flavor {name!r} is dense: it has no routed experts that "
+            f"{backend!r} could compute. Write its name without _{backend}."
+        )
+
+
+def _refuse_experts(keys: Collection[str], path: Path) -> None:
+    if wrong := sorted(OF_EXPERTS & set(keys)):
+        raise EzpzError(
+            f"{path}: a dense model has no experts, so {', '.join(wrong)} would have no effect. "
+            "Remove it."
+        )
