@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.errors import EzpzError
+
+if TYPE_CHECKING:
+    from ezpz_moe.config.flavor_schema import Flavor
 
 OF = "dense_baseline_of"
 """The key of a flavor that is the dense model of equal cost."""
@@ -61,12 +64,35 @@ def without_experts(
     return _SIZES_OF_EXPERTS | {k: v for k, v in values.items() if k not in OF_EXPERTS}
 
 
-def refuse_beside_baseline(values: Collection[str], path: Path) -> None:
-    """Refuse what a baseline takes from the flavor that it names.
+def baseline(
+    values: Mapping[str, Any], path: Path, load: Callable[[str], Flavor]
+) -> dict[str, Any]:
+    """Return the values of the dense model that costs as much as a flavor with experts.
+
+    Args:
+        values: of the baseline's file, which names that flavor.
+        path: of the file.
+        load: returns the flavor of a name.
 
     Raises:
-        EzpzError: names the keys.
+        EzpzError: the file says more than which flavor, or that flavor is wrong or dense.
     """
+    named = values[OF]
+    where = f"{path}: {OF} = {named!r}"
+    if not isinstance(named, str):
+        raise EzpzError(f"{where}: should be the name of a flavor.")
+    _refuse_beside_baseline(values, path)
+    try:
+        experts = load(named)
+    except EzpzError as error:
+        raise EzpzError(f"{where}: {error}") from None
+    if experts.is_dense:
+        raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
+    kept = ("base", "attention", "dimensions", "change", "rope", "init")
+    return {key: getattr(experts, key) for key in kept} | dict(values) | {OF: experts}
+
+
+def _refuse_beside_baseline(values: Collection[str], path: Path) -> None:
     _refuse_experts(values, path)
     if ignored := sorted(set(values) - _BESIDE_BASELINE):
         raise EzpzError(
@@ -86,6 +112,23 @@ def refuse_backend(variant: Mapping[str, str], name: str, path: Path) -> None:
         raise EzpzError(
             f"{path}: flavor {name!r} is dense: it has no routed experts that "
             f"{backend!r} could compute. Write its name without _{backend}."
+        )
+
+
+def refuse_dense(flavor: Flavor, what_for: str) -> None:
+    """Refuse a flavor without experts where experts are what it is about.
+
+    Args:
+        flavor: any.
+        what_for: what experts would be needed for, such as "to analyze".
+
+    Raises:
+        EzpzError: names the flavor.
+    """
+    if flavor.is_dense:
+        raise EzpzError(
+            f"{flavor.source}: flavor {flavor.name!r} is dense: it has no experts {what_for}. Name "
+            "a flavor with experts."
         )
 
 

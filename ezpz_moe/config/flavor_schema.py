@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.config.change_schema import Change
@@ -201,6 +201,10 @@ class Flavor(Data):
         schedules = [*self.router.schedules.values(), *([rate] if rate else [])]
         return self.reported is not None or not all(each.is_constant for each in schedules)
 
+    @field_serializer("dense_baseline_of")
+    def _by_name(self, flavor: Flavor | None) -> str | None:
+        return None if flavor is None else flavor.name
+
     @field_validator("base")
     @classmethod
     def _names_module_and_flavor(cls, base: str | None) -> str | None:
@@ -246,7 +250,21 @@ def _size_conflicts(size: Dimensions) -> Iterator[str]:
         )
 
 
-def group_conflicts(size: Dimensions) -> Iterator[str]:
+class Grouped(Protocol):
+    """Sizes that say how experts are grouped."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def router_top_k(self) -> int: ...
+    @property
+    def router_num_expert_groups(self) -> int | None: ...
+    @property
+    def router_num_limited_groups(self) -> int | None: ...
+
+
+def group_conflicts(size: Grouped) -> Iterator[str]:
+    """Yield why experts cannot be grouped like that."""
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
     if groups is None and limited is None:
         return

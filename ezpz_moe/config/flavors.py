@@ -249,16 +249,41 @@ def _overwrite(
 
 def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
     values, origin = _merge(_chain(path, folders))
-    if dense_flavors.OF in values:
-        return _baseline(name, path, folders, values, variant)
+    is_baseline = dense_flavors.OF in values
+    is_dense = "base" not in values and dense_flavors.all_dense(values)
+    if is_baseline or is_dense:
+        dense_flavors.refuse_backend(variant, name, path)
+    if is_baseline:
+        values = dense_flavors.baseline(values, path, lambda named: _with_experts(named, folders))
+    elif is_dense:
+        values = dense_flavors.without_experts(values, origin, path)
+    if not is_baseline:
+        _gather_dimensions(values, origin, path)
+    try:
+        # The variant comes last: a suffix of the name beats the key in the file.
+        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
+    except ValidationError as error:
+        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+
+
+def _with_experts(name: str, folders: Sequence[Path]) -> Flavor:
+    """Load a flavor that is no baseline itself: two files could name each other."""
+    files = _public(_flavor_files(folders))
+    found = split_name(name, files)
+    if found and dense_flavors.OF in _merge(_chain(files[found[0]], folders))[0]:
+        raise EzpzError(
+            f"{files[found[0]]} is a dense baseline itself. Name a flavor with experts."
+        )
+    return _load(name, folders)
+
+
+def _gather_dimensions(values: dict[str, Any], origin: Mapping[str, Path], path: Path) -> None:
+    """Put the sizes into a model of their own, in place; with ``base`` there may be none."""
     if "equal" in values:
         raise EzpzError(
             f"{origin['equal']}: equal = {_shown(values['equal'])} says what a dense_baseline_of "
             "has in common with the flavor that it names. Set that, or remove it."
         )
-    if "base" not in values and dense_flavors.all_dense(values):
-        dense_flavors.refuse_backend(variant, name, path)
-        values = dense_flavors.without_experts(values, origin, path)
     # Of its RoPE, also a model of the host's may say how far it reaches.
     rope = values.get("rope")
     is_length = "base" in values and isinstance(rope, dict) and rope.keys() == {"max_seq_len"}
@@ -273,47 +298,6 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
         )
     if "base" not in values:
         values["dimensions"] = dimensions
-    try:
-        # The variant comes last: a suffix of the name beats the key in the file.
-        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
-    except ValidationError as error:
-        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
-
-
-def _baseline(
-    name: str,
-    path: Path,
-    folders: Sequence[Path],
-    values: dict[str, Any],
-    variant: dict[str, str],
-) -> Flavor:
-    """Return the dense model that costs as much as the flavor that ``dense_baseline_of`` names."""
-    named = values[dense_flavors.OF]
-    where = f"{path}: {dense_flavors.OF} = {_shown(named)}"
-    if not isinstance(named, str):
-        raise EzpzError(f"{where}: should be the name of a flavor.")
-    dense_flavors.refuse_beside_baseline(values, path)
-    dense_flavors.refuse_backend(variant, name, path)
-    files = _public(_flavor_files(folders))
-    found = split_name(named, files)
-    # Looked up before it is loaded: two files may name each other.
-    if found and dense_flavors.OF in _merge(_chain(files[found[0]], folders))[0]:
-        raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
-    try:
-        experts = _load(named, folders)
-    except EzpzError as error:
-        raise EzpzError(f"{where}: {error}") from None
-    if experts.is_dense:
-        raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
-    kept = {key: getattr(experts, key) for key in ("base", "attention", "dimensions", "change")}
-    kept |= {"rope": experts.rope, "init": experts.init}
-    own = {key: value for key, value in values.items() if key != dense_flavors.OF}
-    said = {"name": name, "source": path, **kept, **own, **variant, dense_flavors.OF: experts}
-    try:
-        return Flavor.model_validate(said)
-    except ValidationError as error:
-        origin = dict.fromkeys(values, path)
-        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
 
 
 def _messages(

@@ -306,14 +306,13 @@ def _set_moe(moe: Any, old: Sizes, new: Sizes) -> None:
         _set_ffn(moe.shared_experts, math.prod(filter(None, shared)))
 
 
-def bias_routers(model: Any, bias: bool) -> None:
-    """Say whether the gates of a model have a bias, in place."""
+def bias_routers(model: Any) -> None:
+    """Give the gates of a model a bias, in place."""
     for _, moe, _, _ in model.traverse(MoE.Config):
-        _set_router_bias(moe, bias)
+        _set_router_bias(moe, True)
 
 
 def _set_router_bias(moe: Any, bias: bool) -> None:
-    """Say whether a layer's gate has a bias, which starts at zero."""
     gate = moe.router.gate
     gate.bias = bias
     if bias:

@@ -142,6 +142,11 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
 
 def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     degree = config.parallelism.expert_parallel_degree
+    if degree > 1 and config.model_spec is not None and not _experts(config):
+        yield (
+            f"parallelism.expert_parallel_degree = {degree}: flavor {_flavor(config)!r} is dense, "
+            "so there are no experts to divide. Set it to 1, or leave it out."
+        )
     # A set: layers of one size need one message.
     for experts in {sizes.num_experts for sizes in _sizes(config)}:
         if experts % degree:

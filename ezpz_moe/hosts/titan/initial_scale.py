@@ -68,7 +68,7 @@ def with_std(draw: Draw, std: float) -> Draw:
         # Bounds that are given are multiples of std; torch's own are far outside of it.
         words = draw.keywords
         bounds = {key: words[key] / old * std for key in ("a", "b") if key in words}
-        return partial(draw.func, *draw.args, **{**words, **bounds, "std": std})
+        return partial(draw.func, *draw.args, **(words | bounds | {"std": std}))
     return partial(_draw_and_multiply, draw, std / old)
 
 

@@ -14,11 +14,11 @@ from torchtitan.models.common.attention import BaseAttention
 from torchtitan.protocols.model_spec import ModelSpec
 
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.changed import bias_routers, change_model, without_effect
 from ezpz_moe.hosts.titan.selector import select_backend
 from ezpz_moe.hosts.titan.sized import sized_spec
 from ezpz_moe.hosts.titan.upstream_configs import (
@@ -76,12 +76,13 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
         if flavor.dimensions is None:
             spec = _upstream_spec(flavor, attention, moe_comm_backend)
             if flavor.change is not None:
-                change_model(spec.model, flavor.change, _where(flavor))
+                _changes().change_model(spec.model, flavor.change, _where(flavor))
             if flavor.rope is not None:
                 _reach(spec, flavor.rope.max_seq_len, flavor)
         else:
             spec = sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
-            bias_routers(spec.model, flavor.dimensions.router_bias)
+            if flavor.dimensions.router_bias:
+                _changes().bias_routers(spec.model)
     except (TypeError, ValueError) as error:
         # This host calls it differently, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
@@ -93,6 +94,10 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
         with titan().importing():  # only such a flavor needs this, which needs this module
             from ezpz_moe.hosts.titan.dense import make_dense
         make_dense(spec, flavor)
+    if flavor.init != Init():
+        with titan().importing():
+            from ezpz_moe.hosts.titan.initialized import initialize
+        initialize(spec.model, flavor.init, str(flavor.source))
     return dataclasses.replace(spec, flavor=flavor.name)
 
 
@@ -110,11 +115,27 @@ def what_differs(flavor: Flavor, spec: ModelSpec) -> str | None:
     return said + "; text trains the language part, not the vision encoder" * has_vision
 
 
+def _changes() -> Any:
+    with titan().importing():  # only flavors that change the host's models need this
+        from ezpz_moe.hosts.titan import changed
+    return changed
+
+
+def what_it_equals(flavor: Flavor) -> str | None:
+    """Return what a dense baseline has in common with its model of experts; None for another."""
+    if flavor.dense_baseline_of is None:
+        return None
+    with titan().importing():
+        from ezpz_moe.hosts.titan.dense import in_words
+    return in_words(flavor)
+
+
 def what_changes_nothing(flavor: Flavor) -> str | None:
     """Return which keys of ``[change]`` the base's model has already; None if there are none."""
     if flavor.change is None:
         return None
-    same = without_effect(_upstream_spec(flavor, None, _DEFAULT_COMM_BACKEND).model, flavor.change)
+    base = _upstream_spec(flavor, None, _DEFAULT_COMM_BACKEND).model
+    same = _changes().without_effect(base, flavor.change)
     keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in same.items())
     return f"{_where(flavor)}: [change] {keys} has no effect: so the base is" if keys else None
 
