@@ -222,10 +222,7 @@ def _set_dim(model: Any, dim: int) -> None:
     model.tok_embeddings.embedding_dim = dim
     model.norm.normalized_shape = dim
     model.lm_head.in_features = dim
-    # A new dict: the host's models share theirs.
-    model.lm_head.param_init = {
-        name: widened(draw, old, dim) for name, draw in model.lm_head.param_init.items()
-    }
+    replace_each(model.lm_head, lambda path, name, draw: widened(draw, old, dim))
     for layer in model.layers:
         layer.attention_norm.normalized_shape = layer.ffn_norm.normalized_shape = dim
         _set_attention_dim(layer.attention, dim)
