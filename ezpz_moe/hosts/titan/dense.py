@@ -16,7 +16,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import dense_hidden_dim
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.components import choices, weigh
-from ezpz_moe.hosts.titan.models import host_spec
+from ezpz_moe.hosts.titan.parameters import build_on_meta
 
 
 def make_dense(spec: ModelSpec, flavor: Flavor) -> None:
@@ -46,12 +46,11 @@ def hidden_dim(experts: Flavor, equal: Equal) -> int:
     Raises:
         EzpzError: the host cannot build that model.
     """
-    model = host_spec(experts).model
-    with torch.device("meta"):
-        built = model.build()
-    costs, _ = weigh(built, choices(experts).computing_share)
-    layers = sum(isinstance(module, MoE) for module in built.modules())
-    return dense_hidden_dim(costs, model.dim, layers, equal)
+    # With its [router]: a gate has a column for each zero-computation expert, too.
+    model = build_on_meta(experts)
+    costs, _ = weigh(model, choices(experts).computing_share)
+    layers = sum(isinstance(module, MoE) for module in model.modules())
+    return dense_hidden_dim(costs, model.config.dim, layers, equal)
 
 
 def in_words(flavor: Flavor) -> str | None:
