@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from config_cases import conflict
 from test_models import build
 
 from ezpz_moe.config.flavors import load_flavor
@@ -13,13 +14,16 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 from torchtitan.models.common.moe import MoE  # noqa: E402
 
+from ezpz_moe.cli.describe import _remarks as remarks  # noqa: E402
 from ezpz_moe.config.dense_flavors import OF_EXPERTS, refuse_dense  # noqa: E402
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor  # noqa: E402
 from ezpz_moe.hosts.accounting import FFN_MATRICES  # noqa: E402
+from ezpz_moe.hosts.anatomy_text import title  # noqa: E402
 from ezpz_moe.hosts.counts import counts_at_hand  # noqa: E402
 from ezpz_moe.hosts.titan.anatomy import anatomy  # noqa: E402
 from ezpz_moe.hosts.titan.models import host_spec, model_spec, what_it_equals  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
+from ezpz_moe.tools.describe import as_json, describe  # noqa: E402
 
 QWEN3 = 'base = "qwen3/debugmodel_moe"\n[change]\nn_layers = 2\ndim = 64\nnum_experts = 6\n'
 QWEN3 += "router_top_k = 2\nmoe_hidden_dim = 40\n"
@@ -159,3 +163,29 @@ def test_what_is_about_experts_refuses_a_dense_flavor(tmp_path: Path) -> None:
     with pytest.raises(EzpzError, match="flavor 'mine' is dense: it has no experts to analyze"):
         refuse_dense(dense, "to analyze")
     refuse_dense(load_flavor("debugmodel"), "to analyze")
+
+
+def test_expert_parallelism_has_nothing_to_divide(tmp_path: Path, monkeypatch) -> None:
+    flavor_of(tmp_path, 'dense_baseline_of = "debugmodel_sdpa"')
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    message = conflict("mine", parallelism__expert_parallel_degree=2)
+    assert "expert_parallel_degree = 2: flavor 'mine' is dense" in message
+
+
+def test_describe_says_what_rounding_leaves(tmp_path: Path, monkeypatch) -> None:
+    flavor_of(tmp_path, 'dense_baseline_of = "qwen3_30B_A3B"')
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    told = describe("mine", [], None, "cpu")
+    assert told.dense is None
+    assert told.baseline_of is not None
+    # A third of a hidden unit in each of 48 layers, of 20 GFLOPs.
+    left = 3 * 48 * 2 * FFN_MATRICES * 2048 / 3 / told.anatomy.total.both
+    assert told.baseline_of.more_flops == pytest.approx(left, rel=1e-3)
+    lines = list(remarks(told))
+    assert any("Dense baseline of qwen3_30B_A3B with equal FLOPs" in line for line in lines)
+    assert not any("Dense model with equal FLOPs" in line for line in lines)
+    document = as_json(told)
+    assert document["dense_model_of_equal_flops"] is None
+    assert document["baseline_of"]["flavor"] == "qwen3_30B_A3B"
+    assert document["computing_experts_per_token"] == 0
+    assert title("mine", told.anatomy, 64).startswith("mine: 48 layers, all dense. FLOPs are per")
