@@ -67,11 +67,13 @@ class Analyze(Reporting):
     def run(self) -> int:
         # Before torch is imported: a wrong number is reported at once.
         self._check()
+        from ezpz_moe.config.dense_flavors import refuse_dense
         from ezpz_moe.hosts.dcp.paths import find_weights
         from ezpz_moe.tools.named_model import named_model
 
         named = named_model(self.run_, self.config)
         flavor, checkpoint = named.flavor, find_weights(named.path)
+        refuse_dense(flavor, "to analyze")
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_weights(self.against) if self.against else None
         with display.status("Reading the text"):

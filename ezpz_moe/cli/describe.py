@@ -65,13 +65,20 @@ COMMAND = Describe
 
 
 def _remarks(described: Description) -> Iterator[str]:
-    model, dense = described.anatomy, described.dense
+    model, dense, baseline = described.anatomy, described.dense, described.baseline_of
     yield from anatomy_text.caveats(model)
-    yield (
-        f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
-        f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
-        f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
-    )
+    if baseline is not None:
+        equal = "FLOPs" if baseline.equal == "flops" else "parameters"
+        yield (
+            f"Dense baseline of {baseline.flavor} with equal {equal}, to a whole hidden unit: "
+            f"{baseline.more_flops:+.3%} FLOPs, {baseline.more_parameters:+.3%} parameters."
+        )
+    if dense is not None:
+        yield (
+            f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
+            f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
+            f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
+        )
     yield (
         f"torchtitan's own count, for its tflops and MFU: {display.flops(model.host_flops)} "
         "(counts attention over the whole sequence, and norms and biases as products)."

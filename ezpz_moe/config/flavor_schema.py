@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.change_schema import Change
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.layer_sizes import (
     ExpertsByLayer,
     LayerSizes,
     MoeLayers,
-    Width,
     WidthByLayer,
     length_conflicts,
     moe_layer_numbers,
@@ -27,18 +28,17 @@ from ezpz_moe.config.routing_schema import (
     routing_conflicts,
     size_conflicts,
 )
-from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.config.schema import Data, Tokens, Width, mistake
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
 Routed = Literal["one_node", "composed"]
+Equal = Literal["flops", "params"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
 Activation = Literal["swiglu", "geglu", "reglu", "relu2", "gelu", "clamped_swiglu"]
 
-# The upper bounds are far above any model, yet low enough that no tensor size overflows.
-_Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
@@ -46,12 +46,12 @@ class Rope(Data):
     """Rotary positions: the arguments of the host's ``ComplexRoPE``, except ``dim``."""
 
     theta: Annotated[float, Field(gt=1)]
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
     scaling: Literal["none", "yarn"]
     rope_factor: Annotated[float, Field(ge=1)]
     beta_fast: _Positive
     beta_slow: _Positive
-    original_seq_len: _Tokens
+    original_seq_len: Tokens
 
 
 class Longest(Data):
@@ -61,7 +61,7 @@ class Longest(Data):
     added, so shorter sequences are the same model.
     """
 
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
 
 
 class Dimensions(Data):
@@ -71,10 +71,10 @@ class Dimensions(Data):
     from layer to layer: ``layer_sizes`` has them.
     """
 
-    vocab_size: _Tokens
+    vocab_size: Tokens
     dim: Width
     n_layers: Annotated[int, Field(ge=1, le=2**10)]
-    # Either this, or which layers have experts.
+    # Either this, or which layers have experts. All layers: a dense model.
     n_dense_layers: Annotated[int, Field(ge=0)] | None = None
     moe_layers: MoeLayers | None = None
     n_heads: Width
@@ -99,11 +99,12 @@ class Dimensions(Data):
     router_route_norm: bool
     router_num_expert_groups: Experts | None = None
     router_num_limited_groups: Experts | None = None
+    router_bias: bool = False
     rope: Rope
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        conflicts = [*_size_conflicts(self), *_limit_conflicts(self)]
+        conflicts = [*_size_conflicts(self), *limit_conflicts(self)]
         # The shared FFN is as wide as experts, whose widths must be clear by then.
         if conflicts := conflicts or list(_shared_conflicts(self)):
             raise mistake("; ".join(conflicts))
@@ -158,7 +159,8 @@ class Flavor(Data):
     expert_precision: ExpertPrecision | None = None
     routed: Routed = "one_node"
     dimensions: Dimensions | None = None
-    # Beside `base` alone; a size has its own.
+    # The next two beside `base` alone; a size has its own.
+    change: Change | None = None
     rope: Longest | None = None
     # Not dimensions, as no model of the host's has them: they may stand beside `base` too.
     expert_activation: Activation = "swiglu"
@@ -169,6 +171,19 @@ class Flavor(Data):
     router: Router = Router()
     balance: Balance = Balance()
     telemetry: Telemetry | None = None
+    init: Init = Init()
+    # The flavor with experts whose cost this dense model has, and which of its costs.
+    dense_baseline_of: Flavor | None = None
+    equal: Equal = "flops"
+
+    @model_validator(mode="after")
+    def _changes_a_base(self) -> Self:
+        if self.change is not None and self.base is None:
+            raise mistake(
+                "[change] says what differs from base, and there is no base: the keys of a model's "
+                "own sizes stand at the top of the file"
+            )
+        return self
 
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
@@ -201,6 +216,13 @@ class Flavor(Data):
         return self
 
     @property
+    def is_dense(self) -> bool:
+        """Whether no layer has experts."""
+        size = self.dimensions
+        all_dense = size is not None and size.n_dense_layers == size.n_layers
+        return self.dense_baseline_of is not None or all_dense
+
+    @property
     def is_routed(self) -> bool:
         """Whether the flavor asks the routers for anything that the host's own do not do."""
         # By value: a table that repeats the defaults leaves the host's routers in place.
@@ -214,6 +236,8 @@ class Flavor(Data):
         """Whether experts or their groups have a score that the host does not know."""
         if self.router_group_score != "top2_sum":
             return True
+        if self.change is not None:
+            return self.change.scores_otherwise
         size = self.dimensions
         return size is not None and (
             size.router_score_func == "sqrtsoftplus"
@@ -238,6 +262,10 @@ class Flavor(Data):
         rate = self.balance.bias_rate
         schedules = [*self.router.schedules.values(), *([rate] if rate else [])]
         return self.reported is not None or not all(each.is_constant for each in schedules)
+
+    @field_serializer("dense_baseline_of")
+    def _by_name(self, flavor: Flavor | None) -> str | None:
+        return None if flavor is None else flavor.name
 
     @field_validator("base")
     @classmethod
@@ -289,7 +317,7 @@ def _size_conflicts(size: Dimensions) -> Iterator[str]:
             yield (
                 f"router_top_k ({of.top_k}) must not exceed num_experts ({of.num_experts}){where}"
             )
-        yield from _group_conflicts(size, of, where)
+        yield from group_conflicts(size, of.num_experts, of.top_k, where)
     # Equal ones are Kimi-K2's: one boundary, which the host rounds to two.
     if size.rope.beta_slow > size.rope.beta_fast:
         yield (
@@ -316,24 +344,35 @@ def _shared_conflicts(size: Dimensions) -> Iterator[str]:
         )
 
 
-def _group_conflicts(size: Dimensions, of: LayerSizes, where: str) -> Iterator[str]:
+class Grouped(Protocol):
+    """A model that says how its experts are grouped."""
+
+    @property
+    def router_num_expert_groups(self) -> int | None: ...
+    @property
+    def router_num_limited_groups(self) -> int | None: ...
+
+
+def group_conflicts(size: Grouped, num_experts: int, top_k: int, where: str = "") -> Iterator[str]:
+    """Yield why so many experts of a layer cannot be grouped like that."""
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
     # Whatever else is wrong of both is said once, of the model.
     if groups is None or limited is None or limited > groups:
         return
-    if of.num_experts % groups:
+    if num_experts % groups:
         yield (
-            f"num_experts ({of.num_experts}) must be a multiple of router_num_expert_groups "
+            f"num_experts ({num_experts}) must be a multiple of router_num_expert_groups "
             f"({groups}){where}"
         )
-    elif of.top_k > limited * (of.num_experts // groups):
+    elif top_k > limited * (num_experts // groups):
         yield (
-            f"router_top_k ({of.top_k}) must not exceed the "
-            f"{limited * (of.num_experts // groups)} experts of {limited} groups{where}"
+            f"router_top_k ({top_k}) must not exceed the "
+            f"{limited * (num_experts // groups)} experts of {limited} groups{where}"
         )
 
 
-def _limit_conflicts(size: Dimensions) -> Iterator[str]:
+def limit_conflicts(size: Grouped) -> Iterator[str]:
+    """Yield why a token's groups cannot be limited like that."""
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
     if (groups is None) != (limited is None):
         yield "router_num_expert_groups and router_num_limited_groups must be set together"

@@ -13,10 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ezpz_moe.config.routing_schema import Experts
-from ezpz_moe.config.schema import Data, mistake
-
-# The upper bound is far above any model, yet low enough that no tensor size overflows.
-Width = Annotated[int, Field(ge=1, le=2**20)]
+from ezpz_moe.config.schema import Data, Width, mistake
 
 _NUMBER, _LIST, _TABLE = FORMS = ("a number", "a list", "a table")
 """The forms of a value, as pydantic names them in the place of a mistake."""
@@ -153,11 +150,8 @@ def place_conflicts(
     if moe_layers is None:
         if n_dense_layers is None:
             yield 'neither n_dense_layers nor moe_layers is set. Set one: moe_layers = "all"'
-        elif n_dense_layers >= n_layers:
-            yield (
-                f"n_dense_layers ({n_dense_layers}) must be less than n_layers "
-                f"({n_layers}), or no layer has experts"
-            )
+        elif n_dense_layers > n_layers:
+            yield f"n_dense_layers ({n_dense_layers}) must not exceed n_layers ({n_layers})"
         return
     if n_dense_layers is not None:
         yield (

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from statistics import fmean
+from typing import Literal
 
 from ezpz_moe.config.layer_sizes import sizes_of
 from ezpz_moe.errors import EzpzError
@@ -138,6 +140,8 @@ def computing_experts(top_k: int, num_experts: int, zero_experts: int) -> float:
     The balance loss is at its optimum when all E + Z are used equally. Then this share of the k
     choices falls on experts that compute (AdaMoE, arXiv 2406.13233; MoE++, arXiv 2410.07348).
     """
+    if not num_experts:
+        return 0.0  # a dense model
     return top_k * num_experts / (num_experts + zero_experts)
 
 
@@ -160,24 +164,43 @@ def mean_keys(seq_len: int, window: int | None = None) -> float:
     return seen - seen * (seen - 1) / (2 * seq_len)
 
 
+def dense_hidden_dim(
+    costs: Mapping[str, Cost],
+    dim: int,
+    n_moe_layers: int,
+    matrices: int,
+    *,
+    equal: Literal["flops", "params"],
+) -> int:
+    """Return the hidden size F of the FFN that costs as much as what a layer's experts are.
+
+    Its FFN replaces the router and the routed and shared experts, with a gate at ``2 * 3 D F``
+    FLOPs per token and ``3 D F`` parameters.
+
+    Args:
+        costs: of the model with experts, by component.
+        dim: its model dimension D.
+        n_moe_layers: the layers that have experts. Dense ones between them keep their FFN.
+        matrices: of the FFN: :func:`ffn_matrices`.
+        equal: FLOPs per token, or parameters.
+    """
+    instead = sum((costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
+    weights = instead.forward / 2 if equal == "flops" else instead.parameters
+    # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
+    return round(weights / (matrices * dim * n_moe_layers))
+
+
 def dense_model(anatomy: Anatomy) -> DenseModel:
     """Return the dense model with equal FLOPs per token.
-
-    Its FFN replaces the router and the routed and shared experts. It has the activation of the
-    model's dense layers: with a gate it costs ``2 * 3 D F`` per token.
 
     Raises:
         EzpzError: the model has no experts.
     """
     if not anatomy.n_moe_layers:
         raise EzpzError("the model has no layer with experts to compare with a dense one")
-    instead = sum((anatomy.costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
-    # Only layers with experts change: dense layers between them keep their FFN.
-    matrices = ffn_matrices(anatomy.ffn_activation)
-    per_hidden_unit = matrices * anatomy.dim * anatomy.n_moe_layers
-    # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
-    hidden_dim = round(instead.forward / (2 * per_hidden_unit))
-    weights = per_hidden_unit * hidden_dim
+    dense = (anatomy.dim, anatomy.n_moe_layers, ffn_matrices(anatomy.ffn_activation))
+    hidden_dim = dense_hidden_dim(anatomy.costs, *dense, equal="flops")
+    weights = prod(dense) * hidden_dim
     # All weights of a dense FFN are active, so parameters and active parameters are the same.
     rest = sum((cost for name, cost in anatomy.costs.items() if name not in OF_MOE_LAYERS), Cost())
     return DenseModel(hidden_dim, rest + Cost(weights, weights, 2 * weights))

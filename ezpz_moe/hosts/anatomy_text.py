@@ -11,12 +11,14 @@ from ezpz_moe.telemetry.text import count, flops
 
 def title(flavor: str, anatomy: Anatomy, seq_len: int) -> str:
     """Return the line above the table: the model's experts, and what its FLOPs are counted for."""
+    counted = f"FLOPs are per token, in a sequence of {seq_len}."
+    if not anatomy.n_moe_layers:
+        return f"{flavor}: {anatomy.n_layers} layers, all dense. {counted}"
     zero = f" and {anatomy.zero_experts} zero-computation experts" if anatomy.zero_experts else ""
     return (
         f"{flavor}: {anatomy.n_layers} layers, {anatomy.n_moe_layers} of them with "
         f"{in_words(anatomy.num_experts)} experts{zero}; a token uses {in_words(anatomy.top_k)}. "
-        "FLOPs are per token, "
-        f"in a sequence of {seq_len}."
+        f"{counted}"
     )
 
 

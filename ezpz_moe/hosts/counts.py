@@ -21,10 +21,12 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     # They change what a token uses on average, and some have parameters of their own.
     if flavor.router.zero_computation_experts:
         return None
+    if flavor.dense_baseline_of is not None:
+        return None  # its size comes from what the experts cost
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions, flavor)
     # What is known of it is the host's own model.
-    if flavor.computes_otherwise:
+    if flavor.computes_otherwise or flavor.change is not None:
         return None
     known = facts()
     model = known.models.get(str(flavor.base)) if known else None
@@ -42,13 +44,14 @@ def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
     per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # in FFNs of every token
     shared = sum(size.shared_width(of.hidden_dim) * per_unit for of in layers)
     shared += len(layers) * size.dim * size.shared_gate
-    gates = sum(size.dim * of.num_experts for of in layers)
+    gates = sum((size.dim + size.router_bias) * of.num_experts for of in layers)
     dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
     rest = size.n_layers * _attention(size) + dense + gates + shared + norms
     total = 2 * embedding + rest + routed
-    num_experts, top_k, hidden_dim = map(one_or_each, zip(*layers, strict=True))
+    sizes = map(one_or_each, zip(*layers, strict=True)) if layers else (0, 0, 0)
+    num_experts, top_k, hidden_dim = sizes
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,

@@ -205,7 +205,8 @@ def _job_findings(asked: Asked) -> Iterator[Finding]:
         yield Finding(config, "this machine", problem, "it is refused here")
     yield from _resuming(job, trainer_config, asked)
     summary = detect.host().summarize(flavor)
-    yield from _alignment(summary)
+    if summary.num_experts:
+        yield from _alignment(summary)
     states = device.model_states(trainer_config, summary.total, asked.ranks or 1, asked.nproc)
     if asked.ranks is not None:
         yield _memory(states)

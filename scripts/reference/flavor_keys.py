@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tables
 
+from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.job import allowed
 from ezpz_moe.config.keys import Key
 from ezpz_moe.config.routing_schema import Balance, Router, Schedule
@@ -23,6 +25,8 @@ from ezpz_moe.config.telemetry_schema import Telemetry
 _PLACES = (
     ("docs/reference/flavors.md", "keys"),
     ("docs/reference/flavors.md", "keys of dimensions"),
+    ("docs/reference/flavors.md", "keys of change"),
+    ("docs/reference/flavors.md", "keys of init"),
     ("docs/reference/routing.md", "keys of router"),
     ("docs/reference/routing.md", "keys of balance"),
     ("docs/reference/metrics.md", "keys of telemetry"),
@@ -30,7 +34,7 @@ _PLACES = (
 """Documents and their tables."""
 
 # Not keys of the file, and tables with a table of their own here.
-_ELSEWHERE = ("name", "source", "dimensions", "router", "balance", "telemetry")
+_ELSEWHERE = ("name", "source", "dimensions", "change", "router", "balance", "telemetry", "init")
 
 
 def made() -> dict[str, dict[str, str]]:
@@ -38,6 +42,8 @@ def made() -> dict[str, dict[str, str]]:
     of_schema = {
         "keys": list(_of_flavor()),
         "keys of dimensions": list(_of_dimensions()),
+        "keys of change": list(_rows(Change)),
+        "keys of init": list(_rows(Init)),
         "keys of router": list(_rows(Router)),
         "keys of balance": list(_rows(Balance)),
         "keys of telemetry": list(_rows(Telemetry)),
@@ -79,6 +85,8 @@ def _in_words(type_: Any, *bounds: Any) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(type_))
     if issubclass(type_, Schedule):
         return f"a number {type_._range}, or a schedule"
+    if issubclass(type_, Flavor):
+        return "the name of a flavor"
     if issubclass(type_, Data):
         return "a table"
     words = allowed(Key(type=Annotated[type_, *bounds] if bounds else type_))

@@ -39,10 +39,14 @@ class Choices:
 def choices(config: Any, flavor: Flavor) -> Choices:
     """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
 
+    In a dense model a token has none.
+
     Args:
         config: the flavor's model, with its routers.
         flavor: for its ``[router]``.
     """
+    if flavor.is_dense:
+        return Choices(num_experts=0, zero_experts=0, top_k=0)
     zero_experts = flavor.router.zero_computation_experts
     routers = [moe.router for _, moe, _, _ in config.traverse(MoE.Config)]
     return Choices(

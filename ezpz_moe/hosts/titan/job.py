@@ -60,7 +60,12 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
-from ezpz_moe.hosts.titan.models import model_spec, what_differs
+from ezpz_moe.hosts.titan.models import (
+    model_spec,
+    what_changes_nothing,
+    what_differs,
+    what_it_equals,
+)
 from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
@@ -145,7 +150,8 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
-    if (line := what_differs(flavor, spec)) is not None:
+    notes = (what_differs(flavor, spec), what_changes_nothing(flavor), what_it_equals(flavor))
+    for line in filter(None, notes):
         logger.info(f"ezpz_moe: {line}")
     # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)

@@ -34,6 +34,11 @@ def _layer(path: str) -> str:
 
 def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
     degree, experts = config.parallelism.expert_parallel_degree, _experts(config)
+    if degree > 1 and not experts:
+        yield (
+            f"parallelism.expert_parallel_degree = {degree}: flavor {config.model_spec.flavor!r} "
+            "is dense, so there are no experts to divide. Set it to 1, or leave it out."
+        )
     undivided = [layer for layer, number in experts.items() if number % degree]
     if not undivided:
         return

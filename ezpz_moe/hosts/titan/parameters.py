@@ -54,8 +54,9 @@ def _summarize(flavor: Flavor) -> ModelSummary:
     costs, _ = weigh(build_on_meta(flavor))
     total = sum(costs.values(), Cost())
     host_experts = titan().experts()
+    # A dense model has none.
     nodes = config.traverse(host_experts.HostExperts.Config)
-    hidden_dims = [host_experts.sizes(node).hidden_dim for _, node, _, _ in nodes]
+    hidden_dims = [host_experts.sizes(node).hidden_dim for _, node, _, _ in nodes] or [0]
     return ModelSummary(
         dim=config.dim,
         n_layers=len(config.layers),

@@ -59,7 +59,7 @@ def _layers(size: Dimensions, attention: str, moe_comm_backend: str) -> list[Any
     rope = size.rope.model_dump()
     rope[titan().LONGEST] = rope.pop("max_seq_len")
     of_layer = {"n_dense_layers", "moe_layers", "num_experts", "router_top_k", "moe_hidden_dim"}
-    common = size.model_dump(exclude=of_layer | {"vocab_size", "rope", *_OF_SHARED})
+    common = size.model_dump(exclude=of_layer | {"vocab_size", "rope", "router_bias", *_OF_SHARED})
 
     # The host builds a model whose layers are alike, each with the initial values of its depth. So
     # every kind of layer is built at every depth, and each depth takes its own kind.

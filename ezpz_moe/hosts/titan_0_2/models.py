@@ -26,6 +26,7 @@ from torchtitan.tools import utils
 
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
@@ -76,6 +77,11 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
+    if later := _since_0_3(flavor):
+        raise EzpzError(
+            f"{flavor.source}: {' and '.join(later)} need torchtitan 0.3 or later. Remove them, or "
+            "install torchtitan 0.3."
+        )
     if flavor.dimensions is not None:
         _refuse_uneven_layers(flavor.dimensions, str(flavor.source))
     if flavor.scores_otherwise:
@@ -111,6 +117,18 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         expert_precision=flavor.expert_precision,
         max_positions=flavor.dimensions.rope.max_seq_len if flavor.dimensions else None,
     )
+
+
+def _since_0_3(flavor: Flavor) -> list[str]:
+    """Return what a flavor says that needs the config nodes of later hosts."""
+    has_bias = flavor.dimensions is not None and flavor.dimensions.router_bias
+    asked = {
+        "[change]": flavor.change is not None,
+        "[init]": flavor.init != Init(),
+        "router_bias": has_bias,
+        "models without experts (dense_baseline_of, n_dense_layers = n_layers)": flavor.is_dense,
+    }
+    return [what for what, is_asked in asked.items() if is_asked]
 
 
 def build_model(args: Any) -> nn.Module:
