@@ -17,7 +17,7 @@ from torchtitan.models.common.moe import MoE  # noqa: E402
 from ezpz_moe.cli.describe import _remarks as remarks  # noqa: E402
 from ezpz_moe.config.dense_flavors import OF_EXPERTS, refuse_dense  # noqa: E402
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor  # noqa: E402
-from ezpz_moe.hosts.accounting import FFN_MATRICES  # noqa: E402
+from ezpz_moe.hosts.accounting import ffn_matrices  # noqa: E402
 from ezpz_moe.hosts.anatomy_text import title  # noqa: E402
 from ezpz_moe.hosts.counts import counts_at_hand  # noqa: E402
 from ezpz_moe.hosts.titan.anatomy import anatomy  # noqa: E402
@@ -50,7 +50,7 @@ def test_a_baseline_costs_as_much_to_half_a_hidden_unit(
     assert dense.dense_baseline_of is not None
     ours, theirs = anatomy(dense, 64), anatomy(dense.dense_baseline_of, 64)
     assert ours.n_moe_layers == 0
-    unit = 2 * FFN_MATRICES * ours.dim * layers  # of one hidden unit in each of these layers
+    unit = 2 * ffn_matrices("swiglu") * ours.dim * layers  # of one hidden unit in each of these layers
     assert abs(ours.total.forward - theirs.total.forward) <= unit / 2
     same = flavor_of(tmp_path, 'dense_baseline_of = "experts"\nequal = "params"\n', experts=experts)
     difference = anatomy(same, 64).total.parameters - theirs.total.parameters
@@ -179,7 +179,7 @@ def test_describe_says_what_rounding_leaves(tmp_path: Path, monkeypatch) -> None
     assert told.dense is None
     assert told.baseline_of is not None
     # A third of a hidden unit in each of 48 layers, of 20 GFLOPs.
-    left = 3 * 48 * 2 * FFN_MATRICES * 2048 / 3 / told.anatomy.total.both
+    left = 3 * 48 * 2 * ffn_matrices("swiglu") * 2048 / 3 / told.anatomy.total.both
     assert told.baseline_of.more_flops == pytest.approx(left, rel=1e-3)
     lines = list(remarks(told))
     assert any("Dense baseline of qwen3_30B_A3B with equal FLOPs" in line for line in lines)

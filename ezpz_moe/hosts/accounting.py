@@ -107,7 +107,8 @@ class Anatomy:
     @property
     def computing_experts(self) -> float:
         """Experts that compute for a token in one layer, on average; over the layers too."""
-        layers = self.n_moe_layers
+        if not (layers := self.n_moe_layers):
+            return 0.0
         each_L = zip(sizes_of(self.top_k, layers), sizes_of(self.num_experts, layers), strict=True)
         return fmean(computing_experts(k, E, self.zero_experts) for k, E in each_L)
 
@@ -140,8 +141,6 @@ def computing_experts(top_k: int, num_experts: int, zero_experts: int) -> float:
     The balance loss is at its optimum when all E + Z are used equally. Then this share of the k
     choices falls on experts that compute (AdaMoE, arXiv 2406.13233; MoE++, arXiv 2410.07348).
     """
-    if not num_experts:
-        return 0.0  # a dense model
     return top_k * num_experts / (num_experts + zero_experts)
 
 
