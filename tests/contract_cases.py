@@ -168,8 +168,13 @@ def usable(name: str, device: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
-def make_case(pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    """A random expert layer with that routing; the tail of x and idle experts' weights hold NaN."""
+def make_case(
+    pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.float32, **ffn
+) -> Case:
+    """A random expert layer with that routing; the tail of x and idle experts' weights hold NaN.
+
+    ``ffn``: ``activation`` and ``biased``, SwiGLU without biases by default.
+    """
     return random_case(
         list(pattern.counts),
         dim=DIM,
@@ -177,6 +182,7 @@ def make_case(pattern: Pattern, device: str = "cpu", dtype: torch.dtype = torch.
         tail=pattern.tail,
         dtype=dtype,
         device=device,
+        **ffn,
     )
 
 
@@ -224,6 +230,7 @@ def make_routed_case(
     dtype: torch.dtype = torch.float32,
     x_dtype: torch.dtype | None = None,
     scores_dtype: torch.dtype | None = None,
+    **ffn,
 ) -> RoutedCase:
     """A random routed layer; idle experts' weights and tokens without experts hold NaN.
 
@@ -241,6 +248,7 @@ def make_routed_case(
         x_dtype=x_dtype,
         scores_dtype=scores_dtype,
         device=device,
+        **ffn,
     )
 
 

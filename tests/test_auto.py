@@ -65,9 +65,10 @@ def _compute(
     calls: int = 1,
     options: str = "",
     dtype: torch.dtype = torch.float32,
+    **ffn,
 ) -> None:
     for _ in range(calls):
-        case = make_case(pattern, dtype=dtype)
+        case = make_case(pattern, dtype=dtype, **ffn)
         run(get_backend(f"auto(among='{NAMES}'{options})").ffn, case)
 
 
@@ -121,6 +122,20 @@ def test_another_dtype_is_another_question(clock: _Clock) -> None:
     assert clock.asked == 2
     assert _winners() == ["for_loop", "batched_mm_padded"]
     assert sorted(each.question.dtype for each, _ in tuning.recorded()) == ["float32", "float64"]
+
+
+def test_another_ffn_is_another_question(clock: _Clock) -> None:
+    """Without a gate there are two products, not three, and biases take passes of their own."""
+    _compute()
+    clock.milliseconds["batched_mm_padded"] = 0.5
+    _compute(activation="gelu")
+    _compute(biased=True)
+    assert _winners() == ["for_loop", "batched_mm_padded", "batched_mm_padded"]
+    assert {each.question.ffn for each, _ in tuning.recorded()} == {
+        "swiglu",
+        "gelu",
+        "swiglu with biases",
+    }
 
 
 def test_another_allocator_is_another_question(

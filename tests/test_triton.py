@@ -44,6 +44,7 @@ CONTRACT = {
     "test_grouped_mm_takes_any_strides": ["triton-0"],
     "test_counts_and_offsets_take_any_strides": ["triton-cpu"],
     "test_an_expanded_gradient_is_taken": ["triton-cpu"],
+    "test_ffn_of_any_activation_equals_float64": ["triton-cpu and (clamped or relu2)"],
     "test_a_rerun_gives_the_same_bits": ["triton-float32"],
     "test_inputs_are_not_changed": ["triton-cpu"],
     "test_operators_keep_torchs_rules": ["triton and mm_backward"],
@@ -53,14 +54,19 @@ CONTRACT_OF_ROUTED = {
         "triton-cpu and (uneven or half_a_tail or all_cut)",
         "recompute and half_a_tail",
     ],
+    "test_routed_of_any_activation_equals_float64": [
+        "triton-cpu and (geglu or reglu or unbiased)",
+        "recompute and clamped",
+    ],
     "test_nan_stays_with_its_token": ["triton-cpu"],
     "test_routed_takes_any_strides": ["triton-1"],
     "test_an_expanded_gradient_is_taken": ["triton-cpu"],
     "test_backward_takes_whatever_stands_in_saved_rows_of_the_tail": ["triton-cpu"],
     "test_operators_keep_torchs_rules": ["triton-routed_backward"],
 }
-FILES = ("test_contract.py", "test_contract_autograd.py")
-FILES_OF_ROUTED = ("test_contract_routed.py", "test_contract_routed_autograd.py")
+ACTIVATIONS = "test_contract_activations.py"
+FILES = ("test_contract.py", "test_contract_autograd.py", ACTIVATIONS)
+FILES_OF_ROUTED = ("test_contract_routed.py", "test_contract_routed_autograd.py", ACTIVATIONS)
 
 
 def _through_the_interpreter(names: tuple[str, ...], chosen: str) -> list[tuple[str, str]]:

@@ -7,13 +7,13 @@ Shape suffixes, as torchtitan writes them:
 
 What a backend promises, whatever the routing:
 
-- output and all gradients (x, w1, w2, w3, and the scores of a routed layer) equal the float64
+- output and all gradients (x, weights, biases, and the scores of a routed layer) equal the float64
 reference within twice the error of the plain loop in the same dtype, plus 1e-6 of the tensor's
 scale;
 - rows beyond the sum of the counts (*tail rows*) get exactly zero, as outputs and as input
 gradients, even if the tail of x holds NaN;
-- an expert without tokens gets a weight gradient of exact zeros, never None (FSDP reduces it), and
-its weights change nothing, even if they hold NaN;
+- an expert without tokens gets gradients of exact zeros, never None (FSDP reduces them), and its
+weights and biases change nothing, even if they hold NaN;
 - without rows, or without experts, the result is still a function of every input;
 - a token of a routed layer changes no other token's output or gradient, even if it holds NaN; a
 choice beyond ``num_rows`` changes nothing, and its score gets exactly zero;

@@ -1,6 +1,7 @@
 """What kernels do with a tile in registers, in float32: biases, activations and their derivatives.
 
-:mod:`ezpz_moe.compute.activations` says which formulas these are. Comparisons are written so that NaN fails them and stays NaN.
+:mod:`ezpz_moe.compute.activations` says which formulas these are. Comparisons are written so that
+NaN fails them and stays NaN.
 """
 
 import triton
