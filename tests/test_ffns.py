@@ -98,7 +98,7 @@ def results(moe, out, x) -> dict[str, torch.Tensor]:
     """The output and all gradients of a layer."""
     draw = torch.Generator().manual_seed(3)
     grad = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)
-    wanted = {name: each for name, each in moe.named_parameters()} | {"x": x}
+    wanted = dict(moe.named_parameters()) | {"x": x}
     found = torch.autograd.grad(out, list(wanted.values()), grad)
     return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
@@ -181,7 +181,9 @@ def test_parameters_are_those_of_the_formula(tmp_path, case):
 
 
 def test_no_shared_experts_are_no_module(tmp_path):
-    found = flavor(tmp_path, SMALL.replace(f"shared_hidden_dim = {SHARED}", "num_shared_experts = 0"))
+    found = flavor(
+        tmp_path, SMALL.replace(f"shared_hidden_dim = {SHARED}", "num_shared_experts = 0")
+    )
     assert host().summarize(found) == counts_at_hand(found)
     assert moe_of(host().build_on_meta(found)).shared_experts is None
 
@@ -200,7 +202,11 @@ def test_of_experts_without_a_gate_one_product_less_is_kept(tmp_path):
     [
         ("gpt_oss/debugmodel", 'expert_activation = "relu2"', "expert_activation: the experts of"),
         ("gpt_oss/debugmodel", "expert_bias = true", "expert_bias: the experts of this model (E"),
-        ("qwen3/debugmodel_moe", 'ffn_activation = "gelu"', "has no effect: this model has neither"),
+        (
+            "qwen3/debugmodel_moe",
+            'ffn_activation = "gelu"',
+            "has no effect: this model has neither",
+        ),
     ],
 )
 def test_a_base_that_cannot_have_it(tmp_path, base, key, said):
@@ -234,7 +240,10 @@ def save_as_hf(config) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(fuse, "replaces FFNs with a fused SwiGLU"), (save_as_hf, "no class of transformers computes its FFNs")],
+    [
+        (fuse, "replaces FFNs with a fused SwiGLU"),
+        (save_as_hf, "no class of transformers computes the FFNs"),
+    ],
 )
 def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said):
     flavor(tmp_path, f"{SMALL}{keys(*CASES[4])}")

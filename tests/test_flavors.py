@@ -275,7 +275,10 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
         ("n_dense_layers = 28", "n_dense_layers (28) must not exceed n_layers (27)"),
         ("router_top_k = 65", "router_top_k (65) must not exceed num_experts (64)"),
         ("[rope]\nbeta_slow = 33.0", "rope.beta_slow (33.0) must not exceed rope.beta_fast"),
-        ("shared_hidden_dim = 3\nnum_shared_experts = 2", "shared_hidden_dim (3) is not num_shared"),
+        (
+            "shared_hidden_dim = 3\nnum_shared_experts = 2",
+            "shared_hidden_dim (3) is not num_shared",
+        ),
         ("num_shared_experts = 0\nshared_gate = true", "shared_gate = true has no effect without"),
         ('expert_activation = "relu"', "expert_activation = 'relu': should be 'swiglu', 'geglu'"),
         ("router_num_expert_groups = 8", "must be set together"),

@@ -21,6 +21,7 @@ from ezpz_moe.hosts.titan.v0_3 import Titan03
 
 FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.chats",
+    "ezpz_moe.hosts.titan.ffn_nodes",
     "ezpz_moe.hosts.titan.routing",
     "ezpz_moe.hosts.titan.metrics",
     "ezpz_moe.hosts.titan.labelled",
@@ -28,8 +29,8 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.dense",
     "ezpz_moe.hosts.titan.initialized",
 )
-"""What is imported only for a flavor with [router], [balance] or [telemetry], for chats, or for a
-model that differs from the host's."""
+"""What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for
+chats, or for a model that differs from the host's."""
 WHERE_A_FAILURE_IS_CAUGHT = (
     "ezpz_moe.hosts.titan.anatomy",
     "ezpz_moe.hosts.titan.components",

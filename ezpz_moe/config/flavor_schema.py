@@ -251,6 +251,17 @@ class Flavor(Data):
         return activations != {"swiglu"} or self.expert_bias
 
     @property
+    def other_ffns(self) -> list[str]:
+        """What experts and dense FFNs have that the host's lack, in words."""
+        found = {
+            f"experts that compute {self.expert_activation}": self.expert_activation != "swiglu",
+            "experts with biases": self.expert_bias,
+            f"FFNs that compute {self.ffn_activation}": self.ffn_activation != "swiglu",
+            "a gate of its shared experts": self.dimensions and self.dimensions.shared_gate,
+        }
+        return [part for part, is_there in found.items() if is_there]
+
+    @property
     def reported(self) -> Telemetry | None:
         """What the run reports about experts; with losses or drops it always reports something."""
         is_asked_for = self.balance.has_losses or self.balance.capacity_factor

@@ -10,7 +10,6 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Latent, Layer, Rope
 from ezpz_moe.hosts.titan.attention import left_window
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.ffn_nodes import other_ffns
 from ezpz_moe.hosts.titan.models import host_spec
 
 _SIZED = "deepseek_v3"
@@ -40,7 +39,7 @@ def architecture(flavor: Flavor) -> Architecture:
         layers=tuple(_layer(each, flavor.router_group_score) for each in model.layers),
         norm_eps=model.norm.eps,
         tied=model.enable_weight_tying,
-        besides=(*_besides(model, family), *other_ffns(flavor)),
+        besides=(*_besides(model, family), *flavor.other_ffns),
     )
 
 

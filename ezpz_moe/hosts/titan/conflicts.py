@@ -37,7 +37,7 @@ from ezpz_moe.hosts.ranks import (
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
-from ezpz_moe.hosts.titan.ffn_nodes import ffn_problems
+from ezpz_moe.hosts.titan.ffns import ffn_problems
 from ezpz_moe.hosts.titan.layer_conflicts import layer_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes

@@ -11,11 +11,10 @@ from typing import Any
 import spmd_types as spmd
 from torch import Tensor
 from torch.autograd import Function
-from torchtitan.protocols.sharding import ShardingConfig
 
 
-def with_biases(config: ShardingConfig) -> ShardingConfig:
-    """Return how the experts' weights are sharded, with their biases.
+def with_biases(config: Any) -> Any:
+    """Return the host's ``ShardingConfig`` of the experts' weights, with their biases.
 
     A bias is sharded as the output of its product: b1 and b3 over F as w1 is. b2 has no F, so that
     every rank of a tensor-parallel group has all of it, and finds its whole gradient (``spmd.I``;
@@ -55,5 +54,5 @@ class _Share(Function):
         return tensor / ranks
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

@@ -9,14 +9,14 @@ state-dict key, so a checkpoint fits every backend.
 The host casts the experts' inputs and weights to bfloat16. This binding does the same, unless the
 flavor or the CPU wants float32 (:mod:`ezpz_moe.hosts.precision`).
 
-With another activation, or with biases, the parameters are the host's as far as it has them: without
-a gate there is no w3, and a bias is called as its weight. The host's own path has no such formula,
-so ``grouped_mm`` then composes it of the host's products.
+With another activation, or with biases, the parameters are the host's as far as it has them:
+without a gate there is no w3, and a bias is called as its weight. The host's own path has no such
+formula, so ``grouped_mm`` then composes it of the host's products.
 Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import spmd_types as spmd
@@ -83,8 +83,9 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard biases beside their weights, then as the host."""
-        if self.has_biases and self._sharding_config is not None:
-            self._sharding_config = with_biases(self._sharding_config)
+        sharding: Any = self._sharding_config
+        if self.has_biases and sharding is not None:
+            self._sharding_config = with_biases(sharding)
         # Expert parallelism splits the tokens of a tensor-parallel group, not the hidden dimension.
         if not parallel_dims.ep_enabled:
             self._tensor_parallel_degree = parallel_dims.tp
@@ -294,8 +295,9 @@ def computing(config: Any, activation: Activation, has_biases: bool, where: str)
             "an FFN of their own. Remove it, or choose a model with torchtitan's GroupedExperts."
         )
     zeros = dict.fromkeys(("b1_EF", "b2_ED", "b3_EF"), nn.init.zeros_) if has_biases else {}
-    return replace(
+    return derive(
         config,
+        EzpzGroupedExperts.Config,
         activation=activation,
         has_biases=has_biases,
         param_init={**(config.param_init or {}), **zeros},

@@ -1,4 +1,4 @@
-"""FFNs that the host's models do not have: other activations, and shared experts of any width.
+"""FFNs that the host's models do not have: with another activation, or with a gate.
 
 Dense layers and shared experts are the host's ``FeedForward``, a SwiGLU. Here its nodes are
 replaced in a model's config, so that parameters keep the host's names: ``w1``, ``w2`` and, if the
@@ -9,8 +9,7 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`; X = whatever is before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import spmd_types as spmd
@@ -22,15 +21,14 @@ from torchtitan.models.common.decoder_sharding import (
 )
 from torchtitan.models.common.feed_forward import FeedForward, SigmoidGatedFeedForward
 from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
-from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute.activations import ACTIVATIONS
-from ezpz_moe.config.flavor_schema import Activation, Dimensions, Flavor
+from ezpz_moe.config.flavor_schema import Activation, Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.ffns import dense_ffns
 
 
 class ActivatedFeedForward(FeedForward):
@@ -90,61 +88,8 @@ _ACTIVATED: dict[type, Any] = {
 """A class of FFNs -> the same with an activation of its own."""
 
 
-def set_shared(layers: list[Any], size: Dimensions) -> None:
-    """Give the host's layers the shared FFN that ``size`` asks for, in place."""
-    for moe in (layer.moe for layer in layers if layer.moe is not None):
-        shared = moe.shared_experts
-        width = size.shared_hidden_dim or shared.w1.out_features
-        if not width:
-            moe.shared_experts = None
-            continue
-        shared = replace(
-            shared,
-            w1=replace(shared.w1, out_features=width),
-            w2=replace(shared.w2, in_features=width),
-            w3=replace(shared.w3, out_features=width),
-        )
-        if size.shared_gate:
-            gate = Linear.Config(
-                in_features=size.dim, out_features=1, param_init=shared.w1.param_init
-            )
-            shared = derive(shared, GatedFeedForward.Config, gate=gate)
-        moe.shared_experts = shared
-
-
-def other_ffns(flavor: Flavor) -> list[str]:
-    """Return what the flavor's FFNs have that no class of transformers computes, in words."""
-    found = {
-        f"experts that compute {flavor.expert_activation}": flavor.expert_activation != "swiglu",
-        "experts with biases": flavor.expert_bias,
-        f"FFNs that compute {flavor.ffn_activation}": flavor.ffn_activation != "swiglu",
-        "a gate of its shared experts": flavor.dimensions and flavor.dimensions.shared_gate,
-    }
-    return [part for part, is_there in found.items() if is_there]
-
-
-def ffn_problems(config: Trainer.Config) -> Iterator[str]:
-    """Yield which of the run's settings do not fit a model with such FFNs."""
-    if config.model_spec is None or config.model_spec.state_dict_adapter is not None:
-        return
-    for key in ("initial_load_in_hf", "last_save_in_hf"):
-        if getattr(config.checkpoint, key, False):
-            yield (
-                f"checkpoint.{key} = true: flavor {config.model_spec.flavor!r} has no form of "
-                "Hugging Face's, as no class of transformers computes its FFNs. Set it to false."
-            )
-    degree = config.parallelism.tensor_parallel_degree
-    is_split = getattr(config.parallelism, "enable_sequence_parallel", True)
-    nodes = config.model_spec.model.traverse(GatedFeedForward.Config)
-    if degree > 1 and not is_split and any(True for _ in nodes):
-        yield (
-            f"parallelism.tensor_parallel_degree = {degree} with enable_sequence_parallel = false: "
-            "shared_gate = true multiplies whole sums. Set it to true."
-        )
-
-
 def set_ffns(model: Any, flavor: Flavor) -> None:
-    """Give the model's FFNs the flavor's activations and biases, in place.
+    """Give the model's FFNs the flavor's activations, biases and gates, in place.
 
     The experts have a selector by now: it decides who computes them.
 
@@ -152,6 +97,8 @@ def set_ffns(model: Any, flavor: Flavor) -> None:
         EzpzError: the host's experts or FFNs compute a formula of their own, or the model has no
             FFN that a key is about.
     """
+    if flavor.dimensions and flavor.dimensions.shared_gate:
+        _add_gates(model)
     if flavor.ffn_activation != "swiglu":
         _set_dense(model, flavor)
     if flavor.expert_activation != "swiglu" or flavor.expert_bias:
@@ -163,9 +110,16 @@ def set_ffns(model: Any, flavor: Flavor) -> None:
             setattr(parent, attribute, other)
 
 
+def _add_gates(model: Any) -> None:
+    for moe in (layer.moe for layer in model.layers if layer.moe is not None):
+        w1 = moe.shared_experts.w1
+        gate = Linear.Config(in_features=w1.in_features, out_features=1, param_init=w1.param_init)
+        moe.shared_experts = derive(moe.shared_experts, GatedFeedForward.Config, gate=gate)
+
+
 def _set_dense(model: Any, flavor: Flavor) -> None:
     said = f"{flavor.source}: ffn_activation = {flavor.ffn_activation!r}"
-    nodes = list(_dense(model))
+    nodes = list(dense_ffns(model))
     if not nodes:
         raise EzpzError(
             f"{said} has no effect: this model has neither dense layers nor shared experts. "
@@ -181,16 +135,3 @@ def _set_dense(model: Any, flavor: Flavor) -> None:
             )
         activated = _ACTIVATED[host_class].Config
         setattr(parent, attribute, derive(node, activated, activation=flavor.ffn_activation))
-
-
-def _dense(model: Any) -> Iterator[tuple[Any, str]]:
-    """Yield the holder of every FFN that is not routed, and its name there.
-
-    Not every ``FeedForward`` below the model: a vision encoder may have some, too.
-    """
-    for layer in (*model.layers, *(getattr(model, "mtp_layers", None) or ())):
-        if getattr(layer, "feed_forward", None) is not None:
-            yield layer, "feed_forward"
-        moe = getattr(layer, "moe", None)
-        if isinstance(moe, MoE.Config) and moe.shared_experts is not None:
-            yield moe, "shared_experts"

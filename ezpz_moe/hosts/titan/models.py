@@ -19,7 +19,6 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.ffn_nodes import other_ffns, set_ffns
 from ezpz_moe.hosts.titan.selector import select_backend
 from ezpz_moe.hosts.titan.sized import sized_spec
 from ezpz_moe.hosts.titan.upstream_configs import (
@@ -56,8 +55,11 @@ def model_spec(
         chosen_by = why or f"flavor {flavor.name}"
         asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
         select_backend(spec.model, *asked)
-    set_ffns(spec.model, flavor)
-    if other_ffns(flavor):
+    if flavor.other_ffns:
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.ffn_nodes import set_ffns
+        set_ffns(spec.model, flavor)
+        # The host's adapter knows the names of its own FFNs alone.
         spec = dataclasses.replace(spec, state_dict_adapter=None)
     # After the backend: zero-computation experts wrap the experts' node with the selector in it.
     if flavor.is_routed:

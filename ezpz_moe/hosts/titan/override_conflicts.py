@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any
 
-from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.errors import EzpzError, did_you_mean
@@ -19,7 +17,6 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 _OURS = "ezpz_moe.overrides."
 _EXPERTS = f"{_OURS}experts"
 _FUSED = "torchtitan.overrides.fused_swiglu.fused_grouped_experts"
-_FUSED_FFN = "torchtitan.overrides.fused_swiglu.fused_swiglu"
 _OF_A_FLAVOR = {
     _EXPERTS: (
         "the flavor has already chosen its compute_backend. Remove the override, or choose another "
@@ -51,16 +48,6 @@ def override_problems(config: Trainer.Config) -> Iterator[str]:
     for target in dict.fromkeys(targets):
         if target in _OF_A_FLAVOR:
             yield f"override.imports {target}: {_OF_A_FLAVOR[target]}"
-    if _FUSED_FFN in targets and any(map(_is_no_swiglu, config.traverse(FeedForward.Config))):
-        yield (
-            f"override.imports {_FUSED_FFN}: it replaces FFNs with a fused SwiGLU, which has neither "
-            "the flavor's ffn_activation nor its shared_gate. Remove the override, or these keys."
-        )
-
-
-def _is_no_swiglu(found: tuple[Any, ...]) -> bool:
-    _, node, _, _ = found
-    return hasattr(node, "activation") or hasattr(node, "gate")
 
 
 def refuse_overrides(config: Trainer.Config) -> None:

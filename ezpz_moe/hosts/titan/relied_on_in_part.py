@@ -31,7 +31,31 @@ PICTURES = (
 )
 """Needed by flavors with ``[telemetry]`` that draw pictures for the loggers."""
 
+_NO_OTHER_FFNS = "flavors with ffn_activation or shared_gate cannot be trained; others still can"
+_FFNS = (
+    Reliance(
+        "torchtitan.models.common.feed_forward:FeedForward.Config",
+        used_for="an FFN with another activation is a subclass of it",
+        if_broken=_NO_OTHER_FFNS,
+        fields=("w1", "w2", "w3"),
+    ),
+    Reliance(
+        "torchtitan.models.common.feed_forward:SigmoidGatedFeedForward.Config",
+        used_for="shared experts with a gate are a subclass of it",
+        if_broken=_NO_OTHER_FFNS,
+        fields=("gate",),
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder_sharding:dense_activation_placement",
+        used_for="how ranks of a tensor-parallel group hold what that gate computes",
+        if_broken=_NO_OTHER_FFNS,
+        takes=("tp",),
+    ),
+)
+"""Needed by flavors whose dense FFNs or shared experts are no SwiGLU."""
+
 ROUTERS = (
+    *_FFNS,
     Reliance(
         "torchtitan.models.common.moe:TokenChoiceTopKRouter",
         used_for="a flavor's router is a subclass of it",

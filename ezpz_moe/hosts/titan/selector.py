@@ -185,8 +185,10 @@ def _layer_in_words(why_composed: str | None) -> str:
 def _path(backend: ExpertComputeBackend, formula: str) -> str:
     if backend != HOST_PATH:
         return get_backend(backend).summary
-    return "composed of the host's products, as its experts have no such FFN" if formula else (
-        "the host's own path"
+    return (
+        "composed of the host's products, as its experts have no such FFN"
+        if formula
+        else ("the host's own path")
     )
 
 

@@ -20,7 +20,6 @@ from torchtitan.protocols.model_spec import ModelSpec
 from ezpz_moe.config.flavors import Dimensions
 from ezpz_moe.config.layer_sizes import LayerSizes
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.ffn_nodes import set_shared
 from ezpz_moe.hosts.titan.mixed import named_after
 
 _OF_SHARED = ("num_shared_experts", "shared_hidden_dim", "shared_gate")
@@ -81,7 +80,8 @@ def _layers(size: Dimensions, attention: str, moe_comm_backend: str) -> list[Any
 
     sizes = size.layer_sizes
     layers = [alike(sizes.get(number))[number] for number in range(size.n_layers)]
-    set_shared(layers, size)
+    if size.shared_hidden_dim is not None or not size.num_shared_experts:
+        _set_shared(layers, size.shared_hidden_dim)
     return layers
 
 
@@ -118,3 +118,15 @@ def _with_mean_use(config: Any, model: nn.Module) -> Any:
     moe = dataclasses.replace(moe, num_experts=held, router=router)
     layers[first] = dataclasses.replace(layers[first], moe=moe)
     return dataclasses.replace(config, layers=layers)
+
+
+def _set_shared(layers: list[Any], width: int | None) -> None:
+    """Set the width of the shared FFN of every layer with experts, in place; None: it has none."""
+    for moe in (layer.moe for layer in layers if layer.moe is not None):
+        shared = moe.shared_experts
+        moe.shared_experts = width and dataclasses.replace(
+            shared,
+            w1=dataclasses.replace(shared.w1, out_features=width),
+            w2=dataclasses.replace(shared.w2, in_features=width),
+            w3=dataclasses.replace(shared.w3, out_features=width),
+        )

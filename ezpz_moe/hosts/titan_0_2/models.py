@@ -94,10 +94,10 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
             f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "
             "Remove these tables, or install torchtitan 0.3."
         )
-    if flavor.computes_otherwise:
+    if flavor.other_ffns:
         raise EzpzError(
-            f"{flavor.source}: expert_activation, expert_bias and ffn_activation need torchtitan "
-            "0.3 or later. Remove these keys, or install torchtitan 0.3."
+            f"{flavor.source}: {', '.join(flavor.other_ffns)} need torchtitan 0.3: remove "
+            "expert_activation, expert_bias, ffn_activation and shared_gate, or install it."
         )
     args: Any = (
         _upstream_args(flavor)
@@ -273,15 +273,15 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     )
 
 
-def _shared_experts(size: Dimensions, source: str) -> int:
+def _shared_experts(size: Dimensions, where: str) -> int:
     """Return how many experts are as wide as the shared FFN."""
     hidden = next(iter(size.layer_sizes.values())).hidden_dim  # of all its layers
     number, rest = divmod(size.shared_width(hidden), hidden)
-    if rest or size.shared_gate:
-        key = "shared_gate" if size.shared_gate else f"shared_hidden_dim = {size.shared_hidden_dim}"
+    if rest:
         raise EzpzError(
-            f"{source}: {key}: torchtitan 0.2's shared experts are as wide as a number of routed "
-            "ones, and have no gate. Set num_shared_experts alone, or install torchtitan 0.3."
+            f"{where}: shared_hidden_dim = {size.shared_hidden_dim}: torchtitan 0.2's shared "
+            "experts are as wide as a number of routed ones. Set num_shared_experts, or install "
+            "torchtitan 0.3."
         )
     return number
 
