@@ -50,15 +50,15 @@ def folder(tmp_path_factory) -> Path:
 def runs(folder: Path) -> Runs:
     """By name, one record per rank."""
     seed = ["--checkpoint.enable", "--checkpoint.create-seed-checkpoint"]
-    train({"seed": door_1(folder, "pyramid", *seed)}, folder, ranks=1)
+    train({"seed": door_1(folder, "pyramid_sdpa_for_loop", *seed)}, folder, ranks=1)
     start = (*START, str(folder / "seed" / "checkpoint" / "step-0"))
     runs = Runs(folder)
-    runs.add("one rank", door_1(folder, "pyramid", *start, *dialect.batch(size=2, whole=2)))
+    runs.add("one rank", door_1(folder, "pyramid_sdpa_for_loop", *start, *dialect.batch(size=2, whole=2)))
     shared = (*start, *dialect.batch(size=1, whole=2), *EP_2)
-    runs.add("shared out", door_1(folder, "pyramid", *shared), ranks=2)
+    runs.add("shared out", door_1(folder, "pyramid_sdpa_for_loop", *shared), ranks=2)
     compiled = ("--compile.enable", "--compile.backend", "aot_eager")
     recomputed = (*start, *dialect.batch(size=2, whole=2), *compiled)
-    job = door_1(folder, "pyramid", *recomputed, checkpointing="full")
+    job = door_1(folder, "pyramid_sdpa_for_loop", *recomputed, checkpointing="full")
     runs.add("compiled, recomputed", job)
     return runs
 
@@ -143,12 +143,12 @@ def test_its_checkpoint_is_read_back_and_analyzed(
 
     (record, *_) = runs["shared out"]
     checkpoint = folder / "shared out" / "checkpoint" / "step-3"
-    flavor = load_flavor("pyramid", near=folder)
+    flavor = load_flavor("pyramid_sdpa_for_loop", near=folder)
     loaded = load(checkpoint, flavor, dialect.LENGTH, device="cpu", dtype=torch.float32)
     read = {name: digest(each.detach()) for name, each in loaded.model.named_parameters()}
     assert read == record["parameters"]
     (folder / "text.txt").write_text("the load of an expert is the number of its tokens. " * 40)
-    command = ["analyze", str(checkpoint), "--config", str(folder / "pyramid.none.toml")]
+    command = ["analyze", str(checkpoint), "--config", str(folder / "pyramid_sdpa_for_loop.none.toml")]
     command += ["--data", str(folder / "text.txt"), "--seq-len", "32", "--segment", "16", "--json"]
     assert cli.main(command) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
