@@ -53,7 +53,9 @@ def runs(folder: Path) -> Runs:
     train({"seed": door_1(folder, "pyramid_sdpa_for_loop", *seed)}, folder, ranks=1)
     start = (*START, str(folder / "seed" / "checkpoint" / "step-0"))
     runs = Runs(folder)
-    runs.add("one rank", door_1(folder, "pyramid_sdpa_for_loop", *start, *dialect.batch(size=2, whole=2)))
+    runs.add(
+        "one rank", door_1(folder, "pyramid_sdpa_for_loop", *start, *dialect.batch(size=2, whole=2))
+    )
     shared = (*start, *dialect.batch(size=1, whole=2), *EP_2)
     runs.add("shared out", door_1(folder, "pyramid_sdpa_for_loop", *shared), ranks=2)
     compiled = ("--compile.enable", "--compile.backend", "aot_eager")
@@ -148,7 +150,12 @@ def test_its_checkpoint_is_read_back_and_analyzed(
     read = {name: digest(each.detach()) for name, each in loaded.model.named_parameters()}
     assert read == record["parameters"]
     (folder / "text.txt").write_text("the load of an expert is the number of its tokens. " * 40)
-    command = ["analyze", str(checkpoint), "--config", str(folder / "pyramid_sdpa_for_loop.none.toml")]
+    command = [
+        "analyze",
+        str(checkpoint),
+        "--config",
+        str(folder / "pyramid_sdpa_for_loop.none.toml"),
+    ]
     command += ["--data", str(folder / "text.txt"), "--seq-len", "32", "--segment", "16", "--json"]
     assert cli.main(command) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
