@@ -307,20 +307,23 @@ def test_layers_of_many_kinds_are_compiled(folder: Path) -> None:
 
 @on_0_3
 @pytest.mark.parametrize(
-    ("degree", "message"),
+    ("degree", "layer", "nearest"),
     [
-        (8, "the 4 experts of flavor 'pyramid' in layer 1. The nearest that do: 4."),
-        (
-            3,
-            "the 4 experts of flavor 'pyramid' in layer 1 and those of 2 more. The nearest that do",
-        ),
+        (16, "the 12 experts of flavor 'mine' in layer 1 and those of 1 more", "4"),
+        (6, "the 8 experts of flavor 'mine' in layer 2 and those of 1 more", "4"),
+        (3, "the 8 experts of flavor 'mine' in layer 2 and those of 1 more", "2 and 4"),
     ],
 )
-def test_a_degree_that_some_layer_cannot_share(folder: Path, degree: int, message: str) -> None:
+def test_a_degree_that_some_layer_cannot_share(
+    folder: Path, degree: int, layer: str, nearest: str
+) -> None:
+    """It has to divide what divides the experts of all layers."""
     from config_cases import conflict
 
-    found = conflict("pyramid", parallelism__expert_parallel_degree=degree)
-    assert f"parallelism.expert_parallel_degree = {degree} does not divide {message}" in found
+    load(folder, "num_experts = [12, 8, 16]", inherits="pyramid")
+    found = conflict("mine", parallelism__expert_parallel_degree=degree)
+    assert f"expert_parallel_degree = {degree} does not divide {layer}. " in found
+    assert f"The nearest that do: {nearest}." in found
 
 
 @on_0_3
