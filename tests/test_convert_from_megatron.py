@@ -280,8 +280,8 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
             MEGATRON_V3 | {"moe_expert_capacity_factor": 1, "moe_token_drop_policy": "random"},
             "moe_token_drop_policy = 'random': must be probs or position",
         ),
-        (MEGATRON_V3 | {"moe_layer_freq": 2}, "the dense layers are the first ones"),
-        (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "the dense layers are the first ones"),
+        (MEGATRON_V3 | {"moe_layer_freq": 2}, "only if its dense layers are the first ones"),
+        (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "only if its dense layers are the first ones"),
         (MEGATRON_V3 | {"moe_layer_freq": "__import__('os')"}, "must be a number, a list of 0"),
         (MEGATRON_V3 | {"moe_layer_freq": "[0]*9999999999"}, "must be a number, a list of 0"),
         (

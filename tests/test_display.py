@@ -80,7 +80,7 @@ def _analyze() -> Rows:
         max_cosine=None,
         drift=Drift(0.4567, 0.8912),
     )
-    return [analyze._row(report, Settings(1.25, 16, 2.0))]
+    return [analyze._row(report, Settings(1.25, 16, 2.0), "16")]
 
 
 def _bench() -> Rows:

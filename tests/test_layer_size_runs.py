@@ -12,11 +12,14 @@ import dialect
 import numpy as np
 import pytest
 import torch
+from run_trainer import digest
 from trainer_runs import EP_2, Runs, door_1, job_folder, telemetry, train
 
 from ezpz_moe import cli
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
+from ezpz_moe.tools.trained import load
 
 if type(host()) is not Titan03:
     pytest.skip("the same sequences in every run need torchtitan 0.3", allow_module_level=True)
@@ -50,15 +53,17 @@ def folder(tmp_path_factory) -> Path:
 def runs(folder: Path) -> Runs:
     """By name, one record per rank."""
     seed = ["--checkpoint.enable", "--checkpoint.create-seed-checkpoint"]
-    train({"seed": door_1(folder, "pyramid", *seed)}, folder, ranks=1)
+    train({"seed": door_1(folder, "pyramid_sdpa_for_loop", *seed)}, folder, ranks=1)
     start = (*START, str(folder / "seed" / "checkpoint" / "step-0"))
     runs = Runs(folder)
-    runs.add("one rank", door_1(folder, "pyramid", *start, *dialect.batch(size=2, whole=2)))
+    runs.add(
+        "one rank", door_1(folder, "pyramid_sdpa_for_loop", *start, *dialect.batch(size=2, whole=2))
+    )
     shared = (*start, *dialect.batch(size=1, whole=2), *EP_2)
-    runs.add("shared out", door_1(folder, "pyramid", *shared), ranks=2)
+    runs.add("shared out", door_1(folder, "pyramid_sdpa_for_loop", *shared), ranks=2)
     compiled = ("--compile.enable", "--compile.backend", "aot_eager")
     recomputed = (*start, *dialect.batch(size=2, whole=2), *compiled)
-    job = door_1(folder, "pyramid", *recomputed, checkpointing="full")
+    job = door_1(folder, "pyramid_sdpa_for_loop", *recomputed, checkpointing="full")
     runs.add("compiled, recomputed", job)
     return runs
 
@@ -132,26 +137,49 @@ def test_a_dump_has_the_choices_of_every_layer(runs: Runs, folder: Path) -> None
         assert p_TE.sum(-1) == pytest.approx(1, abs=1e-5)
 
 
+def parameters(checkpoint: Path, folder: Path) -> dict[str, str]:
+    """Digests of what a checkpoint gives a whole model."""
+    flavor = load_flavor("pyramid_sdpa_for_loop", near=folder)
+    loaded = load(checkpoint, flavor, dialect.LENGTH, device="cpu", dtype=torch.float32)
+    return {name: digest(each.detach()) for name, each in loaded.model.named_parameters()}
+
+
 def test_its_checkpoint_is_read_back_and_analyzed(
     runs: Runs, folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Two ranks have saved shards of every layer; here the model is whole."""
-    from run_trainer import digest
-
-    from ezpz_moe.config.flavors import load_flavor
-    from ezpz_moe.tools.trained import load
-
     (record, *_) = runs["shared out"]
     checkpoint = folder / "shared out" / "checkpoint" / "step-3"
-    flavor = load_flavor("pyramid", near=folder)
-    loaded = load(checkpoint, flavor, dialect.LENGTH, device="cpu", dtype=torch.float32)
-    read = {name: digest(each.detach()) for name, each in loaded.model.named_parameters()}
-    assert read == record["parameters"]
+    assert parameters(checkpoint, folder) == record["parameters"]
     (folder / "text.txt").write_text("the load of an expert is the number of its tokens. " * 40)
-    command = ["analyze", str(checkpoint), "--config", str(folder / "pyramid.none.toml")]
+    command = [
+        "analyze",
+        str(checkpoint),
+        "--config",
+        str(folder / "pyramid_sdpa_for_loop.none.toml"),
+    ]
     command += ["--data", str(folder / "text.txt"), "--seq-len", "32", "--segment", "16", "--json"]
     assert cli.main(command) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert [(each["num_experts"], each["top_k"]) for each in layers] == [
         *zip(EXPERTS, TOP_K, strict=True)
     ]
+
+
+def test_its_checkpoint_is_renamed_and_not_exported(
+    runs: Runs, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Under the names of September 2026 and back, bit for bit; transformers has no such model."""
+    (record, *_) = runs["shared out"]
+    checkpoint, newer, back = (folder / name for name in ("shared out", "newer", "back"))
+    checkpoint = checkpoint / "checkpoint" / "step-3"
+    assert cli.main(["ckpt", "remap", str(checkpoint), str(newer), "--to", "2026_09"]) == 0
+    assert cli.main(["ckpt", "remap", str(newer), str(back), "--to", "0.3"]) == 0
+    assert parameters(back, folder) == record["parameters"]
+    model = ["--model", str(folder / "pyramid_sdpa_for_loop.none.toml")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ckpt", "remap", str(back), str(folder / "hf"), "--to", "hf", *model])
+    said = capsys.readouterr().err
+    assert "its layers differ in experts or router" in said
+    assert "its dense layers are not the first ones" in said

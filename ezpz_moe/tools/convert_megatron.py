@@ -277,8 +277,9 @@ def _dense_layers(source: Path, values: Mapping[str, Any]) -> int:
     dense = pattern.index(1) if isinstance(pattern, list) and 1 in pattern else 0
     if not isinstance(pattern, list) or 0 in pattern[dense:]:
         raise EzpzError(
-            f"{source}: moe_layer_freq = {printable(repr(pattern))}: in a flavor's model the dense "
-            "layers are the first ones."
+            f"{source}: moe_layer_freq = {printable(repr(pattern))}: a model is converted only if "
+            "its dense layers are the first ones. Others are a flavor with moe_layers, which you "
+            "have to write."
         )
     return dense
 

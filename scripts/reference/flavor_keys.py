@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tables
+from pydantic import Discriminator, Tag
 
 from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
@@ -79,8 +80,9 @@ def _in_words(type_: Any, *bounds: Any) -> str:
     if get_origin(type_) is Annotated:
         return _in_words(*get_args(type_), *bounds)
     if get_origin(type_) in (Union, types.UnionType):
-        (inner,) = (each for each in get_args(type_) if each is not type(None))
-        return _in_words(inner, *bounds)
+        inner, *forms = (each for each in get_args(type_) if each is not type(None))
+        # The forms of a value by layer, which the page explains once for all.
+        return ", ".join([_in_words(inner, *bounds), *(_form(each) for each in forms)])
     if get_origin(type_) is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(type_))
     if issubclass(type_, Schedule):
@@ -89,8 +91,15 @@ def _in_words(type_: Any, *bounds: Any) -> str:
         return "the name of a flavor"
     if issubclass(type_, Data):
         return "a table"
+    bounds = tuple(each for each in bounds if not isinstance(each, Tag | Discriminator))
     words = allowed(Key(type=Annotated[type_, *bounds] if bounds else type_))
     return re.sub(r"\d{5,}", lambda number: _power(int(number[0])), words)
+
+
+def _form(type_: Any) -> str:
+    """Put a list or a table in words, whose items and keys the page has."""
+    (bare, *_) = get_args(type_)
+    return "a list" if get_origin(bare) is tuple else "a table"
 
 
 def _power(number: int) -> str:

@@ -32,6 +32,7 @@ from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
 from ezpz_moe.hosts.titan_0_2.experts import refuse_what_came_later, select_backend
+from ezpz_moe.hosts.titan_0_2.layers import refuse_uneven_layers
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
 
 SIZED_LIKE = "deepseek_v3"
@@ -83,7 +84,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
             "install torchtitan 0.3."
         )
     if flavor.dimensions is not None:
-        _refuse_uneven_layers(flavor.dimensions, str(flavor.source))
+        refuse_uneven_layers(flavor.dimensions, str(flavor.source))
     if flavor.scores_otherwise:
         raise EzpzError(
             f'{flavor.source}: router_group_score, router_score_func = "sqrtsoftplus" and groups '
@@ -208,22 +209,6 @@ def _with_backends(model_class: Any) -> Any:
 
     SelectedModel.__name__ = SelectedModel.__qualname__ = f"Ezpz{model_class.__name__}"
     return SelectedModel
-
-
-def _refuse_uneven_layers(size: Dimensions, where: str) -> None:
-    """Refuse layers that the host's arguments cannot describe: they have one size for all."""
-    if size.is_uneven:
-        raise EzpzError(
-            f"{where}: num_experts, router_top_k and moe_hidden_dim: layers with experts of "
-            "different sizes need torchtitan 0.3 or later. Write a number, or install torchtitan "
-            "0.3."
-        )
-    first = size.moe_layer_numbers[0]
-    if size.moe_layer_numbers != tuple(range(first, size.n_layers)):
-        raise EzpzError(
-            f"{where}: moe_layers: dense layers that are not the first ones need torchtitan 0.3 or "
-            "later. Write n_dense_layers, or install torchtitan 0.3."
-        )
 
 
 def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
