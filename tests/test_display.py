@@ -298,6 +298,22 @@ def test_what_is_piped_is_whole(capsys) -> None:
     assert "[red]1" in lines[2]
 
 
+def test_the_memory_of_a_model_has_one_unit_which_no_component_falls_below(printed) -> None:
+    weights = {"routed experts": 3 * 2**30, "router": 3 * 2**20, "norms": 0}
+    stage = StageMemory(0, weights, {"router": 2**26, "norms": 1}, 1)
+    rows = {row["component"]: row for row in describe._memory_rows([stage])}
+    assert rows["routed experts"]["weights"] == "3.00 GiB"
+    assert (rows["router"]["weights"], rows["router"]["activations"]) == ("<0.01 GiB", "0.06 GiB")
+    assert (rows["norms"]["weights"], rows["norms"]["activations"]) == ("0.00 GiB", "<0.01 GiB")
+    assert rows["total"]["weights"] == "3.00 GiB"
+    lines = printed(120, display.print_table, rows.values())
+    assert len({len(line) for line in lines[1:]}) == 1, "figures align right"
+    small = StageMemory(0, {"router": 2**20}, {"router": 2**29}, 1)
+    units = {cell[-3:] for row in describe._memory_rows([small, stage]) for cell in row.values()}
+    assert "MiB" not in units, "stages are compared with each other"
+    assert next(iter(describe._memory_rows([small])))["activations"] == "512.00 MiB"
+
+
 # --- for programs ---------------------------------------------------------------------------------
 
 

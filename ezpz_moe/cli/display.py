@@ -29,14 +29,14 @@ from ezpz_moe.telemetry.text import (
     count,
     flops,
     gibibytes,
-    memory,
+    memory_beside,
     number,
     table,
     text,
     words,
 )
 
-__all__ = ["count", "flops", "gibibytes", "memory", "number", "text"]
+__all__ = ["count", "flops", "gibibytes", "memory_beside", "number", "text"]
 
 T = TypeVar("T")
 
