@@ -237,9 +237,23 @@ def test_a_table_fits_with_every_figure_and_name_whole(name, width, printed) -> 
 def test_the_backends_of_this_machine_fit(printed) -> None:
     for width in WIDTHS:
         lines = printed(width, cli.main, ["backends", "--device", "cpu"])
-        end = next(n for n, line in enumerate(lines) if re.match(r"\w+: ", line))
-        assert max(map(cell_len, lines[:end])) <= width
+        assert max(map(cell_len, lines)) <= width
         assert any(line.startswith("batched_mm_padded ") for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prose_wraps_between_words_and_what_is_to_be_copied_does_not(width, printed) -> None:
+    first = (
+        "It has `a command of several words that stays whole` in it; run --a-flag [of] " + "x " * 60
+    )
+    lines = printed(width, display.print_line, f"\n{first}\n  {first}")
+    assert max(map(cell_len, lines)) <= width
+    assert lines[0] == ""
+    assert sum("`a command of several words that stays whole`" in line for line in lines) == 2
+    assert " ".join(" ".join(lines).split()) == " ".join(f"{first} {first}".split())
+    assert all(line.startswith("  ") for line in lines[2:]), "where the next begins shows"
+    command = f"ezpz-moe {first}".strip()
+    assert printed(width, display.print_whole, command) == [command]
 
 
 WIDE = [{"name": "a", "x": "1234567890", "y": "2234567890", "z": "3234567890", "w": "9"}]
@@ -289,6 +303,8 @@ def test_a_path_longer_than_its_column_breaks_and_the_table_stays(printed) -> No
 
 def test_what_is_piped_is_whole(capsys) -> None:
     title = "t" * 300
+    display.print_line("x " * 10_000)
+    assert len(capsys.readouterr().out.splitlines()) == 1
     display.print_table([{"a": "b", "c": "x y " * 100, "d [e]": "[red]1"}], title=title)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == title

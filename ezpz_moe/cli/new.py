@@ -36,7 +36,7 @@ class New(Command):
         display.print_line(f"{made.path} written: {made.flavor}. Next:")
         path = shlex.quote(str(made.path))
         for command in ("doctor", "train"):
-            display.print_line(f"  ezpz-moe {command} {path}{made.several}")
+            display.print_whole(f"  ezpz-moe {command} {path}{made.several}")
         return 0
 
 
