@@ -250,7 +250,11 @@ def test_verify_passes(capsys) -> None:
     in_float64 = [name for name in ON_THE_CPU if name not in without_float64]
     cases = len(ROUTINGS) + len(TOKEN_ROUTINGS)
     assert captured.out.count(" ok ") == cases * (len(ON_THE_CPU) + len(in_float64))
-    assert "grouped_mm: torch._grouped_mm" in captured.out
+    reasons = [line for line in captured.out.splitlines() if re.match(r"\w+: ", line)]
+    assert len(set(reasons)) == len(reasons), "each once, and not for each dtype"
+    of_one_dtype = [line for line in reasons if line.startswith("grouped_mm: torch._grouped_mm")]
+    assert [line.endswith(" (float64)") for line in of_one_dtype] == [True]
+    assert any(line.startswith("npu: ") and not line.endswith(")") for line in reasons)
     assert captured.err == ""
 
 
