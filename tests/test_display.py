@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -331,15 +330,6 @@ def test_the_memory_of_a_model_has_one_unit_which_no_component_falls_below(print
 
 
 # --- for programs ---------------------------------------------------------------------------------
-
-
-def test_every_command_that_prints_a_table_prints_json() -> None:
-    for name, command in cli.commands().items():
-        source = inspect.getsource(inspect.getmodule(command))
-        if "print_table(" in source:
-            assert "print_json(" in source, name
-            fields = command.__dataclass_fields__
-            assert "json" in fields or "action" in fields, name
 
 
 def test_a_document_is_alone_on_stdout_and_has_no_nan(capsys) -> None:
