@@ -116,9 +116,10 @@ def in_one_line(arguments: Sequence[str], name: str, command: type) -> Iterator[
         for action in (word for word in arguments if word in actions):
             name, command = f"{name} {action}", actions[action]
             break
+        from ezpz_moe.hosts.command_line import text_of_box
+
         said = _refusal(arguments, name, list(arguments_of(command)))
-        # Of what is not known here, the words of the box without its frame.
-        said = said or " ".join(re.sub("[\u2500-\u257f]", " ", box.getvalue()).split())
+        said = said or f"{text_of_box(box.getvalue())}."
         raise EzpzError(f"{name}: {said} See ezpz-moe {name} --help.") from None
     sys.stderr.write(box.getvalue())
 

@@ -66,7 +66,7 @@ class Verify(Reporting):
 COMMAND = Verify
 
 
-def _of_all_dtypes(reasons: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
+def _of_all_dtypes(reasons: Mapping[DType, Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
     """Return each reason against a backend once, with the dtypes that it is about if not all."""
     found: dict[str, dict[str, list[str]]] = {}
     for dtype, against in reasons.items():
