@@ -379,6 +379,7 @@ def test_an_older_flag_is_told_its_successor_or_why_there_is_none(release, monke
         section, _, name = older.now.rpartition(".")
         row = RELEASES[release]().job_keys().get(section, {}).get(name)
         if now := re.search(r" now (--[\w.-]+\w)", said):
-            assert now[1] in {flag.option for flag in flags}, said
+            switches = {flag.option.replace(".", ".no-") for flag in flags if not flag.type}
+            assert now[1] in {*switches, *(flag.option for flag in flags)}, said
         else:
             assert (row.message if row else older.note).rstrip(".") in said, said

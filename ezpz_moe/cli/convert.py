@@ -106,7 +106,7 @@ def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
     for note in conversion.notes:
         display.print_line(f"note: {note}")
     if new is None:
-        display.print_line(conversion.refusal or conversion.text)
+        display.print_whole(conversion.refusal or conversion.text)
     written = [] if new is None else write(conversion, new)
     for path in written:
         display.print_line(f"{path} written")

@@ -86,17 +86,18 @@ def _remarks(described: Description) -> Iterator[str]:
 
 
 def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
-    """Yield rows by component if all ranks are alike, else by pipeline stage."""
+    """Yield rows by component if all ranks are alike, else by pipeline stage; all in one unit."""
+    largest = max(each for stage in stages for each in stage.held.values())
     if len(stages) == 1:
         (stage,) = stages
         # One stage leaves room for the components; several are compared with each other instead.
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
-            yield {"component": name} | _in_words(held)
+            yield {"component": name} | _in_words(held, largest)
         return
     for number, stage in enumerate(stages):
         who = {"stage": str(number), "rank": str(stage.rank)}
-        yield who | _in_words(stage.held) | {"microbatches held": str(stage.in_flight)}
+        yield who | _in_words(stage.held, largest) | {"microbatches held": str(stage.in_flight)}
 
 
-def _in_words(held: Mapping[str, int]) -> dict[str, str]:
-    return {what: display.memory(number) for what, number in held.items()}
+def _in_words(held: Mapping[str, int], largest: int) -> dict[str, str]:
+    return {what: display.memory_beside(number, largest) for what, number in held.items()}

@@ -84,7 +84,7 @@ class Upcycle(Command):
         for note in done.notes:
             display.print_line(note)
         # The host refuses a relative path in its flag.
-        display.print_line(
+        display.print_whole(
             "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
             f"{shlex.quote(str(self.target.absolute()))}"
         )

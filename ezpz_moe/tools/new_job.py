@@ -7,6 +7,7 @@ space after the ``#``.
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import shlex
@@ -21,7 +22,7 @@ from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
 from ezpz_moe.hosts.detect import presumed_host
-from ezpz_moe.hosts.our_texts import DEFAULT_DATASET, KNOWN_KINDS, kind_of
+from ezpz_moe.hosts.our_texts import CHAT_FILE, DEFAULT_DATASET, KNOWN_KINDS, kind_of
 from ezpz_moe.hosts.titan_0_2.job_keys import DATASETS
 
 _ATTENTIONS = {
@@ -68,8 +69,8 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         path: the file; its folder is made. Nothing is overwritten.
         flavor: a flavor's name. What it does not say of attention and backend, ``device`` decides.
         device: what the job is for.
-        data: a file with text, or the name of one of the trainer's datasets; None for the embedded
-            text.
+        data: a file with text or chats, or the name of one of the trainer's datasets; None for the
+            embedded text.
 
     Raises:
         EzpzError: the file exists or cannot be written, there is no such flavor or text, or the
@@ -128,7 +129,7 @@ def _data_lines(data: str | None) -> Iterator[str]:
     """Yield the lines that choose the text.
 
     Raises:
-        EzpzError: there is no such file or dataset, or the file is none of text.
+        EzpzError: there is no such file or dataset, or the file is none of text or of chats.
     """
     if data is None:
         yield "# The text that this package has in it, unless you set dataset or dataset_path.\n"
@@ -147,6 +148,8 @@ def _data_lines(data: str | None) -> Iterator[str]:
         # Absolute: the run may start in another folder.
         path = str(file.absolute())
         _refuse_control_characters(path)
+        if _has_chats(file):
+            yield from _chat_lines(data)
         yield assignment("dataset_path", path)
     elif file.suffix or len(file.parts) > 1:
         raise EzpzError(f"--data {data}: there is no such file.")
@@ -155,6 +158,43 @@ def _data_lines(data: str | None) -> Iterator[str]:
             f"--data {data}: there is no such file, and torchtitan has no such dataset."
             f"{did_you_mean(data, known)} Known are {', '.join(known)}."
         )
+
+
+def _has_chats(file: Path) -> bool:
+    """Return whether a file begins with a chat, and not with a text.
+
+    Raises:
+        EzpzError: it cannot be read.
+    """
+    if kind_of(file) != ".jsonl":
+        return False
+    # Only now, for it imports pyarrow.
+    from ezpz_moe.hosts.text_files import first_line_in, reading
+
+    with reading(file):
+        line = first_line_in(file)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # doctor says which line is wrong
+        return False
+    return isinstance(row, dict) and "messages" in row and "text" not in row
+
+
+def _chat_lines(data: str) -> Iterator[str]:
+    """Yield the lines that make chats of the file.
+
+    Raises:
+        EzpzError: the installed host does not train on chats.
+    """
+    host = presumed_host()
+    if not host.trains_on_chats:
+        raise EzpzError(
+            f"--data {data}: holds chats, which a job cannot train on with {host.name}. Write each "
+            'chat as one text, and name that file: .jsonl with "text".'
+        )
+    yield "# Chats: their answers alone are learned. The tokenizer needs a chat template: set\n"
+    yield "# hf_assets_path in [model], the folder of the model's own.\n"
+    yield assignment("dataset", CHAT_FILE)
 
 
 def _refuse_control_characters(path: str) -> None:

@@ -97,6 +97,9 @@ class JobConfig(Trainer.Config):
     """False in the first construction, true in the host's copies. A mistake in a copy ends the
     process, because the host would show a traceback."""
 
+    written: Annotated[int, tyro.conf.Suppress] = 0
+    """A digest of what the job says, in the host's copies: with flags, they differ from it."""
+
     awaits_flags: Annotated[bool, tyro.conf.Suppress] = False
     """True in the first construction if flags may still change it: it is not checked."""
 
@@ -108,10 +111,11 @@ class JobConfig(Trainer.Config):
     def __post_init__(self) -> None:
         if self.awaits_flags:
             return
+        has_flags = self.handed_over and _digest(self) != self.written
+        where = f"{self.origin} and the command line" if has_flags else self.origin
         # Before the checks, which look at the model as it will be trained.
         titan().fit_model(self)
         precision.settle(self)
-        where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
             with _refusals(where):
@@ -182,8 +186,14 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
     if host_flags:
         config = _told(config, host_flags)
     # Not in the constructor call: the host's copies must see true, this construction false.
-    config.handed_over = True
+    config.handed_over, config.written = True, _digest(config)
     return config
+
+
+def _digest(config: JobConfig) -> int:
+    """Return a number that the trainer's settings have in this process, and no others."""
+    # The host passes no flags on, and what it copies is equal without them.
+    return hash(repr([getattr(config, each.name) for each in dataclasses.fields(Trainer.Config)]))
 
 
 def _told(config: JobConfig, host_flags: Sequence[str]) -> JobConfig:
