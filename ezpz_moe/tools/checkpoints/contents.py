@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import stand_ins
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
 
-    AnyMetadata = Metadata | stand_ins.Metadata
+    AnyMetadata: TypeAlias = Metadata | stand_ins.Metadata
 
 _STEP = "train_state.step"
 # The host saves the model's tensors at the top level, beside these: a name that begins with none of
