@@ -27,6 +27,19 @@ def test_the_sizes_of_dtypes_are_those_of_torch() -> None:
         assert (str(stand_ins.DType(name, size)), size) == (str(dtype), dtype.itemsize)
 
 
+STATE = ("a dtype", "strided", False, stand_ins.MemoryFormat.CONTIGUOUS, False)
+STRANGE = [STATE[:4], (*STATE, (), ()), (*STATE[:3], 0, False), (*STATE[:3], None, False), ()]
+
+
+def test_strange_properties_are_left_to_torch() -> None:
+    """It would refuse them."""
+    for usual in (STATE, (*STATE, (4, 1))):
+        stand_ins.Properties().__setstate__(usual)
+    for state in STRANGE:
+        with pytest.raises(ValueError, match="no properties|to unpack"):
+            stand_ins.Properties().__setstate__(state)
+
+
 def told(metadata) -> dict:
     """What a checkpoint's metadata says, whatever its classes are."""
     tensors = {
