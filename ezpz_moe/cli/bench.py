@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.arguments import Device, DType, print_emulated, refuse_unknown_device
 from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
@@ -159,6 +159,7 @@ class Bench(Reporting):
         Raises:
             EzpzError: it does not.
         """
+        refuse_unknown_device(self.device)
         import torch
 
         from ezpz_moe.compute.contract import missing_device

@@ -28,6 +28,9 @@ class Plot(Reporting):
     """Write the pictures and the page here. Default: RUN_DIR/telemetry."""
 
     def run(self) -> int:
+        from ezpz_moe.telemetry.where import find_records
+
+        find_records(self.run_dir)  # before what draws is imported: a wrong path is told at once
         with display.status("Drawing"):
             # Within the status: importing matplotlib takes a while too.
             from ezpz_moe.telemetry.json_lines import as_json

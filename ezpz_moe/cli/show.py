@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, import_host
+from ezpz_moe.cli.arguments import Config, import_host, many_imports
 from ezpz_moe.cli.inspected import Inspected
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Show(Inspected):
         return 0
 
     def _ask_host(self, job: Job, flavor: Flavor) -> int:
-        with display.status("Building the config"):
+        with display.status("Building the config"), many_imports():
             host = import_host()
             counted = asdict(host.summarize(flavor))
             config = host.trainer_config(job, self.host_flags)

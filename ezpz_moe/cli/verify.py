@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.arguments import (
+    Device,
+    DType,
+    many_imports,
+    print_emulated,
+    refuse_unknown_device,
+)
 from ezpz_moe.cli.command import Reporting
 
 if TYPE_CHECKING:
@@ -26,7 +32,8 @@ class Verify(Reporting):
     """Compute in these dtypes."""
 
     def run(self) -> int:
-        with display.status("Asking torch"):
+        refuse_unknown_device(self.device)
+        with display.status("Asking torch"), many_imports():
             from ezpz_moe.tools.verify import (
                 compare,
                 default_device,

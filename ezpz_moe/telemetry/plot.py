@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry import charts, look, page
 from ezpz_moe.telemetry.alerts import Alerts
-from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.look import DARK, LIGHT, Look
 from ezpz_moe.telemetry.record import StepRecord
+from ezpz_moe.telemetry.where import find_records
 
 FOLDER = "telemetry"
 PAGE = "telemetry.html"
@@ -39,7 +40,7 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     Raises:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
     """
-    source = _find(run)
+    source = find_records(run)
     records = read(source)
     if not records:
         raise EzpzError(
@@ -59,24 +60,6 @@ def raised(records: Iterable[StepRecord]) -> list[str]:
     """Return the alerts that a run raised."""
     alerts = Alerts()
     return [message for record in records for message in alerts.check(record)]
-
-
-def _find(run: Path) -> Path:
-    """Find the file with a run's records."""
-    if not run.exists():
-        raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
-    if not run.is_dir():
-        return run
-    if (file := run / FILE_NAME).exists():
-        return file
-    # Look two levels down only: a dump folder is often named by its parent, but may hold large
-    # checkpoints.
-    below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
-    hint = f" There is one below it: {below[0]}." if below else ""
-    raise EzpzError(
-        f"{run}: holds no {FILE_NAME}. A run whose job or flavor has a [telemetry] table writes it "
-        f"into its dump_folder.{hint}"
-    )
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
