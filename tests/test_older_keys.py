@@ -55,6 +55,7 @@ def test_a_successor_is_a_key_that_takes_the_value(key: str) -> None:
         "rowwise",
         "mxfp8",
         "allgather",
+        "triton",
         ["output"],
     )
     taken = [s for s in map(older.renewed, samples) if s is not None]

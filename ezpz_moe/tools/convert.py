@@ -132,6 +132,7 @@ def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
         if path.exists():
             raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
     try:
+        new.parent.mkdir(parents=True, exist_ok=True)
         # Write both files before moving either: a full disk then leaves nothing behind. In the same
         # folder, because os.replace cannot move a file to another file system.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
@@ -141,7 +142,7 @@ def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
             for path in files:
                 os.replace(Path(folder, path.name), path)
     except OSError as error:
-        raise EzpzError(f"{new} cannot be written: {error}.") from error
+        raise EzpzError(f"{new} cannot be written: {error.strerror}.") from error
     return list(files)
 
 
@@ -172,12 +173,19 @@ def _changed_lines(
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     """Return ``section.name`` and value of an assignment."""
     found = list(flat(line.parsed, line.section))
-    if len(found) != 1:
+    if len(found) == 1:
+        return found[0]
+    key, value = line.section, line.parsed
+    while isinstance(value, Mapping) and len(value) == 1:
+        ((name, value),) = value.items()
+        key = f"{key}.{name}" if key else name
+    # A table of a fork's is one value: no key of it is the trainer's.
+    if any(f"{section}.".startswith(f"{key}.") for section in sections(KEYS)):
         raise EzpzError(
             f"{old}: {line.text.strip()}: is not one key with one value. Write each key on a "
             "line of its own, under its [section]."
         )
-    return found[0]
+    return key, value
 
 
 # The new file -------------------------------------------------------------------------------------
