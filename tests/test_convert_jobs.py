@@ -29,6 +29,7 @@ from ezpz_moe.tools.convert import Conversion, Wish, convert, write
 JOBS = Path(__file__).parent / "data" / "jobs_0_2"
 REFUSED = {
     "flux_schnell": "flux is dense",
+    "llama2_2024": "llama2 is dense",
     "llama3_8b": "llama3 is dense",
     "llama4_17bx16e": "torchtitan 0.3 has no llama4",
     "qwen3_0.6b": 'qwen3\'s "0.6B" is dense',

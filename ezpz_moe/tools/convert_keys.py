@@ -32,8 +32,8 @@ _OLD_TOKENIZER = (
     "that in place of tokenizer.model, and name its folder here"
 )
 _OF_A_CHECKOUT = (
-    ": a folder of torchtitan's own checkout. Elsewhere name your tokenizer's, or leave this out for "
-    "the embedded one"
+    ": a folder of torchtitan's own checkout. Elsewhere name your tokenizer's, or leave this out "
+    "with a debug model"
 )
 _LOSS_CHUNKS = 8  # torchtitan 0.3's default; 0.2 does not cut the loss
 _AN_OLDER_FILE_HAD_NO = ("checkpoint.last_save_model_only",)
@@ -196,8 +196,8 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
 def _of_dataset(name: str) -> str:
     return (
         f"torchtitan 0.2 and 0.3 have no dataset {shown(name)} ({', '.join(DATASETS)}): it is a "
-        "fork's, or an older release's. Name one of these, or leave dataset out and set dataset_path "
-        "to a file of texts"
+        "fork's, or an older release's. Name one of these, or leave dataset out and set "
+        "dataset_path to a file of texts"
     )
 
 
@@ -208,8 +208,8 @@ def _ranks(degree: int, model: NewModel) -> str:
         return ""
     divisors = ", ".join(str(each) for each in range(1, experts + 1) if experts % each == 0)
     return (
-        f"{degree} does not divide the {experts} experts of flavor {shown(model.flavor)}. Set it to "
-        f"one of {divisors}"
+        f"{degree} does not divide the {experts} experts of flavor {shown(model.flavor)}. Set it "
+        f"to one of {divisors}"
     )
 
 
