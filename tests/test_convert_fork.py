@@ -69,6 +69,19 @@ def test_a_model_that_is_no_name_is_open_too(name, job_file, tmp_path):
         load_job(new)
 
 
+def test_a_forks_optimizer_is_left_open_with_its_lr(job_file, tmp_path):
+    """AdamW in its place would train with the learning rate of another."""
+    lines = '[optimizer]\nname = "Muon"\nlr = 0.02\n'
+    new = tmp_path / "new.toml"
+    conversion = convert(job_file(FORK.format("deepseek_v3", 2048) + lines), new, Wish("16B"))
+    write(conversion, new)
+    assert [change.key for change in conversion.left_open] == ["optimizer.name"]
+    with pytest.raises(EzpzError, match='name = "Muon": must be one of'):
+        load_job(new)
+    new.write_text(new.read_text().replace('"Muon"\nlr = 0.02', '"AdamW"\nlr = 3e-4'))
+    assert load_job(new).values["optimizer.lr"] == 3e-4
+
+
 def test_a_flavor_that_the_user_names(job_file, tmp_path, capsys):
     path, new = job_file(FORK.format("deepseek_v3", 4096)), tmp_path / "new.toml"
     assert cli.main(["convert", str(path), str(new), "--flavor", "16B_for_loop"]) == 0

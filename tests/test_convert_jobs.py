@@ -179,7 +179,11 @@ def test_whatever_a_file_says_the_new_one_is_a_job(keys, model, flavor) -> None:
                 write(found, new)
             return
         write(found, new)
-        if any(change.key == "model.flavor" for change in found.left_open):
+        open_ = {change.key for change in found.left_open}
+        if "optimizer.name" in open_:
+            with pytest.raises(EzpzError, match=r"\[optimizer\] name = "):
+                load_job(new)
+        elif "model.flavor" in open_:
             with pytest.raises(EzpzError, match=r"new\.toml: \[model\] flavor is missing"):
                 load_job(new)
         else:

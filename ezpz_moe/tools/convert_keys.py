@@ -153,6 +153,8 @@ def change_of(key: str, value: Any, job: OldJob, model: NewModel | None) -> Chan
     if row.message:
         note = _of_converters(value) if key == "model.converters" else ""
         return Change(key, value, "dropped", note or row.message)
+    if key == "optimizer.name" and isinstance(value, str) and not is_accepted:
+        return Change(key, value, "open", _of_optimizer(value, allowed(row)), value)
     if not is_accepted:
         return Change(key, value, "dropped", f"it must be {allowed(row)}")
     if model and name == "dataset" and value.lower() not in DATASETS:
@@ -191,6 +193,14 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
         note = f"now {older.place}" if new == value else f"now {older.place} = {shown(new)}"
         return Change(key, value, "moved", note, new, older.now)
     return replace(change, key=key, value=value, note=f"{older.place}: {change.note}")
+
+
+def _of_optimizer(name: str, allowed_: str) -> str:
+    # Left out, it would be AdamW with the learning rate of another.
+    return (
+        f"torchtitan 0.2 and 0.3 have no optimizer {shown(name)}, so it is a fork's: it must be "
+        f"{allowed_}. Name one, and its own lr"
+    )
 
 
 def _of_dataset(name: str) -> str:
