@@ -209,13 +209,6 @@ def test_a_section_in_one_line_is_refused(job_file):
         convert(path, path)
 
 
-def test_a_forks_table_in_one_line_is_one_dropped_key(job_file):
-    path = job_file(QWEN3 + '[metrics]\nwandb = {project = "x", tags = {a = 1, b = 2}}\n')
-    change = changes(path)["metrics.wandb"]
-    assert (change.fate, change.value["project"]) == ("dropped", "x")
-    assert "# wandb = {project" in written(path).read_text()
-
-
 @given(
     st.lists(
         st.sampled_from(

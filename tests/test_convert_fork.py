@@ -69,6 +69,17 @@ def test_a_model_that_is_no_name_is_open_too(name, job_file, tmp_path):
         load_job(new)
 
 
+def test_a_forks_table_in_one_line_is_one_dropped_key(job_file, tmp_path):
+    path = job_file(
+        FORK.format("qwen3", 2048) + '[metrics]\nwandb = {project = "x", tags = {a = 1, b = 2}}\n'
+    )
+    new = tmp_path / "new.toml"
+    found = convert(path, new)
+    change = next(each for each in found.changes if each.key == "metrics.wandb")
+    assert (change.fate, change.value["project"]) == ("dropped", "x")
+    assert "# wandb = {project" in found.text
+
+
 def test_a_forks_optimizer_is_left_open_with_its_lr(job_file, tmp_path):
     """AdamW in its place would train with the learning rate of another."""
     lines = '[optimizer]\nname = "Muon"\nlr = 0.02\n'

@@ -27,8 +27,8 @@ class Convert(Reporting):
     With --from: make a flavor of another project's config, its balance losses in our units.
     With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
 
-    Exit code 1 when a setting that had an effect is lost, the flavor is open, its model differs, or
-    a flag is dead; 2 when NEW.toml cannot be written.
+    Exit code 1 when a setting that had an effect is lost or left open, the model differs, or a flag
+    is dead; 2 when NEW.toml cannot be written.
     """
 
     group = "weights"
