@@ -22,7 +22,7 @@ from ezpz_moe.compute.tuning import Measured, Question, Situation
 from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.tools import convert_hf, doctor, preflight, tune, verify
-from ezpz_moe.tools.convert_foreign import FlavorConversion
+from ezpz_moe.tools.convert import Conversion
 from ezpz_moe.tools.doctor import Finding
 from ezpz_moe.tools.planned import Planned
 
@@ -149,7 +149,7 @@ def test_convert_has_every_key_and_the_new_text(said, tmp_path) -> None:
 
 
 def test_convert_from_has_what_differs(said, tmp_path, monkeypatch) -> None:
-    made = FlavorConversion((), differences=("a differs",), notes=("b is near",), refusal="no")
+    made = Conversion((), differences=("a differs",), notes=("b is near",), refusal="no")
     monkeypatch.setattr(convert_hf, "from_hf", lambda path: made)
     code, found = said("convert", "--from", "hf", tmp_path / "config.json")
     assert (code, found.keys()) == (1, documented()["convert --from"])

@@ -44,6 +44,7 @@ __all__ = [
     "is_flavor",
     "load_flavor",
     "split_name",
+    "with_attention",
 ]
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
@@ -106,6 +107,20 @@ def split_name(name: str, names: Iterable[str]) -> tuple[str, dict[str, str]] | 
         if name == stem + suffix and suffix in suffixes:
             return stem, suffixes[suffix]
     return None
+
+
+def with_attention(name: str, attention: str, *, near: Path | None = None) -> str:
+    """Return the name of the same flavor with another attention; empty if there is none."""
+    found = split_name(name, flavor_names(near=near))
+    if found is None:
+        return ""
+    stem, given = found
+    other = "_".join([stem, attention, *filter(None, [given.get("compute_backend")])])
+    # A file may have this name, and yet another attention.
+    try:
+        return other if load_flavor(other, near=near).attention == attention else ""
+    except EzpzError:
+        return ""
 
 
 def variant_suffixes() -> dict[str, dict[str, str]]:

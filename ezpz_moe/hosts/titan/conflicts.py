@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torchtitan.config import Configurable
@@ -19,7 +19,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import Attention
+from ezpz_moe.config.flavors import with_attention
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
@@ -324,13 +324,9 @@ def _flavor(config: Trainer.Config) -> str:
 
 
 def _flavor_with_sdpa(config: Trainer.Config) -> str:
-    stem = _flavor(config)
-    # A flavor's name is NAME[_ATTENTION][_BACKEND]: take both off, then put SDPA in.
-    backend = next((f"_{each}" for each in _backends(config) if stem.endswith(f"_{each}")), "")
-    stem = stem.removesuffix(backend)
-    for attention in get_args(Attention):
-        stem = stem.removesuffix(f"_{attention}")
-    return f"flavor {stem}_sdpa{backend}"
+    # Files beside a job are not found from here: of those only the attention can be named.
+    name = with_attention(_flavor(config), "sdpa")
+    return f"flavor {name}" if name else 'a flavor with attention = "sdpa"'
 
 
 def _routers(config: Trainer.Config) -> Iterator[str]:
