@@ -79,7 +79,7 @@ class Convert(Reporting):
         # A flavor is short, and a job for the most part what the old file is.
         unwritten = conversion.refusal or (conversion.text if self.from_ else "")
         if new is None and unwritten:
-            display.print_line(unwritten)
+            display.print_whole(unwritten)
         written = [] if new is None else write(conversion, new)
         for path in written:
             display.print_line(f"{path} written")

@@ -31,6 +31,7 @@ LABELS = {
     "drop_rate": "drop rate",
     **{loss: f"{loss}, unscaled" for loss in REPORTED_LOSSES},
 }
+NOTHING = "None: no layer was given a token."  # in place of a table without rows
 _LONGEST = 1e12  # from here on digits are no longer read
 _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 
