@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -220,32 +219,6 @@ def test_a_machine_that_has_certainly_no_accelerator(
     assert accelerator.has_certainly_none() is expected
     (tmp_path / "version.py").write_text("__version__ = '9'\n")
     assert accelerator.has_certainly_none() is False, "it says nothing: torch has to be asked"
-
-
-@pytest.mark.filterwarnings("ignore:'mkldnn'")
-def test_a_kind_of_device_is_unknown_where_torch_does_not_know_it(monkeypatch) -> None:
-    with pytest.raises(RuntimeError, match="Expected one of") as refusal:
-        torch.device("cup")
-    # torch lists what it knows.
-    known = [name for name in re.findall(r"\w+", str(refusal.value)) if _is_device(name)]
-    assert {"cpu", "cuda", "xpu", "meta", "privateuseone"} <= set(known)
-    for name in (*known, *(f"{kind}:1" for kind in known)):
-        assert not accelerator.is_certainly_unknown(name), name
-    for name in ("cup", "cup:0", "cpux"):
-        assert accelerator.is_certainly_unknown(name), name
-        assert not _is_device(name)
-    for name in ("", "cup:", "cup:x", "cup:01", "c p", "c\u00fcp", "cup1"):
-        assert not accelerator.is_certainly_unknown(name), "torch says what is wrong with it"
-    monkeypatch.setattr(accelerator.metadata, "entry_points", lambda group: ["torch_cup"])
-    assert not accelerator.is_certainly_unknown("cup"), "a package may have brought it"
-
-
-def _is_device(name: str) -> bool:
-    try:
-        torch.device(name)
-    except RuntimeError:
-        return False
-    return True
 
 
 JOBS = {

@@ -36,7 +36,7 @@ def test_strange_properties_are_left_to_torch() -> None:
     for usual in (STATE, (*STATE, (4, 1))):
         stand_ins.Properties().__setstate__(usual)
     for state in STRANGE:
-        with pytest.raises(ValueError, match="no properties|to unpack"):
+        with pytest.raises(ValueError, match=r"no properties|to unpack"):
             stand_ins.Properties().__setstate__(state)
 
 
