@@ -14,6 +14,7 @@ check_host()  # before torchtitan is imported: it chooses the device
 
 from ezpz_moe.config.flavor_schema import Flavor  # noqa: E402
 from ezpz_moe.hosts.counts import counts_at_hand  # noqa: E402
+from ezpz_moe.hosts.titan.architecture import architecture  # noqa: E402
 from ezpz_moe.hosts.titan.models import host_spec, model_spec  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
 
@@ -124,3 +125,5 @@ def test_a_gate_with_a_bias_starts_at_zero_and_is_counted(tmp_path: Path) -> Non
     counted = summarize(with_bias)
     assert counted == counts_at_hand(with_bias)
     assert counted.total == summarize(load_flavor("debugmodel")).total + 5 * 8
+    assert architecture(with_bias).besides == ("routers with a bias (router_bias)",)
+    assert architecture(flavor_of(tmp_path, SMALL["gpt_oss"])).besides == (), "its class has one"

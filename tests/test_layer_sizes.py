@@ -27,7 +27,7 @@ from ezpz_moe.config.layer_sizes import Ramp, in_words, one_or_each
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.hosts.titan_0_2.layers import refuse_uneven_layers
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_uneven_layers
 
 on_0_3 = pytest.mark.skipif(ON_0_2, reason="layers of torchtitan 0.2 have one size")
 

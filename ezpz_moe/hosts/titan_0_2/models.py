@@ -26,14 +26,13 @@ from torchtitan.tools import utils
 
 from ezpz_moe.config.flavor_schema import ExpertPrecision
 from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
-from ezpz_moe.config.init_schema import Init
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, backend_of
 from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
 from ezpz_moe.hosts.titan_0_2.experts import refuse_what_came_later, select_backend
-from ezpz_moe.hosts.titan_0_2.layers import refuse_uneven_layers
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_later_keys
 
 SIZED_LIKE = "deepseek_v3"
 """The host's model that flavors with dimensions are sizes of."""
@@ -78,28 +77,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
-    if later := _since_0_3(flavor):
-        raise EzpzError(
-            f"{flavor.source}: {' and '.join(later)} need torchtitan 0.3 or later. Remove them, or "
-            "install torchtitan 0.3."
-        )
-    if flavor.dimensions is not None:
-        refuse_uneven_layers(flavor.dimensions, str(flavor.source))
-    if flavor.scores_otherwise:
-        raise EzpzError(
-            f'{flavor.source}: router_group_score, router_score_func = "sqrtsoftplus" and groups '
-            "of one expert need torchtitan 0.3 or later. Remove them, or install torchtitan 0.3."
-        )
-    if flavor.is_routed:
-        raise EzpzError(
-            f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "
-            "Remove these tables, or install torchtitan 0.3."
-        )
-    if flavor.other_ffns:
-        raise EzpzError(
-            f"{flavor.source}: {', '.join(flavor.other_ffns)} need torchtitan 0.3: remove "
-            "expert_activation, expert_bias, ffn_activation and shared_gate, or install it."
-        )
+    refuse_later_keys(flavor)
     args: Any = (
         _upstream_args(flavor)
         if flavor.dimensions is None
@@ -118,18 +96,6 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         expert_precision=flavor.expert_precision,
         max_positions=flavor.dimensions.rope.max_seq_len if flavor.dimensions else None,
     )
-
-
-def _since_0_3(flavor: Flavor) -> list[str]:
-    """Return what a flavor says that needs the config nodes of later hosts."""
-    has_bias = flavor.dimensions is not None and flavor.dimensions.router_bias
-    asked = {
-        "[change]": flavor.change is not None,
-        "[init]": flavor.init != Init(),
-        "router_bias": has_bias,
-        "models without experts (dense_baseline_of, n_dense_layers = n_layers)": flavor.is_dense,
-    }
-    return [what for what, is_asked in asked.items() if is_asked]
 
 
 def build_model(args: Any) -> nn.Module:
