@@ -50,7 +50,8 @@ def test_a_baseline_costs_as_much_to_half_a_hidden_unit(
     assert dense.dense_baseline_of is not None
     ours, theirs = anatomy(dense, 64), anatomy(dense.dense_baseline_of, 64)
     assert ours.n_moe_layers == 0
-    unit = 2 * ffn_matrices("swiglu") * ours.dim * layers  # of one hidden unit in each of these layers
+    # Of one hidden unit in each of these layers.
+    unit = 2 * ffn_matrices("swiglu") * ours.dim * layers
     assert abs(ours.total.forward - theirs.total.forward) <= unit / 2
     same = flavor_of(tmp_path, 'dense_baseline_of = "experts"\nequal = "params"\n', experts=experts)
     difference = anatomy(same, 64).total.parameters - theirs.total.parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.config.job import shown
 from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.releases import facts
+from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.titan_0_2.moe_models import (
     DENSE_MODELS,
     DIFFERENCES,
@@ -199,12 +200,16 @@ def _longer(found: Flavor, seq_len: int) -> dict[str, Any]:
 
 
 def _experts(flavor: Flavor) -> int | None:
-    """Return how many routed experts a layer has; None for a base of an unknown host."""
+    """Return a number of experts that the ranks of a group have to share alike.
+
+    Where layers have different numbers, what divides all. None for a dense model, and where only
+    the host knows.
+    """
     if flavor.dimensions is not None:
-        return flavor.dimensions.num_experts
-    known = facts()
-    model = known.models.get(flavor.base or "") if known else None
-    return model.summary.num_experts if model else None
+        return math.gcd(*(of.num_experts for of in flavor.dimensions.layer_sizes.values())) or None
+    counted = counts_at_hand(flavor)
+    # Layers of one of the host's models are alike.
+    return counted.num_experts if counted and isinstance(counted.num_experts, int) else None
 
 
 def _drafted(model: str, what: str, sizes: str, *, seq_len: int, name: str) -> NewModel:
