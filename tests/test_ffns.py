@@ -76,8 +76,9 @@ def on_the_blackboard(activation, x_TD, w1, w2, w3, b1=0, b2=0, b3=0):
     return hidden @ w2.T + b2
 
 
-def by_formula(moe, x_TD, activation: str, ffn_activation: str):
+def by_formula(moe, x_TD, case: tuple):
     """The layer's output, expert by expert, with its own router's choices."""
+    activation, _, ffn_activation, has_gate = case
     scores_TK, ids_TK, _ = (each.flatten(0, -2) for each in moe.router(x_TD, moe.expert_bias_E))
     experts, shared = moe.routed_experts.inner_experts, moe.shared_experts
     of = dict(experts.named_parameters())
@@ -90,7 +91,7 @@ def by_formula(moe, x_TD, activation: str, ffn_activation: str):
         score_T = (scores_TK * (ids_TK == expert)).sum(-1, keepdim=True)
         out_TD = out_TD + score_T * on_the_blackboard(activation, x_TD, **own)
     weights = [None if each is None else each.weight for each in (shared.w1, shared.w2, shared.w3)]
-    gate_T1 = 1 / (1 + torch.exp(-(x_TD @ shared.gate.weight.T))) if hasattr(shared, "gate") else 1
+    gate_T1 = 1 / (1 + torch.exp(-(x_TD @ shared.gate.weight.T))) if has_gate else 1
     return out_TD + gate_T1 * on_the_blackboard(ffn_activation, x_TD, *weights)
 
 
@@ -138,8 +139,7 @@ def assert_is_its_formula(
 ) -> None:
     """Sums of a gradient have at most so many terms as x has elements."""
     moe, x = layer(folder, case, backend, computed_in)
-    activation, _, ffn_activation, _ = case
-    out = by_formula(moe, x.flatten(0, -2), activation, ffn_activation)
+    out = by_formula(moe, x.flatten(0, -2), case)
     ours, true = results(moe, moe(x), x), results(moe, out.view(x.shape), x)
     assert ours.keys() == true.keys()
     for name, value in ours.items():

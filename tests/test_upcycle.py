@@ -312,11 +312,12 @@ def test_experts_with_biases_have_no_dense_ffn(tmp_path, capsys):
     assert "can only be copied to a SwiGLU FFN without biases" in said
 
 
-def test_another_ffn_than_the_dense_models_is_refused(tmp_path, capsys):
+def test_another_ffn_than_the_dense_models_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
     (tmp_path / ".metadata").touch()
     mine = tmp_path / "mine.toml"
     mine.write_text('inherits = "debugmodel"\nexpert_activation = "geglu"\n')
-    said = refused(capsys, tmp_path, "mine", tmp_path / "out", "--flavors", str(tmp_path))
+    said = refused(capsys, tmp_path, "mine", tmp_path / "out")
     assert "makes this another FFN than the dense model's" in said
 
 
