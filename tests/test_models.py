@@ -125,6 +125,8 @@ GROUPS = {"router_num_expert_groups": 4, "router_num_limited_groups": 2}
 OTHER_VALUES: dict[str, Any] = {
     "moe_layers": "all",
     "q_lora_rank": 8,
+    "shared_hidden_dim": 300,
+    "shared_gate": True,
     "router_top_k": 2,
     "router_score_func": "sigmoid",
     "router_route_norm": True,
@@ -142,6 +144,8 @@ OTHER_VALUES: dict[str, Any] = {
 def test_every_dimension_reaches_the_model(key: str) -> None:
     values = load_flavor("debugmodel").model_dump()
     values["dimensions"] |= GROUPS
+    if key == "shared_hidden_dim":  # it stands in the place of their number
+        values["dimensions"] |= {"num_shared_experts": None, key: 200}
     before = Flavor.model_validate(values)
     table = values["dimensions"]["rope"] if key.startswith("rope.") else values["dimensions"]
     name = key.removeprefix("rope.")
@@ -149,7 +153,7 @@ def test_every_dimension_reaches_the_model(key: str) -> None:
     if key == "moe_layers":
         table["n_dense_layers"] = None  # one of the two
     after = Flavor.model_validate(values)
-    assert dict(leaves(host_spec(before).model)) != dict(leaves(host_spec(after).model))
+    assert dict(leaves(model_spec(before).model)) != dict(leaves(model_spec(after).model))
 
 
 def test_the_spec_is_the_hosts_under_our_name() -> None:

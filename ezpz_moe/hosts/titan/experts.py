@@ -83,7 +83,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard biases beside their weights, then as the host."""
-        sharding: Any = self._sharding_config
+        sharding: Any = self._sharding_config  # type: ignore[has-type]
         if self.has_biases and sharding is not None:
             self._sharding_config = with_biases(sharding)
         # Expert parallelism splits the tokens of a tensor-parallel group, not the hidden dimension.
