@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torchtitan.models.common.moe import MoE
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts.titan.base import titan
@@ -57,7 +56,8 @@ def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
 
 
 def _hugging_face(config: Trainer.Config) -> Iterator[str]:
-    moes = [node for _, node, _, _ in config.model_spec.traverse(MoE.Config)]
+    layers = getattr(config.model_spec.model, "layers", ())
+    moes = [layer.moe for layer in layers if getattr(layer, "moe", None) is not None]
     experts = titan().experts()
     nodes = config.model_spec.traverse(experts.HostExperts.Config)
     hidden_dims = {experts.sizes(node).hidden_dim for _, node, _, _ in nodes}
