@@ -40,6 +40,8 @@ _BACKENDS: dict[Device, tuple[str, str]] = {
 }
 """The backend of the experts for a device, and why."""
 
+_DENSE = "It has no experts, so no backend for them either."
+
 _EXPERT_DEGREES = (8, 4, 2)
 _SMALL = 512
 """A model dimension up to which a CPU trains a model in minutes."""
@@ -97,7 +99,7 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         on="" if device == "any" else f" on {device}",
         several=several,
         why_attention=_ATTENTIONS[str(loaded.attention)],
-        why_backend=_BACKENDS[device][1],
+        why_backend=_DENSE if loaded.is_dense else _BACKENDS[device][1],
         data="".join(_data_lines(data)),
         **_sizes(loaded, device),
     )
@@ -111,13 +113,16 @@ def _with_variant(name: str, near: Path, device: Device) -> str:
     Raises:
         EzpzError: there is no such flavor, or its file is wrong.
     """
-    said = read_toml(load_flavor(name, near=near).source)
+    loaded = load_flavor(name, near=near)
+    said = read_toml(loaded.source)
     found = split_name(name, flavor_names(near=near))
     assert found is not None  # it has been loaded
     stem, given = found
     # FlexAttention is torchtitan's own, and what a GPU of any generation compiles.
     attention = "flex" if device == "cuda" else "sdpa"
     wanted = {"attention": attention, "compute_backend": _BACKENDS[device][0]}
+    if loaded.is_dense:
+        del wanted["compute_backend"]
     # In this order, which is the order of a name's parts.
     parts = (given.get(key) or ("" if key in said else value) for key, value in wanted.items())
     return "_".join([stem, *filter(None, parts)])
@@ -166,9 +171,7 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
     """Return what depends on how large the model is, and on the device."""
     size = flavor.dimensions
     small = size.dim <= _SMALL if size else "debugmodel" in flavor.name
-    # Of one of the host's own models the number is not known here; all of them have an even one.
-    experts = size.num_experts if size else _EXPERT_DEGREES[-1]
-    degree = next((each for each in _EXPERT_DEGREES if experts % each == 0), 1)
+    degree = next((each for each in _EXPERT_DEGREES if _experts(flavor) % each == 0), 1)
     return {
         "batch": 4 if small else 1,
         "length": 128 if small or device == "cpu" else 2048,
@@ -180,6 +183,16 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
         "degree": degree,
         "interval": 40 if small else 500,
     }
+
+
+def _experts(flavor: Flavor) -> int:
+    """Return the experts of a layer, as far as they are known here; 1 if they cannot be divided."""
+    if flavor.is_dense:
+        return 1
+    if flavor.dimensions is not None:
+        return flavor.dimensions.num_experts
+    # All of the host's own models have an even number.
+    return (flavor.change and flavor.change.num_experts) or _EXPERT_DEGREES[-1]
 
 
 def _known_lines(text: str, keys: Keys) -> Iterator[str]:

@@ -22,9 +22,9 @@ from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
 from ezpz_moe.hosts.titan.attention import left_window
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
-from ezpz_moe.hosts.titan.components import Choices, choices, weigh
+from ezpz_moe.hosts.titan.components import Choices, weigh
 from ezpz_moe.hosts.titan.models import model_spec
-from ezpz_moe.hosts.titan.parameters import build_on_meta
+from ezpz_moe.hosts.titan.parameters import build_on_meta, choices
 from ezpz_moe.hosts.titan.precision import in_words
 
 SCORES = "attention scores"

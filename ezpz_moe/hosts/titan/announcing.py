@@ -81,7 +81,7 @@ def consists_of(model: nn.Module, flavor: Flavor, training: Any) -> str:
     """
     # Here, where a failure is caught: the run itself needs nothing of it.
     from ezpz_moe.hosts.titan.anatomy import anatomy_of
-    from ezpz_moe.hosts.titan.components import choices
+    from ezpz_moe.hosts.titan.parameters import choices
 
     seq_len = getattr(training, titan().LENGTH.removeprefix("training."))
     # Its own config, and not the flavor's: this is the model that is trained.

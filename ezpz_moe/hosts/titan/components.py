@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 
-from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.routing_schema import Router
 from ezpz_moe.hosts.accounting import Cost, computing_experts
-from ezpz_moe.hosts.titan.models import host_spec
 
 _ZERO_COMPUTATION = "zero-computation experts"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
@@ -39,23 +39,24 @@ class Choices:
         return computing_experts(self.top_k, self.num_experts, self.zero_experts) / self.num_experts
 
 
-def choices(flavor: Flavor) -> Choices:
-    """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
+def choices_of(config: Any, router: Router) -> Choices:
+    """Return what a model's tokens choose from: its own experts, and those that ``[router]`` adds.
 
-    In a dense model a token has none.
+    In a dense model they choose nothing.
 
-    Raises:
-        EzpzError: the host has no such model.
+    Args:
+        config: the host's model, without ``[router]``.
+        router: the flavor's.
     """
-    if flavor.is_dense:
-        return Choices(num_experts=0, zero_experts=0, top_k=0)
     # All MoE layers of a model route alike; the host's own counts rely on that too.
-    _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
+    moe = next((moe for _, moe, _, _ in config.traverse(MoE.Config)), None)
+    if moe is None:
+        return Choices(num_experts=0, zero_experts=0, top_k=0)
     num_experts = moe.router.num_experts
     return Choices(
         num_experts=num_experts,
-        zero_experts=flavor.router.zero_computation_experts,
-        top_k=flavor.router.choices_of_token(num_experts, moe.router.top_k),
+        zero_experts=router.zero_computation_experts,
+        top_k=router.choices_of_token(num_experts, moe.router.top_k),
     )
 
 

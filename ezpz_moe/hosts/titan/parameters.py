@@ -16,8 +16,8 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan.base import Sizes, titan
-from ezpz_moe.hosts.titan.components import choices, weigh
-from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.components import Choices, choices_of, weigh
+from ezpz_moe.hosts.titan.models import host_spec, model_spec
 
 
 def summarize(flavor: Flavor) -> ModelSummary:
@@ -38,6 +38,15 @@ def summarize(flavor: Flavor) -> ModelSummary:
             }
         )
     )
+
+
+def choices(flavor: Flavor) -> Choices:
+    """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
+
+    Raises:
+        EzpzError: the host has no such model.
+    """
+    return choices_of(host_spec(flavor).model, flavor.router)
 
 
 def build_on_meta(flavor: Flavor) -> nn.Module:
