@@ -130,6 +130,7 @@ OTHER_VALUES: dict[str, Any] = {
     "router_top_k": 2,
     "router_score_func": "sigmoid",
     "router_route_norm": True,
+    "router_bias": True,
     "router_num_expert_groups": 2,
     "router_num_limited_groups": 3,
     "rope.scaling": "none",

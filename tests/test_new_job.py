@@ -139,12 +139,14 @@ def test_every_generation_reads_it(tmp_path, monkeypatch, host) -> None:
         ("16B_auto", "xpu", "16B_sdpa_auto"),
         ("own", "cuda", "own_flex"),
         ("own_for_loop", "cuda", "own_flex_for_loop"),
+        ("dense", "cpu", "dense_sdpa"),
     ],
 )
 def test_what_the_flavor_leaves_open_suits_the_device(tmp_path, asked, device, written) -> None:
     (tmp_path / "my").mkdir()
     own = 'inherits = "debugmodel"\ncompute_backend = "batched_mm_padded"\n'
     (tmp_path / "my" / "own.toml").write_text(own)
+    (tmp_path / "my" / "dense.toml").write_text('dense_baseline_of = "debugmodel"\n')
     assert read_toml(write(tmp_path, asked, device))["model"]["flavor"] == written
 
 

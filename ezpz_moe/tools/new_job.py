@@ -42,6 +42,8 @@ _BACKENDS: dict[Device, tuple[str, str]] = {
 }
 """The backend of the experts for a device, and why."""
 
+_DENSE = "It has no experts, so no backend for them either."
+
 _EXPERT_DEGREES = (8, 4, 2)
 _SMALL = 512
 """A model dimension up to which a CPU trains a model in minutes."""
@@ -99,7 +101,7 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         on="" if device == "any" else f" on {device}",
         several=several,
         why_attention=_ATTENTIONS[str(loaded.attention)],
-        why_backend=_BACKENDS[device][1],
+        why_backend=_DENSE if loaded.is_dense else _BACKENDS[device][1],
         data="".join(_data_lines(data)),
         **_sizes(loaded, device),
     )
@@ -113,13 +115,16 @@ def _with_variant(name: str, near: Path, device: Device) -> str:
     Raises:
         EzpzError: there is no such flavor, or its file is wrong.
     """
-    said = read_toml(load_flavor(name, near=near).source)
+    loaded = load_flavor(name, near=near)
+    said = read_toml(loaded.source)
     found = split_name(name, flavor_names(near=near))
     assert found is not None  # it has been loaded
     stem, given = found
     # FlexAttention is torchtitan's own, and what a GPU of any generation compiles.
     attention = "flex" if device == "cuda" else "sdpa"
     wanted = {"attention": attention, "compute_backend": _BACKENDS[device][0]}
+    if loaded.is_dense:
+        del wanted["compute_backend"]
     # In this order, which is the order of a name's parts.
     parts = (given.get(key) or ("" if key in said else value) for key, value in wanted.items())
     return "_".join([stem, *filter(None, parts)])
@@ -207,11 +212,7 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
     """Return what depends on how large the model is, and on the device."""
     size = flavor.dimensions
     small = size.dim <= _SMALL if size else "debugmodel" in flavor.name
-    # Of one of the host's own models the number is not known here; all of them have an even one.
-    # All layers of a size share the degree.
-    numbers = [of.num_experts for of in size.layer_sizes.values()] if size else []
-    experts = math.gcd(*numbers) or _EXPERT_DEGREES[-1]
-    degree = next((each for each in _EXPERT_DEGREES if experts % each == 0), 1)
+    degree = next((each for each in _EXPERT_DEGREES if _experts(flavor) % each == 0), 1)
     return {
         "batch": 4 if small else 1,
         "length": 128 if small or device == "cpu" else 2048,
@@ -223,6 +224,16 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
         "degree": degree,
         "interval": 40 if small else 500,
     }
+
+
+def _experts(flavor: Flavor) -> int:
+    """Return what divides every layer's experts, as far as it is known here; 1 if nothing does."""
+    if flavor.is_dense:
+        return 1
+    if flavor.dimensions is not None:
+        return math.gcd(*(of.num_experts for of in flavor.dimensions.layer_sizes.values()))
+    # All of the host's own models have an even number.
+    return (flavor.change and flavor.change.num_experts) or _EXPERT_DEGREES[-1]
 
 
 def _known_lines(text: str, keys: Keys) -> Iterator[str]:

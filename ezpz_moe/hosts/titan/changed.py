@@ -71,10 +71,10 @@ def sizes_of(model: Any) -> Sizes:
         dim=model.dim,
         n_layers=len(layers),
         n_dense_layers=_dense_layers(layers),
-        dense_hidden_dim=dense and dense.w1.out_features,
+        dense_hidden_dim=dense and dense.w2.in_features,
         moe_hidden_dim=experts.hidden_dim,
         num_experts=experts.num_experts,
-        num_shared_experts=shared and shared.w1.out_features // experts.hidden_dim,
+        num_shared_experts=shared and shared.w2.in_features // experts.hidden_dim,
         router_bias=first.router.gate.bias,
         **{key: getattr(first.router, field) for key, field in _ROUTER.items()},
     )
@@ -110,13 +110,13 @@ def change_model(model: Any, change: Change, where: str) -> None:
             _set_dim(model, new.dim)
         if old.vocab_size != new.vocab_size:
             _set_vocabulary(model, new.vocab_size)
+        for layer in model.layers:
+            if layer.moe is not None:
+                _set_moe(layer.moe, old, new)
+            elif new.dense_hidden_dim != old.dense_hidden_dim:
+                _set_ffn(layer.feed_forward, new.dense_hidden_dim)
     except _Unknown as unknown:
         raise EzpzError(f"{where}: [change] {unknown}.") from None
-    for layer in model.layers:
-        if layer.moe is not None:
-            _set_moe(layer.moe, old, new)
-        elif new.dense_hidden_dim != old.dense_hidden_dim:
-            _set_ffn(layer.feed_forward, new.dense_hidden_dim)
 
 
 class _Unknown(Exception):
@@ -263,11 +263,20 @@ def _set_ffn_dim(ffn: Any, dim: int) -> None:
 
 
 def _set_ffn(ffn: Any, hidden: int | None) -> None:
+    """Give an FFN another hidden size, in place.
+
+    Raises:
+        _Unknown: it has a part that another host may have added.
+    """
     for name, linear, _, _ in ffn.traverse(Linear.Config):
         if name == "w2":
             linear.in_features = hidden
-        elif name in ("w1", "w3"):  # a gate of shared experts has one output
+        elif name in ("w1", "w3"):
             linear.out_features = hidden
+        elif name != "gate":  # which some shared experts have, with one output
+            raise _Unknown(
+                f"the hidden size {hidden}: an FFN of this model has an unknown part {name}"
+            )
 
 
 def _set_vocabulary(model: Any, size: int) -> None:

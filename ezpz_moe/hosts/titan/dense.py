@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,55 +15,41 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import dense_hidden_dim, ffn_matrices
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.components import weigh
-from ezpz_moe.hosts.titan.parameters import build_on_meta
 
 
-def make_dense(spec: ModelSpec, flavor: Flavor) -> None:
+def make_dense(spec: ModelSpec, hidden: int, flavor: Flavor) -> None:
     """Replace the experts of every layer with an FFN, in place.
 
     The FFN starts with the values that the host gives its experts there.
 
     Args:
-        spec: the model of ``flavor.dense_baseline_of``, with the host's own experts.
-        flavor: the baseline.
+        spec: a model with the host's own experts.
+        hidden: the FFN's hidden size.
+        flavor: the baseline, for messages.
 
     Raises:
         EzpzError: the layers of this model cannot do without experts.
     """
-    assert flavor.dense_baseline_of is not None
-    hidden = hidden_dim(flavor.dense_baseline_of, flavor.equal)
     for layer in spec.model.layers:
         if layer.moe is not None:
             layer.feed_forward, layer.moe = _ffn(layer.moe, spec.model.dim, hidden, flavor), None
     _refuse_without_ffn(spec.model.layers[-1], flavor)
 
 
-@cache
-def hidden_dim(experts: Flavor, equal: Equal) -> int:
+def hidden_dim(config: Any, activation: str, equal: Equal) -> int:
     """Return the hidden size of the FFN that costs as much as a layer's experts, to the unit.
 
-    Raises:
-        EzpzError: the host cannot build that model.
+    Args:
+        config: the model with experts, as it would be trained: a gate has a column for each
+            zero-computation expert, too.
+        activation: of the FFN.
+        equal: which cost.
     """
-    # With its [router]: a gate has a column for each zero-computation expert, too.
-    model = build_on_meta(experts)
+    with torch.device("meta"):
+        model = config.build()
     costs, _ = weigh(model)
     layers = sum(isinstance(module, MoE) for module in model.modules())
-    matrices = ffn_matrices(experts.ffn_activation)
-    return dense_hidden_dim(costs, model.config.dim, layers, matrices, equal=equal)
-
-
-def in_words(flavor: Flavor) -> str | None:
-    """Return what a dense baseline is, for the log; None for another flavor."""
-    of = flavor.dense_baseline_of
-    if of is None:
-        return None
-    what = "FLOPs per token" if flavor.equal == "flops" else "parameters"
-    hidden = hidden_dim(of, flavor.equal)
-    return (
-        f"flavor {flavor.name} is dense, with the {what} of {of.name}: an FFN of hidden size "
-        f"{hidden} in place of each layer's experts"
-    )
+    return dense_hidden_dim(costs, config.dim, layers, ffn_matrices(activation), equal=equal)
 
 
 def _ffn(moe: Any, dim: int, hidden: int, flavor: Flavor) -> Any:

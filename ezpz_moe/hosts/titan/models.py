@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torchtitan.models
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.protocols.model_spec import ModelSpec
 
-from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.flavor_schema import Equal, Flavor
 from ezpz_moe.config.init_schema import Init
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
@@ -96,9 +97,9 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             f"{in_words(error)}"
         ) from error
     if flavor.dense_baseline_of is not None:
-        with titan().importing():  # only such a flavor needs this, which needs this module
+        with titan().importing():  # only such a flavor needs this
             from ezpz_moe.hosts.titan.dense import make_dense
-        make_dense(spec, flavor)
+        make_dense(spec, _hidden_dim(flavor.dense_baseline_of, flavor.equal), flavor)
     if flavor.init != Init():
         with titan().importing():
             from ezpz_moe.hosts.titan.initialized import initialize
@@ -126,13 +127,24 @@ def _changes() -> Any:
     return changed
 
 
+@cache
+def _hidden_dim(experts: Flavor, equal: Equal) -> int:
+    """Return the hidden size of the FFN of a dense baseline of ``experts``."""
+    with titan().importing():
+        from ezpz_moe.hosts.titan.dense import hidden_dim
+    return hidden_dim(model_spec(experts).model, experts.ffn_activation, equal)
+
+
 def what_it_equals(flavor: Flavor) -> str | None:
     """Return what a dense baseline has in common with its model of experts; None for another."""
-    if flavor.dense_baseline_of is None:
+    of = flavor.dense_baseline_of
+    if of is None:
         return None
-    with titan().importing():
-        from ezpz_moe.hosts.titan.dense import in_words
-    return in_words(flavor)
+    what = "FLOPs per token" if flavor.equal == "flops" else "parameters"
+    return (
+        f"flavor {flavor.name} is dense, with the {what} of {of.name}: an FFN of hidden size "
+        f"{_hidden_dim(of, flavor.equal)} in place of each layer's experts"
+    )
 
 
 def what_changes_nothing(flavor: Flavor) -> str | None:
