@@ -215,7 +215,7 @@ def test_what_a_drafted_flavor_does_not_compute_is_said(job_file, tmp_path, caps
         ("dimm=3", "has no such size. Did you mean 'dim'?"),
         ("dim='2048'", "--sizes: dim = '2048': should be a valid integer."),
         ("dim=-1", "--sizes: dim = -1: should be greater than or equal to 1."),
-        ("n_layers=1", "--sizes: the dimensions do not fit together: n_dense_layers (1) must be"),
+        ("n_layers=1", "--sizes: a dense model has no experts, so moe_hidden_dim"),
         ("original_seq_len='x'", "rope.original_seq_len = 'x'"),
         ("attn_type='fast'", "attention = 'fast': should be 'flex'"),
     ],

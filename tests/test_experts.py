@@ -247,7 +247,7 @@ def test_door_2_has_the_experts_compute_in_what_it_asks_for(asked, dtype):
     overrides("experts", {"compute_backend": "for_loop", "expert_precision": asked}, config)
     experts = built(next(config.traverse(GroupedExperts.Config))[1])
     with mock.patch.object(type(experts._backend), "ffn", autospec=True) as ffn:
-        ffn.side_effect = lambda backend, w1, w2, w3, x, counts: x
+        ffn.side_effect = lambda backend, w1, w2, w3, x, counts, **formula: x
         experts(torch.ones(4, experts.w1_EFD.shape[2]), torch.ones(experts.num_experts).long())
     assert {each.dtype for each in ffn.call_args.args[1:5]} == {dtype}
 
