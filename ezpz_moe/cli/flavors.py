@@ -39,7 +39,7 @@ class Flavors(Reporting):
                 "layers": model and model.n_layers,
                 "dim": model and model.dim,
                 "attention": flavor.attention or "the host's",
-                "backend": flavor.compute_backend,
+                "backend": "" if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]
@@ -48,7 +48,7 @@ class Flavors(Reporting):
                 "name": flavor.name,
                 **(asdict(model) if model else {}),
                 "attention": flavor.attention,
-                "backend": flavor.compute_backend,
+                "backend": None if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]

@@ -72,10 +72,11 @@ COMMAND = Show
 
 
 def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[Setting]) -> None:
+    from ezpz_moe.config.dense_flavors import shown
     from ezpz_moe.hosts.setting import flat
 
     # None means that the host decides, which --all shows.
-    fields = flavor.model_dump(exclude_none=True) | found
+    fields = shown(flavor) | found
     told = [asdict(each) for each in settings]
     display.print_json({"config": job.source, "flavor": fields, "settings": told})
     rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
