@@ -15,7 +15,7 @@ check_host()  # before torchtitan is imported: it chooses the device
 from torchtitan.models.common.moe import MoE  # noqa: E402
 
 from ezpz_moe.cli.describe import _remarks as remarks  # noqa: E402
-from ezpz_moe.config.dense_flavors import OF_EXPERTS, refuse_dense  # noqa: E402
+from ezpz_moe.config.dense_flavors import OF_EXPERTS, refuse_dense, shown  # noqa: E402
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor  # noqa: E402
 from ezpz_moe.hosts.accounting import ffn_matrices  # noqa: E402
 from ezpz_moe.hosts.anatomy_text import title  # noqa: E402
@@ -157,6 +157,15 @@ def test_a_family_whose_layers_need_experts_is_refused(tmp_path: Path) -> None:
     dense = flavor_of(tmp_path, 'dense_baseline_of = "gpt_oss_debugmodel"')
     with pytest.raises(EzpzError, match="torchtitan's gpt_oss/debugmodel have no dense form"):
         host_spec(dense)
+
+
+def test_nothing_about_experts_is_shown(tmp_path: Path) -> None:
+    for text in (BASELINE, ALL_DENSE):
+        said = shown(flavor_of(tmp_path, text))
+        assert "compute_backend" not in said
+        assert said["dimensions"].keys() & OF_EXPERTS == set()
+        assert said["dimensions"]["dense_hidden_dim"] in (1024, 10944)
+    assert said["dimensions"].keys() < shown(load_flavor("16B"))["dimensions"].keys()
 
 
 def test_what_is_about_experts_refuses_a_dense_flavor(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Flavors(Reporting):
                 "layers": model and model.n_layers,
                 "dim": model and model.dim,
                 "attention": flavor.attention or "the host's",
-                "backend": flavor.compute_backend,
+                "backend": "" if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]
@@ -49,7 +49,7 @@ class Flavors(Reporting):
                 "name": flavor.name,
                 **(asdict(model) if model else {}),
                 "attention": flavor.attention,
-                "backend": flavor.compute_backend,
+                "backend": None if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]

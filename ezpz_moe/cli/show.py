@@ -72,11 +72,12 @@ COMMAND = Show
 
 
 def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[Setting]) -> None:
+    from ezpz_moe.config.dense_flavors import shown
     from ezpz_moe.config.layer_sizes import in_words
     from ezpz_moe.hosts.setting import flat
 
     # None means that the host decides, which --all shows.
-    fields = flavor.model_dump(exclude_none=True) | found
+    fields = shown(flavor) | found
     told = [asdict(each) for each in settings]
     display.print_json({"config": job.source, "flavor": fields, "settings": told})
     # A cell has no room for a number of each layer; the JSON has them.

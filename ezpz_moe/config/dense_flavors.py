@@ -116,6 +116,20 @@ def refuse_backend(variant: Mapping[str, str], name: str, path: Path) -> None:
         )
 
 
+def shown(flavor: Flavor) -> dict[str, Any]:
+    """Return what a flavor says, without what a dense one has no use for."""
+    said = flavor.model_dump(exclude_none=True)
+    if not flavor.is_dense:
+        return said
+    if "dimensions" in said:
+        said["dimensions"] = _without(said["dimensions"])
+    return _without(said)
+
+
+def _without(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in OF_EXPERTS}
+
+
 def refuse_dense(flavor: Flavor, what_for: str) -> None:
     """Refuse a flavor without experts where experts are what it is about.
 
