@@ -75,7 +75,7 @@ CASES = (
     Case("show 16B", ANSWER),
     Case("show job.toml", ANSWER),
     Case("show 16B --all", ANSWER, imports=HEAVY),
-    Case("ckpt inspect step-1", ANSWER, imports=HEAVY),
+    Case("ckpt inspect step-1", ANSWER),
     Case("convert old.toml", ANSWER),
     Case("convert --lint script.sh", ANSWER, 1),
     Case("plot run", ANSWER, imports=_DRAWING),
@@ -107,10 +107,10 @@ CASES = (
     Case("convert absent.toml", MISTAKE, 2),
     Case("convert --from hf absent.json", MISTAKE, 2),
     Case("convert --lint absent.sh", MISTAKE, 2),
-    Case("plot absent", MISTAKE, 2, _DRAWING),
+    Case("plot absent", MISTAKE, 2),
     Case("verify --dtype float8", MISTAKE, 2),
     Case("bench --backends for_lop", MISTAKE, 2),
-    Case("backends --device cup", MISTAKE, 2, HEAVY),
+    Case("backends --device cup", MISTAKE, 2),
     Case("doctor", DOCTOR, None, HEAVY),
     Case("doctor job.toml", DOCTOR, None, HEAVY),
 )
@@ -129,14 +129,6 @@ _FILES = {
     ),
     "script.sh": "torchrun -m torchtitan.train --training.steps 3 --training.step 4\n",
 }
-_CHECKPOINT = """
-import sys
-from torch import ones
-from torch.distributed.checkpoint import FileSystemWriter, save
-names = ("w1_EFD", "w2_EDF", "w3_EFD")
-state = {f"layers.1.moe.routed_experts.inner_experts.{name}": ones(5, 4, 4) for name in names}
-save(state, storage_writer=FileSystemWriter(sys.argv[1]), no_dist=True)
-"""
 
 
 @dataclass
@@ -176,7 +168,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, _before(told.before) as before:
         scratch = Path(folder)
         write_files(scratch)
-        subprocess.run([sys.executable, "-c", _CHECKPOINT, scratch / "step-1"], check=True)
+        write_checkpoint(scratch / "step-1")
         checkouts = [*before, Checkout("now", ROOT)]
         print("| `ezpz-moe ...` | goal |", *(f" {each.name} |" for each in checkouts), sep="")
         print("|---|--:|", *("--:|" for _ in checkouts), sep="")
@@ -189,6 +181,18 @@ def write_files(scratch: Path) -> None:
     for name, text in _FILES.items():
         (scratch / name).write_text(text)
     _write_telemetry(scratch / "run")
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Write a checkpoint with the names of torchtitan 0.3, and a step as a run saves it."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    names = ("w1_EFD", "w2_EDF", "w3_EFD")
+    experts = "layers.1.moe.routed_experts.inner_experts"
+    state = {f"{experts}.{name}": torch.ones(5, 4, 4) for name in names}
+    state["train_state"] = {"step": 1}
+    save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
 
 
 def _print_row(case: Case, checkouts: list[Checkout], scratch: Path, rounds: int) -> bool:

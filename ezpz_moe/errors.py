@@ -35,11 +35,16 @@ class EzpzError(Exception):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string.
 
-    Options are compared without their dashes, which all of them have in common.
+    Options are compared without their dashes, and files of TOML without their suffix, which all of
+    them have in common.
     """
-    candidates = {candidate.lower().lstrip("-"): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower().lstrip("-"), candidates, n=1, cutoff=0.6)
+    candidates = {_own_letters(candidate): candidate for candidate in known}
+    near = difflib.get_close_matches(_own_letters(name), candidates, n=1, cutoff=0.6)
     return f" Did you mean {candidates[near[0]]!r}?" if near else ""
+
+
+def _own_letters(name: str) -> str:
+    return name.lower().lstrip("-").removesuffix(".toml")
 
 
 def some(names: Sequence[str]) -> str:

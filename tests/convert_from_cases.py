@@ -10,7 +10,8 @@ from test_hf_config import DEEPSEEK_V2_LITE, DEEPSEEK_V3, GPT_OSS_20B, QWEN3_30B
 
 from ezpz_moe.config.flavor_schema import Flavor
 from ezpz_moe.config.flavors import load_flavor
-from ezpz_moe.tools.convert_foreign import FlavorConversion, write
+from ezpz_moe.tools.convert import Conversion
+from ezpz_moe.tools.convert_foreign import write
 from ezpz_moe.tools.convert_hf import from_hf
 
 SIZES_V2 = {
@@ -77,13 +78,13 @@ MIXTRAL = {
 }
 
 
-def hf(folder: Path, config: Any) -> FlavorConversion:
+def hf(folder: Path, config: Any) -> Conversion:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return from_hf(path)
 
 
-def flavor(folder: Path, conversion: FlavorConversion) -> Flavor:
+def flavor(folder: Path, conversion: Conversion) -> Flavor:
     (path,) = write(conversion, folder / "converted.toml")
     found = load_flavor("converted", near=folder)
     path.unlink()

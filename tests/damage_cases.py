@@ -14,7 +14,9 @@ from checkpoint_cases import trained
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools import trained as trained_weights
-from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.contents import inspect
+from ezpz_moe.tools.checkpoints.remapping import remap
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
 
 COMMANDS: dict[str, Callable] = {

@@ -259,10 +259,10 @@ def _thinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _digests(trainer) -> dict[str, str]:
-    return {name: _digest(_whole(parameter)) for name, parameter in _parameters(trainer)}
+    return {name: digest(_whole(parameter)) for name, parameter in _parameters(trainer)}
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 

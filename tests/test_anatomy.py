@@ -18,8 +18,9 @@ from flavor_files import SMALL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from trainer_runs import TINY
 
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
+from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import OF_MOE_LAYERS, Anatomy, dense_model, ffn_matrices
 from ezpz_moe.hosts.detect import check_host, host
@@ -37,14 +38,6 @@ from ezpz_moe.hosts.titan.components import weigh  # noqa: E402
 from ezpz_moe.hosts.titan.models import model_spec  # noqa: E402
 from ezpz_moe.hosts.titan.parameters import build_on_meta  # noqa: E402
 
-UNGATED = """
-inherits = "debugmodel"
-n_layers = 3
-expert_activation = "relu2"
-ffn_activation = "gelu"
-shared_hidden_dim = 96
-shared_gate = true
-"""
 SHORT = (*SMALL, "236B")  # small ones of each family, and one with groups and a query of low rank
 SIZES = [
     name if name in SHORT else pytest.param(name, marks=pytest.mark.full) for name in flavor_names()
@@ -131,7 +124,7 @@ def counted(name: str, seq_len: int) -> tuple[Counter[str], Counter[str]]:
     """FLOPs of a sequence by operator, in forward and in backward, as torch counts them."""
     formulas = {torch.ops.aten._grouped_mm: grouped_mm_flops}  # torch has none for it
     forward, backward = (FlopCounterMode(display=False, custom_mapping=formulas) for _ in range(2))
-    model = build_on_meta(load_flavor(f"{name}_sdpa")).bfloat16()
+    model = build_on_meta(load_flavor(f"{name}_sdpa", near=TINY)).bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True):  # torch counts by the shapes
         model.to_empty(device="cpu")
         tokens = torch.zeros(1, seq_len, dtype=torch.int64)
@@ -157,15 +150,14 @@ def is_of_attention(operator: str) -> bool:
         ("qwen3_debugmodel", 32),
         ("gpt_oss_debugmodel", 160),  # it has a window of 128
         ("ungated", 32),
+        ("pyramid", 32),  # other experts in each layer
         pytest.param("debugmodel", 160, marks=pytest.mark.full),
         pytest.param("qwen3_debugmodel", 160, marks=pytest.mark.full),
         pytest.param("gpt_oss_debugmodel", 32, marks=pytest.mark.full),
     ],
 )
-def test_flops_are_what_torch_counts(name: str, seq_len: int, tmp_path, monkeypatch) -> None:
-    (tmp_path / "ungated.toml").write_text(UNGATED)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    found = anatomy(load_flavor(name), seq_len)
+def test_flops_are_what_torch_counts(name: str, seq_len: int) -> None:
+    found = anatomy(load_flavor(name, near=TINY), seq_len)
     scores = found.costs["attention scores"].forward
     forward, backward = counted(name, seq_len)
     for ours, torchs, factor in (
@@ -178,7 +170,9 @@ def test_flops_are_what_torch_counts(name: str, seq_len: int, tmp_path, monkeypa
         # kernel, which keeps no scores, computes them once more in backward: five products for two.
         is_fused = any("attention" in op for op in torchs)
         products = 2.5 if is_fused and factor == 2 else factor
-        whole = 2 * found.n_layers * per_key(build_on_meta(load_flavor(name))) * seq_len**2
+        whole = (
+            2 * found.n_layers * per_key(build_on_meta(load_flavor(name, near=TINY))) * seq_len**2
+        )
         # torch 2.14 has no formula for the fused kernel of heads that share keys: it counts none.
         uncounted = not of_attention and name == "qwen3_debugmodel"
         assert uncounted or of_attention == products * whole
@@ -214,7 +208,7 @@ def test_the_dense_model_is_one_that_can_be_built(size: str) -> None:
         for layer in config.layers
     ]
     with torch.device("meta"):
-        built, _ = weigh(dataclasses.replace(config, layers=layers).build(), 1)
+        built, _ = weigh(dataclasses.replace(config, layers=layers).build())
     assert not built.keys() & set(OF_MOE_LAYERS)
     assert sum(cost.parameters for cost in built.values()) == dense.cost.parameters
     scores = found.costs["attention scores"].forward
@@ -262,7 +256,7 @@ def test_attention_that_hides_its_heads_is_an_error(monkeypatch: pytest.MonkeyPa
 
 def test_a_module_with_parameters_of_no_known_use_is_named() -> None:
     model = nn.ModuleDict({"mixer": nn.Conv1d(2, 2, 3), "lm_head": nn.Linear(2, 3)})
-    costs, uncounted = weigh(model, 1)
+    costs, uncounted = weigh(model)
     assert uncounted == ["Conv1d"]
     assert {name: cost.parameters for name, cost in costs.items()} == {
         "other": 14,
@@ -273,7 +267,7 @@ def test_a_module_with_parameters_of_no_known_use_is_named() -> None:
 def test_a_shared_parameter_is_counted_once_and_multiplied_twice() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(2, 3, bias=False)})
     model["b"].weight = model["a"].weight
-    costs, _ = weigh(model, 1)
+    costs, _ = weigh(model)
     assert (costs["other"].parameters, costs["other"].forward) == (6, 2 * 2 * 6)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-from answers import CASES, HEAVY, MISTAKE, Case, write_files
+from answers import CASES, HEAVY, MISTAKE, Case, write_checkpoint, write_files
 
 from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.config.job import Job
@@ -70,9 +70,7 @@ def answers(tmp_path_factory) -> dict[str, tuple[str, int, list[str]]]:
     """By command line: what went to stderr, the exit code, the heavy modules."""
     scratch = tmp_path_factory.mktemp("answers")
     write_files(scratch)
-    # Whoever refuses the rest of a line reads nothing of a checkpoint.
-    (scratch / "step-1").mkdir()
-    (scratch / "step-1" / ".metadata").touch()
+    write_checkpoint(scratch / "step-1")
     done = subprocess.run(
         [sys.executable, "-c", ANSWER_ALL, json.dumps([[case.line for case in QUICK], HEAVY])],
         cwd=scratch,
@@ -379,6 +377,7 @@ def test_an_older_flag_is_told_its_successor_or_why_there_is_none(release, monke
         section, _, name = older.now.rpartition(".")
         row = RELEASES[release]().job_keys().get(section, {}).get(name)
         if now := re.search(r" now (--[\w.-]+\w)", said):
-            assert now[1] in {flag.option for flag in flags}, said
+            switches = {flag.option.replace(".", ".no-") for flag in flags if not flag.type}
+            assert now[1] in {*switches, *(flag.option for flag in flags)}, said
         else:
             assert (row.message if row else older.note).rstrip(".") in said, said

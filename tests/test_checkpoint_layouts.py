@@ -32,8 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 from trainer_runs import TORCHRUN
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.contents import inspect
 from ezpz_moe.tools.checkpoints.plan import make_plan
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 

@@ -13,7 +13,8 @@ from checkpoint_cases import OTHERS, THREE, loaded, trained
 
 from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints import inspect, remap
+from ezpz_moe.tools.checkpoints.contents import inspect
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints import inspect, remap, remapping, storage
+from ezpz_moe.tools.checkpoints import remapping, storage
+from ezpz_moe.tools.checkpoints.contents import inspect
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
@@ -286,7 +288,7 @@ def test_what_the_commands_print(tmp_path, capsys) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from ezpz_moe.tools.checkpoints import remap
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 def kibibytes(what):
     lines = Path("/proc/self/status").read_text().splitlines()

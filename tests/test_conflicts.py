@@ -190,6 +190,25 @@ def test_attention_without_a_backward_on_the_cpu(monkeypatch, in_training):
     assert config("debugmodel_sdpa")
 
 
+@pytest.mark.parametrize(
+    ("file", "attention", "said"),
+    [
+        ("mini_flex.toml", "flex", "Use flavor mini_flex_sdpa."),
+        ("mini_sdpa.toml", "flex", "Use flavor mini_sdpa_sdpa."),
+        ("mini.toml", "flex", 'Use a flavor with attention = "sdpa".'),
+    ],
+)
+def test_only_a_flavor_that_exists_is_named(
+    file, attention, said, monkeypatch, in_training, tmp_path
+):
+    """The end of a file's name is no suffix; and the variant's name may be a file's."""
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    for name in {file, "mini_sdpa.toml"}:
+        (tmp_path / name).write_text(f'inherits = "debugmodel"\nattention = "{attention}"\n')
+    assert said in conflict(file.removesuffix(".toml"))
+
+
 def test_attention_that_text_never_calls(monkeypatch, in_training, tmp_path):
     """A vision encoder's: its flavor with SDPA was told to use itself."""
     monkeypatch.setattr(utils, "device_type", "cpu")

@@ -78,7 +78,7 @@ def test_quantization_counts_once_a_converter_asks_for_it(job_file):
 
 
 def test_a_value_that_0_3_does_not_take_is_dropped_with_what_it_takes(job_file):
-    change = changes(job_file(QWEN3 + '[checkpoint]\nexport_dtype = "float8"\n'))[
+    change = changes(job_file(QWEN3 + '[checkpoint]\nenable = true\nexport_dtype = "float8"\n'))[
         "checkpoint.export_dtype"
     ]
     assert change.fate == "dropped"
@@ -106,7 +106,7 @@ def test_a_setting_that_is_switched_off_is_needless(row, job_file):
         change = changes(job_file(toml({switch: value, key: "no value of it"})))[key]
         assert change.fate == "needless"
         assert change.note.startswith("it has no effect with ")
-    on = {other: "no value of it" for start, other, *_ in NO_EFFECT if start == prefix}
+    on = {other: "no value of it" for start, other, *_ in NO_EFFECT if key.startswith(start)}
     assert fates(job_file(toml(on | {key: "no value of it"})))[key] == "dropped"
 
 
@@ -246,6 +246,18 @@ def test_defaults_that_changed_are_written_down(job_file):
     assert fates(path)["training.dataset"] == "added"
 
 
+def test_a_folder_of_torchtitans_checkout_is_called_so(job_file):
+    """doctor refuses it elsewhere, where nobody knows whose folder it is."""
+    text = written(job_file('[model]\nname = "qwen3"\nflavor = "debugmodel_moe"\n')).read_text()
+    assert "a folder of torchtitan's own checkout. Elsewhere name your tokenizer's" in text
+
+
+def test_a_value_that_0_3_refuses_is_needless_where_it_is_switched_off(job_file):
+    text = QWEN3 + '[checkpoint]\nenable = {}\nfolder = ""\n'
+    assert fates(job_file(text.format("false")))["checkpoint.folder"] == "needless"
+    assert fates(job_file(text.format("true")))["checkpoint.folder"] == "dropped"
+
+
 def test_a_default_is_not_added_to_what_the_file_says(job_file):
     assert "added" not in fates(job_file(OLD)).values()
 
@@ -358,8 +370,13 @@ def test_no_file_is_overwritten(there, job_file, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"job.toml", there}
 
 
-def test_a_folder_that_is_not_there(job_file, tmp_path):
-    new = tmp_path / "nowhere" / "new.toml"
+def test_a_folder_that_is_not_there_is_made(job_file, tmp_path):
+    new = tmp_path / "not" / "yet" / "new.toml"
+    assert write(convert(job_file(OLD), new), new) == [new]
+
+
+def test_a_folder_that_is_a_file(job_file, tmp_path):
+    new = tmp_path / "job.toml" / "new.toml"
     with pytest.raises(EzpzError, match="cannot be written"):
         write(convert(job_file(OLD), new), new)
 

@@ -11,6 +11,7 @@ from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.jobs import load_job
+from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.convert import Wish, convert, write
 from ezpz_moe.tools.convert_model import new_model
 
@@ -68,6 +69,30 @@ def test_a_model_that_is_no_name_is_open_too(name, job_file, tmp_path):
         load_job(new)
 
 
+def test_a_forks_table_in_one_line_is_one_dropped_key(job_file, tmp_path):
+    path = job_file(
+        FORK.format("qwen3", 2048) + '[metrics]\nwandb = {project = "x", tags = {a = 1, b = 2}}\n'
+    )
+    new = tmp_path / "new.toml"
+    found = convert(path, new)
+    change = next(each for each in found.changes if each.key == "metrics.wandb")
+    assert (change.fate, change.value["project"]) == ("dropped", "x")
+    assert "# wandb = {project" in found.text
+
+
+def test_a_forks_optimizer_is_left_open_with_its_lr(job_file, tmp_path):
+    """AdamW in its place would train with the learning rate of another."""
+    lines = '[optimizer]\nname = "Muon"\nlr = 0.02\n'
+    new = tmp_path / "new.toml"
+    conversion = convert(job_file(FORK.format("deepseek_v3", 2048) + lines), new, Wish("16B"))
+    write(conversion, new)
+    assert [change.key for change in conversion.left_open] == ["optimizer.name"]
+    with pytest.raises(EzpzError, match='name = "Muon": must be one of'):
+        load_job(new)
+    new.write_text(new.read_text().replace('"Muon"\nlr = 0.02', '"AdamW"\nlr = 3e-4'))
+    assert load_job(new).values["optimizer.lr"] == 3e-4
+
+
 def test_a_flavor_that_the_user_names(job_file, tmp_path, capsys):
     path, new = job_file(FORK.format("deepseek_v3", 4096)), tmp_path / "new.toml"
     assert cli.main(["convert", str(path), str(new), "--flavor", "16B_for_loop"]) == 0
@@ -84,6 +109,35 @@ def test_a_flavor_that_the_user_names_reaches_as_far_as_the_sequence(flavor, job
     rope = made.rope or made.dimensions.rope
     assert rope.max_seq_len == 50000
     assert (made.attention, made.compute_backend) == (named.attention, named.compute_backend)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "degree", "fits"),
+    [
+        ("16B", 8, True),
+        ("16B", 12, False),
+        # Of torchtitan's own models, the host's facts tell it.
+        ("qwen3_debugmodel_sdpa", 64, True),
+        ("qwen3_debugmodel_sdpa", 12, facts() is None),
+    ],
+)
+def test_the_ranks_that_share_experts_fit_a_flavor_that_the_user_names(
+    flavor, degree, fits, job_file, tmp_path, capsys
+):
+    lines = f"[parallelism]\nexpert_parallel_degree = {degree}\n"
+    path, new = job_file(FORK.format("deepseek_v3", 4096) + lines), tmp_path / "new.toml"
+    assert cli.main(["convert", str(path), str(new), "--flavor", flavor]) == (not fits)
+    said = "open: parallelism.expert_parallel_degree: 12 does not divide the 64 experts"
+    assert (said in capsys.readouterr().out) is not fits
+    assert load_job(new).values["parallelism.expert_parallel_degree"] == degree
+    assert ("# open: 12 does not divide" in new.read_text()) is not fits
+
+
+def test_the_ranks_that_share_experts_fit_a_draft(job_file, tmp_path, capsys):
+    lines = "[parallelism]\nexpert_parallel_degree = 5\n"
+    path, new = job_file(FORK.format("deepseek_v3", 4096) + lines), tmp_path / "new.toml"
+    assert cli.main(["convert", str(path), str(new), "--sizes", PASTED]) == 1
+    assert "one of 1, 2, 3, 4, 6, 8, 12, 16, 24, 48\n" in capsys.readouterr().out
 
 
 def test_a_flavor_is_drafted_from_a_forks_own_source(job_file, tmp_path, capsys):
@@ -161,7 +215,7 @@ def test_what_a_drafted_flavor_does_not_compute_is_said(job_file, tmp_path, caps
         ("dimm=3", "has no such size. Did you mean 'dim'?"),
         ("dim='2048'", "--sizes: dim = '2048': should be a valid integer."),
         ("dim=-1", "--sizes: dim = -1: should be greater than or equal to 1."),
-        ("n_layers=1", "--sizes: the dimensions do not fit together: n_dense_layers (1) must be"),
+        ("n_layers=1", "--sizes: a dense model has no experts, so moe_hidden_dim"),
         ("original_seq_len='x'", "rope.original_seq_len = 'x'"),
         ("attn_type='fast'", "attention = 'fast': should be 'flex'"),
     ],

@@ -229,7 +229,10 @@ def test_the_command_reports_writes_and_counts_what_is_lost(tmp_path: Path, caps
     assert cli.main(["convert", "--from", "hf", str(old)]) == 1
     output = capsys.readouterr().out
     assert "differs: " in output
-    assert "note: config.json has rms_norm_eps = 1e-06" in output
+    # Printed, in the flavor, and in the key's own row, which was said to be kept.
+    assert output.count("note: config.json has rms_norm_eps = 1e-06") == 2
+    assert "\n# note: config.json has rms_norm_eps" in output
+    assert "differs: no flavor can set it" in output
     assert "num_experts = 160 # n_routed_experts" in output
 
 
@@ -239,7 +242,7 @@ def test_the_command_reports_writes_and_counts_what_is_lost(tmp_path: Path, caps
         ("{", "mine.toml", "config.json: is not JSON"),
         (json.dumps(QWEN3), "mine.txt", "a flavor's name must end in .toml"),
         (json.dumps(QWEN3), "there.toml", "there.toml already exists"),
-        (json.dumps(QWEN3), "nowhere/mine.toml", "cannot be written"),
+        (json.dumps(QWEN3), "there.toml/mine.toml", "cannot be written"),
     ],
 )
 def test_nothing_is_written_or_overwritten(text, new, said, tmp_path, capsys) -> None:

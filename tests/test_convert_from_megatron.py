@@ -13,7 +13,7 @@ from test_hf_config import DEEPSEEK_V3
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
-from ezpz_moe.tools.convert_foreign import FlavorConversion
+from ezpz_moe.tools.convert import Conversion
 from ezpz_moe.tools.convert_megatron import from_megatron
 
 pytestmark = pytest.mark.skipif(
@@ -65,7 +65,7 @@ MEGATRON_QWEN3 = {
 }
 
 
-def megatron(folder: Path, arguments: Any) -> FlavorConversion:
+def megatron(folder: Path, arguments: Any) -> Conversion:
     path = folder / "args.yaml"
     path.write_text(yaml.safe_dump(arguments))
     return from_megatron(path)
@@ -115,12 +115,22 @@ def test_another_model_of_megatrons_is_refused(change, said, tmp_path) -> None:
     assert said in megatron(tmp_path, MEGATRON_QWEN3 | change).refusal
 
 
+@pytest.mark.parametrize("key", ["layernorm_epsilon", "norm_epsilon"])
+def test_a_norms_eps_has_the_name_that_the_file_gives_it(key, tmp_path: Path) -> None:
+    conversion = megatron(tmp_path, MEGATRON_QWEN3 | {key: 1e-5})
+    assert conversion.notes == (f"args.yaml has {key} = 1e-05, torchtitan computes with 1e-06",)
+    fates = {change.key: change.fate for change in conversion.changes}
+    assert (fates[key], fates["hidden_size"]) == ("differs", "kept")
+
+
 def test_the_global_loss_is_divided_by_the_ranks(tmp_path: Path) -> None:
     arguments = MEGATRON_QWEN3 | {"moe_router_load_balancing_type": "global_aux_loss"}
     conversion = megatron(tmp_path, arguments)
     balance = flavor(tmp_path, conversion).balance
     assert (balance.aux_loss, balance.scope) == (0.001 / 8, "global")
     assert "times 1 / data-parallel ranks = 1 / 8" in conversion.text
+    fates = {change.key: change.fate for change in conversion.changes}
+    assert fates["data_parallel_size"] == "kept"
     del arguments["data_parallel_size"]
     with pytest.raises(EzpzError, match="data_parallel_size: N"):
         megatron(tmp_path, arguments)
@@ -280,8 +290,8 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
             MEGATRON_V3 | {"moe_expert_capacity_factor": 1, "moe_token_drop_policy": "random"},
             "moe_token_drop_policy = 'random': must be probs or position",
         ),
-        (MEGATRON_V3 | {"moe_layer_freq": 2}, "the dense layers are the first ones"),
-        (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "the dense layers are the first ones"),
+        (MEGATRON_V3 | {"moe_layer_freq": 2}, "only if its dense layers are the first ones"),
+        (MEGATRON_V3 | {"moe_layer_freq": [1, 0]}, "only if its dense layers are the first ones"),
         (MEGATRON_V3 | {"moe_layer_freq": "__import__('os')"}, "must be a number, a list of 0"),
         (MEGATRON_V3 | {"moe_layer_freq": "[0]*9999999999"}, "must be a number, a list of 0"),
         (

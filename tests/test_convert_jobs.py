@@ -29,6 +29,7 @@ from ezpz_moe.tools.convert import Conversion, Wish, convert, write
 JOBS = Path(__file__).parent / "data" / "jobs_0_2"
 REFUSED = {
     "flux_schnell": "flux is dense",
+    "llama2_2024": "llama2 is dense",
     "llama3_8b": "llama3 is dense",
     "llama4_17bx16e": "torchtitan 0.3 has no llama4",
     "qwen3_0.6b": 'qwen3\'s "0.6B" is dense',
@@ -178,7 +179,11 @@ def test_whatever_a_file_says_the_new_one_is_a_job(keys, model, flavor) -> None:
                 write(found, new)
             return
         write(found, new)
-        if any(change.key == "model.flavor" for change in found.left_open):
+        open_ = {change.key for change in found.left_open}
+        if "optimizer.name" in open_:
+            with pytest.raises(EzpzError, match=r"\[optimizer\] name = "):
+                load_job(new)
+        elif "model.flavor" in open_:
             with pytest.raises(EzpzError, match=r"new\.toml: \[model\] flavor is missing"):
                 load_job(new)
         else:

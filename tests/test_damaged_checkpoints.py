@@ -21,7 +21,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import unpickling
 from ezpz_moe.hosts.dcp.structure import covers
-from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.hosts.dcp.torch_kinds import TORCH
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.contents import inspect
+from ezpz_moe.tools.checkpoints.data_files import check_data
+from ezpz_moe.tools.checkpoints.remapping import remap
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 from ezpz_moe.tools.upcycling.dense import DenseCheckpoint
 
@@ -75,7 +79,7 @@ def test_damaged_metadata_is_one_line_or_the_same_values(source, number, seed) -
         refused += bool(said)
         with contextlib.suppress(EzpzError):
             after = storage.read_metadata(source)
-            storage.check_data(source, after)
+            check_data(source, after)
             for name in values.keys() & after.state_dict_metadata.keys():
                 assert storage.same_bits(read_whole(source, after, name), values[name]), name
         shutil.rmtree(out, ignore_errors=True)
@@ -86,7 +90,7 @@ def test_a_reference_to_the_two_billionth_object_takes_no_memory() -> None:
     """Python would make room for all of them: 32 GB."""
     bomb = pickle.dumps("a")[:-2] + b"r\xff\xff\xff\x7f."
     with pytest.raises(pickle.UnpicklingError, match="unexpected byte at 14"):
-        unpickling.load_metadata(bomb)
+        unpickling.load_metadata(bomb, TORCH)
 
 
 def _of_w1(metadata: Metadata):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -80,7 +79,7 @@ def _analyze() -> Rows:
         max_cosine=None,
         drift=Drift(0.4567, 0.8912),
     )
-    return [analyze._row(report, Settings(1.25, 16, 2.0))]
+    return [analyze._row(report, Settings(1.25, 16, 2.0), "16")]
 
 
 def _bench() -> Rows:
@@ -237,9 +236,23 @@ def test_a_table_fits_with_every_figure_and_name_whole(name, width, printed) -> 
 def test_the_backends_of_this_machine_fit(printed) -> None:
     for width in WIDTHS:
         lines = printed(width, cli.main, ["backends", "--device", "cpu"])
-        end = next(n for n, line in enumerate(lines) if re.match(r"\w+: ", line))
-        assert max(map(cell_len, lines[:end])) <= width
+        assert max(map(cell_len, lines)) <= width
         assert any(line.startswith("batched_mm_padded ") for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prose_wraps_between_words_and_what_is_to_be_copied_does_not(width, printed) -> None:
+    first = (
+        "It has `a command of several words that stays whole` in it; run --a-flag [of] " + "x " * 60
+    )
+    lines = printed(width, display.print_line, f"\n{first}\n  {first}")
+    assert max(map(cell_len, lines)) <= width
+    assert lines[0] == ""
+    assert sum("`a command of several words that stays whole`" in line for line in lines) == 2
+    assert " ".join(" ".join(lines).split()) == " ".join(f"{first} {first}".split())
+    assert all(line.startswith("  ") for line in lines[2:]), "where the next begins shows"
+    command = f"ezpz-moe {first}".strip()
+    assert printed(width, display.print_whole, command) == [command]
 
 
 WIDE = [{"name": "a", "x": "1234567890", "y": "2234567890", "z": "3234567890", "w": "9"}]
@@ -289,6 +302,8 @@ def test_a_path_longer_than_its_column_breaks_and_the_table_stays(printed) -> No
 
 def test_what_is_piped_is_whole(capsys) -> None:
     title = "t" * 300
+    display.print_line("x " * 10_000)
+    assert len(capsys.readouterr().out.splitlines()) == 1
     display.print_table([{"a": "b", "c": "x y " * 100, "d [e]": "[red]1"}], title=title)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == title
@@ -298,16 +313,23 @@ def test_what_is_piped_is_whole(capsys) -> None:
     assert "[red]1" in lines[2]
 
 
+def test_the_memory_of_a_model_has_one_unit_which_no_component_falls_below(printed) -> None:
+    weights = {"routed experts": 3 * 2**30, "router": 3 * 2**20, "norms": 0}
+    stage = StageMemory(0, weights, {"router": 2**26, "norms": 1}, 1)
+    rows = {row["component"]: row for row in describe._memory_rows([stage])}
+    assert rows["routed experts"]["weights"] == "3.00 GiB"
+    assert (rows["router"]["weights"], rows["router"]["activations"]) == ("<0.01 GiB", "0.06 GiB")
+    assert (rows["norms"]["weights"], rows["norms"]["activations"]) == ("0.00 GiB", "<0.01 GiB")
+    assert rows["total"]["weights"] == "3.00 GiB"
+    lines = printed(120, display.print_table, rows.values())
+    assert len({len(line) for line in lines[1:]}) == 1, "figures align right"
+    small = StageMemory(0, {"router": 2**20}, {"router": 2**29}, 1)
+    units = {cell[-3:] for row in describe._memory_rows([small, stage]) for cell in row.values()}
+    assert "MiB" not in units, "stages are compared with each other"
+    assert next(iter(describe._memory_rows([small])))["activations"] == "512.00 MiB"
+
+
 # --- for programs ---------------------------------------------------------------------------------
-
-
-def test_every_command_that_prints_a_table_prints_json() -> None:
-    for name, command in cli.commands().items():
-        source = inspect.getsource(inspect.getmodule(command))
-        if "print_table(" in source:
-            assert "print_json(" in source, name
-            fields = command.__dataclass_fields__
-            assert "json" in fields or "action" in fields, name
 
 
 def test_a_document_is_alone_on_stdout_and_has_no_nan(capsys) -> None:

@@ -272,7 +272,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
         ("inherits = [1]", "inherits = [1]: should be the name of a flavor."),
         ('inherits = "mine"', "inherits = 'mine': there is no such flavor file besides this one."),
         ('base = "qwen3/30B-A3B"', "base = 'qwen3/30B-A3B' takes every dimension"),
-        ("n_dense_layers = 27", "n_dense_layers (27) must be less than n_layers (27)"),
+        ("n_dense_layers = 28", "n_dense_layers (28) must not exceed n_layers (27)"),
         ("router_top_k = 65", "router_top_k (65) must not exceed num_experts (64)"),
         ("[rope]\nbeta_slow = 33.0", "rope.beta_slow (33.0) must not exceed rope.beta_fast"),
         (

@@ -15,7 +15,7 @@ def lines_of(name: str) -> list[str]:
     """A flavor with every key in one file, one key a line."""
     flavor = load_flavor(name)
     assert flavor.dimensions is not None
-    keys = flavor.dimensions.model_dump(exclude_none=True)
+    keys = flavor.dimensions.model_dump(exclude_none=True)  # what TOML does not have
     rope = keys.pop("rope")
     keys |= {"attention": flavor.attention, "compute_backend": flavor.compute_backend}
     top, table = ([f"{k} = {json.dumps(v)}" for k, v in part.items()] for part in (keys, rope))

@@ -22,8 +22,9 @@ from trainer_runs import LOG, job_folder, train
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry.json_lines import append, read
-from ezpz_moe.tools.checkpoints import remap, storage
+from ezpz_moe.tools.checkpoints import storage
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -71,6 +71,21 @@ def test_groups_ranked_by_their_best_expert_are_those_of_deepseek_v2(exports, tm
     assert (two_best_LV - ours_LV).abs().max() > BOUND * ours_LV.abs().max()
 
 
+def test_a_changed_model_of_the_hosts_is_exported(exports, tmp_path) -> None:
+    """Its config would have the base's experts and layers, or its adapter would look for them."""
+    change = "n_layers = 3\ndim = 48\nnum_experts = 6\nrouter_top_k = 2\nmoe_hidden_dim = 16\n"
+    case = exports.case("qwen3_moe", f"[change]\n{change}")
+    weights = hf_cases.random_weights(case, bias=0)
+    source = save(weights, case.folder / "step-7")
+    assert case.remap(source, tmp_path / "hf", "--to", "hf") == 0
+    model = with_the_hosts_eps(opened(tmp_path / "hf"))
+    assert_same_logits(logits(model), case.logits(weights, TOKENS_L), BOUND / 10)
+    assert case.remap(tmp_path / "hf", tmp_path / "step-0", "--to", "0.3") == 0
+    back = load(tmp_path / "step-0")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in back if "bias" not in name)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_saved_model_is_imported(exports, kind, tmp_path) -> None:
     case, (_, _, folder) = exports.case(kind), exports.plain(kind)

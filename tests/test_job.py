@@ -47,6 +47,12 @@ def test_a_missing_file_suggests_its_neighbour(job_file):
     assert problem(missing) == f"{missing}: there is no such file. Did you mean 'job.toml'?"
 
 
+def test_a_file_with_other_letters_is_not_the_nearest(tmp_path):
+    (tmp_path / "zensical.toml").touch()
+    missing = tmp_path / "nosuch.toml"
+    assert problem(missing) == f"{missing}: there is no such file."
+
+
 def test_a_folder_is_no_job(tmp_path):
     assert "is a folder" in problem(tmp_path)
 

@@ -9,7 +9,7 @@ from config_cases import config, conflict
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.config.telemetry_schema import Telemetry
-from ezpz_moe.errors import EzpzError
+from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.jobs import load_job
 from ezpz_moe.hosts.titan.base import titan
@@ -252,13 +252,18 @@ def test_a_flag_mends_a_conflict_of_the_job(job_file, in_training, monkeypatch):
         command_line(path)
 
 
-def test_a_conflict_made_by_a_flag_is_one_message_and_exit_code_2(job_file, capsys):
-    path = job_file(MODEL)
+@pytest.mark.parametrize("is_a_flag", [True, False])
+def test_a_conflict_is_one_message_and_exit_code_2(
+    job_file, in_training, monkeypatch, capsys, is_a_flag
+):
+    monkeypatch.setenv(DEBUG_VARIABLE, "0")
+    path = job_file(MODEL + "[parallelism]\nexpert_parallel_degree = 3\n" * (not is_a_flag))
     with pytest.raises(SystemExit) as stop:
-        command_line(path, "--parallelism.expert_parallel_degree", "3")
+        command_line(path, *["--parallelism.expert_parallel_degree", "3"] * is_a_flag)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"ezpz-moe: error: {path} and the command line: ")
+    flags = " and the command line" if is_a_flag else ""
+    assert message.startswith(f"ezpz-moe: error: {path}{flags}:")
     assert "does not divide" in message
     assert message.count("ezpz-moe: error") == 1
 

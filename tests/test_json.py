@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -15,12 +16,13 @@ from telemetry_cases import layer, record
 from torch.distributed import checkpoint
 
 from ezpz_moe import cli
+from ezpz_moe.cli.mistakes import options
+from ezpz_moe.cli.signature import actions_of
 from ezpz_moe.compute.tuning import Measured, Question, Situation
-from ezpz_moe.hosts.accounting import Anatomy, Cost, DenseModel
 from ezpz_moe.hosts.rank_report import RankReport
 from ezpz_moe.telemetry.json_lines import append
-from ezpz_moe.tools import convert_hf, describe, doctor, preflight, tune, verify
-from ezpz_moe.tools.convert_foreign import FlavorConversion
+from ezpz_moe.tools import convert_hf, doctor, preflight, tune, verify
+from ezpz_moe.tools.convert import Conversion
 from ezpz_moe.tools.doctor import Finding
 from ezpz_moe.tools.planned import Planned
 
@@ -33,6 +35,12 @@ steps = 12345
 """
 
 
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands silence the host's log, for their process only."""
+    monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
+
+
 @pytest.fixture
 def said(capsys):
     """Run a command with ``--json``, and return its exit code and the object."""
@@ -42,6 +50,20 @@ def said(capsys):
         return code, json.loads(capsys.readouterr().out)
 
     return run
+
+
+# They print what they write, and no figures.
+WITHOUT_JSON = {"ckpt remap", "completion", "generate", "new", "upcycle"}
+
+
+def test_every_other_command_has_its_object() -> None:
+    named = {}
+    for name, command in cli.commands().items():
+        actions = {f"{name} {action}": class_ for action, class_ in actions_of(command)}
+        named |= actions or {name: command}
+    with_json = {name for name, command in named.items() if "--json" in options(command)}
+    assert named.keys() - with_json == WITHOUT_JSON
+    assert {name.partition(" --")[0] for name in documented()} == with_json
 
 
 def test_flavors_are_counted_exactly(said, monkeypatch) -> None:
@@ -61,14 +83,11 @@ def test_show_has_the_flavor_and_the_settings(said) -> None:
     assert all(each.keys() == {"path", "value", "default"} for each in found["settings"])
 
 
-def test_describe(said, monkeypatch) -> None:
-    cost = Cost(10**9, 10**8, 1.5e9)
-    anatomy = Anatomy({"router": cost}, 64, 2, 1, 8, 0, 2, host_flops=5e9)
-    made = describe.Description("f", 128, "float32", anatomy, DenseModel(32, cost), None, ())
-    monkeypatch.setattr(describe, "describe", lambda *arguments: made)
-    code, found = said("describe", "debugmodel")
+def test_describe(said) -> None:
+    code, found = said("describe", "debugmodel_sdpa")
     assert (code, found.keys()) == (0, documented()["describe"])
-    assert found["total"]["parameters"] == 10**9
+    assert isinstance(found["total"]["parameters"], int)
+    assert found["total"]["parameters"] > 10**7
 
 
 def test_verify_prints_every_tensor(said, monkeypatch) -> None:
@@ -88,18 +107,20 @@ def test_bench_prints_what_it_would_write(said, tmp_path, capsys) -> None:
     assert json.loads((tmp_path / "file.json").read_text()) == found
 
 
-def test_doctor_has_a_state_for_each_line(said, monkeypatch) -> None:
-    findings = [Finding("a", "b"), Finding("c", "d", problem="e", vital=True)]
-    monkeypatch.setattr(doctor, "facts", lambda **_: {"torch": "2"})
-    monkeypatch.setattr(doctor, "host_findings", lambda: findings)
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_doctor_has_a_state_for_each_line(said, monkeypatch, is_broken) -> None:
+    of_this_machine, more = doctor.host_findings(), [Finding("c", "d", problem="e", vital=True)]
+    monkeypatch.setattr(doctor, "host_findings", lambda: of_this_machine + more * is_broken)
     code, found = said("doctor")
-    assert (code, found.keys()) == (1, documented()["doctor"])
-    assert [(each["what"], each["state"]) for each in found["findings"]] == [
-        ("a", "holds"),
-        ("c", "BROKEN"),
-    ]
+    assert found.keys() == documented()["doctor"]
+    states = [(each["what"], each["state"]) for each in found["findings"]]
+    assert len(states) > 20
+    assert (("c", "BROKEN") in states) == is_broken
+    assert code == any(state == "BROKEN" for _, state in states)
 
 
+# Made up, because a real one starts two processes, each of which imports the host:
+# tests/hosts/test_preflight.py has those.
 def test_preflight_has_bytes_and_errors(said, monkeypatch) -> None:
     reports = [RankReport(0, 10, 160, "whole"), RankReport(4, error="too big")]
     monkeypatch.setattr(preflight, "preflight", lambda *arguments, **others: iter(reports))
@@ -128,7 +149,7 @@ def test_convert_has_every_key_and_the_new_text(said, tmp_path) -> None:
 
 
 def test_convert_from_has_what_differs(said, tmp_path, monkeypatch) -> None:
-    made = FlavorConversion((), differences=("a differs",), notes=("b is near",), refusal="no")
+    made = Conversion((), differences=("a differs",), notes=("b is near",), refusal="no")
     monkeypatch.setattr(convert_hf, "from_hf", lambda path: made)
     code, found = said("convert", "--from", "hf", tmp_path / "config.json")
     assert (code, found.keys()) == (1, documented()["convert --from"])
@@ -159,6 +180,7 @@ def test_the_trainers_flags_and_a_dry_run(said) -> None:
     assert {each.name for each in fields(Planned)} == documented()["train --dry-run"]
 
 
+# Made up, because a real one is a training run: tests/hosts/test_tune.py has those.
 def test_tune_has_what_was_measured(said, monkeypatch) -> None:
     question = Question("mm", ("for_loop",), "cpu", "float32", (8, 4, 2), False)
     measured = [(Situation(question, 64, 2), Measured({"for_loop": 1.5, "triton": None}))]

@@ -122,7 +122,10 @@ def test_a_flag_that_no_generation_has(job_file, on):
     [
         ("--training.batch_size", "now --training.local-batch-size"),
         ("--training.tensor_parallel_degree", "now --parallelism.tensor-parallel-degree"),
-        ("--metrics.rank_0_only", "now --metrics.save-for-all-ranks (with the opposite value)"),
+        ("--metrics.rank_0_only", "now --metrics.no-save-for-all-ranks"),
+        ("--metrics.no_rank_0_only", "now --metrics.save-for-all-ranks"),
+        ("--optimizer.fused", "now --optimizer.implementation fused"),
+        ("--optimizer.no-fused", "now --optimizer.implementation foreach"),
         ("--checkpoint.no_enable_checkpoint", "now --checkpoint.no-enable"),
         ("--checkpoint.enable_step_checkpoint", "torchtitan itself has no such flag."),
     ],
@@ -130,6 +133,7 @@ def test_a_flag_that_no_generation_has(job_file, on):
 def test_a_flag_of_a_release_before_0_2(flag, remedy, job_file, on, monkeypatch):
     more = {"parallelism.tensor_parallel_degree", "metrics.save_for_all_ranks"}
     more |= {"checkpoint.enable", "checkpoint.enable_first_step_checkpoint"}
+    more |= {"optimizer.implementation"}
     monkeypatch.setitem(TAKEN, Titan03, TAKEN[Titan03] | more)
     assert on(job_file(f"x {flag}\n", "a.sh")) == {f"1 {flag}": remedy}
 
@@ -247,7 +251,7 @@ def test_the_command_with_the_hosts_own_flags(job_file, capsys):
     assert cli.main(["convert", "--lint", str(script), str(dead)]) == 1
     output = capsys.readouterr().out
     assert f"{dead}:1" in output
-    assert "now --metrics.disable-color-printing (with the opposite value)" in output
+    assert "now --metrics.no-disable-color-printing" in output
     assert "1 dead" in output
 
 

@@ -123,12 +123,14 @@ def test_checkpoints_have_upstreams_keys_and_shapes(size: str) -> None:
 
 GROUPS = {"router_num_expert_groups": 4, "router_num_limited_groups": 2}
 OTHER_VALUES: dict[str, Any] = {
+    "moe_layers": "all",
     "q_lora_rank": 8,
     "shared_hidden_dim": 300,
     "shared_gate": True,
     "router_top_k": 2,
     "router_score_func": "sigmoid",
     "router_route_norm": True,
+    "router_bias": True,
     "router_num_expert_groups": 2,
     "router_num_limited_groups": 3,
     "rope.scaling": "none",
@@ -149,6 +151,8 @@ def test_every_dimension_reaches_the_model(key: str) -> None:
     table = values["dimensions"]["rope"] if key.startswith("rope.") else values["dimensions"]
     name = key.removeprefix("rope.")
     table[name] = OTHER_VALUES[key] if key in OTHER_VALUES else table[name] * 2
+    if key == "moe_layers":
+        table["n_dense_layers"] = None  # one of the two
     after = Flavor.model_validate(values)
     assert dict(leaves(model_spec(before).model)) != dict(leaves(model_spec(after).model))
 

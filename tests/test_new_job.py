@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import re
 import shlex
@@ -138,12 +139,14 @@ def test_every_generation_reads_it(tmp_path, monkeypatch, host) -> None:
         ("16B_auto", "xpu", "16B_sdpa_auto"),
         ("own", "cuda", "own_flex"),
         ("own_for_loop", "cuda", "own_flex_for_loop"),
+        ("dense", "cpu", "dense_sdpa"),
     ],
 )
 def test_what_the_flavor_leaves_open_suits_the_device(tmp_path, asked, device, written) -> None:
     (tmp_path / "my").mkdir()
     own = 'inherits = "debugmodel"\ncompute_backend = "batched_mm_padded"\n'
     (tmp_path / "my" / "own.toml").write_text(own)
+    (tmp_path / "my" / "dense.toml").write_text('dense_baseline_of = "debugmodel"\n')
     assert read_toml(write(tmp_path, asked, device))["model"]["flavor"] == written
 
 
@@ -154,6 +157,34 @@ def test_the_text(tmp_path, monkeypatch) -> None:
     assert read_toml(path)["training"]["dataset_path"] == str(tmp_path / "text.jsonl")
     path = new_job(Path("of_host.toml"), "debugmodel", "any", "c4").path
     assert read_toml(path)["training"]["dataset"] == "c4"
+
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.generation)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_file_of_chats_is_trained_on_as_chats(tmp_path, monkeypatch, host, compressed) -> None:
+    monkeypatch.setattr(module, "presumed_host", lambda: host)
+    chats = tmp_path / ("chats.jsonl.gz" if compressed else "chats.jsonl")
+    said = f"\n{CHAT}\n".encode()
+    chats.write_bytes(gzip.compress(said) if compressed else said)
+    if not host.trains_on_chats:
+        with pytest.raises(EzpzError, match=f"chats.* with {host.name}. Write each chat as one te"):
+            write(tmp_path, data=str(chats))
+        return
+    path = write(tmp_path, data=str(chats))
+    values = read_job(path, host.job_keys()).values
+    assert values["training.dataset"] == our_texts.CHAT_FILE
+    assert values["training.dataset_path"] == str(chats)
+    assert "hf_assets_path in [model]" in path.read_text()
+
+
+@pytest.mark.parametrize("line", ['{"messages": [], "text": "a"}', "[1]", "not JSON", ""])
+def test_a_file_of_text_is_none_of_chats(tmp_path, line) -> None:
+    (tmp_path / "text.jsonl").write_text(f"{line}\n{CHAT}\n" if line else "")
+    path = write(tmp_path, data=str(tmp_path / "text.jsonl"))
+    assert "dataset" not in read_toml(path)["training"]
 
 
 @pytest.mark.parametrize(

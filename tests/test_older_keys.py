@@ -55,6 +55,7 @@ def test_a_successor_is_a_key_that_takes_the_value(key: str) -> None:
         "rowwise",
         "mxfp8",
         "allgather",
+        "triton",
         ["output"],
     )
     taken = [s for s in map(older.renewed, samples) if s is not None]
@@ -77,6 +78,16 @@ def job_of(lines: str, job_file) -> dict:
     [
         ("[checkpoint]\nenable_checkpoint = true", "checkpoint.enable", True),
         ("[checkpoint]\nmodel_weights_only = true", "checkpoint.last_save_model_only", True),
+        (
+            "[checkpoint]\nlast_save_in_safetensors_format = true",
+            "checkpoint.last_save_in_hf",
+            True,
+        ),
+        (
+            "[training]\nsequence_parallel_degree = 2",
+            "parallelism.tensor_parallel_degree",
+            2,
+        ),
         ("[training]\ncompile = true", "compile.enable", True),
         ("[training]\ncompile = true\n[compile]\ncomponents=['loss']", "compile.enable", True),
         ("training.compile = true", "compile.enable", True),
@@ -133,7 +144,7 @@ def test_tiktokens_file_is_open_and_no_other_tokenizer_is_put_in_its_place(job_f
     ("lines", "fate", "note"),
     [
         ("[training]\ncompile = true\n[compile]\nenable = true", "needless", "says the same"),
-        ("[training]\ncompile = true\n[compile]\nenable = false", "dropped", "= false says other"),
+        ("[training]\ncompile = true\n[compile]\nenable = false", "needless", "in its place"),
         ("[compile]\nenable = true\n[training]\ncompile = true", "needless", "says the same"),
     ],
 )
@@ -164,6 +175,29 @@ def test_of_two_older_keys_for_one_the_first_moves(job_file) -> None:
 def test_a_quantization_counts_only_with_its_own_converter(converters, fate, job_file) -> None:
     lines = f'converters = {converters}\n[float8]\nfilter_fqns = ["output"]\n'
     assert fates(job_file(QWEN3 + lines))["float8.filter_fqns"] == fate
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "fate"),
+    [
+        ("[float8]\nenable_float8_linear = true", "float8.filter_fqns", "dropped"),
+        ("[float8]\nenable_float8_linear = false", "float8.filter_fqns", "needless"),
+        ("[training]\nenable_fp8_linear = true\n[float8]", "float8.filter_fqns", "dropped"),
+        ('[training]\nfp8_linear = ""\n[float8]', "training.fp8_linear", "needless"),
+        ('[training]\nfp8_linear = "dynamic"\n[float8]', "training.fp8_linear", "dropped"),
+    ],
+)
+def test_a_switch_of_2024_is_a_converter(lines, key, fate, job_file) -> None:
+    """The options of what it turned on had an effect, although the job names no converter."""
+    assert fates(job_file(f'{QWEN3}{lines}\nfilter_fqns = ["output"]\n'))[key] == fate
+
+
+@pytest.mark.parametrize(("converter", "fate"), [("dense", "dropped"), ("moe", "needless")])
+def test_the_quantizations_of_september_2025(converter, fate, job_file) -> None:
+    lines = f'converters = ["quantize.{converter}.float8"]\n[quantize.dense.float8]\n'
+    found = changes(job_file(f'{QWEN3}{lines}filter_fqns = ["output"]\n'))
+    assert found["quantize.dense.float8.filter_fqns"].fate == fate
+    assert "fork" not in found["model.converters"].note
 
 
 def test_a_forks_converter_is_not_called_a_quantization(job_file) -> None:

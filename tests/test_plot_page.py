@@ -37,6 +37,7 @@ PICTURES = {
     "Loss against balance",
     "Balance losses",
 }
+PANELS = "Load over the steps"  # a picture for each layer
 SECTIONS = {"Alerts", "Over the layers", *PICTURES, "Layer by layer, steps 201 to 220"}
 
 
@@ -113,10 +114,12 @@ def test_every_section_has_its_heading_and_its_picture(shown: Shown) -> None:
         )
     )
     assert of_section.keys() == SECTIONS
+    panels = of_section.pop(PANELS)
+    assert panels == [400] * 5
     drawn = {name for name, widths in of_section.items() if len(widths) == 1 and widths[0] > 400}
-    assert drawn == PICTURES
+    assert drawn == PICTURES - {PANELS}
     is_dark = shown.of_all("picture", "e.children[0].srcset == e.children[1].currentSrc")
-    assert is_dark == [shown.scheme == "dark"] * len(PICTURES)
+    assert is_dark == [shown.scheme == "dark"] * len(drawn)
 
 
 def test_the_head_says_what_ran_and_when(shown: Shown) -> None:
@@ -150,13 +153,21 @@ def test_words_are_large_enough_and_stand_out(shown: Shown) -> None:
     """10 pixels at least in pictures, where words have 10 points; 13 and 4.5 to 1 elsewhere."""
     scales = shown.of_all(".wide img", "e.clientWidth / e.naturalWidth")
     assert min(scales) * 10 * 96 / 72 >= 9.9  # pixels of 10 points at 96 dots per inch
-    words = "h1, h2, p, li, dt, dd, figcaption, th, td"
+    words = "h1, h2, h3, p, li, dt, dd, figcaption, th, td"
     assert min(shown.of_all(words, "parseFloat(s.fontSize)")) >= 13
     (paper,) = shown.of_all("body", "s.backgroundColor")
     assert (luminance(paper) < 0.05) == (shown.scheme == "dark")
     for ink in set(shown.of_all(words, "s.color")):
         low, high = sorted((luminance(ink), luminance(paper)))
         assert (high + 0.05) / (low + 0.05) > 4.5
+
+
+def test_panels_are_not_squeezed(shown: Shown) -> None:
+    """Each expert has whole pixels, and a panel of a phone is as wide as the phone."""
+    sizes = shown.of_all(".cells img", "[e.clientWidth, e.clientHeight, e.naturalHeight]")
+    assert all(wide >= 270 and high == drawn for wide, high, drawn in sizes)
+    if shown.width == 390:
+        assert all(wide > 0.85 * shown.width for wide, _, _ in sizes)
 
 
 def luminance(colour: str) -> float:

@@ -1,6 +1,6 @@
 """The load of ranks under expert parallelism, of four ranks in two groups. Over gloo.
 
-Legend: L = layers, E = experts.
+Legend: E = experts.
 """
 
 from pathlib import Path
@@ -16,11 +16,12 @@ if ON_0_2:
 pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("forked_processes")]
 
 GROUPS, RANKS, E = 2, 2, 4
-COUNTS_GRLE = [
-    [[[9, 0, 1, 1], [0, 0, 0, 0]], [[9, 3, 2, 2], [0, 0, 0, 0]]],
-    [[[0, 1, 1, 7], [0, 0, 0, 0]], [[2, 2, 4, 4], [0, 0, 0, 0]]],
+NOBODY = [0] * 2
+COUNTS = [
+    [[[9, 0, 1, 1], NOBODY, [1, 2, 0, 0, 0, 0]], [[9, 3, 2, 2], NOBODY, [1, 0, 0, 0, 0, 0]]],
+    [[[0, 1, 1, 7], NOBODY, [0, 0, 0, 0, 0, 5]], [[2, 2, 4, 4], NOBODY, [0, 0, 1, 0, 0, 0]]],
 ]
-"""Of the tokens of each rank, in two layers; nobody has any in the second."""
+"""Of the tokens of each rank of both groups, in three layers of 4, 2 and 6 experts."""
 
 
 def part(rank: int, folder: Path) -> None:
@@ -36,8 +37,8 @@ def part(rank: int, folder: Path) -> None:
     )
     dims = SimpleNamespace(ep_enabled=True)
     dims.get_optional_mesh = {"ep": groups["ep"], "loss": world}.get
-    counts_LE = torch.tensor(COUNTS_GRLE).flatten(0, 1)[rank]
-    torch.save(rank_max_over_mean(counts_LE, dims), folder / f"{rank}.pt")
+    layers = [torch.tensor(counts_E) for counts_E in COUNTS[rank // RANKS][rank % RANKS]]
+    torch.save(rank_max_over_mean(layers, dims), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -47,11 +48,12 @@ def test_the_busiest_rank_of_all_groups(tmp_path):
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(GROUPS * RANKS)]
     loads = [
         sum(of_rank[0][expert] for of_rank in group for expert in experts)
-        for group in COUNTS_GRLE
+        for group in COUNTS
         for experts in ([0, 1], [2, 3])
     ]
     assert loads == [21, 6, 5, 16]
-    assert found == [[max(loads) / (sum(loads) / 4), None]] * 4
+    # In the last layer the first group's first rank has 4 of 10, the second's ranks 1 and 5.
+    assert found == [[max(loads) / (sum(loads) / 4), None, 5 / (10 / 4)]] * 4
 
 
 def test_without_expert_parallelism_there_is_none():

@@ -25,9 +25,12 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.routing",
     "ezpz_moe.hosts.titan.metrics",
     "ezpz_moe.hosts.titan.labelled",
+    "ezpz_moe.hosts.titan.changed",
+    "ezpz_moe.hosts.titan.dense",
+    "ezpz_moe.hosts.titan.initialized",
 )
-"""What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], or for
-chats."""
+"""What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for
+chats, or for a model that differs from the host's."""
 WHERE_A_FAILURE_IS_CAUGHT = (
     "ezpz_moe.hosts.titan.anatomy",
     "ezpz_moe.hosts.titan.components",

@@ -162,5 +162,12 @@ def test_a_gate_is_named_that_has_next_to_no_gradient_and_no_other(score_func: s
 def test_a_gate_that_is_meant_to_learn_nothing_is_not_named() -> None:
     one = {"score_func": "softmax", "experts": 8, "top_k": 1, "norm": True}
     assert not list(why_untrained(Router(freeze=True), **one))
-    assert "taken in turn" in next(why_untrained(Router(routing="balanced"), **one))
+    # What each of them tells a reader to set is what ends the remark.
+    in_turn = Router(routing="balanced")
+    assert 'taken in turn. Set it to "topk"' in next(why_untrained(in_turn, **one))
+    single = next(why_untrained(Router(), **one | {"experts": 1}))
+    for said in (next(why_untrained(in_turn, **one)), single):
+        assert "freeze = true" in said
+    frozen = Router(routing="balanced", freeze=True)
+    assert not list(why_untrained(frozen, **one))
     assert "keep_top1_score = true" in next(why_untrained(Router(), **one))

@@ -28,7 +28,7 @@ from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.titan import checkpointer, resuming, saving, stopping
 from ezpz_moe.hosts.titan.stopping import Agreement
 from ezpz_moe.tools import launch
-from ezpz_moe.tools.checkpoints import inspect
+from ezpz_moe.tools.checkpoints.contents import inspect
 from ezpz_moe.tools.nodes import Node
 from ezpz_moe.tools.trainer_settings import CheckpointSettings
 

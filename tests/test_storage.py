@@ -11,19 +11,20 @@ import torch
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.data_files import check_data, data_files
 from ezpz_moe.tools.checkpoints.tensors import read_whole, write_checkpoint
 
 
 def test_a_data_file_that_lacks_its_last_byte_is_cut_off(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5)}
     metadata = write_checkpoint(tmp_path, tensors.items())
-    storage.check_data(tmp_path, metadata)
+    check_data(tmp_path, metadata)
     assert all(torch.equal(read_whole(tmp_path, metadata, n), t) for n, t in tensors.items())
-    (file,) = storage.data_files(tmp_path, metadata)
+    (file,) = data_files(tmp_path, metadata)
     size = file.stat().st_size
     os.truncate(file, size - 1)
     with pytest.raises(EzpzError, match=f"is truncated, at {size - 1} of {size} bytes"):
-        storage.check_data(tmp_path, metadata)
+        check_data(tmp_path, metadata)
 
 
 def test_the_same_bits_are_the_same_dtype_shape_and_bytes() -> None:

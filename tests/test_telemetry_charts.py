@@ -46,6 +46,18 @@ def area(image: bytes, colour: tuple[int, int, int]) -> int:
     )
 
 
+def over_steps(records) -> Figure:
+    return charts.load_over_steps(records, charts.loads_by_step(records))
+
+
+def cv(records, look: Look = LIGHT) -> Figure:
+    return charts.cv_over_steps(records, charts.cv_by_step(records), look)
+
+
+def loss(records) -> Figure | None:
+    return charts.loss_and_balance(records, charts.cv_by_step(records))
+
+
 def drawn(*counts: list[int]) -> bytes:
     return png(charts.load_heat_map(record(*(layer(c, n) for n, c in enumerate(counts, start=1)))))
 
@@ -103,7 +115,7 @@ def test_dead_experts_are_black_cells() -> None:
 def test_one_dead_expert_of_256_is_seen_over_the_steps() -> None:
     alive, dead = [10] * 256, [10] * 128 + [0] + [10] * 127
     before, after = (
-        png(charts.load_over_steps([at(record(layer(counts)), step) for step in (10, 20, 30)]))
+        png(over_steps([at(record(layer(counts)), step) for step in (10, 20, 30)]))
         for counts in (alive, dead)
     )
     # A line across the panel; the words of the legend are some hundred pixels.
@@ -135,23 +147,23 @@ def test_a_layer_counts_where_it_has_load() -> None:
     cv_LS = charts.cv_by_step(records)
     nan = math.nan
     np.testing.assert_array_equal(cv_LS, [[0.5, 0.5, nan], [nan, 1.0, nan]])
-    np.testing.assert_array_equal(charts.mean_over_layers(cv_LS), [0.5, 0.75, nan])
+    np.testing.assert_array_equal(charts.mean_over_rows(cv_LS), [0.5, 0.75, nan])
 
 
 def test_a_dashed_line_is_where_the_balance_changed() -> None:
     settings = [{}, {}, {"balance.aux_loss": 0.01}, {"balance.aux_loss": 0.01}]
     records = [replace(each, settings=s) for each, s in zip(run(steps=40), settings, strict=True)]
-    for figure in (charts.load_over_steps(records), charts.cv_over_steps(records)):
+    for figure in (over_steps(records), cv(records)):
         for axes in figure.axes[:1]:
             marks = [line for line in axes.lines if line.is_dashed()]
             assert [list(line.get_xdata()) for line in marks] == [[20, 20]]
-    assert not charts.load_over_steps(records[2:]).axes[0].lines
+    assert not over_steps(records[2:]).axes[0].lines
 
 
 def test_one_record_is_not_drawn_against_itself() -> None:
     """The second part has a bar with the colours of the steps."""
     last_step = (68, 1, 84)  # where viridis ends
-    one, two = (png(charts.loss_and_balance(run(steps=steps))) for steps in (10, 20))
+    one, two = (png(loss(run(steps=steps))) for steps in (10, 20))
     assert area(one, last_step) == 0
     assert area(two, last_step) > 10
 
@@ -185,7 +197,7 @@ def test_the_same_records_make_the_same_svg_in_the_colours_of_the_page() -> None
 
     def drawn_in(look: Look) -> bytes:
         with look.applied():
-            return svg(charts.cv_over_steps(records, look))
+            return svg(cv(records, look))
 
     light, dark, again = map(drawn_in, (LIGHT, DARK, DARK))
     assert dark == again
@@ -199,9 +211,9 @@ def test_the_same_records_make_the_same_svg_in_the_colours_of_the_page() -> None
 def every_picture(records) -> list[Figure | None]:
     return [
         charts.load_heat_map(records[-1]),
-        charts.load_over_steps(records),
-        charts.cv_over_steps(records),
-        charts.loss_and_balance(records),
+        over_steps(records),
+        cv(records),
+        loss(records),
         charts.balance_losses(records),
     ]
 
@@ -238,7 +250,7 @@ def test_every_run_can_be_drawn(name: str) -> None:
 
 def test_what_the_records_lack_is_not_drawn() -> None:
     without = [replace(each, loss=None) for each in odd_runs["one record"]]
-    assert charts.loss_and_balance(without) is None
+    assert loss(without) is None
     assert charts.balance_losses([record(layer([1, 2], **no_losses))]) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import subprocess
 import sys
@@ -12,15 +13,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from telemetry_cases import at, layer, record, run
 
 from ezpz_moe import cli
 from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry import page
+from ezpz_moe.telemetry.charts import loads_by_step
 from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.look import DARK
+from ezpz_moe.telemetry.panels import panels_of
 from ezpz_moe.telemetry.plot import plot
+from ezpz_moe.telemetry.summary import NOTHING
 
 PICTURES = ["load_last", "load_over_steps", "cv_over_steps", "loss_and_balance", "balance_losses"]
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -102,11 +108,15 @@ def test_the_page_needs_nothing_else(run_dir: Path) -> None:
     plotted = plot(run_dir)
     shown = Page(plotted.paths[-1].read_text())
     assert not shown.tags & {"script", "link", "iframe", "object"}
-    start = "data:image/svg+xml;base64,"
-    assert all(link.startswith(start) for link in shown.links)
-    svgs = [base64.b64decode(link.removeprefix(start), validate=True) for link in shown.links]
+    starts = ("data:image/svg+xml;base64,", "data:image/png;base64,")
+    assert all(link.startswith(starts) for link in shown.links)
+    svgs, cells = (
+        [base64.b64decode(link.removeprefix(start)) for link in shown.links if start in link]
+        for start in starts
+    )
     dark, light = svgs[::2], svgs[1::2]
-    assert len(dark) == len(light) == len(PICTURES)
+    assert len(dark) == len(light) == len(PICTURES) - 1
+    assert len(cells) == 2  # a panel for each layer, alike on both
     assert all(DARK.ink.encode() in picture for picture in dark)
     assert not any(DARK.ink.encode() in picture for picture in light)
     for picture in svgs:
@@ -239,9 +249,11 @@ def test_a_run_whose_layers_got_nothing_has_a_page(tmp_path: Path, capsys) -> No
     nothing = record(layer([0, 0], losses={}, scaled_losses={}))
     folder = written(tmp_path / "run", [nothing, at(nothing, 20)])
     assert cli.main(["plot", str(folder)]) == 0
-    assert "2 experts, computed by for_loop" in capsys.readouterr().out
+    headline, said, *_ = capsys.readouterr().out.splitlines()
+    assert "2 experts, computed by for_loop" in headline
+    assert said == NOTHING
     page_of_it = (folder / "telemetry" / "telemetry.html").read_text()
-    assert page_of_it.count("None: no layer was given a token.") == 1
+    assert page_of_it.count(NOTHING) == 1
     assert "<td>1</td>" in page_of_it  # the layer by layer table names it
 
 
@@ -347,3 +359,26 @@ def test_plotting_needs_neither_torch_nor_a_host(tiny: Path) -> None:
     )
     output = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert output.splitlines()[-1] == "set()"
+
+
+def test_the_page_of_a_deep_model_can_be_mailed(tmp_path: Path) -> None:
+    """24 layers of 64 experts take 0.48 MB; with cells of a picture's size, for two looks, 1.2."""
+    records = run(24, 64, steps=80, every=10, top_k=8)
+    assert plot(written(tmp_path / "run", records)).paths[-1].stat().st_size < 700_000
+
+
+def test_a_panel_shows_each_step_where_it_was() -> None:
+    """Even load, a dead expert, a layer that comes later, and records of unlike length."""
+    first = at(record(layer([4, 4]), steps=10), 10)
+    last = at(record(layer([8, 0]), layer([1, 1], 2), steps=30), 40)
+    records = [first, replace(last, settings={"balance.aux_loss": 0.01})]
+    of_run = panels_of(records, loads_by_step(records), b"")
+    assert (of_run.first, of_run.last, of_run.changes) == (1, 40, (0.25,))
+    one, two = (imread(io.BytesIO(panel.png))[..., :3] for panel in of_run.panels)
+    wide, half = one.shape[1], one.shape[0] // 2
+    upper, lower = one[:half], one[half:]  # experts count upwards
+    assert (one[:, : wide // 4] > 0.9).all()
+    assert (upper[:, wide // 4 :] == 0).all()
+    assert lower[0, -1, 0] > lower[0, -1, 2]  # red: twice the mean
+    assert np.allclose(two[:, : wide // 4], 0.85, atol=0.01)
+    assert (two[:, wide // 4 :] > 0.9).all()

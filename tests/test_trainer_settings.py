@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ezpz_moe.config.job import Job
-from ezpz_moe.tools.trainer_settings import checkpoint_settings, last_checkpoint, pipeline_degree
+from ezpz_moe.tools.trainer_settings import checkpoint_settings, pipeline_degree
 
 
 @pytest.mark.parametrize(
@@ -53,29 +53,17 @@ ELSEWHERE = {"job.dump_folder": "other", "checkpoint.folder": "mine"}
 @pytest.mark.parametrize(
     ("values", "flags", "expected"),
     [
-        ({}, [], None),
-        (ON, [], "outputs/checkpoint/step-10"),
-        (ON, ["--checkpoint.no-enable"], None),
-        ({}, ["--checkpoint.enable"], "outputs/checkpoint/step-10"),
-        (ON | ELSEWHERE, [], "other/mine/step-10"),
-        (ON | {"job.dump_folder": "empty"}, [], None),
-        (ON, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
-        (ON, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
-        (ON | {"checkpoint.load_step": 5}, [], "outputs/checkpoint/step-5"),
-        (ON | {"checkpoint.load_step": 7}, [], "outputs/checkpoint/step-7"),  # is not there
-        (ON, ["--checkpoint.load_step", "5"], "outputs/checkpoint/step-5"),
-        (ON, ["--checkpoint.load-step=5"], "outputs/checkpoint/step-5"),
-        (
-            ON | {"checkpoint.load_step": 5},
-            ["--checkpoint.load_step", "-1"],
-            "outputs/checkpoint/step-10",
-        ),
-        ({"checkpoint.load_step": 5}, [], None),
+        ({}, [], "outputs/checkpoint/step-10"),
+        (ELSEWHERE, [], "other/mine/step-10"),
+        ({"job.dump_folder": "empty"}, [], "empty/checkpoint/step-None"),
+        ({}, ["--dump-folder", "other", "--checkpoint.folder=mine"], "other/mine/step-10"),
+        ({}, ["--job.dump_folder", "other", "--checkpoint.folder", "mine"], "other/mine/step-10"),
+        (ELSEWHERE, ["--dump_folder", "outputs"], "outputs/mine/step-None"),
     ],
 )
-def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expected):
-    found = last_checkpoint(Job(flavor="x", values=values), flags)
-    assert found == (expected and Path(expected))
+def test_the_newest_checkpoint_that_is_complete(values, flags, expected):
+    settings = checkpoint_settings(Job(flavor="x", values=values), flags)
+    assert settings.folder / f"step-{settings.newest()}" == Path(expected)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +79,9 @@ def test_the_checkpoint_that_the_trainer_would_resume_from(values, flags, expect
         (ON | {"checkpoint.load_step": 7}, [], (True, True, 7)),
         (ON, ["--checkpoint.load_step", "5"], (True, True, 5)),
         (ON, ["--checkpoint.load-step=0"], (True, True, 0)),
+        (ON, ["--checkpoint.load-step=5"], (True, True, 5)),
         (ON | {"checkpoint.load_step": 5}, ["--checkpoint.load_step", "-1"], (True, True, None)),
+        ({"checkpoint.load_step": 5}, [], (False, False, 5)),
     ],
 )
 def test_what_is_loaded_and_whether_any_is_written(values, flags, expected):

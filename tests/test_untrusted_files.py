@@ -19,8 +19,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 
-from ezpz_moe.hosts.dcp import unpickling
-from ezpz_moe.tools.checkpoints import inspect, remap, storage
+from ezpz_moe.hosts.dcp import stand_ins, unpickling
+from ezpz_moe.hosts.dcp.torch_kinds import TORCH
+from ezpz_moe.tools.checkpoints import storage
+from ezpz_moe.tools.checkpoints.contents import inspect
+from ezpz_moe.tools.checkpoints.remapping import remap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -81,11 +84,12 @@ def naming(module: str, name: str) -> bytes:
     return b"\x80\x04" + b"".join(texts) + b"\x93."
 
 
+@pytest.mark.parametrize("kinds", [TORCH, stand_ins.STAND_INS], ids=["torch", "stand-ins"])
 @pytest.mark.parametrize("module", ["os", "builtins", "torch", "pathlib", "torch.serialization"])
-def test_a_known_module_is_not_a_known_name(module) -> None:
+def test_a_known_module_is_not_a_known_name(module, kinds) -> None:
     for name in ("getcwd", "print", "load", "Path", "os", "Size.__new__", "float32\n\x1b[2J"):
         with pytest.raises(unpickling.Refused) as refused:
-            unpickling.load_metadata(naming(module, name))
+            unpickling.load_metadata(naming(module, name), kinds)
         assert str(refused.value).isprintable()
 
 

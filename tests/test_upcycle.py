@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from upcycle_cases import (
+    EXPERTS,
     MLA,
     NORMALIZED,
     NOT_NORMALIZED,
@@ -92,6 +93,21 @@ def test_with_shared_experts_groups_and_a_scale(tmp_path, monkeypatch, capsys):
     shared = moe.layers["1"].moe.shared_experts
     assert shared.w1.weight.std() > 0  # or it would never learn
     assert_same_function(moe, dense)
+
+
+def test_layers_of_different_sizes_split_the_same_ffn_in_other_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    text = (NORMALIZED + MLA).replace(f"num_experts = {EXPERTS}", f"num_experts = [8, {4 * 8}]")
+    text = text.replace(f"moe_hidden_dim = {F}", f"moe_hidden_dim = [{F}, {F // 2}]")
+    (tmp_path / "mla.toml").write_text(text)
+    dense = mla_dense("mla")
+    save(dense, tmp_path / "dense")
+    assert run(tmp_path / "dense", "mla", tmp_path / "out", "--router-std", 1) == 0
+    said = capsys.readouterr().out
+    assert "2 layers with 8-32 experts, copies of the dense FFN in 1-2 parts each; " in said
+    assert "layers.0: w2 of the experts is multiplied by 0.4" in said
+    assert "layers.1: w2 of the experts is multiplied by 0.8" in said
+    assert_same_function(upcycled(tmp_path / "out", "mla"), dense)
 
 
 def test_without_normalized_weights_the_output_is_what_is_said(tmp_path, monkeypatch, capsys):

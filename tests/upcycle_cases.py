@@ -137,11 +137,12 @@ def mla_dense(flavor: str) -> nn.Module:
     from torchtitan.models.common import ComplexRoPE
     from torchtitan.models.deepseek_v3 import _build_dsv3_layers
 
-    not_the_hosts = {"vocab_size", "shared_hidden_dim", "shared_gate"}
-    size = load_flavor(flavor).dimensions.model_dump(exclude=not_the_hosts)
+    ours = {"vocab_size", "moe_layers", "shared_hidden_dim", "shared_gate", "router_bias"}
+    size = load_flavor(flavor).dimensions.model_dump(exclude=ours)
+    of_experts = dict.fromkeys(("num_experts", "router_top_k", "moe_hidden_dim"), 1)
     rope = ComplexRoPE.Config(dim=size["qk_rope_head_dim"], **size.pop("rope"))
     layers = _build_dsv3_layers(
-        **size | {"n_dense_layers": LAYERS},
+        **size | of_experts | {"n_dense_layers": LAYERS},
         rope=rope,
         attn_backend="flex",
         moe_comm_backend="standard",

@@ -25,6 +25,8 @@ from ezpz_moe import __version__
 from ezpz_moe.cli import display
 from ezpz_moe.cli.command import GROUPS, OF_ALL, Command
 from ezpz_moe.cli.mistakes import (
+    HELP,
+    in_one_line,
     refuse_flags_of_trainer,
     refuse_unknown_command,
     refuse_unknown_options,
@@ -36,7 +38,6 @@ _ABOUT = """Selectable expert backends for Mixture-of-Experts training with torc
 
 The options below may stand before or after a command.
 """
-_HELP = ("--help", "-h")
 
 
 def commands() -> dict[str, type[Command]]:
@@ -96,15 +97,17 @@ def _parse(arguments: Sequence[str]) -> Any:
         EzpzError: there is no such command or option.
     """
     known = commands()
-    asks_for_help = bool(arguments) and arguments[0] in _HELP
-    name = "" if asks_for_help else refuse_unknown_command(arguments, known)
-    hands_on = bool(name) and known[name].takes_host_flags()
+    if arguments and arguments[0] in HELP:
+        _tyro(known)(args=arguments[:1])  # ends the process
+    name = refuse_unknown_command(arguments, known)
+    hands_on = known[name].takes_host_flags()
     # Before tyro, which would look for another mistake: an argument missing, say.
-    if name and not hands_on:
+    if not hands_on:
         refuse_unknown_options(arguments, name, known[name])
     parsed: Any
-    # What is left is refused below, in one line: tyro would fill a box.
-    parsed, left = _tyro(known)(args=arguments, return_unknown_args=True)
+    with in_one_line(arguments, name, known[name]):
+        # What is left is refused below, in one line: tyro would fill a box.
+        parsed, left = _tyro(known)(args=arguments, return_unknown_args=True)
     if parsed.quiet and parsed.verbose:
         raise EzpzError("--quiet, --verbose: choose one.")
     if hands_on:

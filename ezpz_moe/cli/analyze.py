@@ -67,11 +67,13 @@ class Analyze(Reporting):
     def run(self) -> int:
         # Before torch is imported: a wrong number is reported at once.
         self._check()
+        from ezpz_moe.config.dense_flavors import refuse_dense
         from ezpz_moe.hosts.dcp.paths import find_weights
         from ezpz_moe.tools.named_model import named_model
 
         named = named_model(self.run_, self.config)
         flavor, checkpoint = named.flavor, find_weights(named.path)
+        refuse_dense(flavor, "to analyze")
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_weights(self.against) if self.against else None
         with display.status("Reading the text"):
@@ -194,13 +196,20 @@ def _print(facts: dict[str, Any], layers: list[LayerReport], settings: Any) -> N
     if facts["against"]:
         display.print_line(f"{facts['against']}: loss {facts['against_loss']:.4f}")
     dropped = f"dropped at {settings.capacity_factor:g}"
+    cache = _cache_in_words(layers, settings)
     display.print_table(
-        (_row(each, settings) for each in layers),
+        (_row(each, settings, cache) for each in layers),
         important=["rerouted", "experts", "told by token ID", "explained", dropped, "cosine"],
     )
 
 
-def _row(each: LayerReport, settings: Any) -> dict[str, str]:
+def _cache_in_words(layers: list[LayerReport], settings: Any) -> str:
+    """Return how many experts the cache holds; as a multiple of k where the layers differ."""
+    sizes = {each.cache_size for each in layers}
+    return f"{settings.cache:g}k" if len(sizes) > 1 else str(*sizes)
+
+
+def _row(each: LayerReport, settings: Any, cache: str) -> dict[str, str]:
     # None for an expert without tokens, which must not count as one that sees every token.
     explained, narrow = each.explained, [x for x in each.concentration if x is not None]
     told = (
@@ -218,7 +227,7 @@ def _row(each: LayerReport, settings: Any) -> dict[str, str]:
             f"{each.dropped_by_position[0]:.1%} to {each.dropped_by_position[-1]:.1%}"
         ),
         f"SRP({settings.segment})": f"{each.srp:.3f}",
-        f"SCH({settings.segment}, {each.cache_size})": f"{each.sch:.3f}",
+        f"SCH({settings.segment}, {cache})": f"{each.sch:.3f}",
         "cosine": display.number(each.mean_cosine, ".3f"),
         "max": display.number(each.max_cosine, ".3f"),
     }

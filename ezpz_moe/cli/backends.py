@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.arguments import (
+    Device,
+    DType,
+    many_imports,
+    print_emulated,
+    refuse_unknown_device,
+)
 from ezpz_moe.cli.command import Reporting
 
 
@@ -21,7 +27,8 @@ class Backends(Reporting):
     """Compute in this dtype."""
 
     def run(self) -> int:
-        with display.status("Asking torch"):
+        refuse_unknown_device(self.device)
+        with display.status("Asking torch"), many_imports():
             # Within the status: the import of torch is what takes the time.
             from ezpz_moe.tools.verify import default_device, properties, reasons_against
 

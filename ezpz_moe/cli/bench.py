@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.arguments import Device, DType, print_emulated, refuse_unknown_device
 from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
@@ -159,6 +159,7 @@ class Bench(Reporting):
         Raises:
             EzpzError: it does not.
         """
+        refuse_unknown_device(self.device)
         import torch
 
         from ezpz_moe.compute.contract import missing_device
@@ -242,6 +243,8 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
     from ezpz_moe.tools.bench.results import DENSE
 
     stock = measured.stock
+    saved = _in_one_unit({name: each.saved_bytes for name, each in measured.figures.items()})
+    peak = _in_one_unit({name: each.peak_bytes for name, each in measured.figures.items()})
     # The median, because a few turns on a busy machine are much slower than the rest.
     by_time = sorted(measured.figures, key=lambda name: measured.figures[name].median())
     for name in by_time:
@@ -260,9 +263,9 @@ def rows(measured: Measured) -> Iterator[Mapping[str, str]]:
             f"speed / {stock or 'stock'}": _ratio(measured.time_ratio(stock, name)),
             # No dense layer has tokens to dispatch.
             **({} if routed else {"time / dense": _ratio(measured.time_ratio(name, DENSE))}),
-            "saved": display.memory(figures.saved_bytes),
+            "saved": saved[name],
             **({"saved / stock": _ratio(measured.saved_ratio(name))} if routed else {}),
-            "peak": "-" if figures.peak_bytes is None else display.memory(figures.peak_bytes),
+            "peak": peak[name],
             "syncs": _syncs(figures),
         }
 
@@ -283,6 +286,15 @@ def remarks(measured: Measured) -> Iterator[str]:
     for name, figures in measured.figures.items():
         if figures.dropped:
             yield f"{name}: drops {figures.dropped:.1%} of the rows and does not compute them"
+
+
+def _in_one_unit(column: Mapping[str, int | None]) -> dict[str, str]:
+    """Return bytes in the unit of the largest of a column."""
+    largest = max((each for each in column.values() if each is not None), default=0)
+    return {
+        name: "-" if each is None else display.memory_beside(each, largest)
+        for name, each in column.items()
+    }
 
 
 def _ratio(value: float | None) -> str:

@@ -28,11 +28,8 @@ class Inspect(Reporting):
     """A checkpoint's folder, such as outputs/checkpoint/step-100."""
 
     def run(self) -> int:
-        # Before torch is imported: a wrong path is reported at once.
-        refuse_other_folders(self.folder)
         with display.status("Reading"):
-            # Within the status: this imports torch, which takes longer than reading.
-            from ezpz_moe.tools.checkpoints import inspect
+            from ezpz_moe.tools.checkpoints.contents import inspect
 
             contents = inspect(self.folder)
         display.print_json({"folder": self.folder, **asdict(contents)})
@@ -74,7 +71,7 @@ class Remap:
         if self.drop_bias:
             raise EzpzError("--drop-bias: only --to hf leaves out biases. Remove it.")
         refuse_other_folders(self.source)
-        from ezpz_moe.tools.checkpoints import remap
+        from ezpz_moe.tools.checkpoints.remapping import remap
 
         copied = partial(display.tracked, what="Writing and comparing")
         done = remap(self.source, self.target, self.to, progress=copied)

@@ -38,7 +38,7 @@ class Completion(Command):
             return 0
         try:
             for line in _install(shell, script):
-                display.print_line(line)
+                display.print_whole(line)
         except OSError as error:
             raise EzpzError(f"completion: {error.filename}: {error.strerror}.") from error
         display.print_line(f"Open a new {shell} to use it.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,8 @@ from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
     from ezpz_moe.tools.convert import Change, Conversion
-    from ezpz_moe.tools.convert_foreign import FlavorConversion
+
+    _Write = Callable[[Conversion, Path], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Convert(Reporting):
     With --from: make a flavor of another project's config, its balance losses in our units.
     With --lint: find trainer flags in shell, PBS and Slurm scripts that the installed host rejects.
 
-    Exit code 1 when a setting that had an effect is lost, the flavor is open, its model differs, or
-    a flag is dead; 2 when NEW.toml cannot be written.
+    Exit code 1 when a setting that had an effect is lost or left open, the model differs, or a flag
+    is dead; 2 when NEW.toml cannot be written.
     """
 
     group = "weights"
@@ -65,64 +66,56 @@ class Convert(Reporting):
                 f"convert: takes a job, or a job and the file to write, not {len(self.files)} "
                 "files. To check scripts, add --lint."
             )
-        if self.from_ is not None:
-            return _convert_foreign(self.from_, *self.files)
         return self._convert(*self.files)
 
     def _convert(self, old: Path, new: Path | None = None) -> int:
-        from ezpz_moe.tools.convert import Wish, convert, write
-
-        # Without a new file, the old name only serves to name the flavor's file in the report.
-        conversion = convert(old, new or old, Wish(self.flavor, self.sizes))
+        """Print what becomes of every key, and write the new file if it has a name."""
+        conversion, write = self._conversion(old, new)
         _report(conversion.changes)
         for difference in conversion.differences:
             display.print_line(f"differs: {difference}")
-        if new is None and conversion.refusal:
-            display.print_line(conversion.refusal)
+        for note in conversion.notes:
+            display.print_line(f"note: {note}")
+        # A flavor is short, and a job for the most part what the old file is.
+        unwritten = conversion.refusal or (conversion.text if self.from_ else "")
+        if new is None and unwritten:
+            display.print_whole(unwritten)
         written = [] if new is None else write(conversion, new)
         for path in written:
             display.print_line(f"{path} written")
         for change in conversion.left_open:
             display.print_line(f"open: {change.key}: {change.note}")
         open_ = {change.key: change.note for change in conversion.left_open}
-        more = {"differences": conversion.differences, "open": open_}
+        more = {"notes": conversion.notes} if self.from_ else {"open": open_}
         display.print_json(_document(conversion, written) | more)
         return 0 if conversion.is_whole else 1
+
+    def _conversion(self, old: Path, new: Path | None) -> tuple[Conversion, _Write]:
+        """Return what becomes of the old file, and what writes the new one."""
+        if self.from_ is None:
+            from ezpz_moe.tools.convert import Wish, convert, write
+
+            # Without a new file, the old name only serves to name the flavor's file in the report.
+            return convert(old, new or old, Wish(self.flavor, self.sizes)), write
+        with display.status("Comparing with the host's model"):
+            from ezpz_moe.tools.convert_foreign import write as write_flavor
+            from ezpz_moe.tools.convert_hf import from_hf
+            from ezpz_moe.tools.convert_megatron import from_megatron
+
+            return (from_hf if self.from_ == "hf" else from_megatron)(old), write_flavor
 
 
 COMMAND = Convert
 
 
-def _convert_foreign(project: str, old: Path, new: Path | None = None) -> int:
-    with display.status("Comparing with the host's model"):
-        from ezpz_moe.tools.convert_foreign import write
-        from ezpz_moe.tools.convert_hf import from_hf
-        from ezpz_moe.tools.convert_megatron import from_megatron
-
-        conversion = from_hf(old) if project == "hf" else from_megatron(old)
-    _report(conversion.changes)
-    for difference in conversion.differences:
-        display.print_line(f"differs: {difference}")
-    for note in conversion.notes:
-        display.print_line(f"note: {note}")
-    if new is None:
-        display.print_line(conversion.refusal or conversion.text)
-    written = [] if new is None else write(conversion, new)
-    for path in written:
-        display.print_line(f"{path} written")
-    more = {"differences": conversion.differences, "notes": conversion.notes}
-    display.print_json(_document(conversion, written) | more)
-    lost = conversion.dropped or conversion.differences or conversion.refusal
-    return 1 if lost else 0
-
-
-def _document(conversion: Conversion | FlavorConversion, written: Sequence[Path]) -> dict[str, Any]:
+def _document(conversion: Conversion, written: Sequence[Path]) -> dict[str, Any]:
     """Return what became of every key, and the new file's text, written or not."""
     return {
         "changes": list(map(asdict, conversion.changes)),
         "refusal": conversion.refusal or None,
         "text": conversion.text,
         "written": list(written),
+        "differences": conversion.differences,
     }
 
 

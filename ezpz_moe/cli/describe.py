@@ -65,13 +65,20 @@ COMMAND = Describe
 
 
 def _remarks(described: Description) -> Iterator[str]:
-    model, dense = described.anatomy, described.dense
+    model, dense, baseline = described.anatomy, described.dense, described.baseline_of
     yield from anatomy_text.caveats(model)
-    yield (
-        f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
-        f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
-        f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
-    )
+    if baseline is not None:
+        equal = "FLOPs" if baseline.equal == "flops" else "parameters"
+        yield (
+            f"Dense baseline of {baseline.flavor} with equal {equal}, to a whole hidden unit: "
+            f"{baseline.more_flops:+.3%} FLOPs, {baseline.more_parameters:+.3%} parameters."
+        )
+    if dense is not None:
+        yield (
+            f"Dense model with equal FLOPs: an FFN of hidden size {dense.hidden_dim} replaces each "
+            f"layer's experts, {display.count(dense.cost.parameters)} parameters; this model has "
+            f"{model.total.parameters / dense.cost.parameters:.2f} times as many."
+        )
     yield (
         f"torchtitan's own count, for its tflops and MFU: {display.flops(model.host_flops)} "
         "(counts attention over the whole sequence, and norms and biases as products)."
@@ -79,17 +86,18 @@ def _remarks(described: Description) -> Iterator[str]:
 
 
 def _memory_rows(stages: Sequence[StageMemory]) -> Iterator[Mapping[str, str]]:
-    """Yield rows by component if all ranks are alike, else by pipeline stage."""
+    """Yield rows by component if all ranks are alike, else by pipeline stage; all in one unit."""
+    largest = max(each for stage in stages for each in stage.held.values())
     if len(stages) == 1:
         (stage,) = stages
         # One stage leaves room for the components; several are compared with each other instead.
         for name, held in [*stage.held_by_component.items(), ("total", stage.held)]:
-            yield {"component": name} | _in_words(held)
+            yield {"component": name} | _in_words(held, largest)
         return
     for number, stage in enumerate(stages):
         who = {"stage": str(number), "rank": str(stage.rank)}
-        yield who | _in_words(stage.held) | {"microbatches held": str(stage.in_flight)}
+        yield who | _in_words(stage.held, largest) | {"microbatches held": str(stage.in_flight)}
 
 
-def _in_words(held: Mapping[str, int]) -> dict[str, str]:
-    return {what: display.memory(number) for what, number in held.items()}
+def _in_words(held: Mapping[str, int], largest: int) -> dict[str, str]:
+    return {what: display.memory_beside(number, largest) for what, number in held.items()}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -29,14 +30,14 @@ from ezpz_moe.telemetry.text import (
     count,
     flops,
     gibibytes,
-    memory,
+    memory_beside,
     number,
     table,
     text,
     words,
 )
 
-__all__ = ["count", "flops", "gibibytes", "memory", "number", "text"]
+__all__ = ["count", "flops", "gibibytes", "memory_beside", "number", "text"]
 
 T = TypeVar("T")
 
@@ -217,11 +218,18 @@ def _told(state: Callable[[], str]) -> Iterator[None]:
 
 
 def print_line(line: str) -> None:
-    """Print one line unwrapped, however long."""
+    """Print a line of prose: on a terminal, it wraps between words, and indents what follows."""
+    if (console := output()).is_terminal:
+        wrapped = (tables.wrapped(each, console.width) for each in line.split("\n"))
+        line = "\n".join(chain.from_iterable(wrapped))
+    print_whole(line)
+
+
+def print_whole(line: str) -> None:
+    """Print a line to be copied, such as a command, unwrapped however long."""
     if _mode.for_programs:
         return
-    # No markup: messages name tables such as [router]. soft_wrap: the terminal breaks long lines,
-    # so they can be copied whole.
+    # No markup: messages name tables such as [router]. soft_wrap: the terminal breaks long lines.
     output().print(line, markup=False, soft_wrap=True)
 
 

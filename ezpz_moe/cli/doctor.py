@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import OptionalConfig, only
+from ezpz_moe.cli.arguments import OptionalConfig, many_imports, only
 from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.errors import EzpzError
 
@@ -43,7 +43,7 @@ class Doctor(Inspected):
 
             find_job(config)  # before torch is imported: a mistake in its text is told at once
         of_job: list[Finding] = []
-        with display.status("Inspecting torch and the host"):
+        with display.status("Inspecting torch and the host"), many_imports():
             from ezpz_moe.tools import doctor
 
             display.set_log_level()  # the host's remarks are about training

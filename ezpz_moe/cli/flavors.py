@@ -23,6 +23,7 @@ class Flavors(Reporting):
         from ezpz_moe.compute.names import known_backend_names
         from ezpz_moe.config.flavor_schema import Attention
         from ezpz_moe.config.flavors import flavor_names, load_flavor
+        from ezpz_moe.config.layer_sizes import in_words
         from ezpz_moe.hosts.counts import counts_at_hand
 
         flavors = [load_flavor(name) for name in flavor_names()]
@@ -33,13 +34,13 @@ class Flavors(Reporting):
                 "flavor": flavor.name,
                 "total": model and display.count(model.total),
                 "active": model and display.count(model.active),
-                "experts": model and model.num_experts,
-                "top-k": model and model.top_k,
-                "expert dim": model and model.expert_hidden_dim,
+                "experts": model and in_words(model.num_experts),
+                "top-k": model and in_words(model.top_k),
+                "expert dim": model and in_words(model.expert_hidden_dim),
                 "layers": model and model.n_layers,
                 "dim": model and model.dim,
                 "attention": flavor.attention or "the host's",
-                "backend": flavor.compute_backend,
+                "backend": "" if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]
@@ -48,7 +49,7 @@ class Flavors(Reporting):
                 "name": flavor.name,
                 **(asdict(model) if model else {}),
                 "attention": flavor.attention,
-                "backend": flavor.compute_backend,
+                "backend": None if flavor.is_dense else flavor.compute_backend,
             }
             for model, flavor in counted
         ]

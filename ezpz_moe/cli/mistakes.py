@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
-
-from tyro.conf import Positional, Suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ezpz_moe.cli.command import OF_ALL
+from ezpz_moe.cli.signature import Argument, actions_of, arguments_of
 from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 
-_OF_ALL = (*(f"--{name}" for name in OF_ALL), "--help", "-h")
-
-# What tyro looks for in an annotation.
-_NO_OPTION = (*get_args(Positional[int])[1:], *get_args(Suppress[int])[1:])
+HELP = ("--help", "-h")
+_OF_ALL = (*(f"--{name}" for name in OF_ALL), *HELP)
 
 
 def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) -> str:
@@ -37,12 +36,14 @@ def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) 
     if name not in known:
         near = did_you_mean(name, known)
         raise EzpzError(f"there is no command {short(printable(name))}.{near} See ezpz-moe --help.")
-    actions = [action for action, _ in _actions(known[name])]
+    actions = [action for action, _ in actions_of(known[name])]
     if actions and more and more[0] not in actions:
         raise EzpzError(
             f"{name}: there is no {short(printable(more[0]))}.{did_you_mean(more[0], actions)} "
             f"It has {', '.join(actions)}."
         )
+    if actions and not more and not any(option in arguments for option in HELP):
+        raise EzpzError(f"{name}: name one of {', '.join(actions)}. See ezpz-moe {name} --help.")
     return name
 
 
@@ -90,26 +91,69 @@ def refuse_flags_of_trainer(command: Any) -> None:
 
 def options(command: type) -> list[str]:
     """Return the options of a command, and of the actions in it, such as ``ckpt inspect``."""
-    hints = get_type_hints(command, include_extras=True)
-    found = []
-    for each in fields(command):
-        extras = getattr(hints[each.name], "__metadata__", ())
-        if not any(extra is marker for extra in extras for marker in _NO_OPTION):
-            name = _name(extras) or each.name
-            found.append(f"--{name.replace('_', '-')}")
-    return [*found, *(option for _, action in _actions(command) for option in options(action))]
+    found = [each.name for each in arguments_of(command) if not each.positional]
+    return [*found, *(option for _, action in actions_of(command) for option in options(action))]
 
 
-def _actions(command: type) -> Iterator[tuple[str, type]]:
-    """Yield the subcommands of a command by name."""
-    hints = get_type_hints(command, include_extras=True)
-    for each in fields(command):
-        for member in get_args(hints[each.name]):
-            kind, extras = getattr(member, "__origin__", None), getattr(member, "__metadata__", ())
-            if isinstance(kind, type) and is_dataclass(kind) and (name := _name(extras)):
-                yield name, kind
+@contextlib.contextmanager
+def in_one_line(arguments: Sequence[str], name: str, command: type) -> Iterator[None]:
+    """Say in one line what tyro refuses, instead of its box.
+
+    tyro tells nobody what it found, except by printing. So the words are looked at again, but only
+    once it has refused them: nothing that it takes can be refused here.
+
+    Raises:
+        EzpzError: an argument is missing, or has a value that it does not take.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        if not stop.code:  # help
+            raise
+        actions = dict(actions_of(command))
+        for action in (word for word in arguments if word in actions):
+            name, command = f"{name} {action}", actions[action]
+            break
+        from ezpz_moe.hosts.command_line import text_of_box
+
+        said = _refusal(arguments, name, list(arguments_of(command)))
+        said = said or f"{text_of_box(box.getvalue())}."
+        raise EzpzError(f"{name}: {said} See ezpz-moe {name} --help.") from None
+    sys.stderr.write(box.getvalue())
 
 
-def _name(extras: Iterable[Any]) -> str | None:
-    """Return the name that a field's ``arg()`` or ``subcommand()`` gives it."""
-    return next((name for extra in extras if (name := getattr(extra, "name", None))), None)
+def _refusal(arguments: Sequence[str], name: str, takes: Sequence[Argument]) -> str:
+    """Return what is wrong with words that tyro refuses; empty if it is something else."""
+    from ezpz_moe.tools.flag_values import given, needs_a_value, wrong_value
+
+    flags = {each.name: each for each in takes if not each.positional}
+    positional = [each for each in takes if each.positional]
+    wrong, words, named = [], [], set()
+    for each in given(arguments):
+        flag = flags.get(each.name.replace("_", "-"))
+        if flag is None:
+            # What follows a flag of the trainer's is its value.
+            words += each.values if each.name in ("", *_OF_ALL) else []
+            continue
+        named.add(flag.name)
+        number = len(each.values) if flag.many else min(len(each.values), bool(flag.type))
+        if flag.type and not flag.many and not number:
+            wrong.append(needs_a_value(each.name, flag.type))
+        wrong += [wrong_value(each.name, value, flag.type) for value in each.values[:number]]
+        words += each.values[number:]
+    words = words[len(name.split()) :]
+    wrong += [
+        wrong_value("", word, each.type) for each, word in zip(positional, words, strict=False)
+    ]
+    if found := list(filter(None, wrong)):
+        return found[0]
+    there = {*named, *(each.name for each in positional[: len(words)])}
+    needed = [each for each in takes if each.required]
+    if missing := [each.name for each in needed if each.name not in there]:
+        listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        usage = " ".join(each.usage for each in needed)
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{listed} {verb} missing. Write ezpz-moe {name} {usage}."
+    return ""

@@ -27,7 +27,8 @@ class New(Command):
     device: Device = "any"
     """Choose attention and backend for this device, as far as --flavor does not."""
     data: str | None = None
-    """Train on this file, or on this one of torchtitan's datasets. Default: the embedded text."""
+    """Train on this file, of text or chats, or on this one of torchtitan's datasets. Default: the
+    embedded text."""
 
     def run(self) -> int:
         from ezpz_moe.tools.new_job import new_job
@@ -36,7 +37,7 @@ class New(Command):
         display.print_line(f"{made.path} written: {made.flavor}. Next:")
         path = shlex.quote(str(made.path))
         for command in ("doctor", "train"):
-            display.print_line(f"  ezpz-moe {command} {path}{made.several}")
+            display.print_whole(f"  ezpz-moe {command} {path}{made.several}")
         return 0
 
 

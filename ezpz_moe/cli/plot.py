@@ -28,18 +28,24 @@ class Plot(Reporting):
     """Write the pictures and the page here. Default: RUN_DIR/telemetry."""
 
     def run(self) -> int:
+        from ezpz_moe.telemetry.where import find_records
+
+        find_records(self.run_dir)  # before what draws is imported: a wrong path is told at once
         with display.status("Drawing"):
             # Within the status: importing matplotlib takes a while too.
             from ezpz_moe.telemetry.json_lines import as_json
             from ezpz_moe.telemetry.plot import plot
-            from ezpz_moe.telemetry.summary import headline, over_layers_rows
+            from ezpz_moe.telemetry.summary import NOTHING, headline, over_layers_rows
 
             plotted = plot(self.run_dir, self.out)
         display.print_json(
             {"last": as_json(plotted.last), "alerts": plotted.alerts, "files": plotted.paths}
         )
         display.print_line(headline(plotted.last))
-        display.print_table(over_layers_rows(plotted.last))
+        if rows := over_layers_rows(plotted.last):
+            display.print_table(rows)
+        else:
+            display.print_line(NOTHING)
         for alert in plotted.alerts:
             display.print_line(f"ALERT {alert}")
         for path in plotted.paths:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, import_host
+from ezpz_moe.cli.arguments import Config, import_host, many_imports
 from ezpz_moe.cli.inspected import Inspected
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Show(Inspected):
         return 0
 
     def _ask_host(self, job: Job, flavor: Flavor) -> int:
-        with display.status("Building the config"):
+        with display.status("Building the config"), many_imports():
             host = import_host()
             counted = asdict(host.summarize(flavor))
             config = host.trainer_config(job, self.host_flags)
@@ -72,12 +72,16 @@ COMMAND = Show
 
 
 def _print(job: Job, flavor: Flavor, found: dict[str, Any], settings: Iterable[Setting]) -> None:
+    from ezpz_moe.config.dense_flavors import shown
+    from ezpz_moe.config.layer_sizes import in_words
     from ezpz_moe.hosts.setting import flat
 
     # None means that the host decides, which --all shows.
-    fields = flavor.model_dump(exclude_none=True) | found
+    fields = shown(flavor) | found
     told = [asdict(each) for each in settings]
     display.print_json({"config": job.source, "flavor": fields, "settings": told})
-    rows = [{"flavor": path, "value": value} for path, value in flat(fields)]
+    # A cell has no room for a number of each layer; the JSON has them.
+    in_short = fields | {"counted": {key: in_words(each) for key, each in found["counted"].items()}}
+    rows = [{"flavor": path, "value": value} for path, value in flat(in_short)]
     display.print_table(rows, title=job.source)
     display.print_table(told, title="torchtitan's config")

@@ -7,6 +7,7 @@ becomes a block of lines for each row. No figure is ever broken, and no name.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from rich.table import Table
 from ezpz_moe.telemetry.text import has_figures
 
 Row = Mapping[str, str]
+
+_wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 
 _GAP = 2  # between columns
 _INDENT = 2  # of what stands below a block's name
@@ -94,9 +97,7 @@ def fitted(rows: Sequence[Row], widths: Mapping[str, int]) -> Table:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_header=True
     )
     for heading, width in widths.items():
-        lines = textwrap.wrap(
-            heading.replace("_", " "), width, break_long_words=False, break_on_hyphens=False
-        )
+        lines = _wrap(heading.replace("_", " "), width)
         made.add_column(
             escape("\n".join(lines)),
             header_style="bold",
@@ -122,11 +123,19 @@ def blocks(rows: Sequence[Row], width: int) -> Iterator[str]:
             yield from _entry(heading.replace("_", " "), row[heading], longest, width)
 
 
+def wrapped(line: str, width: int) -> list[str]:
+    """Return a line of prose in lines of this width; what stands in `backticks` stays whole."""
+    if len(line) <= width:
+        return [line]
+    below = " " * (len(line) - len(line.lstrip()) + _INDENT)
+    whole = re.sub("`[^`]*`", lambda quoted: quoted[0].replace(" ", "\0"), line)
+    return [each.replace("\0", " ") for each in _wrap(whole, width, subsequent_indent=below)]
+
+
 def _entry(key: str, cell: str, longest: int, width: int) -> Iterator[str]:
     label = f"{' ' * _INDENT}{key:{longest + _GAP}}"
     below = " " * len(label)
     if max(_word_lengths(cell), default=0) > width - len(label):
         yield label.rstrip()
         label = below = " " * (2 * _INDENT)
-    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    yield from wrap(cell, width, initial_indent=label, subsequent_indent=below)
+    yield from _wrap(cell, width, initial_indent=label, subsequent_indent=below)

@@ -107,7 +107,7 @@ class Train(Launched):
             instead = "" if each.default is None else f" (default: {display.text(each.default)})"
             display.print_line(f"  {each.path} = {display.text(each.value)}{instead}")
         display.print_line("")
-        display.print_line(plan.command)
+        display.print_whole(plan.command)
         for remark in plan.remarks:
             display.print_line(f"note: {remark}")
         if not plan.fits:

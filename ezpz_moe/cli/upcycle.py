@@ -50,6 +50,7 @@ class Upcycle(Command):
         # Before torch is imported: a wrong number is reported at once.
         self._check()
         from ezpz_moe.config.flavors import load_flavor
+        from ezpz_moe.config.layer_sizes import in_words
         from ezpz_moe.hosts.jobs import find_job
 
         job = find_job(self.model)
@@ -69,11 +70,13 @@ class Upcycle(Command):
             Perturbation(self.noise, self.reinit, self.router_std, self.seed),
             progress=partial(display.tracked, what="Writing and comparing"),
         )
-        parts = done.fit.granularity
-        copies = f"{done.num_experts // parts} copies of the dense FFN"
+        layers = f"{done.layers} layers with {in_words(done.num_experts)} experts"
+        split = "" if done.parts == 1 else f" in {in_words(done.parts)} parts each"
+        copies = f"copies of the dense FFN{split}"
+        if isinstance(done.num_experts, int) and isinstance(done.parts, int):
+            copies = f"{done.num_experts // done.parts} {copies}"
         display.print_line(
-            f"{self.target}: made from {done.source}, {done.layers} layers with {done.num_experts} "
-            f"experts, {copies}{f' in {parts} parts each' if parts > 1 else ''}; "
+            f"{self.target}: made from {done.source}, {layers}, {copies}; "
             f"{done.tensors} tensors written and compared"
         )
         is_same = "computes" if done.is_preserved else "does not compute exactly"
@@ -81,7 +84,7 @@ class Upcycle(Command):
         for note in done.notes:
             display.print_line(note)
         # The host refuses a relative path in its flag.
-        display.print_line(
+        display.print_whole(
             "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
             f"{shlex.quote(str(self.target.absolute()))}"
         )

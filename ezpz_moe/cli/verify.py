@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Device, DType, print_emulated
+from ezpz_moe.cli.arguments import (
+    Device,
+    DType,
+    many_imports,
+    print_emulated,
+    refuse_unknown_device,
+)
 from ezpz_moe.cli.command import Reporting
 
 if TYPE_CHECKING:
@@ -25,7 +32,8 @@ class Verify(Reporting):
     """Compute in these dtypes."""
 
     def run(self) -> int:
-        with display.status("Asking torch"):
+        refuse_unknown_device(self.device)
+        with display.status("Asking torch"), many_imports():
             from ezpz_moe.tools.verify import (
                 compare,
                 default_device,
@@ -56,14 +64,29 @@ class Verify(Reporting):
             title=f"Errors against float64 on {device}: the worst tensor of each case",
             important=["backend", "routing", "verdict", "relative", "bound", "tensor"],
         )
-        for against in reasons.values():
-            display.print_reasons(against)
+        display.print_reasons(_of_all_dtypes(reasons))
         display.print_failures([row for row in rows if not row.ok])
         display.print_line(verdict(rows))
         return 0 if passed else 1
 
 
 COMMAND = Verify
+
+
+def _of_all_dtypes(reasons: Mapping[DType, Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
+    """Return each reason against a backend once, with the dtypes that it is about if not all."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for dtype, against in reasons.items():
+        for name, each in against.items():
+            for reason in each:
+                found.setdefault(name, {}).setdefault(reason, []).append(dtype)
+    return {
+        name: [
+            reason if len(dtypes) == len(reasons) else f"{reason} ({', '.join(dtypes)})"
+            for reason, dtypes in each.items()
+        ]
+        for name, each in found.items()
+    }
 
 
 def _figures(row: Row) -> dict[str, str]:

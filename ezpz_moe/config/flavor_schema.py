@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.change_schema import Change
+from ezpz_moe.config.init_schema import Init
+from ezpz_moe.config.layer_sizes import (
+    ExpertsByLayer,
+    LayerSizes,
+    MoeLayers,
+    WidthByLayer,
+    length_conflicts,
+    moe_layer_numbers,
+    place_conflicts,
+    sizes_of,
+)
 from ezpz_moe.config.routing_schema import (
     Balance,
     Experts,
@@ -16,19 +28,17 @@ from ezpz_moe.config.routing_schema import (
     routing_conflicts,
     size_conflicts,
 )
-from ezpz_moe.config.schema import Data, mistake
+from ezpz_moe.config.schema import Data, Tokens, Width, mistake
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import EzpzError
 
 Attention = Literal["flex", "varlen", "flex_flash", "sdpa"]
 ExpertPrecision = Literal["host", "bfloat16", "float32"]
 Routed = Literal["one_node", "composed"]
+Equal = Literal["flops", "params"]
 GroupScore = Literal["top2_sum", "max", "topk_sum"]
 Activation = Literal["swiglu", "geglu", "reglu", "relu2", "gelu", "clamped_swiglu"]
 
-# The upper bounds are far above any model, yet low enough that no tensor size overflows.
-_Width = Annotated[int, Field(ge=1, le=2**20)]
-_Tokens = Annotated[int, Field(ge=1, le=2**24)]
 _Positive = Annotated[float, Field(gt=0)]
 
 
@@ -36,12 +46,12 @@ class Rope(Data):
     """Rotary positions: the arguments of the host's ``ComplexRoPE``, except ``dim``."""
 
     theta: Annotated[float, Field(gt=1)]
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
     scaling: Literal["none", "yarn"]
     rope_factor: Annotated[float, Field(ge=1)]
     beta_fast: _Positive
     beta_slow: _Positive
-    original_seq_len: _Tokens
+    original_seq_len: Tokens
 
 
 class Longest(Data):
@@ -51,49 +61,72 @@ class Longest(Data):
     added, so shorter sequences are the same model.
     """
 
-    max_seq_len: _Tokens
+    max_seq_len: Tokens
 
 
 class Dimensions(Data):
     """A model's size: the arguments of the host's ``build_mla_moe_layers``, vocabulary and RoPE.
 
-    Without ``router_num_expert_groups`` a token may go to any expert.
+    Without ``router_num_expert_groups`` a token may go to any expert. The experts' sizes may differ
+    from layer to layer: ``layer_sizes`` has them.
     """
 
-    vocab_size: _Tokens
-    dim: _Width
+    vocab_size: Tokens
+    dim: Width
     n_layers: Annotated[int, Field(ge=1, le=2**10)]
-    n_dense_layers: Annotated[int, Field(ge=0)]
-    n_heads: _Width
+    # Either this, or which layers have experts. All layers: a dense model.
+    n_dense_layers: Annotated[int, Field(ge=0)] | None = None
+    moe_layers: MoeLayers | None = None
+    n_heads: Width
     # 0: the queries are not compressed.
     q_lora_rank: Annotated[int, Field(ge=0, le=2**20)]
-    kv_lora_rank: _Width
-    qk_nope_head_dim: _Width
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
     # Even, because a rotation turns channels in pairs.
-    qk_rope_head_dim: Annotated[_Width, Field(multiple_of=2)]
-    v_head_dim: _Width
+    qk_rope_head_dim: Annotated[Width, Field(multiple_of=2)]
+    v_head_dim: Width
     mscale: Annotated[float, Field(ge=0)]
-    dense_hidden_dim: _Width
-    moe_hidden_dim: _Width
-    num_experts: Experts
+    dense_hidden_dim: Width
+    moe_hidden_dim: WidthByLayer
+    num_experts: ExpertsByLayer
     # One FFN as wide as so many experts, or as `shared_hidden_dim` says; 0: there is none.
     num_shared_experts: Annotated[int, Field(ge=0, le=2**14)] | None = None
-    shared_hidden_dim: _Width | None = None
+    shared_hidden_dim: Width | None = None
     shared_gate: bool = False
-    router_top_k: Experts
+    router_top_k: ExpertsByLayer
     router_score_func: Literal["softmax", "sigmoid", "sqrtsoftplus"]
     router_route_scale: _Positive
     router_route_norm: bool
     router_num_expert_groups: Experts | None = None
     router_num_limited_groups: Experts | None = None
+    router_bias: bool = False
     rope: Rope
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        conflicts = (*_size_conflicts(self), *_shared_conflicts(self), *_group_conflicts(self))
-        if conflicts:
+        conflicts = [*_size_conflicts(self), *limit_conflicts(self)]
+        # The shared FFN is as wide as experts, whose widths must be clear by then.
+        if conflicts := conflicts or list(_shared_conflicts(self)):
             raise mistake("; ".join(conflicts))
         return self
+
+    @property
+    def moe_layer_numbers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return moe_layer_numbers(self.n_layers, self.n_dense_layers, self.moe_layers)
+
+    @property
+    def layer_sizes(self) -> dict[int, LayerSizes]:
+        """Layer number -> the sizes of its routed experts, for every layer that has any."""
+        numbers = self.moe_layer_numbers
+        said = (self.num_experts, self.router_top_k, self.moe_hidden_dim)
+        each_L = zip(*(sizes_of(one, len(numbers)) for one in said), strict=True)
+        return {number: LayerSizes(*of) for number, of in zip(numbers, each_L, strict=True)}
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether layers have experts of different sizes."""
+        return len(set(self.layer_sizes.values())) > 1
 
     def shared_width(self, moe_hidden_dim: int) -> int:
         """Return the hidden size of a layer's shared FFN; 0 if there is none.
@@ -126,7 +159,8 @@ class Flavor(Data):
     expert_precision: ExpertPrecision | None = None
     routed: Routed = "one_node"
     dimensions: Dimensions | None = None
-    # Beside `base` alone; a size has its own.
+    # The next two beside `base` alone; a size has its own.
+    change: Change | None = None
     rope: Longest | None = None
     # Not dimensions, as no model of the host's has them: they may stand beside `base` too.
     expert_activation: Activation = "swiglu"
@@ -137,6 +171,19 @@ class Flavor(Data):
     router: Router = Router()
     balance: Balance = Balance()
     telemetry: Telemetry | None = None
+    init: Init = Init()
+    # The flavor with experts whose cost this dense model has, and which of its costs.
+    dense_baseline_of: Flavor | None = None
+    equal: Equal = "flops"
+
+    @model_validator(mode="after")
+    def _changes_a_base(self) -> Self:
+        if self.change is not None and self.base is None:
+            raise mistake(
+                "[change] says what differs from base, and there is no base: the keys of a model's "
+                "own sizes stand at the top of the file"
+            )
+        return self
 
     @model_validator(mode="after")
     def _routes_in_one_way(self) -> Self:
@@ -147,11 +194,13 @@ class Flavor(Data):
             conflicts += group_score_conflicts(
                 self.router_group_score, size.router_num_expert_groups
             )
-            conflicts += size_conflicts(
-                self.router,
-                choices=size.num_experts + self.router.zero_computation_experts,
-                top_k=self.router.choices_of_token(size.num_experts, size.router_top_k),
-            )
+            for where, of in _by_size(size):
+                found = size_conflicts(
+                    self.router,
+                    choices=of.num_experts + self.router.zero_computation_experts,
+                    top_k=self.router.choices_of_token(of.num_experts, of.top_k),
+                )
+                conflicts += [f"{conflict}{where}" for conflict in found]
         if conflicts:
             raise mistake("; ".join(conflicts))
         return self
@@ -167,21 +216,32 @@ class Flavor(Data):
         return self
 
     @property
+    def is_dense(self) -> bool:
+        """Whether no layer has experts."""
+        size = self.dimensions
+        all_dense = size is not None and size.n_dense_layers == size.n_layers
+        return self.dense_baseline_of is not None or all_dense
+
+    @property
     def is_routed(self) -> bool:
         """Whether the flavor asks the routers for anything that the host's own do not do."""
         # By value: a table that repeats the defaults leaves the host's routers in place.
         own = self.router != Router() or self.balance != Balance() or self.scores_otherwise
-        return own or self.telemetry is not None
+        # The host's update of the selection bias stacks the counts of all layers.
+        is_uneven = self.dimensions is not None and self.dimensions.is_uneven
+        return own or is_uneven or self.telemetry is not None
 
     @property
     def scores_otherwise(self) -> bool:
         """Whether experts or their groups have a score that the host does not know."""
         if self.router_group_score != "top2_sum":
             return True
+        if self.change is not None:
+            return self.change.scores_otherwise
         size = self.dimensions
         return size is not None and (
             size.router_score_func == "sqrtsoftplus"
-            or size.num_experts == size.router_num_expert_groups
+            or size.router_num_expert_groups in {of.num_experts for of in size.layer_sizes.values()}
         )
 
     @property
@@ -214,6 +274,10 @@ class Flavor(Data):
         schedules = [*self.router.schedules.values(), *([rate] if rate else [])]
         return self.reported is not None or not all(each.is_constant for each in schedules)
 
+    @field_serializer("dense_baseline_of")
+    def _by_name(self, flavor: Flavor | None) -> str | None:
+        return None if flavor is None else flavor.name
+
     @field_validator("base")
     @classmethod
     def _names_module_and_flavor(cls, base: str | None) -> str | None:
@@ -244,16 +308,27 @@ def group_score_conflicts(group_score: GroupScore, groups: int | None) -> Iterat
         )
 
 
+def _by_size(size: Dimensions) -> Iterator[tuple[str, LayerSizes]]:
+    """Yield every size of experts once, after where it is: nothing if all layers have it."""
+    first: dict[LayerSizes, int] = {}
+    for number, of in size.layer_sizes.items():
+        first.setdefault(of, number)
+    for of, number in first.items():
+        yield (f" in layer {number}" if len(first) > 1 else ""), of
+
+
 def _size_conflicts(size: Dimensions) -> Iterator[str]:
-    if size.n_dense_layers >= size.n_layers:
-        yield (
-            f"n_dense_layers ({size.n_dense_layers}) must be less than n_layers "
-            f"({size.n_layers}), or no layer has experts"
-        )
-    if size.router_top_k > size.num_experts:
-        yield (
-            f"router_top_k ({size.router_top_k}) must not exceed num_experts ({size.num_experts})"
-        )
+    layers = (size.n_layers, size.n_dense_layers, size.moe_layers)
+    said = {key: getattr(size, key) for key in ("num_experts", "router_top_k", "moe_hidden_dim")}
+    unclear = [*place_conflicts(*layers)]
+    unclear += [] if unclear else length_conflicts(said, len(moe_layer_numbers(*layers)))
+    yield from unclear
+    for where, of in () if unclear else _by_size(size):
+        if of.top_k > of.num_experts:
+            yield (
+                f"router_top_k ({of.top_k}) must not exceed num_experts ({of.num_experts}){where}"
+            )
+        yield from group_conflicts(size, of.num_experts, of.top_k, where)
     # Equal ones are Kimi-K2's: one boundary, which the host rounds to two.
     if size.rope.beta_slow > size.rope.beta_fast:
         yield (
@@ -266,11 +341,13 @@ def _shared_conflicts(size: Dimensions) -> Iterator[str]:
     number, width = size.num_shared_experts, size.shared_hidden_dim
     if number is None and width is None:
         yield "num_shared_experts is missing: 0 means no shared experts"
-    elif number is not None and width is not None and width != number * size.moe_hidden_dim:
-        yield (
-            f"shared_hidden_dim ({width}) is not num_shared_experts times moe_hidden_dim "
-            f"({number} x {size.moe_hidden_dim}); set one of the two"
-        )
+    elif number is not None and width is not None:
+        hidden = (of.hidden_dim for of in size.layer_sizes.values())
+        if other := next((each for each in hidden if number * each != width), None):
+            yield (
+                f"shared_hidden_dim ({width}) is not num_shared_experts times moe_hidden_dim "
+                f"({number} x {other}); set one of the two"
+            )
     elif size.shared_gate and not (number or width):
         yield (
             "shared_gate = true has no effect without shared experts; remove it, or set "
@@ -278,25 +355,40 @@ def _shared_conflicts(size: Dimensions) -> Iterator[str]:
         )
 
 
-def _group_conflicts(size: Dimensions) -> Iterator[str]:
+class Grouped(Protocol):
+    """A model that says how its experts are grouped."""
+
+    @property
+    def router_num_expert_groups(self) -> int | None: ...
+    @property
+    def router_num_limited_groups(self) -> int | None: ...
+
+
+def group_conflicts(size: Grouped, num_experts: int, top_k: int, where: str = "") -> Iterator[str]:
+    """Yield why so many experts of a layer cannot be grouped like that."""
     groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
-    if groups is None and limited is None:
+    # Whatever else is wrong of both is said once, of the model.
+    if groups is None or limited is None or limited > groups:
         return
-    if groups is None or limited is None:
+    if num_experts % groups:
+        yield (
+            f"num_experts ({num_experts}) must be a multiple of router_num_expert_groups "
+            f"({groups}){where}"
+        )
+    elif top_k > limited * (num_experts // groups):
+        yield (
+            f"router_top_k ({top_k}) must not exceed the "
+            f"{limited * (num_experts // groups)} experts of {limited} groups{where}"
+        )
+
+
+def limit_conflicts(size: Grouped) -> Iterator[str]:
+    """Yield why a token's groups cannot be limited like that."""
+    groups, limited = size.router_num_expert_groups, size.router_num_limited_groups
+    if (groups is None) != (limited is None):
         yield "router_num_expert_groups and router_num_limited_groups must be set together"
-        return
-    if limited > groups:
+    elif groups is not None and limited is not None and limited > groups:
         yield (
             f"router_num_limited_groups ({limited}) must not exceed "
             f"router_num_expert_groups ({groups})"
-        )
-    if size.num_experts % groups:
-        yield (
-            f"num_experts ({size.num_experts}) must be a multiple of router_num_expert_groups "
-            f"({groups})"
-        )
-    elif size.router_top_k > limited * (size.num_experts // groups):
-        yield (
-            f"router_top_k ({size.router_top_k}) must not exceed the "
-            f"{limited * (size.num_experts // groups)} experts of {limited} groups"
         )

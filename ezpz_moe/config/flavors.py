@@ -24,8 +24,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
+from ezpz_moe.config import dense_flavors
+from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
 from ezpz_moe.config.foreign_keys import meaning
+from ezpz_moe.config.init_schema import Init
+from ezpz_moe.config.layer_sizes import FORMS
 from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.telemetry_schema import Telemetry
@@ -40,6 +44,7 @@ __all__ = [
     "is_flavor",
     "load_flavor",
     "split_name",
+    "with_attention",
 ]
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
@@ -47,6 +52,8 @@ FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
 _DIMENSION_KEYS = frozenset(Dimensions.model_fields)
 _TABLES: dict[str, type[Data]] = {
     "rope": Rope,
+    "change": Change,
+    "init": Init,
     "router": Router,
     "balance": Balance,
     **{f"balance.{scope}": Losses for scope in SCOPES},
@@ -70,7 +77,10 @@ def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
         EzpzError: there is no such flavor, or ``EZPZ_MOE_FLAVORS``, the flavor's file or a parent's
             is wrong.
     """
-    folders = _folders(near)
+    return _load(name, _folders(near))
+
+
+def _load(name: str, folders: Sequence[Path]) -> Flavor:
     files = _public(_flavor_files(folders))
     if found := split_name(name, files):
         return _resolve(name, files[found[0]], folders, found[1])
@@ -97,6 +107,20 @@ def split_name(name: str, names: Iterable[str]) -> tuple[str, dict[str, str]] | 
         if name == stem + suffix and suffix in suffixes:
             return stem, suffixes[suffix]
     return None
+
+
+def with_attention(name: str, attention: str, *, near: Path | None = None) -> str:
+    """Return the name of the same flavor with another attention; empty if there is none."""
+    found = split_name(name, flavor_names(near=near))
+    if found is None:
+        return ""
+    stem, given = found
+    other = "_".join([stem, attention, *filter(None, [given.get("compute_backend")])])
+    # A file may have this name, and yet another attention.
+    try:
+        return other if load_flavor(other, near=near).attention == attention else ""
+    except EzpzError:
+        return ""
 
 
 def variant_suffixes() -> dict[str, dict[str, str]]:
@@ -169,6 +193,8 @@ def _public(files: Mapping[str, Path]) -> dict[str, Path]:
 # Inheritance --------------------------------------------------------------------------------------
 
 _INSTEAD = {
+    "n_dense_layers": "moe_layers",
+    "moe_layers": "n_dense_layers",
     "num_shared_experts": "shared_hidden_dim",
     "shared_hidden_dim": "num_shared_experts",
 }
@@ -249,6 +275,41 @@ def _overwrite(
 
 def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, str]) -> Flavor:
     values, origin = _merge(_chain(path, folders))
+    is_baseline = dense_flavors.OF in values
+    is_dense = "base" not in values and dense_flavors.all_dense(values)
+    if is_baseline or is_dense:
+        dense_flavors.refuse_backend(variant, name, path)
+    if is_baseline:
+        values = dense_flavors.baseline(values, path, lambda named: _with_experts(named, folders))
+    elif is_dense:
+        values = dense_flavors.without_experts(values, origin, path)
+    if not is_baseline:
+        _gather_dimensions(values, origin, path)
+    try:
+        # The variant comes last: a suffix of the name beats the key in the file.
+        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
+    except ValidationError as error:
+        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+
+
+def _with_experts(name: str, folders: Sequence[Path]) -> Flavor:
+    """Load a flavor that is no baseline itself: two files could name each other."""
+    files = _public(_flavor_files(folders))
+    found = split_name(name, files)
+    if found and dense_flavors.OF in _merge(_chain(files[found[0]], folders))[0]:
+        raise EzpzError(
+            f"{files[found[0]]} is a dense baseline itself. Name a flavor with experts."
+        )
+    return _load(name, folders)
+
+
+def _gather_dimensions(values: dict[str, Any], origin: Mapping[str, Path], path: Path) -> None:
+    """Put the sizes into a model of their own, in place; with ``base`` there may be none."""
+    if "equal" in values:
+        raise EzpzError(
+            f"{origin['equal']}: equal = {_shown(values['equal'])} says what a dense_baseline_of "
+            "has in common with the flavor that it names. Set that, or remove it."
+        )
     # Of its RoPE, also a model of the host's may say how far it reaches.
     rope = values.get("rope")
     is_length = "base" in values and isinstance(rope, dict) and rope.keys() == {"max_seq_len"}
@@ -258,16 +319,11 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
         set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
         raise EzpzError(
             f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
-            f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. Remove "
-            "either them or base."
+            f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. "
+            "[change] is the table for what differs; else remove either them or base."
         )
     if "base" not in values:
         values["dimensions"] = dimensions
-    try:
-        # The variant comes last: a suffix of the name beats the key in the file.
-        return Flavor.model_validate({"name": name, "source": path, **values, **variant})
-    except ValidationError as error:
-        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
 
 
 def _messages(
@@ -277,7 +333,9 @@ def _messages(
     missing = []
     for error in errors:
         # Flavor has the dimensions in a model of their own; the file has their keys at its top.
-        key = ".".join(map(str, error["loc"])).removeprefix("dimensions").removeprefix(".")
+        # pydantic also names the form of a value that may be a number, a list or a table.
+        places = [str(place) for place in error["loc"] if place not in FORMS]
+        key = ".".join(places).removeprefix("dimensions").removeprefix(".")
         # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
         parts = key.split(".")
         whole = (".".join(parts[:end]) for end in range(len(parts), 0, -1))

@@ -5,7 +5,7 @@ moves such a key to its successor, and the message about an unknown key names it
 the same thing: a key of a similar name that does another has no place here.
 
 Of the releases, 0.1.0 and 0.2.0 have such keys (``tests/data/titan_older_keys.txt``); the others
-are of the months before 0.1.0, when torchtitan was used from its repository.
+are of the months before and between them, when torchtitan was used from its repository.
 """
 
 from __future__ import annotations
@@ -73,6 +73,16 @@ def _assets(tokenizer: Any) -> Any:
     return str(path.parent) if path.suffix in (".json", ".model") else tokenizer
 
 
+def _float8(switch: Any) -> Any:
+    """Return the converters that a switch of 2024 stands for: a boolean, or the empty string."""
+    if not isinstance(switch, bool | str):
+        return None
+    return ["quantize.linear.float8"] if switch else []
+
+
+_FLOAT8 = OlderKey(
+    now="model.converters", value=_float8, note='on is ["quantize.linear.float8"], off is []'
+)
 _SPLIT_POINTS = (
     "torchtitan 0.2 and 0.3 have no split points: [parallelism] module_fqns_per_model_part lists "
     "the modules of each stage."
@@ -83,6 +93,11 @@ _MICROBATCHES = (
 )
 _COMPILED_AUTOGRAD = "torchtitan 0.2 and 0.3 have no compiled autograd. Leave it out."
 _OF_FLOAT8 = "no release since 0.2.0 has it. Leave it out."
+_CHECKPOINTS = (
+    "a folder turned checkpoints on: set [checkpoint] enable = true, and its folder and interval."
+)
+_SECONDS = "torchtitan 0.2 and 0.3 count [checkpoint] interval in steps, not in seconds."
+_ATTENTION = 'a flavor says its attention, in its name or file: "flex", "sdpa" or "varlen".'
 _SEMI_SYNC = "torchft's semi-synchronous training has its own section since 0.2. Leave it out."
 
 _PARALLEL = (
@@ -101,12 +116,24 @@ _PARALLEL = (
     "pipeline_parallel_microbatch_size",
 )
 
+_OF_LINEARS = {
+    "float8": (
+        "emulate",
+        "enable_fsdp_float8_all_gather",
+        "filter_fqns",
+        "precompute_float8_dynamic_scale_for_fsdp",
+        "recipe_name",
+    ),
+    "mx": ("filter_fqns", "mxfp8_dim1_cast_kernel_choice", "recipe_name"),
+}
+
 OLDER_KEYS: Mapping[str, OlderKey] = {
     "job.print_args": _now("job.print_config"),
     "job.use_for_integration_test": OlderKey(
         note="it only marked the files that torchtitan's own tests run.", is_idle=True
     ),
     "profiling.run_profiler": _now("profiling.enable_profiling"),
+    "profiling.profile_every_x_iter": _now("profiling.profile_freq"),
     "metrics.enable_color_printing": _opposite("metrics.disable_color_printing"),
     "metrics.rank_0_only": _opposite("metrics.save_for_all_ranks"),
     "model.tokenizer_path": OlderKey(
@@ -115,8 +142,12 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
         note="the folder that holds tokenizer.json",
     ),
     "model.norm_type": _none(
-        "torchtitan 0.2 and 0.3 have RMSNorm alone. Leave it out.", unless=("rmsnorm",)
+        "torchtitan 0.2 and 0.3 have RMSNorm alone. Leave it out.",
+        # Three kernels of one function.
+        unless=("rmsnorm", "fused_rmsnorm", "compiled_rmsnorm"),
     ),
+    "model.use_flex_attn": _none(_ATTENTION, unless=(False,)),
+    "model.attn_mask_type": _none(_ATTENTION, unless=("causal",)),
     "optimizer.fused": OlderKey(
         now="optimizer.implementation",
         # Without it, torch chose foreach on a GPU.
@@ -126,39 +157,53 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
     "lr_scheduler.lr_min": _now("lr_scheduler.min_lr_factor"),
     "training.batch_size": _now("training.local_batch_size"),
     "training.warmup_steps": _now("lr_scheduler.warmup_steps"),
+    "training.warmup_pct": _none("set [lr_scheduler] warmup_steps to this share of the steps."),
     "training.compile": _now("compile.enable"),
     "training.seed": _now("debug.seed"),
     "training.deterministic": _now("debug.deterministic"),
     "training.debug_moe_force_load_balance": _now("debug.moe_force_load_balance"),
     "training.data_parallel_degree": _now("parallelism.data_parallel_shard_degree"),
+    "training.sequence_parallel_degree": _now("parallelism.tensor_parallel_degree"),
     "training.data_parallel_type": _none(
         "torchtitan 0.2 and 0.3 shard by [parallelism] data_parallel_shard_degree, and replicate "
         "by data_parallel_replicate_degree.",
         unless=("fsdp",),
     ),
     "training.enable_loss_parallel": _opposite("parallelism.disable_loss_parallel"),
+    "training.checkpoint_folder": _none(_CHECKPOINTS, unless=("",)),
+    "training.checkpoint_interval": _now("checkpoint.interval"),
+    "training.checkpoint_interval_type": _none(_SECONDS, unless=("steps",)),
+    "training.fp8_linear": _FLOAT8,
+    "training.enable_fp8_linear": _FLOAT8,
+    "training.enable_float8_linear": _FLOAT8,
+    **{
+        f"training.{name}": _now(f"quantize.linear.float8.{now}")
+        for name, now in {
+            "enable_fsdp_fp8_all_gather": "enable_fsdp_float8_all_gather",
+            "enable_fsdp_float8_all_gather": "enable_fsdp_float8_all_gather",
+            "precompute_float8_dynamic_scale_for_fsdp": "precompute_float8_dynamic_scale_for_fsdp",
+        }.items()
+    },
     **{f"training.{name}": _now(f"parallelism.{name}") for name in _PARALLEL},
     **{f"experimental.{name}": _now(f"parallelism.{name}") for name in _PARALLEL},
     "experimental.pipeline_parallel_split_points": _none(_SPLIT_POINTS, unless=([],)),
     "experimental.pipeline_parallel_microbatches": _none(_MICROBATCHES),
+    "experimental.pipeline_parallel_split_mode": _none(
+        "torchtitan 0.2 and 0.3 split by hand alone. Leave it out.", unless=("manual",)
+    ),
     "experimental.enable_compiled_autograd": _none(_COMPILED_AUTOGRAD, unless=(False,)),
     "parallelism.pipeline_parallel_split_points": _none(_SPLIT_POINTS, unless=([],)),
+    "parallelism.pipeline_parallel_microbatches": _none(_MICROBATCHES),
     "parallelism.enable_compiled_autograd": _none(_COMPILED_AUTOGRAD, unless=(False,)),
     "checkpoint.enable_checkpoint": _now("checkpoint.enable"),
-    "checkpoint.interval_type": _none(
-        "torchtitan 0.2 and 0.3 count [checkpoint] interval in steps, not in seconds.",
-        unless=("steps",),
-    ),
+    "checkpoint.interval_type": _none(_SECONDS, unless=("steps",)),
     "checkpoint.model_weights_only": _now("checkpoint.last_save_model_only"),
     "checkpoint.last_save_model_weights_only": _now("checkpoint.last_save_model_only"),
     "checkpoint.initial_load_model_weights_only": _now("checkpoint.initial_load_model_only"),
+    "checkpoint.last_save_in_safetensors_format": _now("checkpoint.last_save_in_hf"),
     "memory_estimation.enabled": _now("memory_estimation.enable"),
     "validation.enabled": _now("validation.enable"),
-    "float8.enable_float8_linear": _none(
-        'torchtitan 0.2 has [model] converters = ["quantize.linear.float8"], and a job for 0.3 '
-        "none. Leave it out.",
-        unless=(False,),
-    ),
+    "float8.enable_float8_linear": _FLOAT8,
     "float8.enable_fsdp_float8_all_gather": _now(
         "quantize.linear.float8.enable_fsdp_float8_all_gather"
     ),
@@ -169,6 +214,13 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
     "float8.filter_fqns": _now("quantize.linear.float8.filter_fqns"),
     "float8.emulate": _now("quantize.linear.float8.emulate"),
     "float8.moe_fqns_prototype": _now("quantize.grouped_mm.float8.fqns"),
+    "float8.moe_fqns": OlderKey(
+        note="torchtitan's own files had it, but what was read is moe_fqns_prototype.", is_idle=True
+    ),
+    **{
+        f"float8.scaling_type_{tensor}": _none(_OF_FLOAT8, unless=("dynamic",))
+        for tensor in ("input", "weight", "grad_output")
+    },
     "float8.force_recompute_fp8_weight_in_bwd": _none(_OF_FLOAT8, unless=(False,)),
     "mx.recipe_name": _now("quantize.linear.mx.recipe_name"),
     "mx.filter_fqns": _now("quantize.linear.mx.filter_fqns"),
@@ -178,11 +230,24 @@ OLDER_KEYS: Mapping[str, OlderKey] = {
         value=_switch("triton", "torch"),
         note='true is "triton", false is "torch"',
     ),
+    "mx.mxfp8_dim1_cast_kernel_choice": _now("quantize.linear.mx.mxfp8_dim1_cast_kernel_choice"),
+    # The names of September 2025 for linears and experts.
+    **{
+        f"quantize.dense.{kind}.{name}": _now(f"quantize.linear.{kind}.{name}")
+        for kind, names in _OF_LINEARS.items()
+        for name in names
+    },
+    **{
+        f"quantize.moe.{kind}.fqns": _now(f"quantize.grouped_mm.{kind}.fqns")
+        for kind in _OF_LINEARS
+    },
     **{
         f"fault_tolerance.{name}": _none(_SEMI_SYNC)
         for name in (
             "fragment_sync_delay",
             "fragment_update_alpha",
+            "module_fqns_per_model_fragment",
+            "num_fragments",
             "should_quantize",
             "sync_steps",
         )

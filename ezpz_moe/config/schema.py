@@ -11,6 +11,13 @@ from pydantic_core import PydanticCustomError
 Steps = Annotated[int, Field(ge=1, le=2**40)]
 """A number of steps of a training, or of another iteration."""
 
+# Far above any model, yet low enough that no tensor's size overflows.
+Width = Annotated[int, Field(ge=1, le=2**20)]
+"""A dimension of a model."""
+
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+"""A number of tokens of a sequence, or of a vocabulary."""
+
 
 class Data(BaseModel):
     """Read-only data of exact types that rejects unknown keys."""

@@ -1,4 +1,4 @@
-"""Tell, without importing torch, that this machine has no accelerator, where that is certain.
+"""Tell, without importing torch, which device there is certainly not.
 
 torch alone knows what it can use, and its import takes two seconds. But a torch that was built
 without any kind of accelerator finds none, nor does one whose driver is not there.
@@ -10,6 +10,7 @@ import ast
 import ctypes
 import os
 import platform
+import re
 from importlib import metadata, util
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _CUDA_DRIVER = "libcuda.so.1"
 _WSL = Path("/dev/dxg")  # any GPU in Windows' subsystem for Linux
 _ROCM = (Path("/dev/kfd"), _WSL)
 _XPU = (Path("/dev/dri"), _WSL)
+_LIBRARIES = ("libc10.so", "libc10.dylib", "c10.dll")
 _OTHERS = "torch.backends"
 """The group of entry points by which packages bring torch a device of another kind."""
 
@@ -36,10 +38,30 @@ def has_certainly_none() -> bool:
     )
 
 
+def is_certainly_unknown(device: str) -> bool:
+    """Return whether torch will know no kind of device of this name; False also if torch must tell.
+
+    The library of torch that takes a device's name apart has all names of kinds in it, each with
+    a zero at its end.
+    """
+    name = re.fullmatch(r"([A-Za-z_]+)(:(0|[1-9][0-9]*))?", device)
+    if name is None or metadata.entry_points(group=_OTHERS):
+        return False
+    for folder in _folders_of_torch():
+        for library in _LIBRARIES:
+            if (file := Path(folder, "lib", library)).is_file():
+                return f"{name[1]}\0".encode() not in file.read_bytes()
+    return False
+
+
+def _folders_of_torch() -> list[str]:
+    spec = util.find_spec("torch")
+    return list((spec and spec.submodule_search_locations) or ())
+
+
 def _built_for() -> dict[str, bool] | None:
     """Return what kinds of accelerators the installed torch was built for, from its version.py."""
-    spec = util.find_spec("torch")
-    for folder in (spec and spec.submodule_search_locations) or ():
+    for folder in _folders_of_torch():
         try:
             tree = ast.parse(Path(folder, "version.py").read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):

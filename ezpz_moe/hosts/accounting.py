@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from statistics import fmean
+from typing import Literal
 
+from ezpz_moe.config.layer_sizes import sizes_of
 from ezpz_moe.errors import EzpzError
 
 BACKWARD = 2
@@ -80,9 +84,10 @@ class Anatomy:
         costs: component -> its cost; components that the model lacks are absent.
         dim: model dimension D.
         n_layers: number of layers, of which ``n_moe_layers`` have experts.
-        num_experts: routed experts E per layer that compute something.
+        num_experts: routed experts E per layer that compute something; a tuple has each layer's
+            number, where they differ.
         zero_experts: zero-computation experts Z per layer.
-        top_k: choices per token and layer, among all E + Z.
+        top_k: choices per token and layer, among all E + Z; a tuple as above.
         uncounted: classes of modules that have parameters but unknown FLOPs.
         host_flops: the trainer's own FLOPs per token, the basis of its MFU; None if nobody asked.
         ffn_activation: that of dense layers, as in a flavor.
@@ -92,17 +97,20 @@ class Anatomy:
     dim: int
     n_layers: int
     n_moe_layers: int
-    num_experts: int
+    num_experts: int | tuple[int, ...]
     zero_experts: int
-    top_k: int
+    top_k: int | tuple[int, ...]
     uncounted: tuple[str, ...] = ()
     host_flops: float | None = None
     ffn_activation: str = "swiglu"
 
     @property
     def computing_experts(self) -> float:
-        """Experts that compute for a token in one layer, on average."""
-        return computing_experts(self.top_k, self.num_experts, self.zero_experts)
+        """Experts that compute for a token in one layer, on average; over the layers too."""
+        if not (layers := self.n_moe_layers):
+            return 0.0
+        each_L = zip(sizes_of(self.top_k, layers), sizes_of(self.num_experts, layers), strict=True)
+        return fmean(computing_experts(k, E, self.zero_experts) for k, E in each_L)
 
     @property
     def in_order(self) -> dict[str, Cost]:
@@ -155,24 +163,43 @@ def mean_keys(seq_len: int, window: int | None = None) -> float:
     return seen - seen * (seen - 1) / (2 * seq_len)
 
 
+def dense_hidden_dim(
+    costs: Mapping[str, Cost],
+    dim: int,
+    n_moe_layers: int,
+    matrices: int,
+    *,
+    equal: Literal["flops", "params"],
+) -> int:
+    """Return the hidden size F of the FFN that costs as much as what a layer's experts are.
+
+    Its FFN replaces the router and the routed and shared experts, with a gate at ``2 * 3 D F``
+    FLOPs per token and ``3 D F`` parameters.
+
+    Args:
+        costs: of the model with experts, by component.
+        dim: its model dimension D.
+        n_moe_layers: the layers that have experts. Dense ones between them keep their FFN.
+        matrices: of the FFN: :func:`ffn_matrices`.
+        equal: FLOPs per token, or parameters.
+    """
+    instead = sum((costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
+    weights = instead.forward / 2 if equal == "flops" else instead.parameters
+    # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
+    return round(weights / (matrices * dim * n_moe_layers))
+
+
 def dense_model(anatomy: Anatomy) -> DenseModel:
     """Return the dense model with equal FLOPs per token.
-
-    Its FFN replaces the router and the routed and shared experts. It has the activation of the
-    model's dense layers: with a gate it costs ``2 * 3 D F`` per token.
 
     Raises:
         EzpzError: the model has no experts.
     """
     if not anatomy.n_moe_layers:
         raise EzpzError("the model has no layer with experts to compare with a dense one")
-    instead = sum((anatomy.costs.get(name, Cost()) for name in OF_MOE_LAYERS), Cost())
-    # Only layers with experts change: dense layers between them keep their FFN.
-    matrices = ffn_matrices(anatomy.ffn_activation)
-    per_hidden_unit = matrices * anatomy.dim * anatomy.n_moe_layers
-    # Rounding F is the only error: at D = 2048 one unit of F is 12288 FLOPs per token and layer.
-    hidden_dim = round(instead.forward / (2 * per_hidden_unit))
-    weights = per_hidden_unit * hidden_dim
+    dense = (anatomy.dim, anatomy.n_moe_layers, ffn_matrices(anatomy.ffn_activation))
+    hidden_dim = dense_hidden_dim(anatomy.costs, *dense, equal="flops")
+    weights = prod(dense) * hidden_dim
     # All weights of a dense FFN are active, so parameters and active parameters are the same.
     rest = sum((cost for name, cost in anatomy.costs.items() if name not in OF_MOE_LAYERS), Cost())
     return DenseModel(hidden_dim, rest + Cost(weights, weights, 2 * weights))

@@ -1,4 +1,7 @@
-"""Read a command line that tyro makes of a config: its flags, what each takes, its default."""
+"""Read a command line that tyro makes of a config: its flags, what each takes, its default.
+
+And its word on a mistake.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from typing import Any
+
+_RULE = re.compile("[─╰-]{3}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,14 @@ def flags_of(config_class: type, config: Any, registry: Any) -> list[HostFlag]:
         warnings.simplefilter("ignore", DeprecationWarning)
         parser = get_parser(config_class, default=config, registry=registry)
     return list(_flags(parser))
+
+
+def text_of_box(printed: str) -> str:
+    """Return what tyro says in the box that it prints about a mistake, on one line."""
+    # The border has the kind of mistake. What follows a rule is help, which --help has too.
+    lines = (line.strip("│ ") for line in printed.splitlines()[1:])
+    # Where stdout is not UTF-8, the box has no sides, and a rule below its first line.
+    return " ".join(takewhile(lambda line: not _RULE.match(line), dropwhile(_RULE.match, lines)))
 
 
 def _flags(parser: Any, after: str = "") -> Iterator[HostFlag]:

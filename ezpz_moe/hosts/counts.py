@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.releases import facts
@@ -20,10 +21,12 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     # They change what a token uses on average, and some have parameters of their own.
     if flavor.router.zero_computation_experts:
         return None
+    if flavor.dense_baseline_of is not None:
+        return None  # its size comes from what the experts cost
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions, flavor)
     # What is known of it is the host's own model.
-    if flavor.computes_otherwise:
+    if flavor.computes_otherwise or flavor.change is not None:
         return None
     known = facts()
     model = known.models.get(str(flavor.base)) if known else None
@@ -32,28 +35,31 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
 
 def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
     """Count the host's deepseek_v3 in this size, with the flavor's FFNs."""
+    layers = size.layer_sizes.values()
     matrices = ffn_matrices(flavor.expert_activation)
-    expert = matrices * size.dim * size.moe_hidden_dim
-    if flavor.expert_bias:
-        expert += (matrices - 1) * size.moe_hidden_dim + size.dim
-    per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # of F, in FFNs of every token
-    moe_layers = size.n_layers - size.n_dense_layers
-    routed = moe_layers * size.num_experts * expert
-    moe = size.dim * size.num_experts  # beside the routed ones
-    moe += per_unit * size.shared_width(size.moe_hidden_dim) + size.dim * size.shared_gate
-    dense = per_unit * size.dense_hidden_dim
+    per_unit = matrices * size.dim + (matrices - 1) * flavor.expert_bias  # of F, in an expert
+    experts = [of.hidden_dim * per_unit + size.dim * flavor.expert_bias for of in layers]
+    routed = sum(of.num_experts * expert for of, expert in zip(layers, experts, strict=True))
+    used = sum(of.top_k * expert for of, expert in zip(layers, experts, strict=True))
+    per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # in FFNs of every token
+    shared = sum(size.shared_width(of.hidden_dim) * per_unit for of in layers)
+    shared += len(layers) * size.dim * size.shared_gate
+    gates = sum((size.dim + size.router_bias) * of.num_experts for of in layers)
+    dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
-    rest = size.n_layers * _attention(size) + size.n_dense_layers * dense + moe_layers * moe + norms
+    rest = size.n_layers * _attention(size) + dense + gates + shared + norms
     total = 2 * embedding + rest + routed
+    sizes = map(one_or_each, zip(*layers, strict=True)) if layers else (0, 0, 0)
+    num_experts, top_k, hidden_dim = sizes
     return ModelSummary(
         dim=size.dim,
         n_layers=size.n_layers,
-        num_experts=size.num_experts,
-        top_k=size.router_top_k,
-        expert_hidden_dim=size.moe_hidden_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_hidden_dim=hidden_dim,
         total=total,
-        active=total - routed + routed * size.router_top_k // size.num_experts,
+        active=total - routed + used,
         embedding=embedding,
     )
 

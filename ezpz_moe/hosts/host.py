@@ -55,6 +55,7 @@ class Host(ABC):
         checkpoint_names: the generation in ``tools/checkpoints/names.py`` that names its
             parameters.
         launcher_variables: environment variables that pass the job to the host's ``run_train.sh``.
+        trains_on_chats: whether a job's data may be a file of chats.
     """
 
     generation: ClassVar[str]
@@ -62,6 +63,7 @@ class Host(ABC):
     evidence: ClassVar[Reliance]
     checkpoint_names: ClassVar[str]
     launcher_variables: ClassVar[tuple[str, ...]]
+    trains_on_chats: ClassVar[bool] = False
 
     # --- without torch and the host ---------------------------------------------------------------
 

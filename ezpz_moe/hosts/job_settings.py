@@ -34,7 +34,7 @@ def settings_at_hand(job: Job, flavor: Flavor) -> list[Setting] | None:
     """
     known = facts()
     # Telemetry sets how often the host logs; and 0.2's settings depend on one another.
-    if known is None or not known.settings or flavor.is_watched:
+    if known is None or not known.settings or flavor.is_watched or flavor.change:
         return None
     # Which text a file of the user's is, and whether it can be read, is found out by reading it.
     if not _FILES_OF_TEXT.isdisjoint(job.values):

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Dimensions and parameters, counted on the model instead of computed from a formula."""
+    """Dimensions and parameters, counted on the model instead of computed from a formula.
+
+    A tuple has each layer's number, where layers with experts differ.
+    """
 
     dim: int
     n_layers: int
-    num_experts: int
-    top_k: int
-    expert_hidden_dim: int
+    num_experts: int | tuple[int, ...]
+    top_k: int | tuple[int, ...]
+    expert_hidden_dim: int | tuple[int, ...]
     total: int
     active: int
     embedding: int  # the input matrix; the output matrix has the same size, unless they are tied

@@ -106,9 +106,10 @@ def refuse_precision(
 
 
 def of_run(mixed_precision_param: str, experts: str, device_type: str) -> str:
-    """Describe the precision of a run: the run's, the experts', and why."""
+    """Describe the precision of a run: the run's, the experts' if there are any, and why."""
     why = f": {REASON}" if trains_in_float32(device_type) else ""
-    return f'{PARAM} = "{mixed_precision_param}", experts in {experts}{why}'
+    of_experts = f", experts in {experts}" if experts else ""
+    return f'{PARAM} = "{mixed_precision_param}"{of_experts}{why}'
 
 
 def job_line() -> str:

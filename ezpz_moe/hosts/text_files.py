@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -48,11 +50,21 @@ def reading(file: Path) -> Iterator[None]:
 
 def text_in(file: Path) -> str:
     """Return what a file has, decompressed by its name's ending, with ``\\n`` as line breaks."""
-    # Named, because Arrow's own "detect" knows the endings in small letters alone.
-    with pa.input_stream(str(file), compression=_ARROWS.get(file.suffix.lower())) as stream:
+    with _opened(file) as stream:
         # -sig drops the byte order mark that Windows editors write; it would become a token.
         text = stream.read().decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def first_line_in(file: Path) -> str:
+    """Return the first line that is not blank, or nothing, without reading the rest."""
+    with _opened(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
+        return next((line for line in lines if line.strip()), "")
+
+
+def _opened(file: Path) -> Any:
+    # Named, because Arrow's own "detect" knows the endings in small letters alone.
+    return pa.input_stream(str(file), compression=_ARROWS.get(file.suffix.lower()))
 
 
 def lines_in(file: Path) -> Iterator[tuple[int, str]]:

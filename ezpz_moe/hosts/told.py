@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from typing import TypeVar
 
 import tyro
 from torchtitan.config.manager import ConfigManager, custom_registry
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.command_line import text_of_box
 
 T = TypeVar("T")
 
@@ -42,9 +42,7 @@ def _mistakes_in_one_line() -> Iterator[None]:
         with contextlib.redirect_stderr(printed):
             yield
     except SystemExit:
-        # The border has the kind of mistake. What follows a rule is help, which `train` has too.
-        lines = (line.strip("│ ") for line in printed.getvalue().splitlines()[1:])
-        said = " ".join(takewhile(lambda line: not line.startswith(("─", "╰")), lines))
         raise EzpzError(
-            f"{said} (a flag of the trainer; `ezpz-moe train --help-trainer` lists them)"
+            f"{text_of_box(printed.getvalue())} (a flag of the trainer; `ezpz-moe train "
+            "--help-trainer` lists them)"
         ) from None

@@ -36,8 +36,10 @@ def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:
     else:
         # A step without tokens has mean 0: its error is 0 too, and the bias stays.
         step_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
-    # Moving all biases alike would change no choice, but would let them drift.
-    return rate * (step_E - step_E.mean())
+    # In the host's order, so that its bits are the host's. Moving all biases alike would change no
+    # choice, but would let them drift.
+    step_E = rate * step_E
+    return step_E - step_E.mean()
 
 
 class _Inject(torch.autograd.Function):

@@ -8,6 +8,8 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,18 @@ ROWS = ("given", "computed", "dropped")
 
 CHOICES = ("made", "beyond")
 """What ``choices_2`` adds up: choices of routed experts, and those beyond a capacity."""
+
+
+def apart(joined_N: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return views of a tensor that has one row of each layer after the other.
+
+    Layers may have different numbers of experts, and one collective adds up those of all.
+
+    Args:
+        joined_N: as ``torch.cat(layers)``.
+        layers: for their lengths.
+    """
+    return joined_N.split([len(each) for each in layers])
 
 
 # An operator, not plain Python: torch.compile would decide is_recomputation() once, while it

@@ -136,10 +136,16 @@ def why_untrained(
         return
     learns = "the gate learns nothing from the model's loss"
     if settings.routing == "balanced":
-        yield f'[router] routing = "balanced": {learns}, as experts are taken in turn'
+        yield (
+            f'[router] routing = "balanced": {learns}, as experts are taken in turn. '
+            'Set it to "topk" to train a router; to take turns on purpose, also set freeze = true'
+        )
         return
     if experts == 1 and score_func == "softmax":
-        yield f"{learns}: there is one expert, whose softmax is 1"
+        yield (
+            f"{learns}: there is one expert, whose softmax is 1. Give the layer more experts; if "
+            "one is meant, set [router] freeze = true"
+        )
     elif top_k == 1 and norm:
         yield (
             f"{learns}: a token has one expert, and its weight is divided by itself "

@@ -54,7 +54,7 @@ class Alerts:
     """
 
     def __init__(self) -> None:
-        self._idle_steps: dict[tuple[int, int], int] = {}  # by layer and expert
+        self._idle_steps: dict[int, dict[int, int]] = {}  # by layer, of the experts that are idle
         self._smoothed_cv: dict[int, float] = {}  # by layer
         self._lowest_cv: dict[int, float] = {}
         self._said: set[tuple[object, ...]] = set()
@@ -73,23 +73,25 @@ class Alerts:
 
     def _dead(self, layer: LayerRecord, record: StepRecord) -> _Found | None:
         """Find experts without an assignment, each once."""
-        limit, dead = record.thresholds.alert_dead_steps, set(dead_experts(layer.counts_E))
-        new = []
-        for expert in range(len(layer.counts_E)):
-            key = (layer.layer, expert)
-            # A record without an assignment means that all its steps had none.
-            idle = self._idle_steps.get(key, 0) + record.steps if expert in dead else 0
-            self._idle_steps[key] = idle
-            is_bad = idle >= limit and not _warms_up(record)
-            if self._begins(("dead", *key), is_bad, not idle):
-                new.append(expert)
+        limit, number = record.thresholds.alert_dead_steps, layer.layer
+        before = self._idle_steps.get(number, {})
+        # A record without an assignment means that all its steps had none.
+        idle = {e: before.get(e, 0) + record.steps for e in dead_experts(layer.counts_E)}
+        self._idle_steps[number] = idle
+        self._said -= {("dead", number, expert) for expert in before.keys() - idle.keys()}
+        is_late = not _warms_up(record)
+        new = [
+            expert
+            for expert, steps in idle.items()
+            if self._begins(("dead", number, expert), is_late and steps >= limit, False)
+        ]
         if not new:
             return None
-        idle = min(self._idle_steps[layer.layer, expert] for expert in new)
         return _Found(
             layer.layer,
             -len(new),
-            f"{_named('expert', new)} of {len(layer.counts_E)} got no tokens for {idle} steps "
+            f"{_named('expert', new)} of {len(layer.counts_E)} got no tokens for "
+            f"{min(idle[expert] for expert in new)} steps "
             f"([telemetry] alert_dead_steps = {limit})",
         )
 

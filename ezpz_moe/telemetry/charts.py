@@ -29,10 +29,19 @@ from ezpz_moe.telemetry.summary import steps
 
 _WIDTH = 10.0  # inches, for a picture that sets no size
 _LARGEST = 30.0  # inches, for all cells of a heat map together
-_COLUMNS = 400  # of a heat map over steps: no screen shows more
+COLUMNS = 400  # of a heat map over steps: no screen shows more
+WIDE_FIT = 12  # layers whose panels are so wide; those of more are half as wide
+_POINTS = 6000  # of all lines of a picture together: what they take on a page
+_FEWEST_POINTS = 100  # of one line
+
+Loads = dict[int, tuple[Array, Array]]
+"""By layer, what :func:`load_by_step` returns."""
+
+# Inches around the panels over the steps, and between them.
+_LEFT, _RIGHT, _ABOVE, _BELOW, _GAP_W, _GAP_H = 0.85, 0.2, 1.1, 0.6, 0.55, 0.35
 
 # RdBu without its darkest ends, which look like the black of a dead expert.
-_LOAD = Palette(part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
+LOAD = Palette(part_of("RdBu_r", 0.1, 0.9), LogNorm(0.25, 4.0), zero="black")
 _PIXELS_WIDE = 1024  # of the loggers' picture, as long as its cells stay visible
 _VALUES_FIT = 16  # experts in a row that leave room for a figure in each cell
 _NAMES_FIT = 12  # layers in a legend
@@ -52,13 +61,14 @@ def load_heat_map(record: StepRecord) -> Figure:
     # Figure, not pyplot: pyplot keeps every figure in a global list and may want a display.
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    draw_cells(axes, load_LE, _LOAD)
+    draw_cells(axes, load_LE, LOAD)
     _name_rows(axes, [layer.layer for layer in record.layers])
     axes.xaxis.set_major_locator(MaxNLocator(min(experts, 16), integer=True, min_n_ticks=1))
     if experts <= _VALUES_FIT and rows <= 4 * _VALUES_FIT:
         _write_values(axes, load_LE)
     axes.set(xlabel="expert", ylabel="layer", title=f"expert load, {steps(record)}")
-    _add_load_bar(figure, axes, [record], location="bottom", pad=0.1 / size[1])
+    place = {"location": "bottom", "shrink": 0.6, "aspect": 40, "pad": 0.1 / size[1]}
+    _add_load_bar(figure, [record], ax=axes, **place)
     return figure
 
 
@@ -67,7 +77,7 @@ def load_pixels(record: StepRecord) -> npt.NDArray[np.uint8]:
 
     It takes a millisecond; the other one would hold up a training step for most of a second.
     """
-    colours_LE3 = (255 * _LOAD.rgba(_loads(record))[..., :3]).round().astype(np.uint8)
+    colours_LE3 = (255 * LOAD.rgba(_loads(record))[..., :3]).round().astype(np.uint8)
     size = int(np.clip(_PIXELS_WIDE // colours_LE3.shape[1], 4, 32))
     return colours_LE3.repeat(size, axis=0).repeat(size, axis=1)
 
@@ -83,42 +93,67 @@ def caption(record: StepRecord) -> str:
     )
 
 
-def load_over_steps(records: Sequence[StepRecord]) -> Figure:
+def load_over_steps(records: Sequence[StepRecord], loads: Loads) -> Figure:
     """Draw a panel per layer, the load of its experts (rows) over the steps (columns).
 
-    With more records than fit on a screen, a column is the sum of several. A dashed line is where
-    [router] or [balance] changed.
+    ``loads`` are those of :func:`loads_by_step`. A dashed line is where [router] or [balance]
+    changed.
     """
-    layers = _layers(records)
-    experts = max(len(layer.counts_E) for record in records for layer in record.layers)
-    columns = 1 if len(layers) <= 6 else 2 if len(layers) <= 12 else 4
+    layers = [*loads]
+    experts = max(len(load_ES) for load_ES, _ in loads.values())
+    columns = 1 if len(layers) <= 6 else 2 if len(layers) <= WIDE_FIT else 4
     rows = math.ceil(len(layers) / columns)
     # At least a pixel per expert, to show a dead one, and room for the title and the axis.
     height = min(6.0, max(1.2, min(2.4, 0.16 * experts), 0.9 + experts / DPI))
-    size = max(_WIDTH, 3.6 * columns), rows * height + 1
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    figure = Figure(figsize=(max(_WIDTH, 3.6 * columns), rows * height + _ABOVE + _BELOW))
+    panels = figure.subplots(
+        rows, columns, sharex=True, squeeze=False, gridspec_kw=_grid(figure, rows, columns)
+    ).flatten()
     for unused in panels[len(layers) :]:
         unused.remove()
     panels = panels[: len(layers)]
     for panel, layer in zip(panels, layers, strict=True):
-        load_ES, edges = load_by_step(records, layer)
-        draw_cells(panel, load_ES, _LOAD, edges, first_on_top=False)
+        load_ES, edges = loads[layer]
+        draw_cells(panel, load_ES, LOAD, edges, first_on_top=False)
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         panel.xaxis.set_major_locator(MaxNLocator(6, **_ROUND))
         panel.set_title(f"layer {layer}", fontsize="medium", loc="left")
         _mark_changes(panel, records, "black")  # as on every cell, whatever the page
     for lowest in panels[-columns:]:
         lowest.tick_params(labelbottom=True)
-    figure.supxlabel("step", fontsize="medium")
-    figure.supylabel("expert", fontsize="medium")
-    _add_load_bar(figure, list(panels), records, location="top", pad=0.3 / size[1])
+    width, height = figure.get_size_inches()
+    figure.supxlabel("step", fontsize="medium", y=0.1 / height, va="bottom")
+    figure.supylabel("expert", fontsize="medium", x=0.1 / width, ha="left")
+    place = figure.add_axes((0.2, 1 - 0.7 / height, 0.6, 0.16 / height))
+    _add_load_bar(figure, records, cax=place, orientation="horizontal", ticklocation="top")
     return figure
 
 
-def cv_over_steps(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure:
-    """Draw the CV of every layer's load, and their mean, over the steps."""
-    steps_S, layers, cv_LS = _steps(records), _layers(records), cv_by_step(records)
+def _grid(figure: Figure, rows: int, columns: int) -> dict[str, float]:
+    """Return where the panels are. A layout by what is drawn takes seconds for dozens of them."""
+    width, height = figure.get_size_inches()
+    panel_w = (width - _LEFT - _RIGHT - (columns - 1) * _GAP_W) / columns
+    panel_h = (height - _ABOVE - _BELOW - (rows - 1) * _GAP_H) / rows
+    return {
+        "left": _LEFT / width,
+        "right": 1 - _RIGHT / width,
+        "bottom": _BELOW / height,
+        "top": 1 - _ABOVE / height,
+        "wspace": _GAP_W / panel_w,
+        "hspace": _GAP_H / panel_h,
+    }
+
+
+def cv_over_steps(records: Sequence[StepRecord], cv_LS: Array, look: Look = LIGHT) -> Figure:
+    """Draw the CV of every layer's load, and their mean, over the steps.
+
+    ``cv_LS`` is that of :func:`cv_by_step`. With more points than a screen shows, one is the mean
+    of several records'.
+    """
+    layers = layers_of(records)
+    groups = _groups(len(records), max(_FEWEST_POINTS, _POINTS // len(layers)))
+    steps_S = [records[group[-1]].step for group in groups]
+    cv_LS = np.stack([mean_over_rows(cv_LS[:, group].T) for group in groups], axis=1)
     figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = ScalarMappable(Normalize(layers[0], layers[-1]), look.order)
@@ -127,7 +162,7 @@ def cv_over_steps(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure:
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
         _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
-    _line(axes, steps_S, mean_over_layers(cv_LS), color=look.ink, linewidth=2.5, label="mean")
+    _line(axes, steps_S, mean_over_rows(cv_LS), color=look.ink, linewidth=2.5, label="mean")
     if len(layers) <= _NAMES_FIT:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
@@ -140,14 +175,17 @@ def cv_over_steps(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure:
     return figure
 
 
-def loss_and_balance(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure | None:
+def loss_and_balance(
+    records: Sequence[StepRecord], cv_LS: Array, look: Look = LIGHT
+) -> Figure | None:
     """Draw loss and mean CV over the steps on two axes, and loss against CV.
 
-    None if no record has a finite loss. A single record has no second part.
+    ``cv_LS`` is that of :func:`cv_by_step`. None if no record has a finite loss. A single record
+    has no second part.
     """
     steps_S = _steps(records)
     loss_S = _drawable([r.loss for r in records])
-    cv_S = mean_over_layers(cv_by_step(records))
+    cv_S = mean_over_rows(cv_LS)
     if not np.isfinite(loss_S).any():
         return None
     figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
@@ -165,7 +203,7 @@ def loss_and_balance(records: Sequence[StepRecord], look: Look = LIGHT) -> Figur
         axes.yaxis.label.set_color(colour)
         axes.tick_params(axis="y", colors=colour)
     for axes in right:
-        points = axes.scatter(cv_S, loss_S, c=steps_S, cmap=look.order, s=18)
+        points = axes.scatter(cv_S, loss_S, c=steps_S, cmap=look.order, s=22, linewidths=0)
         axes.set(xlabel="mean CV of load", ylabel="training loss")
         axes.spines[["top", "right"]].set_visible(False)
         figure.colorbar(points, ax=axes, label="step", ticks=MaxNLocator(6, **_ROUND))
@@ -192,12 +230,18 @@ def balance_losses(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure 
 # Numbers ------------------------------------------------------------------------------------------
 
 
-def _layers(records: Sequence[StepRecord]) -> list[int]:
+def layers_of(records: Sequence[StepRecord]) -> list[int]:
+    """Return the numbers of the layers that any record has."""
     return sorted({layer.layer for record in records for layer in record.layers})
 
 
 def _steps(records: Sequence[StepRecord]) -> list[int]:
     return [record.step for record in records]
+
+
+def changes(records: Sequence[StepRecord]) -> list[int]:
+    """Return the steps after which a resumed run chooses or balances in another way."""
+    return [one.step for one, other in pairwise(records) if one.settings != other.settings]
 
 
 def _layer(record: StepRecord, number: int) -> LayerRecord | None:
@@ -211,7 +255,7 @@ def _loads(record: StepRecord) -> Array:
 
 def cv_by_step(records: Sequence[StepRecord]) -> Array:
     """Return each layer's CV by record: [L, S], NaN where a layer has no assignments."""
-    found = [[_layer(record, number) for record in records] for number in _layers(records)]
+    found = [[_layer(record, number) for record in records] for number in layers_of(records)]
     return np.array(
         [
             [coefficient_of_variation(one.counts_E) if one else math.nan for one in row]
@@ -220,11 +264,11 @@ def cv_by_step(records: Sequence[StepRecord]) -> Array:
     )
 
 
-def mean_over_layers(values_LS: Array) -> Array:
-    """Return the mean over the layers that have a value: [S], NaN where none has."""
+def mean_over_rows(values_LS: Array) -> Array:
+    """Return the mean of each column's values: of [L, S] it is [S], NaN where there is none."""
     has_LS = np.isfinite(values_LS)
     total_S, number_S = np.where(has_LS, values_LS, 0).sum(axis=0), has_LS.sum(axis=0)
-    # Not nanmean, which warns about a step where no layer has a value.
+    # Not nanmean, which warns about a column without a value.
     return np.where(number_S, total_S / np.maximum(number_S, 1), math.nan)
 
 
@@ -233,9 +277,14 @@ def _mean_loss(record: StepRecord, name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def load_by_step(
-    records: Sequence[StepRecord], number: int, columns: int = _COLUMNS
-) -> tuple[Array, Array]:
+def loads_by_step(records: Sequence[StepRecord]) -> Loads:
+    """Return each layer's load over the steps, in as many columns as its panel can show."""
+    layers = layers_of(records)
+    columns = COLUMNS if len(layers) <= WIDE_FIT else COLUMNS // 2
+    return {layer: load_by_step(records, layer, columns) for layer in layers}
+
+
+def load_by_step(records: Sequence[StepRecord], number: int, columns: int) -> tuple[Array, Array]:
     """Return the load of a layer's experts over the steps, in at most ``columns`` columns.
 
     Returns [E, columns], the assignments in a column's records over their mean, and the columns'
@@ -246,15 +295,14 @@ def load_by_step(
     # A resumed run may have another number of experts, which does not fit into the same picture.
     found = [(r, layer) for r, layer in found if len(layer.counts_E) == experts]
     # Sum neighbours instead of skipping records: a short collapse stays visible.
-    groups = np.array_split(np.arange(len(found)), min(len(found), columns))
+    groups = _groups(len(found), columns)
     first = found[0][0]
     # Edges at steps, not at record numbers: records may cover different numbers of steps.
     edges = [first.step - first.steps, *(found[group[-1]][0].step for group in groups)]
-    # Python's integers: numpy's sum of large ones would wrap around to a negative one.
-    counts = [
-        [*map(sum, zip(*(found[i][1].counts_E for i in group), strict=True))] for group in groups
-    ]
-    return np.stack([relative_load(counts_E) for counts_E in counts], axis=1), np.array(edges)
+    # float64: a sum of large integers would wrap around to a negative one.
+    counts_SE = np.array([layer.counts_E for _, layer in found], dtype=np.float64)
+    summed = np.add.reduceat(counts_SE, [group[0] for group in groups], axis=0)
+    return np.stack([relative_load(counts_E) for counts_E in summed], axis=1), np.array(edges)
 
 
 # Drawing ------------------------------------------------------------------------------------------
@@ -265,16 +313,12 @@ def _cell(number: int, largest: float, smallest: float, room: float) -> float:
     return min(largest, max(smallest, room / number), _LARGEST / number)
 
 
-def _add_load_bar(
-    figure: Figure, axes: Axes | list[Axes], records: Sequence[StepRecord], **place: Any
-) -> None:
+def _add_load_bar(figure: Figure, records: Sequence[StepRecord], **place: Any) -> None:
     has_dead = any(
         0 in layer.counts_E and any(layer.counts_E) for r in records for layer in r.layers
     )
     label = f"load: assignments / layer's mean{' (black: dead)' * has_dead}"
-    bar = figure.colorbar(
-        _LOAD.bar, ax=axes, extend="both", label=label, shrink=0.6, aspect=40, **place
-    )
+    bar = figure.colorbar(LOAD.bar, extend="both", label=label, **place)
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
     bar.minorticks_off()
 
@@ -283,7 +327,7 @@ def _write_values(axes: Axes, load_LE: Array) -> None:
     for (row, expert), load in np.ndenumerate(load_LE):
         if np.isnan(load):
             continue
-        ((red, green, blue, _),) = _LOAD.rgba(np.array([load]))
+        ((red, green, blue, _),) = LOAD.rgba(np.array([load]))
         # Perceived brightness of the cell (the weights are those of ITU-R BT.601).
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         axes.text(
@@ -318,10 +362,14 @@ def _name_highest(axes: Axes, steps_S: Sequence[int], names: list[int], values_L
 
 
 def _mark_changes(axes: Axes, records: Sequence[StepRecord], ink: str) -> None:
-    """Draw a line where a resumed run began to choose or to balance in another way."""
-    for before, after in pairwise(records):
-        if before.settings != after.settings:
-            axes.axvline(before.step, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
+    """Draw a line at each of the changes."""
+    for step in changes(records):
+        axes.axvline(step, color=ink, linestyle=(0, (4, 3)), linewidth=1.2)
+
+
+def _groups(number: int, most: int) -> list[npt.NDArray[np.int_]]:
+    """Split 0 to ``number`` - 1 into at most ``most`` neighbourhoods."""
+    return np.array_split(np.arange(number), min(number, most))
 
 
 def _drawable(values_S: Sequence[float | None]) -> Array:

@@ -13,8 +13,11 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_rgba
+from matplotlib.image import AxesImage
 
 Array = npt.NDArray[np.float64]
+
+_COLOURS = 32  # of an indexed picture, beside zero and absent: steps that no eye sees
 
 ABSENT = "0.85"
 """The grey of a cell without a value."""
@@ -42,6 +45,20 @@ class Palette:
             colours[values == 0] = to_rgba(self.zero)
         colours[np.isnan(values)] = to_rgba(ABSENT)
         return colours
+
+    def indexed(self, values: Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Return each value's place in a small palette, and that palette: [colours, RGB].
+
+        Few colours make a small file: neighbours in a picture are then mostly alike.
+        """
+        places = np.linspace(0.0, 1.0, _COLOURS)
+        palette = np.vstack([self.colours(places), to_rgba(self.zero or "black"), to_rgba(ABSENT)])
+        place = np.clip(np.ma.filled(self.scale(np.nan_to_num(values, nan=1.0)), 0.0), 0.0, 1.0)
+        index = np.rint(place * (_COLOURS - 1)).astype(np.uint8)
+        if self.zero is not None:
+            index[values == 0] = _COLOURS
+        index[np.isnan(values)] = _COLOURS + 1
+        return index, (255 * palette[:, :3]).round().astype(np.uint8)
 
     @property
     def bar(self) -> ScalarMappable:
@@ -79,7 +96,9 @@ def draw_cells(
     x_edges = np.arange(columns + 1) - 0.5 if x_edges is None else x_edges
     # Colours are computed here, not by the axes: a logarithmic scale would mask 0 like NaN, and a
     # dead expert must not look absent.
-    axes.pcolorfast(x_edges, np.arange(rows + 1) - 0.5, palette.rgba(values))
+    cells = axes.pcolorfast(x_edges, np.arange(rows + 1) - 0.5, palette.rgba(values))
+    if isinstance(cells, AxesImage):  # it is where the columns are evenly apart
+        cells.set_interpolation("none")  # an SVG then has a pixel for a cell, whatever its size
     if first_on_top:
         axes.invert_yaxis()
     axes.tick_params(length=2)

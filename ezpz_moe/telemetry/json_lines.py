@@ -18,8 +18,8 @@ from pydantic_core import from_json
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry.figures import layer_figures, over_layers
 from ezpz_moe.telemetry.record import StepRecord
+from ezpz_moe.telemetry.where import FILE_NAME as FILE_NAME
 
-FILE_NAME = "telemetry.jsonl"
 FORMAT = 1
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ezpz_moe.telemetry.panels import Panels, load_colours
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import (
+    NOTHING,
     dates,
     first_step,
     headline,
@@ -72,6 +74,17 @@ section { flex: 1 1 min(100%, var(--drawn, 100%)); min-width: 0; }
 .wide { overflow-x: auto; }
 .wide img { display: block; height: auto; width: 100%;
             min-width: calc(0.75 * var(--drawn)); max-width: calc(1.3 * var(--drawn)); }
+/* Panels are as large as their pixels, or larger: their words are the page's. */
+.panels { display: grid; gap: 1.2rem 2rem;
+          grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+h3 { font-size: 0.9rem; font-weight: 600; margin: 0 0 0.2rem; }
+.cells { position: relative; border: 1px solid var(--line); }
+.cells img { display: block; width: 100%; max-height: 20rem; }
+.cells i { position: absolute; top: 0; bottom: 0; border-left: 1.5px dashed #000; }
+.ends { display: flex; justify-content: space-between; margin: 0; font-size: 0.85rem;
+        max-width: none; color: var(--quiet); }
+.legend { max-width: 24rem; margin-bottom: 1rem; }
+.legend div { height: 0.8rem; border: 1px solid var(--line); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; min-width: 2.8rem; }
@@ -105,7 +118,7 @@ class Picture:
 def page(
     source: Path,
     records: Sequence[StepRecord],
-    pictures: Sequence[Picture],
+    pictures: Sequence[Picture | Panels],
     alerts: Sequence[str],
 ) -> str:
     """Return the page of a run, from the records in the file ``source``."""
@@ -119,7 +132,7 @@ def page(
         # Alerts come first: they are what the reader opens the page for.
         _section("Alerts" if alerts else "No alerts", _alerts(alerts, last)),
         _section("Over the layers", figures, wide="26rem"),
-        *map(_figure, pictures),
+        *(_panels(each) if isinstance(each, Panels) else _figure(each) for each in pictures),
         _section(f"Layer by layer, {steps(last)}", _table(layer_rows(last), "Layer by layer")),
         "</main>",
     ]
@@ -183,9 +196,34 @@ def _figure(picture: Picture) -> str:
     return _section(title, figure, wide=f"{picture.inches_wide:g}in")
 
 
-def _embedded(svg: bytes) -> str:
+def _panels(of: Panels) -> str:
+    title, caption = _CAPTIONS[of.name]
+    marks = "".join(f'<i style="left: {100 * place:.2f}%"></i>' for place in of.changes)
+    shown = "\n".join(
+        f"<div><h3>layer {panel.layer}, {panel.experts} expert{'s' * (panel.experts > 1)}</h3>\n"
+        f'<div class="cells"><img alt="{title}, layer {panel.layer}" '
+        f'style="height: {panel.high}px" src="{_embedded(panel.png, "png")}">{marks}</div>\n'
+        f'<p class="ends"><span>step {of.first}</span><span>{of.last}</span></p></div>'
+        for panel in of.panels
+    )
+    return _section(
+        title,
+        f"<figure>\n<figcaption>{caption} Experts count upwards from 0.</figcaption>\n{_legend()}\n"
+        f'<div class="panels">\n{shown}\n</div>\n</figure>',
+    )
+
+
+def _legend() -> str:
+    colours, loads = ", ".join(load_colours()), "".join(f"<span>{x}</span>" for x in "¼½124")
+    return (
+        f'<div class="legend"><div style="background: linear-gradient(to right, {colours})"></div>'
+        f'<p class="ends">{loads}</p></div>'
+    )
+
+
+def _embedded(picture: bytes, kind: str = "svg+xml") -> str:
     # Embedded, because the page is mailed and archived without its folder.
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def _scrolling(name: str) -> str:
@@ -195,7 +233,7 @@ def _scrolling(name: str) -> str:
 
 def _table(rows: Sequence[dict[str, str]], name: str) -> str:
     if not rows:
-        return '<p class="quiet">None: no layer was given a token.</p>'
+        return f'<p class="quiet">{NOTHING}</p>'
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in rows[0])
     lines = "\n".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in rows

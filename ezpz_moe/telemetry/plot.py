@@ -11,11 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry import charts, look, page
+from ezpz_moe.telemetry import charts, look, page, panels
 from ezpz_moe.telemetry.alerts import Alerts
-from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.telemetry.heat_map import Array
+from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.look import DARK, LIGHT, Look
 from ezpz_moe.telemetry.record import StepRecord
+from ezpz_moe.telemetry.where import find_records
 
 FOLDER = "telemetry"
 PAGE = "telemetry.html"
@@ -39,7 +41,7 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     Raises:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
     """
-    source = _find(run)
+    source = find_records(run)
     records = read(source)
     if not records:
         raise EzpzError(
@@ -61,45 +63,32 @@ def raised(records: Iterable[StepRecord]) -> list[str]:
     return [message for record in records for message in alerts.check(record)]
 
 
-def _find(run: Path) -> Path:
-    """Find the file with a run's records."""
-    if not run.exists():
-        raise EzpzError(f"{run}: there is no such folder or file. Name a run's dump_folder.")
-    if not run.is_dir():
-        return run
-    if (file := run / FILE_NAME).exists():
-        return file
-    # Look two levels down only: a dump folder is often named by its parent, but may hold large
-    # checkpoints.
-    below = sorted([*run.glob(f"*/{FILE_NAME}"), *run.glob(f"*/*/{FILE_NAME}")])
-    hint = f" There is one below it: {below[0]}." if below else ""
-    raise EzpzError(
-        f"{run}: holds no {FILE_NAME}. A run whose job or flavor has a [telemetry] table writes it "
-        f"into its dump_folder.{hint}"
-    )
-
-
-def _draw(records: Sequence[StepRecord]) -> list[page.Picture]:
+def _draw(records: Sequence[StepRecord]) -> list[page.Picture | panels.Panels]:
     """Draw every picture that the records have figures for, on white and for a dark page."""
+    cv_LS, loads = charts.cv_by_step(records), charts.loads_by_step(records)
     with LIGHT.applied():
         light = {
             name: (look.png(figure), look.svg(figure), figure.get_figwidth())
-            for name, figure in _figures(records, LIGHT).items()
+            for name, figure in _figures(records, cv_LS, LIGHT).items()
         }
+        over_steps = panels.panels_of(
+            records, loads, look.png(charts.load_over_steps(records, loads))
+        )
     with DARK.applied():
-        dark = {name: look.svg(figure) for name, figure in _figures(records, DARK).items()}
-    return [
+        dark = {name: look.svg(figure) for name, figure in _figures(records, cv_LS, DARK).items()}
+    load_last, *others = [
         page.Picture(name, png, svg, dark[name], inches_wide)
         for name, (png, svg, inches_wide) in light.items()
     ]
+    return [load_last, over_steps, *others]
 
 
-def _figures(records: Sequence[StepRecord], of: Look) -> dict[str, Figure]:
+def _figures(records: Sequence[StepRecord], cv_LS: Array, of: Look) -> dict[str, Figure]:
+    """Return the figures that are drawn in the ink of a page."""
     figures = {
         "load_last": charts.load_heat_map(records[-1]),
-        "load_over_steps": charts.load_over_steps(records),
-        "cv_over_steps": charts.cv_over_steps(records, of),
-        "loss_and_balance": charts.loss_and_balance(records, of),
+        "cv_over_steps": charts.cv_over_steps(records, cv_LS, of),
+        "loss_and_balance": charts.loss_and_balance(records, cv_LS, of),
         "balance_losses": charts.balance_losses(records, of),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC
 from itertools import groupby
 
+from ezpz_moe.config.layer_sizes import in_words
 from ezpz_moe.config.routing_schema import REPORTED_LOSSES
 from ezpz_moe.telemetry.figures import WORST, layer_figures, over_layers
 from ezpz_moe.telemetry.record import StepRecord
@@ -30,6 +31,7 @@ LABELS = {
     "drop_rate": "drop rate",
     **{loss: f"{loss}, unscaled" for loss in REPORTED_LOSSES},
 }
+NOTHING = "None: no layer was given a token."  # in place of a table without rows
 _LONGEST = 1e12  # from here on digits are no longer read
 _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 
@@ -65,7 +67,8 @@ def layer_rows(record: StepRecord) -> list[dict[str, str]]:
 def headline(record: StepRecord) -> str:
     """Return what the record covers, in one line."""
     experts = sorted({len(layer.counts_E) for layer in record.layers})
-    numbers = " or ".join(map(str, experts))
+    # Where every layer has its own number, the ends say more than all of them.
+    numbers = " or ".join(map(str, experts)) if len(experts) < 3 else in_words(tuple(experts))
     loss = "" if record.loss is None else f", loss {shown(record.loss)}"
     layers = len(record.layers)
     return (

@@ -14,7 +14,7 @@ from rich.table import Table
 UNLIMITED = 10_000
 """Columns of what is no terminal. Without one to ask, rich would wrap at 80."""
 
-_FIGURE = re.compile(r"[-+]?\d")
+_FIGURE = re.compile(r"[-+<]?\d")
 
 
 def words(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -82,6 +82,15 @@ def memory(number: int) -> str:
     """Format 4080218931 as "3.80 GiB", 524288 as "0.50 MiB"."""
     # 2**27 bytes are 0.13 GiB: below that, two decimals would say too little.
     return gibibytes(number) if number >= 2**27 else f"{number / 2**20:.2f} MiB"
+
+
+def memory_beside(number: int, largest: int) -> str:
+    """Format memory in the unit of the largest of its table, in which all are compared."""
+    size, unit = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    # What is there is not nothing.
+    if 0 < number < 0.005 * size:
+        return f"<0.01 {unit}"
+    return f"{number / size:.2f} {unit}"
 
 
 def count(parameters: int | None) -> str:

@@ -39,23 +39,25 @@ _DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert` found.
+    """What became of a job, or of another project's config (:mod:`.convert_foreign`).
 
     Attributes:
         changes: one per key, in the file's order; then the added keys, and those that differ.
-        text: the new job.
-        flavor: the name in its ``model.flavor``; empty if the user has to name it.
-        flavor_file: text of the flavor file that it needs beside it; empty for none.
-        refusal: why there is no such job; empty if there is one.
-        differences: what the old job's model computed and the flavor's does not.
+        text: the new file, a job or a flavor.
+        flavor: the name in a job's ``model.flavor``; empty if the user has to name it.
+        flavor_file: text of the flavor file that a job needs beside it; empty for none.
+        refusal: why there is no new file; empty if there is one.
+        differences: what the old model computed and the flavor's does not.
+        notes: small deviations that no flavor can express.
     """
 
     changes: tuple[Change, ...]
-    text: str
-    flavor: str
+    text: str = ""
+    flavor: str = ""
     flavor_file: str = ""
     refusal: str = ""
     differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def dropped(self) -> list[str]:
@@ -69,7 +71,7 @@ class Conversion:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the new job does all that the old one did."""
+        """Whether the new file does all that the old one did."""
         return not (self.dropped or self.refusal or self.left_open or self.differences)
 
 
@@ -132,6 +134,7 @@ def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
         if path.exists():
             raise EzpzError(f"{path} already exists. Remove it, or choose another name.")
     try:
+        new.parent.mkdir(parents=True, exist_ok=True)
         # Write both files before moving either: a full disk then leaves nothing behind. In the same
         # folder, because os.replace cannot move a file to another file system.
         with tempfile.TemporaryDirectory(prefix=".ezpz-moe-", dir=new.parent) as folder:
@@ -141,7 +144,7 @@ def write_files(files: Mapping[Path, str], new: Path) -> list[Path]:
             for path in files:
                 os.replace(Path(folder, path.name), path)
     except OSError as error:
-        raise EzpzError(f"{new} cannot be written: {error}.") from error
+        raise EzpzError(f"{new} cannot be written: {error.strerror}.") from error
     return list(files)
 
 
@@ -172,12 +175,19 @@ def _changed_lines(
 def _assigned(line: Statement, old: Path) -> tuple[str, Any]:
     """Return ``section.name`` and value of an assignment."""
     found = list(flat(line.parsed, line.section))
-    if len(found) != 1:
+    if len(found) == 1:
+        return found[0]
+    key, value = line.section, line.parsed
+    while isinstance(value, Mapping) and len(value) == 1:
+        ((name, value),) = value.items()
+        key = f"{key}.{name}" if key else name
+    # A table of a fork's is one value: no key of it is the trainer's.
+    if key in sections(KEYS):
         raise EzpzError(
             f"{old}: {line.text.strip()}: is not one key with one value. Write each key on a "
             "line of its own, under its [section]."
         )
-    return found[0]
+    return key, value
 
 
 # The new file -------------------------------------------------------------------------------------

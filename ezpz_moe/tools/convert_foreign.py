@@ -24,7 +24,7 @@ from ezpz_moe.config.toml_edit import assignment, commented
 from ezpz_moe.errors import EzpzError, printable, some
 from ezpz_moe.hosts.dcp.paths import CONFIG
 from ezpz_moe.hosts.detect import check_host, host
-from ezpz_moe.tools.convert import Change, write_files
+from ezpz_moe.tools.convert import Change, Conversion, write_files
 
 SIZED = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 """Values of ``model_type`` whose models a flavor's own sizes describe."""
@@ -33,6 +33,7 @@ BASES = {
     "gpt_oss": ("gpt_oss/20b", "gpt_oss/120b"),
 }
 """The host's own models, by the ``model_type`` that transformers computes them with."""
+_EPS = "rms_norm_eps"
 
 
 @dataclass(frozen=True)
@@ -86,31 +87,7 @@ class Foreign:
     is_of_class: bool = True
 
 
-@dataclass(frozen=True)
-class FlavorConversion:
-    """What became of another project's config.
-
-    Attributes:
-        changes: one for each key.
-        differences: what the file's model computes and the flavor's does not.
-        notes: small deviations that no flavor can express.
-        text: the flavor's file.
-        refusal: why there is no such flavor; empty if there is one.
-    """
-
-    changes: tuple[Change, ...]
-    differences: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    text: str = ""
-    refusal: str = ""
-
-    @property
-    def dropped(self) -> list[str]:
-        """Keys that had an effect and no longer have one."""
-        return [change.key for change in self.changes if change.fate == "dropped"]
-
-
-def converted(foreign: Foreign) -> FlavorConversion:
+def converted(foreign: Foreign) -> Conversion:
     """Return the flavor that computes ``foreign``, or why there is none.
 
     Raises:
@@ -122,26 +99,40 @@ def converted(foreign: Foreign) -> FlavorConversion:
         lines = list(_sizes(foreign))
         text, differences, notes = _tried(foreign, lines)
         text = "".join([commented(f"differs: {each}\n") for each in differences]) + text
-        return FlavorConversion(foreign.changes, differences, notes, _headed(foreign, text))
+        return _made(foreign, text, notes, differences)
     bases = BASES.get(kind, ()) if isinstance(kind, str) else ()
     if not bases:
         known = ", ".join([*SIZED, *BASES])
-        return FlavorConversion(
+        return Conversion(
             foreign.changes,
             refusal=f"torchtitan has no model like {kind!r}; ezpz_moe makes flavors of {known}.",
         )
     tried = [(_tried(foreign, [Line("base", base)]), base) for base in bases]
     (text, differences, notes), base = min(tried, key=lambda each: len(each[0][1]))
     if differences:
-        return FlavorConversion(
+        return Conversion(
             foreign.changes,
             refusal=f"no model of torchtitan's is this one; the nearest, {base}, differs: "
             f"{some(differences)}.",
         )
-    return FlavorConversion(foreign.changes, notes=notes, text=_headed(foreign, text))
+    return _made(foreign, text, notes)
 
 
-def write(conversion: FlavorConversion, new: Path) -> list[Path]:
+def _made(
+    foreign: Foreign, text: str, notes: tuple[str, ...], differences: tuple[str, ...] = ()
+) -> Conversion:
+    """Return the flavor; a note stands in its file too, and its key is not called kept."""
+    eps = foreign.names.get(_EPS, _EPS) if notes else ""
+    changes = (
+        replace(each, fate="differs", note="no flavor can set it") if each.key == eps else each
+        for each in foreign.changes
+    )
+    text = "".join([commented(f"note: {each}\n") for each in notes]) + text
+    head = f"# From {foreign.source.name} of {foreign.project}, by ezpz-moe convert.\n"
+    return Conversion(tuple(changes), head + text, differences=differences, notes=notes)
+
+
+def write(conversion: Conversion, new: Path) -> list[Path]:
     """Write the flavor, and return its path.
 
     Raises:
@@ -273,8 +264,7 @@ def _tried(foreign: Foreign, lines: Sequence[Line]) -> tuple[str, tuple[str, ...
 
 
 def _of_their_file(note: str, foreign: Foreign) -> str:
-    key = "rms_norm_eps"
-    return note.replace(CONFIG, foreign.source.name).replace(key, foreign.names.get(key, key))
+    return note.replace(CONFIG, foreign.source.name).replace(_EPS, foreign.names.get(_EPS, _EPS))
 
 
 def _in_their_words(difference: str, names: Mapping[str, str]) -> str:
@@ -283,11 +273,6 @@ def _in_their_words(difference: str, names: Mapping[str, str]) -> str:
 
 
 # The file -----------------------------------------------------------------------------------------
-
-
-def _headed(foreign: Foreign, text: str) -> str:
-    name = foreign.source.name
-    return f"# From {name} of {foreign.project}, by ezpz-moe convert.\n{text}"
 
 
 def _toml(lines: Iterable[Line]) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.config.job import is_one_of
 from ezpz_moe.errors import EzpzError, printable
-from ezpz_moe.tools.convert import Change
+from ezpz_moe.tools.convert import Change, Conversion
 from ezpz_moe.tools.convert_foreign import (
-    FlavorConversion,
     Foreign,
     Line,
     Loss,
@@ -44,7 +43,7 @@ _BY_BEST = "group_limited_greedy"
 """``topk_method`` of DeepSeek-V2: groups ranked by their best expert."""
 
 
-def from_hf(source: Path) -> FlavorConversion:
+def from_hf(source: Path) -> Conversion:
     """Return the flavor of a ``config.json``, or why there is none.
 
     Raises:

@@ -31,6 +31,10 @@ _OLD_TOKENIZER = (
     "since torchtitan 0.2 it is [model] hf_assets_path, a folder with tokenizer.json: download "
     "that in place of tokenizer.model, and name its folder here"
 )
+_OF_A_CHECKOUT = (
+    ": a folder of torchtitan's own checkout. Elsewhere name your tokenizer's, or leave this out "
+    "with a debug model"
+)
 _LOSS_CHUNKS = 8  # torchtitan 0.3's default; 0.2 does not cut the loss
 _AN_OLDER_FILE_HAD_NO = ("checkpoint.last_save_model_only",)
 """Changed defaults that releases before 0.2 did not have yet."""
@@ -141,17 +145,22 @@ def change_of(key: str, value: Any, job: OldJob, model: NewModel | None) -> Chan
     # Before asking whether 0.3 has the key: a default that is built in needs none.
     if is_one_of(row.unless, value):
         return Change(key, value, "needless", "torchtitan 0.3 does it anyway")
+    is_accepted = accepts(row, value)
     # In 0.3, an option of another mode of activation checkpointing is an error.
-    may_be_idle = row.message or section == "activation_checkpoint"
+    may_be_idle = row.message or not is_accepted or section == "activation_checkpoint"
     if may_be_idle and (because := job.switched_off(key)):
         return Change(key, value, "needless", f"it has no effect with {because}")
     if row.message:
         note = _of_converters(value) if key == "model.converters" else ""
         return Change(key, value, "dropped", note or row.message)
-    if not accepts(row, value):
+    if key == "optimizer.name" and isinstance(value, str) and not is_accepted:
+        return Change(key, value, "open", _of_optimizer(value, allowed(row)), value)
+    if not is_accepted:
         return Change(key, value, "dropped", f"it must be {allowed(row)}")
     if model and name == "dataset" and value.lower() not in DATASETS:
         return Change(key, value, "open", _of_dataset(value), value)
+    if model and key == "parallelism.expert_parallel_degree" and (problem := _ranks(value, model)):
+        return Change(key, value, "open", problem, value)
     return Change(key, value, "kept", f"now {row.path}" if row.path not in (None, key) else "")
 
 
@@ -173,6 +182,9 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
         said = job.values[older.now]
         if is_one_of((said,), new):
             return Change(key, value, "needless", f"{claim} says the same")
+        if claim == older.now:
+            note = f"torchtitan 0.2 reads {claim} = {shown(said)} in its place"
+            return Change(key, value, "needless", note)
         return Change(key, value, "dropped", f"{claim} = {shown(job.given[claim])} says otherwise")
     change = change_of(older.now, new, job, None)
     if change.fate == "kept":
@@ -183,10 +195,31 @@ def _older(key: str, value: Any, older: OlderKey, job: OldJob) -> Change:
     return replace(change, key=key, value=value, note=f"{older.place}: {change.note}")
 
 
+def _of_optimizer(name: str, allowed_: str) -> str:
+    # Left out, it would be AdamW with the learning rate of another.
+    return (
+        f"torchtitan 0.2 and 0.3 have no optimizer {shown(name)}, so it is a fork's: it must be "
+        f"{allowed_}. Name one, and its own lr"
+    )
+
+
 def _of_dataset(name: str) -> str:
     return (
-        f"torchtitan has no dataset {shown(name)} ({', '.join(DATASETS)}), so it is a fork's. Name "
-        "one of these, or leave dataset out and set dataset_path to a file of texts"
+        f"torchtitan 0.2 and 0.3 have no dataset {shown(name)} ({', '.join(DATASETS)}): it is a "
+        "fork's, or an older release's. Name one of these, or leave dataset out and set "
+        "dataset_path to a file of texts"
+    )
+
+
+def _ranks(degree: int, model: NewModel) -> str:
+    """Return why that many ranks cannot share the model's experts; nothing if they can."""
+    experts = model.experts
+    if experts is None or experts % degree == 0:
+        return ""
+    divisors = ", ".join(str(each) for each in range(1, experts + 1) if experts % each == 0)
+    return (
+        f"{degree} does not divide the {experts} experts of flavor {shown(model.flavor)}. Set it "
+        f"to one of {divisors}"
     )
 
 
@@ -235,7 +268,9 @@ def added(job: OldJob, model: NewModel | None) -> Iterator[Change]:
             yield Change(key, None, "open", model.open)
             continue
         new = model.flavor if key == "model.flavor" else default
-        yield Change(key, None, "added", f"torchtitan 0.2's default, {shown(default)}", new)
+        where = _OF_A_CHECKOUT if key == "model.hf_assets_path" else ""
+        note = f"torchtitan 0.2's default, {shown(default)}{where}"
+        yield Change(key, None, "added", note, new)
     yield from _as_0_2_did(job, model)
 
 

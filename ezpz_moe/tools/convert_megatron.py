@@ -16,9 +16,8 @@ import yaml
 from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.config.job import is_one_of, shown
 from ezpz_moe.errors import EzpzError, printable
-from ezpz_moe.tools.convert import Change
+from ezpz_moe.tools.convert import Change, Conversion
 from ezpz_moe.tools.convert_foreign import (
-    FlavorConversion,
     Foreign,
     converted,
     lines_of,
@@ -74,10 +73,11 @@ _MADE_OF = {
     "mlp_only_layers": "moe_layer_freq",
     "n_shared_experts": "moe_shared_expert_intermediate_size",
     "norm_topk_prob": "moe_router_pre_softmax",
-    "rms_norm_eps": "norm_epsilon",
     "tie_word_embeddings": "untie_embeddings_and_output_weights",
 }
 """transformers' key -> Megatron's, of another form."""
+_EPS = ("layernorm_epsilon", "norm_epsilon")
+"""The eps of its norms, as its configs and its flags call it."""
 _OF_MLA = {
     "q_lora_rank": 512,
     "kv_lora_rank": 512,
@@ -104,7 +104,7 @@ _DEFAULTS = {
 }
 
 
-def from_megatron(source: Path) -> FlavorConversion:
+def from_megatron(source: Path) -> Conversion:
     """Return the flavor of a file of Megatron's arguments, or why there is none.
 
     Raises:
@@ -122,7 +122,9 @@ def from_megatron(source: Path) -> FlavorConversion:
     config = _config(source, values, routing.experts_that_rank, is_mla=is_mla)
     changes = tuple(_change(key, value, routing) for key, value in said.items())
     experts = "num_experts" if "num_experts" in said else "num_moe_experts"
+    eps = next((key for key in _EPS if key in said), _EPS[-1])
     names = {**_NAMES, **_MADE_OF, "n_routed_experts": experts, "num_experts": experts}
+    names["rms_norm_eps"] = eps
     lines = tuple(routing.lines)
     return converted(
         Foreign(source, "Megatron-Core", config, names, lines, changes, is_of_class=False)
@@ -180,6 +182,8 @@ def _change(key: str, value: Any, routing: Routing) -> Change:
         return Change(key, value, "kept" if fits else "dropped", note)
     if why := routing.lost.get(key):
         return Change(key, value, "dropped", why)
+    if why := routing.used.get(key):
+        return Change(key, value, "kept", why)
     project = projects()["megatron"]
     row = next((row for row in project.keys if row.key == key), None)
     lines = lines_of(row, routing.lines) if row else []
@@ -219,7 +223,7 @@ def _config(
     config |= {
         "norm_topk_prob": is_normalized,
         "tie_word_embeddings": not values.get("untie_embeddings_and_output_weights", True),
-        "rms_norm_eps": values.get("layernorm_epsilon", values.get("norm_epsilon", 1e-5)),
+        "rms_norm_eps": next((values[key] for key in _EPS if key in values), 1e-5),
     }
     if not is_mla:
         return config | {
@@ -277,8 +281,9 @@ def _dense_layers(source: Path, values: Mapping[str, Any]) -> int:
     dense = pattern.index(1) if isinstance(pattern, list) and 1 in pattern else 0
     if not isinstance(pattern, list) or 0 in pattern[dense:]:
         raise EzpzError(
-            f"{source}: moe_layer_freq = {printable(repr(pattern))}: in a flavor's model the dense "
-            "layers are the first ones."
+            f"{source}: moe_layer_freq = {printable(repr(pattern))}: a model is converted only if "
+            "its dense layers are the first ones. Others are a flavor with moe_layers, which you "
+            "have to write."
         )
     return dense
 

@@ -19,11 +19,17 @@ _SCOPES = {"aux_loss": "batch", "seq_aux_loss": "sequence", "global_aux_loss": "
 
 
 class Routing:
-    """The lines of the router's options, and the keys that are lost, with the reason."""
+    """The lines of the router's options, and what became of keys.
+
+    Attributes:
+        lost: keys that have no line, with the reason.
+        used: keys that have no line, and change the number in another's.
+    """
 
     def __init__(self, source: Path, values: Mapping[str, Any]) -> None:
         self._source, self._values = source, values
         self.lost: dict[str, str] = {}
+        self.used: dict[str, str] = {}
         self.lines = [
             *self._groups(),
             *self._router(),
@@ -79,6 +85,7 @@ class Routing:
                     f"{self._source}: {kind}: Megatron's is 1 / data-parallel ranks of ours. Add "
                     "the number of ranks that it trained on, data_parallel_size: N."
                 )
+            self.used["data_parallel_size"] = "divides moe_aux_loss_coeff of global_aux_loss"
             comment += f", times 1 / data-parallel ranks = 1 / {ranks:g}"
         return Loss("aux_loss", _SCOPES[kind], coefficient / ranks, comment)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.config.job import shown
 from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.titan_0_2.moe_models import (
     DENSE_MODELS,
     DIFFERENCES,
+    GONE_MODELS,
     LONGEST,
+    MODULES,
     MOE_MODELS,
     SIZED,
+    TRANSFORMERS_MODELS,
     YARN_BEYOND,
 )
 from ezpz_moe.tools.convert_sizes import Draft, draft
@@ -51,6 +56,7 @@ class NewModel:
         open: why the user has to name it; empty if it is known.
         differences: what the old model computed and this one does not.
         attention: its attention, if the flavor says.
+        experts: its routed experts, if they may be others than the old model's.
     """
 
     flavor: str = ""
@@ -60,6 +66,7 @@ class NewModel:
     open: str = ""
     differences: tuple[str, ...] = ()
     attention: str | None = None
+    experts: int | None = None
 
 
 def new_model(
@@ -91,17 +98,9 @@ def new_model(
         return _chosen(wish.flavor, seq_len=seq_len, name=name, near=near)
     if wish.sizes is not None:
         return _drafted(known, f"{theirs} {flavor}", wish.sizes, seq_len=seq_len, name=name)
-    if known in DENSE_MODELS and (not DENSE_MODELS[known] or flavor in DENSE_MODELS[known]):
-        what = f"{known}'s {shown(flavor)}" if DENSE_MODELS[known] else known
-        return NewModel(
-            refusal=f"{what} is dense: it has no routed experts, and ezpz_moe computes nothing "
-            f"else. Train it with torchtitan alone: `--module {known} --config ...`. {_KEEP}"
-        )
+    if refusal := _refusal(known, flavor):
+        return NewModel(refusal=f"{refusal} {_KEEP}")
     flavors = MOE_MODELS.get(known)
-    if flavors == {}:
-        return NewModel(
-            refusal=f"torchtitan 0.3 has no {known}. Train it with torchtitan 0.2. {_KEEP}"
-        )
     if flavors is None or not isinstance(flavor, str) or flavor not in flavors:
         return NewModel(open=_of_a_fork(model, known, flavor, flavors))
     return _known(known, flavor, seq_len=seq_len, name=name, theirs=theirs)
@@ -113,7 +112,28 @@ def _own_name(model: str) -> str:
     return last if last in MOE_MODELS or last in DENSE_MODELS else model
 
 
+def _refusal(known: str, flavor: Any) -> str:
+    """Return why 0.3 with this package trains no such model; nothing if it may."""
+    dense = "is dense: it has no routed experts, and ezpz_moe computes nothing else"
+    if known in GONE_MODELS:
+        return f"{known} {dense}. torchtitan 0.3 does not have it either."
+    if MOE_MODELS.get(known) == {}:
+        return f"torchtitan 0.3 has no {known}. Train it with torchtitan 0.2."
+    sizes = DENSE_MODELS.get(known)
+    if sizes is None or (sizes and flavor not in sizes):
+        return ""
+    what = f"{known}'s {shown(flavor)}" if sizes else known
+    module = MODULES.get(known, known)
+    return f"{what} {dense}. Train it with torchtitan alone: `--module {module} --config ...`."
+
+
 def _of_a_fork(model: Any, known: str, flavor: Any, flavors: Mapping[str, Any] | None) -> str:
+    if known in TRANSFORMERS_MODELS:
+        return (
+            f"{known} trains the model of transformers that [hf_transformers] model names. Make a "
+            "flavor of its config.json with `ezpz-moe convert --from hf`, and convert again with "
+            "--flavor NAME"
+        )
     if flavors is None:
         what = f"torchtitan 0.2 has no model {shown(model)}"
     else:
@@ -127,7 +147,7 @@ def _of_a_fork(model: Any, known: str, flavor: Any, flavors: Mapping[str, Any] |
 
 def _may_size(model: str) -> bool:
     """Return whether a flavor's sizes can describe it: deepseek_v3, or a model nobody knows."""
-    return model == SIZED or not (model in MOE_MODELS or model in DENSE_MODELS)
+    return model == SIZED or model not in {*MOE_MODELS, *DENSE_MODELS, *GONE_MODELS}
 
 
 def _known(model: str, flavor: str, *, seq_len: int, name: str, theirs: str) -> NewModel:
@@ -158,20 +178,38 @@ def _made(keys: Mapping[str, Any], name: str, comment: str, remarks: tuple[str, 
 def _chosen(chosen: str, *, seq_len: int, name: str, near: Path | None) -> NewModel:
     """Return the flavor that the user names, with a longer RoPE if the job needs one."""
     found = load_flavor(chosen, near=near)
-    longest = _reach(found)
-    if longest is None or seq_len <= longest:
-        return NewModel(flavor=chosen, remarks=("as --flavor says",), attention=found.attention)
+    longest, remarks, file = _reach(found), ["as --flavor says"], ""
+    if longest is not None and seq_len > longest:
+        remarks.append(f"with a RoPE for {seq_len} tokens")
+        file = f"# {chosen} for longer sequences.\n{_toml(_longer(found, seq_len))}"
+    return NewModel(
+        flavor=name if file else chosen,
+        remarks=tuple(remarks),
+        file=file,
+        attention=found.attention,
+        experts=_experts(found),
+    )
+
+
+def _longer(found: Flavor, seq_len: int) -> dict[str, Any]:
+    """Return the keys of the same flavor with a RoPE of that many positions."""
     keys: dict[str, Any] = {"inherits": found.source.stem}
     if found.attention:
         keys["attention"] = found.attention
-    keys |= {"compute_backend": found.compute_backend, "rope": {"max_seq_len": seq_len}}
-    remarks = ("as --flavor says", f"with a RoPE for {seq_len} tokens")
-    return NewModel(
-        flavor=name,
-        remarks=remarks,
-        file=f"# {chosen} for longer sequences.\n{_toml(keys)}",
-        attention=found.attention,
-    )
+    return keys | {"compute_backend": found.compute_backend, "rope": {"max_seq_len": seq_len}}
+
+
+def _experts(flavor: Flavor) -> int | None:
+    """Return a number of experts that the ranks of a group have to share alike.
+
+    Where layers have different numbers, what divides all. None for a dense model, and where only
+    the host knows.
+    """
+    if flavor.dimensions is not None:
+        return math.gcd(*(of.num_experts for of in flavor.dimensions.layer_sizes.values())) or None
+    counted = counts_at_hand(flavor)
+    # Layers of one of the host's models are alike.
+    return counted.num_experts if counted and isinstance(counted.num_experts, int) else None
 
 
 def _drafted(model: str, what: str, sizes: str, *, seq_len: int, name: str) -> NewModel:
@@ -197,6 +235,7 @@ def _drafted(model: str, what: str, sizes: str, *, seq_len: int, name: str) -> N
         file=text,
         differences=drafted.differences,
         attention=wanted.attention,
+        experts=_experts(wanted),
     )
 
 

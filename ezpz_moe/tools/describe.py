@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.flavors import Flavor, load_flavor
 from ezpz_moe.hosts.accounting import Anatomy, Cost, DenseModel, dense_model
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.ranks import outside_of_a_run
 from ezpz_moe.tools.memory import Device, StageMemory, stage_memories
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a dense model is the baseline of.
+
+    Attributes:
+        flavor: the model with experts.
+        equal: what both have in common, "flops" or "params".
+        more_flops: FLOPs per token that the dense model has beyond it, as a share.
+        more_parameters: the same of the parameters.
+    """
+
+    flavor: str
+    equal: str
+    more_flops: float
+    more_parameters: float
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,8 @@ class Description:
         seq_len: tokens per sequence.
         precision: what the run and its experts compute in, in words.
         anatomy: the components.
-        dense: the dense model with equal FLOPs.
+        dense: the dense model with equal FLOPs; None for a model that is dense itself.
+        baseline_of: for a dense baseline, the model that it is compared with.
         ranks: of the run; None for a flavor if nobody said how many ranks train it.
         memory: per pipeline stage, for one of its ranks; empty without ranks.
     """
@@ -34,7 +52,8 @@ class Description:
     seq_len: int
     precision: str
     anatomy: Anatomy
-    dense: DenseModel
+    dense: DenseModel | None
+    baseline_of: Baseline | None = None
     ranks: int | None = None
     memory: Sequence[StageMemory] = ()
 
@@ -64,7 +83,14 @@ def describe(
         with contextlib.nullcontext() if device == "cpu" else as_on_an_accelerator():
             precision = part.precision_in_words(config, host_flags, flavor)
         anatomy = part.anatomy(flavor, seq_len)
-        described = Description(flavor.name, seq_len, precision, anatomy, dense_model(anatomy))
+        described = Description(
+            flavor.name,
+            seq_len,
+            precision,
+            anatomy,
+            None if flavor.is_dense else dense_model(anatomy),
+            _baseline(flavor, anatomy, seq_len),
+        )
         # A job has degrees, which say how many ranks it needs at least. A flavor has none.
         if world_size is None and job.path is not None:
             world_size = host().memory().fewest_ranks(config, host_flags)
@@ -73,6 +99,17 @@ def describe(
         # Last, because it takes the longest: it builds the ranks, each in its own process.
         memory = stage_memories(config, host_flags, world_size=world_size, device=device)
     return replace(described, ranks=world_size, memory=memory)
+
+
+def _baseline(flavor: Flavor, anatomy: Anatomy, seq_len: int) -> Baseline | None:
+    of = flavor.dense_baseline_of
+    if of is None:
+        return None
+    # Both are built and counted, so that this is what rounding left, and not what it should have.
+    ours, theirs = anatomy.total, host().anatomy().anatomy(of, seq_len).total
+    return Baseline(
+        of.name, flavor.equal, ours.both / theirs.both - 1, ours.parameters / theirs.parameters - 1
+    )
 
 
 def as_json(description: Description) -> dict[str, Any]:
@@ -91,10 +128,12 @@ def as_json(description: Description) -> dict[str, Any]:
         "computing_experts_per_token": anatomy.computing_experts,
         "components": {name: _figures(cost) for name, cost in anatomy.in_order.items()},
         "total": _figures(anatomy.total),
-        "dense_model_of_equal_flops": {
+        "dense_model_of_equal_flops": description.dense
+        and {
             "ffn_hidden_dim": description.dense.hidden_dim,
             **_figures(description.dense.cost),
         },
+        "baseline_of": description.baseline_of and asdict(description.baseline_of),
         "host_flops": anatomy.host_flops,
         "uncounted_modules": list(anatomy.uncounted),
         "world_size": description.ranks,

@@ -205,7 +205,8 @@ def _job_findings(asked: Asked) -> Iterator[Finding]:
         yield Finding(config, "this machine", problem, "it is refused here")
     yield from _resuming(job, trainer_config, asked)
     summary = detect.host().summarize(flavor)
-    yield from _alignment(summary)
+    if summary.num_experts:
+        yield from _alignment(summary)
     states = device.model_states(trainer_config, summary.total, asked.ranks or 1, asked.nproc)
     if asked.ranks is not None:
         yield _memory(states)
@@ -292,8 +293,10 @@ def _alignment(summary: ModelSummary) -> Iterator[Finding]:
 
     The job's own backend is checked with the job; for the others, the user learns which would work.
     """
-    where, dims = torch.device(default_device()), (summary.dim, summary.expert_hidden_dim)
-    what, suits = f"D = {dims[0]}, F = {dims[1]}", []
+    hidden = summary.expert_hidden_dim
+    of_layers = set(hidden) if isinstance(hidden, tuple) else {hidden}
+    where, dims = torch.device(default_device()), (summary.dim, *sorted(of_layers))
+    what, suits = f"D = {summary.dim}, F = {', '.join(map(str, dims[1:]))}", []
     for name, backend in _usable(where).items():
         if reasons := backend.why_not(where, torch.bfloat16, dims=dims):
             used_for = "the experts' products in bfloat16"

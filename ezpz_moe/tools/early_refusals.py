@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ezpz_moe.config.flavors import Flavor, flavor_names, load_flavor, split_name
+from ezpz_moe.config.flavors import Flavor, load_flavor, with_attention
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator
@@ -45,13 +44,7 @@ def _needs_accelerator(flavor: Flavor) -> bool:
 
 
 def _with_sdpa(flavor: Flavor, near: Path | None) -> str:
-    """Say how to have the same flavor with SDPA: NAME[_ATTENTION][_BACKEND]."""
-    found = split_name(flavor.name, flavor_names(near=near))
-    assert found is not None  # it has been loaded
-    stem, given = found
-    name = "_".join([stem, _RUNS_EVERYWHERE, *filter(None, [given.get("compute_backend")])])
-    # A file may have this name, and another attention.
-    with contextlib.suppress(EzpzError):
-        if load_flavor(name, near=near).attention == _RUNS_EVERYWHERE:
-            return f"Use flavor {name}."
+    """Say how to have the same flavor with SDPA."""
+    if name := with_attention(flavor.name, _RUNS_EVERYWHERE, near=near):
+        return f"Use flavor {name}."
     return f'Set attention = "{_RUNS_EVERYWHERE}" in {flavor.source}.'

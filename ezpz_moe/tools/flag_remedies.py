@@ -50,8 +50,14 @@ def _older(older: OlderKey, no: str, taken: Collection[str]) -> str:
     """Return what to do about a flag of a release before 0.2."""
     if not older.now:
         return older.note
+    # Of a switch it is known which value it stands for: what to type instead can be said whole.
+    value = older.renewed(not no) if older.value else None
+    if value is not None:
+        no = "no_" if value is False else ""
     section, _, name = older.now.rpartition(".")
     now = remedy(f"{section}.{no}{name}", taken) or f"now {dashed(older.now, no)}"
+    if value is not None:
+        return f"{now} {value}" if isinstance(value, str) and now.startswith("now --") else now
     # How the values differ says nothing where the successor is gone too.
     return f"{now} ({older.note})" if older.note and now.startswith("now ") else now
 

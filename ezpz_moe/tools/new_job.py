@@ -7,6 +7,8 @@ space after the ``#``.
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from ezpz_moe.config.toml import read_toml
 from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.errors import EzpzError, did_you_mean, printable
 from ezpz_moe.hosts.detect import presumed_host
-from ezpz_moe.hosts.our_texts import DEFAULT_DATASET, KNOWN_KINDS, kind_of
+from ezpz_moe.hosts.our_texts import CHAT_FILE, DEFAULT_DATASET, KNOWN_KINDS, kind_of
 from ezpz_moe.hosts.titan_0_2.job_keys import DATASETS
 
 _ATTENTIONS = {
@@ -39,6 +41,8 @@ _BACKENDS: dict[Device, tuple[str, str]] = {
     "npu": ("for_loop", _EVERYWHERE),
 }
 """The backend of the experts for a device, and why."""
+
+_DENSE = "It has no experts, so no backend for them either."
 
 _EXPERT_DEGREES = (8, 4, 2)
 _SMALL = 512
@@ -67,8 +71,8 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         path: the file; its folder is made. Nothing is overwritten.
         flavor: a flavor's name. What it does not say of attention and backend, ``device`` decides.
         device: what the job is for.
-        data: a file with text, or the name of one of the trainer's datasets; None for the embedded
-            text.
+        data: a file with text or chats, or the name of one of the trainer's datasets; None for the
+            embedded text.
 
     Raises:
         EzpzError: the file exists or cannot be written, there is no such flavor or text, or the
@@ -97,7 +101,7 @@ def new_job(path: Path, flavor: str, device: Device, data: str | None) -> NewJob
         on="" if device == "any" else f" on {device}",
         several=several,
         why_attention=_ATTENTIONS[str(loaded.attention)],
-        why_backend=_BACKENDS[device][1],
+        why_backend=_DENSE if loaded.is_dense else _BACKENDS[device][1],
         data="".join(_data_lines(data)),
         **_sizes(loaded, device),
     )
@@ -111,13 +115,16 @@ def _with_variant(name: str, near: Path, device: Device) -> str:
     Raises:
         EzpzError: there is no such flavor, or its file is wrong.
     """
-    said = read_toml(load_flavor(name, near=near).source)
+    loaded = load_flavor(name, near=near)
+    said = read_toml(loaded.source)
     found = split_name(name, flavor_names(near=near))
     assert found is not None  # it has been loaded
     stem, given = found
     # FlexAttention is torchtitan's own, and what a GPU of any generation compiles.
     attention = "flex" if device == "cuda" else "sdpa"
     wanted = {"attention": attention, "compute_backend": _BACKENDS[device][0]}
+    if loaded.is_dense:
+        del wanted["compute_backend"]
     # In this order, which is the order of a name's parts.
     parts = (given.get(key) or ("" if key in said else value) for key, value in wanted.items())
     return "_".join([stem, *filter(None, parts)])
@@ -127,7 +134,7 @@ def _data_lines(data: str | None) -> Iterator[str]:
     """Yield the lines that choose the text.
 
     Raises:
-        EzpzError: there is no such file or dataset, or the file is none of text.
+        EzpzError: there is no such file or dataset, or the file is none of text or of chats.
     """
     if data is None:
         yield "# The text that this package has in it, unless you set dataset or dataset_path.\n"
@@ -146,6 +153,8 @@ def _data_lines(data: str | None) -> Iterator[str]:
         # Absolute: the run may start in another folder.
         path = str(file.absolute())
         _refuse_control_characters(path)
+        if _has_chats(file):
+            yield from _chat_lines(data)
         yield assignment("dataset_path", path)
     elif file.suffix or len(file.parts) > 1:
         raise EzpzError(f"--data {data}: there is no such file.")
@@ -154,6 +163,43 @@ def _data_lines(data: str | None) -> Iterator[str]:
             f"--data {data}: there is no such file, and torchtitan has no such dataset."
             f"{did_you_mean(data, known)} Known are {', '.join(known)}."
         )
+
+
+def _has_chats(file: Path) -> bool:
+    """Return whether a file begins with a chat, and not with a text.
+
+    Raises:
+        EzpzError: it cannot be read.
+    """
+    if kind_of(file) != ".jsonl":
+        return False
+    # Only now, for it imports pyarrow.
+    from ezpz_moe.hosts.text_files import first_line_in, reading
+
+    with reading(file):
+        line = first_line_in(file)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # doctor says which line is wrong
+        return False
+    return isinstance(row, dict) and "messages" in row and "text" not in row
+
+
+def _chat_lines(data: str) -> Iterator[str]:
+    """Yield the lines that make chats of the file.
+
+    Raises:
+        EzpzError: the installed host does not train on chats.
+    """
+    host = presumed_host()
+    if not host.trains_on_chats:
+        raise EzpzError(
+            f"--data {data}: holds chats, which a job cannot train on with {host.name}. Write each "
+            'chat as one text, and name that file: .jsonl with "text".'
+        )
+    yield "# Chats: their answers alone are learned. The tokenizer needs a chat template: set\n"
+    yield "# hf_assets_path in [model], the folder of the model's own.\n"
+    yield assignment("dataset", CHAT_FILE)
 
 
 def _refuse_control_characters(path: str) -> None:
@@ -166,9 +212,7 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
     """Return what depends on how large the model is, and on the device."""
     size = flavor.dimensions
     small = size.dim <= _SMALL if size else "debugmodel" in flavor.name
-    # Of one of the host's own models the number is not known here; all of them have an even one.
-    experts = size.num_experts if size else _EXPERT_DEGREES[-1]
-    degree = next((each for each in _EXPERT_DEGREES if experts % each == 0), 1)
+    degree = next((each for each in _EXPERT_DEGREES if _experts(flavor) % each == 0), 1)
     return {
         "batch": 4 if small else 1,
         "length": 128 if small or device == "cpu" else 2048,
@@ -180,6 +224,16 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
         "degree": degree,
         "interval": 40 if small else 500,
     }
+
+
+def _experts(flavor: Flavor) -> int:
+    """Return what divides every layer's experts, as far as it is known here; 1 if nothing does."""
+    if flavor.is_dense:
+        return 1
+    if flavor.dimensions is not None:
+        return math.gcd(*(of.num_experts for of in flavor.dimensions.layer_sizes.values()))
+    # All of the host's own models have an even number.
+    return (flavor.change and flavor.change.num_experts) or _EXPERT_DEGREES[-1]
 
 
 def _known_lines(text: str, keys: Keys) -> Iterator[str]:

@@ -112,9 +112,10 @@ def _refuse_model_alone(resumed: Resumption | None) -> None:
 def _model(flavor: Flavor, config: TrainerConfig, summary: ModelSummary) -> dict[str, str]:
     """Return what is trained, and how it is computed."""
     total, active = count(summary.total), count(summary.active)
+    backend = f"{flavor.compute_backend} ({backend_of(flavor).summary})"
     return {
         "model": f"{flavor.name}: {total} parameters, {active} of them active",
-        "experts": f"{flavor.compute_backend} ({backend_of(flavor).summary})",
+        "experts": "none: every layer is dense" if flavor.is_dense else backend,
         "device": device.in_words(),
         "precision": host().precision_in_words(config, flavor),
     }

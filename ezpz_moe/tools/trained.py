@@ -17,6 +17,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.data_files import check_data
 from ezpz_moe.tools.checkpoints.huggingface.importing import Importable, check_importable
 from ezpz_moe.tools.checkpoints.huggingface.model import model_of
 from ezpz_moe.tools.checkpoints.tensors import read_whole
@@ -100,7 +101,7 @@ def _of_checkpoint(
 ) -> Callable[[str], torch.Tensor]:
     """Check a DCP checkpoint; return what reads a tensor of it."""
     metadata = storage.read_metadata(checkpoint)
-    storage.check_data(checkpoint, metadata)
+    check_data(checkpoint, metadata)
     generation = host().checkpoint_names
     if (found := contents.generation(checkpoint, metadata)) != generation:
         raise EzpzError(

@@ -6,9 +6,7 @@ shipped (:mod:`ezpz_moe.hosts.releases`) nothing is known here, and it does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from ezpz_moe.config.job import is_slip
 from ezpz_moe.config.older_keys import OLDER_KEYS
@@ -17,9 +15,7 @@ from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
-
-_NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+|-\d+\.?\d*[eE][+-]?\d+")
-_IN_WORDS = {"INT": "an integer", "FLOAT": "a number"}
+from ezpz_moe.tools.flag_values import given, needs_a_value, wrong_value
 
 
 def refuse_wrong_flags(words: Sequence[str], ours: Collection[str]) -> None:
@@ -38,31 +34,6 @@ def refuse_wrong_flags(words: Sequence[str], ours: Collection[str]) -> None:
     if problems := list(_Words(known.flags, ours).problems(words)):
         lines = problems if len(problems) == 1 else [f"{len(problems)} wrong flags", *problems]
         raise EzpzError("\n  ".join(lines))
-
-
-@dataclass
-class _Given:
-    """A flag with its values, or a word that belongs to none."""
-
-    name: str
-    values: list[str]
-
-
-def _given(words: Sequence[str]) -> Iterator[_Given]:
-    """Split a command line where a flag begins."""
-    given: _Given | None = None
-    for word in words:
-        if word.startswith("-") and not _NEGATIVE_NUMBER.fullmatch(word) and word != "-":
-            if given:
-                yield given
-            name, equals, value = word.partition("=")
-            given = _Given(name, [value] if equals else [])
-        elif given:
-            given.values.append(word)
-        else:
-            given = _Given("", [word])
-    if given:
-        yield given
 
 
 class _Words:
@@ -84,26 +55,26 @@ class _Words:
     def problems(self, words: Sequence[str]) -> Iterator[str]:
         """Yield a line for each word that the host would refuse."""
         behind = ""
-        for given in _given(words):
+        for each in given(words):
             known = self._behind.get(behind, {})
-            flag = known.get(_path(given.name)) or _switched(given.name, known)
-            left = given.values
-            if given.name and flag is None:
-                yield self._unknown(given.name, behind)
+            flag = known.get(_path(each.name)) or _switched(each.name, known)
+            left = each.values
+            if each.name and flag is None:
+                yield self._unknown(each.name, behind)
                 # Whatever follows may be its values.
                 left = [word for word in left if word in self._subcommands]
             elif flag is not None:
-                taken = _taken(flag, given.values)
-                yield from _wrong_values(flag, given.name, given.values[:taken])
-                left = given.values[taken:]
+                taken = _taken(flag, each.values)
+                yield from _wrong_values(flag, each.name, each.values[:taken])
+                left = each.values[taken:]
             for word in left:
                 if word in self._subcommands:
                     behind = word
                 elif flag is not None and not flag.type:
                     either = f"{flag.option} or {_off(flag)}"
-                    yield f"{short(printable(given.name))}: takes no value. Write {either}."
+                    yield f"{short(printable(each.name))}: takes no value. Write {either}."
                 else:
-                    yield self._stray(word, given.name)
+                    yield self._stray(word, each.name)
 
     def _unknown(self, name: str, behind: str) -> str:
         path, said = _path(name), short(printable(name))
@@ -146,52 +117,13 @@ def _taken(flag: HostFlag, values: Sequence[str]) -> int:
 
 
 def _wrong_values(flag: HostFlag, name: str, values: Sequence[str]) -> Iterator[str]:
-    if flag.type and not values and not flag.many:
-        yield f"{short(printable(name))}: needs a value, {_in_words(flag.type)}."
     # What takes many has a syntax of its own.
-    elif values and not flag.many and not _reads(flag.type, values[0]):
-        value = short(printable(values[0]))
-        choices = {choice for each in _alternatives(flag.type) for choice in _choices(each)}
-        near = did_you_mean(values[0], choices - {"None"})
-        yield f"{short(printable(name))} {value}: must be {_in_words(flag.type)}.{near}"
-
-
-def _reads(type_: str, value: str) -> bool:
-    """Return whether the host reads ``value``, where its type tells."""
-    for each in _alternatives(type_):
-        if choices := _choices(each):
-            if value in choices:
-                return True
-        elif each in _READERS:
-            try:
-                _READERS[each](value)
-            except ValueError:
-                continue
-            return True
-        else:
-            return True
-    return False
-
-
-_READERS: Mapping[str, type] = {"INT": int, "FLOAT": float}
-
-
-def _alternatives(type_: str) -> list[str]:
-    """Split ``{None}|INT``."""
-    return type_.split("|")
-
-
-def _choices(type_: str) -> list[str]:
-    return type_[1:-1].split(",") if re.fullmatch(r"\{[^{}\[\]]*\}", type_) else []
-
-
-def _in_words(type_: str) -> str:
-    words: list[str] = []
-    for each in _alternatives(type_):
-        choices = _choices(each)
-        one_of = f"one of {', '.join(choices)}" if len(choices) > 1 else "".join(choices)
-        words.append(one_of or _IN_WORDS.get(each, each))
-    return " or ".join(words)
+    if flag.many or not flag.type:
+        return
+    if not values:
+        yield needs_a_value(name, flag.type)
+    elif wrong := wrong_value(name, values[0], flag.type):
+        yield wrong
 
 
 def _path(name: str) -> str:

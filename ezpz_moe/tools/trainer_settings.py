@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ezpz_moe.config.job import Job
+from ezpz_moe.hosts.dcp.paths import complete_steps
 
 _NEWEST = -1  # the default of ``checkpoint.load_step``
 
@@ -41,10 +41,7 @@ class CheckpointSettings:
 
     def newest(self) -> int | None:
         """Return the newest step that is complete, which has its metadata."""
-        whole = (file.parent.name for file in self.folder.glob("step-*/.metadata"))
-        # Ignore others such as "step-20.partial", which a `ckpt remap` is writing, or a copy.
-        matches = (re.fullmatch(r"step-(\d+)", name) for name in whole)
-        return max((int(match[1]) for match in matches if match), default=None)
+        return max(complete_steps(self.folder), default=None)
 
 
 def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
@@ -85,20 +82,6 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         load_step=None if told.load_step == _NEWEST else told.load_step,
         last_step=told.last_step,
     )
-
-
-def last_checkpoint(job: Job, host_flags: list[str]) -> Path | None:
-    """Return the folder that the trainer would resume from; None if there is none, or it must not.
-
-    Follows the trainer's own layout: ``checkpoint.folder`` in ``dump_folder``, with a folder
-    ``step-N`` per checkpoint. The trainer takes the newest of them, or without checking the one
-    that ``checkpoint.load_step`` names, which may not exist.
-    """
-    settings = checkpoint_settings(job, host_flags)
-    if not settings.is_enabled:
-        return None
-    step = settings.newest() if settings.load_step is None else settings.load_step
-    return None if step is None else settings.folder / f"step-{step}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ezpz_moe.compute.cache import CACHE_VARIABLE
 from ezpz_moe.compute.names import name_and_options
+from ezpz_moe.config.dense_flavors import refuse_dense
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
@@ -70,6 +71,7 @@ def tune(
 
 def _check_flavor(job: Job) -> None:
     flavor = load_flavor(job.flavor, near=job.folder)
+    refuse_dense(flavor, "to compute")
     backend = flavor.compute_backend
     if name_and_options(backend)[0] != _AUTO:
         raise EzpzError(

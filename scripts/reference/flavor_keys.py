@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tables
+from pydantic import Discriminator, Tag
 
+from ezpz_moe.config.change_schema import Change
 from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.job import allowed
 from ezpz_moe.config.keys import Key
 from ezpz_moe.config.routing_schema import Balance, Router, Schedule
@@ -23,6 +26,8 @@ from ezpz_moe.config.telemetry_schema import Telemetry
 _PLACES = (
     ("docs/reference/flavors.md", "keys"),
     ("docs/reference/flavors.md", "keys of dimensions"),
+    ("docs/reference/flavors.md", "keys of change"),
+    ("docs/reference/flavors.md", "keys of init"),
     ("docs/reference/routing.md", "keys of router"),
     ("docs/reference/routing.md", "keys of balance"),
     ("docs/reference/metrics.md", "keys of telemetry"),
@@ -30,7 +35,7 @@ _PLACES = (
 """Documents and their tables."""
 
 # Not keys of the file, and tables with a table of their own here.
-_ELSEWHERE = ("name", "source", "dimensions", "router", "balance", "telemetry")
+_ELSEWHERE = ("name", "source", "dimensions", "change", "router", "balance", "telemetry", "init")
 
 
 def made() -> dict[str, dict[str, str]]:
@@ -38,6 +43,8 @@ def made() -> dict[str, dict[str, str]]:
     of_schema = {
         "keys": list(_of_flavor()),
         "keys of dimensions": list(_of_dimensions()),
+        "keys of change": list(_rows(Change)),
+        "keys of init": list(_rows(Init)),
         "keys of router": list(_rows(Router)),
         "keys of balance": list(_rows(Balance)),
         "keys of telemetry": list(_rows(Telemetry)),
@@ -73,16 +80,26 @@ def _in_words(type_: Any, *bounds: Any) -> str:
     if get_origin(type_) is Annotated:
         return _in_words(*get_args(type_), *bounds)
     if get_origin(type_) in (Union, types.UnionType):
-        (inner,) = (each for each in get_args(type_) if each is not type(None))
-        return _in_words(inner, *bounds)
+        inner, *forms = (each for each in get_args(type_) if each is not type(None))
+        # The forms of a value by layer, which the page explains once for all.
+        return ", ".join([_in_words(inner, *bounds), *(_form(each) for each in forms)])
     if get_origin(type_) is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(type_))
     if issubclass(type_, Schedule):
         return f"a number {type_._range}, or a schedule"
+    if issubclass(type_, Flavor):
+        return "the name of a flavor"
     if issubclass(type_, Data):
         return "a table"
+    bounds = tuple(each for each in bounds if not isinstance(each, Tag | Discriminator))
     words = allowed(Key(type=Annotated[type_, *bounds] if bounds else type_))
     return re.sub(r"\d{5,}", lambda number: _power(int(number[0])), words)
+
+
+def _form(type_: Any) -> str:
+    """Put a list or a table in words, whose items and keys the page has."""
+    (bare, *_) = get_args(type_)
+    return "a list" if get_origin(bare) is tuple else "a table"
 
 
 def _power(number: int) -> str:

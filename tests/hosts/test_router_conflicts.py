@@ -68,12 +68,14 @@ REFUSED = {
     "padding and PP": (
         "pad_token_id = 0",
         "[parallelism]\npipeline_parallel_degree = 2",
-        "pad_token_id = 0 cannot be combined with parallelism.pipeline_parallel_degree = 2",
+        "pad_token_id = 0 cannot be combined with parallelism.pipeline_parallel_degree = 2.*"
+        "Set the degree to 1, or remove the key",
     ),
     "padding by labels and PP": (
         'padding = "labels"',
         "[parallelism]\npipeline_parallel_degree = 2",
-        'padding = "labels" cannot be combined with parallelism.pipeline_parallel_degree = 2',
+        'padding = "labels" cannot be combined with parallelism.pipeline_parallel_degree = 2.*'
+        "Set the degree to 1, or remove the key",
     ),
     "the end of a sequence that ranks share": (
         'padding = "trailing"\npad_token_id = 0',

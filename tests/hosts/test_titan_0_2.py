@@ -22,6 +22,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_other_models
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 from ezpz_moe.tools.convert_model import new_model
 
@@ -100,6 +101,26 @@ def test_what_0_2_accepts_stays_as_it_is():
 
 
 # Jobs, as a user starts them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('base = "qwen3/30B-A3B"\n[change]\nnum_experts = 64\n', "[change]"),
+        ('inherits = "16B"\n[init]\nstd = 0.01\n', "[init]"),
+        ('inherits = "16B"\nrouter_bias = true\n', "router_bias"),
+        ('dense_baseline_of = "16B"\n', "models without experts"),
+        ('inherits = "16B"\nn_dense_layers = 27\n', "models without experts"),
+    ],
+)
+def test_models_of_later_hosts_are_refused_in_one_line(text: str, said: str, tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(EzpzError) as error:
+        refuse_other_models(load_flavor("mine", near=tmp_path))
+    assert said in str(error.value)
+    assert "need torchtitan 0.3 or later. Remove them, or install" in str(error.value)
+    assert "\n" not in str(error.value)
+    refuse_other_models(load_flavor("16B"))
 
 
 @on_0_2

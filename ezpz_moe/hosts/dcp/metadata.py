@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.errors import EzpzError, printable
 from ezpz_moe.hosts.dcp.paths import METADATA
 from ezpz_moe.hosts.dcp.structure import check_structure
+from ezpz_moe.hosts.dcp.torch_kinds import TORCH
 from ezpz_moe.hosts.dcp.unpickling import Refused, load_metadata
 
 
@@ -26,8 +27,8 @@ def read_metadata(folder: Path) -> Metadata:
     """
     file = folder / METADATA
     try:
-        metadata = load_metadata(file.read_bytes())
-        check_structure(metadata)
+        metadata = load_metadata(file.read_bytes(), TORCH)
+        check_structure(metadata, TORCH)
     except Refused as error:
         raise EzpzError(
             f"{file}: names {error}, which no checkpoint's metadata needs. It was not run; do not "

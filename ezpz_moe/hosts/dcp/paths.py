@@ -40,16 +40,23 @@ def find_checkpoint(path: Path) -> Path:
     if (path / METADATA).is_file():
         return path
     for folder in (path, path / _FOLDER):
-        # Compare steps as numbers: as strings, step-20 would be newer than step-100.
-        steps = {
-            int(match[1]): file.parent
-            for file in folder.glob(f"step-*/{METADATA}")
-            if (match := re.fullmatch(r"step-(\d+)", file.parent.name))
-        }
-        if steps:
-            return steps[max(steps)]
+        if found := complete_steps(folder):
+            return found[max(found)]
     refuse_other_folders(path)
     raise AssertionError(path)
+
+
+def complete_steps(folder: Path) -> dict[int, Path]:
+    """Return step -> folder of the checkpoints in ``folder`` that have their metadata.
+
+    Leaves out others such as "step-20.partial", which a ``ckpt remap`` is writing, or a copy.
+    """
+    # Steps as numbers: as strings, step-20 would be newer than step-100.
+    return {
+        int(match[1]): file.parent
+        for file in folder.glob(f"step-*/{METADATA}")
+        if (match := re.fullmatch(r"step-(\d+)", file.parent.name))
+    }
 
 
 def find_weights(path: Path) -> Path:

@@ -12,27 +12,32 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from ezpz_moe.hosts.dcp.kinds import Kinds
 
 
-def check_structure(metadata: Any) -> None:
+class Box(Protocol):
+    """A shard's place in its tensor, as DCP's ``ChunkStorageMetadata`` has it."""
+
+    @property
+    def offsets(self) -> Sequence[int]: ...
+    @property
+    def sizes(self) -> Sequence[int]: ...
+
+
+def check_structure(metadata: Any, kinds: Kinds) -> None:
     """Check that ``metadata`` describes whole tensors, in files below the checkpoint's folder.
+
+    Args:
+        metadata: what a pickle held.
+        kinds: the classes with which it was read.
 
     Raises:
         ValueError: it does not.
         Exception: of another class, if an attribute is missing or has the wrong type.
     """
-    _require(isinstance(metadata, Metadata), "is not the metadata of a checkpoint")
+    _require(isinstance(metadata, kinds.metadata), "is not the metadata of a checkpoint")
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     paths = metadata.planner_data
     _require(isinstance(entries, dict) and isinstance(places, dict), "has no list of entries")
@@ -41,17 +46,17 @@ def check_structure(metadata: Any) -> None:
         is_path = isinstance(path, tuple) and all(isinstance(part, str | int) for part in path)
         _require(isinstance(name, str) and is_path, f"{name!r}: has no place in the state")
     for index, place in places.items():
-        _check_place(index, place)
-    described: set[MetadataIndex] = set()
+        _check_place(index, place, kinds)
+    described: set[Any] = set()
     for name, entry in entries.items():
         # Messages name entries, and may not hold what a terminal acts on.
         _require(isinstance(name, str) and name.isprintable(), f"{name!r}: is not a name")
-        if isinstance(entry, TensorStorageMetadata):
-            described |= _check_tensor(name, entry, places)
+        if isinstance(entry, kinds.tensor):
+            described |= _check_tensor(name, entry, places, kinds)
         else:
-            _require(isinstance(entry, BytesStorageMetadata), f"{name!r}: is of an unknown kind")
-            _require(MetadataIndex(name) in places, f"{name!r}: is not stored anywhere")
-            described.add(MetadataIndex(name))
+            _require(isinstance(entry, kinds.bytes), f"{name!r}: is of an unknown kind")
+            _require(kinds.index(name) in places, f"{name!r}: is not stored anywhere")
+            described.add(kinds.index(name))
     if strange := places.keys() - described:
         raise ValueError(f"{next(iter(strange)).fqn!r}: is stored, but is not described")
 
@@ -65,7 +70,7 @@ def is_below(name: str) -> bool:
     return bool(parts) and not is_absolute and ".." not in parts and name.isprintable()
 
 
-def covers(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
+def covers(size: Sequence[int], chunks: Sequence[Box]) -> bool:
     """Return whether the chunks cover a tensor of ``size``, each of its elements once.
 
     A box is a sum of its corners with alternating signs (of its indicator function, this is the
@@ -91,10 +96,10 @@ def covers(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
     return not any(corners.values())
 
 
-def _check_place(index: Any, place: Any) -> None:
-    is_named = isinstance(index, MetadataIndex) and isinstance(index.fqn, str)
+def _check_place(index: Any, place: Any, kinds: Kinds) -> None:
+    is_named = isinstance(index, kinds.index) and isinstance(index.fqn, str)
     _require(is_named, "something without a name is stored")
-    _require(isinstance(place, _StorageInfo), "an entry is stored in an unknown way")
+    _require(isinstance(place, kinds.place), "an entry is stored in an unknown way")
     path, begin, length = place.relative_path, place.offset, place.length
     if not (isinstance(path, str) and is_below(path)):
         raise ValueError(f"{index.fqn!r}: its file {path!r} is not in the checkpoint's folder")
@@ -102,22 +107,20 @@ def _check_place(index: Any, place: Any) -> None:
         raise ValueError(f"{index.fqn!r}: begins or ends nowhere")
 
 
-def _check_tensor(
-    name: str, entry: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]
-) -> set[MetadataIndex]:
+def _check_tensor(name: str, entry: Any, places: Mapping[Any, Any], kinds: Kinds) -> set[Any]:
     """Check a tensor, and return where its shards are."""
     dtype, size, chunks = entry.properties.dtype, entry.size, entry.chunks
     boxes = [size, *(each for chunk in chunks for each in (chunk.offsets, chunk.sizes))]
-    _require(isinstance(dtype, torch.dtype), f"{name!r}: has no dtype")
+    _require(isinstance(dtype, kinds.dtype), f"{name!r}: has no dtype")
     _require(
-        all(isinstance(box, torch.Size) and min(box, default=0) >= 0 for box in boxes),
+        all(isinstance(box, kinds.size) and min(box, default=0) >= 0 for box in boxes),
         f"{name!r}: has no shape",
     )
     _require(
-        all(isinstance(chunk, ChunkStorageMetadata) for chunk in chunks) and covers(size, chunks),
+        all(isinstance(chunk, kinds.chunk) for chunk in chunks) and covers(size, chunks),
         f"{name!r}: its shards do not make up a tensor of {list(size)}",
     )
-    shards = {MetadataIndex(name, chunk.offsets): chunk for chunk in chunks}
+    shards = {kinds.index(name, chunk.offsets): chunk for chunk in chunks}
     for index, chunk in shards.items():
         place = places.get(index)
         if place is None:

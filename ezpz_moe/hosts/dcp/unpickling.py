@@ -11,16 +11,9 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp
-
-Known = Callable[[str, str], Any]
-"""Return what a pickle may name, given module and name; None for all else."""
+from ezpz_moe.hosts.dcp.kinds import Kinds, Known
 
 _AT_INDEX = {"BINPUT", "LONG_BINPUT"}
 """Opcodes that number what is referred to again. DCP writes protocol 4 or later, without them."""
@@ -36,14 +29,14 @@ class Refused(Exception):
     """A pickle names what is not on the list. ``str`` of it is the name."""
 
 
-def load_metadata(pickled: bytes) -> Any:
+def load_metadata(pickled: bytes, kinds: Kinds) -> Any:
     """Unpickle DCP's metadata. The result may have any type: see :mod:`.structure`.
 
     Raises:
         Refused: it names something else than DCP's classes, dtypes and paths.
         Exception: of any class, if it is damaged.
     """
-    return _load(pickled, _known_in_metadata)
+    return _load(pickled, kinds.known)
 
 
 def load_plain(pickled: bytes) -> Any:
@@ -117,56 +110,3 @@ class _Unpickler(pickle.Unpickler):
             # As a literal: it is a stranger's text, and may hold what a terminal acts on.
             raise Refused(repr(f"{module}.{name}"))
         return found
-
-
-def _layout(name: str) -> torch.layout:
-    if name != "torch.strided":
-        raise ValueError(f"unknown layout {name!r}")
-    return torch.strided
-
-
-class _Properties(dcp.TensorProperties):
-    """The properties of a tensor that any torch has saved, as the installed torch has them."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        # Our class would otherwise be named in what remap writes, and the host does not have it.
-        self.__class__ = dcp.TensorProperties
-        try:
-            self.__setstate__(state)
-        except ValueError:
-            # Since 2.15 torch adds the strides, for which 2.14 has no place. Nothing reads them.
-            self.__setstate__(state[:5])
-
-
-_CLASSES: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
-    # Which torch does by looking for an attribute of itself.
-    ("torch.serialization", "_get_layout"): _layout,
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    **{
-        (dcp.__name__, each.__name__): each
-        for each in (
-            dcp.BytesStorageMetadata,
-            dcp.ChunkStorageMetadata,
-            dcp.Metadata,
-            dcp.MetadataIndex,
-            dcp.StorageMeta,
-            dcp.TensorStorageMetadata,
-            dcp._MEM_FORMAT_ENCODING,
-        )
-    },
-    (dcp.__name__, dcp.TensorProperties.__name__): _Properties,
-    # Where it was saved, possibly on another system; Python 3.13 has a module of its own for it.
-    **{
-        (module, f"{pure}{kind.__name__.removeprefix('Pure')}"): kind
-        for module in ("pathlib", "pathlib._local")
-        for pure in ("", "Pure")
-        for kind in (PurePosixPath, PureWindowsPath)
-    },
-}
-
-
-def _known_in_metadata(module: str, name: str) -> Any:
-    if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-        return dtype
-    return _CLASSES.get((module, name))

@@ -44,8 +44,8 @@ def anatomy(flavor: Flavor, seq_len: int) -> Anatomy:
     # Not in `anatomy_of`: the host logs its count, and in a run it has done so already. The first
     # of its two numbers counts parameters, as `weigh` does.
     _, host_flops = config.get_nparams_and_flops(model, seq_len)
-    counted = anatomy_of(config, model, choices(flavor), seq_len)
-    return replace(counted, host_flops=host_flops, ffn_activation=flavor.ffn_activation)
+    found = anatomy_of(config, model, choices(config, flavor), seq_len)
+    return replace(found, host_flops=host_flops, ffn_activation=flavor.ffn_activation)
 
 
 def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> Anatomy:
@@ -60,7 +60,7 @@ def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> 
     Raises:
         EzpzError: its attention does not show its heads.
     """
-    costs, uncounted = weigh(model, chosen.computing_share)
+    costs, uncounted = weigh(model)
     # `weigh` sees parameters only. The products of queries and keys have none, so they are added
     # here.
     scores = costs.get(SCORES, Cost())

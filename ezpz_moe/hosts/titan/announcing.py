@@ -85,7 +85,7 @@ def consists_of(model: nn.Module, flavor: Flavor, training: Any) -> str:
 
     seq_len = getattr(training, titan().LENGTH.removeprefix("training."))
     # Its own config, and not the flavor's: this is the model that is trained.
-    anatomy = anatomy_of(model.config, model, choices(flavor), seq_len)
+    anatomy = anatomy_of(model.config, model, choices(model.config, flavor), seq_len)
     return "\n".join(
         [
             anatomy_text.title(flavor.name, anatomy, seq_len),

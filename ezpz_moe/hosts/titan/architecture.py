@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ezpz_moe.config.dense_flavors import refuse_dense
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Latent, Layer, Rope
@@ -22,6 +23,7 @@ def architecture(flavor: Flavor) -> Architecture:
     Raises:
         EzpzError: the host cannot build it, or this binding does not know its family.
     """
+    refuse_dense(flavor, "to export for a class of transformers")
     family = flavor.base.partition("/")[0] if flavor.base else _SIZED
     if family not in _FAMILIES:
         raise EzpzError(
@@ -37,15 +39,18 @@ def architecture(flavor: Flavor) -> Architecture:
         layers=tuple(_layer(each, flavor.router_group_score) for each in model.layers),
         norm_eps=model.norm.eps,
         tied=model.enable_weight_tying,
-        besides=(*_besides(model), *flavor.other_ffns),
+        besides=(*_besides(model, family), *flavor.other_ffns),
     )
 
 
-def _besides(model: Any) -> list[str]:
+def _besides(model: Any, family: str) -> list[str]:
     further = len(getattr(model, "mtp_layers", ()) or ())
     found = [f"{further} layers that predict further tokens"] if further else []
     if getattr(model, "vision_encoder", None) is not None:
         found.append("a vision tower")
+    # gpt_oss's class has one too.
+    if family != "gpt_oss" and any(each.moe and each.moe.router.gate.bias for each in model.layers):
+        found.append("routers with a bias (router_bias)")
     return found
 
 

@@ -54,6 +54,22 @@ class Experts(Protocol):
     def sizes(self, config: Any) -> Sizes:
         """Return the experts' sizes from such a config node."""
 
+    def resize(
+        self,
+        config: Any,
+        *,
+        num_experts: int | None = None,
+        dim: int | None = None,
+        hidden_dim: int | None = None,
+    ) -> None:
+        """Give such a node other sizes, in place; None keeps one."""
+
+    def initial_values(self, config: Any) -> tuple[Any, Any, Any] | None:
+        """Return what such a node draws gate, down and up of its experts with.
+
+        None for experts of another kind.
+        """
+
     def selected(
         self,
         config: Any,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torchtitan.models.common.attention import BaseAttention
@@ -16,8 +17,8 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.hosts.accounting import Cost, computing_experts
-from ezpz_moe.hosts.titan.models import host_spec
+from ezpz_moe.config.layer_sizes import one_or_each
+from ezpz_moe.hosts.accounting import Cost
 
 _ZERO_COMPUTATION = "zero-computation experts"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
@@ -25,52 +26,54 @@ _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Choices:
-    """What a token chooses in each layer: ``top_k`` of ``num_experts + zero_experts``."""
+    """What a token chooses in a layer: ``top_k`` of ``num_experts + zero_experts``.
 
-    num_experts: int
+    A tuple has each layer's, where they differ.
+    """
+
+    num_experts: int | tuple[int, ...]
     zero_experts: int
-    top_k: int
-
-    @property
-    def computing_share(self) -> float:
-        """Share of a layer's routed experts that computes for a token, on average."""
-        return computing_experts(self.top_k, self.num_experts, self.zero_experts) / self.num_experts
+    top_k: int | tuple[int, ...]
 
 
-def choices(flavor: Flavor) -> Choices:
+def choices(config: Any, flavor: Flavor) -> Choices:
     """Return the choices of a flavor's token: the model's own, and those that ``[router]`` adds.
 
-    Raises:
-        EzpzError: the host has no such model.
+    In a dense model a token has none.
+
+    Args:
+        config: the flavor's model, with its routers.
+        flavor: for its ``[router]``.
     """
-    # All MoE layers of a model route alike; the host's own counts rely on that too.
-    _, moe, _, _ = next(host_spec(flavor).model.traverse(MoE.Config))
-    num_experts = moe.router.num_experts
+    if flavor.is_dense:
+        return Choices(num_experts=0, zero_experts=0, top_k=0)
+    zero_experts = flavor.router.zero_computation_experts
+    routers = [moe.router for _, moe, _, _ in config.traverse(MoE.Config)]
     return Choices(
-        num_experts=num_experts,
-        zero_experts=flavor.router.zero_computation_experts,
-        top_k=flavor.router.choices_of_token(num_experts, moe.router.top_k),
+        num_experts=one_or_each([router.num_experts - zero_experts for router in routers]),
+        zero_experts=zero_experts,
+        top_k=one_or_each([router.top_k for router in routers]),
     )
 
 
-def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], list[str]]:
+def weigh(model: nn.Module) -> tuple[dict[str, Cost], list[str]]:
     """Count parameters and matrix products of every component, except attention scores.
 
     Args:
         model: on any device, whole.
-        computing_share: share of the routed experts that computes for a token.
 
     Returns:
         The costs by component, and the classes of modules that have parameters but unknown FLOPs. A
         parameter that two modules share counts once, its products count for both.
     """
     costs: dict[str, Cost] = defaultdict(Cost)
+    shares = _computing_shares(model)
     seen: set[nn.Parameter] = set()
     unknown = set()
     for module, component in components(model):
         own = [p for p in module.parameters(recurse=False) if p not in seen]
         seen.update(own)
-        share = computing_share if component == "routed experts" else 1
+        share = shares[module] if component == "routed experts" else 1
         number = sum(parameter.numel() for parameter in own)
         # A parameter of the attention module itself can only be gpt_oss's sinks, which are added to
         # the scores. Its projections are modules of their own.
@@ -85,6 +88,19 @@ def weigh(model: nn.Module, computing_share: float) -> tuple[dict[str, Cost], li
         if own and not (forward or is_free or component == "vision encoder"):
             unknown.add(type(module).__name__)
     return dict(costs), sorted(unknown)
+
+
+def _computing_shares(model: nn.Module) -> dict[nn.Module, float]:
+    """Return of each module of routed experts what share computes for a token, on average.
+
+    All choices of a router count, those of zero-computation experts too.
+    """
+    return {
+        module: moe.router.top_k / moe.router.num_experts
+        for moe in model.modules()
+        if isinstance(moe, MoE)
+        for module in moe.routed_experts.modules()
+    }
 
 
 def components(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torchtitan.config import Configurable
@@ -19,7 +19,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavor_schema import Attention
+from ezpz_moe.config.flavors import with_attention
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
@@ -38,6 +38,7 @@ from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
 from ezpz_moe.hosts.titan.ffns import ffn_problems
+from ezpz_moe.hosts.titan.layer_conflicts import layer_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
@@ -138,21 +139,6 @@ def _cuda_graphs(config: Trainer.Config) -> Iterator[str]:
                 f"training.disable_cuda_graphs = false cannot be combined with "
                 f"parallelism.expert_parallel_degree = {config.parallelism.expert_parallel_degree} "
                 f"and this expert_parallel_comm_backend. {remedy} (torchtitan: {error})"
-            )
-
-
-def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
-    degree = config.parallelism.expert_parallel_degree
-    # A set: layers of one size need one message.
-    for experts in {sizes.num_experts for sizes in _sizes(config)}:
-        if experts % degree:
-            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
-            below = max(d for d in divisors if d < degree)
-            nearest = [below, *[d for d in divisors if d > degree][:1]]
-            yield (
-                f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} "
-                f"experts of flavor {_flavor(config)!r}. The nearest that do: "
-                f"{' and '.join(map(str, nearest))}."
             )
 
 
@@ -338,13 +324,9 @@ def _flavor(config: Trainer.Config) -> str:
 
 
 def _flavor_with_sdpa(config: Trainer.Config) -> str:
-    stem = _flavor(config)
-    # A flavor's name is NAME[_ATTENTION][_BACKEND]: take both off, then put SDPA in.
-    backend = next((f"_{each}" for each in _backends(config) if stem.endswith(f"_{each}")), "")
-    stem = stem.removesuffix(backend)
-    for attention in get_args(Attention):
-        stem = stem.removesuffix(f"_{attention}")
-    return f"flavor {stem}_sdpa{backend}"
+    # Files beside a job are not found from here: of those only the attention can be named.
+    name = with_attention(_flavor(config), "sdpa")
+    return f"flavor {name}" if name else 'a flavor with attention = "sdpa"'
 
 
 def _routers(config: Trainer.Config) -> Iterator[str]:
@@ -365,7 +347,7 @@ def _telemetry(config: Trainer.Config) -> Iterator[str]:
 _Check = Callable[[Trainer.Config], Iterator[str]]
 _ALWAYS: tuple[_Check, ...] = (
     _cuda_graphs,
-    _expert_parallel_degree,
+    layer_problems,
     _tensor_parallel_degree,
     _context_parallel_attention,
     override_problems,

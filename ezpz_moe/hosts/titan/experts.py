@@ -196,6 +196,26 @@ def sizes(config: GroupedExperts.Config) -> Sizes:
     return Sizes(config.num_experts, config.dim, config.hidden_dim)
 
 
+def resize(
+    config: GroupedExperts.Config,
+    *,
+    num_experts: int | None = None,
+    dim: int | None = None,
+    hidden_dim: int | None = None,
+) -> None:
+    """Give the experts other sizes, in place; None keeps one."""
+    config.num_experts = num_experts or config.num_experts
+    config.dim = dim or config.dim
+    config.hidden_dim = hidden_dim or config.hidden_dim
+
+
+def initial_values(config: GroupedExperts.Config) -> tuple[Any, Any, Any] | None:
+    """Return what gate, down and up are drawn with; None for experts of another kind."""
+    draws = config.param_init or {}
+    names = ("w1_EFD", "w2_EDF", "w3_EFD")
+    return tuple(draws[name] for name in names) if draws.keys() >= set(names) else None
+
+
 def selected(
     config: GroupedExperts.Config,
     backend: ExpertComputeBackend,

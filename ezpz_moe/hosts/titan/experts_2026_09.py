@@ -96,6 +96,27 @@ def sizes(config: RoutedExperts.Config) -> Sizes:
     return Sizes(w13.group_size, w13.in_features, w13.out_features)
 
 
+def resize(
+    config: RoutedExperts.Config,
+    *,
+    num_experts: int | None = None,
+    dim: int | None = None,
+    hidden_dim: int | None = None,
+) -> None:
+    """Give the experts other sizes, in place; None keeps one."""
+    old = sizes(config)
+    w13, w2 = config.w13, config.w2
+    w13.group_size = w2.group_size = num_experts or old.num_experts
+    w13.in_features = w2.out_features = dim or old.dim
+    w13.out_features = w2.in_features = hidden_dim or old.hidden_dim
+
+
+def initial_values(config: RoutedExperts.Config) -> tuple[Any, Any, Any] | None:
+    """Return what the experts' gate, down and up are drawn with; gate and up are one linear."""
+    gate_and_up, down = config.w13.param_init["weight"], config.w2.param_init["weight"]
+    return gate_and_up, down, gate_and_up
+
+
 def selected(
     config: RoutedExperts.Config,
     backend: ExpertComputeBackend,

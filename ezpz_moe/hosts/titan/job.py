@@ -60,7 +60,12 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.checkpointer import Checkpointer
 from ezpz_moe.hosts.titan.conflicts import is_about_to_train, refuse_conflicts
 from ezpz_moe.hosts.titan.initial_values import starting_as_one_rank
-from ezpz_moe.hosts.titan.models import model_spec, what_differs
+from ezpz_moe.hosts.titan.models import (
+    model_spec,
+    what_changes_nothing,
+    what_differs,
+    what_it_equals,
+)
 from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
@@ -92,6 +97,9 @@ class JobConfig(Trainer.Config):
     """False in the first construction, true in the host's copies. A mistake in a copy ends the
     process, because the host would show a traceback."""
 
+    written: Annotated[int, tyro.conf.Suppress] = 0
+    """A digest of what the job says, in the host's copies: with flags, they differ from it."""
+
     awaits_flags: Annotated[bool, tyro.conf.Suppress] = False
     """True in the first construction if flags may still change it: it is not checked."""
 
@@ -103,10 +111,11 @@ class JobConfig(Trainer.Config):
     def __post_init__(self) -> None:
         if self.awaits_flags:
             return
+        has_flags = self.handed_over and _digest(self) != self.written
+        where = f"{self.origin} and the command line" if has_flags else self.origin
         # Before the checks, which look at the model as it will be trained.
         titan().fit_model(self)
         precision.settle(self)
-        where = f"{self.origin} and the command line" if self.handed_over else self.origin
         with exit_on_user_error() if self.handed_over else contextlib.nullcontext():
             refuse_conflicts(self, where)
             with _refusals(where):
@@ -145,7 +154,8 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
-    if (line := what_differs(flavor, spec)) is not None:
+    notes = (what_differs(flavor, spec), what_changes_nothing(flavor), what_it_equals(flavor))
+    for line in filter(None, notes):
         logger.info(f"ezpz_moe: {line}")
     # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)
@@ -176,8 +186,14 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
     if host_flags:
         config = _told(config, host_flags)
     # Not in the constructor call: the host's copies must see true, this construction false.
-    config.handed_over = True
+    config.handed_over, config.written = True, _digest(config)
     return config
+
+
+def _digest(config: JobConfig) -> int:
+    """Return a number that the trainer's settings have in this process, and no others."""
+    # The host passes no flags on, and what it copies is equal without them.
+    return hash(repr([getattr(config, each.name) for each in dataclasses.fields(Trainer.Config)]))
 
 
 def _told(config: JobConfig, host_flags: Sequence[str]) -> JobConfig:

@@ -7,7 +7,7 @@ warns of a router that goes wrong. It also tells the routers the step, for anyth
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.routing_dump import RoutingDump
 from ezpz_moe.hosts.titan.row_figures import experts_of, row_figures, taken_choices, taken_rows
-from ezpz_moe.routing.counters import SUMS
+from ezpz_moe.routing.counters import SUMS, apart
 from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
@@ -80,7 +80,7 @@ class RouterMetrics(CpuMetrics):
         dumped = self._settings and self._settings.dumped
         self._dump = RoutingDump(dumped, Path(dump_folder)) if dumped else None
         self._last_step: int | None = None
-        self._counted_LE: torch.Tensor | None = None
+        self._counted_N: torch.Tensor | None = None  # of all layers, one after the other
 
     def should_log(self, step: int) -> bool:
         """Pass the step on to the routers: the host calls this once before each training step."""
@@ -192,23 +192,30 @@ class RouterMetrics(CpuMetrics):
         if not of_layer:
             return []
         routers = [moe.router for moe in of_layer.values()]
-        counts_LE = torch.stack([router.val_counts_E for router in routers])
-        sums_LS = torch.stack([router.val_sums_S for router in routers])
-        for router in routers:
-            router.val_counts_E.zero_()
-            router.val_sums_S.zero_()
-        routed_experts = routers[0].routed_experts
-        ranks_L = rank_max_over_mean(counts_LE[:, :routed_experts], self.parallel_dims)
+        of_each = [router.val_counts_E for router in routers]
+        sums_of_each = [router.val_sums_S for router in routers]
+        counts_N, sums_N = torch.cat(of_each), torch.cat(sums_of_each)
+        for each in (*of_each, *sums_of_each):
+            each.zero_()
+        ranks_L = rank_max_over_mean(_routed(apart(counts_N, of_each), routers), self.parallel_dims)
         for mesh in counting_meshes(self.parallel_dims):
-            for each in (counts_LE, sums_LS):
+            for each in (counts_N, sums_N):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         not_counted = {"padding_waste": None, "drop_rate": None}
         return [
             _layer_record(
-                number, moe, counts_E, sums_S, not_counted | {"rank_max_over_mean": of_ranks}
+                number,
+                moe,
+                counts_E.tolist(),
+                sums_S.tolist(),
+                not_counted | {"rank_max_over_mean": of_ranks},
             )
             for (number, moe), of_ranks, counts_E, sums_S in zip(
-                of_layer.items(), ranks_L, counts_LE.tolist(), sums_LS.tolist(), strict=True
+                of_layer.items(),
+                ranks_L,
+                apart(counts_N.cpu(), of_each),
+                apart(sums_N.cpu(), sums_of_each),
+                strict=True,
             )
         ]
 
@@ -218,43 +225,30 @@ class RouterMetrics(CpuMetrics):
         of_layer = moe_layers(self.model_parts)
         if not of_layer:
             return []
-        now_LE = torch.stack([moe.router.counts_E for moe in of_layer.values()])
-        sums_LS = torch.stack([moe.router.sums_S for moe in of_layer.values()])
-        rows_L3 = torch.stack([taken_rows(moe, now_LE.device) for moe in of_layer.values()])
-        choices_L2 = torch.stack([taken_choices(moe, now_LE.device) for moe in of_layer.values()])
+        moes = list(of_layer.values())
+        routers = [moe.router for moe in moes]
+        of_each = [router.counts_E for router in routers]
+        sums_of_each = [router.sums_S for router in routers]
+        now_N, sums_N = torch.cat(of_each), torch.cat(sums_of_each)
+        rows_L3 = torch.stack([taken_rows(moe, now_N.device) for moe in moes])
+        choices_L2 = torch.stack([taken_choices(moe, now_N.device) for moe in moes])
         # A difference and no reset: the bias update reads the same counter, at another cadence.
-        counts_LE = now_LE if self._counted_LE is None else now_LE - self._counted_LE
-        self._counted_LE = now_LE.clone()
-        # Of a flavor all layers have as many experts without computation, and they come last.
-        routed_experts = next(iter(of_layer.values())).router.routed_experts
-        ranks_L = rank_max_over_mean(counts_LE[:, :routed_experts], self.parallel_dims)
+        counts_N = now_N if self._counted_N is None else now_N - self._counted_N
+        self._counted_N = now_N.clone()
+        ranks_L = rank_max_over_mean(_routed(apart(counts_N, of_each), routers), self.parallel_dims)
         # Nobody else reads these, so they can start again at zero; float32 sums then stay accurate.
-        for moe in of_layer.values():
-            moe.router.sums_S.zero_()
+        for each in sums_of_each:
+            each.zero_()
         for mesh in counting_meshes(self.parallel_dims):
-            for each in (counts_LE, sums_LS, rows_L3, choices_L2):
+            for each in (counts_N, sums_N, rows_L3, choices_L2):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _layer_record(
-                number,
-                moe,
-                counts_E,
-                sums_S,
-                {
-                    **row_figures(
-                        moe,
-                        *rows,
-                        counted=sum(counts_E[:routed_experts]),
-                        of_padding=round(sums_S[SUMS.index("of_padding")]),
-                    ),
-                    "rank_max_over_mean": of_ranks,
-                },
-            )
+            _counted_layer(number, moe, counts_E.tolist(), sums_S.tolist(), rows, of_ranks)
             for (number, moe), of_ranks, counts_E, sums_S, *rows in zip(
                 of_layer.items(),
                 ranks_L,
-                counts_LE.tolist(),
-                sums_LS.tolist(),
+                apart(counts_N.cpu(), of_each),
+                apart(sums_N.cpu(), sums_of_each),
                 rows_L3.tolist(),
                 choices_L2.tolist(),
                 strict=True,
@@ -317,6 +311,30 @@ class RouterMetrics(CpuMetrics):
                         torch.tensor(layer.counts_E),
                         record.step,
                     )
+
+
+def _routed(counts: Sequence[torch.Tensor], routers: Sequence[Any]) -> list[torch.Tensor]:
+    """Return each layer's counts without those of zero-computation experts, which come last."""
+    return [each[: router.routed_experts] for each, router in zip(counts, routers, strict=True)]
+
+
+def _counted_layer(
+    number: int,
+    moe: Any,
+    counts_E: list[int],
+    sums_S: list[float],
+    rows: Sequence[list[int]],
+    of_ranks: float | None,
+) -> tuple[LayerRecord, float]:
+    """Return the record of a layer whose rows were counted: those, and its choices."""
+    figures = row_figures(
+        moe,
+        *rows,
+        counted=sum(counts_E[: moe.router.routed_experts]),
+        of_padding=round(sums_S[SUMS.index("of_padding")]),
+    )
+    use = {**figures, "rank_max_over_mean": of_ranks}
+    return _layer_record(number, moe, counts_E, sums_S, use)
 
 
 def _layer_record(

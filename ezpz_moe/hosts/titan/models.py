@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +14,8 @@ import torchtitan.models
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.protocols.model_spec import ModelSpec
 
-from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.flavor_schema import Equal, Flavor
+from ezpz_moe.config.init_schema import Init
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
@@ -49,9 +52,10 @@ def model_spec(
     _refuse_without_text(spec, flavor)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
-    chosen_by = why or f"flavor {flavor.name}"
-    asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
-    select_backend(spec.model, *asked)
+    if not flavor.is_dense:
+        chosen_by = why or f"flavor {flavor.name}"
+        asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
+        select_backend(spec.model, *asked)
     if flavor.other_ffns:
         with titan().importing():  # only such a flavor needs this from the host
             from ezpz_moe.hosts.titan.ffn_nodes import set_ffns
@@ -77,10 +81,14 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
     try:
         if flavor.dimensions is None:
             spec = _upstream_spec(flavor, attention, moe_comm_backend)
+            if flavor.change is not None:
+                _changes().change_model(spec.model, flavor.change, _where(flavor))
             if flavor.rope is not None:
                 _reach(spec, flavor.rope.max_seq_len, flavor)
         else:
             spec = sized_spec(flavor.dimensions, attention or "flex", moe_comm_backend)
+            if flavor.dimensions.router_bias:
+                _changes().bias_routers(spec.model)
     except (TypeError, ValueError) as error:
         # This host calls it differently, or for example flex_flash on a GPU before Hopper.
         raise EzpzError(
@@ -88,6 +96,14 @@ def host_spec(flavor: Flavor, *, moe_comm_backend: str = _DEFAULT_COMM_BACKEND) 
             f"(attention = {flavor.attention!r}, dispatcher {moe_comm_backend!r}): "
             f"{in_words(error)}"
         ) from error
+    if flavor.dense_baseline_of is not None:
+        with titan().importing():  # only such a flavor needs this
+            from ezpz_moe.hosts.titan.dense import make_dense
+        make_dense(spec, _hidden_dim(flavor.dense_baseline_of, flavor.equal), flavor)
+    if flavor.init != Init():
+        with titan().importing():
+            from ezpz_moe.hosts.titan.initialized import initialize
+        initialize(spec.model, flavor.init, str(flavor.source))
     return dataclasses.replace(spec, flavor=flavor.name)
 
 
@@ -103,6 +119,42 @@ def what_differs(flavor: Flavor, spec: ModelSpec) -> str | None:
     said += f" ({names})" if names else ""
     has_vision = getattr(spec.model, VISION) is not None
     return said + "; text trains the language part, not the vision encoder" * has_vision
+
+
+def _changes() -> Any:
+    with titan().importing():  # only flavors that change the host's models need this
+        from ezpz_moe.hosts.titan import changed
+    return changed
+
+
+@cache
+def _hidden_dim(experts: Flavor, equal: Equal) -> int:
+    """Return the hidden size of the FFN of a dense baseline of ``experts``."""
+    with titan().importing():
+        from ezpz_moe.hosts.titan.dense import hidden_dim
+    return hidden_dim(model_spec(experts).model, experts.ffn_activation, equal)
+
+
+def what_it_equals(flavor: Flavor) -> str | None:
+    """Return what a dense baseline has in common with its model of experts; None for another."""
+    of = flavor.dense_baseline_of
+    if of is None:
+        return None
+    what = "FLOPs per token" if flavor.equal == "flops" else "parameters"
+    return (
+        f"flavor {flavor.name} is dense, with the {what} of {of.name}: an FFN of hidden size "
+        f"{_hidden_dim(of, flavor.equal)} in place of each layer's experts"
+    )
+
+
+def what_changes_nothing(flavor: Flavor) -> str | None:
+    """Return which keys of ``[change]`` the base's model has already; None if there are none."""
+    if flavor.change is None:
+        return None
+    base = _upstream_spec(flavor, None, _DEFAULT_COMM_BACKEND).model
+    same = _changes().without_effect(base, flavor.change)
+    keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in same.items())
+    return f"{_where(flavor)}: [change] {keys} has no effect: so the base is" if keys else None
 
 
 def _refuse_without_text(spec: ModelSpec, flavor: Flavor) -> None:

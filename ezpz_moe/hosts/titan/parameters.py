@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.hosts.titan.base import titan
@@ -49,19 +50,19 @@ def build_on_meta(flavor: Flavor) -> nn.Module:
 @cache
 def _summarize(flavor: Flavor) -> ModelSummary:
     config = model_spec(flavor).model
-    chosen = choices(flavor)
-    costs, _ = weigh(build_on_meta(flavor), chosen.computing_share)
+    chosen = choices(config, flavor)
+    costs, _ = weigh(build_on_meta(flavor))
     total = sum(costs.values(), Cost())
     host_experts = titan().experts()
-    # The first stands for all: layers with experts have the same sizes.
-    _, experts, _, _ = next(config.traverse(host_experts.HostExperts.Config))
-    sizes = host_experts.sizes(experts)
+    # A dense model has none.
+    nodes = config.traverse(host_experts.HostExperts.Config)
+    hidden_dims = [host_experts.sizes(node).hidden_dim for _, node, _, _ in nodes] or [0]
     return ModelSummary(
         dim=config.dim,
         n_layers=len(config.layers),
-        num_experts=sizes.num_experts,
+        num_experts=chosen.num_experts,
         top_k=chosen.top_k,
-        expert_hidden_dim=sizes.hidden_dim,
+        expert_hidden_dim=one_or_each(hidden_dims),
         total=total.parameters,
         # A fraction only with zero-computation experts.
         active=round(total.active),

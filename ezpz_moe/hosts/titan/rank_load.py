@@ -1,36 +1,43 @@
 """What each rank's experts get under expert parallelism.
 
-Legend: L = MoE layers, E = routed experts.
+Legend: L = MoE layers, E = routed experts, R = ranks, N = experts of all layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ezpz_moe.hosts.titan.routing import counting_meshes
+from ezpz_moe.routing.counters import apart
 
 
 @torch.no_grad()
-def rank_max_over_mean(counts_LE: Tensor, parallel_dims: Any) -> list[float | None]:
+def rank_max_over_mean(layers: Sequence[Tensor], parallel_dims: Any) -> list[float | None]:
     """Return for each layer the assignments of the busiest rank over the mean of the ranks.
 
     The others wait for that rank: 1 is even. None without expert parallelism, and for a layer to
     which nothing was assigned.
 
     Args:
-        counts_LE: assignments of this rank's own tokens.
+        layers: counts_E of each: assignments of this rank's own tokens.
         parallel_dims: the host's. Collective over the ranks that count together.
     """
     ep_mesh = parallel_dims.get_optional_mesh("ep")
     if ep_mesh is None:
-        return [None] * len(counts_LE)
-    of_group_LE = counts_LE.clone()
-    torch.distributed.all_reduce(of_group_LE, group=ep_mesh.get_group())
+        return [None] * len(layers)
+    of_group_N = torch.cat(list(layers))
+    torch.distributed.all_reduce(of_group_N, group=ep_mesh.get_group())
     # The host's dispatchers give neighbours among the experts to one rank, equally many to each.
-    of_ranks_LR = of_group_LE.unflatten(1, (ep_mesh.size(), -1)).sum(-1)
+    of_ranks_LR = torch.stack(
+        [
+            counts_E.unflatten(0, (ep_mesh.size(), -1)).sum(-1)
+            for counts_E in apart(of_group_N, layers)
+        ]
+    )
     total_L = of_ranks_LR[:, ep_mesh.get_local_rank()].clone()
     busiest_L, ranks = total_L.clone(), 1
     # Over all groups: each has all experts, for its own tokens.

@@ -8,6 +8,7 @@ from ezpz_moe.hosts.reliance import NO_BACKEND, NO_FLAVOR, NO_SIZES, NOTHING_TRA
 from ezpz_moe.hosts.relied_on_by_all import DATASET_CONFIG, OF_EVERY_GENERATION
 from ezpz_moe.hosts.titan.relied_on_in_part import (
     ANALYSIS,
+    CHANGES,
     CHATS,
     COMPONENTS,
     NO_ROUTER,
@@ -393,6 +394,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *ROUTERS,
     *ANALYSIS,
     *CHATS,
+    *CHANGES,
     *COMPONENTS,
     *_DOORS,
     *_JOB,

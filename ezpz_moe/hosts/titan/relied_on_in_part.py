@@ -210,3 +210,33 @@ COMPONENTS = (
         vital=True,
     ),
 )
+
+_NO_CHANGE = "flavors with [change] or [init] cannot be trained; others still can"
+
+CHANGES = (
+    Reliance(
+        "torchtitan.protocols.module:Module.Config",
+        used_for="initial values of a changed model, and those of [init]",
+        if_broken=_NO_CHANGE,
+        fields=("param_init",),
+    ),
+    Reliance(
+        "torchtitan.models.common.param_init:depth_scaled_std",
+        used_for="the same: how they shrink with a layer's number",
+        if_broken=_NO_CHANGE,
+        takes=("base_std", "layer_id"),
+    ),
+    Reliance(
+        "torchtitan.models.common.decoder:TransformerBlock.Config",
+        used_for="a layer's parts, which [change] sizes and a dense baseline replaces",
+        if_broken=f"{_NO_CHANGE}; nor can dense baselines",
+        fields=("attention", "attention_norm", "ffn_norm", "feed_forward", "moe"),
+    ),
+    Reliance(
+        "torchtitan.models.common.config_utils:make_ffn_config",
+        used_for="the FFN of a dense baseline",
+        if_broken="flavors with dense_baseline_of cannot be trained; others still can",
+        takes=("dim", "hidden_dim", "w1_param_init", "w2w3_param_init"),
+    ),
+)
+"""Needed by flavors that change a model of the host's, its initial values, or its experts."""

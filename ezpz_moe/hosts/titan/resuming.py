@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.metadata import read_metadata
-from ezpz_moe.hosts.dcp.paths import METADATA
+from ezpz_moe.hosts.dcp.paths import METADATA, complete_steps
 from ezpz_moe.hosts.resuming import Entries, Fit, fit
 
 # The degree's key in a dataloader's state: in 0.3, and since August 2026.
@@ -65,10 +64,9 @@ def saved_entries(folder: Path) -> Entries:
 
 def whole_steps(folder: Path) -> Iterator[int]:
     """Yield the steps in ``folder`` whose checkpoints have all of a run's state."""
-    for file in folder.glob(f"step-*/{METADATA}"):
-        step = re.fullmatch(r"step-(\d+)", file.parent.name)
-        if step and _is_whole(file.parent):
-            yield int(step[1])
+    for step, checkpoint in complete_steps(folder).items():
+        if _is_whole(checkpoint):
+            yield step
 
 
 @contextmanager

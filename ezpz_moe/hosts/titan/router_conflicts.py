@@ -105,7 +105,8 @@ def _mask(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         yield (
             f"{named} cannot be combined with parallelism.pipeline_parallel_degree = "
             f"{parallelism.pipeline_parallel_degree}: only the first stage sees the tokens, and "
-            "none knows whose microbatch it recomputes."
+            "none knows whose microbatch it recomputes. Set the degree to 1, or remove the key: "
+            "padding is then routed and counted like text."
         )
     if settings.padding != "token" and parallelism.context_parallel_degree > 1:
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -16,12 +16,19 @@ from ezpz_moe.routing.gate import why_untrained
 
 def router_remarks(config: Any) -> list[str]:
     """Return the remarks on a trainer's config, each a sentence or two."""
-    moe = _first_moe(config)
-    if moe is None:
+    moes = _moes(config)
+    if not moes:
         return []
     flavor = f"flavor {config.model_spec.flavor!r}"
-    checks = (_untrained_gate, _kept_score, _two_that_balance, _padding_with_a_special_token)
-    return [f"{flavor}: {each}" for check in checks for each in check(config, moe)]
+    # Apart from their sizes, all layers have the same router.
+    first, fewest = next(iter(moes.values())), min(moes.values(), key=lambda moe: moe.router.top_k)
+    found = (
+        *_untrained_gates(moes),
+        *_kept_score(fewest),
+        *_two_that_balance(first),
+        *_padding_with_a_special_token(config, first),
+    )
+    return [f"{flavor}: {each}" for each in found]
 
 
 def log_once(config: Any) -> None:
@@ -36,18 +43,29 @@ def _log(remark: str) -> None:
     logger.warning(f"ezpz_moe: {remark}")
 
 
-def _first_moe(config: Any) -> Any:
-    """Return the config of an MoE layer; all have the same router."""
+def _moes(config: Any) -> dict[str, Any]:
+    """Return the configs of the MoE layers by the layer's path, such as "layers.3.moe"."""
     if config.model_spec is None:
-        return None
+        return {}
     # recurse, because every node is of this class: the search would otherwise end at the root.
     nodes = config.model_spec.model.traverse(Configurable.Config, recurse=True)
-    moes = (node for _, node, _, _ in nodes if hasattr(getattr(node, "router", None), "score_func"))
-    return next(moes, None)
+    return {
+        path: node
+        for path, node, _, _ in nodes
+        if hasattr(getattr(node, "router", None), "score_func")
+    }
 
 
-def _untrained_gate(config: Any, moe: Any) -> Iterator[str]:
-    router = moe.router
+def _untrained_gates(moes: Mapping[str, Any]) -> Iterator[str]:
+    layers_of: dict[str, list[str]] = {}
+    for path, moe in moes.items():
+        for reason in _untrained_gate(moe.router):
+            layers_of.setdefault(reason, []).append(path.removesuffix(".moe"))
+    for reason, layers in layers_of.items():
+        yield reason if len(layers) == len(moes) else f"in {', '.join(layers)} {reason}"
+
+
+def _untrained_gate(router: Any) -> Iterator[str]:
     return why_untrained(
         # The host's own router has no table.
         getattr(router, "settings", Router()),
@@ -58,7 +76,7 @@ def _untrained_gate(config: Any, moe: Any) -> Iterator[str]:
     )
 
 
-def _kept_score(config: Any, moe: Any) -> Iterator[str]:
+def _kept_score(moe: Any) -> Iterator[str]:
     settings, top_k = getattr(moe.router, "settings", Router()), moe.router.top_k
     if settings.keep_top1_score and top_k > 1:
         yield (
@@ -67,7 +85,7 @@ def _kept_score(config: Any, moe: Any) -> Iterator[str]:
         )
 
 
-def _two_that_balance(config: Any, moe: Any) -> Iterator[str]:
+def _two_that_balance(moe: Any) -> Iterator[str]:
     balance = getattr(moe.router, "balance", None)
     if balance is None or balance.bias_update is not None or moe.load_balance_coeff is None:
         return

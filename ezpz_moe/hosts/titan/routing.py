@@ -17,12 +17,14 @@ from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
+from ezpz_moe.hosts.titan.compiling import make_room
 from ezpz_moe.hosts.titan.dispatchers import cuts_padding
 from ezpz_moe.hosts.titan.labelled import COUNTED
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
 from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
 from ezpz_moe.hosts.titan.zero_computation import dispatch_padding, with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
+from ezpz_moe.routing.counters import apart
 from ezpz_moe.routing.padding import tokens_that_count
 
 # The host's own default of `MoE.Config.load_balance_coeff`.
@@ -68,6 +70,8 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
     def parallelize(model: torch.nn.Module, *, parallel_dims: Any, **kwargs: Any) -> Any:
         # Here, because the flags of the command line may still change the policy until now.
         kwargs["ac_config"] = keeping_choices(kwargs["ac_config"])
+        if flavor.dimensions is not None:
+            make_room(flavor.dimensions)
         model = parallelize_fn(model, parallel_dims=parallel_dims, **kwargs)
         if flavor.balance.capacity_factor:
             logger.warning(f"ezpz_moe: {_drops(flavor)}")
@@ -213,8 +217,10 @@ def _bias_hook(host_hook: Callable[..., None] | None, flavor: Flavor) -> Callabl
         return None  # the bias is used, and stays as it is
     # The host's own hook whenever possible: its results are then the host's, bit for bit.
     is_the_hosts = balance.bias_update != "proportional" and (rate is None or rate.is_constant)
-    # The host's counts include padding tokens, ours do not.
-    if is_the_hosts and not settings.masks_padding:
+    # The host's counts include padding tokens, ours do not. It stacks those of all layers, so they
+    # must have as many experts.
+    is_uneven = flavor.dimensions is not None and flavor.dimensions.is_uneven
+    if is_the_hosts and not settings.masks_padding and not is_uneven:
         return host_hook
     by_sign = balance.bias_update != "proportional"
 
@@ -236,18 +242,24 @@ class _BiasUpdate:
         self.meshes = counting_meshes(parallel_dims)
         self.rate, self.by_sign = rate, by_sign
         # Telemetry reads the same counters, so they are compared with the last step and not reset.
-        self.before = [moe.router.counts_E.clone() for moe in self.layers]
+        self.before_N = self._counts()
+
+    def _counts(self) -> Tensor:
+        """Return counts_N of all layers, one after the other: they may have different E."""
+        counts = [moe.router.counts_E for moe in self.layers]
+        return torch.cat(counts) if counts else torch.zeros(0)
 
     @torch.no_grad()
     def __call__(self) -> None:
         if not self.layers:
             return
-        now = [moe.router.counts_E.clone() for moe in self.layers]
-        counts_LE = torch.stack(now) - torch.stack(self.before)
-        self.before = now
+        now_N = self._counts()
+        counts_N = now_N - self.before_N
+        self.before_N = now_N
         for mesh in self.meshes:
-            torch.distributed.all_reduce(counts_LE, group=mesh.get_group())
-        for moe, counts_E in zip(self.layers, counts_LE, strict=True):
+            torch.distributed.all_reduce(counts_N, group=mesh.get_group())
+        each = apart(counts_N, [moe.router.counts_E for moe in self.layers])
+        for moe, counts_E in zip(self.layers, each, strict=True):
             rate = value_at(self.rate, moe.router.step) if self.rate else moe.load_balance_coeff
             local(moe.expert_bias_E).add_(bias_change(counts_E, rate=rate, by_sign=self.by_sign))
             # The host's hook would reset its own counter; without it, it would grow for the whole

@@ -20,6 +20,8 @@ from ezpz_moe.routing import keeping
 from ezpz_moe.telemetry.dump import FOLDER, Dumps
 
 _BYTES = {"ids": 2, "probabilities": 4}
+_ABSENT = {"ids": -1, "probabilities": 0.0}
+"""What stands for a choice that a layer's tokens do not make, or for an expert that it has not."""
 
 
 class RoutingDump:
@@ -94,9 +96,10 @@ class RoutingDump:
     def _shapes(self, routers: Sequence[Any]) -> dict[str, tuple[int, ...]]:
         if not routers:
             return {}
-        L, first = len(routers), routers[0]
-        T = first.tokens_of_step
-        shapes = {"ids": (L, T, first.top_k), "probabilities": (L, T, first.num_experts)}
+        L, T = len(routers), routers[0].tokens_of_step
+        K = max(router.top_k for router in routers)
+        E = max(router.num_experts for router in routers)
+        shapes = {"ids": (L, T, K), "probabilities": (L, T, E)}
         return {name: shapes[name] for name in self._dump.what}
 
 
@@ -107,7 +110,19 @@ def _arrays(of_layers: Mapping[int, Sequence[keeping.Microbatch]]) -> dict[str, 
     # Every layer has the same tokens.
     arrays = {"layers": np.array(layers), "mask": wholes[0].pop("mask")}
     names = wholes[0].keys()
-    return arrays | {name: np.stack([whole[name] for whole in wholes]) for name in names}
+    return arrays | {name: _stacked([whole[name] for whole in wholes], name) for name in names}
+
+
+def _stacked(layers: Sequence[Any], name: str) -> Any:
+    """Return [L, T, ...] as wide as the widest layer; what a layer does not have is filled."""
+    width = max(each.shape[1] for each in layers)
+    fill = _ABSENT[name]
+    return np.stack(
+        [
+            np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=fill)
+            for each in layers
+        ]
+    )
 
 
 def _whole(microbatches: Sequence[keeping.Microbatch]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchtitan.models.common.moe import MoE
 
+from ezpz_moe.config.dense_flavors import refuse_dense
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan.base import titan
@@ -21,6 +22,7 @@ def target(flavor: Flavor) -> Target:
     Raises:
         EzpzError: the host cannot build it, or its experts are not a SwiGLU FFN without biases.
     """
+    refuse_dense(flavor, "to fill")
     if flavor.computes_otherwise:
         raise EzpzError(
             f"{flavor.source}: expert_activation, expert_bias or ffn_activation makes this another "

@@ -45,6 +45,7 @@ class Titan03(Titan):
     )
     checkpoint_names = "0.3"
     launcher_variables = ("MODULE", "CONFIG")
+    trains_on_chats = True
 
     @property
     def relied_on(self) -> tuple[Reliance, ...]:

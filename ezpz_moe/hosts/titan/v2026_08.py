@@ -37,6 +37,7 @@ class Titan2026_08(Titan03):
         fields=("max_context_length",),
         vital=True,
     )
+    trains_on_chats = False  # titan/chats_2026_08.py
 
     @property
     def relied_on(self) -> tuple[Reliance, ...]:

@@ -148,6 +148,7 @@ NO_EFFECT: tuple[tuple[str, str, Any, tuple[Any, ...]], ...] = (
     ("validation.", "validation.enable", False, (False,)),
     ("fault_tolerance.", "fault_tolerance.enable", False, (False,)),
     ("checkpoint.enable_ft_", "fault_tolerance.enable", False, (False,)),
+    ("checkpoint.", "checkpoint.enable", False, (False,)),
     ("memory_estimation.", "memory_estimation.enable", False, (False,)),
     ("parallelism.disable_loss_parallel", "parallelism.tensor_parallel_degree", 1, (1,)),
     ("parallelism.context_parallel_rotate_", "parallelism.context_parallel_degree", 1, (1,)),
@@ -181,7 +182,11 @@ CONVERTERS: Mapping[str, tuple[str, ...]] = {
             "quantize.grouped_mm.mx",
         )
     },
-    # Before torchtitan 0.2, one name for linears and experts.
+    # Before torchtitan 0.2: in September 2025 other names, and before one for linears and experts.
+    "quantize.dense.float8": ("quantize.linear.float8",),
+    "quantize.dense.mx": ("quantize.linear.mx",),
+    "quantize.moe.float8": ("quantize.grouped_mm.float8",),
+    "quantize.moe.mx": ("quantize.grouped_mm.mx",),
     "float8": ("quantize.linear.float8", "quantize.grouped_mm.float8"),
     "mx": ("quantize.linear.mx", "quantize.grouped_mm.mx"),
 }

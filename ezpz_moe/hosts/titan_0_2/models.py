@@ -32,6 +32,7 @@ from ezpz_moe.hosts.initial_values import initialize_as_one_rank, whole_model
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype
 from ezpz_moe.hosts.titan_0_2.experts import refuse_what_came_later, select_backend
 from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_later_keys
 
 SIZED_LIKE = "deepseek_v3"
 """The host's model that flavors with dimensions are sizes of."""
@@ -76,21 +77,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
     Raises:
         EzpzError: the host has no such model or attention, or cannot express the flavor.
     """
-    if flavor.scores_otherwise:
-        raise EzpzError(
-            f'{flavor.source}: router_group_score, router_score_func = "sqrtsoftplus" and groups '
-            "of one expert need torchtitan 0.3 or later. Remove them, or install torchtitan 0.3."
-        )
-    if flavor.is_routed:
-        raise EzpzError(
-            f"{flavor.source}: [router], [balance] and [telemetry] need torchtitan 0.3 or later. "
-            "Remove these tables, or install torchtitan 0.3."
-        )
-    if flavor.other_ffns:
-        raise EzpzError(
-            f"{flavor.source}: {', '.join(flavor.other_ffns)} need torchtitan 0.3: remove "
-            "expert_activation, expert_bias, ffn_activation and shared_gate, or install it."
-        )
+    refuse_later_keys(flavor)
     args: Any = (
         _upstream_args(flavor)
         if flavor.dimensions is None
@@ -192,7 +179,7 @@ def _with_backends(model_class: Any) -> Any:
 
 def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
     """Return the host's deepseek_v3 in another size; what has no size stays as it is there."""
-    rope = size.rope
+    rope, (of, *_) = size.rope, size.layer_sizes.values()  # of all its layers
     scaled = rope.scaling == "yarn" and rope.rope_factor > 1
     if scaled and rope.max_seq_len <= rope.original_seq_len:
         raise EzpzError(
@@ -204,9 +191,9 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         vocab_size=size.vocab_size,
         dim=size.dim,
         inter_dim=size.dense_hidden_dim,
-        moe_inter_dim=size.moe_hidden_dim,
+        moe_inter_dim=of.hidden_dim,
         n_layers=size.n_layers,
-        n_dense_layers=size.n_dense_layers,
+        n_dense_layers=size.moe_layer_numbers[0],
         n_heads=size.n_heads,
         q_lora_rank=size.q_lora_rank,
         kv_lora_rank=size.kv_lora_rank,
@@ -222,9 +209,9 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
         beta_fast=rope.beta_fast,
         beta_slow=rope.beta_slow,
         moe_args=MoEArgs(
-            num_experts=size.num_experts,
+            num_experts=of.num_experts,
             num_shared_experts=_shared_experts(size, where),
-            top_k=size.router_top_k,
+            top_k=of.top_k,
             score_func=size.router_score_func,
             route_norm=size.router_route_norm,
             route_scale=size.router_route_scale,
@@ -239,7 +226,8 @@ def _sized_args(size: Dimensions, where: str) -> DeepSeekV3ModelArgs:
 
 def _shared_experts(size: Dimensions, where: str) -> int:
     """Return how many experts are as wide as the shared FFN."""
-    number, rest = divmod(size.shared_width(size.moe_hidden_dim), size.moe_hidden_dim)
+    hidden = next(iter(size.layer_sizes.values())).hidden_dim  # of all its layers
+    number, rest = divmod(size.shared_width(hidden), hidden)
     if rest:
         raise EzpzError(
             f"{where}: shared_hidden_dim = {size.shared_hidden_dim}: torchtitan 0.2's shared "

@@ -42,7 +42,16 @@ DENSE_MODELS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_WITHOUT_EXPERTS, ()),
     "qwen3": ("debugmodel", "0.6B", "1.7B", "4B", "8B", "14B", "32B"),
 }
-"""Model -> its flavors without experts; () for all. Names in neither table are a fork's."""
+"""Model -> its flavors without experts; () for all."""
+
+GONE_MODELS = ("llama", "llama2", "llama3-siglip2", "llama3_simple_fsdp", "vlm")
+"""Dense models of torchtitan 0.2, or of the releases before, that 0.3 does not have."""
+
+TRANSFORMERS_MODELS = ("transformers_backend", "transformers_modeling_backend")
+"""Experiments whose model ``[hf_transformers] model`` names. Names in no table are a fork's."""
+
+MODULES: Mapping[str, str] = {"llama3_ft": "torchft.llama3"}
+"""What ``--module`` of 0.3 calls a model that has another name there."""
 
 LONGEST: Mapping[str, int] = {
     "qwen3/debugmodel_moe": 4096,

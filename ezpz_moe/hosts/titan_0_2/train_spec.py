@@ -9,6 +9,7 @@ and rank 0 locks the run's folder.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from ezpz_moe.hosts.documents import check_shares
 from ezpz_moe.hosts.precision import PARAM, agreeing_on_precision
 from ezpz_moe.hosts.ranks import is_dry_run
 from ezpz_moe.hosts.titan_0_2 import metrics
+from ezpz_moe.hosts.titan_0_2.command import has_flags
 from ezpz_moe.hosts.titan_0_2.conflicts import refuse_conflicts
 from ezpz_moe.hosts.titan_0_2.data import check_validation_shares
 from ezpz_moe.hosts.titan_0_2.models import FlavorArgs, build_model
@@ -79,7 +81,8 @@ def _train_spec(job: Job, complete: Complete) -> TrainSpec:
 def _build_tokenizer(config: Any, *, job: Job, flavors: FlavorArgs, complete: Complete) -> Any:
     complete(config, job)
     # The flavor of the flags, which need not be the one of the file.
-    refuse_conflicts(config, flavors[config.model.flavor], f"{job.source} and the command line")
+    flags = " and the command line" if has_flags(sys.argv[1:], job) else ""
+    refuse_conflicts(config, flavors[config.model.flavor], f"{job.source}{flags}")
     # Before anything else is built, so that a run that is refused has written nothing.
     run_folder.hold_for(config, config.job.dump_folder)
     if run_folder.saves_checkpoints(config) and not is_dry_run(config):

@@ -122,8 +122,9 @@ def _consistency(layers: Layers, settings: Settings) -> Figure:
     sizes = [np.arange(1, each.num_experts + 1) for each in layers]
     hit_rates = [each.sch_by_size for each in layers]
     _lines(right, layers, list(zip(sizes, hit_rates, strict=True)))
-    # The size of the cache whose hit rate the report has as a figure.
-    right.axvline(layers[0].cache_size, color="grey", linestyle=":")
+    # The sizes of the caches whose hit rates the report has as figures: k may differ.
+    for size in sorted({each.cache_size for each in layers}):
+        right.axvline(size, color="grey", linestyle=":")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(

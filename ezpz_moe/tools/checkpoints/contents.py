@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints import names, storage
-from ezpz_moe.tools.checkpoints.folder import size_of
+from ezpz_moe.hosts.dcp import stand_ins
+from ezpz_moe.hosts.dcp.paths import refuse_other_folders
+from ezpz_moe.tools.checkpoints import data_files, names
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    AnyMetadata: TypeAlias = Metadata | stand_ins.Metadata
 
 _STEP = "train_state.step"
 # The host saves the model's tensors at the top level, beside these: a name that begins with none of
@@ -52,10 +57,11 @@ def inspect(folder: Path) -> Contents:
         EzpzError: ``folder`` holds no DCP checkpoint, an incomplete one, or one of an unknown
             generation.
     """
-    metadata = storage.read_metadata(folder)
-    storage.check_data(folder, metadata)
+    refuse_other_folders(folder)
+    metadata = stand_ins.read_metadata(folder) or _read_by_torch(folder)
+    data_files.check_data(folder, metadata)
     model = dict(model_tensors(metadata))
-    data = storage.data_files(folder, metadata)
+    data = data_files.data_files(folder, metadata)
     return Contents(
         generation=generation(folder, metadata),
         step=step(folder, metadata),
@@ -66,11 +72,18 @@ def inspect(folder: Path) -> Contents:
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
         optimizer=has_optimizer(metadata),
         files=len(data),
-        bytes=size_of(data),
+        bytes=data_files.size_of(data),
     )
 
 
-def generation(folder: Path, metadata: Metadata) -> str:
+def _read_by_torch(folder: Path) -> Metadata:
+    # Not at the top: its import takes longer than all that is done here.
+    from ezpz_moe.tools.checkpoints import storage
+
+    return storage.read_metadata(folder)
+
+
+def generation(folder: Path, metadata: AnyMetadata) -> str:
     """Return the generation that wrote the checkpoint.
 
     Raises:
@@ -81,16 +94,16 @@ def generation(folder: Path, metadata: Metadata) -> str:
     raise EzpzError(f"{folder}: its names match no generation of torchtitan that we know.")
 
 
-def has_optimizer(metadata: Metadata) -> bool:
+def has_optimizer(metadata: AnyMetadata) -> bool:
     """Return whether a run can resume from the checkpoint; otherwise it holds the model alone."""
     return any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
 
 
-def model_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
+def model_tensors(metadata: AnyMetadata) -> Iterator[tuple[str, Any]]:
     """Yield the model's parameters and buffers, without the training state."""
     for name, entry in metadata.state_dict_metadata.items():
-        of_model = name.partition(".")[0] not in _TRAINING_STATE
-        if isinstance(entry, TensorStorageMetadata) and of_model:
+        # Of torch's class or its stand-in: an entry that is no tensor has no chunks.
+        if hasattr(entry, "chunks") and name.partition(".")[0] not in _TRAINING_STATE:
             yield name, entry
 
 
@@ -98,7 +111,7 @@ def _is_expert(name: str) -> bool:
     return ".moe.experts." in name or ".moe.routed_experts." in name
 
 
-def step(folder: Path, metadata: Metadata) -> int | None:
+def step(folder: Path, metadata: AnyMetadata) -> int | None:
     """Return the step. A checkpoint of the model alone has it in the folder's name only.
 
     Raises:
@@ -107,16 +120,22 @@ def step(folder: Path, metadata: Metadata) -> int | None:
     for index, entry in metadata.storage_data.items():
         # The only entry that is read; it is a few bytes.
         if index.fqn == _STEP:
-            saved = storage.load(folder, entry)
-            try:
-                return int(saved)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise EzpzError(
-                    f"{folder / entry.relative_path}: {_STEP} is not a number."
-                ) from error
+            saved = data_files.whole_number(folder, entry)
+            return _step_by_torch(folder, entry) if saved is None else saved
     # resolve(), because the folder may be named by a link, or be ".".
     match = re.fullmatch(r"step-(\d+)", folder.resolve().name)
     return int(match[1]) if match else None
+
+
+def _step_by_torch(folder: Path, entry: Any) -> int:
+    """Read a step that is saved as a tensor, or say what is wrong with it."""
+    from ezpz_moe.tools.checkpoints import storage
+
+    saved = storage.load(folder, entry)
+    try:
+        return int(saved)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EzpzError(f"{folder / entry.relative_path}: {_STEP} is not a number.") from error
 
 
 def check_model(

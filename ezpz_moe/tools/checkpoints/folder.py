@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,8 +56,3 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         ) from error
     except SafetensorError as error:  # it does not say so in an OSError if the disk is full
         raise EzpzError(f"{target} was not written: {partial}: {error}.") from error
-
-
-def size_of(files: Iterable[Path]) -> int:
-    """Return the total size of all files, in bytes. A folder or a broken link has none."""
-    return sum(file.stat().st_size for file in files if file.is_file())

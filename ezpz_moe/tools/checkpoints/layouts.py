@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from typing import TYPE_CHECKING, Protocol
 
 from ezpz_moe.errors import EzpzError
 
+# Where they are needed, and not here: the table of names is read without torch too.
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    OfTensor = Callable[[torch.Tensor], torch.Tensor]
+
 _PAIR = 1
 """The dimension of the newer [E, 2, F, ...] that separates gate and up."""
-
-OfTensor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Layout(Protocol):
@@ -69,19 +71,21 @@ class Half:
         return _without(size)
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(_with(box.offsets, self.place), _with(box.sizes, 1))
+        return _box(_with(box.offsets, self.place), _with(box.sizes, 1))
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
         # A rank's shard of w13 may hold gate alone, up alone, or both.
         if not 0 <= self.place - box.offsets[_PAIR] < box.sizes[_PAIR]:
             return None
-        return ChunkStorageMetadata(_without(box.offsets), _without(box.sizes))
+        return _box(_without(box.offsets), _without(box.sizes))
 
     def to_newer(self, box: ChunkStorageMetadata) -> OfTensor:
         # A view is enough here: it has all of the tensor's values, so saving it saves no others.
         return lambda tensor: tensor.unsqueeze(_PAIR)
 
     def to_older(self, box: ChunkStorageMetadata) -> OfTensor:
+        import torch
+
         place = self.place - box.offsets[_PAIR]
         # Copy, because saving a view would save all of what it views.
         return lambda tensor: tensor.select(_PAIR, place).clone(
@@ -96,22 +100,22 @@ class InTurn:
     dims: int
 
     def size_after(self, size: torch.Size) -> torch.Size:
-        return torch.Size((size[0], 2, size[1] // 2, *size[2:]))
+        return _size(size[0], 2, size[1] // 2, *size[2:])
 
     def size_before(self, size: torch.Size) -> torch.Size:
-        return torch.Size((size[0], 2 * size[2], *size[3:]))
+        return _size(size[0], 2 * size[2], *size[3:])
 
     def box_after(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         if box.offsets[1] % 2 or box.sizes[1] % 2:
             raise EzpzError("one of its shards ends between the rows of a gate and its up")
-        first = torch.Size((box.offsets[0], 0, box.offsets[1] // 2, *box.offsets[2:]))
-        return ChunkStorageMetadata(first, self.size_after(box.sizes))
+        first = _size(box.offsets[0], 0, box.offsets[1] // 2, *box.offsets[2:])
+        return _box(first, self.size_after(box.sizes))
 
     def box_before(self, box: ChunkStorageMetadata) -> ChunkStorageMetadata:
         if box.sizes[_PAIR] != 2:
             raise EzpzError("one of its shards has gate without up, or up without gate")
         # Offsets map like sizes: f pairs before the shard are 2 f rows.
-        return ChunkStorageMetadata(self.size_before(box.offsets), self.size_before(box.sizes))
+        return _box(self.size_before(box.offsets), self.size_before(box.sizes))
 
     def to_newer(self, box: ChunkStorageMetadata) -> OfTensor:
         # Rows are gate 0, up 0, gate 1, up 1, ...: group them by two, then separate the two.
@@ -122,8 +126,20 @@ class InTurn:
 
 
 def _with(size: torch.Size, value: int) -> torch.Size:
-    return torch.Size((*size[:_PAIR], value, *size[_PAIR:]))
+    return _size(*size[:_PAIR], value, *size[_PAIR:])
 
 
 def _without(size: torch.Size) -> torch.Size:
-    return torch.Size((*size[:_PAIR], *size[_PAIR + 1 :]))
+    return _size(*size[:_PAIR], *size[_PAIR + 1 :])
+
+
+def _size(*parts: int) -> torch.Size:
+    import torch
+
+    return torch.Size(parts)
+
+
+def _box(offsets: torch.Size, sizes: torch.Size) -> ChunkStorageMetadata:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    return ChunkStorageMetadata(offsets, sizes)

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.data_files import check_data, data_files, size_of
+from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, current_name
 from ezpz_moe.tools.checkpoints.plan import Entry, Step, make_plan
 from ezpz_moe.tools.checkpoints.state import add_state
@@ -57,7 +58,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     """
     to = current_name(to)
     metadata = storage.read_metadata(source)
-    storage.check_data(source, metadata)
+    check_data(source, metadata)
     generation = contents.generation(source, metadata)
     try:
         plan = make_plan(metadata, generation, to)
@@ -70,7 +71,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
         notes.append(_MODEL_ALONE)
     # In the order of the files: reading and writing are then sequential.
     steps = sorted(plan.steps, key=lambda step: _place(metadata, step))
-    needed = size_of(storage.data_files(source, metadata))
+    needed = size_of(data_files(source, metadata))
     with atomic_folder(target, source=source, needed=needed) as partial:
         new = replace(
             metadata,

@@ -22,6 +22,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import metadata as dcp_metadata
 from ezpz_moe.hosts.dcp.metadata import reason
 from ezpz_moe.hosts.dcp.paths import METADATA, refuse_other_folders
+from ezpz_moe.tools.checkpoints.data_files import check_data
 
 _BLOCK = 16 * 2**20  # bytes
 
@@ -54,43 +55,6 @@ def write_metadata(folder: Path, metadata: Metadata) -> None:
         pickle.dump(metadata, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def data_files(folder: Path, metadata: Metadata) -> list[Path]:
-    """Return the files that hold the entries."""
-    # Not all that end in .distcp: what else lies in the folder is none of the checkpoint's.
-    return [folder / name for name in sorted(_places(metadata))]
-
-
-def check_data(folder: Path, metadata: Metadata) -> None:
-    """Check that every data file exists and is as long as the metadata says. Reads no data.
-
-    Raises:
-        EzpzError: one is missing or too short, or two entries are in the same place.
-    """
-    # The usual damage is a copy that was interrupted. Comparing lengths finds it in no time, even
-    # for terabytes.
-    for name, places in sorted(_places(metadata).items()):
-        file, end = folder / name, 0
-        for begin, length in sorted(places):
-            if begin < end:
-                raise EzpzError(
-                    f"{folder / METADATA}: is damaged: two entries overlap at byte {begin} of "
-                    f"{name}."
-                )
-            end = begin + length
-        if not file.is_file():
-            raise EzpzError(f"{file}: is missing. Was the whole checkpoint copied?")
-        if (size := file.stat().st_size) < end:
-            raise EzpzError(f"{file}: is truncated, at {size} of {end} bytes.")
-
-
-def _places(metadata: Metadata) -> dict[str, list[tuple[int, int]]]:
-    """Return where each file's entries begin, and their lengths."""
-    places: dict[str, list[tuple[int, int]]] = {}
-    for entry in metadata.storage_data.values():
-        places.setdefault(entry.relative_path, []).append((entry.offset, entry.length))
-    return places
 
 
 def blocks(folder: Path, entry: _StorageInfo) -> Iterator[bytes]:

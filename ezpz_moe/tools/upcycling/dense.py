@@ -13,6 +13,7 @@ from ezpz_moe.hosts.architecture import Architecture
 from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.upcycling_target import Target
 from ezpz_moe.tools.checkpoints import contents, names, storage
+from ezpz_moe.tools.checkpoints.data_files import check_data
 from ezpz_moe.tools.checkpoints.huggingface.config import dense_classes
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
@@ -59,7 +60,7 @@ class DenseCheckpoint:
     def __init__(self, path: Path, target: Target) -> None:
         self.folder = find_checkpoint(path)
         self._metadata = storage.read_metadata(self.folder)
-        storage.check_data(self.folder, self._metadata)
+        check_data(self.folder, self._metadata)
         self._entries = dict(contents.model_tensors(self._metadata))
         if names.generation_of(self._entries) == names.TITAN_0_2 != target.generation:
             raise EzpzError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
@@ -31,8 +32,8 @@ class Upcycled:
         source: the checkpoint that was read.
         tensors: how many were written and compared.
         layers: how many got experts.
-        num_experts: per layer.
-        fit: how the dense FFN became experts, in the first of these layers.
+        num_experts: per layer; a tuple has each layer's number, where they differ.
+        parts: into how many the dense FFN was split, each of them an expert; a tuple as above.
         is_preserved: whether the model computes the dense model's function, apart from rounding.
         notes: what the user should know, one sentence each.
     """
@@ -40,8 +41,8 @@ class Upcycled:
     source: Path
     tensors: int
     layers: int
-    num_experts: int
-    fit: Fit
+    num_experts: int | tuple[int, ...]
+    parts: int | tuple[int, ...]
     is_preserved: bool
     notes: tuple[str, ...]
 
@@ -87,12 +88,12 @@ def upcycle(
         source=dense.folder,
         tensors=len(order),
         layers=len(target.layers),
-        num_experts=first.num_experts,
-        fit=fits[first.name],
+        num_experts=one_or_each([layer.num_experts for layer in target.layers]),
+        parts=one_or_each([each.granularity for each in fits.values()]),
         # Without normalized weights the sum depends on the token: fit() is exact only for equal
         # scores.
         is_preserved=first.route_norm and perturbation.is_none,
-        notes=(*_notes(first, fits[first.name], perturbation), *dense.notes),
+        notes=(*_notes_of(target, fits, perturbation), *dense.notes),
     )
 
 
@@ -169,6 +170,16 @@ def _made(
         layer.gate: router,
         **{name: partial(zeros, name) for name in layer.zeros},
     }
+
+
+def _notes_of(target: Target, fits: Mapping[str, Fit], perturbation: Perturbation) -> Iterator[str]:
+    """Yield what the user should know, once for all layers that it is true of."""
+    layers_of: dict[str, list[str]] = {}
+    for layer in target.layers:
+        for note in _notes(layer, fits[layer.name], perturbation):
+            layers_of.setdefault(note, []).append(layer.name)
+    for note, layers in layers_of.items():
+        yield note if len(layers) == len(target.layers) else f"{', '.join(layers)}: {note}"
 
 
 def _notes(layer: Layer, fit: Fit, perturbation: Perturbation) -> Iterator[str]:

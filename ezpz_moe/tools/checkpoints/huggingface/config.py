@@ -104,7 +104,7 @@ def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
         flavor: the model's.
         step: where a scheduled temperature is; None if it is not known.
     """
-    router, size = flavor.router, flavor.dimensions
+    router, size = flavor.router, flavor.dimensions or flavor.change
     if size and size.router_score_func == "sqrtsoftplus":
         yield f'router_score_func = "{size.router_score_func}"'
     if router.routing == "balanced":

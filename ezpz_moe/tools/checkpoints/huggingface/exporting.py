@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.errors import EzpzError, some
 from ezpz_moe.hosts.dcp.paths import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints import contents, storage
+from ezpz_moe.tools.checkpoints.data_files import check_data
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
@@ -89,7 +90,7 @@ def _check_source(source: Path, model: Model) -> None:
 
 def _read_checkpoint(source: Path, model: Model) -> Metadata:
     metadata = storage.read_metadata(source)
-    storage.check_data(source, metadata)
+    check_data(source, metadata)
     if (generation := contents.generation(source, metadata)) != model.generation:
         raise EzpzError(
             f"{source}: has the names of torchtitan {generation}, but the host's adapter knows "

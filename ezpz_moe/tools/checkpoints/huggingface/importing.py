@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.tools.checkpoints.folder import atomic_folder, size_of
+from ezpz_moe.tools.checkpoints.data_files import size_of
+from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
