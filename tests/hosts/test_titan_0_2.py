@@ -22,7 +22,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.titan_0_2.moe_models import MOE_MODELS
-from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_other_models
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_later_keys
 from ezpz_moe.hosts.titan_0_2.v0_2 import Titan02
 from ezpz_moe.tools.convert_model import new_model
 
@@ -116,11 +116,11 @@ def test_what_0_2_accepts_stays_as_it_is():
 def test_models_of_later_hosts_are_refused_in_one_line(text: str, said: str, tmp_path) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(EzpzError) as error:
-        refuse_other_models(load_flavor("mine", near=tmp_path))
+        refuse_later_keys(load_flavor("mine", near=tmp_path))
     assert said in str(error.value)
     assert "need torchtitan 0.3 or later. Remove them, or install" in str(error.value)
     assert "\n" not in str(error.value)
-    refuse_other_models(load_flavor("16B"))
+    refuse_later_keys(load_flavor("16B"))
 
 
 @on_0_2
