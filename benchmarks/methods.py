@@ -18,25 +18,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
+import shlex
 import statistics
 import sys
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from debug_runs import train
 
 from ezpz_moe.cli import display
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host, host
-from ezpz_moe.hosts.installed import host_name
 from ezpz_moe.hosts.model_summary import ModelSummary
 from ezpz_moe.telemetry.figures import coefficient_of_variation
 from ezpz_moe.telemetry.json_lines import FILE_NAME, read
+from ezpz_moe.tools.bench.plan import environment
 
 # The debug model at half its width and with four layers, so that all runs take minutes.
 PLAIN = """inherits = "debugmodel"
@@ -155,13 +153,10 @@ def row(name: str, run: Run) -> dict[str, str]:
 
 def archive(runs: dict[str, Run], rows: list[dict[str, str]], steps: int) -> dict[str, Any]:
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "torchtitan": host_name()},
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": {
+            **environment("cpu"),
+            # More than one thread's worth: other work ran too, and speeds are none of the methods.
             "load_average": [round(load, 1) for load in os.getloadavg()],
         },
         "steps": steps,

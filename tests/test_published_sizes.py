@@ -1,7 +1,7 @@
 """Flavors that are like a published model: its size, less what their own comments say is absent.
 
-``published`` is the sum of the model's parts, by hand, from its config.json or paper. It is compared
-with what its authors print; those of Qwen3-Next, Mixtral and OLMoE are also the counts of
+``published`` is the sum of the model's parts, by hand, from its config.json or paper. It is
+compared with what its authors print; those of Qwen3-Next, Mixtral and OLMoE are also the counts of
 transformers' own classes. Our flavor has to differ from it by the parts that torchtitan lacks, to
 the last parameter.
 
