@@ -156,8 +156,8 @@ def archive(runs: dict[str, Run], rows: list[dict[str, str]], steps: int) -> dic
         "command": shlex.join(["python", *sys.argv]),
         "environment": {
             **environment("cpu"),
-            # More than one thread's worth: other work ran too, and speeds are none of the methods.
-            "load_average": [round(load, 1) for load in os.getloadavg()],
+            # Above the number of threads other work ran too, and speeds are none of the methods'.
+            "load_average_at_the_end": [round(load, 1) for load in os.getloadavg()],
         },
         "steps": steps,
         "tokens_of_a_step": SEQUENCES * SEQ_LEN,
