@@ -11,19 +11,16 @@ of the steps, and for the load over layers. docs/reference/routing.md has it.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from debug_runs import train
 
 from ezpz_moe.cli import display
 from ezpz_moe.telemetry.figures import coefficient_of_variation, dead_experts
 from ezpz_moe.telemetry.json_lines import FILE_NAME, read
 from ezpz_moe.telemetry.record import StepRecord
-
-JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 
 FLAVORS = {
     "none": '[balance]\nbias_update = "none"',
@@ -46,22 +43,11 @@ class Arguments:
     """Where the runs are kept; one with as many steps that is there already is not repeated."""
 
 
-def train(name: str, folder: Path, steps: int) -> list[StepRecord]:
+def records_of(name: str, folder: Path, steps: int) -> list[StepRecord]:
     """The telemetry of a run of ``steps`` steps, from the folder if it is there."""
-    folder.mkdir(parents=True, exist_ok=True)
     flavor = f'inherits = "debugmodel"\n{FLAVORS[name]}\n[telemetry]\nimages = false\n'
-    (folder / "balanced.toml").write_text(flavor)
-    job = JOB.read_text().replace("debugmodel_sdpa_for_loop", "balanced_sdpa_for_loop")
-    (folder / "job.toml").write_text(job)
-    telemetry = folder / FILE_NAME
-    # A record is as long as its run has come: one that was broken off, or a shorter one, is none.
-    if not telemetry.exists() or read(telemetry)[-1].step != steps:
-        telemetry.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "ezpz_moe.cli", "train", str(folder / "job.toml")]
-        flags = ["--training.steps", str(steps), "--dump-folder", str(folder)]
-        with (folder / "log.txt").open("w") as log:
-            subprocess.run([*command, *flags], check=True, stdout=log, stderr=log)
-    return read(telemetry)
+    train({"balanced": flavor}, folder, steps, suffix="_sdpa_for_loop")
+    return read(folder / FILE_NAME)
 
 
 def row(name: str, records: list[StepRecord]) -> dict[str, str]:
@@ -86,7 +72,7 @@ def row(name: str, records: list[StepRecord]) -> dict[str, str]:
 
 def main(arguments: Arguments) -> None:
     rows = [
-        row(name, train(name, arguments.out / name.replace(" ", "_"), arguments.steps))
+        row(name, records_of(name, arguments.out / name.replace(" ", "_"), arguments.steps))
         for name in arguments.only
     ]
     display.print_table(rows, title=f"debugmodel, {arguments.steps} steps")

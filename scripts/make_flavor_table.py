@@ -16,6 +16,7 @@ import tyro
 
 from ezpz_moe.cli import display
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, flavor_names, load_flavor
+from ezpz_moe.config.layer_sizes import in_words
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.model_summary import ModelSummary
 
@@ -36,9 +37,9 @@ def table() -> str:
             "flavor": f"`{name}`",
             "dim D": model.dim,
             "layers": model.n_layers,
-            "experts E": model.num_experts,
-            "top-k": model.top_k,
-            "expert F": model.expert_hidden_dim,
+            "experts E": in_words(model.num_experts),
+            "top-k": in_words(model.top_k),
+            "expert F": in_words(model.expert_hidden_dim),
             "total": display.count(model.total),
             "active": display.count(model.active),
             "embedding": display.count(model.embedding),

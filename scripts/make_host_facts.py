@@ -26,7 +26,7 @@ from ezpz_moe.hosts import detect
 from ezpz_moe.hosts.host_flags import SAYS_NOTHING, HostFlag, asked_flags
 from ezpz_moe.hosts.installed import host
 from ezpz_moe.hosts.precision import as_on_an_accelerator
-from ezpz_moe.hosts.releases import FOLDER, fingerprint
+from ezpz_moe.hosts.releases import FOLDER, fingerprint, model_key
 
 _DEFAULTS = {field.name: field.default for field in fields(HostFlag)}
 
@@ -45,14 +45,14 @@ def flags() -> list[dict[str, Any]]:
 
 
 def models() -> dict[str, Any]:
-    """The host's models that the shipped flavors name, by ``base``; not those that it lacks."""
+    """The host's models that the shipped flavors name, by their key; not those that it lacks."""
     os.environ.pop(FOLDER_VARIABLE, None)
     asked, found = detect.host(), {}
     for flavor in map(load_flavor, flavor_names()):
         if flavor.base is not None:
-            # 0.2.1 has fewer models.
+            # 0.2.1 has fewer models, and 0.2 none that is changed.
             with contextlib.suppress(EzpzError):
-                found[flavor.base] = {
+                found[model_key(flavor)] = {
                     "summary": asdict(asked.summarize(flavor)),
                     "needs_accelerator": asked.needs_accelerator(flavor),
                 }

@@ -98,8 +98,10 @@ def test_parameters_and_flops_are_those_of_the_sizes(tmp_path: Path) -> None:
     assert anatomy(flavor, 32).total.forward == 2 * products + scores
 
 
-def test_the_shipped_counts_are_the_bases(tmp_path: Path) -> None:
+def test_the_shipped_counts_are_those_of_one_change(tmp_path: Path) -> None:
     assert counts_at_hand(changed(tmp_path, "qwen3/30B-A3B", "num_experts = 64")) is None
+    like = load_flavor("mixtral_8x7B_like")
+    assert counts_at_hand(like) == summarize(like)
 
 
 def test_more_layers_go_on_with_the_pattern(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import logging
 import pytest
 
 from ezpz_moe import cli
+from ezpz_moe.config.flavors import flavor_names, load_flavor
 from ezpz_moe.errors import DEBUG_VARIABLE
 from ezpz_moe.hosts.accounting import BACKWARD
+from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.v0_3 import Titan03
 
@@ -38,6 +40,20 @@ def test_the_table_and_the_json_say_the_same(capsys) -> None:
     assert f"{told['total']['flops'] / 1e6:.2f} M 100.0%" in said
     assert f"hidden size {told['dense_model_of_equal_flops']['ffn_hidden_dim']} " in said
     assert "Memory" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n.endswith("_like") else pytest.param(n, marks=pytest.mark.full) for n in flavor_names()],
+)
+def test_every_shipped_flavor_is_described(name: str, capsys) -> None:
+    """With the parameters that the list of flavors has."""
+    assert cli.main(["describe", name, "--json"]) == 0
+    counted = counts_at_hand(load_flavor(name))
+    assert counted is not None
+    total = json.loads(capsys.readouterr().out)["total"]
+    assert total["parameters"] == counted.total
+    assert total["active_parameters"] == counted.active
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_every_flavor_builds_with_its_experts_and_attention(name: str) -> None:
     config = model_spec(flavor).model
     moes = [module for module in build(config).modules() if isinstance(module, MoE)]
     size = flavor.dimensions
-    expected = len(config.layers) if size is None else size.n_layers - size.n_dense_layers
+    expected = len(config.layers if size is None else size.moe_layer_numbers)
     assert len(moes) == expected
     experts = [node for _, node, _, _ in config.traverse(GroupedExperts.Config)]
     assert [node.compute_backend for node in experts] == [flavor.compute_backend] * expected

@@ -1,7 +1,8 @@
 """How many parameters a flavor's model has, where that is known without building it.
 
 A model with dimensions is counted with arithmetic; tests compare it with the host's own models.
-Of the host's models that our flavors name (``base``), the counts are shipped (:mod:`.releases`).
+Of the host's models that our flavors name (``base``, and what ``[change]`` makes of it), the counts
+are shipped (:mod:`.releases`).
 
 Legend: V = vocabulary, D = model dimension, E = experts, F = hidden size of an expert.
 """
@@ -13,7 +14,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.model_summary import ModelSummary
-from ezpz_moe.hosts.releases import facts
+from ezpz_moe.hosts.releases import facts, model_key
 
 
 def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
@@ -25,11 +26,11 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
         return None  # its size comes from what the experts cost
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions, flavor)
-    # What is known of it is the host's own model.
-    if flavor.computes_otherwise or flavor.change is not None:
+    # What is known of it is a model with the host's own experts.
+    if flavor.computes_otherwise:
         return None
     known = facts()
-    model = known.models.get(str(flavor.base)) if known else None
+    model = known.models.get(model_key(flavor)) if known else None
     return model.summary if model else None
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.hosts.command_line import HostFlag
 from ezpz_moe.hosts.installed import host
 from ezpz_moe.hosts.model_summary import ModelSummary
@@ -26,7 +27,7 @@ FOLDER = Path(__file__).with_name("releases")
 
 @dataclass(frozen=True)
 class KnownModel:
-    """One of the host's own models, as a flavor's ``base`` names it.
+    """One of the host's own models, as a flavor's ``base`` and ``[change]`` name it.
 
     Attributes:
         summary: its dimensions and counts.
@@ -43,13 +44,19 @@ class Facts:
 
     Attributes:
         flags: of its command line, in its order.
-        models: by ``base``.
+        models: by :func:`model_key`.
         settings: of a job that says nothing, on a machine with an accelerator; none for 0.2.
     """
 
     flags: Sequence[HostFlag]
     models: Mapping[str, KnownModel]
     settings: Sequence[Setting] = ()
+
+
+def model_key(flavor: Flavor) -> str:
+    """Return what a flavor with ``base`` has in :attr:`Facts.models`: the base, and its changes."""
+    changes = flavor.change.values if flavor.change else {}
+    return " ".join([str(flavor.base), *(f"{key}={changes[key]}" for key in sorted(changes))])
 
 
 @cache
@@ -63,8 +70,8 @@ def facts() -> Facts | None:
         shipped = json.loads(file.read_text(encoding="utf-8"))
         if shipped["fingerprint"] == own:
             models = {
-                base: KnownModel(ModelSummary(**model["summary"]), model["needs_accelerator"])
-                for base, model in shipped["models"].items()
+                key: KnownModel(ModelSummary(**model["summary"]), model["needs_accelerator"])
+                for key, model in shipped["models"].items()
             }
             flags = [HostFlag(**flag) for flag in shipped["flags"]]
             return Facts(flags, models, [_setting(row) for row in shipped["settings"]])

@@ -1,4 +1,4 @@
-"""Every archive of docs/internals/benchmarks, with the command that wrote it."""
+"""Every archive of docs/internals/benchmarks, with its command; and the table of one of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Iterator
 import tables
 
 PAGE = "docs/internals/benchmarks/index.md"
+METHODS = "docs/internals/benchmarks/methods.md"
 
 
 def made() -> dict[str, dict[str, str]]:
-    """Return the table by document and name."""
-    return {PAGE: {"archives": tables.markdown(_archives())}}
+    """Return the tables by document and name."""
+    rows = json.loads((tables.ROOT / METHODS).with_suffix(".json").read_text())["table"]
+    return {
+        PAGE: {"archives": tables.markdown(_archives())},
+        METHODS: {"methods": tables.markdown(rows, right=rows[0].keys() - {"method"})},
+    }
 
 
 def _archives() -> Iterator[dict[str, str]]:
