@@ -317,10 +317,12 @@ def _gather_dimensions(values: dict[str, Any], origin: Mapping[str, Path], path:
     dimensions = {key: values.pop(key) for key in of_size & values.keys()}
     if "base" in values and dimensions:
         set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
+        can_change = dimensions.keys() <= Change.model_fields.keys()
+        table = "[change] is the table for what differs; else remove" if can_change else "Remove"
         raise EzpzError(
             f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
             f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. "
-            "[change] is the table for what differs; else remove either them or base."
+            f"{table} either them or base."
         )
     if "base" not in values:
         values["dimensions"] = dimensions

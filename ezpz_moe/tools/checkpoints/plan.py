@@ -28,7 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.structure import covers
 from ezpz_moe.tools.checkpoints.layouts import Layout
-from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, experts_of_0_3_alone, renaming
+from ezpz_moe.tools.checkpoints.names import (
+    TITAN_2026_09,
+    Renamed,
+    Renaming,
+    experts_of_0_3_alone,
+    renaming,
+)
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
