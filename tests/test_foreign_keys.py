@@ -54,7 +54,7 @@ def test_no_project_has_a_key_twice() -> None:
         ("[balance]\nep_size = 8", "ep_size is [parallelism] expert_parallel_degree of the job"),
         # Keys of our own, in another place; and misspelt ones.
         ("aux_loss = 0.01", "unknown key 'aux_loss'. It belongs in [balance] or in [balance."),
-        ("[router]\nnum_experts = 8", "'router.num_experts'. It belongs at the top of the file."),
+        ("[router]\nnum_experts = 8", "It belongs at the top of the file or in [change]."),
         ("[router]\nscope = 'batch'", "It belongs in [balance]."),
         ("[balance]\naux_los = 1.0", "Did you mean 'aux_loss'?"),
         ("router_topk = 2", "Did you mean 'router_top_k'?"),
