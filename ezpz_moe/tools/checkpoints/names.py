@@ -153,8 +153,9 @@ def experts_of_0_3_alone(names: Collection[str]) -> str | None:
     for name in names:
         if name.endswith(f"{_INNER}.b2_ED"):
             return name
-        stem = name.removesuffix("w1_EFD")
-        if name.endswith(f"{_INNER}.w1_EFD") and f"{stem}w3_EFD" not in names:
+        stem = name.removesuffix("w2_EDF")
+        is_down = stem != name and stem.endswith(f"{_INNER}.")
+        if is_down and f"{stem}w1_EFD" in names and f"{stem}w3_EFD" not in names:
             return name
     return None
 
