@@ -16,7 +16,8 @@ check_host()  # before torchtitan is imported: it chooses the device
 from torchtitan.models import deepseek_v3, gpt_oss  # noqa: E402
 from torchtitan.models.common.moe import MoE  # noqa: E402
 
-from ezpz_moe.config.flavor_schema import Flavor  # noqa: E402
+from ezpz_moe.config.change_schema import Change  # noqa: E402
+from ezpz_moe.config.flavor_schema import Dimensions, Flavor  # noqa: E402
 from ezpz_moe.hosts.counts import counts_at_hand  # noqa: E402
 from ezpz_moe.hosts.titan.anatomy import anatomy  # noqa: E402
 from ezpz_moe.hosts.titan.models import host_spec, model_spec, what_changes_nothing  # noqa: E402
@@ -210,6 +211,16 @@ def test_what_a_base_cannot_be_is_refused_in_one_line(
     assert message in str(error.value)
     assert str(error.value).startswith(f"{tmp_path / 'mine.toml'}: ")
     assert "\n" not in str(error.value)
+
+
+def test_no_key_of_sizes_is_sent_from_the_table_to_the_top_and_back(tmp_path: Path) -> None:
+    """A base takes the key in [change], or it is said there, and at the top, that it takes none."""
+    for key in Dimensions.model_fields.keys() - Change.model_fields.keys() - {"rope"}:
+        with pytest.raises(EzpzError, match=rf"\[change\] {key} cannot be changed: .* Remove it"):
+            changed(tmp_path, DEEPSEEK, f"{key} = 1")
+        (tmp_path / "mine.toml").write_text(f'base = "{DEEPSEEK}"\n{key} = 1\n')
+        with pytest.raises(EzpzError, match=rf"ignored: {key} \(mine.toml\). Remove either"):
+            load_flavor("mine", near=tmp_path)
 
 
 def test_change_without_a_base_is_refused(tmp_path: Path) -> None:

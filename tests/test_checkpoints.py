@@ -241,9 +241,21 @@ def test_a_copy_that_differs_is_not_finished(tmp_path, monkeypatch, to) -> None:
 
 def test_half_of_w13_is_not_a_checkpoint(tmp_path) -> None:
     """The other half of its memory would be what happened to be there."""
-    source = save(tmp_path / "source", [f"{EXPERTS}.w1_EFD", f"{EXPERTS}.w2_EDF"])
+    source = save(tmp_path / "source", [f"{EXPERTS}.w3_EFD", f"{EXPERTS}.w2_EDF"])
     with pytest.raises(EzpzError, match=r"w13\.weight: .* has only one of them"):
         remap(source, tmp_path / "target", "2026_09")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("to", ["2026_09", "0.2"])
+@pytest.mark.parametrize(
+    "names", [("w1_EFD", "w2_EDF"), ("w1_EFD", "w2_EDF", "w3_EFD", "b1_EF", "b2_ED", "b3_EF")]
+)
+def test_experts_that_the_target_cannot_compute_are_refused(tmp_path, names, to) -> None:
+    """Without a gate, or with biases: half of them would have kept their old names."""
+    source = save(tmp_path / "source", [f"{EXPERTS}.{name}" for name in names])
+    with pytest.raises(EzpzError, match=f"in torchtitan 0.3 alone, so {to} could not load"):
+        remap(source, tmp_path / "target", to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from config_cases import conflict
 from test_models import build
+from trainer_runs import TINY
 
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.errors import EzpzError
@@ -26,7 +27,9 @@ from ezpz_moe.hosts.titan.parameters import summarize  # noqa: E402
 from ezpz_moe.tools.describe import as_json, describe  # noqa: E402
 
 QWEN3 = 'base = "qwen3/debugmodel_moe"\n[change]\nn_layers = 2\ndim = 64\nnum_experts = 6\n'
-QWEN3 += "router_top_k = 2\nmoe_hidden_dim = 40\n"
+QWEN3 += 'router_top_k = 2\nmoe_hidden_dim = 40\nrouter_score_func = "sqrtsoftplus"\n'
+UNEVEN = (TINY / "pyramid.toml").read_text().replace('"tiny"', '"debugmodel"')
+UNEVEN += 'router_score_func = "sqrtsoftplus"\nshared_gate = true\n'
 
 
 def flavor_of(folder: Path, text: str, *, experts: str = "", name: str = "mine") -> Flavor:
@@ -41,6 +44,8 @@ def flavor_of(folder: Path, text: str, *, experts: str = "", name: str = "mine")
         ('inherits = "debugmodel"\n', 5),  # with shared experts, and a dense layer of its own
         ('inherits = "debugmodel"\n[router]\nnull_experts = 8\n', 5),  # half of the choices compute
         (QWEN3, 2),
+        # What only layers with experts have, or differs between them.
+        (UNEVEN, 3),
     ],
 )
 def test_a_baseline_costs_as_much_to_half_a_hidden_unit(
@@ -48,6 +53,8 @@ def test_a_baseline_costs_as_much_to_half_a_hidden_unit(
 ) -> None:
     dense = flavor_of(tmp_path, 'dense_baseline_of = "experts"', experts=experts)
     assert dense.dense_baseline_of is not None
+    assert not dense.is_routed
+    assert not dense.other_ffns
     ours, theirs = anatomy(dense, 64), anatomy(dense.dense_baseline_of, 64)
     assert ours.n_moe_layers == 0
     # Of one hidden unit in each of these layers.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ezpz_moe.config.flavors import _KEYS, _TABLES, load_flavor
+from ezpz_moe.config.flavor_mistakes import FLAVOR_KEYS, TABLES
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.foreign_keys import meaning, projects
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.jobs import load_job
@@ -16,8 +17,8 @@ ROWS = [row for project in projects().values() for row in project.keys]
 
 
 def test_every_row_names_a_key_that_there_is() -> None:
-    ours = set(_KEYS) | {
-        f"{table}.{key}" for table, data in _TABLES.items() for key in data.model_fields
+    ours = set(FLAVOR_KEYS) | {
+        f"{table}.{key}" for table, data in TABLES.items() for key in data.model_fields
     }
     ours |= {f"job: {section}.{key}" for section, keys in KEYS.items() for key in keys}
     assert {row.ours for row in ROWS} - ours == {""}
@@ -53,7 +54,7 @@ def test_no_project_has_a_key_twice() -> None:
         ("[balance]\nep_size = 8", "ep_size is [parallelism] expert_parallel_degree of the job"),
         # Keys of our own, in another place; and misspelt ones.
         ("aux_loss = 0.01", "unknown key 'aux_loss'. It belongs in [balance] or in [balance."),
-        ("[router]\nnum_experts = 8", "'router.num_experts'. It belongs at the top of the file."),
+        ("[router]\nnum_experts = 8", "It belongs at the top of the file or in [change]."),
         ("[router]\nscope = 'batch'", "It belongs in [balance]."),
         ("[balance]\naux_los = 1.0", "Did you mean 'aux_loss'?"),
         ("router_topk = 2", "Did you mean 'router_top_k'?"),

@@ -9,12 +9,18 @@ from pydantic import Field, model_validator
 from ezpz_moe.config.routing_schema import Experts
 from ezpz_moe.config.schema import Data, Tokens, Width, mistake
 
-_OF_ATTENTION = frozenset(
-    {
+_KEPT = {
+    "the projections of attention and their initial values are made for the base's heads": (
         *("n_heads", "n_kv_heads", "head_dim", "mscale"),
         *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    }
-)
+    ),
+    "which layers have experts, and what a shared expert is, is the base's own": (
+        "moe_layers",
+        "shared_hidden_dim",
+        "shared_gate",
+    ),
+}
+"""Why not -> the keys of sizes that a base keeps."""
 
 
 class Change(Data):
@@ -41,13 +47,13 @@ class Change(Data):
 
     @model_validator(mode="before")
     @classmethod
-    def _keeps_the_attention(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (kept := sorted(_OF_ATTENTION & value.keys())):
-            raise mistake(
-                f"{', '.join(kept)} cannot be changed: the projections of attention and their "
-                "initial values are made for the base's heads. Remove it, or describe the whole "
-                "model by its sizes, without base"
-            )
+    def _keeps_the_rest(cls, value: Any) -> Any:
+        for why, keys in _KEPT.items() if isinstance(value, dict) else ():
+            if kept := sorted(set(keys) & value.keys()):
+                raise mistake(
+                    f"{', '.join(kept)} cannot be changed: {why}. Remove it, or describe the whole "
+                    "model by its sizes, without base"
+                )
         return value
 
     @property

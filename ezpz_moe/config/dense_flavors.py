@@ -25,6 +25,13 @@ _SIZES_OF_EXPERTS: dict[str, Any] = {
 }
 """Required of a model with experts. A dense one has these values, and no layer that reads them."""
 
+_NO_EXPERTS: dict[str, Any] = {
+    **_SIZES_OF_EXPERTS,
+    **dict.fromkeys(("router_num_expert_groups", "router_num_limited_groups", "shared_hidden_dim")),
+    **dict.fromkeys(("router_bias", "shared_gate"), False),
+}
+"""What these and all other sizes are in a baseline, whose layers with experts become dense."""
+
 OF_EXPERTS: frozenset[str] = frozenset(
     {
         *_SIZES_OF_EXPERTS,
@@ -89,8 +96,12 @@ def baseline(
         raise EzpzError(f"{where}: {error}") from None
     if experts.is_dense:
         raise EzpzError(f"{where}: that flavor is dense itself. Name one with experts.")
-    kept = ("base", "attention", "dimensions", "change", "rope", "init", "ffn_activation")
-    return {key: getattr(experts, key) for key in kept} | dict(values) | {OF: experts}
+    kept = ("base", "attention", "change", "rope", "init", "ffn_activation")
+    values = {key: getattr(experts, key) for key in kept} | dict(values) | {OF: experts}
+    if (size := experts.dimensions) is None:
+        return values
+    # Or a shared gate, or sizes that differ, would ask for what only layers with experts have.
+    return values | {"dimensions": size.model_copy(update=_NO_EXPERTS)}
 
 
 def _refuse_beside_baseline(values: Collection[str], path: Path) -> None:

@@ -225,6 +225,8 @@ class Flavor(Data):
     @property
     def is_routed(self) -> bool:
         """Whether the flavor asks the routers for anything that the host's own do not do."""
+        if self.is_dense:  # a baseline keeps the [change] of its experts
+            return False
         # By value: a table that repeats the defaults leaves the host's routers in place.
         own = self.router != Router() or self.balance != Balance() or self.scores_otherwise
         # The host's update of the selection bias stacks the counts of all layers.

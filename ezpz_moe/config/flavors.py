@@ -13,26 +13,27 @@ is only a parent for ``inherits``.
 from __future__ import annotations
 
 import os
-import reprlib
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config import dense_flavors
 from ezpz_moe.config.change_schema import Change
-from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor, Rope
+from ezpz_moe.config.flavor_mistakes import (
+    DIMENSION_KEYS,
+    FLAVOR_KEYS,
+    TABLES,
+    homes,
+    messages,
+    quoted,
+)
+from ezpz_moe.config.flavor_schema import Attention, Dimensions, Flavor
 from ezpz_moe.config.foreign_keys import meaning
-from ezpz_moe.config.init_schema import Init
-from ezpz_moe.config.layer_sizes import FORMS
-from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
-from ezpz_moe.config.schema import Data
-from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean, short
 
@@ -48,22 +49,6 @@ __all__ = [
 ]
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
-
-_DIMENSION_KEYS = frozenset(Dimensions.model_fields)
-_TABLES: dict[str, type[Data]] = {
-    "rope": Rope,
-    "change": Change,
-    "init": Init,
-    "router": Router,
-    "balance": Balance,
-    **{f"balance.{scope}": Losses for scope in SCOPES},
-    "telemetry": Telemetry,
-}
-# What a file may say at its top. Name and source come from the file itself, and the dimensions
-# stand there one by one, not in a table.
-_KEYS = (
-    _DIMENSION_KEYS | {"inherits"} | (Flavor.model_fields.keys() - {"name", "source", "dimensions"})
-)
 
 
 def load_flavor(name: str, *, near: Path | None = None) -> Flavor:
@@ -183,7 +168,7 @@ def _is_flavor_file(path: Path) -> bool:
 
 def is_flavor(document: Mapping[str, Any]) -> bool:
     """Return whether a TOML has any key of a flavor, and not the [model] of a job."""
-    return "model" not in document and not _KEYS.isdisjoint(document)
+    return "model" not in document and not FLAVOR_KEYS.isdisjoint(document)
 
 
 def _public(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -210,10 +195,10 @@ def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, An
             loop = " -> ".join(p.stem for p in [*seen[seen.index(parent) :], parent])
             raise EzpzError(f"{chain[-1][0]}: inherits: the flavors inherit in a circle: {loop}.")
         data = read_toml(parent)
-        if unknown := [key for key in data if key not in _KEYS]:
+        if unknown := [key for key in data if key not in FLAVOR_KEYS]:
             raise EzpzError(
                 f"{parent}: unknown key {unknown[0]!r}."
-                f"{meaning(unknown[0], _KEYS, _homes(unknown[0]))}"
+                f"{meaning(unknown[0], FLAVOR_KEYS, homes(unknown[0]))}"
             )
         name = data.pop("inherits", None)
         chain.append((parent, data))
@@ -228,7 +213,7 @@ def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
     inherits the same name. A file may inherit its namesake from a later folder.
     """
     if not isinstance(name, str):
-        raise EzpzError(f"{child}: inherits = {_shown(name)}: should be the name of a flavor.")
+        raise EzpzError(f"{child}: inherits = {quoted(name)}: should be the name of a flavor.")
     # Files come from these folders only, so the parent folder is always among them.
     own = folders.index(child.parent)
     files = _flavor_files(folders[own + 1 if name == child.stem else own :])
@@ -262,7 +247,7 @@ def _overwrite(
         origin[name] = path
         if (other := _INSTEAD.get(name)) and other not in data:
             values.pop(other, None)
-        if name in _TABLES and isinstance(value, dict):
+        if name in TABLES and isinstance(value, dict):
             inherited = values.get(key)
             values[key] = dict(inherited) if isinstance(inherited, dict) else {}
             _overwrite(values[key], value, path, origin, f"{name}.")
@@ -289,7 +274,7 @@ def _resolve(name: str, path: Path, folders: Sequence[Path], variant: dict[str, 
         # The variant comes last: a suffix of the name beats the key in the file.
         return Flavor.model_validate({"name": name, "source": path, **values, **variant})
     except ValidationError as error:
-        raise EzpzError("\n".join(_messages(error.errors(), path, origin))) from error
+        raise EzpzError("\n".join(messages(error.errors(), path, origin))) from error
 
 
 def _with_experts(name: str, folders: Sequence[Path]) -> Flavor:
@@ -307,91 +292,25 @@ def _gather_dimensions(values: dict[str, Any], origin: Mapping[str, Path], path:
     """Put the sizes into a model of their own, in place; with ``base`` there may be none."""
     if "equal" in values:
         raise EzpzError(
-            f"{origin['equal']}: equal = {_shown(values['equal'])} says what a dense_baseline_of "
+            f"{origin['equal']}: equal = {quoted(values['equal'])} says what a dense_baseline_of "
             "has in common with the flavor that it names. Set that, or remove it."
         )
     # Of its RoPE, also a model of the host's may say how far it reaches.
     rope = values.get("rope")
     is_length = "base" in values and isinstance(rope, dict) and rope.keys() == {"max_seq_len"}
-    of_size = _DIMENSION_KEYS - ({"rope"} if is_length else set())
+    of_size = DIMENSION_KEYS - ({"rope"} if is_length else set())
     dimensions = {key: values.pop(key) for key in of_size & values.keys()}
     if "base" in values and dimensions:
         set_here = ", ".join(f"{key} ({origin[key].name})" for key in sorted(dimensions))
+        can_change = dimensions.keys() <= Change.model_fields.keys()
+        table = "[change] is the table for what differs; else remove" if can_change else "Remove"
         raise EzpzError(
-            f"{path}: base = {_shown(values['base'])} takes every dimension from torchtitan's own "
+            f"{path}: base = {quoted(values['base'])} takes every dimension from torchtitan's own "
             f"model, except [rope] max_seq_len, so these keys would be ignored: {set_here}. "
-            "[change] is the table for what differs; else remove either them or base."
+            f"{table} either them or base."
         )
     if "base" not in values:
         values["dimensions"] = dimensions
-
-
-def _messages(
-    errors: Sequence[ErrorDetails], path: Path, origin: Mapping[str, Path]
-) -> Iterator[str]:
-    """Yield a line per wrong key, with the file that sets it, and one for all missing keys."""
-    missing = []
-    for error in errors:
-        # Flavor has the dimensions in a model of their own; the file has their keys at its top.
-        # pydantic also names the form of a value that may be a number, a list or a table.
-        places = [str(place) for place in error["loc"] if place not in FORMS]
-        key = ".".join(places).removeprefix("dimensions").removeprefix(".")
-        # A schedule is set as a whole: its inner keys come from the file that sets the schedule.
-        parts = key.split(".")
-        whole = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-        file = next((origin[each] for each in whole if each in origin), path)
-        if error["type"] == "missing" and error["loc"][0] in ("router", "balance"):
-            schedule, _, inner = key.rpartition(".")
-            yield f"{file}: {schedule}: the key {inner} is missing; a schedule must be complete."
-        elif error["type"] == "missing":
-            missing.append(key)
-        elif error["type"] == "extra_forbidden":
-            table, _, inner = key.partition(".")
-            name = inner.rpartition(".")[2]
-            meant = meaning(name, _table_keys(table), _homes(name))
-            yield f"{file}: unknown key {key!r}.{meant}"
-        # Several keys do not fit together, so there is no single value to show.
-        elif error["type"] == "mistake" and (not key or key in _TABLES):
-            of_dimensions = error["loc"] == ("dimensions",)
-            where = "the dimensions do not fit together:" if of_dimensions else f"[{key}]"
-            yield f"{file}: {where} {error['msg']}." if error["loc"] else f"{file}: {error['msg']}."
-        else:
-            yield f"{file}: {key} = {_shown(error['input'])}: {_expectation(error)}"
-    if missing:
-        yield (
-            f"{path}: missing keys: {', '.join(missing)}. Set them, inherit them "
-            '(inherits = "16B") or name an upstream model (base = "qwen3/30B-A3B").'
-        )
-
-
-def _table_keys(table: str) -> list[str]:
-    fields = _TABLES[table].model_fields.items()
-    return [*(field.alias or name for name, field in fields), *Schedule.model_fields]
-
-
-def _homes(name: str) -> list[str]:
-    """Return where a flavor may have the key: the right one in the wrong place is a common slip."""
-    tables = [f"in [{table}]" for table, data in _TABLES.items() if name in data.model_fields]
-    return [*(["at the top of the file"] if name in _KEYS else []), *tables]
-
-
-def _expectation(error: ErrorDetails) -> str:
-    if error["type"] == "model_type":
-        return "should be a table."
-    text = error["msg"].replace("Input should", "should").rstrip(".")
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        # pydantic lists the choices only as text: 'a', 'b' or 'c'.
-        allowed = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{text}.{did_you_mean(error['input'], allowed)}"
-    # Some messages of ours end in a hint, which is a question.
-    return text if text.endswith("?") else f"{text}."
-
-
-def _shown(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python refuses to print an integer of more than 4300 digits
-        return "a huge number"
 
 
 def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
@@ -400,7 +319,7 @@ def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
         path = folder / f"{name}.toml"
         # Not path.is_file(), which raises for a name that is too long for a file.
         if path.name == f"{name}.toml" and os.path.isfile(path):
-            keys = ", ".join(sorted(_KEYS))
+            keys = ", ".join(sorted(FLAVOR_KEYS))
             is_parent = name.startswith("_")
             reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
             return f"{path} is not a flavor: {reason}."

@@ -185,11 +185,9 @@ def _layer_in_words(why_composed: str | None) -> str:
 def _path(backend: ExpertComputeBackend, formula: str) -> str:
     if backend != HOST_PATH:
         return get_backend(backend).summary
-    return (
-        "composed of the host's products, as its experts have no such FFN"
-        if formula
-        else ("the host's own path")
-    )
+    if formula:
+        return "composed of the host's products, as its experts have no such FFN"
+    return "the host's own path"
 
 
 def _log_choices(device: torch.device) -> None:

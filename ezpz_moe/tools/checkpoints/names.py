@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -143,6 +143,21 @@ def renaming(names: Iterable[str], source: str, target: str) -> Renaming:
         return Renamed(pattern.sub(part.of(target), name), part.layout if other_layout else None)
 
     return rename
+
+
+def experts_of_0_3_alone(names: Collection[str]) -> str | None:
+    """Return the name of a parameter of experts that no other generation computes; else None.
+
+    Those of a flavor's ``expert_bias``, and of an ``expert_activation`` without a gate.
+    """
+    for name in names:
+        if name.endswith(f"{_INNER}.b2_ED"):
+            return name
+        stem = name.removesuffix("w2_EDF")
+        is_down = stem != name and stem.endswith(f"{_INNER}.")
+        if is_down and f"{stem}w1_EFD" in names and f"{stem}w3_EFD" not in names:
+            return name
+    return None
 
 
 def _parts(names: Iterable[str]) -> list[Part]:

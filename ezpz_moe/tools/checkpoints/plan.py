@@ -28,7 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.structure import covers
 from ezpz_moe.tools.checkpoints.layouts import Layout
-from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, Renamed, Renaming, renaming
+from ezpz_moe.tools.checkpoints.names import (
+    TITAN_2026_09,
+    Renamed,
+    Renaming,
+    experts_of_0_3_alone,
+    renaming,
+)
 
 Convert = Callable[[Any], Any]
 Entry: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
@@ -72,9 +78,15 @@ def make_plan(metadata: Metadata, source: str, target: str) -> RemapPlan:
     """Plan the way from generation ``source`` to ``target``.
 
     Raises:
-        EzpzError: a shard has no counterpart in the target; w1 and w3 have different shapes.
+        EzpzError: a shard has no counterpart in the target; w1 and w3 have different shapes; the
+            experts have biases or no gate.
     """
     entries: Mapping[str, Entry] = metadata.state_dict_metadata
+    if source != target and (name := experts_of_0_3_alone(entries)):
+        raise EzpzError(
+            f"{name}: experts with biases or without a gate are in torchtitan 0.3 alone, so "
+            f"{target} could not load them. Leave the checkpoint as it is."
+        )
     rename = renaming(entries, source, target)
     return RemapPlan(
         entries=_new_entries(entries, rename, target),
