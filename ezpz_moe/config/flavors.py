@@ -40,6 +40,7 @@ __all__ = [
     "FOLDER_VARIABLE",
     "Dimensions",
     "Flavor",
+    "flavor_homes",
     "flavor_names",
     "is_flavor",
     "load_flavor",
@@ -182,6 +183,11 @@ def _is_flavor_file(path: Path) -> bool:
 def is_flavor(document: Mapping[str, Any]) -> bool:
     """Return whether a TOML has any key of a flavor, and not the [model] of a job."""
     return "model" not in document and not _KEYS.isdisjoint(document)
+
+
+def flavor_homes(key: str) -> list[str]:
+    """Return where a key or table of a flavor belongs, for whoever wrote it into a job."""
+    return ["in the flavor's file"] if key in _KEYS else []
 
 
 def _public(files: Mapping[str, Path]) -> dict[str, Path]:
