@@ -175,6 +175,15 @@ def test_nothing_about_experts_is_shown(tmp_path: Path) -> None:
     assert said["dimensions"].keys() < shown(load_flavor("16B"))["dimensions"].keys()
 
 
+def test_what_a_model_does_not_say_is_not_shown(tmp_path: Path) -> None:
+    assert "equal" not in shown(load_flavor("16B"))
+    assert "equal" in shown(flavor_of(tmp_path, BASELINE))
+    # The host's gpt_oss has biases and its own activation.
+    assert not {"expert_bias", "expert_activation"} & shown(load_flavor("gpt_oss_20b")).keys()
+    said = flavor_of(tmp_path, 'inherits = "qwen3_debugmodel"\nexpert_activation = "swiglu"\n')
+    assert shown(said)["expert_activation"] == "swiglu"
+
+
 def test_what_is_about_experts_refuses_a_dense_flavor(tmp_path: Path) -> None:
     dense = flavor_of(tmp_path, BASELINE)
     with pytest.raises(EzpzError, match="flavor 'mine' is dense: it has no experts to analyze"):

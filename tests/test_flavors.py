@@ -1,6 +1,7 @@
 """Flavors are data: names, variants, inheritance, search order, and what a wrong file gets."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,8 +238,15 @@ def test_a_job_beside_its_flavor_is_not_a_flavor(tmp_path: Path) -> None:
     assert load_flavor("16B", near=tmp_path).source.parent == SHIPPED
     assert "job" not in flavor_names(near=tmp_path)
     assert "mine" in flavor_names(near=tmp_path)
-    with pytest.raises(EzpzError, match=r"job\.toml is not a flavor: it has no key of attention,"):
+    with pytest.raises(EzpzError, match=r"job\.toml is not a flavor: it has the \[model\] of"):
         load_flavor("job", near=tmp_path)
+
+
+def test_a_file_whose_only_key_is_misspelt(tmp_path: Path) -> None:
+    write(tmp_path, mine='dense_baseline = "16B"')
+    meant = "'dense_baseline' is unknown. Did you mean 'dense_baseline_of'?"
+    with pytest.raises(EzpzError, match=re.escape(meant)):
+        load_flavor("mine", near=tmp_path)
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +277,10 @@ def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
         ('compute_backend = "forloop"', "batched_mm_padded"),
         ('compute_backend = "forloop"', "Did you mean 'for_loop'?"),
         ('inherits = "17B"', "inherits = '17B': there is no such flavor file. Did you mean '7B'?"),
+        (
+            'inherits = "16B_sdpa_for_loop"',
+            'write inherits = "16B" with attention = "sdpa" and compute_backend = "for_loop".',
+        ),
         ("inherits = [1]", "inherits = [1]: should be the name of a flavor."),
         ('inherits = "mine"', "inherits = 'mine': there is no such flavor file besides this one."),
         ('base = "qwen3/30B-A3B"', "base = 'qwen3/30B-A3B' takes every dimension"),

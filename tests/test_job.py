@@ -123,6 +123,13 @@ def test_an_unknown_section_names_the_nearest(job_file):
     assert "[trainning]: unknown section. Did you mean 'training'?" in message
 
 
+@pytest.mark.parametrize("text", ["[change]\nn_layers = 2", "[balance]\naux_loss = 0.1", "dim = 8"])
+def test_what_a_flavor_says_is_sent_to_its_file(job_file, text):
+    # Below MODEL's header, a key without a section is one of [model].
+    message = problem(job_file(f"{MODEL}{text}\n"))
+    assert message.endswith("It belongs in the flavor's file."), message
+
+
 @pytest.mark.parametrize("text", ["training = 3\n" + MODEL, MODEL + "[[training]]\nsteps = 3\n"])
 def test_a_section_that_is_none(job_file, text):
     assert "must be a section, [training]" in problem(job_file(text))

@@ -150,6 +150,17 @@ def test_what_the_flavor_leaves_open_suits_the_device(tmp_path, asked, device, w
     assert read_toml(write(tmp_path, asked, device))["model"]["flavor"] == written
 
 
+def test_a_dense_models_job_offers_nothing_about_experts(tmp_path) -> None:
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "dense.toml").write_text('dense_baseline_of = "debugmodel"\n')
+    texts = [
+        new_job(tmp_path / "my" / f"job_{flavor}.toml", flavor, "any", None).path.read_text()
+        for flavor in ("debugmodel", "dense")
+    ]
+    offered = ["#expert_parallel_degree", "#[telemetry]"]
+    assert [[line in text for line in offered] for text in texts] == [[True] * 2, [False] * 2]
+
+
 def test_the_text(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.jsonl").write_text('{"text": "a"}\n')

@@ -43,6 +43,9 @@ OF_EXPERTS: frozenset[str] = frozenset(
 )
 """Keys and tables that say something about experts."""
 
+_FORMULA = frozenset({"expert_activation", "expert_bias", "ffn_activation"})
+"""What an FFN computes."""
+
 _BESIDE_BASELINE = frozenset({OF, "equal", "attention"})
 
 
@@ -128,8 +131,14 @@ def refuse_backend(variant: Mapping[str, str], name: str, path: Path) -> None:
 
 
 def shown(flavor: Flavor) -> dict[str, Any]:
-    """Return what a flavor says, without what a dense one has no use for."""
+    """Return what a flavor says, without what has no use for it, or is not its model's."""
     said = flavor.model_dump(exclude_none=True)
+    if flavor.dense_baseline_of is None:
+        del said["equal"]
+    if flavor.base is not None:
+        # Unsaid, they are the host's model's own: gpt_oss has biases and another activation.
+        for key in _FORMULA - flavor.model_fields_set:
+            del said[key]
     if not flavor.is_dense:
         return said
     if "dimensions" in said:

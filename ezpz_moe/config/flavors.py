@@ -41,6 +41,7 @@ __all__ = [
     "FOLDER_VARIABLE",
     "Dimensions",
     "Flavor",
+    "flavor_homes",
     "flavor_names",
     "is_flavor",
     "load_flavor",
@@ -71,9 +72,7 @@ def _load(name: str, folders: Sequence[Path]) -> Flavor:
         return _resolve(name, files[found[0]], folders, found[1])
     if (stem := Path(name).name.removesuffix(".toml")) in files and stem != name:
         raise EzpzError(f"{short(name)!r} is a path. Write the flavor's name alone: {stem!r}.")
-    # All variants, for the hint: `16B_sdap` is nearest to one of them.
-    known = [stem + suffix for stem, suffix in product(files, variant_suffixes())]
-    raise EzpzError(_not_found(name, folders, sorted(files)) + did_you_mean(name, known))
+    raise EzpzError(_not_found(name, folders, sorted(files)))
 
 
 def flavor_names(*, near: Path | None = None) -> list[str]:
@@ -171,6 +170,11 @@ def is_flavor(document: Mapping[str, Any]) -> bool:
     return "model" not in document and not FLAVOR_KEYS.isdisjoint(document)
 
 
+def flavor_homes(key: str) -> list[str]:
+    """Return where a key or table of a flavor belongs, for whoever wrote it into a job."""
+    return ["in the flavor's file"] if key in FLAVOR_KEYS else []
+
+
 def _public(files: Mapping[str, Path]) -> dict[str, Path]:
     return {stem: path for stem, path in files.items() if not stem.startswith("_")}
 
@@ -219,9 +223,17 @@ def _parent(child: Path, name: Any, folders: Sequence[Path]) -> Path:
     files = _flavor_files(folders[own + 1 if name == child.stem else own :])
     if name not in files:
         other = " besides this one" if name == child.stem else ""
-        hint = did_you_mean(name, files)
+        hint = _of_variant(name, files) or did_you_mean(name, files)
         raise EzpzError(f"{child}: inherits = {name!r}: there is no such flavor file{other}.{hint}")
     return files[name]
+
+
+def _of_variant(name: str, files: Iterable[str]) -> str:
+    """Return what to write to inherit a variant, which has no file; nothing if it is none."""
+    if (found := split_name(name, files)) is None:
+        return ""
+    keys = " and ".join(f'{key} = "{value}"' for key, value in found[1].items())
+    return f' It is a variant: write inherits = "{found[0]}" with {keys}.'
 
 
 def _merge(chain: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -319,12 +331,22 @@ def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
         path = folder / f"{name}.toml"
         # Not path.is_file(), which raises for a name that is too long for a file.
         if path.name == f"{name}.toml" and os.path.isfile(path):
-            keys = ", ".join(sorted(FLAVOR_KEYS))
-            is_parent = name.startswith("_")
-            reason = "it is a parent for `inherits`" if is_parent else f"it has no key of {keys}"
-            return f"{path} is not a flavor: {reason}."
+            return f"{path} is not a flavor: {_why_no_flavor(path)}"
+    # All variants, for the hint: `16B_sdap` is nearest to one of them.
+    variants = [stem + suffix for stem, suffix in product(known, variant_suffixes())]
     return (
         f"unknown flavor {short(name)!r} in {', '.join(map(str, folders))} "
         f"({FOLDER_VARIABLE} adds a folder). Known are {', '.join(known)}, "
-        "each also with [_<attention>][_<backend>]."
+        f"each also with [_<attention>][_<backend>].{did_you_mean(name, variants)}"
     )
+
+
+def _why_no_flavor(path: Path) -> str:
+    if path.name.startswith("_"):
+        return "it is a parent for `inherits`."
+    document = read_toml(path)
+    if "model" in document:
+        return "it has the [model] of a job."
+    unknown = next(iter(document), None)
+    hint = f" {unknown!r} is unknown.{meaning(unknown, _KEYS, [])}" if unknown else ""
+    return f"it has no key of a flavor, such as inherits, base or dim.{hint}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, Flavor, is_flavor, load_flavor
+from ezpz_moe.config.flavors import FOLDER_VARIABLE, Flavor, flavor_homes, is_flavor, load_flavor
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
 from ezpz_moe.config.older_keys import SECTIONS as OLDER_SECTIONS
@@ -203,7 +203,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
     if path in known:
         return f"{name} = {shown(value)}: must be a section, [{path}]."
     if not section and isinstance(value, dict | list):
-        return f"[{name}]: unknown section.{meaning(name, known)}"
+        return f"[{name}]: unknown section.{meaning(name, known, flavor_homes(name))}"
     where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
     if older := successor(path, keys):
         return f"{where}: unknown key.{older}"
@@ -213,6 +213,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
         for home, rows in keys.items()
         if name in rows and not rows[name].message and accepts(rows[name], value)
     ]
+    homes += flavor_homes(name)
     # A name such as "enable" is at home in many sections, and so says nothing.
     near = meaning(
         name, likely(name, value, keys.get(section, {})), homes if len(homes) < 3 else []

@@ -114,7 +114,7 @@ def _own_name(model: str) -> str:
 
 def _refusal(known: str, flavor: Any) -> str:
     """Return why 0.3 with this package trains no such model; nothing if it may."""
-    dense = "is dense: it has no routed experts, and ezpz_moe computes nothing else"
+    dense = "is dense: it has no routed experts, and no flavor of ezpz_moe is its model"
     if known in GONE_MODELS:
         return f"{known} {dense}. torchtitan 0.3 does not have it either."
     if MOE_MODELS.get(known) == {}:

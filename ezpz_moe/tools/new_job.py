@@ -221,7 +221,9 @@ def _sizes(flavor: Flavor, device: Device) -> dict[str, object]:
         "warmup": 10 if small else 200,
         "log": 1 if small else 10,
         "recomputing": "none" if small else "selective",
-        "degree": degree,
+        # Lines to switch on, which a dense model would refuse.
+        "sharing": "" if flavor.is_dense else _SHARING.format(degree=degree),
+        "watching": "" if flavor.is_dense else _WATCHING,
         "interval": 40 if small else 500,
     }
 
@@ -278,6 +280,15 @@ def _unwritten(path: Path, error: OSError) -> EzpzError:
     return EzpzError(f"{path}: cannot be written: {error.strerror}.")
 
 
+_SHARING = "#expert_parallel_degree = {degree} # ranks that share a layer's experts\n"
+
+_WATCHING = """\
+# What the routers do: records in telemetry.jsonl, `ezpz-moe plot` draws them, alerts in the log.
+#[telemetry]
+#detail = "per_layer" # what wandb and TensorBoard get: "brief", "per_layer" or "per_expert"
+
+"""
+
 _TEXT = """\
 # {name}{on}. Written by `ezpz-moe new`.
 #
@@ -318,8 +329,7 @@ min_lr_factor = 0.1 # of lr, at the end
 
 [parallelism]
 data_parallel_shard_degree = -1 # shards the model over all ranks that the other degrees leave
-#expert_parallel_degree = {degree} # ranks that share a layer's experts
-
+{sharing}
 [activation_checkpoint]
 mode = "{recomputing}" # "none" keeps all activations, "selective" some, "full" as few as possible
 
@@ -339,10 +349,6 @@ log_freq = {log}
 #enable = true # on the same text, unless dataset or dataset_path is set here
 #freq = {interval} # steps from one to the next
 
-# What the routers do: records in telemetry.jsonl, `ezpz-moe plot` draws them, alerts in the log.
-#[telemetry]
-#detail = "per_layer" # what wandb and TensorBoard get: "brief", "per_layer" or "per_expert"
-
-[debug]
+{watching}[debug]
 seed = 42
 """
