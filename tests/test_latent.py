@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from config_cases import config
-from dialect import ON_0_2, SINCE_2026_09
+from dialect import SINCE_2026_09
 from router_cases import UPSTREAM, flat, moe_of, router_of, small_model, tokens
 
 from ezpz_moe.compute.reference import relative_error
@@ -99,3 +99,109 @@ def test_a_layer_is_its_formula(tmp_path, backend, computed_in, unit):
     assert ours.keys() == true.keys()
     for name, value in ours.items():
         assert relative_error(value, true[name]) <= x.numel() * unit, name
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+@before_september
+def test_parameters_and_flops_are_hand_sums(tmp_path):
+    """Of two layers of experts; the host's own count, the basis of its MFU, has them too."""
+    found = flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}")
+    plain = flavor(tmp_path, f"{SMALL}n_layers = 3\n")
+    summary, without = host().summarize(found), host().summarize(plain)
+    assert summary == counts_at_hand(found)
+    projections = 2 * 2 * D * Z
+    assert summary.total - without.total == 2 * E * 3 * F * (Z - D) + projections
+    assert summary.active - without.active == 2 * K * 3 * F * (Z - D) + projections
+    if not hasattr(host(), "anatomy"):
+        return
+    anatomy = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}"), 16)
+    cost = anatomy.costs["latent projections"]
+    assert (cost.parameters, cost.active, cost.forward) == (projections, projections, 2 * projections)
+    theirs = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n"), 16)
+    assert anatomy.host_flops - theirs.host_flops == 6 * (summary.active - without.active)
+
+
+@before_september
+def test_what_checkpointing_would_keep_is_narrower(tmp_path):
+    """Of every choice: gate, up and the row's output, in bfloat16."""
+    built = small_model(tmp_path, f"{SMALL}{LATENT}")
+    assert list(bytes_per_token(built)) == [K * (2 * F + Z) * 2]
+
+
+@before_september
+def test_matrices_begin_as_the_hosts_linears_of_their_layer(tmp_path):
+    """What writes into the residual stream is scaled by depth: here by 1/sqrt(2(i + 1))."""
+    config = model_spec(flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}")).model
+    for layer in config.layers[1:]:
+        routed, attention = layer.moe.routed_experts, layer.attention
+        assert routed.ascend.param_init["weight"].keywords == (
+            attention.wo.param_init["weight"].keywords
+        )
+        assert routed.descend.param_init["weight"].keywords == (
+            attention.wkv_a.param_init["weight"].keywords
+        )
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@before_september
+def test_a_base_that_can(tmp_path):
+    found = flavor(tmp_path, "moe_latent_dim = 64", UPSTREAM["qwen3"])
+    layer = moe_of(host().build_on_meta(found)).routed_experts
+    assert layer.inner_experts.w1_EFD.shape[-1] == 64 == layer.ascend.in_features
+
+
+@pytest.mark.parametrize(
+    ("keys", "like", "said"),
+    [
+        (LATENT, UPSTREAM["gpt_oss"], "torchtitan's routed layer is" if SINCE_2026_09 else "(Ezpz"),
+        (f"{LATENT}[router]\ncopy_experts = 1", 'inherits = "debugmodel"', "add the token itself"),
+    ],
+)
+def test_a_model_that_cannot(tmp_path, keys, like, said):
+    with pytest.raises(EzpzError) as refused:
+        model_spec(flavor(tmp_path, keys, like))
+    assert str(refused.value).startswith(f"{tmp_path / 'mine.toml'}: moe_latent_dim = {Z}: ")
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-8", "2.5", '"narrow"'])
+def test_a_width_that_is_none(tmp_path, value):
+    with pytest.raises(EzpzError, match="mine.toml: moe_latent_dim = "):
+        flavor(tmp_path, f"moe_latent_dim = {value}")
+
+
+def test_a_dense_flavor_has_no_use_for_it(tmp_path):
+    with pytest.raises(EzpzError, match="moe_latent_dim"):
+        flavor(tmp_path, f"n_dense_layers = 6\n{LATENT}")
+
+
+def without_sequence_parallelism(config) -> None:
+    config.parallelism = dataclasses.replace(
+        config.parallelism, tensor_parallel_degree=2, enable_sequence_parallel=False
+    )
+
+
+def save_as_hf(config) -> None:
+    config.checkpoint.last_save_in_hf = True
+
+
+@before_september
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_sequence_parallelism, "would go through ascend (moe_latent_dim) on every rank"),
+        (save_as_hf, "no class of transformers computes the FFNs"),
+    ],
+)
+def test_settings_that_it_excludes(tmp_path, monkeypatch, capsys, change, said):
+    flavor(tmp_path, f"{SMALL}{LATENT}")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    changed = config("mine")
+    change(changed)
+    with pytest.raises(SystemExit):  # as of the command line
+        dataclasses.replace(changed)
+    assert said in capsys.readouterr().err
