@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 from dialect import ON_0_2, SINCE_2026_08
-from run_trainer import _digest
+from run_trainer import digest
 from trainer_runs import EP_2, Runs, compare_gradients, door_1, job_folder
 
 if ON_0_2 or SINCE_2026_08:
@@ -87,4 +87,4 @@ def test_a_checkpoint_has_the_whole_model_however_it_was_split(runs, folder):
     model = host().build_on_meta(load_flavor("other", near=folder)).to_empty(device="cpu")
     step = folder / "saved" / "checkpoint" / "step-3"
     dcp.load(state := dict(model.named_parameters()), checkpoint_id=str(step), no_dist=True)
-    assert {name: _digest(each.detach()) for name, each in state.items()} == record["parameters"]
+    assert {name: digest(each.detach()) for name, each in state.items()} == record["parameters"]

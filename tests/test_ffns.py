@@ -5,7 +5,9 @@ sums.
 """
 
 import dataclasses
+import logging
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.titan import selector
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.products_fit import bytes_per_token
 from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
@@ -253,3 +256,14 @@ def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said
     with pytest.raises(SystemExit):  # as of the command line
         dataclasses.replace(changed)
     assert said in capsys.readouterr().err
+
+
+def test_the_log_says_that_the_hosts_own_path_is_not_taken(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(selector, "_choices_not_logged", Counter())  # other tests' models
+    with caplog.at_level(logging.INFO):
+        model(tmp_path, 'expert_activation = "relu2"')
+        model(tmp_path, "")
+    other, own = (line for line in caplog.messages if "compute_backend grouped_mm" in line)
+    assert "(composed of the host's products, as its experts have no such FFN)" in other
+    assert "1 MoE layers of relu2 experts;" in other
+    assert "(the host's own path)" in own
