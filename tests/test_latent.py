@@ -1,4 +1,4 @@
-"""Experts in a latent: their formula, what they cost, and what is refused.
+"""Experts in a latent, and scores on their inputs: formulas, what they cost, what is refused.
 
 A layer is compared in float64 with its formula as on a blackboard; what remains is the order of
 sums.
@@ -33,7 +33,8 @@ qk_nope_head_dim = 8
 qk_rope_head_dim = 8
 v_head_dim = 8
 """
-LATENT = f"moe_latent_dim = {Z}\n"
+LATENT, BEFORE = f"moe_latent_dim = {Z}\n", 'router_scores = "before"\n'
+NULL = "[router]\nnull_experts = 2\n"
 
 before_september = pytest.mark.skipif(SINCE_2026_09, reason="its layers have no place for it")
 
@@ -43,20 +44,22 @@ def flavor(folder: Path, keys: str, like: str = 'inherits = "debugmodel"'):
     return load_flavor("mine", near=folder)
 
 
-def on_the_blackboard(moe, x_TD):
+def on_the_blackboard(moe, x_TD, before):
     """The layer's output, expert by expert, with its own router's choices."""
     scores_TK, ids_TK, _ = (each.flatten(0, -2) for each in moe.router(x_TD, moe.expert_bias_E))
     layer, shared = moe.routed_experts, moe.shared_experts
-    of = layer.inner_experts
-    x_TZ = x_TD @ layer.descend.weight.T
+    of, projects = layer.inner_experts, hasattr(layer, "descend")
+    x_TZ = x_TD @ layer.descend.weight.T if projects else x_TD
     sum_TZ = torch.zeros_like(x_TZ)
     for expert in range(E):
-        g, u = x_TZ @ of.w1_EFD[expert].T, x_TZ @ of.w3_EFD[expert].T
         score_T1 = (scores_TK * (ids_TK == expert)).sum(-1, keepdim=True)
-        sum_TZ = sum_TZ + score_T1 * (g / (1 + torch.exp(-g)) * u @ of.w2_EDF[expert].T)
+        of_input, of_output = (score_T1, 1) if before else (1, score_T1)
+        rows_TZ = of_input * x_TZ
+        g, u = rows_TZ @ of.w1_EFD[expert].T, rows_TZ @ of.w3_EFD[expert].T
+        sum_TZ = sum_TZ + of_output * (g / (1 + torch.exp(-g)) * u @ of.w2_EDF[expert].T)
     g = x_TD @ shared.w1.weight.T
     of_shared_TD = (g / (1 + torch.exp(-g)) * (x_TD @ shared.w3.weight.T)) @ shared.w2.weight.T
-    return sum_TZ @ layer.ascend.weight.T + of_shared_TD
+    return (sum_TZ @ layer.ascend.weight.T if projects else sum_TZ) + of_shared_TD
 
 
 def results(moe, out, x) -> dict[str, torch.Tensor]:
@@ -70,21 +73,24 @@ def results(moe, out, x) -> dict[str, torch.Tensor]:
 
 @before_september
 @pytest.mark.parametrize(
-    ("backend", "computed_in", "unit"),
+    ("keys", "backend", "unit"),
     [
-        ('for_loop"', torch.float64, 2.0**-53),
-        ('batched_mm_padded"', torch.float64, 2.0**-53),
+        (LATENT, "for_loop", 2.0**-53),
+        (LATENT, "batched_mm_padded", 2.0**-53),
+        (f"{LATENT}{NULL}", "for_loop", 2.0**-53),
         # The host's dispatcher combines in float32.
-        ('for_loop"\nrouted = "composed"', torch.float32, 2.0**-24),
-        ('for_loop"\n[router]\nnull_experts = 2', torch.float64, 2.0**-53),
+        (f'{LATENT}routed = "composed"\n', "for_loop", 2.0**-24),
+        (BEFORE, "grouped_mm_fused", 2.0**-24),
+        (f"{BEFORE}{NULL}", "batched_mm_padded", 2.0**-24),
+        (f"{LATENT}{BEFORE}", "for_loop", 2.0**-24),
     ],
-    ids=["one node", "padded", "composed", "null experts"],
+    ids=lambda value: str(value).replace("\n", " ").strip(),
 )
-def test_a_layer_is_its_formula(tmp_path, backend, computed_in, unit):
+def test_a_layer_is_its_formula(tmp_path, keys, backend, unit):
     """Sums of a gradient have at most so many terms as x has elements."""
-    keys = f"{SMALL}{LATENT}compute_backend = \"{backend}"
-    model = small_model(tmp_path, keys)
-    if "[router]" in backend:
+    computed_in = torch.float64 if unit < 2.0**-50 else torch.float32
+    model = small_model(tmp_path, f'{SMALL}compute_backend = "{backend}"\n{keys}')
+    if NULL in keys:
         router_of(model)  # which has to know how long a sequence is
     moe = moe_of(model).double()
     moe.routed_experts.inner_experts.computed_in = computed_in
@@ -94,8 +100,8 @@ def test_a_layer_is_its_formula(tmp_path, backend, computed_in, unit):
             each.data = torch.randn(each.shape, generator=draw).double() / each.shape[-1] ** 0.5
     x = flat(tokens(D)).double().requires_grad_()
     ours = results(moe, moe(x), x)
-    true = results(moe, on_the_blackboard(moe, x.flatten(0, -2)).view(x.shape), x)
-    assert {"routed_experts.descend.weight", "routed_experts.ascend.weight"} < ours.keys()
+    true = results(moe, on_the_blackboard(moe, x.flatten(0, -2), BEFORE in keys).view(x.shape), x)
+    assert (LATENT in keys) == ("routed_experts.descend.weight" in ours)
     assert ours.keys() == true.keys()
     for name, value in ours.items():
         assert relative_error(value, true[name]) <= x.numel() * unit, name
@@ -114,8 +120,6 @@ def test_parameters_and_flops_are_hand_sums(tmp_path):
     projections = 2 * 2 * D * Z
     assert summary.total - without.total == 2 * E * 3 * F * (Z - D) + projections
     assert summary.active - without.active == 2 * K * 3 * F * (Z - D) + projections
-    if not hasattr(host(), "anatomy"):
-        return
     anatomy = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}"), 16)
     cost = anatomy.costs["latent projections"]
     assert (cost.parameters, cost.active, cost.forward) == (projections, projections, 2 * projections)

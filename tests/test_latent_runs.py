@@ -39,14 +39,16 @@ pytestmark = [pytest.mark.train, pytest.mark.ranks]
 
 ONE_NODE = "one node, expert parallel, fully sharded, compiled, selective"
 TENSOR_PARALLEL = "tensor parallel, types checked, full"
-COMPOSED = "composed, expert parallel"
+BEFORE = "scores on inputs, composed, expert parallel"
+EQUALS = {ONE_NODE: "plain", TENSOR_PARALLEL: "plain", BEFORE: "plain, before"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = job_folder(tmp_path_factory.mktemp("latent"))
     (folder / "latent.toml").write_text(FLAVOR)
-    (folder / "composed.toml").write_text('inherits = "latent"\nrouted = "composed"\n')
+    # Which makes the layer composed.
+    (folder / "before.toml").write_text('inherits = "latent"\nrouter_scores = "before"\n')
     return folder
 
 
@@ -54,33 +56,40 @@ def folder(tmp_path_factory) -> Path:
 def runs(folder) -> Runs:
     runs = Runs(folder)
     runs.add("plain", door_1(folder, "latent", *SAME))
+    runs.add("plain, before", door_1(folder, "before", *SAME))
     job = door_1(folder, "latent", *SAME, *EP_2, *AOT, checkpointing="selective")
     runs.add(ONE_NODE, job, ranks=2)
     saved = ["--checkpoint.enable", "--dump-folder", str(folder / "saved")]
     job = door_1(folder, "latent", *SAME, *TP_2, *saved, checkpointing="full")
     runs.add(TENSOR_PARALLEL, job, ranks=2)
-    job = door_1(folder, "composed", *SAME, *EP_2, "--count-sent")
-    runs.add(COMPOSED, job, ranks=2)
+    job = door_1(folder, "before", *SAME, *EP_2, "--count-sent")
+    runs.add(BEFORE, job, ranks=2)
     return runs
 
 
-@pytest.mark.parametrize("split", [ONE_NODE, TENSOR_PARALLEL, COMPOSED])
+@pytest.mark.parametrize("split", EQUALS)
 def test_gradients_are_those_of_one_rank(runs, split):
-    (plain,), (of_rank, _) = runs["plain"], runs[split]
+    (plain,), (of_rank, _) = runs[EQUALS[split]], runs[split]
     differences = compare_gradients(of_rank["gradients"], plain["gradients"])
     assert any(name.endswith("descend.weight") for name in differences)
     assert max(differences.values()) <= TOKENS * 2.0**-24
     assert of_rank["losses"] == pytest.approx(plain["losses"], rel=TOKENS * 2.0**-24)
 
 
+def test_scores_on_inputs_are_another_model(runs):
+    (after,), (before,) = runs["plain"], runs["plain, before"]
+    assert after["first_parameters"] == before["first_parameters"]
+    assert after["losses"][0] != before["losses"][0]
+
+
 def test_what_ranks_send_has_the_latents_width(runs):
     """A row for each choice, there and back, in each of three steps, of the one layer."""
     tokens = TOKENS // 2  # of a rank
-    for of_rank in runs[COMPOSED]:
+    for of_rank in runs[BEFORE]:
         assert {width for _, width in of_rank["sent"]} == {Z}
         there = [rows for rows, _ in of_rank["sent"]][::2]
         assert sum(there) == 3 * tokens * K
-    rows = sum(rows for of_rank in runs[COMPOSED] for rows, _ in of_rank["sent"])
+    rows = sum(rows for of_rank in runs[BEFORE] for rows, _ in of_rank["sent"])
     assert rows == 2 * 2 * 3 * tokens * K
 
 

@@ -166,6 +166,7 @@ class Flavor(Data):
     expert_activation: Activation = "swiglu"
     expert_bias: bool = False
     moe_latent_dim: Width | None = None
+    router_scores: Literal["after", "before"] = "after"
     ffn_activation: Activation = "swiglu"
     router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.
@@ -248,8 +249,9 @@ class Flavor(Data):
     @property
     def computes_otherwise(self) -> bool:
         """Whether experts or dense FFNs have a formula that the host does not know."""
-        activations = {self.expert_activation, self.ffn_activation}
-        return activations != {"swiglu"} or self.expert_bias or self.moe_latent_dim is not None
+        of_ffns = (self.expert_activation, self.ffn_activation, self.expert_bias)
+        of_layers = (self.moe_latent_dim, self.router_scores)
+        return (*of_ffns, *of_layers) != ("swiglu", "swiglu", False, None, "after")
 
     @property
     def other_ffns(self) -> list[str]:
@@ -258,6 +260,7 @@ class Flavor(Data):
             f"experts that compute {self.expert_activation}": self.expert_activation != "swiglu",
             "experts with biases": self.expert_bias,
             f"experts in a latent of {self.moe_latent_dim}": self.moe_latent_dim,
+            "scores on the inputs of experts": self.router_scores == "before",
             f"FFNs that compute {self.ffn_activation}": self.ffn_activation != "swiglu",
             "a gate of its shared experts": self.dimensions and self.dimensions.shared_gate,
         }

@@ -52,6 +52,10 @@ def model_spec(
     _refuse_without_text(spec, flavor)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
+    if flavor.router_scores == "before":
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.scores import score_inputs
+        score_inputs(spec.model, str(flavor.source))
     if not flavor.is_dense:
         chosen_by = why or f"flavor {flavor.name}"
         asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
