@@ -122,7 +122,11 @@ def test_parameters_and_flops_are_hand_sums(tmp_path):
     assert summary.active - without.active == 2 * K * 3 * F * (Z - D) + projections
     anatomy = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}"), 16)
     cost = anatomy.costs["latent projections"]
-    assert (cost.parameters, cost.active, cost.forward) == (projections, projections, 2 * projections)
+    assert (cost.parameters, cost.active, cost.forward) == (
+        projections,
+        projections,
+        2 * projections,
+    )
     theirs = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n"), 16)
     assert anatomy.host_flops - theirs.host_flops == 6 * (summary.active - without.active)
 

@@ -112,15 +112,15 @@ def _with_projections(host_class: type[RoutedExperts]) -> Any:
         def parallelize(self, parallel_dims: Any) -> None:
             """Let the host wrap the layer between the matrices, which stay outside."""
             _shard(self)
-            # What the host wraps is an attribute of the instance.
-            self.forward = super().forward
+            layer: Any = self  # what the host wraps is an attribute of the instance
+            layer.forward = super().forward
             super().parallelize(parallel_dims)
-            routed = self.forward
+            routed = layer.forward
 
             def forward(x_XD: Tensor, *routing: Tensor) -> Tensor:
                 return self.ascend(routed(self.descend(x_XD), *routing))
 
-            self.forward = forward
+            layer.forward = forward
 
     return named_after(Latent, host_class)
 

@@ -91,7 +91,9 @@ def counted_as_used(model: Any) -> Any:
     The host multiplies all that its routed layers hold with one k / E.
     """
     host_class = type(model)._owner
-    return model if hasattr(host_class, "counts_use") else derive(model, _counting(host_class).Config)
+    return (
+        model if hasattr(host_class, "counts_use") else derive(model, _counting(host_class).Config)
+    )
 
 
 @cache
