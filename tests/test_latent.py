@@ -16,6 +16,7 @@ from router_cases import UPSTREAM, flat, moe_of, router_of, small_model, tokens
 from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.models import model_spec
@@ -122,11 +123,7 @@ def test_parameters_and_flops_are_hand_sums(tmp_path):
     assert summary.active - without.active == 2 * K * 3 * F * (Z - D) + projections
     anatomy = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n{LATENT}"), 16)
     cost = anatomy.costs["latent projections"]
-    assert (cost.parameters, cost.active, cost.forward) == (
-        projections,
-        projections,
-        2 * projections,
-    )
+    assert cost == Cost(parameters=projections, active=projections, forward=2 * projections)
     theirs = host().anatomy().anatomy(flavor(tmp_path, f"{SMALL}n_layers = 3\n"), 16)
     assert anatomy.host_flops - theirs.host_flops == 6 * (summary.active - without.active)
 
@@ -178,7 +175,7 @@ def test_a_model_that_cannot(tmp_path, keys, like, said):
 
 @pytest.mark.parametrize("value", ["0", "-8", "2.5", '"narrow"'])
 def test_a_width_that_is_none(tmp_path, value):
-    with pytest.raises(EzpzError, match="mine.toml: moe_latent_dim = "):
+    with pytest.raises(EzpzError, match=r"mine\.toml: moe_latent_dim = "):
         flavor(tmp_path, f"moe_latent_dim = {value}")
 
 

@@ -26,7 +26,8 @@ def target(flavor: Flavor) -> Target:
     if flavor.computes_otherwise:
         raise EzpzError(
             f"{flavor.source}: expert_activation, expert_bias, moe_latent_dim, router_scores or "
-            "ffn_activation makes this another FFN than the dense model's. Upcycle to a flavor without them."
+            "ffn_activation makes this another FFN than the dense model's. Upcycle to a flavor "
+            "without them."
         )
     model = build_on_meta(flavor)
     tensors = model.state_dict()
