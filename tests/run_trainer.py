@@ -83,7 +83,7 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for seven flags of our own.
+    """Train as ``torchtitan.train`` would, but for eight flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
@@ -91,7 +91,8 @@ def run(arguments: list[str]) -> dict:
     microbatches and shared out to ranks (torchtitan 0.3);
     ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
-    later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3).
+    later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
+    ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     if "--tiny-bases" in own_flags:
@@ -129,7 +130,9 @@ def run(arguments: list[str]) -> dict:
             rows = getattr(module, "w2", None)
             rows = rows if isinstance(rows, torch.nn.Module) else module
             rows.register_forward_hook(partial(_round_once_more, noise))
-    record = {"losses": [], "gradient_norms": [], "gradients": {}}
+    record = {"losses": [], "gradient_norms": [], "gradients": {}, "sent": []}
+    if "--count-sent" in own_flags:
+        _count_sent(record["sent"])
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
     record["first_parameters"] = _digests(trainer)
@@ -178,7 +181,7 @@ def _same_sequences(trainer, dataloader):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += ("--same-sequences", "--infinite-logit", "--layers", "--tiny-bases")
+    own += ("--same-sequences", "--infinite-logit", "--layers", "--tiny-bases", "--count-sent")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]
@@ -214,6 +217,20 @@ def _round_once_more(noise: torch.Generator, module, inputs, output):
     draw = torch.rand(output.shape, generator=noise)
     direction = (draw < 1 / 24).float() - (draw > 23 / 24).float()
     return (output * (1 + ONE_UNIT * direction)).type_as(output)
+
+
+def _count_sent(sent: list) -> None:
+    """Append the shape of every floating-point tensor that a dispatcher sends in forward."""
+    from torchtitan.models.common import token_dispatcher
+
+    all_to_all_single = token_dispatcher.all_to_all_single
+
+    def counting(rows, *arguments, **more):
+        if rows.is_floating_point():
+            sent.append(tuple(rows.shape))
+        return all_to_all_single(rows, *arguments, **more)
+
+    pytest.MonkeyPatch().setattr(token_dispatcher, "all_to_all_single", counting)
 
 
 def _record_gradients(trainer, record: dict) -> None:

@@ -151,6 +151,7 @@ def is_of_attention(operator: str) -> bool:
         ("gpt_oss_debugmodel", 160),  # it has a window of 128
         ("ungated", 32),
         ("pyramid", 32),  # other experts in each layer
+        ("latent", 32),
         pytest.param("debugmodel", 160, marks=pytest.mark.full),
         pytest.param("qwen3_debugmodel", 160, marks=pytest.mark.full),
         pytest.param("gpt_oss_debugmodel", 32, marks=pytest.mark.full),

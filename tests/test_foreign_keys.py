@@ -44,7 +44,7 @@ def test_no_project_has_a_key_twice() -> None:
         ("score_func = 1", "score_func is router_score_func here"),
         ("top_k = 2", "top_k is router_top_k here"),  # although [router] has such a key
         ("[moe_args]\nnum_experts = 8", "moe_args: its keys are a flavor's own, at the top"),
-        ("score_before_experts = true", "torchtitan 0.2's score_before_experts: torchtitan 0.3"),
+        ("score_before_experts = true", "score_before_experts is router_scores here"),
         ("moe-router-topk = 2", "Megatron-Core's moe_router_topk is router_top_k here"),
         (
             "lb_loss_weight = 0.01",

@@ -28,6 +28,8 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.changed",
     "ezpz_moe.hosts.titan.dense",
     "ezpz_moe.hosts.titan.initialized",
+    "ezpz_moe.hosts.titan.latent",
+    "ezpz_moe.hosts.titan.scores",
 )
 """What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for
 chats, or for a model that differs from the host's."""

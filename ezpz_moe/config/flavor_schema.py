@@ -165,6 +165,8 @@ class Flavor(Data):
     # Not dimensions, as no model of the host's has them: they may stand beside `base` too.
     expert_activation: Activation = "swiglu"
     expert_bias: bool = False
+    moe_latent_dim: Width | None = None
+    router_scores: Literal["after", "before"] = "after"
     ffn_activation: Activation = "swiglu"
     router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.
@@ -249,8 +251,9 @@ class Flavor(Data):
     @property
     def computes_otherwise(self) -> bool:
         """Whether experts or dense FFNs have a formula that the host does not know."""
-        activations = {self.expert_activation, self.ffn_activation}
-        return activations != {"swiglu"} or self.expert_bias
+        of_ffns = (self.expert_activation, self.ffn_activation, self.expert_bias)
+        of_layers = (self.moe_latent_dim, self.router_scores)
+        return (*of_ffns, *of_layers) != ("swiglu", "swiglu", False, None, "after")
 
     @property
     def other_ffns(self) -> list[str]:
@@ -258,6 +261,8 @@ class Flavor(Data):
         found = {
             f"experts that compute {self.expert_activation}": self.expert_activation != "swiglu",
             "experts with biases": self.expert_bias,
+            f"experts in a latent of {self.moe_latent_dim}": self.moe_latent_dim,
+            "scores on the inputs of experts": self.router_scores == "before",
             f"FFNs that compute {self.ffn_activation}": self.ffn_activation != "swiglu",
             "a gate of its shared experts": self.dimensions and self.dimensions.shared_gate,
         }

@@ -348,5 +348,5 @@ def _why_no_flavor(path: Path) -> str:
     if "model" in document:
         return "it has the [model] of a job."
     unknown = next(iter(document), None)
-    hint = f" {unknown!r} is unknown.{meaning(unknown, _KEYS, [])}" if unknown else ""
+    hint = f" {unknown!r} is unknown.{meaning(unknown, FLAVOR_KEYS, [])}" if unknown else ""
     return f"it has no key of a flavor, such as inherits, base or dim.{hint}"

@@ -28,6 +28,7 @@ COMPONENTS = (
     "attention projections",
     "attention scores",
     "router",
+    "latent projections",
     "routed experts",
     "zero-computation experts",
     "shared experts",
@@ -39,7 +40,13 @@ COMPONENTS = (
 )
 """Components in display order. "router" also covers what else an MoE layer has of its own."""
 
-OF_MOE_LAYERS = ("router", "routed experts", "zero-computation experts", "shared experts")
+OF_MOE_LAYERS = (
+    "router",
+    "latent projections",
+    "routed experts",
+    "zero-computation experts",
+    "shared experts",
+)
 """The components that stand where a dense model has an FFN."""
 
 

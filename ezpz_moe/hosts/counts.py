@@ -37,19 +37,20 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
 def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
     """Count the host's deepseek_v3 in this size, with the flavor's FFNs."""
     layers = size.layer_sizes.values()
-    matrices = ffn_matrices(flavor.expert_activation)
-    per_unit = matrices * size.dim + (matrices - 1) * flavor.expert_bias  # of F, in an expert
-    experts = [of.hidden_dim * per_unit + size.dim * flavor.expert_bias for of in layers]
+    matrices, width = ffn_matrices(flavor.expert_activation), flavor.moe_latent_dim or size.dim
+    per_unit = matrices * width + (matrices - 1) * flavor.expert_bias  # of F, in an expert
+    experts = [of.hidden_dim * per_unit + width * flavor.expert_bias for of in layers]
     routed = sum(of.num_experts * expert for of, expert in zip(layers, experts, strict=True))
     used = sum(of.top_k * expert for of, expert in zip(layers, experts, strict=True))
     per_unit = ffn_matrices(flavor.ffn_activation) * size.dim  # in FFNs of every token
     shared = sum(size.shared_width(of.hidden_dim) * per_unit for of in layers)
     shared += len(layers) * size.dim * size.shared_gate
+    projections = len(layers) * 2 * size.dim * (flavor.moe_latent_dim or 0)
     gates = sum((size.dim + size.router_bias) * of.num_experts for of in layers)
     dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix
-    rest = size.n_layers * _attention(size) + dense + gates + shared + norms
+    rest = size.n_layers * _attention(size) + dense + gates + projections + shared + norms
     total = 2 * embedding + rest + routed
     sizes = map(one_or_each, zip(*layers, strict=True)) if layers else (0, 0, 0)
     num_experts, top_k, hidden_dim = sizes

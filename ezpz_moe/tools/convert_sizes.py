@@ -19,7 +19,10 @@ from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 from ezpz_moe.hosts.titan_0_2.moe_models import NO_SIZES, NOT_EXPRESSED, SIZES
 
 _FORM = 'write --sizes "dim=2048, n_layers=27, ...", or paste the fork\'s DeepSeekV3ModelArgs(...)'
-_CHOICES = ("attn_type", "use_flex_attn", "use_grouped_mm", "load_balance_coeff")
+_CHOICES = (
+    *("attn_type", "use_flex_attn", "use_grouped_mm"),
+    *("load_balance_coeff", "score_before_experts"),
+)
 _BEYOND = 2**63  # TOML's own bound; also for infinity
 _DEFAULT = "torchtitan 0.2's default"
 
@@ -56,6 +59,8 @@ def draft(given: str, *, seq_len: int) -> Draft:
     values["rope.scaling"] = "yarn" if is_scaled else "none"
     values["rope.max_seq_len"] = max(seq_len, _integer(values["rope.max_seq_len"]))
     comments = {ours: _DEFAULT for name, (ours, _) in SIZES.items() if name not in sizes}
+    if "score_before_experts" not in sizes:
+        comments["router_scores"] = _DEFAULT
     if values["rope.max_seq_len"] == seq_len:
         comments["rope.max_seq_len"] = "the job's training.seq_len"
     left_out = tuple(
@@ -151,6 +156,8 @@ def _choices(sizes: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {"attention": sizes.get("attn_type", "flex" if is_flex else "sdpa")}
     if sizes.get("use_grouped_mm") is False:
         chosen["compute_backend"] = "for_loop"
+    if sizes.get("score_before_experts", True):
+        chosen["router_scores"] = "before"
     rate = sizes.get("load_balance_coeff", 1e-3)  # torchtitan's own
     if rate is None:
         chosen["balance.bias_update"] = "none"

@@ -206,7 +206,7 @@ def _job_findings(asked: Asked) -> Iterator[Finding]:
     yield from _resuming(job, trainer_config, asked)
     summary = detect.host().summarize(flavor)
     if summary.num_experts:
-        yield from _alignment(summary)
+        yield from _alignment(summary, flavor.moe_latent_dim or summary.dim)
     states = device.model_states(trainer_config, summary.total, asked.ranks or 1, asked.nproc)
     if asked.ranks is not None:
         yield _memory(states)
@@ -288,15 +288,15 @@ def _resuming(job: Job, trainer_config: TrainerConfig, asked: Asked) -> Iterator
         yield Finding(folder, f"{used_for}, at step {found.step}", found.rates, is_note=True)
 
 
-def _alignment(summary: ModelSummary) -> Iterator[Finding]:
-    """Check the model's dimensions against every backend that this device can run at all.
+def _alignment(summary: ModelSummary, dim: int) -> Iterator[Finding]:
+    """Check the experts' dimensions against every backend that this device can run at all.
 
     The job's own backend is checked with the job; for the others, the user learns which would work.
     """
     hidden = summary.expert_hidden_dim
     of_layers = set(hidden) if isinstance(hidden, tuple) else {hidden}
-    where, dims = torch.device(default_device()), (summary.dim, *sorted(of_layers))
-    what, suits = f"D = {summary.dim}, F = {', '.join(map(str, dims[1:]))}", []
+    where, dims = torch.device(default_device()), (dim, *sorted(of_layers))
+    what, suits = f"D = {dim}, F = {', '.join(map(str, dims[1:]))}", []
     for name, backend in _usable(where).items():
         if reasons := backend.why_not(where, torch.bfloat16, dims=dims):
             used_for = "the experts' products in bfloat16"

@@ -21,6 +21,7 @@ from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import Cost
 
 _ZERO_COMPUTATION = "zero-computation experts"
+_LATENT = "latent projections"
 _NORMS = (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -124,7 +125,8 @@ def _named_in(module: nn.Module) -> dict[str, str]:
         return {"routed_experts": "routed experts", "shared_experts": "shared experts"}
     if isinstance(module, BaseAttention):
         return {"inner_attention": "attention scores"}
-    return {"constant_experts": _ZERO_COMPUTATION}  # no other module has this name
+    # No other module has one of these names.
+    return {"constant_experts": _ZERO_COMPUTATION, "descend": _LATENT, "ascend": _LATENT}
 
 
 def _component(module: nn.Module, around: str) -> str:

@@ -45,6 +45,18 @@ def ffn_problems(config: Trainer.Config) -> Iterator[str]:
             "the flavor's ffn_activation nor its shared_gate. Remove the override, or these keys."
         )
     par = config.parallelism
+    layers = [layer.moe.routed_experts for layer in spec.model.layers if layer.moe is not None]
+    if (
+        any(hasattr(layer, "descend") for layer in layers)
+        and par.tensor_parallel_degree > 1
+        and not par.enable_sequence_parallel
+    ):
+        yield (
+            "parallelism.enable_sequence_parallel = false with "
+            f"parallelism.tensor_parallel_degree = {par.tensor_parallel_degree} leaves the output "
+            "of experts a part of a sum, which would go through ascend (moe_latent_dim) on every "
+            "rank. Set it to true."
+        )
     if is_gated and par.tensor_parallel_degree > 1 and not par.enable_sequence_parallel:
         yield (
             "parallelism.enable_sequence_parallel = false with "

@@ -21,7 +21,7 @@ from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.attention import use_sdpa
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.selector import select_backend
-from ezpz_moe.hosts.titan.sized import sized_spec
+from ezpz_moe.hosts.titan.sized import counted_as_used, sized_spec
 from ezpz_moe.hosts.titan.upstream_configs import (
     VISION,
     config_name,
@@ -52,6 +52,10 @@ def model_spec(
     _refuse_without_text(spec, flavor)
     if flavor.attention == "sdpa":
         use_sdpa(spec.model)
+    if flavor.router_scores == "before":
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.scores import score_inputs
+        score_inputs(spec.model, str(flavor.source))
     if not flavor.is_dense:
         chosen_by = why or f"flavor {flavor.name}"
         asked = (flavor.compute_backend, chosen_by, flavor.expert_precision, flavor.routed)
@@ -67,6 +71,12 @@ def model_spec(
         with titan().importing():  # only such a flavor needs this from the host
             from ezpz_moe.hosts.titan.routing import route
         route(spec, flavor)
+    # Last: it takes what the others have made of a layer to another width.
+    if flavor.moe_latent_dim is not None:
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.latent import set_latent
+        spec.model = counted_as_used(spec.model)
+        set_latent(spec.model, flavor)
     return spec
 
 

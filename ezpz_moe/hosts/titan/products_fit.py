@@ -63,7 +63,9 @@ def bytes_per_token(model: nn.Module) -> Iterator[int]:
         if experts is None:
             continue
         weights = list(experts.parameters())
-        dim = moe.router.gate.in_features
+        # Experts in a latent have its width.
+        descend = getattr(moe.routed_experts, "descend", None)
+        dim = descend.out_features if descend else moe.router.gate.in_features
         # Matrices [D, F] for each expert, whatever a host calls or stacks them; biases are small
         # beside them.
         matrices = ffn_matrices(experts.activation)

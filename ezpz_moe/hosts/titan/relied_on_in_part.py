@@ -31,6 +31,7 @@ PICTURES = (
 )
 """Needed by flavors with ``[telemetry]`` that draw pictures for the loggers."""
 
+_NO_LATENT = "flavors with moe_latent_dim cannot be trained; others still can"
 _NO_OTHER_FFNS = "flavors with ffn_activation or shared_gate cannot be trained; others still can"
 _FFNS = (
     Reliance(
@@ -51,8 +52,14 @@ _FFNS = (
         if_broken=_NO_OTHER_FFNS,
         takes=("tp",),
     ),
+    Reliance(
+        "torchtitan.protocols.module:Module",
+        used_for="what the host wraps of a routed layer is between the matrices of a latent",
+        if_broken=_NO_LATENT,
+        has=("parallelize", "_cache_pos_arg_names", "_sharding_config"),
+    ),
 )
-"""Needed by flavors whose dense FFNs or shared experts are no SwiGLU."""
+"""Needed by flavors whose FFNs are not the host's, or whose experts are in a latent."""
 
 ROUTERS = (
     *_FFNS,

@@ -63,6 +63,8 @@ def why_composed(
         return f"{experts.__name__} computes another FFN than SwiGLU"
     if layer.forward is not RoutedExperts.forward:
         return f"{layer.__name__} has a forward of its own"
+    if getattr(dispatcher, "scores_before", False):
+        return "scores are applied to the inputs of experts"
     if not _sorts_as_the_host(dispatcher):
         return f"{dispatcher.__name__} sorts and sends tokens in its own way"
     if backend != HOST_PATH and not get_backend(backend).has_routed_kernel:

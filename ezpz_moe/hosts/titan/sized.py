@@ -32,7 +32,7 @@ def sized_spec(size: Dimensions, attention: str, moe_comm_backend: str) -> Model
     spec = deepseek_v3.model_registry("debugmodel")
     model = spec.model
     if size.is_uneven:
-        model = derive(model, _uneven(type(model)._owner).Config)
+        model = counted_as_used(model)
     model = dataclasses.replace(
         model,
         vocab_size=size.vocab_size,
@@ -85,32 +85,48 @@ def _layers(size: Dimensions, attention: str, moe_comm_backend: str) -> list[Any
     return layers
 
 
-@cache
-def _uneven(host_class: Any) -> Any:
-    """Return the host's model, which counts FLOPs of layers with experts of different sizes."""
+def counted_as_used(model: Any) -> Any:
+    """Return the config of the same model, which counts the FLOPs of what a token uses of a layer.
 
-    class Uneven(host_class):
+    The host multiplies all that its routed layers hold with one k / E.
+    """
+    host_class = type(model)._owner
+    return (
+        model if hasattr(host_class, "counts_use") else derive(model, _counting(host_class).Config)
+    )
+
+
+@cache
+def _counting(host_class: Any) -> Any:
+    class Counting(host_class):
+        counts_use = True
+
         @dataclasses.dataclass(kw_only=True, slots=True)
         class Config(host_class.Config):
             def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
                 counted = _with_mean_use(self, model)
                 return host_class.Config.get_nparams_and_flops(counted, model, seq_len)
 
-    return named_after(Uneven, host_class)
+    return named_after(Counting, host_class)
 
 
 def _with_mean_use(config: Any, model: nn.Module) -> Any:
     """Return the config of a model whose first layer with experts says what all of them use.
 
-    The host takes k / E of that layer for all parameters of routed experts. Here they stand for the
-    active ones of all layers, and for all: an exact fraction.
+    The host takes k / E of that layer for all parameters of routed layers. Here they stand for the
+    active ones of all layers, and for all: an exact fraction. Every token uses what projects it.
     """
     held = active = 0
     for name, parameter in model.named_parameters():
-        if found := re.search(r"\blayers\.(\d+)\.moe\.routed_experts\.", name):
+        if found := re.search(r"\blayers\.(\d+)\.moe\.routed_experts\.(\w+)", name):
             moe = config.layers[int(found[1])].moe
+            of_all = found[2] in ("descend", "ascend")
             held += parameter.numel()
-            active += parameter.numel() * moe.router.top_k // moe.num_experts
+            active += (
+                parameter.numel()
+                if of_all
+                else parameter.numel() * moe.router.top_k // moe.num_experts
+            )
     layers = list(config.layers)
     first = next(number for number, layer in enumerate(layers) if layer.moe is not None)
     moe = layers[first].moe

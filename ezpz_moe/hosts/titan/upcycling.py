@@ -25,8 +25,9 @@ def target(flavor: Flavor) -> Target:
     refuse_dense(flavor, "to fill")
     if flavor.computes_otherwise:
         raise EzpzError(
-            f"{flavor.source}: expert_activation, expert_bias or ffn_activation makes this another "
-            "FFN than the dense model's. Upcycle to a flavor without them."
+            f"{flavor.source}: expert_activation, expert_bias, moe_latent_dim, router_scores or "
+            "ffn_activation makes this another FFN than the dense model's. Upcycle to a flavor "
+            "without them."
         )
     model = build_on_meta(flavor)
     tensors = model.state_dict()

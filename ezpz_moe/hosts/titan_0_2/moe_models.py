@@ -103,11 +103,6 @@ SIZES: Mapping[str, tuple[str, Any]] = {
 """0.2's ``DeepSeekV3ModelArgs`` and ``MoEArgs``: field -> a flavor's key, and the default."""
 
 NOT_EXPRESSED: Mapping[str, tuple[Any, Any, str]] = {
-    "score_before_experts": (
-        True,
-        False,
-        "0.2 multiplies by the scores before the experts (score_before_experts), 0.3 after them",
-    ),
     "gate_bias": (False, False, "the routers have a bias (gate_bias), 0.3's deepseek_v3 has none"),
     "norm_eps": (1e-5, 1e-5, "norm_eps is 1e-05 in 0.3's deepseek_v3"),
 }

@@ -23,7 +23,8 @@ def refuse_later_keys(flavor: Flavor) -> None:
     if flavor.other_ffns:
         raise EzpzError(
             f"{flavor.source}: {', '.join(flavor.other_ffns)} need torchtitan 0.3: remove "
-            "expert_activation, expert_bias, ffn_activation and shared_gate, or install it."
+            "expert_activation, expert_bias, moe_latent_dim, router_scores, ffn_activation and "
+            "shared_gate, or install it."
         )
     if flavor.scores_otherwise:
         raise EzpzError(
