@@ -112,3 +112,11 @@ def test_a_flavor_has_what_it_says_of_it(name: str) -> None:
         pytest.skip("no counts are shipped for this host: test_models.py builds the flavor")
     assert model.total == like.published - like.absent
     assert model.active == like.without_idle_experts - like.absent
+
+
+def test_a_latent_narrows_the_experts_of_16B() -> None:  # noqa: N802 - a flavor's name
+    D, Z, E, F, layers = 2048, 512, 64, 1408, 26
+    whole, latent = (counts_at_hand(load_flavor(name)) for name in ("16B", "16B_latent"))
+    assert whole is not None
+    assert latent is not None
+    assert whole.total - latent.total == layers * (E * 3 * F * (D - Z) - 2 * Z * D)
