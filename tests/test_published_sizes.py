@@ -114,7 +114,7 @@ def test_a_flavor_has_what_it_says_of_it(name: str) -> None:
     assert model.active == like.without_idle_experts - like.absent
 
 
-def test_a_latent_narrows_the_experts_of_16B() -> None:  # noqa: N802 - a flavor's name
+def test_a_latent_narrows_the_experts_of_16B() -> None:
     D, Z, E, F, layers = 2048, 512, 64, 1408, 26
     whole, latent = (counts_at_hand(load_flavor(name)) for name in ("16B", "16B_latent"))
     assert whole is not None
