@@ -156,9 +156,16 @@ def test_a_table_in_a_log_has_no_colours_and_is_not_wrapped(
     assert plain_table([]) == ""
 
 
-@pytest.mark.parametrize(("ranks", "is_refused"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("ranks", "of_batch", "said"),
+    [
+        (1, 0, None),
+        (2, 0, r"the 2 rank\(s\) on this machine take 0.00 MiB"),
+        (1, 4001 * STATES_PER_PARAMETER, r"batches of the 1 rank\(s\) .* Lower \[training\]"),
+    ],
+)
 def test_what_a_machine_without_accelerators_cannot_hold_is_refused(
-    ranks: int, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+    ranks: int, of_batch: int, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel would end some process instead, with no word of it in the log."""
     part = nn.Linear(10, 10, bias=False, device="meta")
@@ -166,6 +173,14 @@ def test_what_a_machine_without_accelerators_cannot_hold_is_refused(
     device = SimpleNamespace(get_device_properties=lambda: there)
     monkeypatch.setattr(announcing.utils, "device_module", device)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    refused = pytest.raises(EzpzError, match=r"the 2 rank\(s\) on this machine take 0.00 MiB")
-    with refused if is_refused else contextlib.nullcontext():
-        announcing._refuse_more_than_the_machine_has([part])
+    with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
+        announcing._refuse_more_than_the_machine_has([part], of_batch)
+
+
+def test_a_batch_holds_every_layers_input() -> None:
+    """Ids and labels of eight bytes, and inputs in bfloat16: what full checkpointing keeps."""
+    model = SimpleNamespace(config=SimpleNamespace(dim=10, layers=[None] * 3))
+    training = SimpleNamespace(seq_len=7, local_batch_size=2, global_batch_size=-1)
+    parallelism = SimpleNamespace(pipeline_parallel_degree=1)
+    held = announcing._bytes_of_batch(model, training=training, parallelism=parallelism)
+    assert held == 14 * (2 * 8 + 3 * 10 * 2)

@@ -22,14 +22,21 @@ def memory_problems(setting: str, value: int, tokens: int, dim: int) -> Iterator
         tokens: so many a rank computes at once.
         dim: the model's.
     """
-    # The least that a model can do with: one layer's input, and nothing of what is inside.
-    needed = tokens * (_IDS + _ACTIVATION * dim)
+    needed = least_bytes(tokens, dim, layers=1)
     if needed > _MOST:
         yield (
             f"{setting} = {value}: {tokens:,} tokens at once would take "
             f"{needed / _TEBIBYTE:,.0f} TiB on each rank for their ids and one layer's input "
             "alone. Choose fewer."
         )
+
+
+def least_bytes(tokens: int, dim: int, layers: int) -> int:
+    """Return what a rank holds of a batch at the least: ids, labels, and every layer's input.
+
+    Full activation checkpointing keeps that much, and everything else more.
+    """
+    return tokens * (_IDS + _ACTIVATION * dim * layers)
 
 
 def compile_problems(backend: str) -> Iterator[str]:

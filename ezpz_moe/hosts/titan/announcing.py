@@ -17,6 +17,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import anatomy_text
 from ezpz_moe.hosts.dry_run import report
+from ezpz_moe.hosts.limits import least_bytes
 from ezpz_moe.hosts.reliance import in_words
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.telemetry.text import memory, plain_table
@@ -52,7 +53,7 @@ def _announced(cut: Callable[..., Any], flavor: Flavor, *, of_pipeline: bool) ->
             parts = result[1] if of_pipeline else [result]
             _log("what rank 0 holds", lambda: _held(parts))
             with exit_on_user_error():
-                _refuse_more_than_the_machine_has(parts)
+                _refuse_more_than_the_machine_has(parts, _bytes_of_batch(model, **more))
         return result
 
     return announce_and_cut
@@ -95,10 +96,25 @@ def consists_of(model: nn.Module, flavor: Flavor, training: Any) -> str:
     )
 
 
-def _refuse_more_than_the_machine_has(parts: list[nn.Module]) -> None:
-    """Refuse a run whose model states a machine without accelerators cannot hold.
+def _bytes_of_batch(model: Any, **more: Any) -> int:
+    """Return what a rank holds of a batch at the least; 0 if that cannot be told."""
+    try:
+        together = titan().sequences(more["training"], more["parallelism"], data_ranks=1)
+        tokens = together.of_microbatch * together.length
+        return least_bytes(tokens, model.config.dim, len(model.config.layers))
+    # Anything, as in `_log`: only a refusal is missing.
+    except Exception:
+        return 0
+
+
+def _refuse_more_than_the_machine_has(parts: list[nn.Module], of_batch: int) -> None:
+    """Refuse a run whose states or batch a machine without accelerators cannot hold.
 
     An accelerator's allocator would say so. Here the kernel would end some process, or all swap.
+
+    Args:
+        parts: what this rank holds of the model.
+        of_batch: bytes that a rank holds of its batch at the least.
 
     Raises:
         EzpzError: they cannot be held.
@@ -112,6 +128,12 @@ def _refuse_more_than_the_machine_has(parts: list[nn.Module]) -> None:
             f"weights, gradients and optimizer states of the {ranks} rank(s) on this machine take "
             f"{memory(needed)}, and it has {memory(there)}. Train a smaller flavor, or on more "
             "machines that share the model."
+        )
+    if (needed := ranks * of_batch) > there:
+        raise EzpzError(
+            f"the batches of the {ranks} rank(s) on this machine take {memory(needed)} at the "
+            f"least, for ids and every layer's input, and it has {memory(there)}. Lower "
+            "[training] local_batch_size or seq_len."
         )
 
 
