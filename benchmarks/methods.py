@@ -55,6 +55,8 @@ METHODS = {
     "geglu": 'expert_activation = "geglu"\n',
     "expert_bias": "expert_bias = true\n",
     "shared_gate": "shared_gate = true\n",
+    "latent": "moe_latent_dim = 64\n",
+    "scores before": 'router_scores = "before"\n',
     "dense, equal FLOPs": 'dense_baseline_of = "plain"\n',
 }
 SEQUENCES, SEQ_LEN = 2, 128
@@ -96,14 +98,18 @@ def run_of(name: str, folder: Path, steps: int) -> Run:
     # Only the dense model names another flavor.
     flavors = {"tried": text} | ({"plain": PLAIN} if is_dense else {})
     logged = train(flavors, folder, steps, flags=flags)
-    model = host().summarize(load_flavor("tried", near=folder))
+    tried = load_flavor("tried", near=folder)
+    model = host().summarize(tried)
+    width = tried.moe_latent_dim or model.dim
     return Run(
         text,
         model,
         [step.loss for step in logged],
         None if is_dense else load_cv(folder / FILE_NAME),
         statistics.median(step.tokens_per_second for step in logged),
-        None if is_dense else exchanged_bytes(model, layers_with_experts(folder / FILE_NAME)),
+        None
+        if is_dense
+        else exchanged_bytes(model, width, layers_with_experts(folder / FILE_NAME)),
     )
 
 
@@ -120,14 +126,17 @@ def layers_with_experts(telemetry: Path) -> int:
     return len(read(telemetry)[-1].layers)
 
 
-def exchanged_bytes(model: ModelSummary, layers: int) -> float:
-    """What leaves one rank of two in a step of ``SEQUENCES`` on each, for uniform choices."""
+def exchanged_bytes(model: ModelSummary, width: int, layers: int) -> float:
+    """What leaves one rank of two in a step of ``SEQUENCES`` on each, for uniform choices.
+
+    ``width``: of a row that is sent, the model's dimension or that of a latent.
+    """
     experts = _each(model.num_experts, layers)
     chosen = _each(model.top_k, layers)
     bytes_of_a_token = sum(
         # Whether any of its k experts is on the other rank; then there and back, twice.
         (1 - math.comb(e - e // _RANKS, k) / math.comb(e, k))
-        * (4 * model.dim * _BYTES + k * (_ID + 2 * _SCORE))
+        * (4 * width * _BYTES + k * (_ID + 2 * _SCORE))
         for e, k in zip(experts, chosen, strict=True)
     )
     return bytes_of_a_token * SEQUENCES * SEQ_LEN
