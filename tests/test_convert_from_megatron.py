@@ -236,6 +236,14 @@ def test_scores_of_sqrtsoftplus(tmp_path: Path) -> None:
     assert found.balance.bias_update == "sign"
 
 
+def test_a_model_without_shared_experts(tmp_path: Path) -> None:
+    conversion = megatron(tmp_path, MEGATRON_V3 | {"moe_shared_expert_intermediate_size": 0})
+    size = flavor(tmp_path, conversion).dimensions
+    assert (conversion.differences, conversion.dropped) == ((), [])
+    assert size is not None
+    assert (size.num_shared_experts, size.shared_width(2048)) == (0, 0)
+
+
 def test_what_of_megatrons_arguments_changes_little_or_nothing(tmp_path: Path) -> None:
     """Its norms do differ from those of torchtitan's Qwen3 by default."""
     conversion = megatron(tmp_path, MEGATRON_QWEN3 | {"moe_router_fusion": True})
@@ -284,7 +292,6 @@ def test_the_first_layers_are_dense(pattern, dense, tmp_path) -> None:
         (MEGATRON_V3 | {"num_experts": None}, "num_experts is not set"),
         (MEGATRON_V3 | {"vocab_size": None}, "Megatron takes it from the tokenizer"),
         (MEGATRON_V3 | {"max_position_embeddings": None}, "lacks max_position_embeddings."),
-        (MEGATRON_V3 | {"moe_shared_expert_intermediate_size": 0}, "intermediate_size = 0: models"),
         (DEEPSEEK_V3, "has model_type, as configs of Hugging Face: use --from hf"),
         (
             MEGATRON_V3 | {"moe_expert_capacity_factor": 1, "moe_token_drop_policy": "random"},

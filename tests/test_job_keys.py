@@ -112,11 +112,12 @@ def sample(row: Key, current: Any) -> Any:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything in a config, the model apart."""
+    """Dotted path and value of everything in a config, the model and its own digest apart."""
     if dataclasses.is_dataclass(node):
         items = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
         items = {name: item for name, item in items.items() if not name.startswith("_")}
-        items.pop("model_spec", None)
+        for apart in ("model_spec", "written"):
+            items.pop(apart, None)
     elif isinstance(node, dict):
         items = node
     elif isinstance(node, tuple) or (
