@@ -238,7 +238,15 @@ def test_an_older_file_kept_the_whole_last_checkpoint(job_file) -> None:
         ),
         (
             "[metrics]\nrank_0_only = true",
+            "it is [metrics] save_for_all_ranks: write save_for_all_ranks = false.",
+        ),
+        (
+            "[metrics]\nrank_0_only = 1",  # a value that has no opposite
             "it is [metrics] save_for_all_ranks, with the opposite value.",
+        ),
+        (
+            "[optimizer]\nfused = true",
+            'it is [optimizer] implementation: write implementation = "fused".',
         ),
         # Not [quantize.linear.float8] filter_fqns, which 0.3 would then refuse.
         ('[float8]\nfilter_fqns = ["output"]', "It is a key of an older torchtitan: torchtitan"),
@@ -299,4 +307,4 @@ def test_no_older_key_is_taken_for_a_slip_of_one_that_does_something_else() -> N
 
 
 def test_a_key_of_no_release_has_no_successor() -> None:
-    assert successor("training.never_there", KEYS) == ""
+    assert successor("training.never_there", 1, KEYS) == ""

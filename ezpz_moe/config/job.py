@@ -205,7 +205,7 @@ def _unknown(section: str, name: str, value: Any, keys: Keys) -> str:
     if not section and isinstance(value, dict | list):
         return f"[{name}]: unknown section.{meaning(name, known, flavor_homes(name))}"
     where = f"[{section}] {name}" if section else f"{name} (outside of any section)"
-    if older := successor(path, keys):
+    if older := successor(path, value, keys):
         return f"{where}: unknown key.{older}"
     # The right key in the wrong section is a common mistake.
     homes = [

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ezpz_moe.config.keys import Keys
+from ezpz_moe.config.toml_edit import assignment
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,12 @@ SECTIONS = frozenset(key.rpartition(".")[0] for key in OLDER_KEYS)
 """Sections that have such keys; some have nothing else."""
 
 
-def successor(key: str, keys: Keys) -> str:
+def successor(key: str, value: Any, keys: Keys) -> str:
     """Return a sentence, with a space before it, on what became of an older key; or nothing.
 
     Args:
         key: ``section.name``.
+        value: what the file has there, which the successor may write otherwise.
         keys: which keys the host takes; a successor that it does not take is no help.
     """
     older = OLDER_KEYS.get(key)
@@ -275,5 +277,8 @@ def successor(key: str, keys: Keys) -> str:
         return f" It is a key of an older torchtitan: {row.message if row else older.note}"
     if name == key.rpartition(".")[2]:
         return f" It belongs in [{section}]."
-    note = f", {older.note}" if older.note else ""
-    return f" Since torchtitan 0.2 it is {older.place}{note}."
+    said = f" Since torchtitan 0.2 it is {older.place}"
+    renewed = older.renewed(value)
+    if older.value is None or renewed is None:
+        return f"{said}, {older.note}." if older.note else f"{said}."
+    return f"{said}: write {assignment(name, renewed).strip()}."

@@ -66,8 +66,8 @@ def commented(text: str) -> str:
 
 
 def assignment(key: str, value: Any, comment: str = "") -> str:
-    """Write ``key = value`` and a comment. The value is a string, a number or a boolean."""
-    # Strings, numbers and booleans are written alike in JSON and TOML.
+    """Write ``key = value`` and a comment. The value is a string, a number, a boolean or a list."""
+    # All of these are written alike in JSON and TOML.
     return f"{key} = {json.dumps(value, ensure_ascii=False)}{comment and f' # {comment}'}\n"
 
 
