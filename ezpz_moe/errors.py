@@ -33,14 +33,20 @@ class EzpzError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string.
+    """Return `` Did you mean 'x'?`` for the nearest of ``known``, or the empty string."""
+    near = nearest(name, known)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the one of ``known`` that ``name`` may be a slip for, or the empty string.
 
     Options are compared without their dashes, and files of TOML without their suffix, which all of
     them have in common.
     """
     candidates = {_own_letters(candidate): candidate for candidate in known}
     near = difflib.get_close_matches(_own_letters(name), candidates, n=1, cutoff=0.6)
-    return f" Did you mean {candidates[near[0]]!r}?" if near else ""
+    return candidates[near[0]] if near else ""
 
 
 def _own_letters(name: str) -> str:

@@ -44,7 +44,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(job_file):
 def test_a_missing_file_suggests_its_neighbour(job_file):
     path = job_file(MODEL)
     missing = path.with_name("jop.toml")
-    assert problem(missing) == f"{missing}: there is no such file. Did you mean 'job.toml'?"
+    assert problem(missing) == f"{missing}: there is no such file. Did you mean '{path}'?"
 
 
 def test_a_file_with_other_letters_is_not_the_nearest(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli
 
-from ezpz_moe.errors import EzpzError, did_you_mean, short
+from ezpz_moe.errors import EzpzError, nearest, short
 
 _INTEGERS = range(-(2**63), 2**63)
 """What TOML's integers are."""
@@ -44,8 +44,9 @@ def _parsed(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except FileNotFoundError:
         # A misspelt name is the usual reason, and the file that was meant lies in the same folder.
-        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.toml")])
-        raise EzpzError(f"{path}: there is no such file.{near}") from None
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.toml")])
+        meant = f" Did you mean {str(path.with_name(near))!r}?" if near else ""
+        raise EzpzError(f"{path}: there is no such file.{meant}") from None
     except IsADirectoryError:
         raise EzpzError(f"{path}: is a folder, not a TOML file.") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
