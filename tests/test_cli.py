@@ -23,7 +23,7 @@ from contract_cases import ON_THE_CPU
 from ezpz_moe import __version__, cli
 from ezpz_moe.cli import display
 from ezpz_moe.cli.mistakes import in_one_line, options
-from ezpz_moe.cli.signature import actions_of
+from ezpz_moe.cli.signature import actions_of, arguments_of
 from ezpz_moe.compute import for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.compute.names import known_backend_names
@@ -425,6 +425,19 @@ def test_every_command_says_in_one_line_what_it_needs(words: list[str], capsys) 
     # Only `convert` takes one file or two, which it checks itself.
     needs = f"missing. Write ezpz-moe {' '.join(words)} "
     assert ("takes a job" if words == ["convert"] else needs) in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        words
+        for words, command in _lines_without_arguments()
+        if any(each.positional and each.many for each in arguments_of(command))
+    ],
+)
+def test_no_help_shows_an_empty_default(words: list[str], capsys) -> None:
+    assert exit_code(*words, "--help") == 0
+    assert "(default: )" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -33,8 +33,11 @@ DType = Literal["bfloat16", "float32", "float16", "float64"]
 Device = Annotated[str | None, arg(metavar="DEVICE")]
 Config = Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
 
-# A tuple, because tyro takes flags of the trainer for the value of an optional argument.
-OptionalConfig = Annotated[Positional[tuple[str, ...]], arg(metavar="FLAVOR|JOB.toml")]
+# A tuple, because tyro takes flags of the trainer for the value of an optional argument. Its help
+# has no hint, which would be the empty "(default: )".
+OptionalConfig = Annotated[
+    Positional[tuple[str, ...]], arg(metavar="FLAVOR|JOB.toml", help_behavior_hint="")
+]
 
 
 def only(configs: tuple[str, ...]) -> str | None:

@@ -33,7 +33,10 @@ class Convert(Reporting):
 
     group = "weights"
 
-    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="OLD [NEW.toml] | SCRIPT...")]
+    files: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="OLD [NEW.toml] | SCRIPT...", help_behavior_hint=""),
+    ]
     """The job or config to read, and the file to write, which must not exist; without it, only
     report. With --lint: the scripts to read."""
     from_: Annotated[

@@ -25,7 +25,8 @@ class Doctor(Inspected):
     group = "before a run"
 
     config: OptionalConfig = ()
-    """The name of a flavor, or the path to a job's TOML. It comes first."""
+    """The name of a flavor, or the path to a job's TOML. It comes first; without it, only the
+    installation is checked."""
     world_size: int | None = None
     """Check the job for this many ranks. Default: --nproc times --nnodes, if one of them is given;
     without ranks, skip what depends on them."""
