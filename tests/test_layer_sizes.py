@@ -117,7 +117,11 @@ def test_a_list_and_ramps_go_over_the_layers_with_experts_alone() -> None:
         ("moe_layers = []", "moe_layers names none of the 6 layers, so no layer has experts"),
         ("moe_layers = { every = 7 }", "moe_layers names none of the 6 layers"),
         ("moe_layers = 2", 'should be "all", a list of layers such as [1, 3, 5], or { every = 2 }'),
-        ('moe_layers = "every"', "moe_layers = 'every': should be 'all'"),
+        (
+            'moe_layers = "every"',
+            "moe_layers = 'every': should be \"all\", a list of layers such as [1, 3, 5], or "
+            "{ every = 2 }.",
+        ),
         (
             "moe_layers = [1]\nn_dense_layers = 1",
             "n_dense_layers (1) and moe_layers both say which layers have experts. Remove one",

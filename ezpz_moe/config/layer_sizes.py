@@ -26,7 +26,8 @@ def _form(value: object) -> str:
 
 
 def _form_of_places(value: object) -> str:
-    return _NUMBER if isinstance(value, str) else _LIST if _form(value) == _LIST else _TABLE
+    # Other words than "all" go to the table, whose message names every form.
+    return _NUMBER if value == "all" else _LIST if _form(value) == _LIST else _TABLE
 
 
 class Ramp(Data):
