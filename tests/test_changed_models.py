@@ -174,6 +174,14 @@ def test_a_change_is_inherited_key_by_key(tmp_path: Path) -> None:
     assert child.values == {"num_experts": 16, "dim": 128}
 
 
+def test_an_empty_change_is_refused_whatever_it_inherits(tmp_path: Path) -> None:
+    """Its keys were lost, or stand above it."""
+    changed(tmp_path, "qwen3/debugmodel_moe", "num_experts = 16")
+    (tmp_path / "child.toml").write_text('inherits = "mine"\n[change]\n')
+    with pytest.raises(EzpzError, match=r"child\.toml: \[change\] is empty, .* or remove it\.$"):
+        load_flavor("child", near=tmp_path)
+
+
 QWEN3_BASE, DEEPSEEK = "qwen3/debugmodel_moe", "deepseek_v3/debugmodel"
 
 
@@ -185,6 +193,7 @@ QWEN3_BASE, DEEPSEEK = "qwen3/debugmodel_moe", "deepseek_v3/debugmodel"
             "num_expert = 4",
             "unknown key 'change.num_expert'. Did you mean 'num_experts'?",
         ),
+        (QWEN3_BASE, "", "[change] is empty, so nothing differs from the base. Set a key"),
         (QWEN3_BASE, "n_heads = 4", "[change] n_heads cannot be changed"),
         (QWEN3_BASE, "num_experts = 0", "change.num_experts = 0: should be greater than"),
         (QWEN3_BASE, "router_top_k = 65", "router_top_k (65) must not exceed num_experts (64)"),

@@ -204,6 +204,12 @@ def _chain(path: Path, folders: Sequence[Path]) -> list[tuple[Path, dict[str, An
                 f"{parent}: unknown key {unknown[0]!r}."
                 f"{meaning(unknown[0], FLAVOR_KEYS, homes(unknown[0]))}"
             )
+        # Not left to the merged table: what is inherited would hide it.
+        if data.get("change") == {}:
+            raise EzpzError(
+                f"{parent}: [change] is empty, so nothing differs from the base. Set a key of it, "
+                "such as num_experts = 64, or remove it."
+            )
         name = data.pop("inherits", None)
         chain.append((parent, data))
         parent = None if name is None else _parent(parent, name, folders)
