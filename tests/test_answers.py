@@ -5,6 +5,7 @@ The command lines are those of ``benchmarks/answers.py``, which times them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -195,6 +196,27 @@ def test_the_flavor_that_would_train_exists(files, name, remedy, monkeypatch, tm
     with pytest.raises(EzpzError) as error:
         early_refusals.refuse_attention(Job(name, path=tmp_path / "job.toml"), [])
     assert str(error.value).endswith(remedy.replace("FOLDER", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "said"),
+    [
+        # By hand: (16 bytes of ids and labels + 2 x 256 of an input) x 2**40 x 2048 tokens.
+        ({"local_batch_size": 2**40}, [], "mine: training.local_batch_size .* 1,081,344 TiB"),
+        ({"local_batch_size": 2**40, "seq_len": 1024}, [], "540,672 TiB"),
+        ({}, ["--training.local-batch-size", f"{2**40}"], "mine and the command line: "),
+        ({"local_batch_size": 2**40}, ["--training.local_batch_size=2"], None),
+        ({}, [], None),
+        # What a pipeline computes at once, and another model, only the host knows.
+        ({"local_batch_size": 2**40}, ["--parallelism.pipeline_parallel_degree", "2"], None),
+        ({"local_batch_size": 2**40}, ["--override.imports", "x"], None),
+    ],
+)
+def test_a_batch_that_no_machine_can_hold_is_refused_early(values, flags, said) -> None:
+    values = {f"training.{key}": value for key, value in values.items()}
+    job = Job("debugmodel_sdpa", path=Path("mine"), values=values)
+    with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
+        early_refusals.refuse_batch(job, flags)
 
 
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"

@@ -29,6 +29,7 @@ class Preflight(Inspected):
 
     def run(self) -> int:
         from ezpz_moe.hosts.jobs import find_job
+        from ezpz_moe.tools.early_refusals import refuse_batch
         from ezpz_moe.tools.preflight import preflight
         from ezpz_moe.tools.trainer_settings import pipeline_degree
 
@@ -38,7 +39,9 @@ class Preflight(Inspected):
                 "preflight: how many ranks? Give --world-size, or --nproc and --nnodes as in train."
             )
         flags = list(self.host_flags)
-        stages = pipeline_degree(find_job(self.config), flags)
+        job = find_job(self.config)
+        refuse_batch(job, flags)
+        stages = pipeline_degree(job, flags)
         built = preflight(self.config, flags, world_size=world_size, stages=stages)
         # preflight() yields each report as soon as its rank is built, which moves the bar.
         reports = list(display.tracked(built, "Building ranks", total=stages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from ezpz_moe.hosts.dcp.paths import complete_steps
 _NEWEST = -1  # the default of ``checkpoint.load_step``
 
 
-def pipeline_degree(job: Job, host_flags: list[str]) -> int:
+def pipeline_degree(job: Job, host_flags: Sequence[str]) -> int:
+    return max(1, number(job, host_flags, "parallelism.pipeline_parallel_degree", default=1))
+
+
+def number(job: Job, host_flags: Sequence[str], key: str, *, default: int) -> int:
+    """Return an integer that the job or a flag of the trainer's says; a flag wins over the job."""
     parser = _parser()
-    key = "parallelism.pipeline_parallel_degree"
-    parser.add_argument(*_spellings(key), dest="degree", type=int, default=job.values.get(key, 1))
-    return max(1, parser.parse_known_args(host_flags)[0].degree)
+    default = job.values.get(key, default)
+    parser.add_argument(*_spellings(key), dest="number", type=int, default=default)
+    return parser.parse_known_args(host_flags)[0].number
 
 
 @dataclass(frozen=True)
