@@ -6,10 +6,12 @@ import dataclasses
 import gzip
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.chats import messages_of, read_chats
 from ezpz_moe.hosts.detect import check_host, presumed_host
@@ -150,7 +152,10 @@ flavor = "debugmodel_sdpa_for_loop"
 {data}
 """
 CHATS = 'dataset = "chat_file"\ndataset_path = "chats.jsonl"'
-NO_TEMPLATE = "the tokenizer has no chat template: chat_template.jinja beside"
+NO_TEMPLATE = (
+    "hf_assets_path is not set, and the embedded tokenizer has no chat template, which dataset = "
+    '"chat_file" needs. Set [model] hf_assets_path to the folder of the model\'s own tokenizer.'
+)
 
 
 @on_0_3
@@ -158,6 +163,11 @@ NO_TEMPLATE = "the tokenizer has no chat template: chat_template.jinja beside"
     ("assets", "data", "message"),
     [
         ("", f"{CHATS}", NO_TEMPLATE),
+        (
+            'hf_assets_path = "own"',
+            f"{CHATS}",
+            "own': the tokenizer has no chat template. Put its chat_template.jinja beside",
+        ),
         # Of training and of validation alike, if there is a validation.
         ("", f'dataset = "pydoc_topics"\n[validation]\nenable = true\n{CHATS}', NO_TEMPLATE),
         ("", 'dataset = "chat_file"', "dataset = 'chat_file' needs dataset_path"),
@@ -176,6 +186,7 @@ def test_a_job_without_what_chats_need_is_refused(
     from ezpz_moe.hosts.jobs import load_job
 
     written(tmp_path, chat("a", "b"))
+    shutil.copytree(EMBEDDED_TOKENIZER, tmp_path / "own")
     job = tmp_path / "job.toml"
     job.write_text(JOB.format(assets=assets, data=data))
     with pytest.raises(EzpzError) as error:

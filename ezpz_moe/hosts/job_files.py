@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.errors import EzpzError
 
 # What the host's tokenizer can load from; it needs one of these.
@@ -67,6 +68,14 @@ def chat_problems(build: Callable[[], Any], hf_assets_path: str) -> Iterator[str
         hf_assets_path: its folder. A tokenizer that cannot be read has none:
             :func:`vocabulary_problems` says so.
     """
+    if Path(hf_assets_path) == EMBEDDED_TOKENIZER:
+        # Its folder is none that the user has named, or may write to.
+        yield (
+            "hf_assets_path is not set, and the embedded tokenizer has no chat template, which "
+            'dataset = "chat_file" needs. Set [model] hf_assets_path to the folder of the model\'s '
+            "own tokenizer."
+        )
+        return
     try:
         with _without_remarks():
             tokenizer = build()
@@ -94,8 +103,9 @@ def written_chat(tokenizer: Any, messages: list[dict[str, str]], **options: bool
         return tokenizer.apply_chat_template(messages, **options)
     except ValueError as error:
         raise EzpzError(
-            "the tokenizer has no chat template: chat_template.jinja beside its "
-            "tokenizer_config.json, or a key of that file."
+            "the tokenizer has no chat template. Put its chat_template.jinja beside its "
+            "tokenizer_config.json, or set hf_assets_path to the folder of a tokenizer that has "
+            "one."
         ) from error
     # A template is a program: it may also add a text to nothing.
     except (TemplateError, TypeError) as error:
