@@ -204,7 +204,7 @@ def test_of_experts_without_a_gate_one_product_less_is_kept(tmp_path):
     ("base", "key", "said"),
     [
         ("gpt_oss/debugmodel", 'expert_activation = "relu2"', "expert_activation: the experts of"),
-        ("gpt_oss/debugmodel", "expert_bias = true", "expert_bias: the experts of this model (E"),
+        ("gpt_oss/debugmodel", "expert_bias = true", "expert_bias: the experts of this model (G"),
         (
             "qwen3/debugmodel_moe",
             'ffn_activation = "gelu"',

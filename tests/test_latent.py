@@ -162,7 +162,7 @@ def test_a_base_that_can(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "like", "said"),
     [
-        (LATENT, UPSTREAM["gpt_oss"], "torchtitan's routed layer is" if SINCE_2026_09 else "(Ezpz"),
+        (LATENT, UPSTREAM["gpt_oss"], "torchtitan's routed layer" if SINCE_2026_09 else "(GptOss"),
         (f"{LATENT}[router]\ncopy_experts = 1", 'inherits = "debugmodel"', "add the token itself"),
     ],
 )

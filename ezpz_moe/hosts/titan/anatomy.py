@@ -23,6 +23,7 @@ from ezpz_moe.hosts.titan.attention import left_window
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import Choices, choices, weigh
+from ezpz_moe.hosts.titan.mixed import written_name
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.parameters import build_on_meta
 from ezpz_moe.hosts.titan.precision import in_words
@@ -147,6 +148,6 @@ def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
 
 def _unknown(path: str, attention: nn.Module) -> EzpzError:
     return EzpzError(
-        f"{path}: {type(attention).__name__} has no inner_attention that receives its queries, "
-        "keys and values, so their FLOPs cannot be determined"
+        f"{path}: {written_name(type(attention))} has no inner_attention that receives its "
+        "queries, keys and values, so their FLOPs cannot be determined"
     )

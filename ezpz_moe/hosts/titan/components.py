@@ -19,6 +19,7 @@ from torchtitan.models.common.moe import MoE
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.hosts.accounting import Cost
+from ezpz_moe.hosts.titan.mixed import written_name
 
 _ZERO_COMPUTATION = "zero-computation experts"
 _LATENT = "latent projections"
@@ -87,7 +88,7 @@ def weigh(model: nn.Module) -> tuple[dict[str, Cost], list[str]]:
         # but no known product is reported, instead of counting as zero.
         is_free = is_sink or isinstance(module, (nn.Embedding, *_NORMS))
         if own and not (forward or is_free or component == "vision encoder"):
-            unknown.add(type(module).__name__)
+            unknown.add(written_name(type(module)))
     return dict(costs), sorted(unknown)
 
 

@@ -37,6 +37,7 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.precision import HOSTS_CAST, experts_dtype, refuse_precision
 from ezpz_moe.hosts.titan.base import Sizes
 from ezpz_moe.hosts.titan.expert_biases import added_once, with_biases
+from ezpz_moe.hosts.titan.mixed import written_name
 from ezpz_moe.hosts.titan.routed_experts import Choices, as_one_node, why_composed
 from ezpz_moe.hosts.titan.seam import ROWS, check_seam
 from ezpz_moe.hosts.titan.selector import Selector, selectable, with_selector
@@ -291,8 +292,9 @@ def computing(config: Any, activation: Activation, has_biases: bool, where: str)
     if not isinstance(config, EzpzGroupedExperts.Config):
         key = "expert_bias" if activation == "swiglu" else "expert_activation"
         raise EzpzError(
-            f"{where}: {key}: the experts of this model ({type(config)._owner.__name__}) compute "
-            "an FFN of their own. Remove it, or choose a model with torchtitan's GroupedExperts."
+            f"{where}: {key}: the experts of this model ({written_name(type(config)._owner)}) "
+            "compute an FFN of their own. Remove it, or choose a model with torchtitan's "
+            "GroupedExperts."
         )
     zeros = dict.fromkeys(("b1_EF", "b2_ED", "b3_EF"), nn.init.zeros_) if has_biases else {}
     return derive(

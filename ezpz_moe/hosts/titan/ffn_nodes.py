@@ -29,6 +29,7 @@ from ezpz_moe.config.flavor_schema import Activation, Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.ffns import dense_ffns
+from ezpz_moe.hosts.titan.mixed import written_name
 
 
 class ActivatedFeedForward(FeedForward):
@@ -130,8 +131,8 @@ def _set_dense(model: Any, flavor: Flavor) -> None:
         host_class = type(node)._owner
         if host_class not in _ACTIVATED:
             raise EzpzError(
-                f"{said}: {host_class.__name__}, which this model has, computes an FFN of its own. "
-                "Remove it."
+                f"{said}: {written_name(host_class)}, which this model has, computes an FFN of its "
+                "own. Remove it."
             )
         activated = _ACTIVATED[host_class].Config
         setattr(parent, attribute, derive(node, activated, activation=flavor.ffn_activation))

@@ -29,7 +29,7 @@ from torchtitan.protocols.sharding import ShardingConfig
 from ezpz_moe.config.flavor_schema import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.titan.base import titan
-from ezpz_moe.hosts.titan.mixed import named_after
+from ezpz_moe.hosts.titan.mixed import named_after, written_name
 
 
 def set_latent(model: Any, flavor: Flavor) -> None:
@@ -59,9 +59,9 @@ def _refuse_others(config: RoutedExperts.Config, said: str) -> None:
         )
     if not isinstance(config.inner_experts, titan().experts().EzpzGroupedExperts.Config):
         raise EzpzError(
-            f"{said}: the experts of this model ({type(config.inner_experts)._owner.__name__}) "
-            "compute an FFN of their own. Remove it, or choose a model with torchtitan's "
-            "GroupedExperts."
+            f"{said}: the experts of this model "
+            f"({written_name(type(config.inner_experts)._owner)}) compute an FFN of their own. "
+            "Remove it, or choose a model with torchtitan's GroupedExperts."
         )
 
 

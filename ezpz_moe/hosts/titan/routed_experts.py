@@ -27,7 +27,7 @@ from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import Routed
 from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend
 from ezpz_moe.hosts.titan.expert_parallel import across_ranks
-from ezpz_moe.hosts.titan.mixed import named_after
+from ezpz_moe.hosts.titan.mixed import named_after, written_name
 
 
 class Choices(NamedTuple):
@@ -60,13 +60,13 @@ def why_composed(
         type(node)._owner for node in (config, config.inner_experts, config.token_dispatcher)
     )
     if experts is not GroupedExperts:
-        return f"{experts.__name__} computes another FFN than SwiGLU"
+        return f"{written_name(experts)} computes another FFN than SwiGLU"
     if layer.forward is not RoutedExperts.forward:
-        return f"{layer.__name__} has a forward of its own"
+        return f"{written_name(layer)} has a forward of its own"
     if getattr(dispatcher, "scores_before", False):
         return "scores are applied to the inputs of experts"
     if not _sorts_as_the_host(dispatcher):
-        return f"{dispatcher.__name__} sorts and sends tokens in its own way"
+        return f"{written_name(dispatcher)} sorts and sends tokens in its own way"
     if backend != HOST_PATH and not get_backend(backend).has_routed_kernel:
         return f"{backend} has no kernel for it"
     return None

@@ -24,6 +24,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH
 from ezpz_moe.hosts.plain import wrapper_in, wrapper_of
 from ezpz_moe.hosts.reliance import in_words
+from ezpz_moe.hosts.titan.mixed import is_ours, written_name
 
 ROWS = 1024
 """Rows of a trial: a multiple of what grouped and quantized kernels ask for."""
@@ -97,7 +98,7 @@ def refuse_what_came_later(module: nn.Module, backend: str, chosen_by: str) -> N
         why = _WRAPPED.format(wrapper)
     if why:
         raise EzpzError(
-            f"compute_backend {backend!r} ({chosen_by}): {type(module).__name__} computes the "
+            f"compute_backend {backend!r} ({chosen_by}): {written_name(type(module))} computes the "
             f"experts' products itself {why}"
         )
 
@@ -105,13 +106,9 @@ def refuse_what_came_later(module: nn.Module, backend: str, chosen_by: str) -> N
 def _takes_ours(module: nn.Module) -> bool:
     """Return whether a class made from one of ours has another seam."""
     classes = type(module).__mro__
-    made_of_ours = list(takewhile(lambda each: not _is_ours(each), classes))
+    made_of_ours = list(takewhile(lambda each: not is_ours(each), classes))
     is_made = len(made_of_ours) < len(classes)
     return is_made and any("_grouped_mm" in vars(each) for each in made_of_ours)
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.startswith("ezpz_moe.")
 
 
 def _why_not(config: Any, base: Any, compute: Callable[[Any], object] | None) -> str | None:
