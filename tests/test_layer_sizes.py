@@ -246,6 +246,26 @@ def test_the_hosts_flops_have_the_active_parameters_of_every_layer() -> None:
 
 
 @on_0_3
+def test_the_hosts_flops_round_the_use_beside_zero_computation_experts_once(tmp_path: Path) -> None:
+    """By hand: of 7, 11 and 19 choices a token takes 2, 3 and 4, so of weights 68520.5.
+
+    Rounded down for each of the nine matrices, they would be 68517.
+    """
+    from ezpz_moe.hosts.titan.anatomy import anatomy
+
+    for file in ("pyramid", "tiny"):
+        shutil.copy(TINY / f"{file}.toml", tmp_path)
+    flavor = load(tmp_path, "[router]\nnull_experts = 3\n", inherits="pyramid")
+    exact = FFN * (4 * 32 * Fraction(2, 7) + 8 * 48 * Fraction(3, 11) + 16 * 64 * Fraction(4, 19))
+    routed = int(exact)
+    assert routed == 68520
+    gates = D * (7 + 11 + 19)
+    weights = 5 * ATTENTION + 2 * DENSE + SHARED + gates + NORMS + VOCABULARY * D + routed
+    seq_len, per_key = 32, 2 * (32 + 16)
+    assert anatomy(flavor, seq_len).host_flops == 6 * weights + 6 * 5 * per_key * seq_len
+
+
+@on_0_3
 def test_the_bias_moves_as_the_hosts_hook_moves_it(tmp_path: Path) -> None:
     """Where layers have one size, so that the host's can do it: the same bits."""
     from torchtitan.components.optimizer import register_moe_load_balancing_hook

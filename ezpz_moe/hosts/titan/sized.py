@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -114,23 +116,21 @@ def _with_mean_use(config: Any, model: nn.Module) -> Any:
     """Return the config of a model whose first layer with experts says what all of them use.
 
     The host takes k / E of that layer for all parameters of routed layers. Here they stand for the
-    active ones of all layers, and for all: an exact fraction. Every token uses what projects it.
+    active ones of all layers, and for all. Every token uses what projects it. Like the host's own,
+    the sum is rounded down once: with zero-computation experts, parts of it are no whole numbers.
     """
-    held = active = 0
+    held, active = 0, Fraction(0)
     for name, parameter in model.named_parameters():
         if found := re.search(r"\blayers\.(\d+)\.moe\.routed_experts\.(\w+)", name):
             moe = config.layers[int(found[1])].moe
             of_all = found[2] in ("descend", "ascend")
+            used = 1 if of_all else Fraction(moe.router.top_k, moe.num_experts)
             held += parameter.numel()
-            active += (
-                parameter.numel()
-                if of_all
-                else parameter.numel() * moe.router.top_k // moe.num_experts
-            )
+            active += parameter.numel() * used
     layers = list(config.layers)
     first = next(number for number, layer in enumerate(layers) if layer.moe is not None)
     moe = layers[first].moe
-    router = dataclasses.replace(moe.router, top_k=active)
+    router = dataclasses.replace(moe.router, top_k=math.floor(active))
     moe = dataclasses.replace(moe, num_experts=held, router=router)
     layers[first] = dataclasses.replace(layers[first], moe=moe)
     return dataclasses.replace(config, layers=layers)
