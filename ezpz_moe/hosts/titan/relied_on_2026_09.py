@@ -1,8 +1,8 @@
 """List what the binding relies on in torchtitan since September 2026: August's, new experts."""
 
 from ezpz_moe.hosts.reliance import NO_BACKEND, Reliance
-from ezpz_moe.hosts.titan.relied_on import SEAM_MOVED
 from ezpz_moe.hosts.titan.relied_on_2026_08 import RELIED_ON as RELIED_ON_BEFORE
+from ezpz_moe.hosts.titan.relied_on_for_experts import SEAM_MOVED
 
 _EXPERTS = "torchtitan.models.common.moe:RoutedExperts"
 _LINEAR = "torchtitan.models.common.linear:GroupedLinear"
