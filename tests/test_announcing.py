@@ -169,9 +169,8 @@ def test_what_a_machine_without_accelerators_cannot_hold_is_refused(
 ) -> None:
     """The kernel would end some process instead, with no word of it in the log."""
     part = nn.Linear(10, 10, bias=False, device="meta")
-    there = SimpleNamespace(total_memory=STATES_PER_PARAMETER * 100 * 4)
-    device = SimpleNamespace(get_device_properties=lambda: there)
-    monkeypatch.setattr(announcing.utils, "device_module", device)
+    there = STATES_PER_PARAMETER * 100 * 4
+    monkeypatch.setattr(announcing, "device_memory", lambda kind: there)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
         announcing._refuse_more_than_the_machine_has([part], of_batch)

@@ -105,6 +105,17 @@ def test_the_device_index_is_a_number():
     assert cpu.CpuDeviceModule().current_device() == 0
 
 
+def test_the_memory_of_a_device(monkeypatch):
+    """Of several the first one's, and of a CPU what a container leaves of the machine's."""
+    of_index = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(total_memory=7 + device.index)
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: {"cuda": of_index}[kind])
+    assert cpu.device_memory("cuda") == 7
+    monkeypatch.setattr(cpu, "_total_memory", lambda: 9)
+    assert cpu.device_memory("cpu") == 9
+
+
 def test_what_is_not_replaced_is_torch_cpus_own():
     assert cpu.CpuDeviceModule().synchronize is torch.cpu.synchronize
     with pytest.raises(AttributeError):

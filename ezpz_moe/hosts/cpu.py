@@ -144,6 +144,16 @@ class CpuDeviceModule(ModuleType):
         """Do nothing: the CPU allocator keeps no cache of its own."""
 
 
+def device_module(kind: str) -> Any:
+    """Return torch's module of a kind of device, such as ``torch.cuda``; of "cpu" the above."""
+    return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)
+
+
+def device_memory(kind: str) -> int:
+    """Return the bytes of the first device's memory; of "cpu", what all processes here share."""
+    return device_module(kind).get_device_properties(torch.device(kind, 0)).total_memory
+
+
 def _peak_resident_memory() -> int:
     """Return the peak resident memory of this process in bytes."""
     current = psutil.Process().memory_info().rss

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ezpz_moe.hosts.cpu import CpuDeviceModule
+from ezpz_moe.hosts.cpu import device_memory, device_module
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.ranks import share_of_model
@@ -17,13 +16,12 @@ from ezpz_moe.tools.verify import default_device
 def in_words() -> str:
     """Return the device's kind, name and memory."""
     kind = default_device()
-    return f"{kind}: {_module(kind).get_device_name()}, {memory() / 2**30:.1f} GiB"
+    return f"{kind}: {device_module(kind).get_device_name()}, {memory() / 2**30:.1f} GiB"
 
 
 def memory() -> int:
     """Return the device's memory in bytes; of a CPU, the machine's."""
-    kind = default_device()
-    return _module(kind).get_device_properties(torch.device(kind, 0)).total_memory
+    return device_memory(default_device())
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,3 @@ def model_states(
         there=memory(),
         is_offloaded=config.training.enable_cpu_offload,
     )
-
-
-def _module(kind: str) -> Any:
-    return CpuDeviceModule() if kind == "cpu" else torch.get_device_module(kind)

@@ -52,6 +52,16 @@ def test_a_rank_has_its_part_of_the_sequence(layers):
     assert products_fit.saved_or_not(layers, TRAINING, in_two, limit - 2) == "recompute"
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("cpu", 2), ("cuda", 1)])
+def test_the_ranks_of_a_cpu_share_its_memory(layers, monkeypatch, kind, ranks):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(products_fit.utils, "device_type", kind)
+    limit = ranks * (states(layers) + 2 * needed(layers))
+    for there, decided in ((limit, "save"), (limit - 1, "recompute")):
+        monkeypatch.setattr(products_fit, "device_memory", {kind: there}.__getitem__)
+        assert products_fit.saved_or_not(layers, TRAINING, ALONE) == decided
+
+
 def test_the_log_says_what_was_decided_and_how_to_decide_otherwise(layers, caplog):
     with caplog.at_level(logging.INFO):
         products_fit.saved_or_not(layers, TRAINING, ALONE, 2**40)

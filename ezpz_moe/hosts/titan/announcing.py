@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import anatomy_text
+from ezpz_moe.hosts.cpu import device_memory
 from ezpz_moe.hosts.dry_run import report
 from ezpz_moe.hosts.limits import least_bytes
 from ezpz_moe.hosts.reliance import in_words
@@ -122,7 +123,7 @@ def _refuse_more_than_the_machine_has(parts: list[nn.Module], of_batch: int) -> 
     if utils.device_type != "cpu":
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = utils.device_module.get_device_properties().total_memory
+    there = device_memory("cpu")
     if (needed := ranks * _bytes_held(parts)) > there:
         raise EzpzError(
             f"weights, gradients and optimizer states of the {ranks} rank(s) on this machine take "

@@ -18,6 +18,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.hosts.accounting import ffn_matrices
+from ezpz_moe.hosts.cpu import device_memory
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
 from ezpz_moe.hosts.ranks import share_of_model
 from ezpz_moe.hosts.titan.selector import Selector
@@ -83,10 +84,9 @@ def _states(model: nn.Module, parallelism: Any) -> int:
 
 def _capacity() -> int:
     """Return the bytes of the device's memory; on a CPU the rank's share of the machine's."""
-    device = torch.device(utils.device_type, 0)
-    there = utils.device_module.get_device_properties(device).total_memory
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
-    return there // ranks_here
+    kind = utils.device_type
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if kind == "cpu" else 1
+    return device_memory(kind) // ranks_here
 
 
 def _is_described() -> bool:
