@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from ezpz_moe.compute import Backend, backend_names, get_backend
+from ezpz_moe.compute import Backend, backend_names, get_backend, tuning
 from ezpz_moe.compute.contract import missing_device
 from ezpz_moe.compute.reference import (
     Case,
@@ -313,3 +315,32 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
     for name, value in first.items():
         same = torch.equal(value.nan_to_num(nan=-7e3), second[name].nan_to_num(nan=-7e3))
         assert same, f"{name}: not the same bits"
+
+
+def new_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """So that an element that nobody writes shows, whatever the memory held before. On the CPU.
+
+    A module makes an autouse fixture of this, and of the next.
+    """
+    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
+    torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is chosen, the numbers have to be right and the promises kept."""
+    monkeypatch.setattr(tuning, "_TURNS", 1)
+
+
+def checkpointing(selective: bool) -> dict[str, Callable]:
+    """What ``checkpoint`` takes, for the whole function or as a trainer's selective one."""
+    if not selective:
+        return {}
+    return {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)}
+
+
+def _save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keep products, recompute the rest."""
+    expensive = any(word in str(op) for word in ("mm", "ffn", "routed"))
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -297,3 +297,10 @@ class Exports:
 
     def _new(self, name: str) -> Path:
         return self._folder / f"{len(list(self._folder.iterdir()))}.{name}"
+
+
+def tiny_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
+    """Those of a module, with the sizes of :func:`add_tiny_bases`: it makes a fixture of this."""
+    with pytest.MonkeyPatch.context() as patch:
+        add_tiny_bases(patch)
+        yield Exports(tmp_path_factory.mktemp("hf"))

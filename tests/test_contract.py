@@ -8,7 +8,6 @@ what autograd, compilers and memory are promised is in ``test_contract_autograd.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -23,9 +22,11 @@ from contract_cases import (
     Pattern,
     assert_same_bits,
     assert_within,
+    auto_chooses_at_once,
     leaves,
     make_case,
     make_product_case,
+    new_memory_holds_nan,
     over_backends,
     over_devices,
     over_dtypes,
@@ -40,7 +41,7 @@ from contract_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.contract import missing_device
 from ezpz_moe.compute.reference import (
     error_bounds,
@@ -53,25 +54,13 @@ from ezpz_moe.compute.reference import (
 UNEVEN = PATTERNS["uneven"]
 TAIL = PATTERNS["tail_and_empty_last"]
 
-
-@pytest.fixture(autouse=True)
-def _new_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """So that an element that nobody writes shows, whatever the memory held before. On the CPU."""
-    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
-    torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+_nan = pytest.fixture(autouse=True)(new_memory_holds_nan)
+_at_once = pytest.fixture(autouse=True)(auto_chooses_at_once)
 
 
 def test_requested_devices_are_there() -> None:
     reasons = [missing_device(torch.device(name)) for name in REQUESTED_DEVICES]
     assert not any(reasons), reasons
-
-
-@pytest.fixture(autouse=True)
-def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is chosen, the numbers have to be right."""
-    monkeypatch.setattr(tuning, "_TURNS", 1)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

@@ -21,9 +21,11 @@ from contract_cases import (
     ROUTINGS,
     assert_same_bits,
     assert_within,
+    auto_chooses_at_once,
     leaves,
     make_case,
     make_routed_case,
+    new_memory_holds_nan,
     over_devices,
     over_installed,
     usable,
@@ -31,7 +33,7 @@ from contract_cases import (
 )
 from test_contract_autograd import bytes_saved
 
-from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.compute.autograd import KernelBackend
@@ -59,20 +61,8 @@ HALVES = (torch.bfloat16, torch.float16)
 TAIL, HALF_A_TAIL = PATTERNS["tail_and_empty_last"], ROUTINGS["half_a_tail"]
 UNGATED = {"activation": "relu2", "biased": True}
 
-
-@pytest.fixture(autouse=True)
-def _new_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """So that an element that nobody writes shows, whatever the memory held before. On the CPU."""
-    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
-    torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is chosen, the numbers have to be right."""
-    monkeypatch.setattr(tuning, "_TURNS", 1)
+_nan = pytest.fixture(autouse=True)(new_memory_holds_nan)
+_at_once = pytest.fixture(autouse=True)(auto_chooses_at_once)
 
 
 # --- the formulas ---------------------------------------------------------------------------------

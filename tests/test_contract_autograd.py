@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from contract_cases import (
     RUNNING,
     assert_same_bits,
     assert_within,
+    checkpointing,
     leaves,
     make_case,
     make_product_case,
@@ -32,12 +32,9 @@ from contract_cases import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
-    CheckpointPolicy,
     checkpoint,
-    create_selective_checkpoint_contexts,
 )
 
-from ezpz_moe.compute import tuning
 from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.autograd import KernelBackend
 from ezpz_moe.compute.layouts import laid_out_like
@@ -48,12 +45,6 @@ from ezpz_moe.tools.bench.measuring import peak_bytes
 UNEVEN = PATTERNS["uneven"]
 TAIL = PATTERNS["tail_and_empty_last"]
 GRADIENTS = ("grad_w1", "grad_w2", "grad_w3", "grad_x")
-
-
-@pytest.fixture(autouse=True)
-def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is chosen, the promises are the same."""
-    monkeypatch.setattr(tuning, "_TURNS", 1)
 
 
 @over_devices
@@ -261,12 +252,6 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     assert all(map(torch.equal, gradients(), expected))
 
 
-def save_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """The rule of a trainer's selective checkpointing: keep products, recompute the rest."""
-    expensive = any(word in str(op) for word in ("mm", "ffn", "routed"))
-    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 @over_devices
 @pytest.mark.parametrize("selective", [False, True], ids=("full", "selective"))
 @over_backends
@@ -274,14 +259,9 @@ def test_activation_checkpointing_gives_the_same_bits(
     name: str, selective: bool, device: str
 ) -> None:
     backend = usable(name, device, torch.float32)
-    context = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, save_products)}
-        if selective
-        else {}
-    )
 
     def checkpointed(*args: torch.Tensor) -> torch.Tensor:
-        return checkpoint(backend.ffn, *args, use_reentrant=False, **context)
+        return checkpoint(backend.ffn, *args, use_reentrant=False, **checkpointing(selective))
 
     layer = make_case(TAIL, device)
     assert_same_bits(run(backend.ffn, layer), run(checkpointed, layer))

@@ -17,8 +17,10 @@ from contract_cases import (
     ROUTINGS,
     assert_same_bits,
     assert_within,
+    auto_chooses_at_once,
     leaves,
     make_routed_case,
+    new_memory_holds_nan,
     over_backends,
     over_devices,
     usable,
@@ -28,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_contract import STRIDES, over_strides
 
-from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.dispatch import sum_by_token
 from ezpz_moe.compute.reference import (
     RoutedCase,
@@ -41,20 +43,8 @@ from ezpz_moe.compute.reference import (
 UNEVEN, CUT = ROUTINGS["uneven"], ROUTINGS["cut"]
 HALVES = (torch.bfloat16, torch.float16)
 
-
-@pytest.fixture(autouse=True)
-def _new_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """So that an element that nobody writes shows, whatever the memory held before. On the CPU."""
-    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
-    torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is chosen, the numbers have to be right."""
-    monkeypatch.setattr(tuning, "_TURNS", 1)
+_nan = pytest.fixture(autouse=True)(new_memory_holds_nan)
+_at_once = pytest.fixture(autouse=True)(auto_chooses_at_once)
 
 
 def _squares() -> Iterator[tuple]:

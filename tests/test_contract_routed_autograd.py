@@ -18,6 +18,8 @@ from contract_cases import (
     ROUTINGS,
     assert_same_bits,
     assert_within,
+    auto_chooses_at_once,
+    checkpointing,
     leaves,
     make_routed_case,
     over_backends,
@@ -25,10 +27,10 @@ from contract_cases import (
     over_installed,
     usable,
 )
-from test_contract_autograd import HostReads, bytes_saved, save_products
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from test_contract_autograd import HostReads, bytes_saved
+from torch.utils.checkpoint import checkpoint
 
-from ezpz_moe.compute import get_backend, tuning
+from ezpz_moe.compute import get_backend
 from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.autograd import KernelBackend, Operators
 from ezpz_moe.compute.reference import (
@@ -43,11 +45,7 @@ from ezpz_moe.tools.bench.measuring import peak_bytes
 
 UNEVEN, CUT, TAIL = ROUTINGS["uneven"], ROUTINGS["cut"], ROUTINGS["tail"]
 
-
-@pytest.fixture(autouse=True)
-def _auto_chooses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is chosen, the promises are the same."""
-    monkeypatch.setattr(tuning, "_TURNS", 1)
+_at_once = pytest.fixture(autouse=True)(auto_chooses_at_once)
 
 
 def with_routed_kernels(name: str, device: str, dtype: torch.dtype) -> KernelBackend:
@@ -229,15 +227,10 @@ def test_activation_checkpointing_gives_the_same_bits(
     name: str, selective: bool, device: str
 ) -> None:
     backend = usable(name, device, torch.float32)
-    context = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, save_products)}
-        if selective
-        else {}
-    )
 
     def checkpointed(*inputs: torch.Tensor, num_rows: int) -> torch.Tensor:
         routed = partial(backend.routed, num_rows=num_rows)
-        return checkpoint(routed, *inputs, use_reentrant=False, **context)
+        return checkpoint(routed, *inputs, use_reentrant=False, **checkpointing(selective))
 
     case = make_routed_case(CUT, device)
     assert_same_bits(run(backend.routed, case), run(checkpointed, case))

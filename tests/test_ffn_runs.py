@@ -10,7 +10,16 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from dialect import ON_0_2, SINCE_2026_08
 from run_trainer import digest
-from trainer_runs import EP_2, Runs, compare_gradients, door_1, job_folder
+from trainer_runs import (
+    AOT,
+    EP_2,
+    SAME_SEQUENCES,
+    TYPED_TP_2,
+    Runs,
+    compare_gradients,
+    door_1,
+    job_folder,
+)
 
 if ON_0_2 or SINCE_2026_08:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
@@ -31,9 +40,6 @@ ffn_activation = "geglu"
 shared_hidden_dim = 96
 shared_gate = true
 """
-SAME = ["--same-sequences", "--training.global-batch-size", "4"]
-AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
-TP_2 = ["--parallelism.tensor-parallel-degree", "2", "--debug.spmd-typechecking"]
 
 TOKENS = 4 * 128
 """That a gradient, or a loss, adds up in float32, each addition with a rounding of 2**-24."""
@@ -51,11 +57,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder) -> Runs:
     runs = Runs(folder)
-    runs.add("plain", door_1(folder, "other", *SAME))
-    expert_parallel = [*SAME, *EP_2, *AOT]
+    runs.add("plain", door_1(folder, "other", *SAME_SEQUENCES))
+    expert_parallel = [*SAME_SEQUENCES, *EP_2, *AOT]
     job = door_1(folder, "other", *expert_parallel, checkpointing="selective")
     runs.add("expert parallel, fully sharded, compiled, selective", job, ranks=2)
-    tensor_parallel = [*SAME, *TP_2, "--checkpoint.enable", "--dump-folder", str(folder / "saved")]
+    tensor_parallel = [
+        *SAME_SEQUENCES,
+        *TYPED_TP_2,
+        "--checkpoint.enable",
+        "--dump-folder",
+        str(folder / "saved"),
+    ]
     job = door_1(folder, "other", *tensor_parallel, checkpointing="full")
     runs.add("tensor parallel, types checked, full", job, ranks=2)
     return runs

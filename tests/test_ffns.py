@@ -4,7 +4,6 @@ A layer is compared in float64 with its formula as on a blackboard; what remains
 sums.
 """
 
-import dataclasses
 import logging
 import math
 from collections import Counter
@@ -12,16 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from config_cases import config
 from dialect import SINCE_2026_09
-from router_cases import flat, moe_of, small_model, tokens
+from layer_cases import (
+    SHARED,
+    SMALL,
+    D,
+    E,
+    F,
+    K,
+    assert_same_results,
+    double_tokens,
+    flavor,
+    said_of_a_changed_run,
+    save_as_hf,
+)
+from router_cases import moe_of, small_model
 
 if SINCE_2026_09:
     pytest.skip("this host's experts compute their own activation", allow_module_level=True)
 
 from ezpz_moe.compute.activations import ACTIVATIONS
-from ezpz_moe.compute.reference import relative_error
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.counts import counts_at_hand
@@ -30,19 +39,6 @@ from ezpz_moe.hosts.titan import selector
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.products_fit import bytes_per_token
 from ezpz_moe.tools.checkpoints.huggingface.config import transformers_class
-
-D, F, SHARED, E, K = 32, 48, 40, 8, 3
-SMALL = f"""
-dim = {D}
-moe_hidden_dim = {F}
-dense_hidden_dim = 24
-shared_hidden_dim = {SHARED}
-n_heads = 2
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-"""
 
 
 def gelu(h):
@@ -68,11 +64,6 @@ def model(folder: Path, keys: str):
     return small_model(folder, f"{SMALL}{keys}")
 
 
-def flavor(folder: Path, keys: str, like: str = 'inherits = "debugmodel"'):
-    (folder / "mine.toml").write_text(f'{like}\nattention = "sdpa"\n{keys}\n')
-    return load_flavor("mine", near=folder)
-
-
 def on_the_blackboard(activation, x_TD, w1, w2, w3, b1=0, b2=0, b3=0):
     g, u = x_TD @ w1.T + b1, None if w3 is None else x_TD @ w3.T + b3
     hidden = FORMULAS[activation](g) if u is None else FORMULAS[activation](g, u)
@@ -96,15 +87,6 @@ def by_formula(moe, x_TD, case: tuple):
     weights = [None if each is None else each.weight for each in (shared.w1, shared.w2, shared.w3)]
     gate_T1 = 1 / (1 + torch.exp(-(x_TD @ shared.gate.weight.T))) if has_gate else 1
     return out_TD + gate_T1 * on_the_blackboard(ffn_activation, x_TD, *weights)
-
-
-def results(moe, out, x) -> dict[str, torch.Tensor]:
-    """The output and all gradients of a layer."""
-    draw = torch.Generator().manual_seed(3)
-    grad = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)
-    wanted = dict(moe.named_parameters()) | {"x": x}
-    found = torch.autograd.grad(out, list(wanted.values()), grad)
-    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
 
 
 CASES = [
@@ -134,19 +116,14 @@ def layer(folder: Path, case: tuple, backend: str, computed_in: torch.dtype):
         if "router" not in name:
             value = torch.randn(each.shape, generator=draw) / (1 if each.dim() < 3 else D**0.25)
             each.data = value.double()
-    return moe, flat(tokens(D)).double().requires_grad_()
+    return moe, double_tokens()
 
 
 def assert_is_its_formula(
     folder: Path, case: tuple, backend: str, computed_in: torch.dtype, unit: float
 ) -> None:
-    """Sums of a gradient have at most so many terms as x has elements."""
     moe, x = layer(folder, case, backend, computed_in)
-    out = by_formula(moe, x.flatten(0, -2), case)
-    ours, true = results(moe, moe(x), x), results(moe, out.view(x.shape), x)
-    assert ours.keys() == true.keys()
-    for name, value in ours.items():
-        assert relative_error(value, true[name]) <= x.numel() * unit, name
+    assert_same_results(moe, by_formula(moe, x.flatten(0, -2), case), x, unit)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -237,10 +214,6 @@ def fuse(config) -> None:
     config.override.imports = ["torchtitan.overrides.fused_swiglu.fused_swiglu"]
 
 
-def save_as_hf(config) -> None:
-    config.checkpoint.last_save_in_hf = True
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -250,12 +223,7 @@ def save_as_hf(config) -> None:
 )
 def test_settings_that_would_lose_it(tmp_path, monkeypatch, capsys, change, said):
     flavor(tmp_path, f"{SMALL}{keys(*CASES[4])}")
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    changed = config("mine")
-    change(changed)
-    with pytest.raises(SystemExit):  # as of the command line
-        dataclasses.replace(changed)
-    assert said in capsys.readouterr().err
+    assert said in said_of_a_changed_run(tmp_path, change, monkeypatch, capsys)
 
 
 def test_the_log_says_that_the_hosts_own_path_is_not_taken(tmp_path, monkeypatch, caplog):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import Case, Exports, random_weights, save  # noqa: E402
+from hf_cases import Case, random_weights, save  # noqa: E402
 from hf_models import opened  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
@@ -50,11 +49,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" 
 )
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Iterator[Exports]:
-    with pytest.MonkeyPatch.context() as patch:
-        hf_cases.add_tiny_bases(patch)
-        yield Exports(tmp_path_factory.mktemp("hf"))
+exports = pytest.fixture(scope="module")(hf_cases.tiny_exports)
 
 
 @pytest.fixture(scope="module")

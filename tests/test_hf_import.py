@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,18 +13,14 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import Exports, changed, with_tensors  # noqa: E402
+from hf_cases import changed, with_tensors  # noqa: E402
 
 from ezpz_moe import cli  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Iterator[Exports]:
-    with pytest.MonkeyPatch.context() as patch:
-        hf_cases.add_tiny_bases(patch)
-        yield Exports(tmp_path_factory.mktemp("hf"))
+exports = pytest.fixture(scope="module")(hf_cases.tiny_exports)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import CLASSES, Exports, load, save  # noqa: E402
+from hf_cases import CLASSES, load, save  # noqa: E402
 from hf_models import (  # noqa: E402
     BOUND,
     TOKENS_L,
@@ -42,11 +41,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Iterator[Exports]:
-    with pytest.MonkeyPatch.context() as patch:
-        hf_cases.add_tiny_bases(patch)
-        yield Exports(tmp_path_factory.mktemp("hf"))
+exports = pytest.fixture(scope="module")(hf_cases.tiny_exports)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ if type(presumed_host()) is not Titan03:
 check_host()  # before torchtitan is imported: it chooses the device
 
 import hf_cases  # noqa: E402
-from hf_cases import Case, Exports, changed, load, with_tensors  # noqa: E402
+from hf_cases import Case, changed, load, with_tensors  # noqa: E402
 from hf_models import TOKENS_L, assert_same_logits, drawn, logits, opened  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
@@ -29,11 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is unavailable
 TIED = {"tie_word_embeddings": True}
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Iterator[Exports]:
-    with pytest.MonkeyPatch.context() as patch:
-        hf_cases.add_tiny_bases(patch)
-        yield Exports(tmp_path_factory.mktemp("hf"))
+exports = pytest.fixture(scope="module")(hf_cases.tiny_exports)
 
 
 @pytest.fixture(scope="module")

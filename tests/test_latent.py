@@ -5,16 +5,24 @@ sums.
 """
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-from config_cases import config
 from dialect import SINCE_2026_09
-from router_cases import UPSTREAM, flat, moe_of, router_of, small_model, tokens
+from layer_cases import (
+    SMALL,
+    D,
+    E,
+    F,
+    K,
+    assert_same_results,
+    double_tokens,
+    flavor,
+    said_of_a_changed_run,
+    save_as_hf,
+)
+from router_cases import UPSTREAM, moe_of, router_of, small_model
 
-from ezpz_moe.compute.reference import relative_error
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.counts import counts_at_hand
@@ -22,27 +30,11 @@ from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.products_fit import bytes_per_token
 
-D, F, Z, E, K = 32, 48, 16, 8, 3
-SMALL = f"""
-dim = {D}
-moe_hidden_dim = {F}
-dense_hidden_dim = 24
-shared_hidden_dim = 40
-n_heads = 2
-kv_lora_rank = 16
-qk_nope_head_dim = 8
-qk_rope_head_dim = 8
-v_head_dim = 8
-"""
+Z = 16
 LATENT, BEFORE = f"moe_latent_dim = {Z}\n", 'router_scores = "before"\n'
 NULL = "[router]\nnull_experts = 2\n"
 
 before_september = pytest.mark.skipif(SINCE_2026_09, reason="its layers have no place for it")
-
-
-def flavor(folder: Path, keys: str, like: str = 'inherits = "debugmodel"'):
-    (folder / "mine.toml").write_text(f'{like}\nattention = "sdpa"\n{keys}\n')
-    return load_flavor("mine", near=folder)
 
 
 def on_the_blackboard(moe, x_TD, before):
@@ -63,15 +55,6 @@ def on_the_blackboard(moe, x_TD, before):
     return (sum_TZ @ layer.ascend.weight.T if projects else sum_TZ) + of_shared_TD
 
 
-def results(moe, out, x) -> dict[str, torch.Tensor]:
-    """The output and all gradients of a layer."""
-    draw = torch.Generator().manual_seed(3)
-    grad = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)
-    wanted = dict(moe.named_parameters()) | {"x": x}
-    found = torch.autograd.grad(out, list(wanted.values()), grad)
-    return {"out": out.detach(), **dict(zip(wanted, found, strict=True))}
-
-
 @before_september
 @pytest.mark.parametrize(
     ("keys", "backend", "unit"),
@@ -88,7 +71,6 @@ def results(moe, out, x) -> dict[str, torch.Tensor]:
     ids=lambda value: str(value).replace("\n", " ").strip(),
 )
 def test_a_layer_is_its_formula(tmp_path, keys, backend, unit):
-    """Sums of a gradient have at most so many terms as x has elements."""
     computed_in = torch.float64 if unit < 2.0**-50 else torch.float32
     model = small_model(tmp_path, f'{SMALL}compute_backend = "{backend}"\n{keys}')
     if NULL in keys:
@@ -99,13 +81,10 @@ def test_a_layer_is_its_formula(tmp_path, keys, backend, unit):
     for name, each in moe.named_parameters():
         if "router" not in name:
             each.data = torch.randn(each.shape, generator=draw).double() / each.shape[-1] ** 0.5
-    x = flat(tokens(D)).double().requires_grad_()
-    ours = results(moe, moe(x), x)
-    true = results(moe, on_the_blackboard(moe, x.flatten(0, -2), BEFORE in keys).view(x.shape), x)
-    assert (LATENT in keys) == ("routed_experts.descend.weight" in ours)
-    assert ours.keys() == true.keys()
-    for name, value in ours.items():
-        assert relative_error(value, true[name]) <= x.numel() * unit, name
+    x = double_tokens()
+    out_TD = on_the_blackboard(moe, x.flatten(0, -2), BEFORE in keys)
+    compared = assert_same_results(moe, out_TD, x, unit)
+    assert (LATENT in keys) == ("routed_experts.descend.weight" in compared)
 
 
 # Sizes --------------------------------------------------------------------------------------------
@@ -190,10 +169,6 @@ def without_sequence_parallelism(config) -> None:
     )
 
 
-def save_as_hf(config) -> None:
-    config.checkpoint.last_save_in_hf = True
-
-
 @before_september
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -204,9 +179,4 @@ def save_as_hf(config) -> None:
 )
 def test_settings_that_it_excludes(tmp_path, monkeypatch, capsys, change, said):
     flavor(tmp_path, f"{SMALL}{LATENT}")
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    changed = config("mine")
-    change(changed)
-    with pytest.raises(SystemExit):  # as of the command line
-        dataclasses.replace(changed)
-    assert said in capsys.readouterr().err
+    assert said in said_of_a_changed_run(tmp_path, change, monkeypatch, capsys)

@@ -10,7 +10,16 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from dialect import LENGTH, ON_0_2, SINCE_2026_08
 from run_trainer import digest
-from trainer_runs import EP_2, Runs, compare_gradients, door_1, job_folder
+from trainer_runs import (
+    AOT,
+    EP_2,
+    SAME_SEQUENCES,
+    TYPED_TP_2,
+    Runs,
+    compare_gradients,
+    door_1,
+    job_folder,
+)
 
 if ON_0_2 or SINCE_2026_08:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
@@ -28,9 +37,6 @@ compute_backend = "for_loop"
 expert_precision = "float32"
 moe_latent_dim = {Z}
 """
-SAME = ["--same-sequences", "--training.global-batch-size", "4"]
-AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
-TP_2 = ["--parallelism.tensor-parallel-degree", "2", "--debug.spmd-typechecking"]
 
 TOKENS = 4 * LENGTH
 """That a gradient, or a loss, adds up in float32, each addition with a rounding of 2**-24."""
@@ -55,14 +61,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder) -> Runs:
     runs = Runs(folder)
-    runs.add("plain", door_1(folder, "latent", *SAME))
-    runs.add("plain, before", door_1(folder, "before", *SAME))
-    job = door_1(folder, "latent", *SAME, *EP_2, *AOT, checkpointing="selective")
+    runs.add("plain", door_1(folder, "latent", *SAME_SEQUENCES))
+    runs.add("plain, before", door_1(folder, "before", *SAME_SEQUENCES))
+    job = door_1(folder, "latent", *SAME_SEQUENCES, *EP_2, *AOT, checkpointing="selective")
     runs.add(ONE_NODE, job, ranks=2)
     saved = ["--checkpoint.enable", "--dump-folder", str(folder / "saved")]
-    job = door_1(folder, "latent", *SAME, *TP_2, *saved, checkpointing="full")
+    job = door_1(folder, "latent", *SAME_SEQUENCES, *TYPED_TP_2, *saved, checkpointing="full")
     runs.add(TENSOR_PARALLEL, job, ranks=2)
-    job = door_1(folder, "before", *SAME, *EP_2, "--count-sent")
+    job = door_1(folder, "before", *SAME_SEQUENCES, *EP_2, "--count-sent")
     runs.add(BEFORE, job, ranks=2)
     return runs
 

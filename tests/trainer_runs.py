@@ -23,6 +23,10 @@ EP_2 = [
     *("--parallelism.expert-parallel-degree", "2"),
     *("--parallelism.spmd-backend", "partial_dtensor"),
 ]
+TYPED_TP_2 = ["--parallelism.tensor-parallel-degree", "2", "--debug.spmd-typechecking"]
+AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
+SAME_SEQUENCES = ["--same-sequences", "--training.global-batch-size", "4"]
+"""Every run trains on the same ones, however many ranks share them."""
 
 BACKENDS: tuple[str, ...] = ("for_loop", "batched_mm_padded")
 WITH_OPTIONS: dict[str, str] = {}
