@@ -44,6 +44,7 @@ from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import Job, flavor_of
 from ezpz_moe.config.telemetry_schema import Telemetry
+from ezpz_moe.config.train_only import train_only_of
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
@@ -154,6 +155,11 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
+    said = train_only_of(job)
+    if said is not None:
+        with titan().importing():  # only such a job needs this from the host
+            from ezpz_moe.hosts.titan.train_only import train_only
+        train_only(spec, said)
     notes = (what_differs(flavor, spec), what_changes_nothing(flavor), what_it_equals(flavor))
     for line in filter(None, notes):
         logger.info(f"ezpz_moe: {line}")
