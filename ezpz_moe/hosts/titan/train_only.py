@@ -19,10 +19,13 @@ from torchtitan.models.common.moe import MoE
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
+from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.train_only import TrainOnly
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts.titan.frozen_rows import keep_rows, zero_gradients
+from ezpz_moe.hosts.titan.routing import route
 from ezpz_moe.hosts.titan.selector import Selector
+from ezpz_moe.routing.anchor import Anchor
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,32 @@ class Learners:
     source: str
 
 
-def train_only(spec: ModelSpec, said: TrainOnly) -> None:
+def train_only(spec: ModelSpec, said: TrainOnly, flavor: Flavor) -> Learners:
     """Freeze all but what ``said`` names in the trainer's model and its optimizer, in place.
 
     Raises:
-        EzpzError: the model has no such layer or expert.
+        EzpzError: the model has no such layer or expert, or the anchor would have no effect.
     """
     learners = _of_model(spec.model, said)
+    _refuse_idle_anchor(learners)
+    if learners.anchor and not flavor.is_routed:  # else its routers are ours already
+        route(spec, flavor)
     spec.parallelize_fn = _freezing(spec.parallelize_fn, learners)
     # In place of the host's, which moves the selection biases and does nothing else.
     spec.post_optimizer_build_fn = functools.partial(_keep, learners)
+    return learners
+
+
+def problems(config: Any) -> Iterator[str]:
+    """Yield what the host's config of a job excludes."""
+    learners: Learners | None = getattr(config, "learners", None)
+    stages = config.parallelism.pipeline_parallel_degree
+    if learners is not None and stages > 1:
+        yield (
+            f"{learners.source} excludes parallelism.pipeline_parallel_degree = {stages}: a stage "
+            "in which nothing learns has no backward. Set it to 1: data, tensor and expert "
+            "parallelism remain."
+        )
 
 
 def _of_model(model: Any, said: TrainOnly) -> Learners:
@@ -81,6 +100,19 @@ def _of_model(model: Any, said: TrainOnly) -> Learners:
     return Learners(trained_E, said.router, said.anchor, said.source)
 
 
+def _refuse_idle_anchor(learners: Learners) -> None:
+    if not learners.anchor:
+        return
+    anchored = [each for each in learners.trained_E.values() if not each.all()]
+    # With frozen gates only what comes before a layer moves its scores.
+    if not anchored or (len(learners.trained_E) == 1 and not learners.router):
+        why = "all experts learn" if not anchored else "nothing before these experts learns"
+        raise EzpzError(
+            f"{learners.source} anchor = {learners.anchor:g} has no effect: {why}. Remove it, or "
+            "set router = true and name some experts of a layer."
+        )
+
+
 def _shown(numbers: list[int]) -> str:
     """Return numbers in words, shortened where they follow one another."""
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
@@ -108,6 +140,8 @@ def _freeze(model: Any, learners: Learners, parallel_dims: Any) -> None:
                 parameter.requires_grad_(id(parameter) in could_learn)
         if number in learners.trained_E:
             _train_some(moe, learners.trained_E[number], parallel_dims)
+            if learners.anchor and not learners.trained_E[number].all():
+                moe.router.anchor = Anchor(learners.trained_E[number], learners.anchor)
     if not any(each.requires_grad for each in model.parameters()):
         raise EzpzError(f"{learners.source}: nothing would learn: this model's gates are frozen.")
     logger.info(f"ezpz_moe: {_in_words(learners)}")
