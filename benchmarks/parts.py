@@ -30,7 +30,7 @@ def parts() -> dict[str, Callable[[], object]]:
     counts = [R // E] * E
     case = random_case(counts, dim=D, hidden_dim=HIDDEN, dtype=torch.bfloat16)
     x_RD, counts_E = case.x_RD, case.num_tokens_per_expert_E
-    inputs = (*case.parameters, x_RD, counts_E)
+    inputs = (*case.parameters, x_RD, counts_E, None)  # every expert learns
     offs_E = torch.cumsum(counts_E, 0).int()
     w1_EDF = case.w1_EFD.transpose(1, 2)
     found: dict[str, Callable[[], object]] = {}

@@ -157,7 +157,7 @@ def test_backward_is_timed_with_what_it_will_be_given(
     backward, gates = kernels.ffn_backward, []
 
     def watched(*arguments):
-        gates.append(arguments[9] is not None)
+        gates.append(arguments[10] is not None)
         return backward(*arguments)
 
     monkeypatch.setattr(choosing, "get_backend", lambda _: get_backend("for_loop"))

@@ -168,7 +168,7 @@ def test_no_kernel_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not backend.host_syncs
     case: Case = make_case(PATTERNS["uneven"]).to("meta", torch.bfloat16)
     counts_E = case.num_tokens_per_expert_E
-    inputs = (*case.parameters, case.x_RD, counts_E)
+    inputs = (*case.parameters, case.x_RD, counts_E, None)
     kernels, options = backend.operators.kernels, backend.kernel_options
     y_RD, gate_RF, up_RF = kernels.ffn(*inputs, "swiglu", *options)
     assert (y_RD.shape, gate_RF.shape) == (case.x_RD.shape, (len(case.x_RD), HIDDEN_DIM))

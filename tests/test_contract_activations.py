@@ -316,8 +316,10 @@ def _operator_arguments(case: LayerCase) -> dict[str, tuple]:
     order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[:rows]
     inputs = [each if each is None else each.detach() for each in (*parameters, *tokens)]
     return {
-        "routed": (*parameters, *tokens, case.ids_TK, counts_E, rows, *last),
-        "routed_backward": (case.grad_out_TD, *inputs, counts_E, gate_RF, up_RF, order_R, *last),
+        "routed": (*parameters, *tokens, case.ids_TK, counts_E, None, rows, *last),
+        "routed_backward": (
+            *(case.grad_out_TD, *inputs, counts_E, None, gate_RF, up_RF, order_R, *last),
+        ),
     }
 
 

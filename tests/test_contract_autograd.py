@@ -202,8 +202,8 @@ def _operator_arguments(case: Case) -> dict[str, tuple[torch.Tensor, ...]]:
     offs_E = counts_E.cumsum(0)
     hidden_RF = torch.randn_like(x_RD[:, :1].expand(-1, HIDDEN_DIM), requires_grad=False)
     weights = [tensor.detach() for tensor in (w1_EFD, w2_EDF, w3_EFD)]
-    rows = (x_RD.detach(), counts_E, hidden_RF, hidden_RF.clone())
-    inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_RD, counts_E, "swiglu")
+    rows = (x_RD.detach(), counts_E, None, hidden_RF, hidden_RF.clone())
+    inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_RD, counts_E, None, "swiglu")
     return {
         "ffn": inputs,
         "ffn_output": inputs,
@@ -240,7 +240,7 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     if not isinstance(backend, KernelBackend):
         pytest.skip(f"{name} saves what torch's own operators save")
     case = make_case(TAIL, device)
-    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E)
+    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E, None)
     _, gate_RF, up_RF = backend.compute("ffn", *inputs, "swiglu")
 
     def gradients() -> tuple[torch.Tensor, ...]:

@@ -148,13 +148,13 @@ def _operator_arguments(case: RoutedCase) -> dict[str, tuple]:
     w1_EFD, w2_EDF, w3_EFD, x_TD, scores_TK = leaves(case)
     w1_EFD = w1_EFD.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     inputs = (w1_EFD, w2_EDF, w3_EFD, *NO_BIASES, x_TD, scores_TK)
-    routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
+    routing = (case.ids_TK, case.num_tokens_per_expert_E, None, case.num_rows)
     gate_RF, up_RF = (
         torch.randn(case.num_rows, HIDDEN_DIM, device=x_TD.device, dtype=torch.float16)
         for _ in range(2)
     )
     order_R = torch.argsort(case.ids_TK.flatten(), stable=True)[: case.num_rows]
-    kept = (case.num_tokens_per_expert_E, gate_RF, up_RF, order_R)
+    kept = (case.num_tokens_per_expert_E, None, gate_RF, up_RF, order_R)
     return {
         "routed": (*inputs, *routing, torch.float16, "swiglu"),
         "routed_output": (*inputs, *routing, torch.float16, "swiglu"),
@@ -193,12 +193,12 @@ def test_backward_takes_whatever_stands_in_saved_rows_of_the_tail(name: str, dev
     _, gate_RF, up_RF, order_R = backend.compute(
         "routed",
         *(*case.parameters, case.x_TD, case.scores_TK),
-        *(case.ids_TK, counts_E, case.num_rows, torch.float32, "swiglu"),
+        *(case.ids_TK, counts_E, None, case.num_rows, torch.float32, "swiglu"),
     )
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        kept = (*case.parameters, case.x_TD, case.scores_TK, counts_E, gate_RF, up_RF, order_R)
-        kept = (*kept, torch.float32, "swiglu")
+        kept = (*case.parameters, case.x_TD, case.scores_TK, counts_E, None)
+        kept = (*kept, gate_RF, up_RF, order_R, torch.float32, "swiglu")
         return backend.compute("routed_backward", case.grad_out_TD, *kept)
 
     expected = gradients()
@@ -213,7 +213,7 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens(name: str, device: str) ->
     """As the host's are: what one saves, another one's backward reads."""
     backend = with_routed_kernels(name, device, torch.float32)
     case = make_routed_case(CUT, device)
-    routing = (case.ids_TK, case.num_tokens_per_expert_E, case.num_rows)
+    routing = (case.ids_TK, case.num_tokens_per_expert_E, None, case.num_rows)
     tokens = (*case.parameters, case.x_TD, case.scores_TK)
     *_, order_R = backend.compute("routed", *tokens, *routing, torch.float32, "swiglu")
     ids = case.ids_TK.flatten().tolist()
@@ -344,9 +344,10 @@ def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_a
         f: torch.Tensor | None,
         rows: torch.Tensor,
         counts: torch.Tensor,
+        learns: torch.Tensor | None,
         between: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return own.ffn(a, b, c, d, e, f, rows, counts, between)
+        return own.ffn(a, b, c, d, e, f, rows, counts, learns, between)
 
     def routed(
         a: torch.Tensor,
@@ -359,12 +360,14 @@ def test_kernels_of_another_package_may_be_annotated_in_strings_and_name_their_a
         scores: torch.Tensor,
         ids: torch.Tensor,
         counts: torch.Tensor,
+        learns: torch.Tensor | None,
         rows: int,
         kind: torch.dtype,
         between: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         first = (a, b, c, d, e, f)
-        return own.routed(*first, tokens, scores, ids, counts, rows, kind, between)
+        chosen = (ids, counts, learns)
+        return own.routed(*first, tokens, scores, *chosen, rows, kind, between)
 
     Operators("of_another", dataclasses.replace(own, ffn=ffn, routed=routed))
     results = {

@@ -52,7 +52,7 @@ def test_a_word_that_is_no_dtype_is_refused(cpu_with):
 def run_kernels(name: str, case: Case) -> dict[str, torch.Tensor]:
     """Output and gradients, by the kernels themselves: no mode looks into an operator."""
     backend = get_backend(name)
-    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E)
+    inputs = (*case.parameters, case.x_RD, case.num_tokens_per_expert_E, None)
     y_RD, *saved = backend.compute("ffn", *inputs, case.activation)
     saved = [None, None] if backend.recompute else saved
     gradients = backend.compute("ffn_backward", case.grad_y_RD, *inputs, *saved, case.activation)

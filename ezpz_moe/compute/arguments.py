@@ -50,10 +50,12 @@ def check_ffn(
     num_tokens_per_expert_E: torch.Tensor,
     activation: str,
     biases: Biases | None,
+    trained_E: torch.Tensor | None,
 ) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.ffn`. No device sync."""
     _check_layer(w1_EFD, w2_EDF, w3_EFD, x_RD, num_tokens_per_expert_E)
     _check_activation(activation, w1_EFD, w3_EFD, biases)
+    _check_trained(trained_E, w1_EFD.shape[0])
     _check_same("x", x_RD, "w1", w1_EFD)
 
 
@@ -122,12 +124,14 @@ def check_routed(
     dtype: torch.dtype,
     activation: str,
     biases: Biases | None,
+    trained_E: torch.Tensor | None,
 ) -> None:
     """Check ranks, sizes, dtypes and devices for :meth:`Backend.routed`. No device sync."""
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, not {dtype}")
     _check_layer(w1_EFD, w2_EDF, w3_EFD, x_TD, num_tokens_per_expert_E)
     _check_activation(activation, w1_EFD, w3_EFD, biases)
+    _check_trained(trained_E, w1_EFD.shape[0])
     _check_rank("ids", ids_TK, 2)
     if ids_TK.dtype not in _INTEGERS:
         raise TypeError(f"ids must be int32 or int64, not {ids_TK.dtype}")
@@ -144,6 +148,19 @@ def check_routed(
         _check_device(name, tensor, "w1", w1_EFD)
     if not 0 <= num_rows <= ids_TK.numel():
         raise ValueError(f"num_rows is {num_rows}: must be between 0 and T * K = {ids_TK.numel()}")
+
+
+def _check_trained(trained_E: torch.Tensor | None, num_experts: int) -> None:
+    if trained_E is None:
+        return
+    if trained_E.dtype != torch.bool or trained_E.shape != (num_experts,):
+        raise ValueError(
+            f"trained_E must be bool and of {num_experts} experts, not {trained_E.dtype} of shape "
+            f"{tuple(trained_E.shape)}"
+        )
+    # Reading it is free in host memory alone.
+    if not (trained_E.is_cpu or trained_E.is_meta):
+        raise ValueError(f"trained_E is on {trained_E.device}: it must be in host memory")
 
 
 def _check_rank(name: str, tensor: torch.Tensor, rank: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ezpz_moe.compute.arguments import NO_BIASES, Biases
 from ezpz_moe.compute.contract import Backend
+from ezpz_moe.compute.learning import has_gradients, no_expert
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,23 @@ class Kernels:
     Attributes:
         mm: ``(A_RK, B_EKN, offs_E) -> C_RN``.
         mm_backward: ``(grad_C_RN, A_RK, B_EKN, offs_E) -> (grad_A_RK, grad_B_EKN)``.
-        ffn: ``(*parameters, x, counts, activation) -> (y_RD, gate_RF, up_RF)``. The parameters are
-            w1, w2, w3, b1, b2, b3: w3 and b3 are None without a gate, all three b without biases.
-            Gate and up are ``x @ w1.T + b1`` and ``x @ w3.T + b3``, which is all that backward
-            needs besides the inputs; without a gate up is [R, 0]. Their rows of the tail may hold
-            anything, and backward must not read them: ``auto`` may take another backend's
-            backward.
-        ffn_backward: ``(grad_y_RD, *parameters, x, counts, gate_RF, up_RF, activation)`` to a list
-            of the gradients of all parameters that are not None, and of x. If ``gate_RF`` and
-            ``up_RF`` are None, they were not saved, and the kernel computes them again.
-        routed: ``(*parameters, x_TD, scores_TK, ids_TK, counts, num_rows, dtype, activation)
-            -> (out_TD, gate_RF, up_RF, order_R)``, with the order of :func:`.dispatch.row_order`.
-            Rows are computed in that dtype. Parameters in another are cast where a product reads
-            them, in forward and again in backward: no copy of all of them is kept.
-        routed_backward: ``(grad_out_TD, *parameters, x, scores, counts, gate_RF, up_RF, order_R,
-            dtype, activation)`` to a list as above, with the scores' gradient last.
+        ffn: ``(*parameters, x, counts, trained, activation) -> (y_RD, gate_RF, up_RF)``. The
+            parameters are w1, w2, w3, b1, b2, b3: w3 and b3 are None without a gate, all three b
+            without biases. Gate and up are ``x @ w1.T + b1`` and ``x @ w3.T + b3``, which is all
+            that backward needs besides the inputs; without a gate up is [R, 0]. Their rows of the
+            tail may hold anything, and backward must not read them: ``auto`` may take another
+            backend's backward.
+        ffn_backward: ``(grad_y_RD, *parameters, x, counts, trained, gate_RF, up_RF, activation)``
+            to a list of the gradients of all parameters that are not None, and of x. If ``gate_RF``
+            and ``up_RF`` are None, they were not saved, and the kernel computes them again. Of
+            experts that ``trained`` leaves out the gradients are zeros (:mod:`.learning`).
+        routed: ``(*parameters, x_TD, scores_TK, ids_TK, counts, trained, num_rows, dtype,
+            activation) -> (out_TD, gate_RF, up_RF, order_R)``, with the order of
+            :func:`.dispatch.row_order`. Rows are computed in that dtype. Parameters in another are
+            cast where a product reads them, in forward and again in backward: no copy of all of
+            them is kept.
+        routed_backward: ``(grad_out_TD, *parameters, x, scores, counts, trained, gate_RF, up_RF,
+            order_R, dtype, activation)`` to a list as above, with the scores' gradient last.
     """
 
     mm: Callable[..., Tensor]
@@ -115,9 +118,11 @@ class KernelBackend(Backend):
         num_tokens_per_expert_E: Tensor,
         activation: str,
         biases: Biases | None,
+        trained_E: Tensor | None = None,
     ) -> Tensor:
         parameters = (w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES))
-        inputs = (*parameters, x_RD, num_tokens_per_expert_E, activation, *self.kernel_options)
+        rows = (x_RD, num_tokens_per_expert_E, trained_E)
+        inputs = (*parameters, *rows, activation, *self.kernel_options)
         if self.recompute:
             return self.operators.ffn_output(*inputs)
         y_RD, _, _ = self.operators.ffn(*inputs)
@@ -136,11 +141,13 @@ class KernelBackend(Backend):
         dtype: torch.dtype,
         activation: str,
         biases: Biases | None,
+        trained_E: Tensor | None = None,
     ) -> Tensor:
         node = self.operators.routed_output if self.recompute else self.operators.routed
         out_TD, *_ = node(
             *(w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES), x_TD, scores_TK, ids_TK),
-            *(num_tokens_per_expert_E, num_rows, dtype, activation, *self.kernel_options),
+            *(num_tokens_per_expert_E, trained_E, num_rows, dtype),
+            *(activation, *self.kernel_options),
         )
         return out_TD
 
@@ -197,7 +204,8 @@ class _Arguments:
 
     Attributes:
         differentiable: so many inputs have gradients: the parameters and what follows them.
-        kept: the inputs that backward needs, by their places.
+        kept: the inputs that backward needs, by their places. What follows the differentiable ones
+            are the counts, and the experts that learn.
         first_option: where what backward takes last begins: all that are no tensors.
         fake: from the inputs to empty outputs: shapes only, for torch.compile, which traces with
             this instead of running the kernel. The first is the layer's output, gate and up follow.
@@ -233,15 +241,15 @@ def _fake_ffn(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_routed(*inputs: Any) -> tuple[Tensor, ...]:
-    x_TD, _, ids_TK, _, num_rows, dtype, *_ = inputs[_PARAMETERS:]
+    x_TD, _, ids_TK, _, _, num_rows, dtype, *_ = inputs[_PARAMETERS:]
     gate_and_up = _fake_gate_and_up(inputs[:_PARAMETERS], num_rows, x_TD, dtype)
     order_R = ids_TK.new_empty(num_rows, dtype=torch.int64)
     return x_TD.new_empty(x_TD.shape), *gate_and_up, order_R
 
 
-_FFN = _Arguments(7, (*range(_PARAMETERS), 6, 7), 8, _fake_ffn, Tensor)
+_FFN = _Arguments(7, (*range(_PARAMETERS), 6, 7, 8), 9, _fake_ffn, Tensor)
 # The order replaces the ids.
-_ROUTED = _Arguments(8, (*range(_PARAMETERS), 6, 7, 9), 11, _fake_routed, tuple[Tensor, Tensor])
+_ROUTED = _Arguments(8, (*range(_PARAMETERS), 6, 7, 9, 10), 12, _fake_routed, tuple[Tensor, Tensor])
 
 
 def _layer(
@@ -257,8 +265,9 @@ def _layer(
 
     @backward.register_fake
     def _(grad_out: Tensor, *others: Any) -> list[Tensor]:
-        inputs = others[: arguments.differentiable]
-        return [torch.empty_like(like) for like in inputs if like is not None]
+        inputs, trained_E = others[: arguments.differentiable], others[arguments.differentiable + 1]
+        wanted = inputs if has_gradients(trained_E) else inputs[_PARAMETERS:]
+        return [torch.empty_like(like) for like in wanted if like is not None]
 
     saving = _operator(name, kernel)
     saving.register_fake(arguments.fake)
@@ -310,10 +319,16 @@ def _differentiate(
         others = arguments.first_option - arguments.differentiable + len(ctx.options)
         if grad_out is None:  # no gradient arrived from above
             return (None,) * (arguments.differentiable + others)
-        inputs, saved = _split(ctx.saved_tensors, len(arguments.kept))
-        gradients = iter(backward(grad_out, *inputs, *not_saved, *saved, *ctx.options))
+        kept, saved = _split(ctx.saved_tensors, len(arguments.kept))
+        inputs, (counts_E, trained_E) = _split(kept, arguments.differentiable)
+        if not any(ctx.needs_input_grad[:_PARAMETERS]):
+            trained_E = no_expert()
+        tokens = (*inputs, counts_E, trained_E)
+        gradients = iter(backward(grad_out, *tokens, *not_saved, *saved, *ctx.options))
+        skipped = 0 if has_gradients(trained_E) else _PARAMETERS
         of_inputs = (
-            None if each is None else next(gradients) for each in inputs[: arguments.differentiable]
+            None if each is None or place < skipped else next(gradients)
+            for place, each in enumerate(inputs)
         )
         return *of_inputs, *(None for _ in range(others))
 

@@ -14,6 +14,7 @@ scale;
 gradients, even if the tail of x holds NaN;
 - an expert without tokens gets gradients of exact zeros, never None (FSDP reduces them), and its
 weights and biases change nothing, even if they hold NaN;
+- an expert that does not learn gets gradients of exact zeros, and changes no other gradient;
 - without rows, or without experts, the result is still a function of every input;
 - a token of a routed layer changes no other token's output or gradient, even if it holds NaN; a
 choice beyond ``num_rows`` changes nothing, and its score gets exactly zero;
@@ -32,6 +33,7 @@ from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.arguments import NO_BIASES, Biases, check_ffn, check_grouped_mm, check_routed
 from ezpz_moe.compute.biases import bias_columns, bias_matrices
 from ezpz_moe.compute.dispatch import row_order
+from ezpz_moe.compute.learning import of_trained
 
 
 class Backend(ABC):
@@ -122,6 +124,7 @@ class Backend(ABC):
         *,
         activation: str = "swiglu",
         biases: Biases | None = None,
+        trained_E: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the whole expert FFN: ``(silu(x @ w1.T) * (x @ w3.T)) @ w2.T``, row by row.
 
@@ -132,6 +135,8 @@ class Backend(ABC):
             num_tokens_per_expert_E: int32 or int64 counts, on x's device or on the host.
             activation: what to put in the place of SwiGLU, a name in :data:`.ACTIVATIONS`.
             biases: what to add to each product.
+            trained_E: bool, on the host: the experts whose parameters learn. The gradients of the
+                others are zeros, and no product is computed for them. All, if not given.
 
         Returns:
             y_RD in x's dtype; tail rows are zero.
@@ -140,10 +145,10 @@ class Backend(ABC):
             ValueError, TypeError: an argument does not fit; the message names it.
         """
         weights, counts_E = (w1_EFD, w2_EDF, w3_EFD), num_tokens_per_expert_E
-        check_ffn(*weights, x_RD, counts_E, activation, biases)
+        check_ffn(*weights, x_RD, counts_E, activation, biases, trained_E)
         if not w1_EFD.shape[0]:
             return _without_experts(x_RD, x_RD.shape[1], *weights, *(biases or ()))
-        return self._ffn(*weights, x_RD, counts_E, activation, biases)
+        return self._ffn(*weights, x_RD, counts_E, activation, biases, trained_E)
 
     def routed(
         self,
@@ -159,6 +164,7 @@ class Backend(ABC):
         dtype: torch.dtype | None = None,
         activation: str = "swiglu",
         biases: Biases | None = None,
+        trained_E: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute a whole routed layer: every token's experts, weighted by its scores, summed.
 
@@ -179,7 +185,7 @@ class Backend(ABC):
                 no expert, are left out. Ids of no expert among the others are rows of the tail.
             dtype: what rows are computed in, that of the weights by default. Weights in another are
                 cast for the products alone: a kernel of its own keeps no copy for backward.
-            activation, biases: as in :meth:`ffn`.
+            activation, biases, trained_E: as in :meth:`ffn`.
 
         Returns:
             out_TD in x's dtype.
@@ -191,10 +197,10 @@ class Backend(ABC):
         weights = (w1_EFD, w2_EDF, w3_EFD)
         dtype = dtype or w1_EFD.dtype
         tokens = (x_TD, scores_TK, ids_TK, num_tokens_per_expert_E)
-        check_routed(*weights, *tokens, rows, dtype, activation, biases)
+        check_routed(*weights, *tokens, rows, dtype, activation, biases, trained_E)
         if not w1_EFD.shape[0]:
             return _without_experts(x_TD, x_TD.shape[1], *weights, *(biases or ()), scores_TK[:0])
-        return self._routed(*weights, *tokens, rows, dtype, activation, biases)
+        return self._routed(*weights, *tokens, rows, dtype, activation, biases, trained_E)
 
     def rows_used(
         self, num_tokens_per_expert_E: torch.Tensor, num_rows: int
@@ -229,8 +235,11 @@ class Backend(ABC):
         num_tokens_per_expert_E: torch.Tensor,
         activation: str,
         biases: Biases | None,
+        trained_E: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compose products; differentiable because :meth:`_grouped_mm` is."""
+        parameters = (w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES))
+        w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF = of_trained(parameters, trained_E)
         # int32, because torch._grouped_mm takes no other offsets; cumsum alone would give int64.
         offs_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
 
@@ -243,7 +252,6 @@ class Backend(ABC):
             ones_RC = bias_columns(rows_RX.new_ones(rows_RX.shape[0]), rows_RX.dtype)
             return out_RY + self._grouped_mm(ones_RC, bias_matrices(bias_EY, rows_RX.dtype), offs_E)
 
-        b1_EF, b2_ED, b3_EF = biases or NO_BIASES
         gate_RF = product(x_RD, w1_EFD, b1_EF)
         up_RF = None if w3_EFD is None else product(x_RD, w3_EFD, b3_EF)
         return product(ACTIVATIONS[activation].hidden(gate_RF, up_RF), w2_EDF, b2_ED)
@@ -261,6 +269,7 @@ class Backend(ABC):
         dtype: torch.dtype,
         activation: str,
         biases: Biases | None,
+        trained_E: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compose dispatch, experts and combination, as the host does."""
         order_R = row_order(ids_TK, num_rows)
@@ -268,7 +277,8 @@ class Backend(ABC):
         cast = [None if each is None else each.to(dtype) for each in (w3_EFD, *(biases or ()))]
         weights = (w1_EFD.to(dtype), w2_EDF.to(dtype), cast[0])
         x_RD, counts_E = x_TD[token_R].to(dtype), num_tokens_per_expert_E
-        y_RD = self._ffn(*weights, x_RD, counts_E, activation, biases and Biases(*cast[1:]))
+        cast_biases = biases and Biases(*cast[1:])
+        y_RD = self._ffn(*weights, x_RD, counts_E, activation, cast_biases, trained_E)
         # Weighted in the scores' dtype, which is float32 where rows are in half of it.
         weighted_RD = (y_RD * score_R.unsqueeze(1)).to(x_TD.dtype)
         # A copy to each choice's place, not an addition to each token: adding needs atomics on a

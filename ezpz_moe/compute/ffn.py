@@ -10,15 +10,14 @@ where its length is known.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ezpz_moe.compute.activations import ACTIVATIONS, Activation
+from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.autograd import Kernels
 from ezpz_moe.compute.biases import (
-    bias_columns,
     bias_gradient,
     bias_matrices,
     score_gradients,
@@ -27,6 +26,7 @@ from ezpz_moe.compute.biases import (
 from ezpz_moe.compute.dispatch import row_order, sum_by_token
 from ezpz_moe.compute.elementwise import hidden_gradients_, hidden_rows
 from ezpz_moe.compute.grouping import Grouping
+from ezpz_moe.compute.layer import Experts, Read, learning_of
 from ezpz_moe.compute.layouts import laid_out_like
 
 _KERNELS = ("mm", "mm_backward", "ffn", "ffn_backward", "routed", "routed_backward")
@@ -87,55 +87,27 @@ def _mm_backward(
 # --- the expert FFN -------------------------------------------------------------------------------
 
 
-class _Experts(NamedTuple):
-    """The parameters of a layer, None for what it does not have, and how its rows are grouped.
-
-    An operand named ``ones`` is the :func:`.bias_columns` of ones, None without biases.
-    """
-
-    w1_EFD: Tensor
-    w2_EDF: Tensor
-    w3_EFD: Tensor | None
-    b1_EF: Tensor | None
-    b2_ED: Tensor | None
-    b3_EF: Tensor | None
-    activation: Activation
-    groups: Grouping
-
-    def columns(self, factor_R: Tensor, like: Tensor) -> Any:
-        """Return the operand that adds biases to a product, each row with its factor."""
-        if self.b1_EF is None:
-            return None
-        return self.groups.operand(bias_columns(factor_R, like.dtype))
-
-    def ones(self, rows_RX: Tensor) -> Any:
-        return self.columns(rows_RX.new_ones(rows_RX.shape[0]), rows_RX)
-
-    def owned(self, *rows_RX: Tensor | None) -> list[Tensor | None]:
-        """Return :meth:`.Grouping.owned` of each; None for None."""
-        return [None if each is None else self.groups.owned(each) for each in rows_RX]
-
-
 def _product(
-    experts: _Experts,
-    rows: Any,
+    experts: Experts,
+    rows: Read,
     weights_EYX: Tensor,
     bias_EY: Tensor | None,
-    columns: Any,
+    columns: Read | None,
     dtype: torch.dtype,
     out_RY: Tensor | None = None,
 ) -> Tensor:
     """Compute ``rows @ weights.T``, and add the bias if there is one."""
     weights_EXY = weights_EYX.transpose(1, 2)
     if bias_EY is None:
-        return experts.groups.multiply(rows, weights_EXY, out_RY)
-    matrices_ECY = bias_matrices(bias_EY, dtype)
-    return experts.groups.multiply_sum(rows, weights_EXY, columns, matrices_ECY, out_RY)
+        return experts.groups.multiply(rows.operand, weights_EXY, out_RY)
+    assert columns is not None  # as there are biases
+    pairs = (rows.operand, weights_EXY, columns.operand, bias_matrices(bias_EY, dtype))
+    return experts.groups.multiply_sum(*pairs, out_RY)
 
 
-def _gate_and_up(experts: _Experts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_and_up(experts: Experts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Return gate and up; without a gate up is [R, 0]."""
-    x, ones = experts.groups.operand(x_RD), experts.ones(x_RD)
+    x, ones = experts.read(x_RD), experts.ones(x_RD)
     gate_RF = _product(experts, x, experts.w1_EFD, experts.b1_EF, ones, x_RD.dtype)
     if experts.w3_EFD is None:
         return gate_RF, gate_RF.new_empty(gate_RF.shape[0], 0)
@@ -143,9 +115,9 @@ def _gate_and_up(experts: _Experts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hidden_gradients(
-    experts: _Experts,
-    grad_y: Any,
-    columns: Any,
+    experts: Experts,
+    grad_y: Read,
+    columns: Read | None,
     gate_RF: Tensor,
     up_RF: Tensor,
     score_R: Tensor | None = None,
@@ -161,13 +133,17 @@ def _hidden_gradients(
     hidden_RF = torch.empty_like(gate_RF)
     activated_RF = torch.empty_like(gate_RF) if activation.is_gated else None
     hidden_rows(activation, *experts.owned(gate_RF, up_RF, hidden_RF, activated_RF, score_R))
-    of_second = {
-        "w2_EDF": groups.weight_gradient(grad_y, groups.operand(hidden_RF), experts.w2_EDF)
-    }
-    of_second |= _of_bias(experts, "b2_ED", grad_y, columns, gate_RF.dtype)
+    of_second = {}
+    if experts.learns:
+        hidden = experts.read(hidden_RF)
+        of_second["w2_EDF"] = experts.weight_gradient(grad_y, hidden, experts.w2_EDF)
+        of_second |= _of_bias(experts, "b2_ED", grad_y, columns, gate_RF.dtype)
 
     # hidden is no longer needed: its gradient takes over the memory, and then gate's.
-    grad_gate_RF, grad_up_RF = groups.multiply(grad_y, experts.w2_EDF, hidden_RF), activated_RF
+    grad_gate_RF, grad_up_RF = (
+        groups.multiply(grad_y.operand, experts.w2_EDF, hidden_RF),
+        activated_RF,
+    )
     hidden_gradients_(
         activation,
         *experts.owned(grad_gate_RF, activated_RF, gate_RF, up_RF, score_R, grad_score_R),
@@ -176,7 +152,7 @@ def _hidden_gradients(
 
 
 def _input_gradients(
-    experts: _Experts,
+    experts: Experts,
     x_RD: Tensor,
     grad_gate_RF: Tensor,
     grad_up_RF: Tensor | None,
@@ -187,30 +163,41 @@ def _input_gradients(
     ``out_RD`` is memory that the latter may take: that of x, which is then no longer needed.
     """
     groups, w1_EFD, w3_EFD = experts.groups, experts.w1_EFD, experts.w3_EFD
-    x, grad_gate, ones = groups.operand(x_RD), groups.operand(grad_gate_RF), experts.ones(x_RD)
-    of_first = {"w1_EFD": groups.weight_gradient(grad_gate, x, w1_EFD)}
+    grad_gate = experts.read(grad_gate_RF)
+    grad_up = None if w3_EFD is None else experts.read(grad_up_RF)
+    of_first = _of_first(experts, x_RD, grad_gate, grad_up) if experts.learns else {}
+    if grad_up is None:
+        return of_first, groups.multiply(grad_gate.operand, w1_EFD, out_RD)
+    pairs = (grad_gate.operand, w1_EFD, grad_up.operand, w3_EFD)
+    return of_first, groups.multiply_sum(*pairs, out_RD)
+
+
+def _of_first(
+    experts: Experts, x_RD: Tensor, grad_gate: Read, grad_up: Read | None
+) -> dict[str, Tensor]:
+    """Return the gradients of w1, w3, b1 and b3 by name."""
+    x, ones = experts.read(x_RD), experts.ones(x_RD)
+    of_first = {"w1_EFD": experts.weight_gradient(grad_gate, x, experts.w1_EFD)}
     of_first |= _of_bias(experts, "b1_EF", grad_gate, ones, x_RD.dtype)
-    if w3_EFD is None:
-        return of_first, groups.multiply(grad_gate, w1_EFD, out_RD)
-    grad_up = groups.operand(grad_up_RF)
-    of_first["w3_EFD"] = groups.weight_gradient(grad_up, x, w3_EFD)
-    of_first |= _of_bias(experts, "b3_EF", grad_up, ones, x_RD.dtype)
-    return of_first, groups.multiply_sum(grad_gate, w1_EFD, grad_up, w3_EFD, out_RD)
+    if grad_up is not None and experts.w3_EFD is not None:
+        of_first["w3_EFD"] = experts.weight_gradient(grad_up, x, experts.w3_EFD)
+        of_first |= _of_bias(experts, "b3_EF", grad_up, ones, x_RD.dtype)
+    return of_first
 
 
 def _of_bias(
-    experts: _Experts, name: str, gradient: Any, columns: Any, dtype: torch.dtype
+    experts: Experts, name: str, gradient: Read, columns: Read | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     bias_EX = getattr(experts, name)
-    if bias_EX is None:
+    if bias_EX is None or columns is None:
         return {}
-    sums_EXC = experts.groups.weight_gradient(gradient, columns, sums_like(bias_EX, dtype))
+    sums_EXC = experts.weight_gradient(gradient, columns, sums_like(bias_EX, dtype))
     return {name: bias_gradient(sums_EXC, bias_EX)}
 
 
 def _in_order(gradients: dict[str, Tensor]) -> list[Tensor]:
     """Return the gradients of parameters in the order of arguments."""
-    return [gradients[name] for name in _Experts._fields if name in gradients]
+    return [gradients[name] for name in Experts._fields if name in gradients]
 
 
 def _ffn(
@@ -223,16 +210,17 @@ def _ffn(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     activation: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = grouping.of_counts(counts_E, x_RD, *options)
     activate = ACTIVATIONS[activation]
-    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
+    experts = Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
     gate_RF, up_RF = _gate_and_up(experts, x_RD)
     hidden_RF = torch.empty_like(gate_RF)
     hidden_rows(activate, *experts.owned(gate_RF, up_RF, hidden_RF))
-    hidden, ones = groups.operand(hidden_RF), experts.ones(x_RD)
+    hidden, ones = experts.read(hidden_RF), experts.ones(x_RD)
     y_RD = _product(experts, hidden, w2_EDF, b2_ED, ones, x_RD.dtype)
     return groups.zero_tail_(y_RD), gate_RF, up_RF
 
@@ -248,6 +236,7 @@ def _ffn_backward(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     activation: str,
@@ -255,10 +244,11 @@ def _ffn_backward(
 ) -> list[Tensor]:
     groups = grouping.of_counts(counts_E, x_RD, *options)
     activate = ACTIVATIONS[activation]
-    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
+    learns = learning_of(grouping, trained_E, counts_E, x_RD, options)
+    experts = Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups, *learns)
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(experts, x_RD)
-    grad_y, ones = groups.operand(grad_y_RD), experts.ones(x_RD)
+    grad_y, ones = experts.read(grad_y_RD), experts.ones(x_RD)
     of_second, grad_gate_RF, grad_up_RF = _hidden_gradients(experts, grad_y, ones, gate_RF, up_RF)
     of_first, grad_x_RD = _input_gradients(experts, x_RD, grad_gate_RF, grad_up_RF)
     return [
@@ -287,6 +277,7 @@ def _routed(
     scores_TK: Tensor,
     ids_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     num_rows: int,
     dtype: torch.dtype,
     activation: str,
@@ -297,11 +288,11 @@ def _routed(
     x_RD = _gathered(x_TD, token_R, dtype)
     groups = grouping.of_counts(counts_E, x_RD, *options)
     activate = ACTIVATIONS[activation]
-    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
+    experts = Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
     gate_RF, up_RF = _gate_and_up(experts, x_RD)
     hidden_RF = torch.empty_like(gate_RF)
     hidden_rows(activate, *experts.owned(gate_RF, up_RF, hidden_RF, None, score_R))
-    hidden, scores = groups.operand(hidden_RF), experts.columns(score_R, x_RD)
+    hidden, scores = experts.read(hidden_RF), experts.columns(score_R, x_RD)
     # x's rows are no longer needed: those of y take over the memory.
     y_RD = _product(experts, hidden, w2_EDF, b2_ED, scores, dtype, x_RD)
     # The sum is rounded to x's dtype, not first to that of the products.
@@ -321,6 +312,7 @@ def _routed_backward(
     x_TD: Tensor,
     scores_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
@@ -332,12 +324,13 @@ def _routed_backward(
     grad_y_RD = _gathered(grad_out_TD, token_R, dtype)
     groups = grouping.of_counts(counts_E, grad_y_RD, *options)
     activate = ACTIVATIONS[activation]
-    experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups)
+    learns = learning_of(grouping, trained_E, counts_E, grad_y_RD, options)
+    experts = Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activate, groups, *learns)
     if gate_RF is None or up_RF is None:
         gate_RF, up_RF = _gate_and_up(experts, _gathered(x_TD, token_R, dtype))
     wider = torch.promote_types(score_R.dtype, torch.float32)
     grad_score_R = torch.empty_like(score_R, dtype=wider)
-    grad_y, scores = groups.operand(grad_y_RD), experts.columns(score_R, grad_y_RD)
+    grad_y, scores = experts.read(grad_y_RD), experts.columns(score_R, grad_y_RD)
     of_second, grad_gate_RF, grad_up_RF = _hidden_gradients(
         experts, grad_y, scores, gate_RF, up_RF, score_R, grad_score_R
     )

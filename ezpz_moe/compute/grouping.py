@@ -9,7 +9,7 @@ Legend of the suffixes: :mod:`.contract`. M, N, K, L = dimensions of products.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -23,7 +23,12 @@ class Grouping(ABC):
     Products are computed in the dtype of their operands. Weights in another are cast where they are
     read, and their gradients are rounded to theirs: of no stack of weights there are two copies at
     once, and on a CPU not even one.
+
+    Attributes:
+        depends_on_number_of_rows: whether R says which rows count, not the counts alone.
     """
+
+    depends_on_number_of_rows: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

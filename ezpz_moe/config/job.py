@@ -332,6 +332,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return shown(schema["const"])
     if "enum" in schema:
         return f"one of {', '.join(map(shown, schema['enum']))}"
+    if schema["type"] == "object":
+        return f"a table, each value {_in_words(schema['additionalProperties'])}"
     if schema["type"] == "array":
         empty = "non-empty " if schema.get("minItems") else ""
         return f"a {empty}list, each entry {_in_words(schema['items'])}"

@@ -19,7 +19,7 @@ from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.rank_report import RankReport
 
 STATES_PER_PARAMETER = 4
-"""Weight, gradient and AdamW's two moments, all in the weight's dtype."""
+"""Of one that learns: weight, gradient and AdamW's two moments, all in the weight's dtype."""
 
 FAKE_COMMUNICATION = ("--comm.mode", "fake_backend")
 
@@ -54,11 +54,15 @@ def parallelized(build: Callable[[], Any], spec: Any, *, has_pipeline: bool) -> 
 
 def report(rank: int, parts: list[nn.Module], step: str | None = None) -> RankReport:
     """Report what the rank holds in its parts of the model."""
-    parameters = [local(p) for part in parts for p in part.parameters()]
+    parameters = [(local(p), p.requires_grad) for part in parts for p in part.parameters()]
     return RankReport(
         rank=rank,
-        parameters=sum(p.numel() for p in parameters),
-        state_bytes=STATES_PER_PARAMETER * sum(p.numel() * p.itemsize for p in parameters),
+        parameters=sum(p.numel() for p, _ in parameters),
+        # Of a frozen one there is the weight alone.
+        state_bytes=sum(
+            p.numel() * p.itemsize * (STATES_PER_PARAMETER if learns else 1)
+            for p, learns in parameters
+        ),
         step=step,
     )
 

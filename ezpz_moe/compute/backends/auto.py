@@ -130,6 +130,7 @@ def _ffn(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     activation: str,
     among: str,
     recompute: bool,
@@ -137,7 +138,7 @@ def _ffn(
     parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
     ffn = _ffn_in_words(activation, b1_EF)
     layer = Layer.of("ffn", among, recompute, w1_EFD, x_RD.dtype, ffn)
-    kept, last = (*parameters, x_RD, counts_E), (activation,)
+    kept, last = (*parameters, x_RD, counts_E, trained_E), (activation,)
     return _forward(layer, counts_on_host, counts_E, len(x_RD), (*kept, *last), kept, last)
 
 
@@ -151,6 +152,7 @@ def _ffn_backward(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     activation: str,
@@ -160,7 +162,7 @@ def _ffn_backward(
     parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
     ffn = _ffn_in_words(activation, b1_EF)
     layer = Layer.of("ffn", among, recompute, w1_EFD, x_RD.dtype, ffn)
-    inputs = (*parameters, x_RD, counts_E, gate_RF, up_RF, activation)
+    inputs = (*parameters, x_RD, counts_E, trained_E, gate_RF, up_RF, activation)
     return _chosen(layer).compute("ffn_backward", grad_y_RD, *inputs)
 
 
@@ -175,6 +177,7 @@ def _routed(
     scores_TK: Tensor,
     ids_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     num_rows: int,
     dtype: torch.dtype,
     activation: str,
@@ -185,7 +188,8 @@ def _routed(
     ffn = _ffn_in_words(activation, b1_EF)
     layer = Layer.of("routed", among, recompute, w1_EFD, dtype, ffn)
     tokens, last = (*parameters, x_TD, scores_TK), (dtype, activation)
-    inputs, kept = (*tokens, ids_TK, counts_E, num_rows, *last), (*tokens, counts_E)
+    kept = (*tokens, counts_E, trained_E)
+    inputs = (*tokens, ids_TK, counts_E, trained_E, num_rows, *last)
     return _forward(layer, counts_on_host, counts_E, num_rows, inputs, kept, last)
 
 
@@ -200,6 +204,7 @@ def _routed_backward(
     x_TD: Tensor,
     scores_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
@@ -211,7 +216,7 @@ def _routed_backward(
     parameters = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
     ffn = _ffn_in_words(activation, b1_EF)
     layer = Layer.of("routed", among, recompute, w1_EFD, dtype, ffn)
-    kept = (*parameters, x_TD, scores_TK, counts_E, gate_RF, up_RF, order_R)
+    kept = (*parameters, x_TD, scores_TK, counts_E, trained_E, gate_RF, up_RF, order_R)
     return _chosen(layer).compute("routed_backward", grad_out_TD, *kept, dtype, activation)
 
 

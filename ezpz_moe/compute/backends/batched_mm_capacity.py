@@ -48,6 +48,8 @@ class _Slots(Grouping):
     An operand is slots. Results are rows; dropped ones count as rows of the tail.
     """
 
+    depends_on_number_of_rows = True
+
     def __init__(self, ends_E: Tensor, rows_RX: Tensor, capacity_factor: float) -> None:
         """``ends_E``: inclusive cumulative counts, on the rows' device."""
         device, R, E = rows_RX.device, rows_RX.shape[0], ends_E.shape[0]

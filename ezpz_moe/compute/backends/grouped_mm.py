@@ -90,10 +90,12 @@ class GroupedMM(Backend):
         num_tokens_per_expert_E: Tensor,
         activation: str,
         biases: Biases | None,
+        trained_E: Tensor | None = None,
     ) -> Tensor:
         counts_E = num_tokens_per_expert_E
         check_where_free(counts_on_host, counts_E, x_RD)
-        return super()._ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, activation, biases)
+        last = (activation, biases, trained_E)
+        return super()._ffn(w1_EFD, w2_EDF, w3_EFD, x_RD, counts_E, *last)
 
 
 class _OwnedRows(torch.autograd.Function):

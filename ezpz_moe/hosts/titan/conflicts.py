@@ -340,6 +340,14 @@ def _routers(config: Trainer.Config) -> Iterator[str]:
     return router_problems(config, moe, _flavor(config)) if moe else iter(())
 
 
+def _train_only(config: Trainer.Config) -> Iterator[str]:
+    if getattr(config, "learners", None) is None:
+        return iter(())
+    with titan().importing():  # only such a job needs this from the host
+        from ezpz_moe.hosts.titan.train_only import problems
+    return problems(config)
+
+
 def _telemetry(config: Trainer.Config) -> Iterator[str]:
     return telemetry_problems(config, _flavor(config))
 
@@ -358,6 +366,7 @@ _ALWAYS: tuple[_Check, ...] = (
     _routers,
     ffn_problems,
     _telemetry,
+    _train_only,
     _of_this_host,
 )
 # A dry run skips these: it stands for ranks with other files and devices.

@@ -126,6 +126,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
                 dtype=self.computed_in,
                 activation=self.activation,
                 biases=biases,
+                trained_E=self.trained_E,
             )
         rows = _cast((*weights, x_RD), self.computed_in)
         return self._backend.ffn(
@@ -133,6 +134,7 @@ class EzpzGroupedExperts(Selector, GroupedExperts):
             num_tokens_per_expert_E,
             activation=self.activation,
             biases=biases and Biases(*_cast(biases, self.computed_in)),
+            trained_E=self.trained_E,
         ).type_as(x_RD)
 
     def _biases(self) -> Biases | None:

@@ -44,6 +44,7 @@ from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import Job, flavor_of
 from ezpz_moe.config.telemetry_schema import Telemetry
+from ezpz_moe.config.train_only import train_only_of
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.backends import backend_of
@@ -106,6 +107,9 @@ class JobConfig(Trainer.Config):
     training_text: Annotated[Any, tyro.conf.Suppress] = None
     """The dataloader that validation has, because the job names no text for it."""
 
+    learners: Annotated[Any, tyro.conf.Suppress] = None
+    """What learns, if not everything does."""
+
     # Not in `build()`: the host calls that after it has opened its trace log in the dump folder.
     # The host's own checks are in the constructor, too.
     def __post_init__(self) -> None:
@@ -154,6 +158,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
         **_arguments(job, moe_comm_backend="parallelism.expert_parallel_comm_backend"),
     )
+    learners = _train_only(spec, job, flavor)
     notes = (what_differs(flavor, spec), what_changes_nothing(flavor), what_it_equals(flavor))
     for line in filter(None, notes):
         logger.info(f"ezpz_moe: {line}")
@@ -180,6 +185,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         **sections,
         origin=job.source,
         is_precision_ours=bool(in_float32),
+        learners=learners,
         awaits_flags=is_about_to_train() or bool(host_flags),
     )
     config.awaits_flags = False
@@ -221,6 +227,16 @@ def _reporting_drops(flavor: Flavor) -> Flavor:
     if flavor.telemetry is None and drops_tokens:
         return flavor.model_copy(update={"telemetry": Telemetry()})
     return flavor
+
+
+def _train_only(spec: ModelSpec, job: Job, flavor: Flavor) -> Any:
+    """Freeze what the job's ``[train_only]`` does not name, in place; return what learns."""
+    said = train_only_of(job)
+    if said is None:
+        return None
+    with titan().importing():  # only such a job needs this from the host
+        from ezpz_moe.hosts.titan.train_only import train_only
+    return train_only(spec, said, flavor)
 
 
 def _metrics(telemetry: Telemetry | None) -> Any:

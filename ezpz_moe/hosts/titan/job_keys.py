@@ -20,6 +20,7 @@ from ezpz_moe.config.keys import (
     Keys,
     NonNegative,
     Positive,
+    Rate,
     Text,
     gone,
     new,
@@ -28,6 +29,7 @@ from ezpz_moe.config.keys import (
 )
 from ezpz_moe.config.schema import Steps
 from ezpz_moe.config.telemetry_schema import Detail, Rise, Share
+from ezpz_moe.config.train_only import Share as ShareOfTokens
 from ezpz_moe.hosts.job_keys import ALIKE, FILES
 
 # --- keys of ALIKE: 0.3 keeps them under their own section and name, but for these ----------------
@@ -244,6 +246,13 @@ _OTHERS: Keys = {
         "alert_dead_steps": own(Steps, since_0_3=True),
         "alert_cv_rise": own(Rise, since_0_3=True),
         "alert_collapse": own(Share, since_0_3=True),
+    },
+    "train_only": {
+        # By number of a layer, or a file.
+        "experts": own(dict[str, list[NonNegative]] | Text, since_0_3=True),
+        "router": own(bool, since_0_3=True),
+        "share": own(ShareOfTokens, since_0_3=True),
+        "anchor": own(Rate, since_0_3=True),
     },
     "override": {
         # Names alone: keyword arguments of an override can be given as a flag.

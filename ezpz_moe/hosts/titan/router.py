@@ -26,6 +26,7 @@ from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scop
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.routing import losses
+from ezpz_moe.routing.anchor import Anchor, anchor_loss
 from ezpz_moe.routing.assignment import (
     HostRules,
     chosen,
@@ -137,6 +138,7 @@ class _Router(Module):
             setattr(self.gate, key, value_at(schedule, 1))
         # A run that dumps says so: with the layer's number, and this rank's tokens in a step.
         self.is_kept, self.layer, self.tokens_of_step = False, 0, 0
+        self.anchor: Anchor | None = None  # set where some experts learn
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
         self.step = 1
         # Not persistent: a checkpoint must have the same keys as the host's own model. On the
@@ -199,6 +201,8 @@ class _Router(Module):
             of_scopes = self._losses(logits_BLE, scores_BLE, ids_BLK, mask_BL, by_scores)
             if self.training and self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
+        if self.training and self.anchor and torch.is_grad_enabled():
+            weights_BLK = inject(weights_BLK, self._anchored(self.anchor, scores_BLE, mask_BL))
         return weights_BLK, ids_BLK, scores_BLE
 
     def _route(self, x_BLD: Tensor, expert_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,6 +276,18 @@ class _Router(Module):
         self._count(p_BLE, logits_BLE, ids_BLK, mask_BL, of_scopes)
         # Ranks with the same tokens would each add the whole loss.
         return {scope: of / self.groups[scope].copies for scope, of in of_scopes.items()}
+
+    def _anchored(self, anchor: Anchor, scores_BLE: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return the anchor's loss of this microbatch, to be added up."""
+        scores_BLE, mask_BL1 = map(self._in_sequences, (scores_BLE, mask_BL.unsqueeze(-1)))
+        p_BLE = losses.probabilities(scores_BLE, mask_BL1.squeeze(-1))
+        groups = next(iter(self.groups.values()))  # of any scope: it is a mean over tokens
+        p_GNE, mask_GN = (
+            losses.in_groups(each, by_sequence=groups.by_sequence)
+            for each in (p_BLE, mask_BL1.squeeze(-1))
+        )
+        loss = anchor_loss(p_GNE, mask_GN, anchor.trained_E, groups.share)
+        return anchor.coefficient * groups.weight / groups.copies * loss
 
     def _in_sequences(self, values_BLX: Tensor) -> Tensor:
         values_BLX = local(values_BLX)

@@ -56,9 +56,10 @@ class Selector(Module):
     """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
     ``row_counts`` exists only for a backend that pads or drops. ``computed_in`` is the products'
-    dtype.
+    dtype. ``trained_E`` says which of the rank's experts learn, if not all do.
     """
 
+    trained_E: torch.Tensor | None = None
     activation: Activation = "swiglu"  # of experts with another one it is set beside the choice
 
     def _choose(self, config) -> None:

@@ -355,14 +355,15 @@ def hidden_gradients(
 @tuned
 @triton.jit(do_not_specialize=["R", "R_BUCKET"])
 def weight_gradient(
-    LEFT, RIGHT, offs, ORDER, GRAD, E, R, R_BUCKET, K, N,
+    LEFT, RIGHT, offs, ORDER, TRAINED, GRAD, E, R, R_BUCKET, K, N,
     l_r, l_k, r_r, r_n, g_e, g_k, g_n,
-    TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    SOME: tl.constexpr, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute ``GRAD[e] = LEFT[rows of e].T @ RIGHT[rows of e]``, [E, K, N]; zeros without rows.
 
-    With TOP_K, RIGHT is [T, N]: its rows are read where the tokens are.
+    With TOP_K, RIGHT is [T, N]: its rows are read where the tokens are. With SOME, an expert whose
+    entry of TRAINED is 0 gets zeros.
 
     Here rows are the terms of the sum: a tile covers BLOCK_R of K and BLOCK_K of them.
     """
@@ -374,6 +375,8 @@ def weight_gradient(
     # An expert without rows has start == end: no iteration, and the zeros of acc are stored.
     start = tl.load(offs + expert - 1, expert > 0, other=0).to(tl.int32)
     end = tl.load(offs + expert).to(tl.int32)
+    if SOME:
+        end = tl.where(tl.load(TRAINED + expert) > 0, end, start)
     ks = block * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = start + tl.arange(0, BLOCK_K)

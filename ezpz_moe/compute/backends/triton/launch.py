@@ -16,6 +16,7 @@ from ezpz_moe.compute.biases import bias_columns, bias_gradient, score_gradients
 from ezpz_moe.compute.contract import offsets_of_counts, offsets_on_device
 from ezpz_moe.compute.dispatch import row_order
 from ezpz_moe.compute.layouts import laid_out_like
+from ezpz_moe.compute.learning import has_gradients
 
 # The kernels' name for rows that are read and written in place.
 _IN_PLACE = 0
@@ -37,6 +38,12 @@ def _block_e(E: int) -> int:
     return triton.next_power_of_2(E + 1)  # one more, for the tail
 
 
+def _on_device(trained_E: Tensor | None, offs_E: Tensor) -> Tensor | None:
+    if trained_E is None:
+        return None
+    return trained_E.to(offs_E.device, torch.int32, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class _Rows:
     """The rows of a layer: their experts, and in a routed layer their choices.
@@ -47,6 +54,8 @@ class _Rows:
         order_R: which choice each row is.
         score_C: the choices' scores; C = T * K choices, one token's after the other's.
         top_k: K, or _IN_PLACE: then nobody reads order and scores, and they are any tensors.
+        trained_E: int32, on the device: above 0 for the experts whose parameters learn; None if all
+            do.
     """
 
     number: int
@@ -54,17 +63,22 @@ class _Rows:
     order_R: Tensor
     score_C: Tensor
     top_k: int
+    trained_E: Tensor | None = None
 
     @staticmethod
-    def in_place(rows_RX: Tensor, offs_E: Tensor) -> "_Rows":
-        return _Rows(rows_RX.shape[0], offs_E, offs_E, offs_E, _IN_PLACE)
+    def in_place(rows_RX: Tensor, offs_E: Tensor, trained_E: Tensor | None = None) -> "_Rows":
+        trained_E = _on_device(trained_E, offs_E)
+        return _Rows(rows_RX.shape[0], offs_E, offs_E, offs_E, _IN_PLACE, trained_E)
 
     @staticmethod
-    def of_choices(order_R: Tensor, scores_TK: Tensor, counts_E: Tensor) -> "_Rows":
+    def of_choices(
+        order_R: Tensor, scores_TK: Tensor, counts_E: Tensor, trained_E: Tensor | None = None
+    ) -> "_Rows":
         offs_E = offsets_of_counts(counts_E, order_R)
         # Contiguous, because the kernels read scores without a stride, and flatten() may be a view.
         score_C = scores_TK.flatten().contiguous()
-        return _Rows(len(order_R), offs_E, order_R, score_C, scores_TK.shape[1])
+        trained_E = _on_device(trained_E, offs_E)
+        return _Rows(len(order_R), offs_E, order_R, score_C, scores_TK.shape[1], trained_E)
 
     def written(self, like: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for a kernel's output that is in the order of choices, or in place."""
@@ -111,8 +125,10 @@ def _weight_gradient(left_RK: Tensor, right_XN: Tensor, rows: _Rows, grad_EKN: T
     kernels.weight_gradient[
         lambda meta: (E * triton.cdiv(K, meta["BLOCK_R"]) * triton.cdiv(N, meta["BLOCK_N"]),)
     ](
-        left_RK, right_XN, rows.offs_E, rows.order_R, grad_EKN, *_sizes(E, rows.number, K, N),
-        *left_RK.stride(), *right_XN.stride(), *grad_EKN.stride(), TOP_K=rows.top_k,
+        left_RK, right_XN, rows.offs_E, rows.order_R,
+        rows.offs_E if rows.trained_E is None else rows.trained_E, grad_EKN,
+        *_sizes(E, rows.number, K, N), *left_RK.stride(), *right_XN.stride(), *grad_EKN.stride(),
+        SOME=rows.trained_E is not None, TOP_K=rows.top_k,
     )  # fmt: skip
     return grad_EKN
 
@@ -198,18 +214,36 @@ def _experts_backward(
         *_sizes(E, rows.number, D, F), *grad_y_XD.stride(), *w2_in_rows_dtype_EDF.stride(),
         **experts.constants, TOP_K=rows.top_k, PART=tuning.NARROWEST, BLOCK_E=_block_e(E),
     )  # fmt: skip
-    of_parameters = list(map(torch.empty_like, (w1_EFD, w2_EDF)))
-    _weight_gradient(grad_gate_RF, x_XD, rows, of_parameters[0])
-    _weight_gradient(hidden_RF, grad_y_XD, rows, of_parameters[1].transpose(1, 2))
-    second, grad_x_XD = None, rows.written(x_XD, D)
-    if w3_EFD is not None:
-        second = (grad_up_RF, w3_EFD)
-        of_parameters.append(_weight_gradient(grad_up_RF, x_XD, rows, torch.empty_like(w3_EFD)))
-    if experts.b1_EF is not None:
-        of_parameters += _bias_gradients(experts, grad_gate_RF, grad_y_XD, grad_up_RF, rows)
+    of_parameters: list[Tensor] = []
+    if has_gradients(rows.trained_E):
+        gradients = (grad_gate_RF, hidden_RF, grad_up_RF)
+        of_parameters = _parameter_gradients(experts, gradients, grad_y_XD, x_XD, rows)
     # Both paths to x in one sum: no [R, D] in between, and one rounding.
+    second, grad_x_XD = None if w3_EFD is None else (grad_up_RF, w3_EFD), rows.written(x_XD, D)
     _multiply(grad_gate_RF, w1_EFD, rows, grad_x_XD, second)
     return of_parameters, grad_x_XD, grad_score_XP
+
+
+def _parameter_gradients(
+    experts: _Experts,
+    of_hidden: tuple[Tensor, Tensor, Tensor],
+    grad_y_XD: Tensor,
+    x_XD: Tensor,
+    rows: _Rows,
+) -> list[Tensor]:
+    """Return the gradients of weights, then of biases. ``of_hidden``: of gate, hidden itself, of
+    up.
+    """
+    grad_gate_RF, hidden_RF, grad_up_RF = of_hidden
+    w1_EFD, w2_EDF, w3_EFD, *_ = experts
+    found = list(map(torch.empty_like, (w1_EFD, w2_EDF)))
+    _weight_gradient(grad_gate_RF, x_XD, rows, found[0])
+    _weight_gradient(hidden_RF, grad_y_XD, rows, found[1].transpose(1, 2))
+    if w3_EFD is not None:
+        found.append(_weight_gradient(grad_up_RF, x_XD, rows, torch.empty_like(w3_EFD)))
+    if experts.b1_EF is not None:
+        found += _bias_gradients(experts, grad_gate_RF, grad_y_XD, grad_up_RF, rows)
+    return found
 
 
 def _bias_gradients(
@@ -262,6 +296,7 @@ def ffn(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the FFN, in two launches."""
@@ -280,6 +315,7 @@ def ffn_backward(
     b3_EF: Tensor | None,
     x_RD: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     activation: str,
@@ -287,7 +323,7 @@ def ffn_backward(
     """Return all gradients, in the launches of :func:`_experts_backward`."""
     experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_RD):
-        rows = _Rows.in_place(x_RD, offsets_of_counts(counts_E, x_RD))
+        rows = _Rows.in_place(x_RD, offsets_of_counts(counts_E, x_RD), trained_E)
         of_parameters, grad_x_RD, _ = _experts_backward(
             experts, grad_y_RD, x_RD, rows, gate_RF, up_RF
         )
@@ -305,6 +341,7 @@ def routed(
     scores_TK: Tensor,
     ids_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     num_rows: int,
     dtype: torch.dtype,
     activation: str,
@@ -329,6 +366,7 @@ def routed_backward(
     x_TD: Tensor,
     scores_TK: Tensor,
     counts_E: Tensor,
+    trained_E: Tensor | None,
     gate_RF: Tensor | None,
     up_RF: Tensor | None,
     order_R: Tensor,
@@ -338,7 +376,7 @@ def routed_backward(
     """Return all gradients, in the launches of :func:`_experts_backward` and torch's sums."""
     experts = _Experts(w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, activation)
     with torch.cuda.device_of(x_TD):
-        rows = _Rows.of_choices(order_R, scores_TK, counts_E)
+        rows = _Rows.of_choices(order_R, scores_TK, counts_E, trained_E)
         of_parameters, grad_x_XD, grad_score_XP = _experts_backward(
             experts, grad_out_TD.to(dtype), x_TD.to(dtype), rows, gate_RF, up_RF
         )

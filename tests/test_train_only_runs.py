@@ -1,0 +1,146 @@
+"""``[train_only]`` in real runs of the trainer: what is frozen keeps its bits, what learns learns.
+
+Each run goes on from one checkpoint, with the moments of a run in which all learned, for ten steps:
+as one rank; expert parallel, fully sharded, compiled and checkpointed; tensor parallel.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from dialect import ON_0_2, SINCE_2026_08
+from torch.distributed.checkpoint import FileSystemReader
+from trainer_runs import EP_2, Runs, door_1, job_folder
+
+if ON_0_2 or SINCE_2026_08:
+    pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
+
+FLAVOR = """
+inherits = "tiny"
+n_layers = 3
+n_heads = 4
+attention = "sdpa"
+compute_backend = "for_loop"
+expert_precision = "float32"
+"""
+LEARNS = {"1": [2, 0], "2": [5]}
+TABLE = '[train_only]\nexperts = { "1" = [2, 0], "2" = [5] }\n'
+SAME = ["--same-sequences", "--training.global-batch-size", "4"]
+AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
+TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
+SPLIT = "expert parallel, fully sharded, compiled, selective"
+TENSOR_PARALLEL = "tensor parallel"
+BEFORE, AFTER = "step-3", "step-13"
+
+pytestmark = [pytest.mark.train, pytest.mark.ranks]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = job_folder(tmp_path_factory.mktemp("train_only"))
+    (folder / "some.toml").write_text(FLAVOR)
+    hosts = FLAVOR.replace('"for_loop"\nexpert_precision = "float32"', '"grouped_mm"')
+    (folder / "hosts.toml").write_text(hosts)
+    return folder
+
+
+def _saved(folder: Path, name: str) -> list[str]:
+    return ["--checkpoint.enable", "--dump-folder", str(folder / name)]
+
+
+def _only(folder: Path, name: str, table: str = TABLE, flavor: str = "some", **job) -> list:
+    """Arguments that go on from the run in which all learned, with ``[train_only]``."""
+    arguments = door_1(folder, flavor, *SAME, *_saved(folder, name), **job)
+    path = next(Path(each) for each in arguments if each.endswith(".toml"))
+    other = path.with_name(f"{name.replace(', ', '_').replace(' ', '_')}.toml")
+    other.write_text(path.read_text() + table)
+    load = ["--checkpoint.initial-load-path", str(folder / "all" / "checkpoint" / BEFORE)]
+    load += ["--checkpoint.no-initial-load-model-only", "--training.steps", "13"]
+    load += ["--checkpoint.exclude-from-loading", "dataloader"]  # its ranks were others
+    return [str(other) if each == str(path) else each for each in arguments] + load
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> Runs:
+    runs = Runs(folder)
+    runs.add("all", door_1(folder, "some", *SAME, *_saved(folder, "all")))
+    runs.add("one rank", _only(folder, "one rank"))
+    runs.add("path of the host", _only(folder, "path of the host", flavor="hosts"))
+    split = _only(folder, SPLIT, checkpointing="selective")
+    runs.add(SPLIT, [*split, *EP_2, *AOT], ranks=2)
+    runs.add(TENSOR_PARALLEL, [*_only(folder, TENSOR_PARALLEL), *TP_2], ranks=2)
+    gates = '[train_only]\nrouter = true\nexperts = { "2" = [1] }\nanchor = 0.5\n'
+    runs.add("gates", _only(folder, "gates", gates))
+    return runs
+
+
+def _state(folder: Path, run: str, step: str) -> dict[str, torch.Tensor]:
+    path = folder / run / "checkpoint" / step
+    entries = FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    return state
+
+
+def _moved(folder: Path, run: str) -> dict[str, list[int]]:
+    """Which rows of which parameters and buffers of the model ten steps have changed."""
+    before, after = _state(folder, "all", BEFORE), _state(folder, run, AFTER)
+    changed = {
+        name: (before[name] != after[name]).flatten(1).any(1).nonzero().flatten().tolist()
+        for name in before
+        if name.startswith(("layers.", "tok_embeddings", "norm", "output", "lm_head"))
+        and before[name].dim() > 1
+    }
+    flat = [name for name in before if name.startswith("layers.") and before[name].dim() < 2]
+    changed |= {name: [0] for name in flat if not torch.equal(before[name], after[name])}
+    assert len(changed) + len(flat) > 30
+    return {name: rows for name, rows in changed.items() if rows}
+
+
+STACKS = ("w1_EFD", "w2_EDF", "w3_EFD")
+
+
+@pytest.mark.parametrize("run", ["one rank", "path of the host", SPLIT, TENSOR_PARALLEL])
+def test_what_is_frozen_keeps_its_bits(runs, folder, run):
+    _, record = runs["all"], runs[run][0]
+    of_experts = "layers.{}.moe.routed_experts.inner_experts.{}"
+    assert _moved(folder, run) == {
+        of_experts.format(layer, stack): sorted(experts)
+        for layer, experts in LEARNS.items()
+        for stack in STACKS
+    }
+    assert len(record["losses"]) == 10
+
+
+@pytest.mark.parametrize("run", [SPLIT, TENSOR_PARALLEL])
+def test_what_learns_learns_the_same_however_it_is_split(runs, folder, run):
+    _, one, other = runs["all"], runs["one rank"][0], runs[run][0]
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+def test_moments_of_frozen_rows_are_forgotten(runs, folder):
+    _, _ = runs["all"], runs["one rank"]
+    before, after = _state(folder, "all", BEFORE), _state(folder, "one rank", AFTER)
+    moments = [name for name in after if "exp_avg" in name]
+    assert len(moments) == 2 * len(STACKS) * len(LEARNS)
+    for name in moments:
+        experts = LEARNS[name.split(".layers.")[1][0]]
+        rows = after[name].flatten(1).any(1).nonzero().flatten().tolist()
+        assert rows == sorted(experts)
+        assert before[name].flatten(1).any(1).sum() > len(experts)
+
+
+def test_gates_learn_beside_an_expert(runs, folder):
+    """And nothing else: neither the other experts nor the biases that choose."""
+    _, _ = runs["all"], runs["gates"]
+    gates = {f"layers.{layer}.moe.router.gate.weight" for layer in (1, 2)}
+    moved = _moved(folder, "gates")
+    assert moved.keys() - gates == {
+        f"layers.2.moe.routed_experts.inner_experts.{stack}" for stack in STACKS
+    }
+    assert gates <= moved.keys()
