@@ -51,6 +51,11 @@ _IN_OUR_WORDS = {
     "training.dataset_path": "Where it is: a folder, a file, or what the data set takes",
     "validation.dataset": "The held-out text",
     "validation.dataset_path": "Where it is",
+    "train_only.experts": 'Which experts learn, by layer, or `"all"`, or a file of shares: '
+    "[the guide](../guides/experts.md#train-some-of-them)",
+    "train_only.router": "Whether the gates of all layers learn too",
+    "train_only.share": "Of a file: so much of a layer's tokens the experts have that learn; 0.2",
+    "train_only.anchor": "Coefficient of the loss that keeps tokens with the experts that learn",
 }
 
 

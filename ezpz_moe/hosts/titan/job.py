@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Annotated, Any
 
 import tyro
@@ -43,12 +42,10 @@ from torchtitan.trainer import Trainer
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.job import Job, flavor_of
-from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.train_only import train_only_of
 from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
-from ezpz_moe.hosts.backends import backend_of
-from ezpz_moe.hosts.cpu import no_accelerator, sum_reduction_on_gloo
+from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
 from ezpz_moe.hosts.titan import precision, router_remarks
 from ezpz_moe.hosts.titan.activation_checkpointing import (
@@ -67,6 +64,7 @@ from ezpz_moe.hosts.titan.models import (
     what_differs,
     what_it_equals,
 )
+from ezpz_moe.hosts.titan.reporting import metrics, reporting_drops
 from ezpz_moe.hosts.titan.validation import WholeTextValidator
 
 _ACTIVATION_CHECKPOINTING: dict[str, type[ActivationCheckpointing.Config] | None] = {
@@ -152,7 +150,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
         EzpzError: the flavor, the data or a combination of settings is wrong; the message names
             the job.
     """
-    flavor = _reporting_drops(flavor_of(job))
+    flavor = reporting_drops(flavor_of(job))
     spec = model_spec(
         flavor,
         why=f"asked for by flavor {flavor.name} in {job.path or flavor.source}",
@@ -171,10 +169,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
     # Not JobConfig(), which would already check itself.
     sections = _fields(Trainer.Config()) | _sections(job, flavor, spec)
     sections["activation_checkpoint"] = keeping_products(sections["activation_checkpoint"])
-    if flavor.is_watched:
-        sections["metrics"] = _metrics(flavor.reported)
-    elif no_accelerator():
-        sections["metrics"] = _without_mfu(sections["metrics"])
+    sections["metrics"] = metrics(flavor, sections["metrics"])
     _refuse_options_of_another_mode(job, sections["activation_checkpoint"])
     # The job's own values come last in the merge, so they win over what suits this CPU.
     ours = _cpu_values(job) | (in_float32 := precision.values(job))
@@ -217,18 +212,6 @@ def _told(config: JobConfig, host_flags: Sequence[str]) -> JobConfig:
     return told
 
 
-def _reporting_drops(flavor: Flavor) -> Flavor:
-    """Return ``flavor`` with telemetry if its backend drops tokens, to report them in every run.
-
-    Raises:
-        EzpzError: the backend does not load or takes no such options.
-    """
-    drops_tokens = backend_of(flavor).drops_tokens
-    if flavor.telemetry is None and drops_tokens:
-        return flavor.model_copy(update={"telemetry": Telemetry()})
-    return flavor
-
-
 def _train_only(spec: ModelSpec, job: Job, flavor: Flavor) -> Any:
     """Freeze what the job's ``[train_only]`` does not name, in place; return what learns."""
     said = train_only_of(job)
@@ -237,27 +220,6 @@ def _train_only(spec: ModelSpec, job: Job, flavor: Flavor) -> Any:
     with titan().importing():  # only such a job needs this from the host
         from ezpz_moe.hosts.titan.train_only import train_only
     return train_only(spec, said, flavor)
-
-
-def _metrics(telemetry: Telemetry | None) -> Any:
-    """Return the host's defaults with ``telemetry``; it logs whenever the routers report."""
-    with titan().importing():  # only such a flavor needs this from the host
-        from ezpz_moe.hosts.titan.metrics import RouterMetrics
-    metrics = RouterMetrics.Config(telemetry=telemetry)
-    if telemetry:
-        # A common divisor: a record is written only on a step that the host logs.
-        metrics.log_freq = gcd(metrics.log_freq, *telemetry.cadences.values())
-    return metrics
-
-
-def _without_mfu(metrics: Any) -> Any:
-    """Return the host's defaults for a run on a CPU, whose MFU means nothing."""
-    # No run ends for a figure in its log: `ezpz-moe doctor` says what has changed in the host.
-    try:
-        from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
-    except (ImportError, AttributeError, TypeError):
-        return metrics
-    return CpuMetrics.Config()
 
 
 def _sections(job: Job, flavor: Flavor, spec: ModelSpec) -> dict[str, Any]:
