@@ -187,7 +187,14 @@ def _same_sequences(trainer, dataloader, *, has_documents):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += ("--same-sequences", "--documents", "--infinite-logit", "--layers", "--tiny-bases", "--count-sent")
+    own += (
+        "--same-sequences",
+        "--documents",
+        "--infinite-logit",
+        "--layers",
+        "--tiny-bases",
+        "--count-sent",
+    )
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]
