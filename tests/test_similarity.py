@@ -135,10 +135,10 @@ def test_bfloat16_inputs_are_compared_in_float32() -> None:
     of = Similarity(strength=0.5, window=8)
     scores_BLE, x_BLD = (each.detach() for each in case(L, torch.float32))
     x_BLD, documents_BL = x_BLD.bfloat16(), documents_of(positions(L))
-    expected_BLE = averaged(scores_BLE, x_BLD.float(), documents_BL, of)
+    expected_BLE = dense(scores_BLE.double(), x_BLD.double(), documents_BL, of)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found_BLE = averaged(scores_BLE, x_BLD, documents_BL, of)
-    assert torch.equal(found_BLE, expected_BLE)
+    assert off(found_BLE, expected_BLE) <= (2 * (2 * D + 7) / of.temperature + 2 * 8 + 8) * U
 
 
 def test_a_token_of_zeros_has_finite_gradients() -> None:

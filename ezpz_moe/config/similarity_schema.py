@@ -1,4 +1,4 @@
-"""What a flavor may say in ``[router.similarity]``; the function is in ``routing/similarity.py``."""
+"""What a flavor may say in ``[router.similarity]``; ``routing/similarity.py`` has the formula."""
 
 from __future__ import annotations
 

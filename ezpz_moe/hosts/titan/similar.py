@@ -74,7 +74,7 @@ def averaged_scores(
     Raises:
         ValueError: nobody has told the router of positions, or they are not those of its tokens.
     """
-    if isinstance(positions_BL, str):
+    if positions_BL is UNTOLD:
         raise ValueError(
             "[router] similarity: the router has not been told of its tokens' documents. It works "
             "in a model whose blocks are the flavor's, not by itself"
