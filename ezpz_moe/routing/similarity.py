@@ -4,8 +4,7 @@ A token's scores become
 
     (1 - s) scores_i + s sum_j a_ij scores_j,    a_i = softmax over j of cos(x_i, x_j) / temperature
 
-where x is the router's input and j are the last ``window`` tokens of i's document, i included. Like
-tokens then choose like experts, and a small change of the gate sends fewer of them elsewhere.
+where x is the router's input and j are the last ``window`` tokens of i's document, i included.
 
 Source: the Similarity-Aware MoE of Graph of Tokens, arXiv 2505.00792. Not from there: the
 window, which makes the cost linear in L; only earlier tokens, without which a token's experts would
