@@ -123,6 +123,7 @@ ROUTER = [
     Change("`padding`", router(PADDING), router(f'{PADDING}\npadding = "trailing"')),
     Change("`dispatch_padding`", router(PADDING), router(f"{PADDING}\ndispatch_padding = true")),
     Change("`keep_top1_score`", Setup(), router("keep_top1_score = true")),
+    Change("`similarity`", Setup(), router("similarity = { strength = 0.5 }")),
     Change("`null_experts`: another gate", Setup(), router(NULL_EXPERTS)),
     Change("`copy_experts`: another gate", Setup(), router("copy_experts = 2")),
     Change("`constant_experts`: another gate", Setup(), router("constant_experts = 2")),

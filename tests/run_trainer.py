@@ -83,12 +83,13 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for eight flags of our own.
+    """Train as ``torchtitan.train`` would, but for nine flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
     route; ``--same-sequences`` has a step train on the same sequences however they are cut into
-    microbatches and shared out to ranks (torchtitan 0.3);
+    microbatches and shared out to ranks (torchtitan 0.3), and ``--documents`` beside it cuts each
+    into documents of its own lengths;
     ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
     later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
@@ -121,7 +122,8 @@ def run(arguments: list[str]) -> dict:
         with torch.no_grad():
             _whole(last.router.gate.bias)[0] = -torch.inf
     if "--same-sequences" in own_flags:
-        trainer.batch_generator = partial(_same_sequences, trainer)
+        cut = "--documents" in own_flags
+        trainer.batch_generator = partial(_same_sequences, trainer, has_documents=cut)
     experts = [module for module in modules if isinstance(module, Experts)]
     if "--rounding-noise" in own_flags:
         noise = torch.Generator().manual_seed(int(own_flags["--rounding-noise"]))
@@ -150,10 +152,11 @@ def run(arguments: list[str]) -> dict:
     return record
 
 
-def _same_sequences(trainer, dataloader):
+def _same_sequences(trainer, dataloader, *, has_documents):
     """This rank's microbatches of steps whose sequences depend on the step and its size alone.
 
-    Every sequence ends in padding (token 0) of another length, but the first, which has none.
+    Every sequence ends in padding (token 0) of another length, but the first, which has none, and
+    is one document, or several of a length that no other sequence's have.
     """
     from ezpz_moe.hosts.titan.labelled import COUNTED, is_labelled
 
@@ -169,9 +172,12 @@ def _same_sequences(trainer, dataloader):
         tokens_BL = torch.randint(1, 2048, (whole, length + 1), generator=draw)
         for sequence, tokens_L in enumerate(tokens_BL):
             tokens_L[length + 1 - sequence * 7 :] = 0
-        for of_rank_BL in tokens_BL[rank * whole // ranks :][: whole // ranks].split(size):
+        of_documents_B1 = 31 + 7 * torch.arange(whole).unsqueeze(-1) if has_documents else length
+        positions_BL = (torch.arange(length) % of_documents_B1).expand(whole, -1)
+        of_rank = slice(rank * whole // ranks, (rank + 1) * whole // ranks)
+        of_microbatches = (each[of_rank].split(size) for each in (tokens_BL, positions_BL))
+        for of_rank_BL, positions_BL in zip(*of_microbatches, strict=True):
             trainer.metrics_processor.data_loading_times.append(0.0)
-            positions_BL = torch.arange(length).expand(size, -1)
             inputs = {"input": of_rank_BL[:, :-1].clone(), "positions": positions_BL.clone()}
             if is_labelled(config.dataloader):  # as if the padding's labels were ignored
                 inputs[COUNTED] = inputs["input"] != 0
@@ -181,7 +187,14 @@ def _same_sequences(trainer, dataloader):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += ("--same-sequences", "--infinite-logit", "--layers", "--tiny-bases", "--count-sent")
+    own += (
+        "--same-sequences",
+        "--documents",
+        "--infinite-logit",
+        "--layers",
+        "--tiny-bases",
+        "--count-sent",
+    )
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]

@@ -30,6 +30,10 @@ start = 2.0
 end = 0.5
 steps = 1000
 shape = "cosine"
+[router.similarity]
+strength = 0.5
+window = 32
+temperature = 0.25
 [balance]
 aux_loss = 0.01
 mse_loss = 1
@@ -59,7 +63,7 @@ def test_the_defaults() -> None:
     one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
     none = {"aux_loss": 0, "mse_loss": 0, "z_loss": 0}
     router = ("topk", 0, None, False, one, "identity", None, "token", None, 0, 0, 0, None, False)
-    router += (1e-4, 100, 0, 0)
+    router += ({"strength": 0, "window": 64, "temperature": 0.2}, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
         *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
@@ -84,6 +88,7 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
         "constant_experts": 3,
         "top_k": 5,
         "keep_top1_score": True,
+        "similarity": {"strength": 0.5, "window": 32, "temperature": 0.25},
     }
     assert flavor.router.zero_computation_experts == 6
     assert flavor.router.temperature == Schedule(start=2.0, end=0.5, steps=1000, shape="cosine")

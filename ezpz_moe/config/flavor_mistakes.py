@@ -16,6 +16,7 @@ from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.layer_sizes import FORMS
 from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
 from ezpz_moe.config.schema import Data
+from ezpz_moe.config.similarity_schema import Similarity
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.errors import did_you_mean
 
@@ -25,6 +26,7 @@ TABLES: dict[str, type[Data]] = {
     "change": Change,
     "init": Init,
     "router": Router,
+    "router.similarity": Similarity,
     "balance": Balance,
     **{f"balance.{scope}": Losses for scope in SCOPES},
     "telemetry": Telemetry,
@@ -62,9 +64,9 @@ def messages(
         elif error["type"] == "missing":
             missing.append(key)
         elif error["type"] == "extra_forbidden":
-            table, _, inner = key.partition(".")
-            name = inner.rpartition(".")[2]
-            meant = meaning(name, _table_keys(table), homes(name))
+            table, _, name = key.rpartition(".")
+            known = table if table in TABLES else table.partition(".")[0]
+            meant = meaning(name, _table_keys(known), homes(name))
             yield f"{file}: unknown key {key!r}.{meant}"
         # Several keys do not fit together, so there is no single value to show.
         elif error["type"] == "mistake" and (not key or key in TABLES):

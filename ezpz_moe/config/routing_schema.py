@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ezpz_moe.config.schema import Data, Steps, mistake
+from ezpz_moe.config.similarity_schema import Similarity
 
 DEFAULT_JITTER = 0.01
 
@@ -105,6 +106,7 @@ class Router(Data):
     constant_experts: _NoExperts = 0
     top_k: Experts | None = None
     keep_top1_score: bool = False
+    similarity: Similarity = Similarity()
     sinkhorn_tolerance: _Positive = 1e-4
     sinkhorn_iterations: Steps = 100
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -321,6 +323,12 @@ def _router_conflicts(router: Router) -> Iterator[str]:
     zero_computation = ("null_experts", "copy_experts", "constant_experts")
     if router.routing != "topk" and (changed := _changed(router, zero_computation)):
         yield f'{_with_verb(changed, "needs", "need")} routing = "topk", not "{router.routing}"'
+    if router.routing != "topk" and (strength := router.similarity.strength):
+        yield (
+            f'similarity.strength = {strength:g} needs routing = "topk", not "{router.routing}", '
+            "which does not choose by a token's own scores; remove one, or if the strength is "
+            "inherited set it to 0"
+        )
     if router.top_k is not None and not router.zero_computation_experts:
         yield (
             f"top_k = {router.top_k} applies only with zero-computation experts; without them the "

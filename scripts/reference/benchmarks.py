@@ -1,4 +1,4 @@
-"""Every archive of docs/internals/benchmarks, with its command; and the table of one of them."""
+"""Every archive of docs/internals/benchmarks, with its command; and the tables of two of them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import tables
 
 PAGE = "docs/internals/benchmarks/index.md"
 METHODS = "docs/internals/benchmarks/methods.md"
+ROUTING = "docs/reference/routing.md"
 
 
 def made() -> dict[str, dict[str, str]]:
     """Return the tables by document and name."""
-    rows = json.loads((tables.ROOT / METHODS).with_suffix(".json").read_text())["table"]
     return {
         PAGE: {"archives": tables.markdown(_archives())},
-        METHODS: {"methods": tables.markdown(rows, right=rows[0].keys() - {"method"})},
+        METHODS: {"methods": _table("methods", "method")},
+        ROUTING: {"rerouting": _table("rerouting", "strength")},
     }
+
+
+def _table(archive: str, first: str) -> str:
+    """Return an archive's own table, with numbers in all columns but the first."""
+    file = (tables.ROOT / PAGE).with_name(f"{archive}.json")
+    rows = json.loads(file.read_text())["table"]
+    return tables.markdown(rows, right=rows[0].keys() - {first})
 
 
 def _archives() -> Iterator[dict[str, str]]:

@@ -21,6 +21,7 @@ from ezpz_moe.config.job import allowed
 from ezpz_moe.config.keys import Key
 from ezpz_moe.config.routing_schema import Balance, Router, Schedule
 from ezpz_moe.config.schema import Data
+from ezpz_moe.config.similarity_schema import Similarity
 from ezpz_moe.config.telemetry_schema import Telemetry
 
 _PLACES = (
@@ -29,6 +30,7 @@ _PLACES = (
     ("docs/reference/flavors.md", "keys of change"),
     ("docs/reference/flavors.md", "keys of init"),
     ("docs/reference/routing.md", "keys of router"),
+    ("docs/reference/routing.md", "keys of similarity"),
     ("docs/reference/routing.md", "keys of balance"),
     ("docs/reference/metrics.md", "keys of telemetry"),
 )
@@ -46,6 +48,7 @@ def made() -> dict[str, dict[str, str]]:
         "keys of change": list(_rows(Change)),
         "keys of init": list(_rows(Init)),
         "keys of router": list(_rows(Router)),
+        "keys of similarity": list(_rows(Similarity)),
         "keys of balance": list(_rows(Balance)),
         "keys of telemetry": list(_rows(Telemetry)),
     }

@@ -87,6 +87,23 @@ REFUSED = {
         '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
         "balanced. cannot be combined with .* 'partial_dtensor' and tensor parallelism",
     ),
+    "averages and distributed tensors": (
+        "similarity = { strength = 0.5 }",
+        '[parallelism]\nspmd_backend = "partial_dtensor"\ntensor_parallel_degree = 2',
+        "similarity.strength = 0.5 cannot be combined with .* and tensor parallelism, where a "
+        'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types"',
+    ),
+    "averages over what another rank has": (
+        "similarity = { strength = 0.5 }",
+        "[parallelism]\ncontext_parallel_degree = 2",
+        "similarity.strength = 0.5 cannot be combined with parallelism.context_parallel_degree = 2",
+    ),
+    "averages over what a rank of its group has": (
+        "similarity = { strength = 0.5 }",
+        f"{EP}tensor_parallel_degree = 2",
+        "similarity.strength = 0.5 cannot be combined with parallelism.tensor_parallel_degree and "
+        "expert_parallel_degree both above 1: .* does not see the tokens before",
+    ),
     "two that choose": (
         'routing = "sinkhorn"',
         "[debug]\nmoe_force_load_balance = true",

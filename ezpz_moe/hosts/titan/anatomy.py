@@ -7,6 +7,7 @@ dimension.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.config.flavors import Flavor
+from ezpz_moe.config.routing_schema import Router
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
 from ezpz_moe.hosts.titan.attention import left_window
@@ -27,6 +29,7 @@ from ezpz_moe.hosts.titan.mixed import written_name
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.parameters import build_on_meta
 from ezpz_moe.hosts.titan.precision import in_words
+from ezpz_moe.routing.similarity import multiplied
 
 SCORES = "attention scores"
 
@@ -66,6 +69,8 @@ def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> 
     # here.
     scores = costs.get(SCORES, Cost())
     costs[SCORES] = replace(scores, forward=_score_flops(config, model, seq_len))
+    if averaging := _averaging_flops(config, seq_len):
+        costs["router"] += Cost(forward=averaging)
     return Anatomy(
         costs=costs,
         dim=config.dim,
@@ -111,6 +116,18 @@ def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
             window = None if windows[path] < 0 else windows[path] + 1
             # 2 FLOPs for a multiplication and an addition.
             flops += 2 * heads * (qk_dim + v_dim) * mean_keys(seq_len, window)
+    return flops
+
+
+def _averaging_flops(config: Any, seq_len: int) -> float:
+    """Return forward FLOPs per token in all layers: cosines of tokens, and means of scores."""
+    flops = 0.0
+    for _, moe, _, _ in config.traverse(MoE.Config):
+        # The host's own router has no settings.
+        similarity = getattr(moe.router, "settings", Router()).similarity
+        if similarity.strength:
+            each = partial(multiplied, seq_len, similarity.window)
+            flops += 2 * (each(config.dim) + each(moe.router.num_experts)) / seq_len
     return flops
 
 

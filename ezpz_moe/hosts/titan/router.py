@@ -25,6 +25,7 @@ from torchtitan.protocols.module import Module
 from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scope
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
+from ezpz_moe.hosts.titan.similar import UNTOLD, averaged_scores
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.anchor import Anchor, anchor_loss
 from ezpz_moe.routing.assignment import (
@@ -139,6 +140,7 @@ class _Router(Module):
         # A run that dumps says so: with the layer's number, and this rank's tokens in a step.
         self.is_kept, self.layer, self.tokens_of_step = False, 0, 0
         self.anchor: Anchor | None = None  # set where some experts learn
+        self.positions: Any = UNTOLD  # of this microbatch, from the layer's block
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
         self.step = 1
         # Not persistent: a checkpoint must have the same keys as the host's own model. On the
@@ -180,8 +182,10 @@ class _Router(Module):
 
         Device syncs: those of sinkhorn, in training.
         """
-        # The host's forward knows two functions.
-        route = super().forward if self.score_func in ("softmax", "sigmoid") else self._route
+        # The host's forward knows two functions, and a token's own scores.
+        is_the_hosts = self.score_func in ("softmax", "sigmoid")
+        is_the_hosts &= not self.settings.similarity.strength
+        route = super().forward if is_the_hosts else self._route
         weights_BLK, ids_BLK, scores_BLE = route(x_BLD, expert_bias_E)
         # Taken from the gate at once: it would keep the graph of this microbatch alive.
         logits_BLE, self.gate.logits_BLE = self.gate.logits_BLE, None
@@ -206,10 +210,13 @@ class _Router(Module):
         return weights_BLK, ids_BLK, scores_BLE
 
     def _route(self, x_BLD: Tensor, expert_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route as the host does, with scores that it does not know."""
+        """Route as the host does, with scores that it does not know, or averages of them."""
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         scores_BLE = scores_of(logits_BLE, self.score_func)
+        if self.settings.similarity.strength:
+            positions_BL, self.positions = self.positions, UNTOLD
+            scores_BLE = averaged_scores(scores_BLE, x_BLD, positions_BL, self.settings.similarity)
         by_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
         if self._rules.limited is not None:
             by_BLE = self._rules.limited(by_BLE)

@@ -33,6 +33,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         _whole_tensors,
         _host_syncs,
         _shared_sequences,
+        _cut_windows,
         _forced,
         _drawn_again,
     )
@@ -133,9 +134,13 @@ def _whole_tensors(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     backend, degree = parallelism.spmd_backend, parallelism.tensor_parallel_degree
     # full_dtensor distributes everything, partial_dtensor what tensor parallelism cuts.
     is_distributed = backend == "full_dtensor" or (backend != "spmd_types" and degree > 1)
-    if settings.routing != "topk" and is_distributed:
+    strength = settings.similarity.strength
+    if is_distributed and (settings.routing != "topk" or strength):
+        asked = f'routing = "{settings.routing}"'
+        if strength:
+            asked = f"similarity.strength = {strength:g}"
         yield (
-            f'[router] routing = "{settings.routing}" cannot be combined with '
+            f"[router] {asked} cannot be combined with "
             f"parallelism.spmd_backend = {backend!r}"
             f"{' and tensor parallelism' if backend != 'full_dtensor' else ''}, where a "
             f'router\'s tensors are distributed. Set parallelism.spmd_backend to "spmd_types".'
@@ -159,6 +164,23 @@ def _shared_sequences(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             f'[balance] scope = "sequence" cannot be combined with {degrees} on this torchtitan, '
             'where ranks share the tokens of all sequences. Set [balance] scope to "batch", or '
             "move the losses of [balance.sequence] to [balance.batch]."
+        )
+
+
+def _cut_windows(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Refuse windows of earlier tokens where a rank routes only a part of each sequence."""
+    if not (strength := settings.similarity.strength):
+        return
+    parallelism = config.parallelism
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    named = f"[router] similarity.strength = {strength:g} cannot be combined with parallelism."
+    why = "a rank's router does not see the tokens before its part of a sequence"
+    if cp > 1:
+        yield f"{named}context_parallel_degree = {cp}: {why}. Set it to 1, or remove the key."
+    if tp > 1 and parallelism.expert_parallel_degree > 1:
+        yield (
+            f"{named}tensor_parallel_degree and expert_parallel_degree both above 1: {why}. Set "
+            "one of them to 1, or remove the key."
         )
 
 

@@ -22,6 +22,7 @@ from ezpz_moe.hosts.titan.dispatchers import cuts_padding
 from ezpz_moe.hosts.titan.labelled import COUNTED
 from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
 from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
+from ezpz_moe.hosts.titan.similar import tell_documents
 from ezpz_moe.hosts.titan.zero_computation import dispatch_padding, with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
 from ezpz_moe.routing.counters import apart
@@ -44,6 +45,8 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
         # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance, flavor.router_group_score)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
+    if settings.similarity.strength:
+        tell_documents(spec.model)
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
     spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
 

@@ -111,6 +111,8 @@ def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
         yield 'router.routing = "balanced" chooses experts without looking at the token'
     if router.activation != "identity":
         yield f'router.activation = "{router.activation}"'
+    if strength := router.similarity.strength:
+        yield f"router.similarity.strength = {strength:g}"
     schedule = router.temperature
     if step is None and not schedule.is_constant:
         yield (
