@@ -1,12 +1,15 @@
 """What every tile choice of the Triton kernels takes on GPUs that need not be here.
 
     python benchmarks/triton_tiles.py > docs/internals/benchmarks/triton_tiles.md    half an hour
+    python benchmarks/triton_tiles.py --ffns all                                     hours
     python benchmarks/triton_tiles.py --target sm90 --dtype float32 --launch multiply
 
 Compiles every launch of a routed layer and of the expert FFN with each of the tile sizes that it
 may be given, for the arguments with which the backend would launch it. Prints a table in Markdown:
 registers of a thread, bytes that spill from them, shared memory of a program, and tensor memory.
-The exit code is 1 if a choice spills or does not fit. It says nothing about time.
+With ``--ffns all`` it compiles every activation with biases and without, and prints of a launch
+that is not SwiGLU's the choice that takes most. The exit code is 1 if a choice spills or does not
+fit. It says nothing about time.
 """
 
 from __future__ import annotations
@@ -19,17 +22,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.arguments import NO_BIASES
 from ezpz_moe.compute.backends.triton import kernels, launch, tuning
 
 KERNELS = ("gate_and_up", "multiply", "hidden_gradients", "weight_gradient")
 EXPERTS, DIM, HIDDEN, TOP_K, TOKENS = 128, 2048, 768, 8, 8192  # Qwen3-30B-A3B's
+PLAIN = (("swiglu", False),)
+FFNS = {"swiglu": PLAIN, "all": tuple(product(ACTIVATIONS, (False, True)))}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -97,8 +104,12 @@ class Needs:
     tensor: int
 
 
-def launches(dtype: torch.dtype) -> list[Launch]:
-    """Every launch of a routed layer and of the FFN, forward and backward, by its name once."""
+def launches(dtype: torch.dtype, ffns: Sequence[tuple[str, bool]] = PLAIN) -> list[Launch]:
+    """Every launch of a routed layer and of the FFN, forward and backward, by its name once.
+
+    Args:
+        ffns: activations, and whether products have biases.
+    """
     found: dict[str, Launch] = {}
 
     def note(tuner: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -110,40 +121,48 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         tuner = getattr(kernels, kernel)
         tuner.run = partial(note, tuner)
     try:
-        _launch_all(dtype)
+        for activation, biased in ffns:
+            _launch_all(dtype, activation, biased)
     finally:
         for kernel in KERNELS:
             del getattr(kernels, kernel).run
     return list(found.values())
 
 
-def _launch_all(dtype: torch.dtype) -> None:
+def _launch_all(dtype: torch.dtype, activation: str, biased: bool) -> None:
     rows = TOKENS * TOP_K
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = empty(EXPERTS, HIDDEN, DIM), empty(EXPERTS, DIM, HIDDEN), empty(EXPERTS, HIDDEN, DIM)
-    parameters = (*weights, *NO_BIASES)
+    def up(*shape: int) -> torch.Tensor | None:
+        return empty(*shape) if ACTIVATIONS[activation].is_gated else None
+
+    weights = empty(EXPERTS, HIDDEN, DIM), empty(EXPERTS, DIM, HIDDEN), up(EXPERTS, HIDDEN, DIM)
+    biases = empty(EXPERTS, HIDDEN), empty(EXPERTS, DIM), up(EXPERTS, HIDDEN)
+    parameters = (*weights, *(biases if biased else NO_BIASES))
     scores, x = empty(TOKENS, TOP_K, dtype=torch.float32), empty(TOKENS, DIM)
     ids, counts = empty(TOKENS, TOP_K, dtype=torch.int64), empty(EXPERTS, dtype=torch.int64)
-    inputs, last = (*parameters, x, scores), (dtype, "swiglu")
+    inputs, last = (*parameters, x, scores), (dtype, activation)
     counted = (counts, None)  # every expert learns
     _, *saved = launch.routed(*inputs, ids, *counted, rows, *last)
     launch.routed_backward(x, *inputs, *counted, *saved, *last)
     launch.routed_backward(x, *inputs, *counted, None, None, saved[2], *last)
     inputs = (*parameters, empty(rows, DIM), *counted)
-    _, *saved = launch.ffn(*inputs, "swiglu")
-    launch.ffn_backward(inputs[6], *inputs, *saved, "swiglu")
-    launch.ffn_backward(inputs[6], *inputs, None, None, "swiglu")
+    _, *saved = launch.ffn(*inputs, activation)
+    launch.ffn_backward(inputs[6], *inputs, *saved, activation)
+    launch.ffn_backward(inputs[6], *inputs, None, None, activation)
 
 
 def _name(kernel: str, arguments: dict[str, Any]) -> str:
+    activation = arguments.get("ACTIVATION", "swiglu")
     what = {
         "of a routed layer": arguments["TOP_K"] > 0,
         "two products": arguments.get("SECOND", False),
         "nothing kept": not arguments.get("HIDDEN_TOO", True),
         "transposed": arguments.get("g_k") == 1,
+        activation: activation != "swiglu",
+        "biases": arguments.get("BIASED", False),
     }
     return ", ".join([kernel, *(words for words, true in what.items() if true)])
 
@@ -183,6 +202,28 @@ def wrong(it: Needs, target: Target) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A launch with one of its choices, what that takes, and what is wrong with it."""
+
+    name: str
+    config: triton.Config
+    needs: Needs
+    remarks: list[str]
+
+    @classmethod
+    def of(cls, each: Launch, config: triton.Config, target: Target) -> Compiled:
+        it = needs(each.compiled(config, target))
+        return cls(each.name, config, it, wrong(it, target))
+
+    def row(self, tensor: bool) -> str:
+        it, config = self.needs, self.config
+        tile = " x ".join(str(config.kwargs[f"BLOCK_{letter}"]) for letter in "RNK")
+        cells = [self.name, tile, config.num_warps, config.num_stages, it.registers, it.spilled]
+        cells += [f"{it.shared / 1024:.1f}", *([it.tensor] if tensor else [])]
+        return f"| {' | '.join(map(str, [*cells, ', '.join(self.remarks)]))} |"
+
+
 _HEAD = """
 ## {target}, {dtype}
 
@@ -190,33 +231,31 @@ _HEAD = """
 |---|---|---|---|---|---|---|{line}---|"""
 
 
-def report(targets: Sequence[str], dtypes: Sequence[str], launched: str) -> int:
+def report(targets: Sequence[str], dtypes: Sequence[str], launched: str, ffns: str) -> int:
     """Print the tables; return how many choices are wrong."""
     print(f"# Tile choices of the `triton` backend, compiled by Triton {triton.__version__}")
     print("\nWritten by `benchmarks/triton_tiles.py`. No GPU has run them.")
-    number = 0
+    number, plain = 0, {each.name for each in launches(torch.bfloat16)}
     for name in targets:
         target = TARGETS[name]
         tensor = name == "sm100"
         for dtype in dtypes:
             column = {"tensor": "tensor memory | " * tensor, "line": "---|" * tensor}
             print(_HEAD.format(target=name, dtype=dtype, **column))
-            for each in launches(DTYPES[dtype]):
+            for each in launches(DTYPES[dtype], FFNS[ffns]):
                 if launched not in each.name:
                     continue
-                for config in each.choices(target):
-                    it = needs(each.compiled(config, target))
-                    remarks = wrong(it, target)
-                    number += bool(remarks)
-                    print(_row(each, config, it, remarks, tensor), flush=True)
+                found = [Compiled.of(each, config, target) for config in each.choices(target)]
+                number += sum(bool(of.remarks) for of in found)
+                for of in found if each.name in plain else _most(found):
+                    print(of.row(tensor), flush=True)
     return number
 
 
-def _row(each: Launch, config: triton.Config, it: Needs, remarks: list[str], tensor: bool) -> str:
-    tile = " x ".join(str(config.kwargs[f"BLOCK_{letter}"]) for letter in "RNK")
-    cells = [each.name, tile, config.num_warps, config.num_stages, it.registers, it.spilled]
-    cells += [f"{it.shared / 1024:.1f}", *([it.tensor] if tensor else []), ", ".join(remarks)]
-    return f"| {' | '.join(map(str, cells))} |"
+def _most(found: Sequence[Compiled]) -> list[Compiled]:
+    """The choices that are wrong, or the one that takes most registers."""
+    bad = [each for each in found if each.remarks]
+    return bad or [max(found, key=lambda each: each.needs.registers)]
 
 
 def main() -> int:
@@ -226,8 +265,9 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--launch", default="", help="only launches whose name has this in it")
+    parser.add_argument("--ffns", choices=FFNS, default="swiglu", help="without biases, or all")
     given = parser.parse_args()
-    number = report(given.target, given.dtype, given.launch)
+    number = report(given.target, given.dtype, given.launch, given.ffns)
     print(f"\n{number} choices spill or do not fit." if number else "\nNone spills, all fit.")
     return bool(number)
 

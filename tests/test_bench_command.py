@@ -115,6 +115,8 @@ def test_a_backend_that_breaks_is_an_exit_code(monkeypatch, capsys) -> None:
         (["--backends", "for_loop(recomput=true)"], ["'recomput'", "recompute"]),
         (["--backends", "grouped_mm", "--dtype", "float64"], ["grouped_mm", "float64", "use for"]),
         (["--against", "sonicmoe"], ["sonicmoe", "--device cuda"]),
+        (["--against", "stock", "--bias"], ["stock cannot", "SwiGLU without biases alone"]),
+        (["--activation"], ["--activation", "at least one"]),
         (["--against", "dens"], ["Did you mean 'dense'"]),
         (["--device", "abacus"], ["--device 'abacus'"]),
         (["--device", "meta"], ["computes nothing"]),

@@ -96,10 +96,14 @@ AS_A_BACKEND = [
 ]
 
 
+FFNS = [("swiglu", False), ("clamped_swiglu", True), ("relu2", False), ("gelu", True)]
+
+
+@pytest.mark.parametrize(("activation", "biased"), FFNS)
 @pytest.mark.parametrize("name", AS_A_BACKEND)
-def test_contenders_compute_the_layer(name: str) -> None:
+def test_contenders_compute_the_layer(name: str, activation: str, biased: bool) -> None:
     find = contenders.backends if name.startswith("for_loop") else contenders.others
-    case = random_case(COUNTS, dim=32, hidden_dim=48)
+    case = random_case(COUNTS, dim=32, hidden_dim=48, activation=activation, biased=biased)
     ((contender,), true) = find([name]), truth(case)
     y_RD, gradients = computed(contender, case)
     bounds = error_bounds(case, true)
@@ -121,6 +125,33 @@ def test_dense_computes_all_rows_with_one_expert() -> None:
     assert relative_error(grad_w1_FD, true["grad_w1"][0]) <= bounds["grad_w1"]
     sizes = [each.shape for each in dense.prepare(two).inputs]
     assert sizes == [(48, 32), (32, 48), (48, 32), (18, 32)]
+
+
+def test_dense_has_no_product_with_a_gate_that_is_not_there() -> None:
+    case = random_case([18], dim=32, hidden_dim=48, activation="gelu")
+    (dense,) = contenders.others(["dense"])
+    true = truth(case)
+    y_RD, (grad_w1_FD, _, _) = computed(dense, case)
+    bounds = error_bounds(case, true)
+    assert relative_error(y_RD, true["y"]) <= bounds["y"]
+    assert relative_error(grad_w1_FD, true["grad_w1"][0]) <= bounds["grad_w1"]
+
+
+def test_other_projects_layers_are_left_out_of_another_ffn() -> None:
+    shape = Shape("small", 4, 32, 48, 18)
+    where = (torch.device("cpu"), torch.bfloat16)
+    plain, relu2, biased = (
+        shape.of_ffn(activation, biased=is_biased)
+        for activation, is_biased in (("swiglu", False), ("relu2", False), ("swiglu", True))
+    )
+    assert (plain, relu2.name, biased.name) == (shape, "small relu2", "small biases")
+    assert (relu2.flops, biased.flops) == (shape.flops * 2 // 3, shape.flops)
+    for each in (*contenders.others([]), *contenders.backends(["for_loop"])):
+        of_any = each.name in ("stock_products", "indexed", "dense", "for_loop")
+        for other in (relu2, biased):
+            reasons = each.reasons_against(*where, other)
+            assert any("SwiGLU without biases alone" in why for why in reasons) != of_any
+        assert each.reasons_against(*where, plain) == each.why_not(*where, plain)
 
 
 def test_stock_is_the_hosts_own_class() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ezpz_moe import cli
 from ezpz_moe.cli.bench import rows, title
 from ezpz_moe.compute import get_backend, native
+from ezpz_moe.compute.arguments import Biases
 from ezpz_moe.compute.plain import plain_loop
 from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.errors import EzpzError
@@ -36,11 +38,10 @@ CPU = torch.device("cpu")
 COUNTS = [9, 0, 5, 8, 2]  # of 12 tokens with two experts each
 E, K, T, R, D, F = 5, 2, 12, 24, 32, 48
 SHAPE = Shape("small", E, D, F, R, K)
-NAMES = ("out", "grad_w1", "grad_w2", "grad_w3", "grad_x", "grad_scores")
 
 
-def case(dtype: torch.dtype = torch.float32) -> RoutedCase:
-    return random_routed_case(COUNTS, top_k=K, dim=D, hidden_dim=F, dtype=dtype)
+def case(dtype: torch.dtype = torch.float32, **ffn: Any) -> RoutedCase:
+    return random_routed_case(COUNTS, top_k=K, dim=D, hidden_dim=F, dtype=dtype, **ffn)
 
 
 def contender(name: str) -> Contender:
@@ -58,18 +59,28 @@ def computed(prepared: Prepared, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def plain(of: RoutedCase) -> dict[str, Tensor]:
-    """Token by token as it is written on a blackboard: output and five gradients."""
-    weights = (of.w1_EFD, of.w2_EDF, of.w3_EFD)
-    inputs = [each.detach().requires_grad_() for each in (*weights, of.x_TD, of.scores_TK)]
-    *weights, x_TD, scores_TK = inputs
+    """Token by token as it is written on a blackboard: output and all gradients."""
+    weights = {"w1": of.w1_EFD, "w2": of.w2_EDF, "w3": of.w3_EFD}
+    biases = dict(zip(("b1", "b2", "b3"), of.biases or (None, None, None), strict=True))
+    given = {**weights, **biases, "x": of.x_TD, "scores": of.scores_TK}
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in given.items()}
+    inputs = {name: t for name, t in leaves.items() if t is not None}
+    x_TD, scores_TK = leaves["x"], leaves["scores"]
     by_expert = sorted((int(of.ids_TK[t, k]), t, k) for t in range(T) for k in range(K))
     token_R = torch.tensor([t for _, t, _ in by_expert])
     score_R = torch.stack([scores_TK[t, k] for _, t, k in by_expert])
-    y_RD = plain_loop(*weights, x_TD[token_R], of.num_tokens_per_expert_E)
+    y_RD = plain_loop(
+        *(leaves[name] for name in weights),
+        x_TD[token_R],
+        of.num_tokens_per_expert_E,
+        activation=of.activation,
+        biases=of.biases and Biases(*(leaves[name] for name in biases)),
+    )
     weighted_RD = (y_RD * score_R[:, None]).to(x_TD.dtype)
     out_TD = torch.zeros_like(x_TD).index_add(0, token_R, weighted_RD)
-    gradients = torch.autograd.grad(out_TD, inputs, of.grad_out_TD)
-    return dict(zip(NAMES, (out_TD.detach(), *gradients), strict=True))
+    gradients = torch.autograd.grad(out_TD, inputs.values(), of.grad_out_TD)
+    names = ("out", *(f"grad_{name}" for name in inputs))
+    return dict(zip(names, (out_TD.detach(), *gradients), strict=True))
 
 
 def bounds(of: RoutedCase, true: dict[str, Tensor]) -> dict[str, float]:
@@ -91,6 +102,8 @@ def test_scores_are_in_float32_beside_half_weights() -> None:
     half = case(torch.bfloat16)
     assert (half.x_TD.dtype, half.scores_TK.dtype) == (torch.bfloat16, torch.float32)
     assert half.to(torch.float64).scores_TK.dtype == torch.float64
+    biased = case(torch.bfloat16, activation="gelu", biased=True).to(torch.float64)
+    assert {each.dtype for each in biased.parameters} == {torch.float64}
     assert half.to(torch.float32).to(torch.bfloat16).scores_TK.dtype == torch.float32
     assert torch.equal(half.to(torch.float64).ids_TK, half.ids_TK)
     torch.testing.assert_close(half.scores_TK.sum(1), torch.ones(T))
@@ -125,13 +138,16 @@ def test_a_shape_of_five_sizes_has_the_experts_of_a_token() -> None:
 LAYERS = ["stock_copy", "for_loop", "for_loop composed", "for_loop(recompute=true) composed"]
 
 
+@pytest.mark.parametrize(
+    "ffn", [{}, {"activation": "geglu", "biased": True}, {"activation": "relu2"}], ids=str
+)
 @pytest.mark.parametrize("name", LAYERS)
-def test_contenders_compute_the_routed_layer(name: str) -> None:
-    there = case()
+def test_contenders_compute_the_routed_layer(name: str, ffn: dict[str, Any]) -> None:
+    there = case(**ffn)
     true = plain(there.to(torch.float64))
     limit = bounds(there, true)
     values = computed(contender(name).prepare(there), there.grad_out_TD)
-    for what, value in zip(NAMES, values, strict=True):
+    for what, value in zip(true, values, strict=True):
         assert relative_error(value, true[what]) <= limit[what], what
 
 
@@ -260,6 +276,19 @@ def native_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]
 
 TINY = ["bench", "--layer", "routed", "--device", "cpu", "--shape", "4,32,48,16,2"]
 SOON = ["--repeats", "1", "--routing", "zipf1", "--backends", "for_loop(recompute=true)"]
+
+
+def test_the_command_measures_other_ffns(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "figures.json"
+    ffns = ["--activation", "relu2", "swiglu", "--bias", "--dtype", "float32"]
+    assert cli.main([*TINY, *SOON, *ffns, "--out", str(file)]) == 0
+    assert "4,32,48,16,2 relu2 biases (routed layer" in capsys.readouterr().out
+    relu2, swiglu = json.loads(file.read_text())["measured"]
+    assert [each["shape"]["activation"] for each in (relu2, swiglu)] == ["relu2", "swiglu"]
+    for each in (relu2, swiglu):
+        assert {"stock_copy", "for_loop(recompute=true)"} <= each["figures"].keys()
+        assert all("SwiGLU" in why[0] for why in each["left_out"].values())
+        assert each["failed"] == {}
 
 
 def test_the_command_measures_routed_layers(tmp_path: Path, capsys, native_in) -> None:

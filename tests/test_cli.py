@@ -29,7 +29,7 @@ from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.compute.names import known_backend_names
 from ezpz_moe.config.flavors import flavor_names
 from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
-from ezpz_moe.tools import launch
+from ezpz_moe.tools import launch, verify
 from ezpz_moe.tools.nodes import Placement
 from ezpz_moe.tools.verify import ROUTINGS, TOKEN_ROUTINGS
 
@@ -245,7 +245,8 @@ def test_backends_tells_every_reason(capsys) -> None:
 
 
 def test_verify_passes(capsys) -> None:
-    assert cli.main(["verify", "--device", "cpu", "--dtype", "float32", "float64"]) == 0
+    dtypes = ["--dtype", "float32", "float64"]
+    assert cli.main(["verify", "--device", "cpu", *dtypes, "--activation", "relu2"]) == 0
     captured = capsys.readouterr()
     without_float64 = ("grouped_mm", "grouped_mm_fused")
     in_float64 = [name for name in ON_THE_CPU if name not in without_float64]
@@ -266,6 +267,10 @@ def test_verify_as_json(capsys) -> None:
     usable = [name for name, against in report["not_usable"]["float32"].items() if not against]
     assert usable == ON_THE_CPU
     tensors = 5 * len(ROUTINGS) + 6 * len(TOKEN_ROUTINGS)
+    # Three more with a gate and one more without, and of each two or three biases.
+    others = 3 * 5 + 2 * 4
+    biased = 4 * 8 + 2 * 6
+    tensors += others + biased + (others + 5) + (biased + 6)
     assert len(report["rows"]) == tensors * len(usable)
     assert {row["verdict"] for row in report["rows"]} == {"ok"}
 
@@ -279,6 +284,9 @@ def _drops_the_last_token(w1, w2, w3, x, counts):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ForLoop, "ffn", staticmethod(_drops_the_last_token))
+    checks = verify.plan("cpu", ["float32"])
+    swiglu = [each for each in checks if (each.ffn, each.entry) == ("swiglu", "ffn")]
+    monkeypatch.setattr(verify, "plan", lambda *_: swiglu)
     arguments = ["verify", "--device", "cpu", "--dtype", "float32"]
     assert cli.main([*arguments, "--json"] if as_json else arguments) == 1
     output = capsys.readouterr().out
@@ -289,7 +297,7 @@ def test_verify_fails(as_json: bool, monkeypatch, capsys) -> None:
         assert {row["backend"] for row in wrong} == {"for_loop"}
         assert wrong[0]["relative_error"] is None
     else:
-        assert "FAILED for_loop float32 ffn 'tail' y: beyond the bound" in output
+        assert "FAILED for_loop float32 ffn 'tail' swiglu y: beyond the bound" in output
 
 
 def test_train_hands_the_rest_to_the_host(monkeypatch) -> None:

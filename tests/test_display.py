@@ -110,10 +110,10 @@ def _stages() -> Rows:
 
 
 def _verify() -> Rows:
-    names = ("grouped_mm_fused", "cpu", "bfloat16", "routed", "one_hot", "top_scores_TK")
+    names = ("grouped_mm_fused", "cpu", "bfloat16", "routed", "one_hot", "clamped_swiglu", True)
     found = [
-        Row(*names, 1.23e-05, 4.56e-05, 1.2e-3, 0.999999, "ok"),
-        Row(*names, None, None, 1.2e-3, None, "has numbers that are not finite"),
+        Row(*names, "top_scores_TK", 1.23e-05, 4.56e-05, 1.2e-3, 0.999999, "ok"),
+        Row(*names, "top_scores_TK", None, None, 1.2e-3, None, "has numbers that are not finite"),
     ]
     return [verify._figures(row) for row in found]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,20 +13,39 @@ from ezpz_moe.compute import Backend, for_loop, get_backend
 from ezpz_moe.compute.backends.for_loop import ForLoop
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools import verify
-from ezpz_moe.tools.verify import Check, compare, cosine, plan, reasons_against, verdict, worst
+from ezpz_moe.tools.verify import (
+    Check,
+    compare,
+    cosine,
+    plan,
+    reasons_against,
+    verdict,
+    worst,
+    worst_of_each,
+)
 
-TAIL = Check("for_loop", "cpu", "float32", "ffn", "tail")
-LEFT_OUT = Check("for_loop", "cpu", "float32", "routed", "left out")
+TAIL = Check("for_loop", "cpu", "float32", "ffn", "tail", "swiglu", False)
+LEFT_OUT = replace(TAIL, entry="routed", routing="left out")
 
 
-@pytest.mark.parametrize("check", plan("cpu", ["float32", "bfloat16"]), ids=str)
+# Every backend in bfloat16 is in tests/test_contract_activations.py with every activation.
+@pytest.mark.parametrize(
+    "check",
+    [
+        each
+        for each in plan("cpu", ["float32", "bfloat16"])
+        if each.ffn == "swiglu" or (each.dtype, each.backend) == ("float32", "for_loop")
+    ],
+    ids=str,
+)
 def test_our_backends_pass(check: Check) -> None:
     rows = compare(check)
-    tensors = {
-        "ffn": ["y", "grad_w1", "grad_w2", "grad_w3", "grad_x"],
-        "routed": ["out", "grad_w1", "grad_w2", "grad_w3", "grad_x", "grad_scores"],
-    }
-    assert {row.tensor: row.verdict for row in rows} == dict.fromkeys(tensors[check.entry], "ok")
+    gate = {"w3"} if check.activation not in ("relu2", "gelu") else set()
+    biases = {"b1", "b2"} | {each.replace("w", "b") for each in gate} if check.biased else set()
+    scores = {"scores"} if check.entry == "routed" else set()
+    tensors = {f"grad_{name}" for name in {"w1", "w2", "x"} | gate | biases | scores}
+    tensors.add("y" if check.entry == "ffn" else "out")
+    assert {row.tensor: row.verdict for row in rows} == dict.fromkeys(tensors, "ok")
     assert all(row.cosine > 0.9999 for row in rows)
 
 
@@ -36,7 +56,23 @@ def test_the_plan_covers_every_usable_backend_and_routing() -> None:
         usable = [name for name, against in reasons_against("cpu", dtype).items() if not against]
         for entry, routings in (("ffn", 5), ("routed", 3)):
             of_entry = [each for each in checks if (each.dtype, each.entry) == (dtype, entry)]
-            assert len(of_entry) == routings * len(usable)
+            # Five activations besides, and biases with six.
+            assert len(of_entry) == (routings + 11) * len(usable)
+
+
+def test_every_ffn_is_checked_with_every_backend_once() -> None:
+    checks = plan("cpu", ["float32"])
+    assert len(set(checks)) == len(checks)
+    kinds = {"swiglu", "geglu", "reglu", "clamped_swiglu", "relu2", "gelu"}
+    for backend, entry in product(ON_THE_CPU, ("ffn", "routed")):
+        found = {each.ffn for each in checks if (each.backend, each.entry) == (backend, entry)}
+        assert found == kinds | {f"{each} with biases" for each in kinds}
+
+
+def test_activations_that_are_named_meet_every_routing() -> None:
+    checks = plan("cpu", ["float32"], ["relu2", "swiglu"])
+    assert {each.activation for each in checks} == {"relu2", "swiglu"}
+    assert len(set(checks)) == len(checks) == 8 * 2 * 2 * len(ON_THE_CPU)
 
 
 def _drops_the_last_token(w1, w2, w3, x, counts):
@@ -154,6 +190,22 @@ def test_the_worst_row_is_the_failed_one() -> None:
     assert worst([failed, near]) is failed
 
 
+def test_the_table_has_the_worst_tensor_of_all_ffns_for_each_routing() -> None:
+    row = compare(TAIL)[0]
+    failed = replace(row, activation="gelu", biased=True, verdict="tail rows are not zero")
+    elsewhere = replace(row, routing="balanced")
+    assert worst_of_each([row, failed, elsewhere]) == [failed, elsewhere]
+
+
+def test_a_backend_that_ignores_the_activation_is_told(monkeypatch) -> None:
+    def ignores(*inputs, activation="swiglu", biases=None):
+        return for_loop(*inputs, biases=biases)
+
+    monkeypatch.setattr(ForLoop, "ffn", staticmethod(ignores))
+    assert all(row.ok for row in compare(TAIL))
+    assert not all(row.ok for row in compare(replace(TAIL, activation="geglu")))
+
+
 def test_cosine_of_zeros() -> None:
     zero, one = torch.zeros(3), torch.tensor([0.0, 2.0, 0.0])
     assert cosine(zero, zero) == 1
@@ -190,13 +242,21 @@ def test_a_package_that_does_not_load_concerns_its_own_backend(monkeypatch) -> N
 def test_the_verdict_names_what_to_train_with() -> None:
     (good, *_), broken = compare(TAIL), "beyond the bound"
     others = replace(good, backend="grouped_mm")
-    assert verdict([good]) == "for_loop agrees with float64 on cpu: 0 of 1 tensors are wrong."
-    assert verdict([good, others, others]) == (
-        "for_loop and grouped_mm agree with float64 on cpu: 0 of 3 tensors are wrong."
+    assert verdict([good]) == (
+        "for_loop agrees with float64 on cpu, swiglu, without biases: 0 of 1 tensors are wrong."
+    )
+    relu2 = replace(others, activation="relu2", biased=True)
+    assert verdict([good, others, relu2]) == (
+        "for_loop and grouped_mm agree with float64 on cpu, swiglu and relu2, "
+        "without biases and with biases: 0 of 3 tensors are wrong."
     )
     assert verdict([good, replace(good, verdict=broken), others]) == (
         "Do not train with for_loop on cpu: 1 of 3 tensors are wrong; "
-        "grouped_mm agrees with float64 on cpu."
+        "grouped_mm agrees with float64 on cpu, swiglu, without biases."
+    )
+    assert verdict([good, others, replace(relu2, verdict=broken)]) == (
+        "Do not train with grouped_mm (relu2 with biases) on cpu: 1 of 3 tensors are wrong; "
+        "for_loop agrees with float64 on cpu, swiglu and relu2, without biases and with biases."
     )
     assert verdict([replace(good, verdict=broken)]) == (
         "Do not train with for_loop on cpu: 1 of 1 tensors are wrong."

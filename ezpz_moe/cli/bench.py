@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from tyro.conf import arg
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, DType, print_emulated, refuse_unknown_device
 from ezpz_moe.cli.command import Reporting
+from ezpz_moe.config.flavor_schema import Activation
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Bench(Reporting):
     one_hot."""
     dtype: tuple[DType, ...] = ("bfloat16",)
     """Compute in these dtypes."""
+    activation: tuple[Activation, ...] = ("swiglu",)
+    """Put these in the experts' FFN. Other projects' layers, torchtitan's too, are SwiGLU."""
+    bias: bool = False
+    """Give the experts' products biases."""
     backends: Annotated[tuple[str, ...], arg(metavar="SPEC ...")] = ()
     """Time these, such as for_loop 'for_loop(recompute=true)'. Default: all that run here."""
     against: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
@@ -113,6 +118,7 @@ class Bench(Reporting):
             ("--shape", self.shape),
             ("--routing", self.routing),
             ("--dtype", self.dtype),
+            ("--activation", self.activation),
         ):
             if not names:
                 raise EzpzError(f"{flag}: name at least one.")
@@ -133,7 +139,10 @@ class Bench(Reporting):
         device = self._device()
         on_cpu = device == "cpu"
         scale = self.scale or (_SCALE_ON_CPU if on_cpu else 1)
-        shapes = tuple(parse_shape(each, scale=scale, tokens=self.tokens) for each in self.shape)
+        shapes = [
+            parse_shape(each, scale=scale, tokens=self.tokens).of_ffn(activation, biased=self.bias)
+            for each, activation in product(self.shape, self.activation)
+        ]
         if self.allocator != "default" and not on_cpu:
             raise EzpzError(
                 f"--allocator {self.allocator}: only applies to the C library's memory on the CPU, "

@@ -249,5 +249,5 @@ def print_reasons(reasons: Mapping[str, Iterable[str]]) -> None:
 def print_failures(rows: Iterable[Any]) -> None:
     """Print one line per tensor that failed."""
     for row in rows:
-        where = f"{row.backend} {row.dtype} {row.entry} {row.routing!r} {row.tensor}"
+        where = f"{row.backend} {row.dtype} {row.entry} {row.routing!r} {row.ffn} {row.tensor}"
         print_line(f"FAILED {where}: {row.verdict}")

@@ -15,6 +15,7 @@ from ezpz_moe.cli.arguments import (
     refuse_unknown_device,
 )
 from ezpz_moe.cli.command import Reporting
+from ezpz_moe.config.flavor_schema import Activation
 
 if TYPE_CHECKING:
     from ezpz_moe.tools.verify import Row
@@ -30,6 +31,9 @@ class Verify(Reporting):
     """Run on this device, such as cpu, cuda or xpu. Default: torch's accelerator, else the CPU."""
     dtype: tuple[DType, ...] = ("bfloat16", "float32")
     """Compute in these dtypes."""
+    activation: tuple[Activation, ...] = ()
+    """Check FFNs with these activations on every routing, without biases and with them. Default:
+    SwiGLU on every routing, and all others on the one that is hardest."""
 
     def run(self) -> int:
         refuse_unknown_device(self.device)
@@ -40,14 +44,13 @@ class Verify(Reporting):
                 plan,
                 reasons_against,
                 verdict,
-                worst,
+                worst_of_each,
             )
 
             device = self.device or default_device()
-            checks = plan(device, self.dtype)
+            checks = plan(device, self.dtype, self.activation)
         print_emulated(device, self.dtype)
-        compared = [compare(check) for check in display.tracked(checks, "Verifying")]
-        rows = [row for rows in compared for row in rows]
+        rows = [row for each in display.tracked(checks, "Verifying") for row in compare(each)]
         passed = all(row.ok for row in rows)
         reasons = {dtype: reasons_against(device, dtype) for dtype in self.dtype}
         display.print_json(
@@ -59,10 +62,10 @@ class Verify(Reporting):
             }
         )
         display.print_table(
-            # One row for five or six tensors: a table of all would have hundreds.
-            (_figures(worst(rows)) for rows in compared),
-            title=f"Errors against float64 on {device}: the worst tensor of each case",
-            important=["backend", "routing", "verdict", "relative", "bound", "tensor"],
+            # A table of all tensors would have thousands of rows.
+            map(_figures, worst_of_each(rows)),
+            title=f"Errors against float64 on {device}: the worst tensor of all FFNs",
+            important=["backend", "routing", "verdict", "relative", "bound", "ffn", "tensor"],
         )
         display.print_reasons(_of_all_dtypes(reasons))
         display.print_failures([row for row in rows if not row.ok])
@@ -97,6 +100,7 @@ def _figures(row: Row) -> dict[str, str]:
         "backend": row.backend,
         "entry point": row.entry,
         "routing": row.routing,
+        "ffn": row.ffn,
         "tensor": row.tensor,
         **{name: display.number(value, ".3g") for name, value in figures.items()},
         "cosine": display.number(row.cosine, ".6f"),

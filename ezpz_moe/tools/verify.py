@@ -1,9 +1,10 @@
 """Check every usable backend against the float64 reference, on this machine: ``ezpz-moe verify``.
 
-Covers the expert FFN and the routed layer, each over several routings: the output and all
-gradients. The compute contract is the judge: its error bound, exact zeros where there are no
-tokens, and the dtypes of the inputs. A backend that drops tokens gets a capacity at which it drops
-none. Results are plain rows, which the command line prints.
+Covers the expert FFN and the routed layer, each over several routings and with every activation,
+without biases and with them: the output and all gradients. The compute contract is the judge: its
+error bound, exact zeros where there are no tokens, and the dtypes of the inputs. A backend that
+drops tokens gets a capacity at which it drops none. Results are plain rows, which the command line
+prints.
 
 Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
 """
@@ -11,15 +12,17 @@ Legend of the shape suffixes: :mod:`ezpz_moe.compute.contract`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.activations import ACTIVATIONS
 from ezpz_moe.compute.reference import (
     LayerCase,
     error_bounds,
@@ -55,30 +58,35 @@ TOKEN_ROUTINGS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
 _NAMES_OF = {"ffn": tuple(ROUTINGS), "routed": tuple(TOKEN_ROUTINGS)}
 """The routings of each entry point, a method of a backend."""
 
+_HARDEST = {"ffn": "tail", "routed": "left out"}
+"""Of each entry point the routing that has most of the others: idle experts, rows of none."""
+
 
 @dataclass(frozen=True)
 class Check:
-    """One entry point of a backend on one routing in one dtype."""
+    """One entry point of a backend on one routing in one dtype, with one kind of FFN."""
 
     backend: str
     device: str
     dtype: str
     entry: str
     routing: str
+    activation: str
+    biased: bool
+
+    @property
+    def ffn(self) -> str:
+        """The kind of FFN in words."""
+        return f"{self.activation} with biases" if self.biased else self.activation
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Check):
     """How one tensor of a :class:`Check` compares with float64.
 
     ``verdict`` is ``"ok"`` or what is wrong; a figure is None if it is not a finite number.
     """
 
-    backend: str
-    device: str
-    dtype: str
-    entry: str
-    routing: str
     tensor: str
     max_abs_error: float | None
     relative_error: float | None
@@ -122,8 +130,12 @@ def properties(name: str) -> dict[str, Any]:
     return {key: getattr(backend, key) for key in keys} | {"options": options or None}
 
 
-def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
-    """List every check of the usable backends on ``device``.
+def plan(device: str, dtypes: Sequence[str], activations: Sequence[str] = ()) -> list[Check]:
+    """List every check of the usable backends on ``device``, those of one case side by side.
+
+    Args:
+        activations: check these on every routing, without biases and with them. Empty: SwiGLU
+            without biases on every routing, and every other FFN on the hardest.
 
     Raises:
         EzpzError: nothing can be compared there; if no backend is usable, with all reasons.
@@ -135,12 +147,11 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     if torch.device(device).type == "meta":
         raise EzpzError("--device 'meta': meta tensors hold no values to compare; use cpu")
     checks = [
-        Check(name, device, dtype, entry, routing)
+        Check(name, device, dtype, *case)
         for dtype in dtypes
+        for case in _cases(activations)
         for name, against in reasons[dtype].items()
         if not against
-        for entry, routings in _NAMES_OF.items()
-        for routing in routings
     ]
     if not checks:
         # A reason that holds for several dtypes is printed once.
@@ -154,12 +165,23 @@ def plan(device: str, dtypes: Sequence[str]) -> list[Check]:
     return checks
 
 
+def _cases(activations: Sequence[str]) -> Iterator[tuple[str, str, str, bool]]:
+    """Yield the entry point, routing, activation and biases of every case."""
+    for entry, routings in _NAMES_OF.items():
+        for routing in routings:
+            for activation, biased in product(activations or ACTIVATIONS, (False, True)):
+                is_plain = (activation, biased) == ("swiglu", False)
+                if activations or is_plain or routing == _HARDEST[entry]:
+                    yield entry, routing, activation, biased
+
+
 def compare(check: Check) -> list[Row]:
     """Run one check; return a row for the output and each gradient. Syncs the device.
 
     An exception of the backend becomes a verdict, and the other checks still run.
     """
-    case, true, bounds = _reference(check.device, check.dtype, check.entry, check.routing)
+    # Whatever the backend, of which the reference knows nothing.
+    case, true, bounds = _reference(replace(check, backend=""))
     try:
         # lossless, because dropped rows would count as errors.
         values = run(getattr(get_backend(check.backend).lossless, check.entry), case)
@@ -174,6 +196,14 @@ def compare(check: Check) -> list[Row]:
     ]
 
 
+def worst_of_each(rows: Iterable[Row]) -> list[Row]:
+    """Return one row of each routing that a backend computed: its worst tensor, of all its FFNs."""
+    of_each: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        of_each.setdefault((row.dtype, row.backend, row.entry, row.routing), []).append(row)
+    return [worst(each) for each in of_each.values()]
+
+
 def worst(rows: Sequence[Row]) -> Row:
     """Return the row that failed, or the one nearest to its bound."""
     # As a share of the bound: errors in bfloat16 and float32 are not comparable by themselves.
@@ -186,11 +216,11 @@ def verdict(rows: Sequence[Row]) -> str:
     of_backend: dict[str, list[Row]] = {}
     for row in rows:
         of_backend.setdefault(row.backend, []).append(row)
-    wrong = [name for name, its in of_backend.items() if not all(row.ok for row in its)]
-    right = [name for name in of_backend if name not in wrong]
+    wrong = [_wrong(name, its) for name, its in of_backend.items() if not _all_ok(its)]
+    right = [name for name, its in of_backend.items() if _all_ok(its)]
     device, failed = rows[0].device, sum(not row.ok for row in rows)
     agree = "agree" if right[1:] else "agrees"
-    agrees = f"{_and(right)} {agree} with float64 on {device}" if right else ""
+    agrees = f"{_and(right)} {agree} with float64 on {device}, {_ffns(rows)}" if right else ""
     if not wrong:
         return f"{agrees}: 0 of {len(rows)} tensors are wrong."
     others = f"; {agrees}" if agrees else ""
@@ -198,6 +228,24 @@ def verdict(rows: Sequence[Row]) -> str:
         f"Do not train with {_and(wrong)} on {device}: {failed} of {len(rows)} tensors are "
         f"wrong{others}."
     )
+
+
+def _all_ok(rows: Iterable[Row]) -> bool:
+    return all(row.ok for row in rows)
+
+
+def _wrong(name: str, rows: Sequence[Row]) -> str:
+    """Return a backend's name, and the FFNs that are wrong unless all are."""
+    wrong = dict.fromkeys(row.ffn for row in rows if not row.ok)
+    is_all = wrong.keys() == {row.ffn for row in rows}
+    return name if is_all else f"{name} ({', '.join(wrong)})"
+
+
+def _ffns(rows: Sequence[Row]) -> str:
+    """Return in words which FFNs were computed."""
+    activations = list(dict.fromkeys(row.activation for row in rows))
+    biases = {False: "without biases", True: "with biases"}
+    return ", ".join([_and(activations), _and([biases[each] for each in {r.biased for r in rows}])])
 
 
 def _and(names: Sequence[str]) -> str:
@@ -213,24 +261,27 @@ def cosine(value: Tensor, true: Tensor) -> float:
     return torch.sum(value * true).item() / math.prod(norms)
 
 
-# plan() goes through all routings for one backend after the other, so this many are asked for
-# again.
-@lru_cache(maxsize=len(ROUTINGS) + len(TOKEN_ROUTINGS))
-def _reference(
-    device: str, dtype: str, entry: str, routing: str
-) -> tuple[LayerCase, dict[str, Tensor], dict[str, float]]:
-    """Return a routing's inputs, float64's results and the allowed errors, for all backends."""
-    case = _CASES[entry](routing, device=device, dtype=getattr(torch, dtype))
+# plan() lists the backends of a case one after the other.
+@lru_cache(maxsize=1)
+def _reference(check: Check) -> tuple[LayerCase, dict[str, Tensor], dict[str, float]]:
+    """Return a case's inputs, float64's results and the allowed errors, for all backends."""
+    case = _CASES[check.entry](
+        check.routing,
+        activation=check.activation,
+        biased=check.biased,
+        device=check.device,
+        dtype=getattr(torch, check.dtype),
+    )
     true = truth(case)
     return case, true, error_bounds(case, true)
 
 
-def _ffn_case(routing: str, **place: Any) -> LayerCase:
+def _ffn_case(routing: str, **others: Any) -> LayerCase:
     counts, tail = ROUTINGS[routing]
-    return random_case(counts, tail=tail, dim=DIM, hidden_dim=HIDDEN_DIM, **place)
+    return random_case(counts, tail=tail, dim=DIM, hidden_dim=HIDDEN_DIM, **others)
 
 
-def _routed_case(routing: str, **place: Any) -> LayerCase:
+def _routed_case(routing: str, **others: Any) -> LayerCase:
     ids, num_rows = TOKEN_ROUTINGS[routing]
     return random_routed_case(
         ids,
@@ -240,7 +291,7 @@ def _routed_case(routing: str, **place: Any) -> LayerCase:
         dim=DIM,
         hidden_dim=HIDDEN_DIM,
         scores_dtype=torch.float32,  # as trainers have them
-        **place,
+        **others,
     )
 
 

@@ -64,9 +64,11 @@ class GatedFeedForward(SigmoidGatedFeedForward):
         output = self.w2._sharding_config
         if output is not None and self.gate._sharding_config is None:
             whole, output = dense_param_placement(tp=spmd.R), output.out_dst_shardings
+            # Which context parallelism splits: the second of [B, L, D], and the first of [T, D].
+            tokens = len(titan().one_sequence(1)) - 1
             self.gate._sharding_config = ShardingConfig(
                 state_shardings={"weight": whole, "bias": whole},
-                out_src_shardings=dense_activation_placement(tp=spmd.R),
+                out_src_shardings=dense_activation_placement(tp=spmd.R, cp=spmd.S(tokens)),
                 # As the FFN's output that it multiplies.
                 out_dst_shardings=output,
             )

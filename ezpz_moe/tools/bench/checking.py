@@ -57,8 +57,7 @@ class _Experts(Truth):
     @torch.no_grad()
     def __init__(self, case: Case) -> None:
         self.grad = case.grad_y_RD
-        weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
-        self.true_RD = plain_loop(*weights, case.x_RD, case.num_tokens_per_expert_E)
+        self.true_RD = case.apply(plain_loop, *case.inputs)
 
     def dropped(self, contender: Contender, prepared: Prepared, output: Tensor) -> float:
         kept_R1 = torch.ones_like(self.true_RD[:, :1])
@@ -78,8 +77,8 @@ class _Routed(Truth):
         case = case.to(torch.promote_types(case.x_TD.dtype, torch.float32))
         self.order_R = row_order(case.ids_TK, case.ids_TK.numel())
         self.token_R = self.order_R // case.ids_TK.shape[1]
-        weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
-        y_RD = plain_loop(*weights, case.x_TD[self.token_R], case.num_tokens_per_expert_E)
+        x_RD, counts_E = case.x_TD[self.token_R], case.num_tokens_per_expert_E
+        y_RD = plain_loop(*case.weights, x_RD, counts_E, **case.options)
         self.weighted_RD = y_RD.mul_(case.scores_TK.flatten()[self.order_R, None])
 
     def dropped(self, contender: Contender, prepared: Prepared, output: Tensor) -> float:

@@ -44,6 +44,7 @@ class Contender:
         computes_layer: whether its output is the expert layer's, which is checked before timing.
         may_drop: whether it may leave rows out, which are then zero.
         is_backend: whether it is one of ours, or of a package that adds one.
+        any_ffn: whether it computes every activation, with biases too, and not SwiGLU alone.
     """
 
     name: str
@@ -53,6 +54,13 @@ class Contender:
     computes_layer: bool = True
     may_drop: bool = False
     is_backend: bool = False
+    any_ffn: bool = False
+
+    def reasons_against(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
+        """Return every reason why it cannot run, the layer's FFN included; empty means usable."""
+        if not (self.any_ffn or shape.is_plain):
+            return ["it computes SwiGLU without biases alone"]
+        return self.why_not(device, dtype, shape)
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,12 +70,11 @@ def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def prepared(ffn: Callable[..., Tensor]) -> Callable[[Case], Prepared]:
-    """Prepare a function that takes ``(w1, w2, w3, x, counts)``, as our backends do."""
+    """Prepare a function that takes what :meth:`.Backend.ffn` does."""
 
     def prepare(case: Case) -> Prepared:
-        inputs = leaves(case.w1_EFD, case.w2_EDF, case.w3_EFD, case.x_RD)
-        counts_E = case.num_tokens_per_expert_E
-        return Prepared(lambda: ffn(*inputs, counts_E), inputs, (counts_E,))
+        inputs = leaves(*case.inputs)
+        return Prepared(lambda: case.apply(ffn, *inputs), inputs, (case.num_tokens_per_expert_E,))
 
     return prepare
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ezpz_moe.compute import backend_names, get_backend
+from ezpz_moe.compute.activations import ACTIVATIONS
+from ezpz_moe.compute.arguments import NO_BIASES, Biases
 from ezpz_moe.compute.reference import Case
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.bench.contender import Contender, Prepared, leaves, named, prepared
@@ -72,6 +74,7 @@ def _backend(spec: str) -> Contender:
         declares_syncs=backend.host_syncs,
         may_drop=backend.drops_tokens,
         is_backend=True,
+        any_ffn=True,
     )
 
 
@@ -79,23 +82,53 @@ def _not_reached(case: Any) -> Prepared:
     raise AssertionError("a contender is prepared only where it is usable")
 
 
-def indexed(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
+def indexed(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor | None,
+    x_RD: Tensor,
+    counts_E: Tensor,
+    *,
+    activation: str = "swiglu",
+    biases: Biases | None = None,
+) -> Tensor:
     """Run the loop one writes first. Each ``w[e]`` gets a gradient as large as all of [E, F, D]."""
     outputs, start = [], 0
+    parameters = (w1_EFD, w2_EDF, w3_EFD, *(biases or NO_BIASES))
     for e, count in enumerate(counts_E.tolist()):
+        w1_FD, w2_DF, w3_FD, b1_F, b2_D, b3_F = (p if p is None else p[e] for p in parameters)
         x_nD = x_RD[start : start + count]
-        outputs.append((F.silu(x_nD @ w1_EFD[e].T) * (x_nD @ w3_EFD[e].T)) @ w2_EDF[e].T)
+        gate_nF = F.linear(x_nD, w1_FD, b1_F)
+        up_nF = w3_FD if w3_FD is None else F.linear(x_nD, w3_FD, b3_F)
+        outputs.append(F.linear(ACTIVATIONS[activation].hidden(gate_nF, up_nF), w2_DF, b2_D))
         start += count
     return torch.cat(outputs)
 
 
-def stock_products(w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, x_RD: Tensor, counts_E: Tensor):
-    """Compute the three products of torchtitan's layer, in the given dtype."""
+def stock_products(
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor | None,
+    x_RD: Tensor,
+    counts_E: Tensor,
+    *,
+    activation: str = "swiglu",
+    biases: Biases | None = None,
+) -> Tensor:
+    """Compute the products of torchtitan's layer in the given dtype; biases as its gpt_oss does."""
     # int32, because _grouped_mm takes the ends of the experts' rows in no other dtype.
     offs_E = torch.cumsum(counts_E, dim=0, dtype=torch.int32)
-    gate_RF = torch._grouped_mm(x_RD, w1_EFD.transpose(-2, -1), offs=offs_E)
-    up_RF = torch._grouped_mm(x_RD, w3_EFD.transpose(-2, -1), offs=offs_E)
-    return torch._grouped_mm(F.silu(gate_RF) * up_RF, w2_EDF.transpose(-2, -1), offs=offs_E)
+
+    def product(rows_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None) -> Tensor:
+        out_RY = torch._grouped_mm(rows_RX, weight_EYX.transpose(-2, -1), offs=offs_E)
+        if bias_EY is None:
+            return out_RY
+        return out_RY + bias_EY.repeat_interleave(counts_E, dim=0, output_size=len(rows_RX))
+
+    b1_EF, b2_ED, b3_EF = biases or NO_BIASES
+    gate_RF = product(x_RD, w1_EFD, b1_EF)
+    up_RF = w3_EFD if w3_EFD is None else product(x_RD, w3_EFD, b3_EF)
+    return product(ACTIVATIONS[activation].hidden(gate_RF, up_RF), w2_EDF, b2_ED)
 
 
 def products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[str]:
@@ -106,10 +139,16 @@ def products_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> 
 def _dense(case: Case) -> Prepared:
     """Prepare one FFN over all rows, with the first expert's weights: the same number of FLOPs."""
     # Clone: a view would keep all experts' weights in memory.
-    *weights, _ = case.inputs
-    of_one = (each[0].clone() for each in weights)
-    w1_FD, w2_DF, w3_FD, x_RD = inputs = leaves(*of_one, case.x_RD)
-    return Prepared(lambda: (F.silu(x_RD @ w1_FD.T) * (x_RD @ w3_FD.T)) @ w2_DF.T, inputs)
+    w1_FD, w2_DF, *up = leaves(
+        *(each[0].clone() for each in case.parameters[:3] if each is not None)
+    )
+    (x_RD,), hidden = leaves(case.x_RD), ACTIVATIONS[case.activation].hidden
+
+    def forward() -> Tensor:
+        # Without biases, which are no products: this is the limit.
+        return hidden(x_RD @ w1_FD.T, x_RD @ up[0].T if up else None) @ w2_DF.T
+
+    return Prepared(forward, (w1_FD, w2_DF, *up, x_RD))
 
 
 def _stock(case: Case) -> Prepared:
@@ -147,13 +186,15 @@ _UNBOUNDED = "batched_mm_padded(max_padding=1e9)"
 
 _REFERENCES = (
     Contender(STOCK, _stock, _stock_why_not),
-    Contender(PRODUCTS, prepared(stock_products), products_why_not),
-    Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True),
-    Contender(DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False),
+    Contender(PRODUCTS, prepared(stock_products), products_why_not, any_ffn=True),
+    Contender(INDEXED, prepared(indexed), lambda *_: [], declares_syncs=True, any_ffn=True),
+    Contender(
+        DENSE, _dense, lambda *_: [], declares_syncs=False, computes_layer=False, any_ffn=True
+    ),
 )
 
 # Every expert padded to the busiest one: what ``batched_mm_padded`` avoids. Under skew this takes
 # many times the others' time and memory, so it is measured on request only.
 _SINGLE_BUFFER = Contender(
-    SINGLE_BUFFER, _single_buffer, _single_buffer_why_not, declares_syncs=True
+    SINGLE_BUFFER, _single_buffer, _single_buffer_why_not, declares_syncs=True, any_ffn=True
 )

@@ -202,7 +202,9 @@ def _chosen(plan: Plan, dtype: str, shape: Shape) -> tuple[list[Contender], dict
     of_layer = _CONTENDERS[plan.layer]
     candidates = [*of_layer.others(plan.against), *of_layer.backends(plan.backends)]
     place = torch.device(plan.device)
-    why_not = {each.name: each.why_not(place, getattr(torch, dtype), shape) for each in candidates}
+    why_not = {
+        each.name: each.reasons_against(place, getattr(torch, dtype), shape) for each in candidates
+    }
     named = {*plan.backends, *plan.against}
     for name, reasons in why_not.items():
         if reasons and name in named:
@@ -232,7 +234,13 @@ def _case(plan: Plan, shape: Shape, counts: list[int], dtype: str) -> Case | Rou
         make = partial(random_routed_case, top_k=shape.K)
     try:
         return make(
-            counts, dim=shape.D, hidden_dim=shape.F, dtype=getattr(torch, dtype), device=plan.device
+            counts,
+            dim=shape.D,
+            hidden_dim=shape.F,
+            dtype=getattr(torch, dtype),
+            device=plan.device,
+            activation=shape.activation,
+            biased=shape.biased,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):

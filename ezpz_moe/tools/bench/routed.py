@@ -57,11 +57,14 @@ def others(names: Sequence[str]) -> list[Contender]:
 
 
 def stock_saved_bytes(shape: Shape) -> int | None:
-    """Return the bytes that the host's layer, in bfloat16, saves for backward; None without a host.
+    """Return the bytes that the host's layer, in bfloat16, saves for backward.
 
-    Nothing is computed, so this holds for every size, and where bfloat16 is emulated.
+    None without a host, or with an FFN that its layer does not compute. Nothing is computed, so
+    this holds for every size, and where bfloat16 is emulated.
     """
-    if _without_host() or products_why_not(torch.device("cpu"), torch.bfloat16, shape):
+    if not shape.is_plain or _without_host():
+        return None
+    if products_why_not(torch.device("cpu"), torch.bfloat16, shape):
         return None
     return saved_without_computing(_stock, shape, torch.bfloat16)
 
@@ -96,6 +99,7 @@ def _of_backend(spec: str) -> list[Contender]:
         declares_syncs=backend.host_syncs,
         may_drop=backend.drops_tokens,
         is_backend=True,
+        any_ffn=True,
     )
     composed = replace(
         own,
@@ -109,27 +113,31 @@ def _of_backend(spec: str) -> list[Contender]:
 
 def _one_node(backend: Backend) -> Callable[[RoutedCase], Prepared]:
     def prepare(case: RoutedCase) -> Prepared:
-        weights = (case.w1_EFD, case.w2_EDF, case.w3_EFD)
-        w1, w2, w3, x_TD, scores_TK = inputs = leaves(*weights, case.x_TD, case.scores_TK)
-        ids_TK, counts_E = constants = (case.ids_TK, case.num_tokens_per_expert_E)
+        own, constants = case.as_leaves(), (case.ids_TK, case.num_tokens_per_expert_E)
+        tokens = (own.x_TD, own.scores_TK)
         return Prepared(
-            lambda: backend.routed(w1, w2, w3, x_TD, scores_TK, ids_TK, counts_E), inputs, constants
+            lambda: backend.routed(*own.weights, *tokens, *constants, **own.options),
+            (*own.parameters, *tokens),
+            constants,
         )
 
     return prepare
 
 
-def _experts(ffn: Callable[..., Tensor], *weights: Tensor) -> tuple[Experts, tuple[Tensor, ...]]:
-    return partial(ffn, *(inputs := leaves(*weights))), inputs
+def _experts(ffn: Callable[..., Tensor], case: RoutedCase) -> tuple[Experts, tuple[Tensor, ...]]:
+    own = case.as_leaves()
+    return lambda x_RD, counts_E: ffn(*own.weights, x_RD, counts_E, **own.options), own.parameters
 
 
-def _around(make: Callable[..., tuple[Experts, tuple[Tensor, ...]]], case: RoutedCase) -> Prepared:
+def _around(
+    make: Callable[[RoutedCase], tuple[Experts, tuple[Tensor, ...]]], case: RoutedCase
+) -> Prepared:
     """Prepare experts between the host's dispatch and combination, as its ``RoutedExperts`` does.
 
     Args:
-        make: ``(w1, w2, w3) -> (experts, their weights)``.
+        make: ``case -> (experts, their parameters)``.
     """
-    experts, weights = make(case.w1_EFD, case.w2_EDF, case.w3_EFD)
+    experts, parameters = make(case)
     x_TD, scores_TK = leaves(case.x_TD, case.scores_TK)
     ids_TK, counts_E = constants = (case.ids_TK, case.num_tokens_per_expert_E)
     dispatcher = stock_dispatcher(len(counts_E), ids_TK.shape[1])
@@ -138,7 +146,7 @@ def _around(make: Callable[..., tuple[Experts, tuple[Tensor, ...]]], case: Route
         x_RD, counts, metadata = dispatcher.dispatch(x_TD, scores_TK, ids_TK, counts_E)
         return dispatcher.combine(experts(x_RD, counts), metadata, x_TD)
 
-    return Prepared(forward, (*weights, x_TD, scores_TK), constants)
+    return Prepared(forward, (*parameters, x_TD, scores_TK), constants)
 
 
 def _without_host() -> list[str]:
@@ -154,8 +162,8 @@ def _without_host() -> list[str]:
 def _stock(case: RoutedCase) -> Prepared:
     """Prepare the installed torchtitan's own routed layer."""
 
-    def experts(*weights: Tensor) -> tuple[Experts, tuple[Tensor, ...]]:
-        layer = host().stock_experts()(*weights)
+    def experts(case: RoutedCase) -> tuple[Experts, tuple[Tensor, ...]]:
+        layer = host().stock_experts()(case.w1_EFD, case.w2_EDF, case.w3_EFD)
         return layer, tuple(layer.parameters())
 
     return _around(experts, case)
@@ -191,5 +199,5 @@ def _copy_why_not(device: torch.device, dtype: torch.dtype, shape: Shape) -> lis
 
 _REFERENCES = (
     Contender(STOCK, _stock, _stock_why_not),
-    Contender(COPY, _copy, _copy_why_not),
+    Contender(COPY, _copy, _copy_why_not, any_ffn=True),
 )

@@ -5,14 +5,16 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ezpz_moe.compute.reference import random_case
+from ezpz_moe.compute.arguments import Biases
+from ezpz_moe.compute.reference import Case, random_case
 from ezpz_moe.tools.bench.shapes import Shape
 
 
@@ -20,25 +22,55 @@ from ezpz_moe.tools.bench.shapes import Shape
 class RoutedCase:
     """One routed layer's inputs, and the gradient that arrives at its output.
 
-    Scores are in float32 beside half-precision weights, as a router gives them.
+    Scores are in float32 beside half-precision weights, as a router gives them. ``w3`` is None if
+    the activation has no gate.
     """
 
     w1_EFD: Tensor
     w2_EDF: Tensor
-    w3_EFD: Tensor
+    w3_EFD: Tensor | None
     x_TD: Tensor
     scores_TK: Tensor
     ids_TK: Tensor
     num_tokens_per_expert_E: Tensor
     grad_out_TD: Tensor
+    activation: str = "swiglu"
+    biases: Biases | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.w1_EFD, self.w2_EDF, self.w3_EFD
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a backend is told besides tensors."""
+        return {"activation": self.activation, "biases": self.biases}
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The weights and biases that there are."""
+        return tuple(each for each in (*self.weights, *(self.biases or ())) if each is not None)
+
+    def as_leaves(self) -> RoutedCase:
+        """Return the same with parameters, tokens and scores that require a gradient."""
+        return self._of(lambda each: each.detach().requires_grad_())
 
     def to(self, dtype: torch.dtype) -> RoutedCase:
         """Return the case in another dtype: scores at least in float32, integers as they are."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        case = RoutedCase(
-            *(each.to(dtype) if each.is_floating_point() else each for each in tensors)
-        )
+        case = self._of(lambda each: each.to(dtype))
         return replace(case, scores_TK=self.scores_TK.to(_scores_dtype(dtype)))
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> RoutedCase:
+        """Return the case with other tensors, integers as they are."""
+        changed: dict[str, Any] = {
+            name: change(each)
+            for name, each in vars(self).items()
+            if isinstance(each, Tensor) and each.is_floating_point()
+        }
+        if self.biases is not None:
+            of_each = (each if each is None else change(each) for each in self.biases)
+            changed["biases"] = Biases(*of_each)
+        return replace(self, **changed)
 
 
 def random_routed_case(
@@ -49,6 +81,8 @@ def random_routed_case(
     hidden_dim: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    activation: str = "swiglu",
+    biased: bool = False,
 ) -> RoutedCase:
     """Make random inputs in which expert e has ``counts[e]`` rows; a token's experts differ.
 
@@ -58,7 +92,15 @@ def random_routed_case(
     Args:
         counts: their sum is T * ``top_k``; none is above T.
     """
-    flat = random_case(list(counts), dim=dim, hidden_dim=hidden_dim, dtype=dtype, device=device)
+    flat = random_case(
+        list(counts),
+        dim=dim,
+        hidden_dim=hidden_dim,
+        dtype=dtype,
+        device=device,
+        activation=activation,
+        biased=biased,
+    )
     T = sum(counts) // top_k
     generator = torch.Generator().manual_seed(0)
     logits_TK = torch.randn(T, top_k, generator=generator)
@@ -75,7 +117,15 @@ def random_routed_case(
         ids_TK=ids_KT.T.contiguous().to(device),
         num_tokens_per_expert_E=flat.num_tokens_per_expert_E,
         grad_out_TD=flat.grad_y_RD[:T].clone(),
+        activation=activation,
+        biases=_biases(flat),
     )
+
+
+def _biases(case: Case) -> Biases | None:
+    if case.b1_EF is None or case.b2_ED is None:
+        return None
+    return Biases(case.b1_EF, case.b2_ED, case.b3_EF)
 
 
 def empty_routed_case(shape: Shape, dtype: torch.dtype) -> RoutedCase:

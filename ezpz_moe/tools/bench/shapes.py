@@ -7,10 +7,11 @@ Legend of the suffixes: :mod:`ezpz_moe.compute.contract`. T = tokens, K = expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.hosts.accounting import ffn_matrices
 
 
 class ModelSizes(NamedTuple):
@@ -40,6 +41,8 @@ class Shape:
     Attributes:
         name: for example "olmoe/4": D, F and the tokens are divided by 4.
         K: experts of a token, which only a routed layer knows of: R = T K.
+        activation: of the experts' FFN.
+        biased: whether its products have biases.
     """
 
     name: str
@@ -48,6 +51,18 @@ class Shape:
     F: int
     R: int
     K: int = 1
+    activation: str = "swiglu"
+    biased: bool = False
+
+    def of_ffn(self, activation: str, *, biased: bool) -> Shape:
+        """Return the same sizes with another FFN, which its name says unless it is plain."""
+        words = [self.name, *([activation] * (activation != "swiglu")), *(["biases"] * biased)]
+        return replace(self, name=" ".join(words), activation=activation, biased=biased)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is SwiGLU without biases, the only FFN that other projects' layers compute."""
+        return self.activation == "swiglu" and not self.biased
 
     @property
     def T(self) -> int:
@@ -59,9 +74,9 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """FLOPs of forward and backward: 6 R D F and 12 R D F."""
-        # Three products of 2 R D F each; backward computes two for each of them.
-        return 18 * self.R * self.D * self.F
+        """FLOPs of forward and backward: with a gate 6 R D F and 12 R D F, else 4 and 8."""
+        # A product is 2 R D F; backward computes two for each of them.
+        return 6 * ffn_matrices(self.activation) * self.R * self.D * self.F
 
 
 def parse_shape(text: str, *, scale: int, tokens: int) -> Shape:
@@ -101,7 +116,8 @@ def _explicit(text: str) -> Shape:
             f"dimension, expert dimension and routed rows, for example 8,1024,3584,2048; with "
             f"--layer routed a fifth, K, is how many experts a token has."
         )
-    shape = Shape(",".join(map(str, sizes)), *sizes)
+    E, D, F, R, K = (*sizes, 1)[:5]
+    shape = Shape(",".join(map(str, sizes)), E, D, F, R, K)
     if shape.K > shape.E or shape.R % shape.K:
         raise EzpzError(
             f"--shape {text!r}: K = {shape.K} experts of a token must be at most E = {shape.E} "
