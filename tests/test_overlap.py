@@ -13,8 +13,10 @@ from config_cases import config
 from dialect import SINCE_2026_08
 from router_cases import UPSTREAM, flat, moe_of, small_model, tokens
 from stream_cases import Device
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+from ezpz_moe.compute import side_stream
 from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.compute.side_stream import SideStream
 from ezpz_moe.config.flavors import FOLDER_VARIABLE, load_flavor
@@ -140,6 +142,25 @@ def test_backward_begins_with_the_routed_experts(layers, monkeypatch):
     (routed, _), (shared, _) = overlapping(an_input()).grad_fn.next_functions
     # Autograd runs what was made last first.
     assert routed._sequence_nr() > shared._sequence_nr()
+
+
+def test_gradients_of_the_ffn_are_added_up_on_the_current_stream(layers, monkeypatch):
+    """As those of all that FSDP reads while backward runs."""
+    overlapping, _ = layers
+    beside(overlapping, device := Device(monkeypatch))
+    added_up_on = []
+
+    def noted(parameter):
+        added_up_on.append((parameter, device.current_stream()))
+        return get_gradient_edge(parameter)
+
+    monkeypatch.setattr(side_stream, "get_gradient_edge", noted)
+    overlapping(an_input())
+    parameters = list(overlapping.shared_experts.parameters())
+    assert len(added_up_on) == len(parameters)
+    for (noted_one, stream), parameter in zip(added_up_on, parameters, strict=True):
+        assert noted_one is parameter
+        assert stream is device.main
 
 
 def test_hooks_of_the_shared_experts_see_one_call(layers, monkeypatch):
