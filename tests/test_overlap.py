@@ -51,12 +51,12 @@ def flavor(folder, keys: str, like: str = 'inherits = "debugmodel"'):
     return load_flavor("mine", near=folder)
 
 
-@pytest.fixture(params=["", OTHERS, 'routed = "composed"\n'], ids=["plain", "others", "composed"])
+@pytest.fixture
 def layers(request, tmp_path):
     """A layer that overlaps and the same without, in float64, with the same values."""
+    more = getattr(request, "param", "")
     overlapping, plain = (
-        moe_of(small_model(tmp_path, f"{SMALL}{keys}{request.param}")).double()
-        for keys in (OVERLAP, "")
+        moe_of(small_model(tmp_path, f"{SMALL}{keys}{more}")).double() for keys in (OVERLAP, "")
     )
     plain.load_state_dict(overlapping.state_dict())
     for moe in (overlapping, plain):
@@ -93,7 +93,12 @@ def an_input() -> torch.Tensor:
 # Order --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "recomputes"),
+    [("", False), (OTHERS, True), ('routed = "composed"\n', True)],
+    ids=["plain", "others", "composed"],
+    indirect=["layers"],
+)
 def test_on_two_streams_a_layer_is_the_hosts(layers, monkeypatch, recomputes):
     """To the last bit, but for the gradient of x, whose three parts are added up in another order.
 
@@ -119,6 +124,7 @@ def test_on_two_streams_a_layer_is_the_hosts(layers, monkeypatch, recomputes):
     assert not device.unrecorded()
 
 
+@pytest.mark.parametrize("layers", ["", OTHERS], ids=["plain", "others"], indirect=True)
 def test_what_is_computed_where(layers, monkeypatch):
     """The FFN alone beside, once, and queued before anything else of the layer."""
     overlapping, _ = layers
