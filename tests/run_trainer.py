@@ -93,13 +93,18 @@ def run(arguments: list[str]) -> dict:
     ``--infinite-logit`` bars an expert of the last layer by a bias of the gate's that is -inf;
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
     later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
-    ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3).
+    ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3);
+    ``--side-stream`` has shared experts started first as on a device with streams, and records of
+    how many rows (torchtitan 0.3).
     """
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     if "--tiny-bases" in own_flags:
         import hf_cases
 
         hf_cases.add_tiny_bases(pytest.MonkeyPatch())
+    started = []
+    if "--side-stream" in own_flags:
+        started = _have_streams(pytest.MonkeyPatch())
     trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
     if "--count-on-cpu" in own_flags:
         from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
@@ -132,7 +137,7 @@ def run(arguments: list[str]) -> dict:
             rows = getattr(module, "w2", None)
             rows = rows if isinstance(rows, torch.nn.Module) else module
             rows.register_forward_hook(partial(_round_once_more, noise))
-    record = {"losses": [], "gradient_norms": [], "gradients": {}, "sent": []}
+    record = {"losses": [], "gradient_norms": [], "gradients": {}, "sent": [], "started": started}
     if "--count-sent" in own_flags:
         _count_sent(record["sent"])
     _record_gradients(trainer, record)
@@ -187,14 +192,8 @@ def _same_sequences(trainer, dataloader, *, has_documents):
 def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
-    own += (
-        "--same-sequences",
-        "--documents",
-        "--infinite-logit",
-        "--layers",
-        "--tiny-bases",
-        "--count-sent",
-    )
+    own += ("--same-sequences", "--documents", "--infinite-logit", "--layers", "--tiny-bases")
+    own += ("--count-sent", "--side-stream")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]
@@ -244,6 +243,27 @@ def _count_sent(sent: list) -> None:
         return all_to_all_single(rows, *arguments, **more)
 
     pytest.MonkeyPatch().setattr(token_dispatcher, "all_to_all_single", counting)
+
+
+def _have_streams(patch: pytest.MonkeyPatch) -> list:
+    """Take the streams of ``torch.cpu``, which order nothing where everything is in order.
+
+    Returns the shapes of what is started on the side one, as it is.
+    """
+    from ezpz_moe.compute.side_stream import SideStream
+    from ezpz_moe.hosts.titan import overlap
+
+    started = []
+
+    class Noted(SideStream):
+        def start(self, compute, x, parameters):
+            started.append(tuple(x.shape))
+            return super().start(compute, x, parameters)
+
+    side = Noted(torch.cpu)
+    patch.setattr(overlap, "side_stream", lambda device: side)
+    patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # CUDA, XPU alone
+    return started
 
 
 def _record_gradients(trainer, record: dict) -> None:

@@ -29,6 +29,7 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.dense",
     "ezpz_moe.hosts.titan.initialized",
     "ezpz_moe.hosts.titan.latent",
+    "ezpz_moe.hosts.titan.overlap",
     "ezpz_moe.hosts.titan.scores",
 )
 """What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for

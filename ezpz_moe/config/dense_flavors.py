@@ -37,7 +37,7 @@ OF_EXPERTS: frozenset[str] = frozenset(
         *_SIZES_OF_EXPERTS,
         *("router_num_expert_groups", "router_num_limited_groups", "router_bias"),
         *("moe_layers", "shared_hidden_dim", "shared_gate", "expert_activation", "expert_bias"),
-        *("moe_latent_dim", "router_scores"),
+        *("moe_latent_dim", "router_scores", "overlap_shared_experts"),
         *("compute_backend", "expert_precision", "routed", "router_group_score"),
         *("router", "balance", "telemetry"),
     }

@@ -168,6 +168,7 @@ class Flavor(Data):
     moe_latent_dim: Width | None = None
     router_scores: Literal["after", "before"] = "after"
     ffn_activation: Activation = "swiglu"
+    overlap_shared_experts: bool = False
     router_group_score: GroupScore = "top2_sum"
     # Shared defaults are safe: all tables are frozen.
     router: Router = Router()

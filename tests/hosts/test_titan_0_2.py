@@ -109,6 +109,7 @@ def test_what_0_2_accepts_stays_as_it_is():
         ('base = "qwen3/30B-A3B"\n[change]\nnum_experts = 64\n', "[change]"),
         ('inherits = "16B"\n[init]\nstd = 0.01\n', "[init]"),
         ('inherits = "16B"\nrouter_bias = true\n', "router_bias"),
+        ('inherits = "16B"\noverlap_shared_experts = true\n', "overlap_shared_experts"),
         ('dense_baseline_of = "16B"\n', "models without experts"),
         ('inherits = "16B"\nn_dense_layers = 27\n', "models without experts"),
     ],

@@ -39,6 +39,7 @@ from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
 from ezpz_moe.hosts.titan.ffns import ffn_problems
 from ezpz_moe.hosts.titan.layer_conflicts import layer_problems
+from ezpz_moe.hosts.titan.overlap_conflicts import overlap_problems
 from ezpz_moe.hosts.titan.override_conflicts import override_problems
 from ezpz_moe.hosts.titan.precision import experts_dtypes
 from ezpz_moe.hosts.titan.router_conflicts import router_problems
@@ -365,6 +366,7 @@ _ALWAYS: tuple[_Check, ...] = (
     schedule_problems,
     _routers,
     ffn_problems,
+    overlap_problems,
     _telemetry,
     _train_only,
     _of_this_host,

@@ -47,7 +47,7 @@ from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
-from ezpz_moe.hosts.titan import precision, router_remarks
+from ezpz_moe.hosts.titan import overlap_conflicts, precision, router_remarks
 from ezpz_moe.hosts.titan.activation_checkpointing import (
     SelectiveACKeepingProducts,
     keeping_products,
@@ -158,7 +158,7 @@ def trainer_config(job: Job, host_flags: Sequence[str] = ()) -> JobConfig:
     )
     learners = _train_only(spec, job, flavor)
     notes = (what_differs(flavor, spec), what_changes_nothing(flavor), what_it_equals(flavor))
-    for line in filter(None, notes):
+    for line in filter(None, (*notes, overlap_conflicts.what_it_overlaps(flavor))):
         logger.info(f"ezpz_moe: {line}")
     # Now, and not in `model_spec`: analysis and describe build models too, and need no wrappers.
     spec.model = starting_as_one_rank(spec.model)

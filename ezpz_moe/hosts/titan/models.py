@@ -77,6 +77,10 @@ def model_spec(
             from ezpz_moe.hosts.titan.latent import set_latent
         spec.model = counted_as_used(spec.model)
         set_latent(spec.model, flavor)
+    if flavor.overlap_shared_experts:
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.overlap import overlap_shared_experts
+        overlap_shared_experts(spec.model, flavor)
     return spec
 
 

@@ -61,8 +61,31 @@ _FFNS = (
 )
 """Needed by flavors whose FFNs are not the host's, or whose experts are in a latent."""
 
+_NO_OVERLAP = "flavors with overlap_shared_experts cannot be trained; others still can"
+_OVERLAP = (
+    Reliance(
+        "torchtitan.models.common.moe:MoE.forward",
+        used_for="a layer that starts its shared experts before it calls this, which awaits them",
+        if_broken=_NO_OVERLAP,
+    ),
+    Reliance(
+        "torchtitan.models.common.moe:MoE.Config",
+        used_for="the same: where the shared experts are",
+        if_broken=_NO_OVERLAP,
+        fields=("shared_experts",),
+    ),
+    Reliance(
+        "torchtitan.models.common.feed_forward:FeedForward.forward",
+        used_for="the same: what is called there",
+        if_broken=_NO_OVERLAP,
+        takes=("x",),
+    ),
+)
+"""Needed by flavors whose shared experts are on a stream of their own."""
+
 ROUTERS = (
     *_FFNS,
+    *_OVERLAP,
     Reliance(
         "torchtitan.models.common.moe:TokenChoiceTopKRouter",
         used_for="a flavor's router is a subclass of it",

@@ -43,6 +43,7 @@ def _of_other_models(flavor: Flavor) -> dict[str, bool]:
     return {
         "[change]": flavor.change is not None,
         "[init]": flavor.init != Init(),
+        "overlap_shared_experts": flavor.overlap_shared_experts,
         "router_bias": size is not None and size.router_bias,
         "models without experts (dense_baseline_of, n_dense_layers = n_layers)": flavor.is_dense,
     }
