@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.routing_schema import Router
 from ezpz_moe.hosts.job_files import special_tokens
+from ezpz_moe.hosts.titan.expert_remarks import doubled_gradients
 from ezpz_moe.routing.gate import why_untrained
 
 
@@ -27,6 +28,7 @@ def router_remarks(config: Any) -> list[str]:
         *_kept_score(fewest),
         *_two_that_balance(first),
         *_padding_with_a_special_token(config, first),
+        *doubled_gradients(config),
     )
     return [f"{flavor}: {each}" for each in found]
 
