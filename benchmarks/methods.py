@@ -57,6 +57,7 @@ METHODS = {
     "shared_gate": "shared_gate = true\n",
     "latent": "moe_latent_dim = 64\n",
     "scores before": 'router_scores = "before"\n',
+    "gating_residual": "[router]\ngating_residual = true\n",
     "dense, equal FLOPs": 'dense_baseline_of = "plain"\n',
 }
 SEQUENCES, SEQ_LEN = 2, 128

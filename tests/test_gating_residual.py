@@ -22,6 +22,8 @@ from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices, keeping_products
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
+from ezpz_moe.hosts.titan.upcycling import target
+from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_later_keys
 from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
 
 D, B, L = 32, 2, 16
@@ -178,6 +180,17 @@ def test_no_gate_keeps_what_it_has_passed_on(tmp_path):
     assert [(gate.previous_XP, gate.sum_XE, gate.logits_BLE) for gate in gates] == [(None,) * 3] * 3
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_map_has_the_gates_precision(tmp_path):
+    model = built(tmp_path, f'{RESIDUAL}gate_precision = "float64"\n', torch.float32)
+    seen = []
+    for layer in model.layers.values():
+        if layer.moe_enabled:
+            layer.moe.router.gate.register_forward_hook(lambda *each: seen.append(each[-1].dtype))
+    model(*tokens())
+    assert seen == [torch.float64] * 3
+
+
 # Sizes --------------------------------------------------------------------------------------------
 
 
@@ -212,6 +225,13 @@ def test_models_of_the_hosts(tmp_path, base):
     assert None not in residuals[1:]
     model(*tokens()).float().sum().backward()
     assert all(residual.weight.grad.any() for residual in residuals[1:])
+
+
+def test_an_upcycled_model_has_maps_of_zero(tmp_path):
+    """With which it computes the dense model's function."""
+    layers = target(load(tmp_path, RESIDUAL)).layers
+    maps = [any("residual" in name for name in layer.zeros) for layer in layers]
+    assert maps == [False, True, True, True, True]
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -286,3 +306,8 @@ def test_no_class_of_transformers_has_it(tmp_path):
     assert list(router_differences(load(tmp_path, RESIDUAL), step=1)) == [
         "router.gating_residual = true"
     ]
+
+
+def test_torchtitan_0_2_has_no_such_routers(tmp_path):
+    with pytest.raises(EzpzError, match=r"mine\.toml: \[router\], .* need torchtitan 0\.3"):
+        refuse_later_keys(load(tmp_path, RESIDUAL))

@@ -41,8 +41,19 @@ TOKENS = 4 * LENGTH
 SPLIT = {
     "fully sharded, microbatches, full": ([*at_once(1)], "full"),
     "expert parallel, compiled, selective": ([*EP_2, *AOT], "selective"),
-    "tensor parallel, types checked, full": ([*TP_2, "--debug.spmd-typechecking"], "full"),
+    "tensor parallel, full": (TP_2, "full"),
+    "tensor parallel, DTensor": ([*TP_2, *EP_2[2:]], "none"),
+    "tensor and expert parallel": (
+        [*TP_2, *EP_2, "--parallelism.no-enable-sequence-parallel"],
+        "none",
+    ),
+    "all DTensor, selective": (["--parallelism.spmd-backend", "full_dtensor"], "selective"),
 }
+IN_SHORT = ("fully sharded", "expert parallel", "tensor parallel, full")
+EVERY_SPLIT = [
+    pytest.param(name, marks=() if name.startswith(IN_SHORT) else pytest.mark.full)
+    for name in SPLIT
+]
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
 
@@ -94,7 +105,7 @@ def test_a_checkpoint_has_the_maps(runs, folder):
     assert plain["losses"][0] < first["losses"][-1]
 
 
-@pytest.mark.parametrize("split", SPLIT)
+@pytest.mark.parametrize("split", EVERY_SPLIT)
 def test_gradients_are_those_of_one_rank(runs, split):
     runs["first"]  # which saves what they begin from
     (plain,), (of_rank, _) = runs["plain"], runs[split]

@@ -6,8 +6,9 @@ experts before it:
     G_j = W_j x_j + M_j G_(j-1),    of the first layer with experts  G_1 = W_1 x_1
 
 G are the logits before temperature, activation and scores. Gradients go through the map into the
-layers before. Source: MoE++, arXiv 2410.07348, equation 6, whose authors' code does not detach
-either. Here the map begins as zero, so that a first step is the host's.
+layers before. Source: the gating residuals of MoE++, arXiv 2410.07348; its authors' code, in
+github.com/SkyworkAI/MoE-plus-plus, does not detach either. Here the map begins as zero, so that a
+first step is the host's.
 
 Logits go from layer to layer as a second value beside the residual stream. No layer looks them up
 in another one: a layer that is recomputed is given what it was given in forward.
