@@ -58,6 +58,7 @@ METHODS = {
     "latent": "moe_latent_dim = 64\n",
     "scores before": 'router_scores = "before"\n',
     "similarity": "[router.similarity]\nstrength = 0.5\n",
+    "gating_residual": "[router]\ngating_residual = true\n",
     "dense, equal FLOPs": 'dense_baseline_of = "plain"\n',
 }
 SEQUENCES, SEQ_LEN = 2, 128

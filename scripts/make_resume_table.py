@@ -124,6 +124,8 @@ ROUTER = [
     Change("`dispatch_padding`", router(PADDING), router(f"{PADDING}\ndispatch_padding = true")),
     Change("`keep_top1_score`", Setup(), router("keep_top1_score = true")),
     Change("`similarity`", Setup(), router("similarity = { strength = 0.5 }")),
+    Change("`gating_residual` = false to true", Setup(), router("gating_residual = true")),
+    Change("`gating_residual` = true to false", router("gating_residual = true"), Setup()),
     Change("`null_experts`: another gate", Setup(), router(NULL_EXPERTS)),
     Change("`copy_experts`: another gate", Setup(), router("copy_experts = 2")),
     Change("`constant_experts`: another gate", Setup(), router("constant_experts = 2")),

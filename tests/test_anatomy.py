@@ -152,6 +152,7 @@ def is_of_attention(operator: str) -> bool:
         ("ungated", 32),
         ("pyramid", 32),  # other experts in each layer
         ("latent", 32),
+        ("residual", 32),
         pytest.param("debugmodel", 160, marks=pytest.mark.full),
         pytest.param("qwen3_debugmodel", 160, marks=pytest.mark.full),
         pytest.param("gpt_oss_debugmodel", 32, marks=pytest.mark.full),

@@ -31,6 +31,7 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.latent",
     "ezpz_moe.hosts.titan.overlap",
     "ezpz_moe.hosts.titan.scores",
+    "ezpz_moe.hosts.titan.gating_residual",
 )
 """What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for
 chats, or for a model that differs from the host's."""

@@ -111,6 +111,7 @@ class Router(Data):
     sinkhorn_iterations: Steps = 100
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     skip_first_n_experts: _NoExperts = 0
+    gating_residual: bool = False
 
     @field_validator("jitter_noise", mode="before")
     @classmethod
@@ -319,6 +320,16 @@ def _router_conflicts(router: Router) -> Iterator[str]:
         yield (
             f'{_settings(changed)} has no effect with routing = "balanced", which has its own '
             "noise; remove it, or if it is inherited set it to 0"
+        )
+    if router.gating_residual and router.routing == "balanced":
+        yield (
+            'gating_residual = true has no effect with routing = "balanced", which ignores the '
+            "logits; remove it, or if it is inherited set it to false"
+        )
+    if router.gating_residual and router.freeze:
+        yield (
+            "gating_residual = true begins as the gate alone, and freeze = true would leave it so; "
+            "remove one of them, or if it is inherited set it to false"
         )
     zero_computation = ("null_experts", "copy_experts", "constant_experts")
     if router.routing != "topk" and (changed := _changed(router, zero_computation)):

@@ -9,6 +9,8 @@ Legend: V = vocabulary, D = model dimension, E = experts, F = hidden size of an 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.layer_sizes import one_or_each
@@ -27,7 +29,7 @@ def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     if flavor.dimensions is not None:
         return _of_size(flavor.dimensions, flavor)
     # What is known of it is a model with the host's own experts.
-    if flavor.computes_otherwise:
+    if flavor.computes_otherwise or flavor.router.gating_residual:
         return None
     known = facts()
     model = known.models.get(model_key(flavor)) if known else None
@@ -47,6 +49,8 @@ def _of_size(size: Dimensions, flavor: Flavor) -> ModelSummary:
     shared += len(layers) * size.dim * size.shared_gate
     projections = len(layers) * 2 * size.dim * (flavor.moe_latent_dim or 0)
     gates = sum((size.dim + size.router_bias) * of.num_experts for of in layers)
+    if flavor.router.gating_residual:  # maps the logits of one layer with experts to the next
+        gates += sum(of.num_experts * to.num_experts for of, to in pairwise(layers))
     dense = (size.n_layers - len(layers)) * per_unit * size.dense_hidden_dim
     norms = (2 * size.n_layers + 1) * size.dim
     embedding = size.vocab_size * size.dim  # and as much in the output matrix

@@ -105,14 +105,16 @@ class _Gate(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         settings: Router = self.settings
-        input = gate_input(input, settings, training=self.training)
-        logits_BLE = gate_product(input, self.weight, self.bias, settings)
-        if logits_BLE is None:
-            logits_BLE = super().forward(input)
+        logits_BLE = self.product(gate_input(input, settings, training=self.training))
         now = {key: getattr(self, key) for key in self.scheduled}
         # Kept for the router: the host's forward returns scores, and the z-loss needs logits.
         self.logits_BLE = gate_logits(logits_BLE, settings, now, is_counted=self.is_counted)
         return self.logits_BLE
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return the logits before all that is done to them; a subclass may add to them."""
+        logits_BLE = gate_product(input, self.weight, self.bias, self.settings)
+        return super().forward(input) if logits_BLE is None else logits_BLE
 
 
 class _Router(Module):

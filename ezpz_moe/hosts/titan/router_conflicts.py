@@ -36,6 +36,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         _cut_windows,
         _forced,
         _drawn_again,
+        _residual,
     )
     for problem in (each for check in checks for each in check(config, moe, settings)):
         yield f"flavor {flavor!r}: {problem}"
@@ -221,3 +222,22 @@ def _drawn_again(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         yield f'{named} activation_checkpoint.mode = "memory_budget": {why} another mode.'
     elif not policy.preserve_rng_state:
         yield f"{named} activation_checkpoint.preserve_rng_state = false: {why} true."
+
+
+def _residual(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Refuse what splits the layers, or has no place for their map of logits."""
+    if not settings.gating_residual:
+        return
+    named, degree = "[router] gating_residual = true", config.parallelism.pipeline_parallel_degree
+    if degree > 1:
+        yield (
+            f"{named} cannot be combined with parallelism.pipeline_parallel_degree = {degree}: a "
+            "stage sends only the residual stream to the next, without the logits of its last "
+            "layer. Set the degree to 1, or remove the key."
+        )
+    for key in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(config.checkpoint, key, False):
+            yield (
+                f"checkpoint.{key} = true: Hugging Face's formats have no place for the maps of "
+                f"{named}. Set it to false."
+            )

@@ -47,6 +47,10 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
     if settings.similarity.strength:
         tell_documents(spec.model)
+    if settings.gating_residual:
+        with titan().importing():  # only such a flavor needs this from the host
+            from ezpz_moe.hosts.titan.gating_residual import set_gating_residual
+        set_gating_residual(spec.model, flavor)
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
     spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
 

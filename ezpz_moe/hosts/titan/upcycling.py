@@ -13,7 +13,10 @@ from ezpz_moe.hosts.upcycling_target import PARTS, Layer, Target
 
 _INNER = "routed_experts.inner_experts"
 _EXPERTS = {"w1": f"{_INNER}.w1_EFD", "w2": f"{_INNER}.w2_EDF", "w3": f"{_INNER}.w3_EFD"}
-_ZEROS = {"expert_bias_E", "router.gate.bias", "shared_experts.gate.weight"}
+_ZEROS = {
+    *("expert_bias_E", "router.gate.bias", "router.gate.residual.weight"),
+    "shared_experts.gate.weight",
+}
 
 
 def target(flavor: Flavor) -> Target:

@@ -124,6 +124,8 @@ def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
     for key in ("null_experts", "copy_experts", "constant_experts"):
         if number := getattr(router, key):
             yield f"router.{key} = {number}"
+    if router.gating_residual:
+        yield "router.gating_residual = true"
 
 
 class _Common:
