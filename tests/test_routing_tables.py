@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.config.routing_schema import Balance, Rate, Router, Schedule
+from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.config.schedule_schema import Rate, Schedule
 from ezpz_moe.config.telemetry_schema import Dump, Telemetry
 
 EVERYTHING = """

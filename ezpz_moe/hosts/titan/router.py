@@ -24,8 +24,10 @@ from torchtitan.protocols.module import Module
 
 from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scope
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.learned_scale import add_scale, lay_out_scale
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.routing import losses
+from ezpz_moe.routing.activated import every_active
 from ezpz_moe.routing.assignment import (
     HostRules,
     chosen,
@@ -37,6 +39,7 @@ from ezpz_moe.routing.balance import first_value, inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
 from ezpz_moe.routing.keeping import keep
+from ezpz_moe.routing.neighbours import Neighbours
 
 
 class TokenMask:
@@ -108,9 +111,15 @@ class _Gate(Module):
         if logits_BLE is None:
             logits_BLE = super().forward(input)
         now = {key: getattr(self, key) for key in self.scheduled}
-        # Kept for the router: the host's forward returns scores, and the z-loss needs logits.
-        self.logits_BLE = gate_logits(logits_BLE, settings, now, is_counted=self.is_counted)
+        # Kept for the router: the host's forward returns scores, and some losses need logits.
+        self.raw_BLE, self.logits_BLE = gate_logits(
+            logits_BLE, settings, now, is_counted=self.is_counted, scale_E=self.scale_E
+        )
         return self.logits_BLE
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        lay_out_scale(self)
+        super().parallelize(parallel_dims)
 
 
 class _Router(Module):
@@ -130,6 +139,9 @@ class _Router(Module):
         self._has_losses = any(self.coefficients.values())
         self.groups = {scope: Groups(scope == "sequence") for scope in self.coefficients}
         self.gate.settings = self.settings
+        self.gate.scale_E = None
+        if self.settings.learned_scale:
+            add_scale(self.gate, self.num_experts)
         # A schedule's value is an attribute of the gate, with the key's name: a float until
         # _init_self_buffers knows the device.
         self.gate.scheduled = tuple(self.settings.schedules)
@@ -182,7 +194,8 @@ class _Router(Module):
         route = super().forward if self.score_func in ("softmax", "sigmoid") else self._route
         weights_BLK, ids_BLK, scores_BLE = route(x_BLD, expert_bias_E)
         # Taken from the gate at once: it would keep the graph of this microbatch alive.
-        logits_BLE, self.gate.logits_BLE = self.gate.logits_BLE, None
+        raw_BLE, logits_BLE = self.gate.raw_BLE, self.gate.logits_BLE
+        self.gate.raw_BLE = self.gate.logits_BLE = None
         mask_BL = self.masked_by.of(local(scores_BLE))
         weights_BLK, ids_BLK = chosen(
             weights_BLK,
@@ -196,7 +209,10 @@ class _Router(Module):
         # Whoever reports reports validation too.
         if self.training or self.gate.is_counted:
             by_scores = self._counts_scores(expert_bias_E)
-            of_scopes = self._losses(logits_BLE, scores_BLE, ids_BLK, mask_BL, by_scores)
+            # As its authors do, without the scale, which may be negative.
+            shared_BLE = raw_BLE.relu() if self.settings.has_unchosen else scores_BLE
+            tokens = (raw_BLE, logits_BLE, shared_BLE, ids_BLK, mask_BL)
+            of_scopes = self._losses(*tokens, by_scores)
             if self.training and self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         return weights_BLK, ids_BLK, scores_BLE
@@ -206,6 +222,8 @@ class _Router(Module):
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         scores_BLE = scores_of(logits_BLE, self.score_func)
+        if self.settings.has_unchosen:
+            return every_active(scores_BLE, self._rules)
         by_BLE = scores_BLE if expert_bias_E is None else scores_BLE + expert_bias_E
         if self._rules.limited is not None:
             by_BLE = self._rules.limited(by_BLE)
@@ -242,6 +260,7 @@ class _Router(Module):
 
     def _losses(
         self,
+        raw_BLE: Tensor,
         logits_BLE: Tensor,
         scores_BLE: Tensor,
         ids_BLK: Tensor,
@@ -249,8 +268,8 @@ class _Router(Module):
         by_scores: bool,
     ) -> dict[Scope, Tensor]:
         """Return of_each_L of this microbatch by scope, to be added up; count on the way."""
-        logits_BLE, scores_BLE, ids_BLK, mask_BL1 = map(
-            self._in_sequences, (logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
+        raw_BLE, logits_BLE, scores_BLE, ids_BLK, mask_BL1 = map(
+            self._in_sequences, (raw_BLE, logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
         )
         mask_BL = mask_BL1.squeeze(-1)
         counted_BLK = losses.counted_choice(ids_BLK, scores_BLE, by_scores=by_scores)
@@ -267,6 +286,8 @@ class _Router(Module):
                     in_groups(mask_BL),
                     groups.share,
                     routed_experts=self.routed_experts,
+                    neighbours=Neighbours(in_groups(raw_BLE), mask_BL.shape[1], self.balance.chunk),
+                    computed=self.balance.computed,
                 )
                 of_scopes[scope] = groups.weight * of_each_L
         self._count(p_BLE, logits_BLE, ids_BLK, mask_BL, of_scopes)
@@ -275,11 +296,12 @@ class _Router(Module):
 
     def _in_sequences(self, values_BLX: Tensor) -> Tensor:
         values_BLX = local(values_BLX)
-        # Since August 2026 the host folds sequences into tokens. Only a scope of sequences needs
-        # to know where they end.
+        # Since August 2026 the host folds sequences into tokens. Only a scope of sequences and
+        # losses of neighbours need to know where they end.
         if values_BLX.dim() == 2:  # [T, X]
-            of_sequences = self.groups.get("sequence")
-            length = of_sequences.length if of_sequences else values_BLX.shape[0]
+            length = values_BLX.shape[0]
+            if "sequence" in self.groups or self.balance.compares_neighbours:
+                length = next(iter(self.groups.values())).length
             values_BLX = values_BLX.unflatten(0, (-1, length))
         return values_BLX
 
@@ -359,6 +381,8 @@ def routed(
         target.Config,
         gate=gate,
         route_norm=config.route_norm and not keeps_score,
+        # Its scores are the activations themselves.
+        score_func="identity" if settings.has_unchosen else config.score_func,
         settings=settings,
         balance=balance,
         group_score=group_score,

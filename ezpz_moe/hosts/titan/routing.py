@@ -13,7 +13,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Scope
+from ezpz_moe.config.routing_schema import Balance, Router, Scope
+from ezpz_moe.config.schedule_schema import Schedule
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
@@ -37,13 +38,15 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
     # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
         dispatcher = moe.routed_experts.token_dispatcher
-        cuts = settings.zero_computation_experts or cuts_padding(dispatcher, settings)
+        cuts = settings.leaves_out or cuts_padding(dispatcher, settings)
         if cuts or flavor.balance.capacity_factor:
             moe = with_zero_computation(moe, settings, flavor.balance)
             setattr(parent, attribute, moe)
         # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance, flavor.router_group_score)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
+    if settings.learned_scale:
+        spec.state_dict_adapter = None  # the host's does not know the scale
     spec.parallelize_fn = _wiring(spec.parallelize_fn, flavor)
     spec.post_optimizer_build_fn = _bias_hook(spec.post_optimizer_build_fn, flavor)
 

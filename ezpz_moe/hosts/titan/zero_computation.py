@@ -184,7 +184,9 @@ class _MoE(Module):
         super()._init_self_buffers(buffer_device=buffer_device)
         # The host sizes both by the routed experts that it holds, which are fewer than the choices.
         choices = self.router.num_experts
-        self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(choices)
+        # One more for choices of none, which the host counts too.
+        counted = choices + self.router.settings.has_unchosen
+        self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(counted)
         if self.expert_bias_E is not None:
             self.expert_bias_E = self.expert_bias_E.new_zeros(choices)
 

@@ -109,8 +109,12 @@ def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
         yield f'router_score_func = "{size.router_score_func}"'
     if router.routing == "balanced":
         yield 'router.routing = "balanced" chooses experts without looking at the token'
+    if router.routing == "relu":
+        yield 'router.routing = "relu" uses as many experts as have a score'
     if router.activation != "identity":
         yield f'router.activation = "{router.activation}"'
+    if router.learned_scale:
+        yield "router.learned_scale = true is a weight of the gate"
     schedule = router.temperature
     if step is None and not schedule.is_constant:
         yield (
