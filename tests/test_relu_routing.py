@@ -66,7 +66,7 @@ def layer_of(folder: Path, keys: str, backend: str = "for_loop"):
     ],
 )
 def test_a_layer_is_its_formula(tmp_path, keys, backend, unit):
-    """Output and every gradient. Sums of a gradient have at most as many terms as x has elements."""
+    """Output and every gradient, whose sums have at most as many terms as x has elements."""
     moe = layer_of(tmp_path, f"{keys}{RELU}", backend)
     x = flat(tokens(D)).double().requires_grad_()
     ours = results(moe, moe(x), x)

@@ -58,12 +58,12 @@ def test_a_flavor_without_the_tables_routes_as_the_host_does(tmp_path: Path) -> 
 def test_the_defaults() -> None:
     """Written down twice: nothing else can tell a slip from what was meant."""
     one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
-    none = {"aux_loss": 0, "mse_loss": 0, "z_loss": 0}
-    router = ("topk", 0, None, False, one, "identity", None, "token", None, 0, 0, 0, None, False)
-    router += (1e-4, 100, 0, 0)
+    none = dict.fromkeys(("aux_loss", "mse_loss", "z_loss", "locality_loss", "chunk_loss"), 0)
+    router = ("topk", 0, None, False, one, "identity", False, None, "token", None)
+    router += (0, 0, 0, None, False, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
-        *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
+        *(0, 0, 0, 0, 0, "sequence", none, none, none, None, 64, 0, "last", 1, None, None),
     )
     assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True, None)
 
