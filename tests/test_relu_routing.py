@@ -171,3 +171,11 @@ def test_parameters_and_flops_count_every_expert_as_used(tmp_path):
     assert counts_at_hand(found) is None
     assert summary.total == ours.total.parameters
     assert summary.active == ours.total.active
+
+
+def test_choices_take_twelve_bytes_of_every_expert(tmp_path):
+    """A score and an id, of E experts where top-k has those of k."""
+    for keys, choices in ((RELU, E), ("[telemetry]\n", 3)):
+        router = router_of(small_model(tmp_path, SMALL + keys))
+        weights_BLK, ids_BLK, _ = router(flat(tokens(D)))
+        assert weights_BLK.nbytes + ids_BLK.nbytes == 12 * choices * B * L

@@ -9,14 +9,19 @@ import tables
 
 PAGE = "docs/internals/benchmarks/index.md"
 METHODS = "docs/internals/benchmarks/methods.md"
+NEIGHBOURS = "docs/internals/benchmarks/neighbours.json"
 
 
 def made() -> dict[str, dict[str, str]]:
     """Return the tables by document and name."""
     rows = json.loads((tables.ROOT / METHODS).with_suffix(".json").read_text())["table"]
+    neighbours = json.loads((tables.ROOT / NEIGHBOURS).read_text())["table"]
     return {
         PAGE: {"archives": tables.markdown(_archives())},
-        METHODS: {"methods": tables.markdown(rows, right=rows[0].keys() - {"method"})},
+        METHODS: {
+            "methods": tables.markdown(rows, right=rows[0].keys() - {"method"}),
+            "neighbours": tables.markdown(neighbours, right=neighbours[0].keys() - {"losses"}),
+        },
     }
 
 
