@@ -6,13 +6,37 @@ The keys are in :mod:`.routing_schema`, the formulas in :mod:`ezpz_moe.routing.a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ezpz_moe.config.routing_schema import Balance, Router
-
+DEFAULT_CHUNK = 64
 _ACTIVATION = 'activation = "relu_rmsnorm"'
+
+
+class Router(Protocol):
+    """What is asked of ``[router]``."""
+
+    @property
+    def routing(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def learned_scale(self) -> bool: ...
+
+
+class Balance(Protocol):
+    """What is asked of ``[balance]``."""
+
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def computed(self) -> tuple[str, ...]: ...
+    @property
+    def losses_by_key(self) -> Mapping[str, float]: ...
+    @property
+    def capacity_factor(self) -> float: ...
+    @property
+    def bias_update(self) -> str | None: ...
 
 
 def activated_conflicts(router: Router) -> Iterator[str]:
@@ -34,11 +58,10 @@ def activated_conflicts(router: Router) -> Iterator[str]:
 
 def chunk_conflicts(balance: Balance) -> Iterator[str]:
     """Yield why a chunk's length has no effect."""
-    default = type(balance).model_fields["chunk"].default
-    if balance.chunk != default and "chunk_loss" not in balance.computed:
+    if balance.chunk != DEFAULT_CHUNK and "chunk_loss" not in balance.computed:
         yield (
             f"chunk = {balance.chunk} has no effect without chunk_loss. Set that, or remove it; if "
-            f"it is inherited, set chunk = {default}"
+            f"it is inherited, set chunk = {DEFAULT_CHUNK}"
         )
 
 

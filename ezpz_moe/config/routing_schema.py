@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ezpz_moe.config.activated_schema import (
+    DEFAULT_CHUNK,
     activated_conflicts,
     chunk_conflicts,
     neighbour_conflicts,
@@ -165,7 +166,7 @@ class Balance(Losses):
     # Not set: "scores" where the layer has a selection bias, "routed" where it has none.
     aux_loss_choice: Literal["scores", "routed"] | None = None
     # Tokens of a chunk; one token alone has no neighbour.
-    chunk: Annotated[int, Field(ge=2, le=2**40)] = 64
+    chunk: Annotated[int, Field(ge=2, le=2**40)] = DEFAULT_CHUNK
     # 0: every expert takes what it gets.
     capacity_factor: _NotNegative = 0.0
     drop: Literal["last", "probability"] = "last"
