@@ -46,6 +46,11 @@ n_heads = 4
 dense_hidden_dim = 512
 moe_hidden_dim = 128
 """
+RELU = """[router]
+routing = "relu"
+activation = "relu_rmsnorm"
+learned_scale = true
+"""
 METHODS = {
     "plain": "",
     "plain, second seed": "",
@@ -59,6 +64,8 @@ METHODS = {
     "scores before": 'router_scores = "before"\n',
     "similarity": "[router.similarity]\nstrength = 0.5\n",
     "gating_residual": "[router]\ngating_residual = true\n",
+    "relu": RELU,
+    "relu, both losses": f"{RELU}[balance]\nlocality_loss = 0.001\nchunk_loss = 0.02\n",
     "dense, equal FLOPs": 'dense_baseline_of = "plain"\n',
 }
 SEQUENCES, SEQ_LEN = 2, 128

@@ -21,7 +21,7 @@ if ON_0_2:
 
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 
-from ezpz_moe.hosts.titan.router import Groups
+from ezpz_moe.hosts.titan.groups import Groups
 from ezpz_moe.routing.counters import SUMS
 
 B, L = 3, 16

@@ -113,7 +113,7 @@ def test_an_expert_takes_the_first_tokens_up_to_its_capacity(factor):
     said = drops.dropped(ids_SLK, E, factor)
     assert torch.equal(said, expected)
     assert said.any() == (factor < E / K)
-    parts = drops.by_position(said, 4)  # 6, 5, 5, 5 positions
+    parts = drops.by_position(said, ids_SLK < E, 4)  # 6, 5, 5, 5 positions
     for part, (start, end) in zip(parts, [(0, 6), (6, 11), (11, 16), (16, 21)], strict=True):
         assert part.item() == pytest.approx(expected[:, start:end].double().mean().item())
 

@@ -158,6 +158,17 @@ def test_constant_experts_have_no_weights_to_compare(folder):
         assert len(layer["cosines"]) == 8
 
 
+def test_experts_that_a_token_does_not_use_are_none(folder):
+    """Of gates whose logits are above 0 about half of the time."""
+    relu = 'routing = "relu"\nactivation = "relu_rmsnorm"'
+    for layer in with_router(folder, relu)["layers"]:
+        assert (layer["num_experts"], len(layer["load"]), len(layer["cosines"])) == (8, 8, 8)
+        assert 3 < layer["top_k"] < 5
+        assert layer["cache_size"] == min(8, round(2 * layer["top_k"]))
+        assert sum(layer["load"]) == pytest.approx(1)
+        assert layer["drift"] == {"changed": 0, "jaccard": 1}
+
+
 def test_a_scheduled_temperature_is_that_of_the_checkpoints_step(folder):
     """The same weights in two steps, in between which the temperature falls."""
     moving = with_router(folder, "temperature = { start = 3.0, end = 1.0, steps = 2 }")

@@ -24,7 +24,7 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.upcycling import target
 from ezpz_moe.hosts.titan_0_2.since_0_3 import refuse_later_keys
-from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
+from ezpz_moe.tools.checkpoints.huggingface.routers import router_differences
 
 D, B, L = 32, 2, 16
 # A dense layer before, between and after those with experts, which have other numbers of them.

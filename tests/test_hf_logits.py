@@ -173,6 +173,16 @@ GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
             '[router]\nrouting = "balanced"',
             'router.routing = "balanced" chooses experts without looking',
         ),
+        (
+            "qwen3_moe",
+            '[router]\nrouting = "relu"\nactivation = "relu_rmsnorm"',
+            'router.routing = "relu" uses as many experts as have a score',
+        ),
+        (
+            "deepseek_v3",
+            '[router]\nactivation = "relu_rmsnorm"\nlearned_scale = true',
+            "router.learned_scale = true is a weight of the gate",
+        ),
         ("qwen3_moe", "[router]\nnull_experts = 2", "router.null_experts = 2"),
         ("qwen3_moe", "[router]\nconstant_experts = 1", "router.constant_experts = 1"),
         ("qwen3_moe", "[router]\ncopy_experts = 1", "router.copy_experts = 1"),

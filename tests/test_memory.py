@@ -118,6 +118,19 @@ def test_what_is_cut_off_by_values_is_told_without_them(
     assert abs(estimated - real) <= difference
 
 
+def test_routing_by_relu_is_told_as_if_every_expert_were_used(tmp_path: Path) -> None:
+    """Which is the most: half of the logits are above 0 at first."""
+    table = '[router]\nrouting = "relu"\nactivation = "relu_rmsnorm"\nlearned_scale = true\n'
+    told = []
+    for name, keys in (("relu", table), ("all", "router_top_k = 8\n[telemetry]\nimages = false\n")):
+        (tmp_path / f"{name}.toml").write_text(f"{SMALL}{keys}")
+        job = JOB.format(flavor=f"{name}_sdpa_for_loop", mode="none")
+        told.append(estimated_and_real(tmp_path, job))
+    (of_relu, real_of_relu), (of_all, real_of_all) = told
+    assert real_of_relu < of_relu
+    assert real_of_relu < real_of_all <= of_all < 1.05 * of_relu
+
+
 def estimated_and_real(tmp_path: Path, text: str) -> tuple[int, int]:
     """Bytes of a job's activations: as they are told, and as a step saves them."""
     job = tmp_path / "job.toml"

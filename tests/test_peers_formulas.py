@@ -28,6 +28,7 @@ from ezpz_moe.config.foreign_keys import projects
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.assignment import limited_to_groups, sinkhorn
 from ezpz_moe.routing.capacity import beyond_capacity, capacity
+from ezpz_moe.routing.neighbours import Neighbours
 
 B, L, E = 2, 24, 8
 LAYERS = 16
@@ -99,7 +100,16 @@ def ours(case: Case, scope: str, name: str = "aux_loss", *, choice: str = "route
     logits, scores, ids, mask = map(groups, (case.logits_TE, case.scores_TE, ids_TK, mask_T1))
     mask = mask.squeeze(-1)
     p = losses.probabilities(scores, mask)
-    of_each_L = losses.of_microbatch(logits, p, ids, mask, losses.alone, routed_experts=E)
+    of_each_L = losses.of_microbatch(
+        logits,
+        p,
+        ids,
+        mask,
+        losses.alone,
+        routed_experts=E,
+        neighbours=Neighbours(logits, L, 2),
+        computed=(name,),
+    )
     return of_each_L[losses.LOSSES.index(name)] / len(logits)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ezpz_moe.config.telemetry_schema import Dump, Telemetry
+from ezpz_moe.hosts.titan.groups import Groups
 from ezpz_moe.hosts.titan.metrics import RouterMetrics
-from ezpz_moe.hosts.titan.router import Groups
 from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.record import StepRecord
 

@@ -17,7 +17,7 @@ from routing_cases import RUNS, U, over_runs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ezpz_moe.config.routing_schema import Schedule
+from ezpz_moe.config.schedule_schema import Schedule
 from ezpz_moe.routing.balance import bias_change, value_at
 from ezpz_moe.routing.counters import SUMS, count, is_recomputation
 

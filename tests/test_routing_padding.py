@@ -103,8 +103,8 @@ def test_the_hosts_chat_data_says_which_labels_count_and_resumes(tmp_path: Path)
 @pytest.mark.skipif(ON_0_2, reason="[router] needs torchtitan 0.3 or later")
 def test_a_batch_that_does_not_say_which_labels_count_is_refused() -> None:
     """As of a loader that an override puts in place of the job's, after the job was checked."""
+    from ezpz_moe.hosts.titan.groups import TokenMask
     from ezpz_moe.hosts.titan.labelled import COUNTED
-    from ezpz_moe.hosts.titan.router import TokenMask
     from ezpz_moe.hosts.titan.routing import _masking
 
     mask, tokens_BL = TokenMask(), torch.zeros(2, 6, dtype=torch.int64)

@@ -114,7 +114,8 @@ def gradient(settings: Router, score_func: str, E: int, K: int, norm: bool) -> T
     torch.manual_seed(0)
     logits_BLE = torch.randn(1, 200, E, requires_grad=True)
     now = {"temperature": settings.temperature.end} if settings.schedules else {}
-    scores_BLE = scores_of(gate_logits(logits_BLE, settings, now, is_counted=True), score_func)
+    _, logits_of_gate_BLE = gate_logits(logits_BLE, settings, now, is_counted=True)
+    scores_BLE = scores_of(logits_of_gate_BLE, score_func)
     ids_BLK = scores_BLE.topk(K).indices
     weights_BLK = weights_of(scores_BLE, ids_BLK, HostRules(norm, 1.0, None))
     (weights_BLK * torch.randn_like(weights_BLK)).sum().backward()

@@ -9,6 +9,7 @@ from flavor_files import load, said
 
 BALANCED = '[router]\nrouting = "balanced"\n'
 SINKHORN = '[router]\nrouting = "sinkhorn"\n'
+RELU = '[router]\nrouting = "relu"\nactivation = "relu_rmsnorm"\n'
 
 
 def no_effect_balanced(what: str) -> str:
@@ -134,6 +135,53 @@ def no_effect_balanced(what: str) -> str:
             "zero-computation ones.",
         ),
         (
+            '[router]\nrouting = "relu"',
+            '[router] routing = "relu" chooses the experts whose activation is not 0: set '
+            'activation = "relu_rmsnorm", not "identity".',
+        ),
+        (
+            '[router]\nactivation = "softplus"\nlearned_scale = true',
+            '[router] learned_scale = true is the scale of activation = "relu_rmsnorm", not of '
+            '"softplus"; set that activation, or remove it; if it is inherited, set it to false.',
+        ),
+        (
+            f"{RELU}null_experts = 2",
+            '[router] null_experts = 2 needs routing = "topk", not "relu".',
+        ),
+        (
+            f"{RELU}[balance]\ncapacity_factor = 1.5",
+            'router.routing = "relu" excludes balance.capacity_factor = 1.5: an expert\'s even '
+            "share is one of a fixed number of choices, and tokens choose as many as they need. "
+            'Remove it (set it to 0 if it is inherited), or route with "topk".',
+        ),
+        (
+            f'{RELU}[balance]\nbias_update = "sign"',
+            'router.routing = "relu" chooses without the selection bias: balance.bias_update = '
+            '"sign" would move it further and further, unchecked. Remove it; if it is inherited, '
+            'set it to "none".',
+        ),
+        (
+            "[balance.batch]\nlocality_loss = 0.1",
+            "balance.batch.locality_loss compares which logits are above 0, and only "
+            'router.activation = "relu_rmsnorm" chooses by that. Set it, or remove the loss; if it '
+            "is inherited, set it to 0.",
+        ),
+        (
+            f"{SINKHORN}[balance]\nchunk_loss = 0.1",
+            'router.routing = "sinkhorn" excludes balance.chunk_loss: its plan spreads the tokens '
+            "over all experts, whatever their neighbours choose. Remove the loss (set it to 0 if "
+            'it is inherited), or route with "topk" or "relu".',
+        ),
+        (
+            f"{BALANCED}[balance]\nchunk_loss = 0.1",
+            no_effect_balanced("balance.chunk_loss = 0.1"),
+        ),
+        (
+            "[balance]\nchunk = 8",
+            "[balance] chunk = 8 has no effect without chunk_loss. Set that, or remove it; if it "
+            "is inherited, set chunk = 64.",
+        ),
+        (
             f"{BALANCED}skip_first_n_experts = 6",
             "router.skip_first_n_experts = 6 leaves 2 of 8 experts, but a token uses 3.",
         ),
@@ -172,6 +220,10 @@ def test_all_that_does_not_go_together_is_said_at_once(tmp_path: Path) -> None:
         "router_num_expert_groups = 8\nrouter_num_limited_groups = 4",
         'router_num_expert_groups = 4\nrouter_num_limited_groups = 2\nrouter_group_score = "max"',
         "[router]\nfreeze = true\n[balance]\naux_loss = 0.1",
+        f'{RELU}learned_scale = true\n[balance]\nlocality_loss = 1\nbias_update = "none"',
+        f"{RELU}jitter_noise = true\n[balance]\naux_loss = 0.1\nz_loss = 1\nmse_loss = 2",
+        '[router]\nactivation = "relu_rmsnorm"\nlearned_scale = true\n[balance]\nlocality_loss = 1',
+        "[balance]\nchunk = 8\n[balance.global]\nchunk_loss = 1",
     ],
 )
 def test_what_goes_together(tmp_path: Path, text: str) -> None:

@@ -68,7 +68,9 @@ SCHEDULE = "should be a number above 0, or a table of start, end and steps."
 def test_a_value_of_the_wrong_kind(
     tmp_path: Path, table: str, text: str, shown: str, message: str | None
 ) -> None:
-    message = message or "should be 'topk', 'sinkhorn' or 'balanced'. Did you mean 'sinkhorn'?"
+    message = (
+        message or "should be 'topk', 'sinkhorn', 'balanced' or 'relu'. Did you mean 'sinkhorn'?"
+    )
     key = text.partition(" ")[0]
     expected = f"mine.toml: {table}.{key} = {shown}: {message}"
     assert said(tmp_path, f"[{table}]\n{text}") == expected

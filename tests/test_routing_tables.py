@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from flavor_files import load, said
 
-from ezpz_moe.config.routing_schema import Balance, Rate, Router, Schedule
+from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.config.schedule_schema import Rate, Schedule
 from ezpz_moe.config.telemetry_schema import Dump, Telemetry
 
 EVERYTHING = """
@@ -61,12 +62,13 @@ def test_a_flavor_without_the_tables_routes_as_the_host_does(tmp_path: Path) -> 
 def test_the_defaults() -> None:
     """Written down twice: nothing else can tell a slip from what was meant."""
     one = {"start": 1.0, "end": 1.0, "steps": 1, "shape": "linear"}
-    none = {"aux_loss": 0, "mse_loss": 0, "z_loss": 0}
-    router = ("topk", 0, None, False, one, "identity", None, "token", None, 0, 0, 0, None, False)
+    none = dict.fromkeys(("aux_loss", "mse_loss", "z_loss", "locality_loss", "chunk_loss"), 0)
+    router = ("topk", 0, None, False, one, "identity", False, None, "token", None)
+    router += (0, 0, 0, None, False)
     router += ({"strength": 0, "window": 64, "temperature": 0.2}, 1e-4, 100, 0, 0)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
-        *(0, 0, 0, "sequence", none, none, none, None, 0, "last", 1, None, None),
+        *(0, 0, 0, 0, 0, "sequence", none, none, none, None, 64, 0, "last", 1, None, None),
     )
     assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True, None)
 

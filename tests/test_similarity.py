@@ -21,7 +21,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.similar import averaged_scores
 from ezpz_moe.routing.similarity import averaged, documents_of
-from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
+from ezpz_moe.tools.checkpoints.huggingface.routers import router_differences
 
 B, L, D, E = 2, 21, 6, 5
 SIZES = [(1, 2), (5, 64), (L, 2), (L, 7), (L, 8), (L, 20), (L, L), (L, 64)]

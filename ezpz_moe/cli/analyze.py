@@ -217,7 +217,7 @@ def _row(each: LayerReport, settings: Any, cache: str) -> dict[str, str]:
     )
     row = {
         "layer": each.layer.removeprefix("layers."),
-        "experts": f"{each.top_k} of {each.num_experts}",
+        "experts": f"{each.top_k:g} of {each.num_experts}",
         "told by token ID": display.number(told[0], ".1%"),
         "by frequency": display.number(told[1], ".1%"),
         "explained": display.number(told[2], ".1%"),

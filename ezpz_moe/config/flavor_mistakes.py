@@ -10,11 +10,13 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from ezpz_moe.config.change_schema import Change
-from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
+from ezpz_moe.config.flavor_schema import Dimensions, Flavor
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.layer_sizes import FORMS
-from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router, Schedule
+from ezpz_moe.config.rope_schema import Rope
+from ezpz_moe.config.routing_schema import SCOPES, Balance, Losses, Router
+from ezpz_moe.config.schedule_schema import Schedule
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.similarity_schema import Similarity
 from ezpz_moe.config.telemetry_schema import Telemetry

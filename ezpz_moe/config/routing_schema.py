@@ -6,12 +6,18 @@ docs/reference/routing.md says what each key does; the functions are in :mod:`ez
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ezpz_moe.config.activated_schema import (
+    DEFAULT_CHUNK,
+    activated_conflicts,
+    chunk_conflicts,
+    neighbour_conflicts,
+)
+from ezpz_moe.config.schedule_schema import Rate, Schedule
 from ezpz_moe.config.schema import Data, Steps, mistake
 from ezpz_moe.config.similarity_schema import Similarity
 
@@ -26,77 +32,17 @@ _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
 
 
-class Schedule(Data):
-    """A value that moves from ``start`` to ``end`` within ``steps``, and then stays there.
-
-    A plain number stands for a value that does not move. A schedule counts as one value: a flavor
-    that inherits it may replace it, but not a part of it.
-    """
-
-    _range: ClassVar[str] = "above 0"
-
-    start: _Positive
-    end: _Positive
-    steps: Steps
-    shape: Literal["linear", "exponential", "cosine"] = "linear"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _may_be_a_number(cls, value: object) -> object:
-        if isinstance(value, dict | cls):
-            return value
-        if (
-            # bool is a subclass of int: without this, true would pass as 1.
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not cls._is_in_range(value)
-        ):
-            raise mistake(f"should be a number {cls._range}, or a table of start, end and steps")
-        # One step, as in the fields' defaults: with another number, a 1 in the file would not equal
-        # the default 1.
-        return {"start": value, "end": value, "steps": 1}
-
-    @classmethod
-    def _is_in_range(cls, value: float) -> bool:
-        return 0 < value < math.inf
-
-    @property
-    def is_constant(self) -> bool:
-        return self.start == self.end
-
-
-class Rate(Schedule):
-    """A schedule that may begin or end at 0, where nothing moves."""
-
-    _range: ClassVar[str] = "of at least 0"
-
-    start: _NotNegative
-    end: _NotNegative
-
-    @classmethod
-    def _is_in_range(cls, value: float) -> bool:
-        return 0 <= value < math.inf
-
-    @model_validator(mode="after")
-    def _reaches_its_end(self) -> Self:
-        if self.shape == "exponential" and not self.is_constant and 0 in (self.start, self.end):
-            raise mistake(
-                'shape = "exponential" multiplies by the same factor in every step, so it neither '
-                'leaves 0 nor reaches it. Choose "linear" or "cosine"'
-            )
-        return self
-
-
 class Router(Data):
     """``[router]``: how a token's experts are chosen."""
 
-    routing: Literal["topk", "sinkhorn", "balanced"] = "topk"
+    routing: Literal["topk", "sinkhorn", "balanced", "relu"] = "topk"
     # Below 1: from there on an input could vanish or change its sign.
     jitter_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gate_precision: Literal["bfloat16", "float32", "float64"] | None = None
     freeze: bool = False
     temperature: Schedule = Schedule(start=1.0, end=1.0, steps=1)
     activation: Literal["identity", "softplus", "relu_rmsnorm"] = "identity"
+    learned_scale: bool = False
     pad_token_id: Annotated[int, Field(ge=0, lt=2**24)] | None = None
     padding: Literal["token", "trailing", "labels"] = "token"
     # Not set: padding is not dispatched where the host can leave it out.
@@ -131,6 +77,16 @@ class Router(Data):
         return self.null_experts + self.copy_experts + self.constant_experts
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether some choices of a token's are computed by no routed expert."""
+        return bool(self.zero_computation_experts) or self.has_unchosen
+
+    @property
+    def has_unchosen(self) -> bool:
+        """Whether a token has as many choices as there are experts, some of them of none."""
+        return self.routing == "relu"
+
+    @property
     def masks_padding(self) -> bool:
         """Whether some tokens may be padding."""
         return self.pad_token_id is not None or self.padding == "labels"
@@ -147,6 +103,8 @@ class Router(Data):
 
     def choices_of_token(self, num_experts: int, top_k: int) -> int:
         """Return how many choices a token makes, given the model's experts and top-k."""
+        if self.has_unchosen:
+            return num_experts  # each of them is chosen or not
         return self.top_k or raised_top_k(num_experts, top_k, self.zero_computation_experts)
 
 
@@ -176,6 +134,8 @@ class Losses(Data):
     aux_loss: _NotNegative = 0.0
     mse_loss: _NotNegative = 0.0
     z_loss: _NotNegative = 0.0
+    locality_loss: _NotNegative = 0.0
+    chunk_loss: _NotNegative = 0.0
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -185,6 +145,10 @@ class Losses(Data):
 
 
 LOSSES = tuple(Losses.model_fields)
+BALANCING = ("aux_loss", "mse_loss")
+"""Those that spread tokens over experts; the z-loss only keeps logits small."""
+OF_NEIGHBOURS = ("locality_loss", "chunk_loss")
+"""Those that compare neighbouring tokens. Only who asks for one has it computed and reported."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -204,6 +168,8 @@ class Balance(Losses):
     global_: Losses = Field(default=Losses(), alias="global")
     # Not set: "scores" where the layer has a selection bias, "routed" where it has none.
     aux_loss_choice: Literal["scores", "routed"] | None = None
+    # Tokens of a chunk; one token alone has no neighbour.
+    chunk: Annotated[int, Field(ge=2, le=2**40)] = DEFAULT_CHUNK
     # 0: every expert takes what it gets.
     capacity_factor: _NotNegative = 0.0
     drop: Literal["last", "probability"] = "last"
@@ -227,6 +193,16 @@ class Balance(Losses):
     @property
     def has_losses(self) -> bool:
         return any(self.of_scopes.values())
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The losses that routers compute: those of neighbours only if a scope asks for them."""
+        asked = {loss for of in self.of_scopes.values() for loss in of}
+        return tuple(loss for loss in LOSSES if loss in asked or loss not in OF_NEIGHBOURS)
+
+    @property
+    def compares_neighbours(self) -> bool:
+        return any(loss in OF_NEIGHBOURS for loss in self.computed)
 
     @property
     def losses_by_key(self) -> dict[str, float]:
@@ -261,8 +237,7 @@ REPORTED_LOSSES = (*LOSSES, *LOSSES_OF_SCOPES)
 def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
     """Yield what one of the two tables says that the other one excludes."""
     losses = balance.losses_by_key
-    # The z-loss balances nothing: it keeps logits small.
-    balancing = {key: losses[key] for key in losses if not key.endswith("z_loss")}
+    balancing = {key: losses[key] for key in losses if key.endswith(BALANCING)}
     if router.routing == "sinkhorn" and balancing:
         yield (
             f'router.routing = "sinkhorn" excludes {_settings(balancing, "balance.")}: its '
@@ -277,6 +252,7 @@ def routing_conflicts(router: Router, balance: Balance) -> Iterator[str]:
             f'router.routing = "sinkhorn" chooses without the selection bias: {moved} would move '
             'it further and further, unchecked. Remove it; if it is inherited, set it to "none"'
         )
+    yield from neighbour_conflicts(router, balance)
     changed = " and ".join(filter(None, (_settings(losses, "balance."), moved)))
     if router.routing == "balanced" and changed:
         yield (
@@ -331,6 +307,7 @@ def _router_conflicts(router: Router) -> Iterator[str]:
             "gating_residual = true begins as the gate alone, and freeze = true would leave it so; "
             "remove one of them, or if it is inherited set it to false"
         )
+    yield from activated_conflicts(router)
     zero_computation = ("null_experts", "copy_experts", "constant_experts")
     if router.routing != "topk" and (changed := _changed(router, zero_computation)):
         yield f'{_with_verb(changed, "needs", "need")} routing = "topk", not "{router.routing}"'
@@ -368,6 +345,7 @@ def _balance_conflicts(balance: Balance) -> Iterator[str]:
             "remove the rest; what is inherited can be set to "
             'drop = "last" and min_capacity = 1'
         )
+    yield from chunk_conflicts(balance)
     own, scope = balance.coefficients, balance.scope
     of_tables = {key: value for key, value in balance.losses_by_key.items() if "." in key}
     same = {key: value for key, value in of_tables.items() if key.startswith(f"{scope}.")}

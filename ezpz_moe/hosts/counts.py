@@ -22,7 +22,7 @@ from ezpz_moe.hosts.releases import facts, model_key
 def counts_at_hand(flavor: Flavor) -> ModelSummary | None:
     """Return what :meth:`Host.summarize` would, or None where only the built model tells."""
     # They change what a token uses on average, and some have parameters of their own.
-    if flavor.router.zero_computation_experts:
+    if flavor.router.leaves_out or flavor.router.learned_scale:
         return None
     if flavor.dense_baseline_of is not None:
         return None  # its size comes from what the experts cost

@@ -108,6 +108,8 @@ def scores_of(logits_BLE: Tensor, score_func: str) -> Tensor:
     """
     logits_BLE = logits_BLE.to(torch.promote_types(logits_BLE.dtype, torch.float32))
     match score_func:
+        case "identity":
+            return logits_BLE
         case "softmax":
             return logits_BLE.softmax(-1)
         case "sigmoid":
@@ -117,7 +119,7 @@ def scores_of(logits_BLE: Tensor, score_func: str) -> Tensor:
             least = torch.finfo(logits_BLE.dtype).tiny
             return F.softplus(logits_BLE).clamp(min=least).sqrt()
     raise ValueError(
-        f"router_score_func: {score_func!r} is not one of softmax, sigmoid, sqrtsoftplus"
+        f"router_score_func: {score_func!r} is not one of softmax, sigmoid, sqrtsoftplus, identity"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ezpz_moe.config.routing_schema import Schedule
+from ezpz_moe.config.schedule_schema import Schedule
 
 
 def bias_change(counts_E: Tensor, *, rate: float, by_sign: bool) -> Tensor:

@@ -50,14 +50,16 @@ def gate_logits(
     now: Mapping[str, Tensor | float],
     *,
     is_counted: bool,
-) -> Tensor:
-    """Return the gate's logits with what the options do to them, before the scores.
+    scale_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gate's logits with what the options do to them: before the activation, and after.
 
     Args:
         logits_BLE: the gate's product.
         settings: the flavor's.
         now: the values of ``settings.schedules`` in this training step.
         is_counted: whether telemetry reports logits that are not finite.
+        scale_E: the activation's learned scale, if it has one.
     """
     if "temperature" in now:
         logits_BLE = logits_BLE / now["temperature"]
@@ -65,7 +67,7 @@ def gate_logits(
     # infinity from the counters, the loss has to become NaN.
     if not (is_counted and settings.activation == "identity"):
         logits_BLE = losing_infinities(logits_BLE)
-    return activated(logits_BLE, settings.activation)
+    return logits_BLE, activated(logits_BLE, settings.activation, scale_E)
 
 
 def jittered(x: Tensor, noise: float) -> Tensor:
@@ -93,12 +95,12 @@ def losing_infinities(logits_BLE: Tensor) -> Tensor:
     return logits_BLE + (logits_BLE - logits_BLE).detach()  # adds 0, but inf - inf is NaN
 
 
-def activated(logits_BLE: Tensor, activation: str) -> Tensor:
+def activated(logits_BLE: Tensor, activation: str, scale_E: Tensor | None = None) -> Tensor:
     """Return the logits after ``"identity"``, ``"softplus"`` or ``"relu_rmsnorm"``, in their dtype.
 
     ``relu_rmsnorm`` divides ReLU's result by its root mean square over the experts, like the router
-    of BlockFFN (arXiv 2507.08771, equation 3), but without a learned scale, which would add a
-    parameter. A token whose logits are all negative gets equal logits.
+    of BlockFFN (arXiv 2507.08771, equation 3). ``scale_E`` multiplies that, if there is one. A
+    token whose logits are all negative gets equal logits.
 
     Raises:
         ValueError: unknown activation.
@@ -109,7 +111,8 @@ def activated(logits_BLE: Tensor, activation: str) -> Tensor:
         case "softplus":
             return F.softplus(logits_BLE)
         case "relu_rmsnorm":
-            return F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
+            normed_BLE = F.rms_norm(logits_BLE.relu(), logits_BLE.shape[-1:])
+            return normed_BLE if scale_E is None else normed_BLE * scale_E.to(normed_BLE.dtype)
     raise ValueError(f"activation: {activation!r} is not one of identity, softplus, relu_rmsnorm")
 
 

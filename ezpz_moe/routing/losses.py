@@ -13,13 +13,14 @@ Legend of the suffixes: :mod:`ezpz_moe.routing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ezpz_moe.config.routing_schema import LOSSES, Scope
+from ezpz_moe.routing.neighbours import Neighbours, chunk_loss, locality_loss
 
 Share = Callable[[Tensor], Tensor]
 
@@ -33,6 +34,8 @@ class Terms(NamedTuple):
         logits_GNE, mask_GN: of the group's tokens on this rank.
         n_G: the group's tokens on all its ranks, at least 1.
         share: sums over the ranks of a group.
+        p_GNR: each token's probabilities of the R experts that compute.
+        neighbours: which tokens are neighbours, and what of them is compared.
     """
 
     f_GE: Tensor
@@ -41,12 +44,16 @@ class Terms(NamedTuple):
     mask_GN: Tensor
     n_G: Tensor
     share: Share
+    p_GNR: Tensor
+    neighbours: Neighbours
 
 
 FORMULAS: dict[str, Callable[[Terms], Tensor]] = {
     "aux_loss": lambda of: switch_loss(of.f_GE, of.P_GE),
     "mse_loss": lambda of: mse_loss(of.P_GE),
     "z_loss": lambda of: z_loss(of.logits_GNE, of.mask_GN, of.n_G, of.share),
+    "locality_loss": lambda of: locality_loss(of.neighbours, of.mask_GN, of.share),
+    "chunk_loss": lambda of: chunk_loss(of.neighbours, of.p_GNR, of.mask_GN, of.share),
 }
 """The formula of each loss by its key of ``[balance]``."""
 
@@ -59,27 +66,37 @@ def of_microbatch(
     share: Share,
     *,
     routed_experts: int,
+    neighbours: Neighbours,
+    computed: Collection[str],
 ) -> Tensor:
     """Return of_each_L: one value for each of ``LOSSES``, summed over groups, not weighted.
 
     Args:
         logits_GNE: the gate's, before the scores.
         p_GNE: :func:`probabilities` of all experts.
-        ids_GNK: the experts that count as chosen, see :func:`counted_choice`.
+        ids_GNK: the experts that count as chosen, see :func:`counted_choice`; E is none of them.
         mask_GN: bool, False for padding.
         share: sums over the ranks of a group.
         routed_experts: how many of the E experts compute; the others come last.
+        neighbours: of a sequence's tokens.
+        computed: the losses to compute; the values of others are 0.
     """
-    E, K = p_GNE.shape[-1], ids_GNK.shape[-1]
+    E = p_GNE.shape[-1]
     n_G = tokens_in_group(mask_GN, share)
-    f_GE = share(assignments(ids_GNK, mask_GN, E)) / (n_G * K).unsqueeze(-1)
+    counts_GE = share(assignments(ids_GNK, mask_GN, E))
+    # Not n K: tokens may choose fewer. At least 1, as a group of padding alone has none.
+    f_GE = counts_GE / counts_GE.sum(-1, keepdim=True).clamp(min=1)
     if routed_experts < E:
         # Which zero-computation expert a token takes does not matter, so the loss must not favour
         # one.
         f_GE = merged_null_share(f_GE, routed_experts)
     P_GE = mean_probability(p_GNE, mask_GN, n_G, share)
-    terms = Terms(f_GE, P_GE, logits_GNE, mask_GN, n_G, share)
-    return torch.stack([FORMULAS[loss](terms).sum() for loss in LOSSES])
+    p_GNR = p_GNE[..., :routed_experts]
+    terms = Terms(f_GE, P_GE, logits_GNE, mask_GN, n_G, share, p_GNR, neighbours)
+    none = P_GE.new_zeros(())
+    return torch.stack(
+        [FORMULAS[loss](terms).sum() if loss in computed else none for loss in LOSSES]
+    )
 
 
 def weighted(
@@ -142,10 +159,11 @@ def tokens_in_group(mask_GN: Tensor, share: Share = alone) -> Tensor:
 
 
 def assignments(ids_GNK: Tensor, mask_GN: Tensor, E: int) -> Tensor:
-    """Return counts_GE, float32: how often each expert is chosen."""
+    """Return counts_GE, float32: how often each expert is chosen; the id E is that of none."""
     # scatter instead of bincount: shapes are static, the device is not read, and groups stay apart.
-    chosen_GNE = torch.zeros(*mask_GN.shape, E, device=ids_GNK.device).scatter_(-1, ids_GNK, 1.0)
-    return (chosen_GNE * mask_GN.unsqueeze(-1)).sum(1)
+    chosen_GNF = torch.zeros(*mask_GN.shape, E + 1, device=ids_GNK.device)
+    chosen_GNF.scatter_(-1, ids_GNK, 1.0)
+    return (chosen_GNF[..., :E] * mask_GN.unsqueeze(-1)).sum(1)
 
 
 def mean_probability(p_GNE: Tensor, mask_GN: Tensor, n_G: Tensor, share: Share = alone) -> Tensor:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ezpz_moe.config.flavor_schema import Dimensions, Rope
+from ezpz_moe.config.flavor_schema import Dimensions
 from ezpz_moe.config.job import shown
+from ezpz_moe.config.rope_schema import Rope
 from ezpz_moe.config.toml_edit import assignment
 from ezpz_moe.errors import EzpzError, did_you_mean, printable, short
 from ezpz_moe.hosts.titan_0_2.moe_models import NO_SIZES, NOT_EXPRESSED, SIZES

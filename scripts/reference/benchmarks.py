@@ -10,13 +10,18 @@ import tables
 PAGE = "docs/internals/benchmarks/index.md"
 METHODS = "docs/internals/benchmarks/methods.md"
 ROUTING = "docs/reference/routing.md"
+NEIGHBOURS = "docs/internals/benchmarks/neighbours.json"
 
 
 def made() -> dict[str, dict[str, str]]:
     """Return the tables by document and name."""
+    neighbours = json.loads((tables.ROOT / NEIGHBOURS).read_text())["table"]
     return {
         PAGE: {"archives": tables.markdown(_archives())},
-        METHODS: {"methods": _table("methods", "method")},
+        METHODS: {
+            "methods": _table("methods", "method"),
+            "neighbours": tables.markdown(neighbours, right=neighbours[0].keys() - {"losses"}),
+        },
         ROUTING: {"rerouting": _table("rerouting", "strength")},
     }
 

@@ -19,7 +19,8 @@ from ezpz_moe.config.flavor_schema import Dimensions, Flavor, Rope
 from ezpz_moe.config.init_schema import Init
 from ezpz_moe.config.job import allowed
 from ezpz_moe.config.keys import Key
-from ezpz_moe.config.routing_schema import Balance, Router, Schedule
+from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.config.schedule_schema import Schedule
 from ezpz_moe.config.schema import Data
 from ezpz_moe.config.similarity_schema import Similarity
 from ezpz_moe.config.telemetry_schema import Telemetry

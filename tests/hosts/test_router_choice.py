@@ -232,7 +232,7 @@ MADE_UP = {
         "    sharpness: Schedule = Schedule(start=1.0, end=1.0, steps=1)\n",
     ),
     "routing/gate.py": (
-        "    return activated(",
+        "    return logits_BLE, activated(",
         '    if "sharpness" in now:\n        logits_BLE = logits_BLE * now["sharpness"]\n',
     ),
 }

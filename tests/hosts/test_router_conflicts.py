@@ -14,6 +14,7 @@ from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.tools import doctor
 
 EP = "[parallelism]\nexpert_parallel_degree = 2\n"
+RELU = 'routing = "relu"\nactivation = "relu_rmsnorm"\n'
 REFUSED = {
     "a score for the groups that the host's model has not": (
         'router_group_score = "max"',
@@ -126,6 +127,38 @@ REFUSED = {
         "[metrics]\nlog_freq = 10",
         r"\[telemetry\] every = 15 must be a multiple of metrics.log_freq = 10",
     ),
+    "fixed rows, by ReLU": (
+        RELU,
+        f'{EP}expert_parallel_comm_backend = "deepep"',
+        r'\[router\] routing = "relu" cannot be combined with the dispatcher DeepEP',
+    ),
+    "capture, by ReLU": (
+        RELU,
+        "[training]\ndisable_cuda_graphs = false",
+        "leaving assignments out copies a number to the host",
+    ),
+    "a forced choice, by ReLU": (
+        RELU,
+        "[debug]\nmoe_force_load_balance = true",
+        'routing = "relu" cannot be combined with debug.moe_force_load_balance = true',
+    ),
+    "neighbours and CP": (
+        "[balance]\nchunk_loss = 0.1",
+        "[parallelism]\ncontext_parallel_degree = 2",
+        "chunk_loss cannot be combined with parallelism.context_parallel_degree = 2: a "
+        "token's neighbours are then on another rank. Set the degree to 1, or remove the loss",
+    ),
+    "neighbours, TP and EP": (
+        f"{RELU}[balance.batch]\nlocality_loss = 0.1",
+        f"{EP}tensor_parallel_degree = 2",
+        "batch.locality_loss cannot be combined with parallelism.tensor_parallel_degree "
+        "and expert_parallel_degree both above 1",
+    ),
+    "groups, by ReLU": (
+        RELU,
+        "",
+        "routing = .relu. cannot be combined with router_num_expert_groups = 4: a token has every",
+    ),
     "groups": (
         "null_experts = 8",
         "",
@@ -155,7 +188,7 @@ GROUPS = "router_num_expert_groups = 4\nrouter_num_limited_groups = 2\n"
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_go_together_is_refused(tmp_path, case):
     keys, of_job, message = REFUSED[case]
-    more = GROUPS if case == "groups" else ""
+    more = GROUPS if case.startswith("groups") else ""
     # Of an upstream model the flavor itself does not know the sizes.
     of = 'base = "deepseek_v3/debugmodel"' if "host" in case else 'inherits = "debugmodel"'
     keys = keys if "router_" in keys else f"[router]\n{keys}"
@@ -197,6 +230,7 @@ REMARKS = {
         "aux_loss = 1, mse_loss = 3 and batch.mse_loss = 2 balance beside"
     ],
     "[balance]\nz_loss = 1": [],
+    "[balance]\nchunk_loss = 1": [],
     "[router]\nfreeze = true\n[balance]\naux_loss = 0.01": [],
     "[router]\nkeep_top1_score = true": ["no effect, as a token has 3 experts"],
     '[balance]\naux_loss = 0.01\nbias_update = "sign"': [],

@@ -24,7 +24,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import LOSSES, Balance, reported_loss
+from ezpz_moe.config.routing_schema import Balance, reported_loss
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
@@ -352,7 +352,7 @@ def _layer_record(
         layer=number,
         tokens=round(tokens),
         counts_E=tuple(counts_E[:real]),
-        zero_counts_Z=tuple(counts_E[real:]),
+        zero_counts_Z=_not_computed(router, counts_E, round(tokens)),
         top1_probability=total["top1_probability"] / max(tokens, 1),
         margin=total["margin"] / max(tokens, 1),
         bias_norm=None if bias_E is None else float(local(bias_E).norm()),
@@ -362,6 +362,13 @@ def _layer_record(
         **use,
     )
     return record, total["not_finite"]
+
+
+def _not_computed(router: Any, counts_E: list[int], tokens: int) -> tuple[int, ...]:
+    """Return the choices of each zero-computation expert, or those of no expert at all."""
+    if router.settings.has_unchosen:
+        return (tokens * router.num_experts - sum(counts_E),)
+    return tuple(counts_E[router.routed_experts :])
 
 
 def _short(value: float) -> float:
@@ -376,7 +383,7 @@ def _losses(
     losses, scaled = {}, {}
     of_scopes = balance.of_scopes
     for scope, coefficients in of_scopes.items():
-        for loss in LOSSES:
+        for loss in balance.computed:
             name = reported_loss(loss, scope, of_scopes)
             # The weights of the groups of a training step add up to 1. Validation has other steps.
             losses[name] = total[f"{loss}_{scope}"] / (total[f"weight_{scope}"] or 1)

@@ -16,7 +16,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torchtitan.config.override import derive
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
@@ -24,9 +23,12 @@ from torchtitan.protocols.module import Module
 
 from ezpz_moe.config.routing_schema import LOSSES, SCOPES, Balance, Router, Scope
 from ezpz_moe.hosts.local import local
+from ezpz_moe.hosts.titan.groups import Groups, TokenMask
+from ezpz_moe.hosts.titan.learned_scale import add_scale, lay_out_scale
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
 from ezpz_moe.hosts.titan.similar import UNTOLD, averaged_scores
 from ezpz_moe.routing import losses
+from ezpz_moe.routing.activated import every_active
 from ezpz_moe.routing.anchor import Anchor, anchor_loss
 from ezpz_moe.routing.assignment import (
     HostRules,
@@ -39,65 +41,7 @@ from ezpz_moe.routing.balance import first_value, inject, value_at
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
 from ezpz_moe.routing.keeping import keep
-
-
-class TokenMask:
-    """Which tokens of the current microbatch count; set before the model's forward."""
-
-    mask_BL: Tensor | None = None
-
-    def of(self, scores_BLE: Tensor) -> Tensor:
-        """Return mask_BL, bool; all tokens count if nothing says otherwise.
-
-        Raises:
-            ValueError: the mask has another shape or dtype than the router's tokens need.
-        """
-        if self.mask_BL is None:
-            return torch.ones(scores_BLE.shape[:-1], dtype=torch.bool, device=scores_BLE.device)
-        if self.mask_BL.dtype != torch.bool or self.mask_BL.shape != scores_BLE.shape[:-1]:
-            raise ValueError(
-                f"the router's mask must be bool and {tuple(scores_BLE.shape[:-1])}, as its "
-                f"tokens are; it is {self.mask_BL.dtype} and {tuple(self.mask_BL.shape)}"
-            )
-        return self.mask_BL
-
-
-@dataclass
-class Groups:
-    """What a balance loss is averaged over.
-
-    Attributes:
-        by_sequence: whether a group is one sequence instead of all tokens.
-        length: tokens per sequence, for a host with tensors that do not show it.
-        meshes: device meshes that a group is spread over.
-        weight: weight of a group in the mean over all groups of a training step.
-        copies: ranks that compute the same group while the host adds up their gradients.
-    """
-
-    by_sequence: bool = True
-    length: int = 0
-    meshes: tuple[Any, ...] = ()
-    weight: float = 1.0
-    copies: int = 1
-
-    def share(self, addend: Tensor) -> Tensor:
-        """Return the sum over a group's ranks, with the gradient of this rank's own addend."""
-        if not self.meshes:
-            return addend
-        # Without gradient through the collective: the host adds up the gradients of all ranks
-        # anyway, and each rank contributes that of its own tokens.
-        total = addend.detach()
-        for mesh in self.meshes:
-            total = collectives.all_reduce(total, "sum", mesh.get_group())
-        return addend + (total - addend.detach())
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks that share a group."""
-        ranks = 1
-        for mesh in self.meshes:
-            ranks *= mesh.size()
-        return ranks
+from ezpz_moe.routing.neighbours import Neighbours
 
 
 class _Gate(Module):
@@ -107,14 +51,20 @@ class _Gate(Module):
         settings: Router = self.settings
         logits_BLE = self.product(gate_input(input, settings, training=self.training))
         now = {key: getattr(self, key) for key in self.scheduled}
-        # Kept for the router: the host's forward returns scores, and the z-loss needs logits.
-        self.logits_BLE = gate_logits(logits_BLE, settings, now, is_counted=self.is_counted)
+        # Kept for the router: the host's forward returns scores, and some losses need logits.
+        self.raw_BLE, self.logits_BLE = gate_logits(
+            logits_BLE, settings, now, is_counted=self.is_counted, scale_E=self.scale_E
+        )
         return self.logits_BLE
 
     def product(self, input: Tensor) -> Tensor:
         """Return the logits before all that is done to them; a subclass may add to them."""
         logits_BLE = gate_product(input, self.weight, self.bias, self.settings)
         return super().forward(input) if logits_BLE is None else logits_BLE
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        lay_out_scale(self)
+        super().parallelize(parallel_dims)
 
 
 class _Router(Module):
@@ -134,6 +84,9 @@ class _Router(Module):
         self._has_losses = any(self.coefficients.values())
         self.groups = {scope: Groups(scope == "sequence") for scope in self.coefficients}
         self.gate.settings = self.settings
+        self.gate.scale_E = None
+        if self.settings.learned_scale:
+            add_scale(self.gate, self.num_experts)
         # A schedule's value is an attribute of the gate, with the key's name: a float until
         # _init_self_buffers knows the device.
         self.gate.scheduled = tuple(self.settings.schedules)
@@ -190,7 +143,8 @@ class _Router(Module):
         route = super().forward if is_the_hosts else self._route
         weights_BLK, ids_BLK, scores_BLE = route(x_BLD, expert_bias_E)
         # Taken from the gate at once: it would keep the graph of this microbatch alive.
-        logits_BLE, self.gate.logits_BLE = self.gate.logits_BLE, None
+        raw_BLE, logits_BLE = self.gate.raw_BLE, self.gate.logits_BLE
+        self.gate.raw_BLE = self.gate.logits_BLE = None
         mask_BL = self.masked_by.of(local(scores_BLE))
         weights_BLK, ids_BLK = chosen(
             weights_BLK,
@@ -204,7 +158,10 @@ class _Router(Module):
         # Whoever reports reports validation too.
         if self.training or self.gate.is_counted:
             by_scores = self._counts_scores(expert_bias_E)
-            of_scopes = self._losses(logits_BLE, scores_BLE, ids_BLK, mask_BL, by_scores)
+            # As its authors do, without the scale, which may be negative.
+            shared_BLE = raw_BLE.relu() if self.settings.has_unchosen else scores_BLE
+            tokens = (raw_BLE, logits_BLE, shared_BLE, ids_BLK, mask_BL)
+            of_scopes = self._losses(*tokens, by_scores)
             if self.training and self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         if self.training and self.anchor and torch.is_grad_enabled():
@@ -216,6 +173,8 @@ class _Router(Module):
         with torch.autocast(device_type=x_BLD.device.type, dtype=torch.float32):
             logits_BLE = self.gate(x_BLD)
         scores_BLE = scores_of(logits_BLE, self.score_func)
+        if self.settings.has_unchosen:
+            return every_active(scores_BLE, self._rules)
         if self.settings.similarity.strength:
             positions_BL, self.positions = self.positions, UNTOLD
             scores_BLE = averaged_scores(scores_BLE, x_BLD, positions_BL, self.settings.similarity)
@@ -255,6 +214,7 @@ class _Router(Module):
 
     def _losses(
         self,
+        raw_BLE: Tensor,
         logits_BLE: Tensor,
         scores_BLE: Tensor,
         ids_BLK: Tensor,
@@ -262,8 +222,8 @@ class _Router(Module):
         by_scores: bool,
     ) -> dict[Scope, Tensor]:
         """Return of_each_L of this microbatch by scope, to be added up; count on the way."""
-        logits_BLE, scores_BLE, ids_BLK, mask_BL1 = map(
-            self._in_sequences, (logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
+        raw_BLE, logits_BLE, scores_BLE, ids_BLK, mask_BL1 = map(
+            self._in_sequences, (raw_BLE, logits_BLE, scores_BLE, ids_BLK, mask_BL.unsqueeze(-1))
         )
         mask_BL = mask_BL1.squeeze(-1)
         counted_BLK = losses.counted_choice(ids_BLK, scores_BLE, by_scores=by_scores)
@@ -280,6 +240,8 @@ class _Router(Module):
                     in_groups(mask_BL),
                     groups.share,
                     routed_experts=self.routed_experts,
+                    neighbours=Neighbours(in_groups(raw_BLE), mask_BL.shape[1], self.balance.chunk),
+                    computed=self.balance.computed,
                 )
                 of_scopes[scope] = groups.weight * of_each_L
         self._count(p_BLE, logits_BLE, ids_BLK, mask_BL, of_scopes)
@@ -300,11 +262,12 @@ class _Router(Module):
 
     def _in_sequences(self, values_BLX: Tensor) -> Tensor:
         values_BLX = local(values_BLX)
-        # Since August 2026 the host folds sequences into tokens. Only a scope of sequences needs
-        # to know where they end.
+        # Since August 2026 the host folds sequences into tokens. Only a scope of sequences and
+        # losses of neighbours need to know where they end.
         if values_BLX.dim() == 2:  # [T, X]
-            of_sequences = self.groups.get("sequence")
-            length = of_sequences.length if of_sequences else values_BLX.shape[0]
+            length = values_BLX.shape[0]
+            if "sequence" in self.groups or self.balance.compares_neighbours:
+                length = next(iter(self.groups.values())).length
             values_BLX = values_BLX.unflatten(0, (-1, length))
         return values_BLX
 
@@ -384,6 +347,8 @@ def routed(
         target.Config,
         gate=gate,
         route_norm=config.route_norm and not keeps_score,
+        # Its scores are the activations themselves.
+        score_func="identity" if settings.has_unchosen else config.score_func,
         settings=settings,
         balance=balance,
         group_score=group_score,

@@ -9,7 +9,7 @@ from torchtitan.distributed.activation_checkpoint import MemoryBudgetAC
 from torchtitan.models.common.config_utils import decoder_vocab_size
 
 from ezpz_moe.config.flavor_schema import group_score_conflicts
-from ezpz_moe.config.routing_schema import Router, size_conflicts
+from ezpz_moe.config.routing_schema import OF_NEIGHBOURS, Router, size_conflicts
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.dispatchers import SORTING, host_class
 from ezpz_moe.hosts.titan.labelled import is_labelled
@@ -34,6 +34,7 @@ def router_problems(config: Any, moe: Any, flavor: str) -> Iterator[str]:
         _host_syncs,
         _shared_sequences,
         _cut_windows,
+        _parted_neighbours,
         _forced,
         _drawn_again,
         _residual,
@@ -60,6 +61,7 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
             ("copy_experts", settings.copy_experts),
             ("constant_experts", settings.constant_experts),
             ("dispatch_padding", settings.dispatch_padding is False),
+            ('routing = "relu"', settings.has_unchosen),
         )
         if value
     ]
@@ -69,10 +71,15 @@ def _cut_assignments(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     if not tables:
         return
     named = " and ".join(tables)
-    if moe.router.num_expert_groups is not None and settings.zero_computation_experts:
+    if moe.router.num_expert_groups is not None and settings.leaves_out:
+        why = (
+            "a token has every expert with a score, in whatever group"
+            if settings.has_unchosen
+            else "zero-computation experts are in no group"
+        )
         yield (
             f"{named} cannot be combined with router_num_expert_groups = "
-            f"{moe.router.num_expert_groups}: zero-computation experts are in no group. Remove one."
+            f"{moe.router.num_expert_groups}: {why}. Remove one."
         )
     # The others send a fixed number of assignments, so the cut-off ones cannot be left out.
     own = host_class(moe.routed_experts.token_dispatcher)
@@ -185,10 +192,29 @@ def _cut_windows(config: Any, moe: Any, settings: Router) -> Iterator[str]:
         )
 
 
+def _parted_neighbours(config: Any, moe: Any, settings: Router) -> Iterator[str]:
+    """Refuse losses that compare neighbouring tokens if these are on several ranks."""
+    parallelism, asked = config.parallelism, moe.router.balance.losses_by_key
+    compared = [key for key in asked if key.endswith(OF_NEIGHBOURS)]
+    if not compared:
+        return
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    if cp > 1 or (tp > 1 and parallelism.expert_parallel_degree > 1):
+        degrees = (
+            f"parallelism.context_parallel_degree = {cp}"
+            if cp > 1
+            else "parallelism.tensor_parallel_degree and expert_parallel_degree both above 1"
+        )
+        yield (
+            f"[balance] {compared[0]} cannot be combined with {degrees}: a token's neighbours are "
+            "then on another rank. Set the degree to 1, or remove the loss."
+        )
+
+
 def _host_syncs(config: Any, moe: Any, settings: Router) -> Iterator[str]:
     # Each of these reads a number on the host, which a captured graph cannot.
     drops = moe.router.balance.capacity_factor
-    cuts = settings.zero_computation_experts or settings.dispatch_padding is False or drops
+    cuts = settings.leaves_out or settings.dispatch_padding is False or drops
     if config.training.disable_cuda_graphs or not (cuts or settings.routing == "sinkhorn"):
         return
     is_sinkhorn = settings.routing == "sinkhorn"

@@ -9,7 +9,7 @@ from typing import Any
 from torchtitan.config import Configurable
 from torchtitan.tools.logging import logger
 
-from ezpz_moe.config.routing_schema import Router
+from ezpz_moe.config.routing_schema import BALANCING, Router
 from ezpz_moe.hosts.job_files import special_tokens
 from ezpz_moe.hosts.titan.expert_remarks import doubled_gradients
 from ezpz_moe.routing.gate import why_untrained
@@ -96,7 +96,7 @@ def _two_that_balance(moe: Any) -> Iterator[str]:
     losses = [
         f"{key} = {value:g}"
         for key, value in balance.losses_by_key.items()
-        if not key.endswith("z_loss")  # it keeps logits small, and balances nothing
+        if key.endswith(BALANCING)
     ]
     if losses:
         yield (

@@ -13,14 +13,16 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.config.flavors import Flavor
-from ezpz_moe.config.routing_schema import Balance, Router, Schedule, Scope
+from ezpz_moe.config.routing_schema import Balance, Router, Scope
+from ezpz_moe.config.schedule_schema import Schedule
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.compiling import make_room
 from ezpz_moe.hosts.titan.dispatchers import cuts_padding
+from ezpz_moe.hosts.titan.groups import Groups, TokenMask
 from ezpz_moe.hosts.titan.labelled import COUNTED
-from ezpz_moe.hosts.titan.router import Groups, TokenMask, moe_layers, routed
+from ezpz_moe.hosts.titan.router import moe_layers, routed
 from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
 from ezpz_moe.hosts.titan.similar import tell_documents
 from ezpz_moe.hosts.titan.zero_computation import dispatch_padding, with_zero_computation
@@ -38,13 +40,15 @@ def route(spec: ModelSpec, flavor: Flavor) -> None:
     # A list, because the loop replaces nodes of the tree that is traversed.
     for _, moe, parent, attribute in list(spec.model.traverse(MoE.Config)):
         dispatcher = moe.routed_experts.token_dispatcher
-        cuts = settings.zero_computation_experts or cuts_padding(dispatcher, settings)
+        cuts = settings.leaves_out or cuts_padding(dispatcher, settings)
         if cuts or flavor.balance.capacity_factor:
             moe = with_zero_computation(moe, settings, flavor.balance)
             setattr(parent, attribute, moe)
         # After the zero-computation experts: they enlarge the gate that this derives from.
         moe.router = routed(moe.router, settings, flavor.balance, flavor.router_group_score)
         moe.load_balance_coeff = _host_rate(moe.load_balance_coeff, flavor.balance)
+    if settings.learned_scale:
+        spec.state_dict_adapter = None  # the host's does not know the scale
     if settings.similarity.strength:
         tell_documents(spec.model)
     if settings.gating_residual:

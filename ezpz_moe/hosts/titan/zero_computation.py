@@ -24,8 +24,8 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from ezpz_moe.config.routing_schema import Balance, Router
+from ezpz_moe.hosts.titan.groups import TokenMask
 from ezpz_moe.hosts.titan.mixed import mixed, named_after
-from ezpz_moe.hosts.titan.router import TokenMask
 from ezpz_moe.routing.capacity import beyond_capacity, capacity
 from ezpz_moe.routing.counters import CHOICES, count_dropped
 from ezpz_moe.routing.gate import constant_output, weight_of
@@ -180,11 +180,21 @@ class _MoE(Module):
     tokens_per_expert_E: Tensor
     expert_bias_E: Tensor | None
 
+    def __init__(self, config: Any):
+        super().__init__(config)
+        # For a model that is built and not initialized, to look at its memory.
+        self._size_counts()
+
+    def _size_counts(self) -> None:
+        # One more for choices of none, which the host counts too.
+        counted = self.router.num_experts + self.router.settings.has_unchosen
+        self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(counted)
+
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)
         # The host sizes both by the routed experts that it holds, which are fewer than the choices.
         choices = self.router.num_experts
-        self.tokens_per_expert_E = self.tokens_per_expert_E.new_zeros(choices)
+        self._size_counts()
         if self.expert_bias_E is not None:
             self.expert_bias_E = self.expert_bias_E.new_zeros(choices)
 

@@ -12,16 +12,23 @@ import torch
 def segment_counts(ids_SLK: torch.Tensor, num_experts: int, segment: int) -> torch.Tensor:
     """Return how many tokens of each segment go to each expert: integers [N, E], N = S (L - m + 1).
 
+    The id E is that of no expert.
+
     Raises:
         ValueError: a segment is longer than a sequence, or has no tokens.
     """
     if not 1 <= segment <= ids_SLK.shape[1]:
         raise ValueError(f"a segment of {segment} in a sequence of {ids_SLK.shape[1]} tokens")
     # Sums over a sliding window, as differences of cumulative sums.
-    chosen_SLE = torch.nn.functional.one_hot(ids_SLK.long(), num_experts).sum(2)
+    chosen_SLE = times_chosen(ids_SLK, num_experts)
     # A zero in front: the segment at position 0 is then a difference like all others.
     sums_SLE = torch.nn.functional.pad(chosen_SLE.cumsum(1), (0, 0, 1, 0))
     return (sums_SLE[:, segment:] - sums_SLE[:, :-segment]).flatten(0, 1)
+
+
+def times_chosen(ids_SLK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return how often each token chooses each expert: integers [S, L, E]. The id E is of none."""
+    return torch.nn.functional.one_hot(ids_SLK.long(), num_experts + 1).sum(2)[..., :num_experts]
 
 
 def best_routing(counts_NE: torch.Tensor, segment: int) -> float:

@@ -29,7 +29,8 @@ def drift(ids_TK: torch.Tensor, others_TK: torch.Tensor, num_experts: int) -> Dr
     """Compare the experts of each token as sets, because their order means nothing.
 
     Args:
-        ids_TK, others_TK: the chosen experts of both, none twice for a token; K may differ.
+        ids_TK, others_TK: the chosen experts of both, none twice for a token; E is none of
+            them; K may differ.
         num_experts: E of both.
     """
     chosen_TE, others_TE = (multi_hot(ids, num_experts).bool() for ids in (ids_TK, others_TK))
@@ -37,5 +38,6 @@ def drift(ids_TK: torch.Tensor, others_TK: torch.Tensor, num_experts: int) -> Dr
     return Drift(
         # Two sets differ if one of them has an expert that the other lacks.
         changed=(both_T < either_T).double().mean().item(),
-        jaccard=(both_T.double() / either_T).mean().item(),
+        # Two empty sets are the same.
+        jaccard=torch.where(either_T > 0, both_T.double() / either_T, 1).mean().item(),
     )

@@ -29,7 +29,7 @@ class Routing:
     """What a layer's router chose.
 
     Attributes:
-        ids_SLK: the experts of every token.
+        ids_SLK: the experts of every token; E is that of none.
         num_experts: E.
     """
 

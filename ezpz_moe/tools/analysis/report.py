@@ -39,6 +39,7 @@ class LayerReport:
     """One layer's measures; see the modules that compute them.
 
     Attributes:
+        top_k: experts of a token; their mean number where it differs.
         load: share of all choices that each expert got.
         explained: None if no token ID occurs twice.
         concentration: of each expert's tokens; None for an expert without any.
@@ -54,7 +55,7 @@ class LayerReport:
 
     layer: str
     num_experts: int
-    top_k: int
+    top_k: float
     load: list[float]
     explained: Explained | None
     concentration: list[float | None]
@@ -95,7 +96,10 @@ def _layer(
 ) -> LayerReport:
     ids_SLK, E = routing.ids_SLK, routing.num_experts
     ids_TK, tokens_T = ids_SLK.flatten(0, 1), tokens_SL.flatten()
-    top_k = ids_TK.shape[1]
+    chosen_SLK = ids_SLK < E
+    # Where tokens use different numbers of experts, their mean.
+    choices, tokens = int(chosen_SLK.sum()), len(ids_TK)
+    top_k = round(choices / tokens, 2) if choices % tokens else choices // tokens
     dropped_SLK = drops.dropped(ids_SLK, E, settings.capacity_factor)
     counts_NE = consistency.segment_counts(ids_SLK, E, settings.segment)
     hit_rates = consistency.best_hit_rates(counts_NE).tolist()
@@ -107,7 +111,7 @@ def _layer(
         layer=name,
         num_experts=E,
         top_k=top_k,
-        load=(torch.bincount(ids_TK.flatten(), minlength=E) / ids_TK.numel()).tolist(),
+        load=(torch.bincount(ids_SLK[chosen_SLK], minlength=E) / chosen_SLK.sum()).tolist(),
         explained=_explained(ids_TK, tokens_T, E),
         concentration=[
             # Only NaN differs from itself.
@@ -115,8 +119,8 @@ def _layer(
             for each in concentration(ids_TK, tokens_T, E).tolist()
         ],
         top_tokens=top_tokens(ids_TK, tokens_T, E, count=_TOP_TOKENS),
-        dropped=dropped_SLK.double().mean().item(),
-        dropped_by_position=drops.by_position(dropped_SLK, _PARTS).tolist(),
+        dropped=drops.share(dropped_SLK, chosen_SLK).item(),
+        dropped_by_position=drops.by_position(dropped_SLK, chosen_SLK, _PARTS).tolist(),
         srp=consistency.best_routing(counts_NE, settings.segment),
         sch=hit_rates[cache_size - 1],
         cache_size=cache_size,

@@ -36,7 +36,7 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
     nothing, while mutual information, counted on the same text, would let it explain everything.
 
     Args:
-        ids_TK: the chosen experts, integers below ``num_experts``, none twice for a token.
+        ids_TK: the chosen experts, integers, none twice for a token; E is none of them.
         tokens_T: token IDs, integers.
         num_experts: E.
 
@@ -52,26 +52,30 @@ def explained_by_token(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts
     if not is_repeated_T.any():
         raise ValueError("no token ID occurs twice")
     chosen_TE, index_T = chosen_TE[is_repeated_T], index_T[is_repeated_T]
-    top_k = ids_TK.shape[1]
     # Subtracting chosen_TE leaves each token out of its own prediction.
-    by_token = _overlap(counts_VE[index_T] - chosen_TE, chosen_TE, top_k)
-    by_frequency = _overlap(counts_VE.sum(0) - chosen_TE, chosen_TE, top_k)
+    by_token = _overlap(counts_VE[index_T] - chosen_TE, chosen_TE)
+    by_frequency = _overlap(counts_VE.sum(0) - chosen_TE, chosen_TE)
     missing = 1 - by_frequency
     share = (by_token - by_frequency) / missing if missing > 0 else None
     return Explained(by_token, by_frequency, share, len(index_T))
 
 
-def _overlap(counts_TE: torch.Tensor, chosen_TE: torch.Tensor, top_k: int) -> float:
-    """Return the mean share of the chosen experts among the ``top_k`` largest counts.
+def _overlap(counts_TE: torch.Tensor, chosen_TE: torch.Tensor) -> float:
+    """Return the mean share of a token's k chosen experts that are among the k largest counts.
+
+    A token without experts has no share.
 
     Experts with equal counts that compete for the last places share these equally, which is the
     mean over all ways to choose among them.
     """
-    last_T1 = counts_TE.topk(top_k, dim=1).values[:, -1:]
+    is_used_T = chosen_TE.any(1)
+    counts_TE, chosen_TE = counts_TE[is_used_T], chosen_TE[is_used_T]
+    k_T1 = chosen_TE.sum(1, keepdim=True).long()
+    last_T1 = counts_TE.sort(dim=1, descending=True).values.gather(1, k_T1 - 1)
     above_TE, tied_TE = counts_TE > last_T1, counts_TE == last_T1
-    places_T1 = (top_k - above_TE.sum(1, keepdim=True)).double()
+    places_T1 = (k_T1 - above_TE.sum(1, keepdim=True)).double()
     predicted_TE = above_TE + tied_TE * places_T1 / tied_TE.sum(1, keepdim=True)
-    return ((predicted_TE * chosen_TE).sum(1) / top_k).mean().item()
+    return ((predicted_TE * chosen_TE).sum(1, keepdim=True) / k_T1).mean().item()
 
 
 def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -85,11 +89,13 @@ def concentration(ids_TK: torch.Tensor, tokens_T: torch.Tensor, num_experts: int
         [E] in float64; NaN for an expert without tokens, and where the text has a single ID.
     """
     _, index_T = torch.unique(tokens_T, return_inverse=True)
-    counts_EV = torch.zeros(num_experts, int(index_T.max()) + 1, dtype=torch.float64)
+    # One row more, for choices of no expert.
+    counts_EV = torch.zeros(num_experts + 1, int(index_T.max()) + 1, dtype=torch.float64)
     pairs = index_T.unsqueeze(1).expand_as(ids_TK)
     ones = torch.ones(ids_TK.numel(), dtype=torch.float64)
     # accumulate: a pair occurs many times, and without it only one of them would count.
     counts_EV.index_put_((ids_TK.flatten().long(), pairs.flatten()), ones, accumulate=True)
+    counts_EV = counts_EV[:num_experts]
     of_text = entropy(torch.bincount(index_T).double().unsqueeze(0))
     is_used_E = counts_EV.sum(1) > 0
     narrow_E = 1 - entropy(counts_EV) / of_text
@@ -112,10 +118,10 @@ def top_tokens(
 
 
 def multi_hot(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Set 1 for each chosen expert: [T, E] in float64."""
+    """Set 1 for each chosen expert: [T, E] in float64. The id E is that of no expert."""
     # float64, in which sums and differences of counts are exact.
-    zeros_TE = torch.zeros(ids_TK.shape[0], num_experts, dtype=torch.float64)
-    return zeros_TE.scatter_(1, ids_TK.long(), 1.0)
+    zeros_TF = torch.zeros(ids_TK.shape[0], num_experts + 1, dtype=torch.float64)
+    return zeros_TF.scatter_(1, ids_TK.long(), 1.0)[:, :num_experts]
 
 
 def entropy(counts_NV: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ezpz_moe.config.flavor_schema import Flavor
 from ezpz_moe.hosts.architecture import Architecture, Attention, Experts, Rope
 from ezpz_moe.routing.assignment import ranking_experts
-from ezpz_moe.routing.balance import value_at
 
 _LATENT_EPS = 1e-6
 """The eps of the latents' norms in DeepseekV2 and DeepseekV3: a constant of the class."""
@@ -93,39 +91,6 @@ def _made(common: _Common, form: _Form, biases: dict[str, int] | None = None) ->
         differences=(*common.differences(), *differences),
         notes=tuple(_notes(common.attention)),
     )
-
-
-def router_differences(flavor: Flavor, step: int | None) -> Iterator[str]:
-    """Yield what a flavor's router changes at inference. No class computes any of it.
-
-    Jitter, noise, padding and the plan of sinkhorn are for training alone.
-
-    Args:
-        flavor: the model's.
-        step: where a scheduled temperature is; None if it is not known.
-    """
-    router, size = flavor.router, flavor.dimensions or flavor.change
-    if size and size.router_score_func == "sqrtsoftplus":
-        yield f'router_score_func = "{size.router_score_func}"'
-    if router.routing == "balanced":
-        yield 'router.routing = "balanced" chooses experts without looking at the token'
-    if router.activation != "identity":
-        yield f'router.activation = "{router.activation}"'
-    if strength := router.similarity.strength:
-        yield f"router.similarity.strength = {strength:g}"
-    schedule = router.temperature
-    if step is None and not schedule.is_constant:
-        yield (
-            f"router.temperature moves from {schedule.start:g} to {schedule.end:g}, and the step "
-            "is not known (the folder of a model without training state must be called step-N)"
-        )
-    elif (temperature := value_at(schedule, step or 0)) != 1:
-        yield f"router.temperature is {temperature:g}" + (f" at step {step}" if step else "")
-    for key in ("null_experts", "copy_experts", "constant_experts"):
-        if number := getattr(router, key):
-            yield f"router.{key} = {number}"
-    if router.gating_residual:
-        yield "router.gating_residual = true"
 
 
 class _Common:

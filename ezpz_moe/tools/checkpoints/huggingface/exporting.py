@@ -20,8 +20,9 @@ from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.data_files import check_data
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
-from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass, router_differences
+from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
 from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
+from ezpz_moe.tools.checkpoints.huggingface.routers import router_differences
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole
 
 _FILE_BYTES = 2 * 2**30

@@ -13,7 +13,6 @@ import torch
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.data_files import size_of
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
-from ezpz_moe.tools.checkpoints.huggingface.config import router_differences
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
     CONFIG,
@@ -24,6 +23,7 @@ from ezpz_moe.tools.checkpoints.huggingface.files import (
     weight_map,
 )
 from ezpz_moe.tools.checkpoints.huggingface.model import Converted, Keys, Model
+from ezpz_moe.tools.checkpoints.huggingface.routers import router_differences
 from ezpz_moe.tools.checkpoints.huggingface.tied import find_tied, tied_notes
 from ezpz_moe.tools.checkpoints.tensors import check_same, read_whole, write_checkpoint
 
