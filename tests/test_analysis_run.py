@@ -17,6 +17,8 @@ from torch import nn
 from ezpz_moe import cli
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import Job
+from ezpz_moe.config.train_only import train_only_of
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import check_host, host, presumed_host
 from ezpz_moe.hosts.documents import COLUMN, read_documents
@@ -372,3 +374,44 @@ def test_a_run_of_the_trainer_is_analyzed(tmp_path):
     assert loss < 7.0, "the model has learnt too little to tell"
     # The experts compute in bfloat16, whose relative rounding is 2^-9.
     assert loss == pytest.approx(record["losses"][0], rel=2.0**-9)
+
+
+def test_attributed_experts_can_be_trained(folder):
+    """The file says what ``[train_only]`` takes, and the shares are those of the routers."""
+    (folder / "other.txt").write_text("abc " * 400)
+    file = folder / "attributed.json"
+    texts = ("--attribute", folder / "text.txt", "--against", folder / "other.txt")
+    assert run(folder / "job.toml", *texts, "--sequences", 6, "--out", file) == 0
+    found = json.loads(file.read_text())
+    assert found.keys() == documented()["analyze --attribute"]
+    layers = analyzed(folder)["layers"]
+    assert [each["layer"] for each in found["experts"]] == [1] * 8 + [2] * 8
+    for number, layer in zip((1, 2), layers, strict=True):
+        of_layer = [each for each in found["experts"] if each["layer"] == number]
+        # Every token has three experts: its choices are its shares.
+        assert [each["share_of_tokens"] for each in of_layer] == pytest.approx(layer["load"])
+        for shares in (of_layer, [each["against"] for each in of_layer]):
+            for share in ("share_of_tokens", "share_of_weight"):
+                assert sum(each[share] for each in shares) == pytest.approx(1)
+        assert of_layer != [each | each["against"] for each in of_layer]
+    values = {"train_only.experts": str(file), "train_only.share": 0.5}
+    said = train_only_of(Job("small", folder / "job.toml", values))
+    assert said.experts.keys() == {1, 2}
+    for number, experts in said.experts.items():
+        load = layers[number - 1]["load"]
+        assert sum(load[expert] for expert in experts) >= 0.5
+        assert sum(sorted(load)[-len(experts) + 1 :]) < 0.5 or len(experts) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "the text is missing"),
+        (("--data", "text.txt", "--attribute", "text.txt"), "both are given"),
+        (("--attribute", "text.txt", "--plot", "pictures"), "--plot has no effect"),
+        (("--attribute", "text.txt", "--against", "absent.txt"), "absent.txt"),
+    ],
+)
+def test_a_text_is_named_once(folder, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(folder)
+    assert message in refused(capsys, folder / "job.toml", *flags)

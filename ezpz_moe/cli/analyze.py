@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import Device, import_host
+from ezpz_moe.cli.attributed import attributed_rows
 from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.config.job import Job
     from ezpz_moe.tools.analysis.record import Recording
-    from ezpz_moe.tools.analysis.report import LayerReport, Settings
+    from ezpz_moe.tools.analysis.report import LayerReport
     from ezpz_moe.tools.analysis.text import Sequence as TextSequence
+    from ezpz_moe.tools.named_model import NamedModel
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Analyze(Reporting):
     run_: Annotated[Positional[str], arg(name="run", metavar="CHECKPOINT|RUN|JOB.toml")]
     """A checkpoint's folder, a run's folder (its newest checkpoint), a folder with safetensors, or
     the job of the run."""
-    data: Annotated[Path, arg(metavar="FILE")]
+    data: Annotated[Path | None, arg(metavar="FILE")] = None
     """Run this text: .txt, .jsonl, .json or .parquet, as for a job's dataset_path."""
+    attribute: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Run this text instead, and report each expert's share of it, for [train_only]."""
     config: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
     """Name the model, which a checkpoint does not. Not needed with JOB.toml."""
-    against: Annotated[Path | None, arg(metavar="CHECKPOINT|RUN")] = None
-    """Compare the routing with this checkpoint of the same model."""
+    against: Annotated[Path | None, arg(metavar="CHECKPOINT|RUN|FILE")] = None
+    """Compare the routing with this checkpoint of the same model; with --attribute, the shares
+    with those of this text."""
     sequences: int = 64
     """Run this many sequences of the text."""
     seq_len: Annotated[int | None, arg(metavar="INT")] = None
@@ -74,12 +79,16 @@ class Analyze(Reporting):
         named = named_model(self.run_, self.config)
         flavor, checkpoint = named.flavor, find_weights(named.path)
         refuse_dense(flavor, "to analyze")
+        if self.attribute:
+            return self._attribute(flavor, checkpoint, named)
+        assert self.data is not None  # _check
         # Before the text is read: a wrong path must not show only after the first model has run.
         other = find_weights(self.against) if self.against else None
         with display.status("Reading the text"):
             host = import_host()
             tokenizer = named.tokenizer(checkpoint)
-            text = self._text(named.job, host.analysis().encoder(tokenizer, flavor))
+            encode = host.analysis().encoder(tokenizer, flavor)
+            text = self._text(self.data, named.job, encode)
         recording = self._record(flavor, checkpoint, text)
         compared = self._record(flavor, other, text) if other else None
 
@@ -112,8 +121,43 @@ class Analyze(Reporting):
             raise EzpzError(f"--out, --plot: cannot write the results: {error}.") from error
         return 0
 
+    def _attribute(self, flavor: Flavor, checkpoint: Path, named: NamedModel) -> int:
+        """Report each expert's shares of a text, and of another one."""
+        assert self.attribute is not None
+        with display.status("Reading the text"):
+            host = import_host()
+            encode = host.analysis().encoder(named.tokenizer(checkpoint), flavor)
+            text = self._text(self.attribute, named.job, encode)
+            other = self._text(self.against, named.job, encode) if self.against else None
+        recording = self._record(flavor, checkpoint, text)
+        compared = self._record(flavor, checkpoint, other) if other else None
+
+        from ezpz_moe.tools.analysis.attribution import attribution
+
+        experts = [asdict(each) for each in attribution(recording, compared)]
+        document = {
+            "checkpoint": str(checkpoint),
+            "config": self.config or self.run_,
+            "attribute": str(self.attribute),
+            "sequences": len(text),
+            "seq_len": len(text[0].tokens_L),
+            "loss": recording.loss,
+            "against": str(self.against) if self.against else None,
+            "against_loss": compared.loss if compared else None,
+            "experts": experts,
+        }
+        display.print_json(document)
+        display.print_table(attributed_rows(experts))
+        for note in recording.notes:
+            display.print_line(note)
+        try:
+            self._write(document)
+        except OSError as error:
+            raise EzpzError(f"--out: cannot write the results: {error}.") from error
+        return 0
+
     def _write(
-        self, document: dict[str, Any], layers: list[LayerReport], settings: Settings
+        self, document: dict[str, Any], layers: Sequence[LayerReport] = (), settings: Any = None
     ) -> None:
         """Write the file and the pictures that the user asked for."""
         if self.out:
@@ -122,10 +166,15 @@ class Analyze(Reporting):
         if self.plot:
             from ezpz_moe.tools.analysis.plots import draw
 
-            for file in draw(layers, settings, self.plot):
+            for file in draw(list(layers), settings, self.plot):
                 display.print_line(f"Drawn: {file}")
 
     def _check(self) -> None:
+        if (self.data is None) == (self.attribute is None):
+            given = "both are given" if self.data else "the text is missing"
+            raise EzpzError(f"--data FILE, or --attribute FILE: {given}. Name one of them.")
+        if self.attribute and self.plot:
+            raise EzpzError("--plot has no effect with --attribute: remove it, or use --data.")
         counts = {"--sequences": self.sequences, "--segment": self.segment}
         for flag, number in (counts | {"--seq-len": self.seq_len}).items():
             if number is not None and number < 1:
@@ -140,7 +189,7 @@ class Analyze(Reporting):
         if self.plot and self.plot.exists() and not self.plot.is_dir():
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
 
-    def _text(self, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
+    def _text(self, data: Path, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
         from ezpz_moe.hosts.documents import COLUMN, read_documents
         from ezpz_moe.tools.analysis.text import sequences
 
@@ -152,12 +201,12 @@ class Analyze(Reporting):
                 f"--segment {self.segment}: is longer than a sequence of {length} tokens."
             )
 
-        documents = read_documents(str(self.data))[COLUMN]
+        documents = read_documents(str(data))[COLUMN]
         # islice: only as many documents are tokenized as these sequences need.
         text = list(islice(sequences(documents, encode, length), self.sequences))
         if not text:
             raise EzpzError(
-                f"{self.data}: has fewer than {length} tokens, too few to fill one sequence. Use "
+                f"{data}: has fewer than {length} tokens, too few to fill one sequence. Use "
                 "more text, or a smaller --seq-len."
             )
         return text

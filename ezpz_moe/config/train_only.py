@@ -123,16 +123,19 @@ def _attributed(path: Path, share: float, source: str) -> dict[int, tuple[int, .
     layers: dict[int, list[Attributed]] = defaultdict(list)
     for each in found.experts:
         layers[each.layer].append(each)
-    return {layer: _fewest(of_layer, share) for layer, of_layer in sorted(layers.items())}
+    return {
+        layer: fewest({each.expert: each.share_of_tokens for each in of_layer}, share)
+        for layer, of_layer in sorted(layers.items())
+    }
 
 
-def _fewest(experts: list[Attributed], share: float) -> tuple[int, ...]:
-    """Return the fewest experts that together have so much of the tokens."""
+def fewest(shares: Mapping[int, float], share: float) -> tuple[int, ...]:
+    """Return the fewest experts, by number, that together have so much."""
     chosen: list[int] = []
     together = 0.0
-    for each in sorted(experts, key=lambda each: (-each.share_of_tokens, each.expert)):
+    for expert in sorted(shares, key=lambda expert: (-shares[expert], expert)):
         if together >= share:
             break
-        chosen.append(each.expert)
-        together += each.share_of_tokens
+        chosen.append(expert)
+        together += shares[expert]
     return tuple(sorted(chosen))

@@ -219,6 +219,9 @@ class Analysis(Protocol):
     def chosen(self, output: Any) -> Tensor:
         """Return the experts in a router's output: [..., K]."""
 
+    def weights(self, output: Any) -> Tensor:
+        """Return the weights of the experts in a router's output: [..., K]."""
+
     def expert_weights(self, model: nn.Module) -> dict[str, list[Tensor]]:
         """Return the routed experts' parameters [E, ...], by layer name."""
 

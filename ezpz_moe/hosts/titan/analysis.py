@@ -89,6 +89,12 @@ def chosen(output: Any) -> torch.Tensor:
     return topk_expert_ids_BLK
 
 
+def weights(output: Any) -> torch.Tensor:
+    """Return the weights that a router's output gives to the experts in it: [..., K]."""
+    topk_scores_BLK, _, _ = output
+    return topk_scores_BLK
+
+
 def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Return the routed experts' parameters [E, ...] by layer name, without constant experts."""
     return {

@@ -31,10 +31,12 @@ class Routing:
     Attributes:
         ids_SLK: the experts of every token; E is that of none.
         num_experts: E.
+        weights_SLK: what each of them is multiplied by, float32.
     """
 
     ids_SLK: torch.Tensor
     num_experts: int
+    weights_SLK: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class _Chosen:
     def __init__(self, routers: dict[str, Any]) -> None:
         self._routers = routers
         self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in routers}
+        self._weights: dict[str, list[torch.Tensor]] = {name: [] for name in routers}
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
@@ -116,12 +119,15 @@ class _Chosen:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             # To the CPU at once: the ids of a long text would fill the device.
             self._ids[name].append(part.chosen(output).flatten(0, -2).cpu())
+            self._weights[name].append(part.weights(output).flatten(0, -2).float().cpu())
 
         return keep
 
     def routing(self) -> dict[str, Routing]:
         return {
-            name: Routing(torch.stack(ids), self._routers[name].num_experts)
+            name: Routing(
+                torch.stack(ids), self._routers[name].num_experts, torch.stack(self._weights[name])
+            )
             for name, ids in self._ids.items()
         }
 
