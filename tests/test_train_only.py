@@ -95,13 +95,18 @@ def test_a_mistake_is_named_in_a_line(tmp_path, values, message):
         ({"experts": {"0": [1]}}, "layer 0 has no experts in this model. Those of layers 1 to 5"),
         ({"experts": {"9": [1]}}, "layer 9 has no experts"),
         ({"experts": {"3": [8]}}, "layer 3 has no expert 8: its experts are 0 to 7"),
+        ({"flavor": "zero", "experts": {"1": [8]}}, "layer 1 has no expert 8: its experts are 0"),
         ({"experts": "all", "anchor": 0.1}, "anchor = 0.1 has no effect: all experts learn"),
         ({"experts": {"3": [1]}, "anchor": 0.1}, "nothing before these experts learns"),
     ],
 )
-def test_what_the_model_does_not_have_is_named(values, message):
+def test_what_the_model_does_not_have_is_named(tmp_path, monkeypatch, values, message):
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    zero = 'inherits = "debugmodel"\nattention = "sdpa"\n[router]\nnull_experts = 4\n'
+    (tmp_path / "zero.toml").write_text(zero)
+    flavor = values.pop("flavor", "debugmodel_sdpa")
     values = {f"train_only__{key}": each for key, each in values.items()}
-    assert message in conflict(**values)
+    assert message in conflict(flavor, **values)
 
 
 def test_a_stage_in_which_nothing_learns_has_no_backward():
@@ -191,7 +196,7 @@ def test_an_optimizer_that_moves_frozen_weights_is_refused(kind, message):
 # --- the anchor -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [[False, True, False], [True, True, False]])
+@pytest.mark.parametrize("trained", [[False, True, False], [True, True, False], [True, True]])
 def test_the_anchor_is_its_formula(trained):
     generator = torch.Generator().manual_seed(5)
     p_GNE = torch.rand(2, 4, 3, generator=generator, dtype=torch.float64).softmax(-1)
@@ -200,7 +205,8 @@ def test_the_anchor_is_its_formula(trained):
     mask_GN[1, 2:] = False
     loss = anchor_loss(p_GNE, mask_GN, torch.tensor(trained))
     (gradient,) = torch.autograd.grad(loss, p_GNE)
-    wanted = [each / sum(trained) for each in trained]
+    # One that computes nothing comes after those that may learn.
+    wanted = [each / sum(trained) for each in [*trained, False][:3]]
     expected, expected_GNE = 0.0, torch.zeros_like(p_GNE)
     for g, tokens in enumerate((4, 2)):
         for n in range(tokens):

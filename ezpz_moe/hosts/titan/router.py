@@ -155,17 +155,17 @@ class _Router(Module):
             self._rules,
             training=self.training,
         )
+        # As its authors do, without the scale, which may be negative.
+        shared_BLE = raw_BLE.relu() if self.settings.has_unchosen else scores_BLE
         # Whoever reports reports validation too.
         if self.training or self.gate.is_counted:
             by_scores = self._counts_scores(expert_bias_E)
-            # As its authors do, without the scale, which may be negative.
-            shared_BLE = raw_BLE.relu() if self.settings.has_unchosen else scores_BLE
             tokens = (raw_BLE, logits_BLE, shared_BLE, ids_BLK, mask_BL)
             of_scopes = self._losses(*tokens, by_scores)
             if self.training and self._has_losses and torch.is_grad_enabled():
                 weights_BLK = inject(weights_BLK, losses.weighted(of_scopes, self.coefficients))
         if self.training and self.anchor and torch.is_grad_enabled():
-            weights_BLK = inject(weights_BLK, self._anchored(self.anchor, scores_BLE, mask_BL))
+            weights_BLK = inject(weights_BLK, self._anchored(self.anchor, shared_BLE, mask_BL))
         return weights_BLK, ids_BLK, scores_BLE
 
     def _route(self, x_BLD: Tensor, expert_bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

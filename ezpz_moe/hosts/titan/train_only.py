@@ -22,6 +22,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.train_only import TrainOnly
 from ezpz_moe.errors import EzpzError, exit_on_user_error
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.frozen_rows import keep_rows, zero_gradients
 from ezpz_moe.hosts.titan.routing import route
 from ezpz_moe.hosts.titan.selector import Selector
@@ -74,10 +75,13 @@ def problems(config: Any) -> Iterator[str]:
 
 
 def _of_model(model: Any, said: TrainOnly) -> Learners:
+    host_experts = titan().experts()
     sizes = {
-        number: layer.moe.router.num_experts
+        number: host_experts.sizes(node).num_experts
         for number, layer in enumerate(model.layers)
         if getattr(layer, "moe", None) is not None
+        # Not the router's number, which has zero-computation experts too.
+        for _, node, _, _ in layer.moe.traverse(host_experts.HostExperts.Config)
     }
     chosen = said.experts
     if chosen is None:
