@@ -44,7 +44,7 @@ class Tune(Launched):
         display.print_table(
             map(_row, *zip(*measured, strict=True)),
             title=f"auto in {self.config}",
-            important=["fastest"],
+            important=["fastest", "forward and backward"],
         )
         print_emulated(default_device(), (each.question.dtype for each, _ in measured))
         display.print_line(f"Saved in {cache_folder()}")

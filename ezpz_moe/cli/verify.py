@@ -65,7 +65,7 @@ class Verify(Reporting):
             # A table of all tensors would have thousands of rows.
             map(_figures, worst_of_each(rows)),
             title=f"Errors against float64 on {device}: the worst tensor of all FFNs",
-            important=["backend", "routing", "verdict", "relative", "bound", "ffn", "tensor"],
+            important=["backend", "entry point", "routing", "verdict", "relative", "bound", "ffn"],
         )
         display.print_reasons(_of_all_dtypes(reasons))
         display.print_failures([row for row in rows if not row.ok])
