@@ -75,7 +75,9 @@ def bytes_per_token(model: nn.Module, expert_ranks: int = 1) -> Iterator[int]:
             continue
         k, dim = moe.router.top_k, _width(moe)
         rows, order = (min(k, expert_ranks), k * _ID) if experts.is_one_node else (k, 0)
-        yield int(k * _gate_and_up(experts, dim) + rows * dim) * experts.computed_in.itemsize + order
+        yield (
+            int(k * _gate_and_up(experts, dim) + rows * dim) * experts.computed_in.itemsize + order
+        )
 
 
 _ID = torch.int64.itemsize

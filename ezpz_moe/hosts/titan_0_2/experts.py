@@ -138,7 +138,11 @@ def select_backend(
     dtype = in_words(computed_in, backend, utils.device_type, is_forward_ours=True)
     # The for-loop casts nothing, so no single dtype describes it.
     dtype = "" if path.endswith("its for-loop") else f" in {dtype}"
-    why = "asked for" if routed == "composed" else "torchtitan 0.2 dispatches in its MoE, before the experts"
+    why = (
+        "asked for"
+        if routed == "composed"
+        else "torchtitan 0.2 dispatches in its MoE, before the experts"
+    )
     logger.info(
         f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
         f"for {len(layers)} MoE layers; {chosen_by}{layer_in_words(backend, why)}"
