@@ -2,6 +2,7 @@
 
     python benchmarks/routed_step.py
     python benchmarks/routed_step.py --models qwen3_debugmodel --turns 5 --json step.json
+    python benchmarks/routed_step.py --memory --modes none
 
 Each figure is of runs of the host's own trainer, torchtitan 0.3, each in a process of its own:
 with ``grouped_mm`` and the host's own checkpointing policy, which is the stock trainer's path, and
@@ -11,7 +12,8 @@ train`` has it, so that the allocator is not among the causes.
 A step is forward, backward, clipping and optimizer. Peak memory is what a step needs beyond
 weights, gradients and optimizer states, which all exist before it: the highest sum of what torch
 allocates and frees on the way, by its profiler. Activations have their own: that of forward and
-backward, because what the optimizer allocates has the size of the weights.
+backward, because what the optimizer allocates has the size of the weights. With ``--memory``
+nothing is timed: it says of what that peak is made, and the most that each kind has at any time.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from step_memory import composition
 from torch.profiler import ProfilerActivity, profile
 
 from ezpz_moe.cli import display
@@ -60,7 +63,7 @@ class Run(NamedTuple):
     model: str
     backend: str
     mode: Mode
-    measured: Literal["time", "memory"]
+    measured: Literal["time", "memory", "composition"]
     steps: int
     sequences: int
 
@@ -78,6 +81,8 @@ class Arguments:
     """Of each process that is timed; the first two do not count."""
     sequences: int = 4
     """Of 128 tokens, in a step."""
+    memory: bool = False
+    """Only say what the memory of a step is made of."""
     json: Path | None = None
     """Write every value to this file."""
 
@@ -86,7 +91,12 @@ def main(arguments: Arguments) -> None:
     found: dict[str, Any] = {}
     for model in arguments.models:
         for mode in arguments.modes:
-            found[f"{model}, {mode}"] = compared(model, mode, arguments)
+            name = f"{model}, {mode}"
+            if arguments.memory:
+                found[name] = composed(model, mode, arguments)
+                display.print_table(kinds(found[name]), title=f"{name}: MiB")
+                continue
+            found[name] = compared(model, mode, arguments)
             display.print_table(rows(found), title=f"{arguments.backend} beside {STOCK}")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -109,6 +119,24 @@ def compared(model: str, mode: Mode, arguments: Arguments) -> dict[str, dict[str
         weighed = Run(model, backend, mode, "memory", 3, arguments.sequences)
         values["bytes"][who] = started(weighed)[_WARM_UP:]
     return values
+
+
+def composed(model: str, mode: Mode, arguments: Arguments) -> dict[str, Any]:
+    """Return what the last of three steps is made of, of the stock trainer's and of ours."""
+    backends = {"stock": STOCK, "ours": arguments.backend}
+    return {
+        who: started(Run(model, backend, mode, "composition", 3, arguments.sequences))[_WARM_UP]
+        for who, backend in backends.items()
+    }
+
+
+def kinds(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    columns = {
+        f"{who}, {when}": values for who, of_one in found.items() for when, values in of_one.items()
+    }
+    for kind in {kind: None for values in columns.values() for kind in values}:
+        sizes = {column: values.get(kind, 0) / 2**20 for column, values in columns.items()}
+        yield {"kind": kind} | {column: f"{size:.0f}" for column, size in sizes.items()}
 
 
 def rows(found: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
@@ -145,7 +173,7 @@ def started(run: Run) -> list[Any]:
 
 
 def values_of(run: Run) -> list[Any]:
-    """Return the seconds of every step, or the bytes that each needs at its two peaks."""
+    """Return of every step the seconds, the bytes at its two peaks, or those of each kind."""
     values: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(run, Path(folder))
@@ -155,6 +183,10 @@ def values_of(run: Run) -> list[Any]:
         def measured_step(batches: Any) -> None:
             if run.measured == "memory":
                 values.append(peaks_in_bytes(lambda: one_step(batches)))
+                return
+            if run.measured == "composition":
+                peak, highest = composition(lambda: one_step(batches))
+                values.append({"at the peak": peak, "highest": highest})
                 return
             start = time.perf_counter()
             one_step(batches)

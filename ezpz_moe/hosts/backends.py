@@ -1,4 +1,4 @@
-"""Look up a flavor's backend, and word the warning for one that drops tokens. For all hosts."""
+"""Look up a flavor's backend, and word what a run says of it. For all hosts."""
 
 from typing import TypeAlias
 
@@ -26,6 +26,19 @@ def backend_of(flavor: Flavor) -> Backend:
         return get_backend(flavor.compute_backend)
     except EzpzError as error:
         raise EzpzError(f"{flavor.source}: {error}") from error
+
+
+def layer_in_words(compute_backend: str, why_composed: str | None) -> str:
+    """Return the end of the line that a run logs about its backend.
+
+    Args:
+        compute_backend: name of the backend. Of the host's own path nothing is said.
+        why_composed: why the host dispatches and combines; None if the backend does.
+    """
+    if compute_backend == HOST_PATH:
+        return ""
+    composed = f"composed: {why_composed}"
+    return f"; routed layer {'as one node' if why_composed is None else composed}"
 
 
 def drops_warning(compute_backend: str, reported: str) -> str:

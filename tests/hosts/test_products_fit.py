@@ -5,14 +5,17 @@ import logging
 
 import pytest
 import torch.distributed as dist
-from router_cases import moe_of
+from router_cases import flat, moe_of, tokens
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 from ezpz_moe.hosts.titan import products_fit
 from ezpz_moe.hosts.titan.activation_checkpointing import (
     SelectiveACKeepingProducts,
+    expert_products,
     products_kept,
 )
 
@@ -28,15 +31,79 @@ def layers(model_with):
 
 
 def needed(layers) -> int:
-    """Written out: gate and up of every choice, and every row's output, in bfloat16."""
-    moe = layers[0]
+    """Written out: gate and up of every choice and the output in bfloat16, and the rows' order."""
+    K, D, F = sizes(layers[0])
+    return 2 * 4 * 32 * ((K * 2 * F + D) * 2 + K * 8)  # 2 layers, tokens, bytes
+
+
+def sizes(moe) -> tuple[int, int, int]:
     F = moe.routed_experts.inner_experts.w1_EFD.shape[1]
-    D = moe.router.gate.in_features
-    return 2 * 4 * 32 * moe.router.top_k * (2 * F + D) * 2  # 2 layers, tokens, bytes
+    return moe.router.top_k, moe.router.gate.in_features, F
 
 
 def states(layers) -> int:
     return sum(each.numel() * 4 * 4 for each in layers.parameters())  # float32; 4 of each
+
+
+class Kept(TorchDispatchMode):
+    """Weak references to what the experts' operators return, below any checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed, self.returned = expert_products(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in self.listed:
+            for each in result if isinstance(result, tuple) else (result,):
+                storage = each.untyped_storage()
+                self.returned.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def nbytes(self) -> int:
+        return sum(nbytes for storage, nbytes in self.returned if not storage.expired())
+
+
+# Elements of the experts' dtype, and ids of the rows' order, for each token.
+KEPT = {
+    "one node": ("for_loop", "", lambda K, D, F: (K * 2 * F + D, K)),
+    "composed": ("for_loop", 'routed = "composed"', lambda K, D, F: (K * (2 * F + D), 0)),
+    "without a gate": ("for_loop", 'expert_activation = "relu2"', lambda K, D, F: (K * F + D, K)),
+    "recompute": ("for_loop(recompute=true)", "", lambda K, D, F: (D, K)),
+    "recompute, composed": (
+        *("for_loop(recompute=true)", 'routed = "composed"'),
+        lambda K, D, F: (K * D, 0),
+    ),
+    "the host's": ("grouped_mm", "", lambda K, D, F: (K * (2 * F + D), 0)),
+}
+
+
+@pytest.mark.parametrize("layer", KEPT)
+def test_what_is_estimated_is_what_a_checkpointed_layer_keeps(model_with, layer):
+    backend, tables, by_hand = KEPT[layer]
+    moe = moe_of(model_with(f'compute_backend = "{backend}"\n{tables}')).bfloat16()
+    x = flat(tokens(moe.router.gate.in_features)).bfloat16()
+    block = SelectiveACKeepingProducts.Config(experts="save").build()._wrap_block(moe)
+    with Kept() as kept:
+        loss = block(x).sum()
+        nbytes = kept.nbytes()
+    loss.backward()
+    elements, ids = by_hand(*sizes(moe))
+    (of_a_token,) = products_fit.bytes_per_token(moe)
+    assert of_a_token == elements * 2 + ids * 8
+    assert nbytes == x.shape[:-1].numel() * of_a_token
+
+
+def test_one_node_returns_a_row_to_each_rank_that_sent_the_token(layers):
+    K, D, _ = sizes(layers[0])
+    limit = states(layers) + 2 * needed(layers)
+    more = 2 * 2 * 4 * 32 * (min(K, 2) - 1) * D * 2
+    assert more > 0
+    in_two = dataclasses.replace(ALONE, expert_parallel_degree=2)
+    assert products_fit.saved_or_not(layers, TRAINING, in_two, limit + more) == "save"
+    assert products_fit.saved_or_not(layers, TRAINING, in_two, limit + more - 1) == "recompute"
+    alone, many = (list(products_fit.bytes_per_token(layers, ranks)) for ranks in (1, 64))
+    assert [b - a for a, b in zip(alone, many, strict=True)] == [(K - 1) * D * 2] * 2
 
 
 def test_half_of_what_states_leave_is_the_limit(layers):

@@ -4,6 +4,7 @@ On another host these do not run, except for those of the table of keys, which n
 """
 
 import dataclasses
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -314,10 +315,28 @@ def test_sizes_that_the_host_has_too_have_its_arguments():
         stock = dataclasses.asdict(deepseekv3_args[name])
         ours = dataclasses.asdict(model_args(load_flavor(name)))
         added = {"host_model", "compute_backend", "chosen_by", "max_positions"}
-        added |= {"expert_precision", "computed_in"}
+        added |= {"expert_precision", "computed_in", "routed"}
         assert ours.keys() - stock.keys() == added
         changed = {key for key in stock if stock[key] != ours[key]}
         assert changed <= (differ if name == "debugmodel" else {"vocab_size"}), name
+
+
+@on_0_2
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ("", "; routed layer composed: torchtitan 0.2 dispatches in its MoE, before the experts"),
+        ('routed = "composed"', "; routed layer composed: asked for"),
+        ('compute_backend = "grouped_mm"', ""),
+    ],
+)
+def test_the_log_says_that_routed_layers_stay_composed(tables, said, tmp_path, caplog):
+    chosen = "" if "compute_backend" in tables else 'compute_backend = "for_loop"\n'
+    (tmp_path / "mine.toml").write_text(f'inherits = "debugmodel"\n{chosen}{tables}\n')
+    with caplog.at_level(logging.INFO):
+        host().build_on_meta(load_flavor("mine", near=tmp_path))
+    (line,) = (each.message for each in caplog.records if "compute_backend" in each.message)
+    assert line.endswith(f"MoE layers; flavor mine{said}")
 
 
 @on_0_2

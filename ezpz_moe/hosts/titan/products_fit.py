@@ -17,6 +17,7 @@ from torch import nn
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from ezpz_moe.compute import get_backend
 from ezpz_moe.hosts.accounting import ffn_matrices
 from ezpz_moe.hosts.cpu import device_memory
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
@@ -43,7 +44,7 @@ def saved_or_not(
     left = (_capacity() if capacity is None else capacity) - _states(model, parallelism)
     # All microbatches, though a pipeline may hold fewer of them at a time.
     tokens = training.local_batch_size * training.seq_len // parallelism.context_parallel_degree
-    needed = tokens * sum(bytes_per_token(model))
+    needed = tokens * sum(bytes_per_token(model, parallelism.expert_parallel_degree))
     fits = _on_all_ranks(needed <= left / 2)
     remedy = "" if fits else '; to keep it all the same: [activation_checkpoint] experts = "save"'
     logger.info(
@@ -54,8 +55,17 @@ def saved_or_not(
     return "save" if fits else "recompute"
 
 
-def bytes_per_token(model: nn.Module) -> Iterator[int]:
-    """Yield for each MoE layer the bytes of gate, if any, up, and the layer's or rows' output."""
+def bytes_per_token(model: nn.Module, expert_ranks: int = 1) -> Iterator[int]:
+    """Yield for each MoE layer the bytes that its experts' operators return for one token.
+
+    Gate, if any, and up, unless backward computes them again, and what the experts return: composed
+    a row for each choice; as one node the layer's output, and the order of the rows.
+
+    Args:
+        model: the rank's layers.
+        expert_ranks: the degree of expert parallelism. One node then returns a row to each rank
+            that has sent the token: as many as the token's experts may be on, at most.
+    """
     for moe in model.modules():
         if not hasattr(moe, "router"):
             continue
@@ -63,16 +73,32 @@ def bytes_per_token(model: nn.Module) -> Iterator[int]:
         experts = next((each for each in moe.modules() if isinstance(each, Selector)), None)
         if experts is None:
             continue
-        weights = list(experts.parameters())
-        # Experts in a latent have its width.
-        descend = getattr(moe.routed_experts, "descend", None)
-        dim = descend.out_features if descend else moe.router.gate.in_features
-        # Matrices [D, F] for each expert, whatever a host calls or stacks them; biases are small
-        # beside them.
-        matrices = ffn_matrices(experts.activation)
-        hidden = sum(each[0].numel() for each in weights) / (matrices * dim)
-        kept = (matrices - 1) * hidden + dim
-        yield int(moe.router.top_k * kept) * experts.computed_in.itemsize
+        k, dim = moe.router.top_k, _width(moe)
+        rows, order = (min(k, expert_ranks), k * _ID) if experts.is_one_node else (k, 0)
+        yield (
+            int(k * _gate_and_up(experts, dim) + rows * dim) * experts.computed_in.itemsize + order
+        )
+
+
+_ID = torch.int64.itemsize
+
+
+def _width(moe: Any) -> int:
+    """Return D of the experts; in a latent, its width."""
+    descend = getattr(moe.routed_experts, "descend", None)
+    return descend.out_features if descend else moe.router.gate.in_features
+
+
+def _gate_and_up(experts: Any, dim: int) -> float:
+    """Return how many elements of them are kept for each row."""
+    # An option of the backends that are made of kernels.
+    if getattr(get_backend(experts.compute_backend), "recompute", False):
+        return 0
+    # Matrices [D, F] for each expert, whatever a host calls or stacks them; biases are small beside
+    # them.
+    matrices = ffn_matrices(experts.activation)
+    held = sum(each[0].numel() for each in experts.parameters())
+    return (matrices - 1) * held / (matrices * dim)
 
 
 def _states(model: nn.Module, parallelism: Any) -> int:

@@ -16,7 +16,12 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavor_schema import Activation, ExpertPrecision, Routed
 from ezpz_moe.errors import EzpzError, exit_on_user_error
-from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
+from ezpz_moe.hosts.backends import (
+    HOST_PATH,
+    ExpertComputeBackend,
+    drops_warning,
+    layer_in_words,
+)
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.seam import refuse_what_came_later
@@ -56,7 +61,8 @@ class Selector(Module):
     """Mixin before a class of the host: holds the chosen backend, or None for the host's own path.
 
     ``row_counts`` exists only for a backend that pads or drops. ``computed_in`` is the products'
-    dtype. ``trained_E`` says which of the rank's experts learn, if not all do.
+    dtype. ``is_one_node`` tells whether the backend dispatches and combines too. ``trained_E`` says
+    which of the rank's experts learn, if not all do.
     """
 
     trained_E: torch.Tensor | None = None
@@ -66,6 +72,7 @@ class Selector(Module):
         self.compute_backend, self._chosen_by = config.compute_backend, config.chosen_by
         backend = get_backend(self.compute_backend)  # an unknown name is an error right here
         self._backend = None if self.compute_backend == HOST_PATH else backend
+        self.is_one_node = self._backend is not None and config.why_composed is None
         self.computed_in = getattr(torch, getattr(config, "computed_in", HOSTS_CAST))
         counted = backend.pads or backend.drops_tokens
         self.row_counts = RowCounts(self.compute_backend) if counted else None
@@ -178,11 +185,6 @@ class _Choice(NamedTuple):
 _choices_not_logged: Counter[_Choice] = Counter()
 
 
-def _layer_in_words(why_composed: str | None) -> str:
-    composed = f"composed: {why_composed}"
-    return f"; routed layer {'as one node' if why_composed is None else composed}"
-
-
 def _path(backend: ExpertComputeBackend, formula: str) -> str:
     if backend != HOST_PATH:
         return get_backend(backend).summary
@@ -205,7 +207,7 @@ def _log_choices(device: torch.device) -> None:
         logger.info(
             f"ezpz_moe: compute_backend {backend} ({path}) on {device.type} in {precision} "
             f"for {layers} MoE layers{f' of {formula}' if formula else ''}; {chosen_by}"
-            f"{'' if backend == HOST_PATH else _layer_in_words(why_composed)}"
+            f"{layer_in_words(backend, why_composed)}"
         )
         if chosen.drops_tokens:
             logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")

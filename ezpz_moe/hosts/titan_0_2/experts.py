@@ -23,8 +23,14 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
+from ezpz_moe.config.flavor_schema import Routed
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.hosts.backends import HOST_PATH, ExpertComputeBackend, drops_warning
+from ezpz_moe.hosts.backends import (
+    HOST_PATH,
+    ExpertComputeBackend,
+    drops_warning,
+    layer_in_words,
+)
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.plain import wrapper_in
 from ezpz_moe.hosts.precision import HOSTS_CAST, in_words
@@ -93,10 +99,12 @@ def select_backend(
     backend: ExpertComputeBackend,
     chosen_by: str,
     computed_in: str = HOSTS_CAST,
+    routed: Routed = "one_node",
 ) -> int:
     """Replace the experts of every MoE layer of ``model``, in place, and log it.
 
-    With the host's own path, experts other than SwiGLU (gpt_oss) stay as they are.
+    With the host's own path, experts other than SwiGLU (gpt_oss) stay as they are. ``routed`` is
+    the flavor's; whatever it is, the host dispatches and combines.
 
     Returns:
         The number of experts modules in the model: one per MoE layer.
@@ -130,9 +138,14 @@ def select_backend(
     dtype = in_words(computed_in, backend, utils.device_type, is_forward_ours=True)
     # The for-loop casts nothing, so no single dtype describes it.
     dtype = "" if path.endswith("its for-loop") else f" in {dtype}"
+    why = (
+        "asked for"
+        if routed == "composed"
+        else "torchtitan 0.2 dispatches in its MoE, before the experts"
+    )
     logger.info(
         f"ezpz_moe: compute_backend {backend} ({path}) on {utils.device_type}{dtype} "
-        f"for {len(layers)} MoE layers; {chosen_by}"
+        f"for {len(layers)} MoE layers; {chosen_by}{layer_in_words(backend, why)}"
     )
     if get_backend(backend).drops_tokens:
         logger.warning(f"ezpz_moe: {drops_warning(backend, REPORTED)}")

@@ -24,7 +24,7 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools import utils
 
-from ezpz_moe.config.flavor_schema import ExpertPrecision
+from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
 from ezpz_moe.config.flavors import Dimensions, Flavor, flavor_names, load_flavor
 from ezpz_moe.errors import EzpzError, did_you_mean, exit_on_user_error
 from ezpz_moe.hosts.backends import HOST_PATH, backend_of
@@ -94,6 +94,7 @@ def model_args(flavor: Flavor, *, why: str = "") -> BaseModelArgs:
         compute_backend=flavor.compute_backend,
         chosen_by=why or f"flavor {flavor.name}",
         expert_precision=flavor.expert_precision,
+        routed=flavor.routed,
         max_positions=flavor.dimensions.rope.max_seq_len if flavor.dimensions else None,
     )
 
@@ -117,6 +118,7 @@ def _with_choice(args_class: Any) -> Any:
         compute_backend: str = HOST_PATH
         chosen_by: str = ""
         expert_precision: ExpertPrecision | None = None
+        routed: Routed = "one_node"
         computed_in: str = HOSTS_CAST
         """What that means in this run: name of a dtype."""
         max_positions: int | None = None
@@ -153,7 +155,7 @@ def _with_backends(model_class: Any) -> Any:
             self.computed_in = args.computed_in
             self._attention = args.attn_type
             self._selected = args.compute_backend, args.chosen_by
-            select_backend(self, args.compute_backend, args.chosen_by, args.computed_in)
+            select_backend(self, *self._selected, args.computed_in, args.routed)
             if utils.device_type == "cpu":
                 count_on_cpu(self)
             # Last: the copy has to have the replaced experts.
