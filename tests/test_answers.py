@@ -216,7 +216,7 @@ def test_a_batch_that_no_machine_can_hold_is_refused_early(values, flags, said) 
     values = {f"training.{key}": value for key, value in values.items()}
     job = Job("debugmodel_sdpa", path=Path("mine"), values=values)
     with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
-        early_refusals.refuse_batch(job, flags)
+        early_refusals.refuse_sizes(job, flags)
 
 
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"

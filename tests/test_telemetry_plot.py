@@ -132,7 +132,7 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
     plotted = plot(run_dir)
     shown = Page(plotted.paths[-1].read_text())
     assert plotted.alerts
-    assert all(alert in shown.text for alert in plotted.alerts)
+    assert all(alert.found in shown.text for alert in plotted.alerts)
     by_layer = shown.rows[[row[0] for row in shown.rows].index("layer") :]
     figures = [dict(zip(by_layer[0], row, strict=True)) for row in by_layer[1:]]
     assert [row["layer"] for row in figures] == ["1", "2"]
