@@ -17,7 +17,6 @@ from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
 from ezpz_moe.tools.flag_values import given, needs_a_value, wrong_value
 
-
 _FEW = 3
 """Flags of several sections with one name: of more, such as --enable, none is likelier."""
 

@@ -8,7 +8,6 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts.setting import Setting, flat
 
-
 _OF_RECORDS = {"metrics.warmup_steps", "metrics.model", "metrics.job"}
 """What :class:`.metrics.RouterMetrics` writes into records: copies that nobody sets."""
 
