@@ -112,6 +112,7 @@ def test_no_field_of_our_own_is_a_setting(job):
         if each.path.startswith("checkpoint.") and each.changed
     )
     assert setting.path == "checkpoint.last_save_model_only"
+    assert not {"metrics.model", "metrics.job"} & {each.path for each in host().settings(config())}
 
 
 # The steps of a folder ----------------------------------------------------------------------------
