@@ -75,6 +75,8 @@ CASES = (
     Case("show 16B", ANSWER),
     Case("show job.toml", ANSWER),
     Case("show 16B --all", ANSWER, imports=HEAVY),
+    Case("show watched.toml", ANSWER, imports=HEAVY),
+    Case("convert --from hf config.json", ANSWER, imports=HEAVY),
     Case("ckpt inspect step-1", ANSWER),
     Case("convert old.toml", ANSWER),
     Case("convert --lint script.sh", ANSWER, 1),
@@ -85,6 +87,7 @@ CASES = (
     Case("show misspelt.toml", MISTAKE, 2),
     Case("show absent.toml", MISTAKE, 2),
     Case("show huge.toml", MISTAKE, 2),
+    Case("show undivided.toml", MISTAKE, 2),
     Case("describe 16X", MISTAKE, 2),
     Case("describe huge.toml", MISTAKE, 2),
     Case("doctor misspelt.toml", MISTAKE, 2),
@@ -127,6 +130,9 @@ steps = 3
 """
 _FILES = {
     "job.toml": _JOB,
+    "watched.toml": f'{_JOB}[telemetry]\ndetail = "brief"\n',
+    "config.json": (ROOT / "tests" / "data" / "reader" / "config.json").read_text(),
+    "undivided.toml": f"{_JOB}[parallelism]\nexpert_parallel_degree = 3\n",
     "misspelt.toml": _JOB.replace("steps", "step"),
     "huge.toml": _JOB.replace("steps = 3", f"local_batch_size = {2**40}"),
     "old.toml": _JOB.replace('"ezpz_moe"', '"deepseek_v3"').replace(

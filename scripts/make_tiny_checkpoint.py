@@ -6,7 +6,11 @@ python scripts/make_tiny_checkpoint.py FOLDER
 import sys
 
 import torch
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+
+try:
+    from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+except ModuleNotFoundError as error:
+    sys.exit(f"{sys.argv[0]}: needs {error.name}: pip install transformers.")
 
 from ezpz_moe.config.assets import EMBEDDED_TOKENIZER
 

@@ -216,7 +216,23 @@ def test_a_batch_that_no_machine_can_hold_is_refused_early(values, flags, said) 
     values = {f"training.{key}": value for key, value in values.items()}
     job = Job("debugmodel_sdpa", path=Path("mine"), values=values)
     with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
-        early_refusals.refuse_batch(job, flags)
+        early_refusals.refuse_sizes(job, flags)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "degree", "said"),
+    [
+        ("debugmodel_sdpa", "3", "= 3 does not divide the 8 experts .* that do: 2 and 4"),
+        ("gpt_oss_20b", "3", "= 3 does not divide the 32 experts"),  # the host's own model
+        ("pr_moe_4B_like", "64", "does not divide the 32 experts .* in layer 1 and"),
+        ("debugmodel_sdpa", "4", None),
+        ("debugmodel_sdpa", "1", None),
+    ],
+)
+def test_a_degree_that_does_not_divide_the_experts_is_refused_early(flavor, degree, said) -> None:
+    job = Job(flavor, path=Path("mine"))
+    with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
+        early_refusals.refuse_sizes(job, ["--parallelism.expert-parallel-degree", degree])
 
 
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"

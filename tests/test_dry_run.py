@@ -107,6 +107,8 @@ def test_where_it_would_resume(capsys, tmp_path) -> None:
     assert run["steps"] == "9 to 9"
     _, run, _ = plan(capsys, "debugmodel_sdpa_for_loop", *flags, "8")
     assert run["steps"] == "none: the checkpoint is of step 8, and training.steps is 8"
+    said = refusal(capsys, "debugmodel_sdpa_for_loop", *flags, "7", "--dry-run")
+    assert "step-8: is of step 8, and training.steps is 7" in said
 
 
 def test_a_model_that_the_device_cannot_hold(capsys) -> None:
@@ -125,6 +127,12 @@ def test_the_host_remarks(capsys, tmp_path) -> None:
 
 def test_a_job_is_named_first(capsys) -> None:
     assert "train: name a flavor or a job" in refusal(capsys)
+    Path("my").mkdir()
+    Path("my/job.toml").write_text(MODEL)
+    for slip in ("my/job", "my/job.tml", "my/jbo"):
+        assert f"{slip}: is no flavor, and the path" in refusal(capsys, slip)
+        assert "Did you mean 'my/job.toml'?" in refusal(capsys, slip)
+    assert "'none/job' is a path. A flavor is a name" in refusal(capsys, "none/job")
     assert "a.toml b.toml: name one flavor or job" in refusal(capsys, "a.toml", "b.toml")
 
 

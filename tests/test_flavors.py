@@ -116,6 +116,7 @@ def test_every_installed_backend_is_a_suffix() -> None:
         ("_mla", "_mla.toml is not a flavor: it is a parent"),
         ("_mla_sdpa", "unknown flavor '_mla_sdpa'"),
         ("../flavors/16B", "is a path. Write the flavor's name alone: '16B'"),
+        ("./tiny", "'./tiny' is a path. A flavor is a name, that of a TOML file beside the job"),
         ("a\0b", "unknown flavor"),
     ],
 )
@@ -123,6 +124,18 @@ def test_a_name_that_is_no_flavor(name: str, hint: str) -> None:
     with pytest.raises(EzpzError) as error:
         load_flavor(name)
     assert hint in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_no_flavor_that_is_known(tmp_path) -> None:
+    """It may be a broken job. Whoever names it still learns what is wrong with it."""
+    (tmp_path / "broken.toml").write_text("x = [")
+    (tmp_path / "mine.toml").write_text('inherits = "16B"')
+    with pytest.raises(EzpzError) as error:
+        load_flavor("brokn", near=tmp_path)
+    assert ", mine, " in str(error.value)
+    assert "broken" not in str(error.value)
+    with pytest.raises(EzpzError, match=r"broken\.toml: is not valid TOML"):
+        load_flavor("broken", near=tmp_path)
 
 
 def test_of_an_unknown_name_the_searched_folders_are_told(tmp_path, monkeypatch) -> None:

@@ -191,6 +191,21 @@ def test_a_seed_gives_the_same_text(exports, capsys) -> None:
     assert said(capsys, *flags, "--top-p", 1e-9) == said(capsys, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [((), "draw tokens with --temperature 0.8, or"), (("--temperature", 1), "Train the model for")],
+)
+def test_a_text_of_blanks_is_said(exports, capsys, monkeypatch, flags, advice) -> None:
+    """As a model of few steps writes it: one sees nothing, and not why."""
+    case, (_, checkpoint, _) = exports.case("qwen3_moe"), exports.plain("qwen3_moe")
+    line = ["generate", str(checkpoint), "--config", str(case.job), "--prompt", "x"]
+    line += ["--max-new-tokens", "2", *map(str, flags)]
+    for pieces, is_said in (["\n", " "], True), (["\n", "a"], False):
+        monkeypatch.setattr(Continuation, "pieces", lambda *_, pieces=pieces: iter(pieces))
+        assert cli.main(line) == 0
+        assert (advice in capsys.readouterr().err) is is_said
+
+
 @given(
     st.lists(st.floats(-8, 8), min_size=1, max_size=40),
     st.floats(1e-6, 1.0, exclude_min=True),

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ezpz_moe import cli
 from ezpz_moe.config.job import load_job as read_job
@@ -191,9 +193,8 @@ def test_a_file_of_chats_is_trained_on_as_chats(tmp_path, monkeypatch, host, com
     assert "hf_assets_path in [model]" in path.read_text()
 
 
-@pytest.mark.parametrize("line", ['{"messages": [], "text": "a"}', "[1]", "not JSON", ""])
-def test_a_file_of_text_is_none_of_chats(tmp_path, line) -> None:
-    (tmp_path / "text.jsonl").write_text(f"{line}\n{CHAT}\n" if line else "")
+def test_a_file_of_text_is_none_of_chats(tmp_path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"messages": [], "text": "a"}\n')
     path = write(tmp_path, data=str(tmp_path / "text.jsonl"))
     assert "dataset" not in read_toml(path)["training"]
 
@@ -219,6 +220,31 @@ def test_a_text_that_doctor_would_refuse(tmp_path, monkeypatch, data, message) -
         new_job(Path("job.toml"), "debugmodel", "any", data)
     assert message in str(error.value)
     assert not Path("job.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "message"),
+    [
+        ("empty.txt", b"", "contains no text."),
+        ("latin.txt", b"caf\xe9 au lait", "is not UTF-8 text: byte 3"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text":', "is broken: line 2"),
+        ("rows.jsonl", b"[1]\n" + CHAT.encode(), "line 1: a list, not an object"),
+        ("chats.jsonl", f'{CHAT}\n{{"messages": []}}'.encode(), "line 2: has messages of nobody"),
+        ("no_text.parquet", {"x": ["a"]}, "has no column 'text'; found: 'x'."),
+        ("numbers.parquet", {"text": [1, 2]}, "must hold a string in every row, but it is int64"),
+    ],
+)
+def test_a_text_that_no_run_could_read(tmp_path, name, held, message) -> None:
+    file = tmp_path / name
+    if isinstance(held, dict):
+        parquet.write_table(pyarrow.table(held), file)
+    else:
+        file.write_bytes(held)
+    with pytest.raises(EzpzError) as error:
+        write(tmp_path, data=str(file))
+    assert str(error.value).startswith(f"--data {file}: dataset_path = '{file}'")
+    assert message in str(error.value)
+    assert not (tmp_path / "my" / "job.toml").exists()
 
 
 def test_every_kind_of_text_has_a_reader() -> None:

@@ -112,6 +112,7 @@ def test_no_field_of_our_own_is_a_setting(job):
         if each.path.startswith("checkpoint.") and each.changed
     )
     assert setting.path == "checkpoint.last_save_model_only"
+    assert not {"metrics.model", "metrics.job"} & {each.path for each in host().settings(config())}
 
 
 # The steps of a folder ----------------------------------------------------------------------------
@@ -177,6 +178,20 @@ def test_doctor_says_both_learning_rates(capsys, tmp_path):
     assert code == 0
     assert f"note {checkpoint}: the learning rate of step 61 is 0.000444444 in the run" in said
     assert "and 0.000736842 in this job's schedule" in said
+
+
+def test_doctor_says_that_a_job_ends_before_its_checkpoint(capsys, tmp_path):
+    """Seven steps of warmup leave none to decay in, and the host asserts that there are some."""
+    checkpoint = save_run(tmp_path, steps=60, rate=0.001)
+    code, said = doctor(capsys, write_job(tmp_path, steps=7))
+    assert code == 1
+    assert f"BROKEN checkpoint: {checkpoint}: is of step 60, and training.steps is 7" in said
+    job = write_job(tmp_path, steps=7)
+    excluded = 'enable = true\nexclude_from_loading = ["train_state"]'
+    job.write_text(job.read_text().replace("enable = true", excluded))
+    code, said = doctor(capsys, job)
+    assert code == 0, said
+    assert "at step 1 " in said
 
 
 def test_doctor_says_that_a_checkpoint_cannot_be_resumed(capsys, tmp_path, job):

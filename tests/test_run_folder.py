@@ -6,6 +6,7 @@ Nothing here trains but the last two, which are refused or go back.
 import dataclasses
 import errno
 import fcntl
+import functools
 import multiprocessing
 import os
 import shutil
@@ -265,6 +266,23 @@ def test_a_step_that_a_job_names_where_there_is_none(tmp_path):
     assert str(error.value).endswith(
         "There is no checkpoint at all: without checkpoint.load_step the run begins at step 1."
     )
+
+
+@pytest.mark.parametrize("from_last_whole", [False, True])
+def test_a_step_behind_the_last_one_is_refused(from_last_whole, folder):
+    """Nothing would be trained; of some schedules the trainer has no learning rate there."""
+    ends = functools.partial(dataclasses.replace, settings(folder))
+    with pytest.raises(
+        EzpzError, match=r"step-6: is of step 6, and training\.steps is 5, so"
+    ) as no:
+        flags_to_resume(ends(last_step=5), from_last_whole=from_last_whole)
+    assert "Set training.steps above 6, resume from an earlier step" in str(no.value)
+    for may in (
+        {"last_step": 6},  # a job script that is started once more
+        {"last_step": 5, "load_step": 4},
+        {"last_step": 5, "loads_step": False},  # it begins at step 1
+    ):
+        assert flags_to_resume(ends(**may), from_last_whole=from_last_whole) == []
 
 
 def test_the_last_whole_step_needs_checkpoints(folder):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
-from telemetry_cases import layer, record, run
+from telemetry_cases import at, layer, record, run
 
+from ezpz_moe import cli
 from ezpz_moe.config.routing_schema import Balance, Router
 from ezpz_moe.config.telemetry_schema import AlertThresholds
 from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.telemetry.plot import plot
 from ezpz_moe.telemetry.remedies import settings_of
 
 EVEN = [1000] * 8
@@ -344,3 +350,26 @@ def test_every_alert_names_layer_value_threshold_and_remedy(kind: str) -> None:
     assert ", layer 1: " in message
     assert "[telemetry] alert_" in message
     assert "\n" not in message
+
+
+def test_alerts_of_a_kind_are_one_with_one_remedy(tmp_path: Path, capsys) -> None:
+    """Of two layers an expert dies, the second's 40 steps later."""
+    even, dead = [4, 4, 4, 4], [6, 6, 4, 0]
+    counts = [(even, dead)] * 5 + [(dead, dead)] * 5
+    records = [
+        at(record(layer(first, 1), layer(second, 2)), 20 * step)
+        for step, (first, second) in enumerate(counts, start=1)
+    ]
+    own = AlertThresholds(alert_dead_steps=40)
+    for each in records:
+        append(tmp_path / "telemetry.jsonl", replace(each, thresholds=own))
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "ALERT" in each]
+    first, last = plot(tmp_path).alerts
+    assert line == (
+        f"ALERT experts without tokens: 2 alerts, steps {first.step} to {last.step}, "
+        f"layers 1, 2. The last: {last.found}. Remedy: {last.remedy}."
+    )
+    shown = unescape((tmp_path / "telemetry" / "telemetry.html").read_text())
+    assert shown.count(last.remedy) == 1
+    assert all(each.found in shown for each in (first, last))

@@ -132,7 +132,7 @@ def test_the_page_has_the_figures_and_the_alerts(run_dir: Path) -> None:
     plotted = plot(run_dir)
     shown = Page(plotted.paths[-1].read_text())
     assert plotted.alerts
-    assert all(alert in shown.text for alert in plotted.alerts)
+    assert all(alert.found in shown.text for alert in plotted.alerts)
     by_layer = shown.rows[[row[0] for row in shown.rows].index("layer") :]
     figures = [dict(zip(by_layer[0], row, strict=True)) for row in by_layer[1:]]
     assert [row["layer"] for row in figures] == ["1", "2"]
@@ -191,7 +191,7 @@ def test_the_alerts_are_those_of_the_runs_own_thresholds(tmp_path: Path) -> None
     records = [replace(each, thresholds=own, warmup_steps=20) for each in records]
     plotted = plot(written(tmp_path / "run", records))
     (alert,) = plotted.alerts
-    assert alert.startswith("step 140, layer 2: expert 7 of 8 got no tokens for 40 steps")
+    assert str(alert).startswith("step 140, layer 2: expert 7 of 8 got no tokens for 40 steps")
     said = (
         "alert_dead_steps = 40, alert_cv_rise = 9 and alert_collapse = 0.01, after the 20 steps of "
         "the warm-up."
@@ -300,6 +300,15 @@ def test_nothing_is_written_when_drawing_fails(tiny: Path, monkeypatch) -> None:
     with pytest.raises(RuntimeError):
         plot(tiny)
     assert [path.name for path in tiny.iterdir()] == ["telemetry.jsonl"]
+
+
+def test_a_job_names_the_folder_of_its_run(tiny: Path, tmp_path, capsys) -> None:
+    job = '[job]\ndump_folder = "{}"\n[model]\nname = "ezpz_moe"\nflavor = "debugmodel"\n'
+    (tmp_path / "job.toml").write_text(job.format(tiny))
+    assert cli.main(["plot", str(tmp_path / "job.toml")]) == 0
+    assert str(tiny / "telemetry" / "telemetry.html") in capsys.readouterr().out
+    (tmp_path / "job.toml").write_text(job.format(tmp_path / "none"))
+    assert "none: there is no such folder" in refusal(capsys, tmp_path / "job.toml")
 
 
 def test_no_picture_is_replaced_when_the_disk_is_full(tiny: Path, monkeypatch, capsys) -> None:

@@ -333,7 +333,7 @@ def provoked(tmp_path_factory):
 def test_an_alert_is_raised_in_the_run_and_when_it_is_plotted(provoked, name):
     _, expected = PROVOKED[name]
     log = (provoked / LOG).read_text()
-    alerts = raised(read(provoked / name / "telemetry.jsonl"))
+    alerts = list(map(str, raised(read(provoked / name / "telemetry.jsonl"))))
     assert any(re.match(expected, alert) for alert in alerts), alerts
     assert all(f"ezpz_moe: {alert}" in log for alert in alerts)
 

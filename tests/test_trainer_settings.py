@@ -100,3 +100,20 @@ def test_the_hosts_defaults_are_where_we_look():
     where = Path(trainer.dump_folder, checkpoint.folder)
     assert (checkpoint.enable, where) == (False, Path("outputs/checkpoint"))
     assert checkpoint.load_step == -1
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "loads_step"),
+    [
+        ({}, [], True),
+        ({"checkpoint.exclude_from_loading": ["dataloader", "train_state"]}, [], False),
+        ({}, ["--checkpoint.exclude-from-loading", "lr_scheduler", "train_state"], False),
+        (
+            {"checkpoint.exclude_from_loading": ["train_state"]},
+            ["--checkpoint.exclude_from_loading", "dataloader", "--training.steps", "3"],
+            True,
+        ),
+    ],
+)
+def test_a_run_that_does_not_load_its_step_begins_at_the_first(values, flags, loads_step):
+    assert checkpoint_settings(Job(flavor="x", values=values), flags).loads_step is loads_step

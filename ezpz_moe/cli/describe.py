@@ -36,10 +36,10 @@ class Describe(Inspected):
     def run(self) -> int:
         ranks = self.ranks()
         from ezpz_moe.hosts.jobs import find_job
-        from ezpz_moe.tools.early_refusals import refuse_batch
+        from ezpz_moe.tools.early_refusals import refuse_sizes
 
         # Before torch is imported: a mistake in the job is reported at once.
-        refuse_batch(find_job(self.config), self.host_flags)
+        refuse_sizes(find_job(self.config), self.host_flags)
         with display.status("Building the model without memory, to count"):
             import_host()
             from ezpz_moe.tools.describe import as_json, describe

@@ -79,12 +79,16 @@ class Generate(Command):
             display.print_to_stderr(note)
         most, end = self.max_new_tokens, tokenizer.eos_id
         text = Continuation(loaded, tokens, self._sampling(), most=most, end=end)
+        is_blank = True
         for piece in text.pieces(tokenizer):
+            is_blank = is_blank and not piece.strip()
             print(_shown(piece), end="", flush=True)
         print(flush=True)
         why = "the text ended" if text.has_ended else f"--max-new-tokens {most}"
         # Not to stdout, where the text is alone.
         display.print_to_stderr(f"{len(tokens)} tokens read, {len(text.tokens)} written: {why}")
+        if is_blank:
+            display.print_to_stderr(f"The text is blank. {self._more_than_blanks()}.")
         return 0
 
     def _check(self) -> None:
@@ -134,6 +138,15 @@ class Generate(Command):
                 f"--max-new-tokens {self.max_new_tokens}: after a prompt of {prompt} tokens, "
                 f"flavor {flavor.name} can write {longest - prompt} at most."
             )
+
+    def _more_than_blanks(self) -> str:
+        """Say how to see more of what a model has learnt than blanks and line breaks."""
+        if self.temperature or self.top_p is not None:
+            return "Train the model for more steps"
+        return (
+            "A model of few steps finds those the likeliest: draw tokens with --temperature 0.8, "
+            "or train it for more steps"
+        )
 
     def _sampling(self) -> Sampling:
         from ezpz_moe.tools.generation import Sampling

@@ -34,7 +34,7 @@ def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) 
         raise EzpzError(f"name a command: {', '.join(known)}. See ezpz-moe --help.")
     name, *more = words
     if name not in known:
-        near = did_you_mean(name, known)
+        near = _command_meant(name) or did_you_mean(name, known)
         raise EzpzError(f"there is no command {short(printable(name))}.{near} See ezpz-moe --help.")
     actions = [action for action, _ in actions_of(known[name])]
     if actions and more and more[0] not in actions:
@@ -45,6 +45,14 @@ def refuse_unknown_command(arguments: Sequence[str], known: Mapping[str, type]) 
     if actions and not more and not any(option in arguments for option in HELP):
         raise EzpzError(f"{name}: name one of {', '.join(actions)}. See ezpz-moe {name} --help.")
     return name
+
+
+def _command_meant(name: str) -> str:
+    if name == "help":
+        return " Did you mean ezpz-moe --help?"
+    if name.endswith(".toml"):
+        return f" Did you mean ezpz-moe train {short(printable(name))}?"
+    return ""
 
 
 def refuse_unknown_options(arguments: Sequence[str], name: str, command: type) -> None:

@@ -22,35 +22,50 @@ class Plot(Reporting):
 
     group = "after a run"
 
-    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")]
-    """The run's dump_folder, or its telemetry.jsonl."""
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR|JOB.toml")]
+    """The run's dump_folder, its telemetry.jsonl, or the job of the run."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Write the pictures and the page here. Default: RUN_DIR/telemetry."""
+    """Write the pictures and the page here. Default: the folder telemetry beside the records."""
 
     def run(self) -> int:
         from ezpz_moe.telemetry.where import find_records
 
-        find_records(self.run_dir)  # before what draws is imported: a wrong path is told at once
+        run = self._run_folder()
+        find_records(run)  # before what draws is imported: a wrong path is told at once
         with display.status("Drawing"):
             # Within the status: importing matplotlib takes a while too.
+            from ezpz_moe.telemetry.alert_groups import grouped
             from ezpz_moe.telemetry.json_lines import as_json
             from ezpz_moe.telemetry.plot import plot
             from ezpz_moe.telemetry.summary import NOTHING, headline, over_layers_rows
 
-            plotted = plot(self.run_dir, self.out)
+            plotted = plot(run, self.out)
         display.print_json(
-            {"last": as_json(plotted.last), "alerts": plotted.alerts, "files": plotted.paths}
+            {
+                "last": as_json(plotted.last),
+                "alerts": list(map(str, plotted.alerts)),
+                "files": plotted.paths,
+            }
         )
         display.print_line(headline(plotted.last))
         if rows := over_layers_rows(plotted.last):
             display.print_table(rows)
         else:
             display.print_line(NOTHING)
-        for alert in plotted.alerts:
-            display.print_line(f"ALERT {alert}")
+        for group in grouped(plotted.alerts):
+            display.print_line(f"ALERT {group.line}")
         for path in plotted.paths:
             display.print_line(f"{path} written")
         return 0
+
+    def _run_folder(self) -> Path:
+        """Return what was named, or the dump folder of the job that was."""
+        if self.run_dir.suffix != ".toml":
+            return self.run_dir
+        from ezpz_moe.hosts.jobs import load_job
+        from ezpz_moe.tools.trainer_settings import checkpoint_settings
+
+        return Path(checkpoint_settings(load_job(self.run_dir), []).dump_folder)
 
 
 COMMAND = Plot

@@ -29,7 +29,7 @@ class Preflight(Inspected):
 
     def run(self) -> int:
         from ezpz_moe.hosts.jobs import find_job
-        from ezpz_moe.tools.early_refusals import refuse_batch
+        from ezpz_moe.tools.early_refusals import refuse_sizes
         from ezpz_moe.tools.preflight import preflight
         from ezpz_moe.tools.trainer_settings import pipeline_degree
 
@@ -40,7 +40,7 @@ class Preflight(Inspected):
             )
         flags = list(self.host_flags)
         job = find_job(self.config)
-        refuse_batch(job, flags)
+        refuse_sizes(job, flags)
         stages = pipeline_degree(job, flags)
         built = preflight(self.config, flags, world_size=world_size, stages=stages)
         # preflight() yields each report as soon as its rank is built, which moves the bar.

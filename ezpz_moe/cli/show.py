@@ -42,10 +42,10 @@ class Show(Inspected):
         from ezpz_moe.hosts.counts import counts_at_hand
         from ezpz_moe.hosts.job_settings import settings_at_hand
         from ezpz_moe.hosts.jobs import find_job
-        from ezpz_moe.tools.early_refusals import refuse_batch
+        from ezpz_moe.tools.early_refusals import refuse_sizes
 
         job = find_job(self.config)
-        refuse_batch(job, self.host_flags)
+        refuse_sizes(job, self.host_flags)
         flavor = flavor_of(job)
         counted, settings = counts_at_hand(flavor), settings_at_hand(job, flavor)
         if self.all or self.host_flags or counted is None or settings is None:

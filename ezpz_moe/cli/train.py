@@ -75,6 +75,11 @@ class Train(Launched):
         if self.help_trainer:
             return _list_flags()
         config, flags = only(self.config), list(self.host_flags)
+        if config is None and any(each.partition("=")[0] == "--config" for each in flags):
+            raise EzpzError(
+                "train: a flavor or job is named without --config: ezpz-moe train "
+                "FLAVOR|JOB.toml ..."
+            )
         if config is None:
             raise EzpzError("train: name a flavor or a job: ezpz-moe train FLAVOR|JOB.toml ...")
         if self.dry_run:

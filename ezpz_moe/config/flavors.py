@@ -72,7 +72,9 @@ def _load(name: str, folders: Sequence[Path]) -> Flavor:
         return _resolve(name, files[found[0]], folders, found[1])
     if (stem := Path(name).name.removesuffix(".toml")) in files and stem != name:
         raise EzpzError(f"{short(name)!r} is a path. Write the flavor's name alone: {stem!r}.")
-    raise EzpzError(_not_found(name, folders, sorted(files)))
+    # Nobody means a file that cannot be read, which may be a job as well.
+    readable = [stem for stem, path in files.items() if _is_readable(path)]
+    raise EzpzError(_not_found(name, folders, sorted(readable)))
 
 
 def flavor_names(*, near: Path | None = None) -> list[str]:
@@ -163,6 +165,14 @@ def _is_flavor_file(path: Path) -> bool:
         return is_flavor(read_toml(path))
     except EzpzError:
         return True
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_toml(path)
+    except EzpzError:
+        return False
+    return True
 
 
 def is_flavor(document: Mapping[str, Any]) -> bool:
@@ -338,6 +348,11 @@ def _not_found(name: str, folders: Sequence[Path], known: Sequence[str]) -> str:
         # Not path.is_file(), which raises for a name that is too long for a file.
         if path.name == f"{name}.toml" and os.path.isfile(path):
             return f"{path} is not a flavor: {_why_no_flavor(path)}"
+    if Path(name).name != name:
+        return (
+            f"{short(name)!r} is a path. A flavor is a name, that of a TOML file beside the job or "
+            f"in the folder that {FOLDER_VARIABLE} names, without .toml."
+        )
     # All variants, for the hint: `16B_sdap` is nearest to one of them.
     variants = [stem + suffix for stem, suffix in product(known, variant_suffixes())]
     return (

@@ -12,6 +12,7 @@ working directory if they exist there, else to the job file's folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,14 +23,22 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ezpz_moe.config.flavors import FOLDER_VARIABLE, Flavor, flavor_homes, is_flavor, load_flavor
+from ezpz_moe.config.flavors import (
+    FOLDER_VARIABLE,
+    Flavor,
+    flavor_homes,
+    flavor_names,
+    is_flavor,
+    load_flavor,
+    split_name,
+)
 from ezpz_moe.config.foreign_keys import meaning
 from ezpz_moe.config.keys import Key, Keys, sections
 from ezpz_moe.config.older_keys import SECTIONS as OLDER_SECTIONS
 from ezpz_moe.config.older_keys import successor
 from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.config.toml import read_toml
-from ezpz_moe.errors import EzpzError, printable
+from ezpz_moe.errors import EzpzError, nearest, printable, short
 
 MODEL_NAME = "ezpz_moe"
 DENSE_MODELS = ("flux", "llama3", "llama3_ft")
@@ -112,7 +121,30 @@ def find_job(config: str, keys: Keys) -> Job:
     Raises:
         EzpzError: as :func:`load_job` and :func:`job_for_flavor`.
     """
-    return load_job(config, keys) if config.endswith(".toml") else job_for_flavor(config)
+    if config.endswith(".toml"):
+        return load_job(config, keys)
+    try:
+        return job_for_flavor(config)
+    except EzpzError as error:
+        if split_name(config, flavor_names()) is None and (meant := _file_meant(config)):
+            raise EzpzError(
+                f"{short(config)}: is no flavor, and the path of a job ends in .toml. "
+                f"Did you mean {meant!r}?"
+            ) from error
+        raise
+
+
+def _file_meant(config: str) -> str:
+    """Return the TOML that a path without ``.toml`` is a slip for, or the empty string."""
+    folder, name = os.path.split(config)
+    # Without a folder most are flavors: a file that is only near to one says nothing.
+    exact = [f"{config}.toml", f"{os.path.splitext(config)[0]}.toml"]
+    if found := next(filter(os.path.isfile, exact), ""):
+        return found
+    if not os.path.isdir(folder):
+        return ""
+    near = nearest(name, [file.name for file in Path(folder).glob("*.toml")])
+    return os.path.join(folder, near) if near else ""
 
 
 def job_for_flavor(name: str) -> Job:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from ezpz_moe.errors import did_you_mean
 
@@ -37,6 +38,31 @@ def least_bytes(tokens: int, dim: int, layers: int) -> int:
     Full activation checkpointing keeps that much, and everything else more.
     """
     return tokens * (_IDS + _ACTIVATION * dim * layers)
+
+
+def degree_problems(degree: int, experts: Mapping[str, int], flavor: str) -> Iterator[str]:
+    """Yield why ranks cannot share a model's experts.
+
+    Args:
+        degree: of expert parallelism; all layers share it.
+        experts: how many experts each layer has, by the layer's number; of one alone it is unsaid.
+        flavor: the model's.
+    """
+    undivided = [layer for layer, number in experts.items() if number % degree]
+    if not undivided:
+        return
+    # It has to divide what divides the experts of each.
+    common = math.gcd(*experts.values())
+    divisors = [d for d in range(1, common + 1) if common % d == 0]
+    nearest = [max(d for d in divisors if d < degree), *[d for d in divisors if d > degree][:1]]
+    first, *more = undivided
+    where = f" in layer {first}" if len(set(experts.values())) > 1 else ""
+    where += f" and those of {len(more)} more" if where and more else ""
+    yield (
+        f"parallelism.expert_parallel_degree = {degree} does not divide the "
+        f"{experts[first]} experts of flavor {flavor!r}{where}. The "
+        f"nearest that do: {' and '.join(map(str, nearest))}."
+    )
 
 
 def compile_problems(backend: str) -> Iterator[str]:

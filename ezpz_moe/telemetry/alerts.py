@@ -34,6 +34,27 @@ HYSTERESIS = 0.1
 
 
 @dataclass(frozen=True)
+class Alert:
+    """What has gone wrong at a step, in one line as ``str()``.
+
+    Attributes:
+        kind: ``"dead"``, ``"rising"`` or ``"collapse"``.
+        layers: the numbers of those in which it has.
+        found: step, layers and figures, in words.
+        remedy: what to do about it.
+    """
+
+    kind: str
+    step: int
+    layers: tuple[int, ...]
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}. Remedy: {self.remedy}."
+
+
+@dataclass(frozen=True)
 class _Found:
     """A layer in which something goes wrong.
 
@@ -61,15 +82,21 @@ class Alerts:
 
     def check(self, record: StepRecord) -> list[str]:
         """Return what has gone wrong since the last record, a line for each kind of alert."""
+        return list(map(str, self.raised(record)))
+
+    def raised(self, record: StepRecord) -> list[Alert]:
+        """Return the same as alerts, at most one of each kind."""
         kinds = {"dead": self._dead, "rising": self._rising, "collapse": self._collapsed}
-        lines = []
+        alerts = []
         for kind, find in kinds.items():
             layers = [layer for layer in record.layers if layer.tokens]
             if found := [each for layer in layers if (each := find(layer, record))]:
                 has_bias = any(layer.bias_norm is not None for layer in layers)
                 advice = remedy(kind, record.settings, record.warmup_steps, has_bias=has_bias)
-                lines.append(f"step {record.step}, {_in_words(found)}. Remedy: {advice}.")
-        return lines
+                numbers = tuple(each.layer for each in found)
+                said = f"step {record.step}, {_in_words(found)}"
+                alerts.append(Alert(kind, record.step, numbers, said, advice))
+        return alerts
 
     def _dead(self, layer: LayerRecord, record: StepRecord) -> _Found | None:
         """Find experts without an assignment, each once."""
@@ -90,7 +117,7 @@ class Alerts:
         return _Found(
             layer.layer,
             -len(new),
-            f"{_named('expert', new)} of {len(layer.counts_E)} got no tokens for "
+            f"{named('expert', new)} of {len(layer.counts_E)} got no tokens for "
             f"{min(idle[expert] for expert in new)} steps "
             f"([telemetry] alert_dead_steps = {limit})",
         )
@@ -169,13 +196,13 @@ def _warms_up(record: StepRecord) -> bool:
 def _in_words(found: list[_Found]) -> str:
     """Return the layers, and what is said of the worst, the first of several."""
     worst = min(found, key=lambda each: each.value)
-    layers = _named("layer", [each.layer for each in found])
+    layers = named("layer", [each.layer for each in found])
     if len(found) == 1:
         return f"{layers}: {worst.what}"
     return f"{layers}, of which layer {worst.layer} is the worst: {worst.what}"
 
 
-def _named(noun: str, numbers: list[int], shown: int = 8) -> str:
+def named(noun: str, numbers: list[int], shown: int = 8) -> str:
     """Return ``expert 2``, or ``experts 2, 7``; after the first few, how many more."""
     names = ", ".join(map(str, numbers[:shown]))
     more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ezpz_moe.telemetry.alert_groups import Group, grouped
+from ezpz_moe.telemetry.alerts import Alert
 from ezpz_moe.telemetry.panels import Panels, load_colours
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import (
@@ -119,7 +121,7 @@ def page(
     source: Path,
     records: Sequence[StepRecord],
     pictures: Sequence[Picture | Panels],
-    alerts: Sequence[str],
+    alerts: Sequence[Alert],
 ) -> str:
     """Return the page of a run, from the records in the file ``source``."""
     last = records[-1]
@@ -173,16 +175,27 @@ def _steps(records: Sequence[StepRecord]) -> str:
     return f"{first_step(records[0])} to {records[-1].step}, in {number}"
 
 
-def _alerts(alerts: Sequence[str], last: StepRecord) -> str:
+def _alerts(alerts: Sequence[Alert], last: StepRecord) -> str:
     thresholds, warmup = last.thresholds, last.warmup_steps
     said = (
         f"With the run's own alert_dead_steps = {thresholds.alert_dead_steps}, alert_cv_rise = "
         f"{thresholds.alert_cv_rise:g} and alert_collapse = {thresholds.alert_collapse:g}"
         f"{f', after the {warmup} steps of the warm-up' if warmup else ''}."
     )
-    items = "\n".join(f"<li>{escape(alert)}</li>" for alert in alerts)
+    items = "\n".join(f"<li>{_group(each)}</li>" for each in grouped(alerts))
     listed = f'<ul class="alerts">\n{items}\n</ul>\n' if alerts else ""
     return f'{listed}<p class="quiet">{said}</p>'
+
+
+def _group(group: Group) -> str:
+    """Return a kind of alert: of several, each is behind a line that opens it."""
+    if len(group.alerts) == 1:
+        return escape(str(group.alerts[0]))
+    each = "\n".join(f"<li>{escape(alert.found)}</li>" for alert in group.alerts)
+    return (
+        f"{escape(group.headline)}. Remedy: {escape(group.remedy)}.\n"
+        f"<details><summary>Each of them</summary>\n<ul>\n{each}\n</ul></details>"
+    )
 
 
 def _figure(picture: Picture) -> str:

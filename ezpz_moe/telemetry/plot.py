@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry import charts, look, page, panels
-from ezpz_moe.telemetry.alerts import Alerts
+from ezpz_moe.telemetry.alerts import Alert, Alerts
 from ezpz_moe.telemetry.heat_map import Array
 from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.look import DARK, LIGHT, Look
@@ -29,7 +29,7 @@ class Plotted:
 
     paths: list[Path]
     last: StepRecord
-    alerts: list[str]
+    alerts: list[Alert]
 
 
 def plot(run: Path, out: Path | None = None) -> Plotted:
@@ -57,10 +57,10 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
     return Plotted(_write(files, out or source.parent / FOLDER), records[-1], alerts)
 
 
-def raised(records: Iterable[StepRecord]) -> list[str]:
+def raised(records: Iterable[StepRecord]) -> list[Alert]:
     """Return the alerts that a run raised."""
     alerts = Alerts()
-    return [message for record in records for message in alerts.check(record)]
+    return [alert for record in records for alert in alerts.raised(record)]
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture | panels.Panels]:

@@ -5,7 +5,7 @@ Only what is certain: the host says the rest, and everything of a host that is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ezpz_moe.config.flavors import Flavor, load_flavor, with_attention
@@ -13,10 +13,11 @@ from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator
 from ezpz_moe.hosts.counts import counts_at_hand
-from ezpz_moe.hosts.limits import memory_problems
+from ezpz_moe.hosts.limits import degree_problems, memory_problems
 from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.trainer_settings import number, pipeline_degree
 
+_DEGREE = "parallelism.expert_parallel_degree"
 _BATCH, _LENGTH = "training.local_batch_size", "training.seq_len"
 _RUNS_EVERYWHERE = "sdpa"
 # With these the model may be another one, or stand for another machine.
@@ -41,14 +42,24 @@ def refuse_attention(job: Job, host_flags: Sequence[str]) -> None:
         )
 
 
-def refuse_batch(job: Job, host_flags: Sequence[str]) -> None:
-    """Refuse a batch that no machine can hold.
+def refuse_sizes(job: Job, host_flags: Sequence[str]) -> None:
+    """Refuse a batch that no machine can hold, and a degree that does not divide the experts.
 
     Raises:
-        EzpzError: says what it would take.
+        EzpzError: says what the batch would take, or which degrees do.
     """
-    known, counted = facts(), counts_at_hand(load_flavor(job.flavor, near=job.folder))
-    if known is None or counted is None or _may_change_the_model(host_flags):
+    if _may_change_the_model(host_flags):
+        return
+    flavor = load_flavor(job.flavor, near=job.folder)
+    where = f"{job.source} and the command line" if host_flags else job.source
+    for problems in (_of_batch, _of_degree):
+        for problem in problems(job, host_flags, flavor):
+            raise EzpzError(f"{where}: {problem}")
+
+
+def _of_batch(job: Job, host_flags: Sequence[str], flavor: Flavor) -> Iterator[str]:
+    known, counted = facts(), counts_at_hand(flavor)
+    if known is None or counted is None:
         return
     # The stages of a pipeline compute a smaller microbatch at once.
     if pipeline_degree(job, host_flags) > 1:
@@ -57,9 +68,22 @@ def refuse_batch(job: Job, host_flags: Sequence[str]) -> None:
     if _BATCH not in defaults or _LENGTH not in defaults:
         return
     batch, length = (number(job, host_flags, k, default=defaults[k]) for k in (_BATCH, _LENGTH))
-    for problem in memory_problems(_BATCH, batch, batch * length, counted.dim):
-        where = f"{job.source} and the command line" if host_flags else job.source
-        raise EzpzError(f"{where}: {problem}")
+    yield from memory_problems(_BATCH, batch, batch * length, counted.dim)
+
+
+def _of_degree(job: Job, host_flags: Sequence[str], flavor: Flavor) -> Iterator[str]:
+    degree, experts = number(job, host_flags, _DEGREE, default=1), _experts(flavor)
+    if degree > 1 and experts:
+        yield from degree_problems(degree, experts, flavor.name)
+
+
+def _experts(flavor: Flavor) -> Mapping[str, int]:
+    """Return the experts of each layer by its number; of one of them, if all have as many."""
+    if flavor.dimensions is not None:
+        return {str(n): of.num_experts for n, of in flavor.dimensions.layer_sizes.items()}
+    counted = counts_at_hand(flavor)
+    number_of = counted.num_experts if counted else 0
+    return {"": number_of} if isinstance(number_of, int) and number_of else {}
 
 
 def _may_change_the_model(host_flags: Sequence[str]) -> bool:

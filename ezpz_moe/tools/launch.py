@@ -19,7 +19,7 @@ from ezpz_moe.errors import EXIT_CODE, EzpzError
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.detect import presumed_host
 from ezpz_moe.hosts.jobs import find_job
-from ezpz_moe.tools.early_refusals import refuse_attention, refuse_batch
+from ezpz_moe.tools.early_refusals import refuse_attention, refuse_sizes
 from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
 from ezpz_moe.tools.resume_point import flags_to_resume
 from ezpz_moe.tools.trainer_settings import (
@@ -122,7 +122,7 @@ def prepared(
     if nproc < 1:
         raise EzpzError(f"--nproc {nproc}: must be at least 1 process.")
     refuse_attention(job, host_flags)
-    refuse_batch(job, host_flags)
+    refuse_sizes(job, host_flags)
     settings = checkpoint_settings(job, host_flags)
     # Rank 0 refuses too, but only when all ranks have started.
     if settings.is_saving:

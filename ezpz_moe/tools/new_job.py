@@ -153,8 +153,10 @@ def _data_lines(data: str | None) -> Iterator[str]:
         # Absolute: the run may start in another folder.
         path = str(file.absolute())
         _refuse_control_characters(path)
-        if _has_chats(file):
+        has_chats = _has_chats(file)
+        if has_chats:
             yield from _chat_lines(data)
+        _refuse_unreadable(data, path, has_chats=has_chats)
         yield assignment("dataset_path", path)
     elif file.suffix or len(file.parts) > 1:
         raise EzpzError(f"--data {data}: there is no such file.")
@@ -163,6 +165,22 @@ def _data_lines(data: str | None) -> Iterator[str]:
             f"--data {data}: there is no such file, and torchtitan has no such dataset."
             f"{did_you_mean(data, known)} Known are {', '.join(known)}."
         )
+
+
+def _refuse_unreadable(data: str, path: str, *, has_chats: bool) -> None:
+    """Refuse a file that a run would not read either.
+
+    Raises:
+        EzpzError: it has no text or chats, or is broken.
+    """
+    # Only now, for they import pyarrow and datasets.
+    from ezpz_moe.hosts.chats import read_chats
+    from ezpz_moe.hosts.documents import read_documents
+
+    try:
+        (read_chats if has_chats else read_documents)(path)
+    except EzpzError as error:
+        raise EzpzError(f"--data {data}: {error}") from None
 
 
 def _has_chats(file: Path) -> bool:

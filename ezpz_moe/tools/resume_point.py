@@ -24,7 +24,8 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
 
     Raises:
         EzpzError: what the trainer would load is damaged or missing; the message names the file,
-            and the step that is whole. Or ``from_last_whole``, and none is, or checkpoints are off.
+            and the step that is whole. Or it is of a step behind the last one. Or
+            ``from_last_whole``, and none is whole, or checkpoints are off.
     """
     if from_last_whole and not settings.is_enabled:
         raise EzpzError(
@@ -43,12 +44,35 @@ def flags_to_resume(settings: CheckpointSettings, *, from_last_whole: bool) -> l
                 f"{settings.folder}: no step in it is whole. Start a new run, in another "
                 "--dump_folder."
             )
+        if settings.loads_step and settings.last_step is not None:
+            refuse_past_the_end(settings.folder / f"step-{whole}", whole, settings.last_step)
         # Without load_step: a run that needs none sets nothing aside, and may go on unattended.
         return [] if whole == newest else ["--checkpoint.load_step", str(whole)]
     step = newest if settings.load_step is None else settings.load_step
-    if settings.is_enabled and (problem := _damage(settings.folder, step, found)):
+    if not settings.is_enabled:
+        return []
+    if problem := _damage(settings.folder, step, found):
         raise EzpzError(f"{problem} {_remedy(settings, found)}")
+    if settings.loads_step and settings.last_step is not None:
+        refuse_past_the_end(settings.folder / f"step-{step}", step, settings.last_step)
     return []
+
+
+def refuse_past_the_end(checkpoint: Path, step: int, last: int) -> None:
+    """Refuse to resume from a step behind the run's last one.
+
+    Nothing would be trained, and the trainer's learning rate may have no value there. The last step
+    itself is not refused: a job script that is started once more has nothing left to do.
+
+    Raises:
+        EzpzError: ``step``, that of ``checkpoint``, is greater than ``last``, the training.steps.
+    """
+    if step > last:
+        raise EzpzError(
+            f"{checkpoint}: is of step {step}, and training.steps is {last}, so nothing would be "
+            f"trained. Set training.steps above {step}, resume from an earlier step with "
+            "checkpoint.load_step, or begin a new run in another --dump_folder."
+        )
 
 
 def _newest_whole(folder: Path, found: dict[str, int]) -> int | None:

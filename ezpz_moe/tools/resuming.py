@@ -16,7 +16,7 @@ from ezpz_moe.hosts.dcp.paths import find_checkpoint
 from ezpz_moe.hosts.parts import TrainerConfig
 from ezpz_moe.hosts.resuming import rates_differ
 from ezpz_moe.tools.checkpoints import storage
-from ezpz_moe.tools.resume_point import flags_to_resume
+from ezpz_moe.tools.resume_point import flags_to_resume, refuse_past_the_end
 from ezpz_moe.tools.trainer_settings import CheckpointSettings, checkpoint_settings
 
 _STEP = "train_state.step"
@@ -56,7 +56,8 @@ def resumption(
         from_last_whole: whether to resume from an earlier step if the newest is damaged.
 
     Raises:
-        EzpzError: the checkpoint cannot be read, or the job names a step that is not there.
+        EzpzError: the checkpoint cannot be read, the job names a step that is not there, or the
+            checkpoint's step is behind the job's last one.
     """
     settings = checkpoint_settings(job, list(host_flags))
     checkpoint = _loaded_with(settings, from_last_whole=from_last_whole)
@@ -67,7 +68,10 @@ def resumption(
         return Resumption(checkpoint, 1)
     if _STEP not in metadata.state_dict_metadata:
         return Resumption(checkpoint)
+    if not settings.loads_step:
+        return Resumption(checkpoint, 1)
     steps = int(_load(checkpoint, metadata, _STEP))
+    refuse_past_the_end(checkpoint, steps, config.training.steps)
     saved = next((name for name in metadata.state_dict_metadata if _is_rate(name)), None)
     left_out = {"optimizer", "lr_scheduler"} & set(config.checkpoint.exclude_from_loading)
     if saved is None or left_out:

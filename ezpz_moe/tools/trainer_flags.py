@@ -17,6 +17,9 @@ from ezpz_moe.hosts.releases import facts
 from ezpz_moe.tools.flag_remedies import keys_by_spelling, remedy
 from ezpz_moe.tools.flag_values import given, needs_a_value, wrong_value
 
+_FEW = 3
+"""Flags of several sections with one name: of more, such as --enable, none is likelier."""
+
 
 def refuse_wrong_flags(words: Sequence[str], ours: Collection[str]) -> None:
     """Refuse flags that the installed host does not take, and values that it cannot read.
@@ -101,7 +104,9 @@ class _Words:
         # A name without its section means another flag than the one with the most letters in
         # common.
         meant = [each for each in options if each.rpartition(".")[2] == name.lstrip("-")]
-        return f" Did you mean {meant[0]!r}?" if len(meant) == 1 else did_you_mean(name, slips)
+        if 0 < len(meant) <= _FEW:
+            return f" Did you mean {' or '.join(map(repr, meant))}?"
+        return did_you_mean(name, slips)
 
     def _stray(self, word: str, before: str) -> str:
         near = did_you_mean(word, self._subcommands)

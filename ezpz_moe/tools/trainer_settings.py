@@ -36,6 +36,7 @@ class CheckpointSettings:
         folder: where the checkpoints are, each in a folder ``step-N``.
         load_step: the step that it must resume from; None for the newest.
         last_step: the step after which it ends; None if that is the trainer's own default.
+        loads_step: whether a resumed run goes on at the step after the checkpoint's.
     """
 
     is_enabled: bool
@@ -44,6 +45,7 @@ class CheckpointSettings:
     folder: Path
     load_step: int | None
     last_step: int | None = None
+    loads_step: bool = True
 
     def newest(self) -> int | None:
         """Return the newest step that is complete, which has its metadata."""
@@ -78,6 +80,12 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         type=int,
         default=values.get("training.steps"),
     )
+    parser.add_argument(
+        *_spellings("checkpoint.exclude_from_loading"),
+        dest="left_out",
+        nargs="*",
+        default=values.get("checkpoint.exclude_from_loading", []),
+    )
     # The trainer parses all its flags; only the ones above matter here.
     told = parser.parse_known_args(host_flags)[0]
     return CheckpointSettings(
@@ -87,6 +95,7 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
         folder=Path(told.dump_folder, told.folder),
         load_step=None if told.load_step == _NEWEST else told.load_step,
         last_step=told.last_step,
+        loads_step="train_state" not in told.left_out,
     )
 
 

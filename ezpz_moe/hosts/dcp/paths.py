@@ -19,6 +19,10 @@ def refuse_other_folders(folder: Path) -> None:
     Raises:
         EzpzError: says what is there instead.
     """
+    if folder.is_file():
+        raise EzpzError(
+            f"{folder}: is a file. Name a checkpoint's folder, such as outputs/checkpoint/step-100."
+        )
     if not folder.is_dir():
         raise EzpzError(f"{folder}: there is no such folder.")
     if not (folder / METADATA).is_file():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from torchtitan.trainer import Trainer
 
+from ezpz_moe.hosts.limits import degree_problems
 from ezpz_moe.hosts.titan.base import titan
 
 
@@ -38,21 +38,7 @@ def _expert_parallel_degree(config: Trainer.Config) -> Iterator[str]:
             f"parallelism.expert_parallel_degree = {degree}: flavor {config.model_spec.flavor!r} "
             "is dense, so there are no experts to divide. Set it to 1, or leave it out."
         )
-    undivided = [layer for layer, number in experts.items() if number % degree]
-    if not undivided:
-        return
-    # All layers share one degree: it has to divide what divides the experts of each.
-    common = math.gcd(*experts.values())
-    divisors = [d for d in range(1, common + 1) if common % d == 0]
-    nearest = [max(d for d in divisors if d < degree), *[d for d in divisors if d > degree][:1]]
-    first, *more = undivided
-    where = f" in layer {first}" if len(set(experts.values())) > 1 else ""
-    where += f" and those of {len(more)} more" if where and more else ""
-    yield (
-        f"parallelism.expert_parallel_degree = {degree} does not divide the "
-        f"{experts[first]} experts of flavor {config.model_spec.flavor!r}{where}. The "
-        f"nearest that do: {' and '.join(map(str, nearest))}."
-    )
+    yield from degree_problems(degree, experts, config.model_spec.flavor)
 
 
 def _hugging_face(config: Trainer.Config) -> Iterator[str]:

@@ -8,6 +8,9 @@ from torchtitan.trainer import Trainer
 
 from ezpz_moe.hosts.setting import Setting, flat
 
+_OF_RECORDS = {"metrics.warmup_steps", "metrics.model", "metrics.job"}
+"""What :class:`.metrics.RouterMetrics` writes into records: copies that nobody sets."""
+
 
 def settings(config: Trainer.Config) -> list[Setting]:
     """Return every field of the trainer's config except the model, in the host's order."""
@@ -22,4 +25,8 @@ def settings(config: Trainer.Config) -> list[Setting]:
         for name, value in config.to_dict().items()
         if name != "model_spec" and name not in ours
     }
-    return [Setting(path, value, defaults.get(path)) for path, value in flat(values)]
+    return [
+        Setting(path, value, defaults.get(path))
+        for path, value in flat(values)
+        if path not in _OF_RECORDS
+    ]

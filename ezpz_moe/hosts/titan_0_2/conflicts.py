@@ -20,7 +20,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
-from ezpz_moe.hosts.limits import compile_problems, memory_problems
+from ezpz_moe.hosts.limits import compile_problems, degree_problems, memory_problems
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -91,11 +91,7 @@ def _ranges(config: Any) -> Iterator[str]:
 
 def _expert_parallel_degree(config: Any, args: Any) -> Iterator[str]:
     degree, experts = config.parallelism.expert_parallel_degree, args.moe_args.num_experts
-    if experts % degree:
-        yield (
-            f"parallelism.expert_parallel_degree = {degree} does not divide the {experts} experts "
-            f"of flavor {config.model.flavor!r}."
-        )
+    yield from degree_problems(degree, {"": experts}, config.model.flavor)
 
 
 def _tensor_parallel_degree(config: Any, args: Any) -> Iterator[str]:
