@@ -160,6 +160,16 @@ def test_constant_experts_have_no_weights_to_compare(folder):
         assert len(layer["cosines"]) == 8
 
 
+def test_the_matrices_of_a_latent_are_no_experts(folder):
+    (folder / "small.toml").write_text(f"{SMALL}moe_latent_dim = 16\n")
+    checkpoint = folder / "run" / "checkpoint" / "step-2"
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    write_checkpoint(checkpoint, weights(2).items())
+    for layer in analyzed(folder)["layers"]:
+        assert len(layer["cosines"]) == 8
+
+
 def test_experts_that_a_token_does_not_use_are_none(folder):
     """Of gates whose logits are above 0 about half of the time."""
     relu = 'routing = "relu"\nactivation = "relu_rmsnorm"'

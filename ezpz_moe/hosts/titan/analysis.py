@@ -27,6 +27,10 @@ from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.router import moe_layers
 
 
+# Of a routed layer, but of none of its experts: constant ones, and the matrices of a latent.
+_OF_THE_LAYER = ("constant_experts.", "descend.", "ascend.")
+
+
 def longest(flavor: Flavor) -> int:
     """Return how many tokens a sequence may have: what the model's rotary positions reach."""
     return getattr(model_spec(flavor).model, titan().LONGEST)
@@ -96,12 +100,12 @@ def weights(output: Any) -> torch.Tensor:
 
 
 def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Return the routed experts' parameters [E, ...] by layer name, without constant experts."""
+    """Return the routed experts' parameters [E, ...] by layer name, and no others of their layer."""
     return {
         name: [
             each.detach()
             for key, each in moe.routed_experts.named_parameters()
-            if not key.startswith("constant_experts.")
+            if not key.startswith(_OF_THE_LAYER)
         ]
         for name, moe in _moes(model).items()
     }
