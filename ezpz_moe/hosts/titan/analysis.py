@@ -26,7 +26,6 @@ from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.models import model_spec
 from ezpz_moe.hosts.titan.router import moe_layers
 
-
 # Of a routed layer, but of none of its experts: constant ones, and the matrices of a latent.
 _OF_THE_LAYER = ("constant_experts.", "descend.", "ascend.")
 
@@ -100,7 +99,7 @@ def weights(output: Any) -> torch.Tensor:
 
 
 def expert_weights(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Return the routed experts' parameters [E, ...] by layer name, and no others of their layer."""
+    """Return the routed experts' parameters [E, ...] by layer name, no others of their layer."""
     return {
         name: [
             each.detach()
