@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_cases import SMALL, D, E, F, assert_same_results, double_tokens, flavor
 from router_cases import B, L, flat, moe_of, routed, router_of, small_model, tokens
-from test_latent import SMALL, D, E, F, flavor, results
 
 from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.hosts.counts import counts_at_hand
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.hosts.titan.router import TokenMask
+from ezpz_moe.hosts.titan.groups import TokenMask
 from ezpz_moe.routing import losses
 from ezpz_moe.routing.neighbours import Neighbours, chunk_loss, locality_loss
 
@@ -68,14 +68,9 @@ def layer_of(folder: Path, keys: str, backend: str = "for_loop"):
 def test_a_layer_is_its_formula(tmp_path, keys, backend, unit):
     """Output and every gradient, whose sums have at most as many terms as x has elements."""
     moe = layer_of(tmp_path, f"{keys}{RELU}", backend)
-    x = flat(tokens(D)).double().requires_grad_()
-    ours = results(moe, moe(x), x)
-    written = on_the_blackboard(moe, x.flatten(0, -2), before="before" in keys)
-    true = results(moe, written.view(x.shape), x)
-    assert "router.gate.scale_E" in ours
-    assert ours.keys() == true.keys()
-    for name, value in ours.items():
-        assert relative_error(value, true[name]) <= x.numel() * unit, name
+    x = double_tokens()
+    written_TD = on_the_blackboard(moe, x.flatten(0, -2), before="before" in keys)
+    assert "router.gate.scale_E" in assert_same_results(moe, written_TD, x, unit)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
