@@ -5,6 +5,7 @@ sums.
 """
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from layer_cases import (
 )
 from router_cases import UPSTREAM, moe_of, router_of, small_model
 
+from ezpz_moe import cli
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import Cost
 from ezpz_moe.hosts.counts import counts_at_hand
@@ -180,3 +182,14 @@ def without_sequence_parallelism(config) -> None:
 def test_settings_that_it_excludes(tmp_path, monkeypatch, capsys, change, said):
     flavor(tmp_path, f"{SMALL}{LATENT}")
     assert said in said_of_a_changed_run(tmp_path, change, monkeypatch, capsys)
+
+
+def test_describe_says_what_ranks_exchange(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EZPZ_MOE_FLAVORS", str(tmp_path))
+    keys = f"{SMALL}{LATENT}"
+    flavor(tmp_path, keys)
+    assert cli.main(["describe", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["row_width"] == Z
+    assert cli.main(["describe", "mine"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"has {Z} numbers, {2 * Z} bytes in bfloat16, in place of {2 * D}." in said

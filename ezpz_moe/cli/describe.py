@@ -69,6 +69,11 @@ COMMAND = Describe
 def _remarks(described: Description) -> Iterator[str]:
     model, dense, baseline = described.anatomy, described.dense, described.baseline_of
     yield from anatomy_text.caveats(model)
+    if (width := described.row_width) != model.dim:
+        yield (
+            f"A row that ranks exchange under expert parallelism has {width} numbers, {2 * width} "
+            f"bytes in bfloat16, in place of {2 * model.dim}."
+        )
     if baseline is not None:
         equal = "FLOPs" if baseline.equal == "flops" else "parameters"
         yield (

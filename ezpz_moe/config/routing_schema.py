@@ -314,8 +314,8 @@ def _router_conflicts(router: Router) -> Iterator[str]:
     if router.routing != "topk" and (strength := router.similarity.strength):
         yield (
             f'similarity.strength = {strength:g} needs routing = "topk", not "{router.routing}", '
-            "which does not choose by a token's own scores; remove one, or if the strength is "
-            "inherited set it to 0"
+            "which does not choose by a token's own scores; remove one, or if it is inherited set "
+            "similarity = { strength = 0, window = 64, temperature = 0.2 }"
         )
     if router.top_k is not None and not router.zero_computation_experts:
         yield (

@@ -42,6 +42,8 @@ class Description:
         seq_len: tokens per sequence.
         precision: what the run and its experts compute in, in words.
         anatomy: the components.
+        row_width: of what ranks exchange under expert parallelism, the model's dimension or that of
+            a latent.
         dense: the dense model with equal FLOPs; None for a model that is dense itself.
         baseline_of: for a dense baseline, the model that it is compared with.
         ranks: of the run; None for a flavor if nobody said how many ranks train it.
@@ -52,6 +54,7 @@ class Description:
     seq_len: int
     precision: str
     anatomy: Anatomy
+    row_width: int
     dense: DenseModel | None
     baseline_of: Baseline | None = None
     ranks: int | None = None
@@ -88,6 +91,7 @@ def describe(
             seq_len,
             precision,
             anatomy,
+            flavor.moe_latent_dim or anatomy.dim,
             None if flavor.is_dense else dense_model(anatomy),
             _baseline(flavor, anatomy, seq_len),
         )
@@ -120,6 +124,7 @@ def as_json(description: Description) -> dict[str, Any]:
         "seq_len": description.seq_len,
         "precision": description.precision,
         "dim": anatomy.dim,
+        "row_width": description.row_width,
         "n_layers": anatomy.n_layers,
         "n_moe_layers": anatomy.n_moe_layers,
         "num_experts": anatomy.num_experts,
