@@ -93,6 +93,7 @@ def both_ways(first: str, second: str, one: Setup, other: Setup) -> list[Change]
 
 BALANCED = 'routing = "balanced"'
 NO_BIAS = '[balance]\nbias_update = "none"'
+RELU = 'routing = "relu"\nactivation = "relu_rmsnorm"'
 NULL_EXPERTS = "null_experts = 2"
 PADDING = "pad_token_id = 0"
 
@@ -124,6 +125,11 @@ ROUTER = [
     Change("`dispatch_padding`", router(PADDING), router(f"{PADDING}\ndispatch_padding = true")),
     Change("`keep_top1_score`", Setup(), router("keep_top1_score = true")),
     Change("`similarity`", Setup(), router("similarity = { strength = 0.5 }")),
+    Change(
+        "`learned_scale`: another weight",
+        router(f"{RELU}\n{NO_BIAS}"),
+        router(f"{RELU}\nlearned_scale = true\n{NO_BIAS}"),
+    ),
     Change("`gating_residual` = false to true", Setup(), router("gating_residual = true")),
     Change("`gating_residual` = true to false", router("gating_residual = true"), Setup()),
     Change("`null_experts`: another gate", Setup(), router(NULL_EXPERTS)),
@@ -150,6 +156,13 @@ BALANCE = [
         "`aux_loss`, `mse_loss`, `z_loss`",
         Setup(),
         balance("aux_loss = 0.01\nmse_loss = 0.01\nz_loss = 0.001"),
+    ),
+    Change("`chunk_loss`", Setup(), balance("chunk_loss = 0.1")),
+    Change("`chunk`", balance("chunk_loss = 0.1"), balance("chunk_loss = 0.1\nchunk = 16")),
+    Change(
+        "`locality_loss`",
+        router(f"{RELU}\n{NO_BIAS}"),
+        router(f"{RELU}\n{NO_BIAS}\nlocality_loss = 0.01"),
     ),
     Change("`scope`", balance("aux_loss = 0.01"), balance('aux_loss = 0.01\nscope = "batch"')),
     Change(

@@ -97,7 +97,11 @@ def test_drift_of_two_empty_sets_is_none():
 
 def test_a_report_has_the_mean_number_of_experts():
     ids_SLK = routing()
-    recording = Recording(1.0, {"layers.1": Routing(ids_SLK, E)}, {"layers.1": torch.eye(E)})
+    recording = Recording(
+        1.0,
+        {"layers.1": Routing(ids_SLK, E, torch.ones(ids_SLK.shape))},
+        {"layers.1": torch.eye(E)},
+    )
     (layer,) = report(recording, torch.arange(S * L).view(S, L) % 4, Settings(segment=4))
     chosen = [each for sequence in sets(ids_SLK) for each in sequence]
     mean = sum(map(len, chosen)) / len(chosen)

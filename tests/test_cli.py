@@ -378,7 +378,7 @@ def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str]
         (["completion", "--install"], ["SHELL is 'ksh'", "bash | zsh | fish"]),
         (["ckpt"], ["ckpt: name one of inspect, remap."]),
         (["upcycle", "x"], ["upcycle: FLAVOR|JOB.toml and OUT are missing.", "DENSE FLAVOR|JOB"]),
-        (["analyze", "x"], ["analyze: --data is missing. Write ezpz-moe analyze CHECKPOINT|"]),
+        (["analyze", "x"], ["--data FILE, or --attribute FILE: the text is missing."]),
         (
             ["--debug", "ckpt", "remap", "x"],
             ["ckpt remap: DST and --to are missing.", "SRC DST --"],

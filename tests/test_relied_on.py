@@ -32,6 +32,7 @@ FOR_SOME_FLAVORS = (
     "ezpz_moe.hosts.titan.overlap",
     "ezpz_moe.hosts.titan.scores",
     "ezpz_moe.hosts.titan.gating_residual",
+    "ezpz_moe.hosts.titan.train_only",
 )
 """What is imported only for a flavor with other FFNs, [router], [balance] or [telemetry], for
 chats, or for a model that differs from the host's."""

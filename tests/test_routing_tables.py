@@ -65,7 +65,7 @@ def test_the_defaults() -> None:
     none = dict.fromkeys(("aux_loss", "mse_loss", "z_loss", "locality_loss", "chunk_loss"), 0)
     router = ("topk", 0, None, False, one, "identity", False, None, "token", None)
     router += (0, 0, 0, None, False)
-    router += ({"strength": 0, "window": 64, "temperature": 0.2}, 1e-4, 100, 0, 0)
+    router += ({"strength": 0, "window": 64, "temperature": 0.2}, 1e-4, 100, 0, 0, False)
     assert tuple(Router().to_dict().values()) == router
     assert tuple(Balance().to_dict().values()) == (
         *(0, 0, 0, 0, 0, "sequence", none, none, none, None, 64, 0, "last", 1, None, None),

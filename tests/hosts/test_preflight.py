@@ -199,11 +199,11 @@ def test_what_the_command_prints(capsys) -> None:
 
 @needs_all_ranks
 def test_a_mistake_is_said_once_and_is_exit_code_1(capsys, pipeline) -> None:
-    degree = ("--parallelism.expert-parallel-degree", "3")
-    assert cli.main(["preflight", pipeline, "--world-size", "12", *degree]) == 1
+    longer = ("--training.seq-len", "100000")  # than the model's positions
+    assert cli.main(["preflight", pipeline, "--world-size", "12", *longer]) == 1
     said = capsys.readouterr().out
     assert f"rank 0, 6: {pipeline} and the command line:" in said
-    assert said.count("does not divide the 8 experts") == 1
+    assert said.count("training.seq_len = 100000") == 1
 
 
 @pytest.mark.skipif(host_name() != "0.2.1", reason="what torchtitan 0.2.1 cannot do")

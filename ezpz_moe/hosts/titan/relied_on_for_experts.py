@@ -100,7 +100,7 @@ EXPERTS = (
         "torchtitan.models.common.moe:MoE.Config",
         used_for="counting parameters by layer, and changing the router",
         if_broken=f"{_NOT_COUNTED}; {NO_ROUTER}",
-        fields=("num_experts", "routed_experts", "router", "load_balance_coeff"),
+        fields=("num_experts", "routed_experts", "router", "load_balance_coeff", "shared_experts"),
     ),
     Reliance(
         "torchtitan.protocols.module:Module._init_self_parameters",

@@ -69,12 +69,6 @@ _OVERLAP = (
         if_broken=_NO_OVERLAP,
     ),
     Reliance(
-        "torchtitan.models.common.moe:MoE.Config",
-        used_for="the same: where the shared experts are",
-        if_broken=_NO_OVERLAP,
-        fields=("shared_experts",),
-    ),
-    Reliance(
         "torchtitan.models.common.feed_forward:FeedForward.forward",
         used_for="the same: what is called there",
         if_broken=_NO_OVERLAP,

@@ -28,7 +28,7 @@ def router_remarks(config: Any) -> list[str]:
         *_kept_score(fewest),
         *_two_that_balance(first),
         *_padding_with_a_special_token(config, first),
-        *doubled_gradients(config),
+        *doubled_gradients(config, moes.values()),
     )
     return [f"{flavor}: {each}" for each in found]
 
