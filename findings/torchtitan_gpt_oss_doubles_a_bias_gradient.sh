@@ -10,8 +10,9 @@
 # tokens, the gradient of the sum of the output: every column of the bias gets 8. Seen with torch 2.14.1,
 # on Linux x86-64, Python 3.11:
 #
-#     1 rank: divides by 1, gradient 8.0
-#     2 ranks: divides by 1, gradient 16.0
+#     spmd_types, 1 rank: divides by 1, gradient 8.0
+#     spmd_types, 2 ranks: divides by 1, gradient 16.0
+#     partial_dtensor, 2 ranks: divides by 2, gradient 8.0
 #
 # Exits 0 while that is so, 1 when torchtitan has changed, 2 when packages could not be installed.
 set -euo pipefail
@@ -47,11 +48,12 @@ class Noted:
 experts.ScaleBiasForward = Noted
 
 
-def gradient(rank, ranks):
-    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/{ranks}", rank=rank, world_size=ranks)
-    utils.set_spmd_backend("spmd_types")
+def gradient(rank, ranks, backend):
+    place = f"{FOLDER}/{backend}.{ranks}"
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=ranks)
+    utils.set_spmd_backend(backend)
     degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": ranks, "pp": 1, "ep": 1}
-    dims = ParallelDims(**degrees, world_size=ranks, spmd_backend="spmd_types")
+    dims = ParallelDims(**degrees, world_size=ranks, spmd_backend=backend)
     dims.build_mesh()
     config = gpt_oss.model_registry("debugmodel").model
     set_gpt_oss_sharding_config(config, enable_sp=False, enable_ep=False)
@@ -61,22 +63,25 @@ def gradient(rank, ranks):
         for name, parameter in moe.named_parameters():
             parameter.fill_(float(name.endswith("mlp2_bias_ED")))
     moe.parallelize(dims)
-    mesh, of_data = resolve_fsdp_mesh(dims)
-    fully_shard(moe, mesh=mesh, dp_mesh_dims=of_data)
+    if backend == "spmd_types":
+        mesh, of_data = resolve_fsdp_mesh(dims)
+        fully_shard(moe, mesh=mesh, dp_mesh_dims=of_data)
+    else:
+        fully_shard(moe, mesh=dims.get_mesh("fsdp"))
     moe(torch.zeros(1, 8, config.dim, dtype=torch.bfloat16)).sum().backward()
     whole = moe.routed_experts.inner_experts.mlp2_bias_ED.grad.full_tensor()
     if rank == 0:
-        torch.save((divisors, whole.sum(0).unique().tolist()), f"{FOLDER}/{ranks}.pt")
+        torch.save((divisors, whole.sum(0).unique().tolist()), f"{place}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     found = {}
-    for ranks in (1, 2):
-        mp.start_processes(gradient, (ranks,), nprocs=ranks, start_method="fork")
-        found[ranks] = torch.load(f"{FOLDER}/{ranks}.pt")
-        (divisor,), (column,) = found[ranks]
-        print(f"{ranks} rank{'s'[: ranks - 1]}: divides by {divisor}, gradient {column}")
-    raise SystemExit(found != {1: ([1], [8.0]), 2: ([1], [16.0])})
+    for backend, ranks in (("spmd_types", 1), ("spmd_types", 2), ("partial_dtensor", 2)):
+        mp.start_processes(gradient, (ranks, backend), nprocs=ranks, start_method="fork")
+        (divisor,), (column,) = found[backend, ranks] = torch.load(f"{FOLDER}/{backend}.{ranks}.pt")
+        print(f"{backend}, {ranks} rank{'s'[: ranks - 1]}: divides by {divisor}, gradient {column}")
+    expected = [([1], [8.0]), ([1], [16.0]), ([2], [8.0])]
+    raise SystemExit(list(found.values()) != expected)
 PYTHON
 GLOO_SOCKET_IFNAME=lo "$python" -W ignore bias.py

@@ -384,3 +384,19 @@ def test_the_stock_trainer_without_an_accelerator(monkeypatch, in_training):
     monkeypatch.setattr(torch._utils, "_get_available_device_type", lambda: None)
     monkeypatch.setattr(utils, "device_type", "cuda")
     assert "this machine has no accelerator" in conflict("debugmodel_sdpa")
+
+
+@pytest.mark.skipif(SINCE_2026_08, reason="shown for torchtitan 0.3")
+def test_a_gradient_that_the_host_adds_up_twice_is_said():
+    """See findings/torchtitan_gpt_oss_doubles_a_bias_gradient.sh."""
+    split = {"parallelism__tensor_parallel_degree": 2, "parallelism__spmd_backend": "spmd_types"}
+
+    def said(flavor: str, **values) -> list[str]:
+        return [each for each in host().remarks(config(flavor, **values)) if "mlp2_bias_ED" in each]
+
+    (remark,) = said("gpt_oss_debugmodel_sdpa", **split)
+    assert 'spmd_backend = "partial_dtensor"' in remark
+    right = split | {"parallelism__spmd_backend": "partial_dtensor"}
+    assert not said("gpt_oss_debugmodel_sdpa", **right)
+    assert not said("gpt_oss_debugmodel_sdpa")
+    assert not said("debugmodel_sdpa", **split)

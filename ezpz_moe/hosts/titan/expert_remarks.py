@@ -27,7 +27,7 @@ def doubled_gradients(config: Any, moes: Iterable[Any]) -> Iterator[str]:
         yield (
             f"under tensor parallelism torchtitan adds up {ranks} whole gradients of the experts' "
             f"bias mlp2_bias_ED, which is then {ranks} times its gradient on one rank. Set "
-            '[parallelism] spmd_backend = "partial_dtensor", or use expert parallelism'
+            '[parallelism] spmd_backend = "partial_dtensor"'
         )
 
 
