@@ -142,7 +142,7 @@ def dense_ffn() -> dict[str, torch.Tensor]:
 
 def made(part: str, **perturbation) -> torch.Tensor:
     return weights.experts(
-        dense_ffn()[part],
+        [dense_ffn()[part]],
         "layers.0",
         part,
         num_experts=8,

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -18,7 +18,11 @@ from ezpz_moe.hosts.dcp.paths import find_checkpoint, is_safetensors
 
 if TYPE_CHECKING:
     from ezpz_moe.hosts.upcycling_target import Target
+    from ezpz_moe.tools.upcycling import Upcycled
     from ezpz_moe.tools.upcycling.dense import Dense
+
+
+_WORDS = ("DENSE", "FLAVOR|JOB.toml", "OUT")
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,21 @@ class Upcycle(Command):
 
     Splits a dense FFN that is G times as wide as an expert into G parts. Writes a checkpoint of the
     model alone; --checkpoint.initial_load_path starts a run from it.
+    With --merge: takes several dense models, and each of them gives experts.
     """
 
     group = "weights"
 
-    source: Annotated[Positional[Path], arg(metavar="DENSE")]
-    """The dense model: the folder of a checkpoint, of a run, or of Hugging Face safetensors."""
-    model: Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
-    """The mixture of experts to build."""
-    target: Annotated[Positional[Path], arg(metavar="OUT")]
-    """The folder to write; it must not exist."""
+    # tyro could take the models apart from the rest, but not with an option behind them.
+    words: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="DENSE... FLAVOR|JOB.toml OUT", help_behavior_hint=""),
+    ]
+    """DENSE: the dense model, the folder of a checkpoint, of a run, or of Hugging Face safetensors;
+    with --merge several. FLAVOR|JOB.toml: the mixture of experts to build. OUT: the folder to
+    write; it must not exist."""
+    merge: Annotated[Literal["mean"] | None, arg(metavar="{mean}")] = None
+    """Take experts from several dense models in turn, and the mean of all their other weights."""
     noise: Annotated[float, arg(metavar="STD")] = 0.0
     """Add Gaussian noise to every copy, in units of the weight's own standard deviation."""
     reinit: Annotated[float, arg(metavar="FRACTION")] = 0.0
@@ -47,66 +56,105 @@ class Upcycle(Command):
     """Seed all random draws."""
 
     def run(self) -> int:
-        # Before torch is imported: a wrong number is reported at once.
+        # Before torch is imported: a wrong word or number is reported at once.
         self._check()
         from ezpz_moe.config.flavors import load_flavor
-        from ezpz_moe.config.layer_sizes import in_words
         from ezpz_moe.hosts.jobs import find_job
 
-        job = find_job(self.model)
+        *sources, model, out = self.words
+        job = find_job(model)
         flavor = load_flavor(job.flavor, near=job.folder)
-        if not is_safetensors(self.source):
-            find_checkpoint(self.source)
+        folders = [Path(each) for each in sources]
+        for folder in folders:
+            if not is_safetensors(folder):
+                find_checkpoint(folder)
         with display.status("Reading the models"):
             host = import_host()
             from ezpz_moe.tools.upcycling import Perturbation, upcycle
 
             target = host.upcycling_target(flavor)
-            dense = self._dense(target)
+            models = [_dense(folder, target) for folder in folders]
         done = upcycle(
-            dense,
+            models,
             target,
-            self.target,
+            Path(out),
             Perturbation(self.noise, self.reinit, self.router_std, self.seed),
             progress=partial(display.tracked, what="Writing and comparing"),
         )
-        layers = f"{done.layers} layers with {in_words(done.num_experts)} experts"
-        split = "" if done.parts == 1 else f" in {in_words(done.parts)} parts each"
-        copies = f"copies of the dense FFN{split}"
-        if isinstance(done.num_experts, int) and isinstance(done.parts, int):
-            copies = f"{done.num_experts // done.parts} {copies}"
-        display.print_line(
-            f"{self.target}: made from {done.source}, {layers}, {copies}; "
-            f"{done.tensors} tensors written and compared"
-        )
-        is_same = "computes" if done.is_preserved else "does not compute exactly"
-        display.print_line(f"At step 0 the model {is_same} what the dense model does.")
-        for note in done.notes:
-            display.print_line(note)
-        # The host refuses a relative path in its flag.
-        display.print_whole(
-            "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
-            f"{shlex.quote(str(self.target.absolute()))}"
-        )
+        _report(done, Path(out))
         return 0
 
     def _check(self) -> None:
+        self._check_words()
         for flag, value in {"--noise": self.noise, "--router-std": self.router_std}.items():
             if not 0 <= value < float("inf"):
                 raise EzpzError(f"{flag} {value}: a standard deviation must be a number >= 0.")
         if not 0 <= self.reinit <= 1:
             raise EzpzError(f"--reinit {self.reinit}: a share must be between 0 and 1.")
 
-    def _dense(self, target: Target) -> Dense:
-        from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
-
-        # What the folder holds decides, not what it is called.
-        if not is_safetensors(self.source):
-            return DenseCheckpoint(self.source, target)
-        host, flavor = import_host(), target.flavor
-        architecture = host.architecture(flavor)
-        assert architecture is not None  # of a host that can build the target
-        return DenseSafetensors(self.source, target, host.adapter(flavor), architecture)
+    def _check_words(self) -> None:
+        if absent := _WORDS[len(self.words) :]:
+            listed = " and ".join(filter(None, (", ".join(absent[:-1]), absent[-1])))
+            raise EzpzError(
+                f"upcycle: {listed} {'are' if absent[1:] else 'is'} missing. Write ezpz-moe "
+                f"upcycle {' '.join(_WORDS)}. See ezpz-moe upcycle --help."
+            )
+        *models, flavor, out = self.words
+        if models[1:] and self.merge is None:
+            raise EzpzError(
+                f"upcycle: {', '.join(models)} are {len(models)} dense models. To take experts "
+                "from each and the mean of all else, write ezpz-moe upcycle "
+                f"{shlex.join(self.words)} --merge mean."
+            )
+        if self.merge and not models[1:]:
+            # Not the mean of one: perhaps the flavor was left out, or a pattern met one folder.
+            raise EzpzError(
+                f"upcycle: --merge {self.merge}: there is one dense model, {models[0]} (beside the "
+                f"flavor {flavor} and {out}, which would be written). Name several, or leave out "
+                "--merge."
+            )
 
 
 COMMAND = Upcycle
+
+
+def _dense(folder: Path, target: Target) -> Dense:
+    from ezpz_moe.tools.upcycling.dense import DenseCheckpoint, DenseSafetensors
+
+    # What the folder holds decides, not what it is called.
+    if not is_safetensors(folder):
+        return DenseCheckpoint(folder, target)
+    host, flavor = import_host(), target.flavor
+    architecture = host.architecture(flavor)
+    assert architecture is not None  # of a host that can build the target
+    return DenseSafetensors(folder, target, host.adapter(flavor), architecture)
+
+
+def _report(done: Upcycled, out: Path) -> None:
+    from ezpz_moe.config.layer_sizes import in_words
+    from ezpz_moe.tools.upcycling.several import listed
+
+    layers = f"{done.layers} layers with {in_words(done.num_experts)} experts"
+    split = "" if done.parts == 1 else f" in {in_words(done.parts)} parts each"
+    copies = f"copies of the dense {'FFN' if done.is_one else 'FFNs'}{split}"
+    if isinstance(done.num_experts, int) and isinstance(done.parts, int):
+        copies = f"{done.num_experts // done.parts} {copies}"
+    display.print_line(
+        f"{out}: made from {listed(done.sources)}, {layers}, {copies}; "
+        f"{done.tensors} tensors written and compared"
+    )
+    if done.is_one:
+        is_same = "computes" if done.is_preserved else "does not compute exactly"
+        display.print_line(f"At step 0 the model {is_same} what the dense model does.")
+    else:
+        display.print_line(
+            "At step 0 the model computes what none of the dense models does: a router that has "
+            "learnt nothing mixes their FFNs, and the rest is their mean. Train it."
+        )
+    for note in done.notes:
+        display.print_line(note)
+    # The host refuses a relative path in its flag.
+    display.print_whole(
+        "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
+        f"{shlex.quote(str(out.absolute()))}"
+    )

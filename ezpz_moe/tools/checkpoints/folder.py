@@ -30,12 +30,8 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
     """
     if os.path.lexists(target):  # also a link to nothing, which renaming would not replace
         raise EzpzError(f"{target}: already exists. Choose another folder, or remove it.")
-    # The name must not contain "step-N", or the host would take it for a checkpoint.
-    partial = target.with_name(f"{target.name.replace('-', '_')}.partial")
-    if source.resolve().is_relative_to(partial.resolve()):
-        raise EzpzError(
-            f"{source}: {target} would be written to {partial} first. Choose another name."
-        )
+    refuse_overwriting(source, target)
+    partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if needed > (free := shutil.disk_usage(target.parent).free):
@@ -56,3 +52,20 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         ) from error
     except SafetensorError as error:  # it does not say so in an OSError if the disk is full
         raise EzpzError(f"{target} was not written: {partial}: {error}.") from error
+
+
+def refuse_overwriting(source: Path, target: Path) -> None:
+    """Refuse to write ``target`` where ``source`` is: in the folder that becomes it.
+
+    Raises:
+        EzpzError: names both.
+    """
+    if source.resolve().is_relative_to((partial := _partial(target)).resolve()):
+        raise EzpzError(
+            f"{source}: {target} would be written to {partial} first. Choose another name."
+        )
+
+
+def _partial(target: Path) -> Path:
+    # The name must not contain "step-N", or the host would take it for a checkpoint.
+    return target.with_name(f"{target.name.replace('-', '_')}.partial")

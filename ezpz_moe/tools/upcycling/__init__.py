@@ -3,7 +3,8 @@
 ``weights``    the formulas, tensor by tensor
 ``fit``        how the dense FFN becomes the experts, and the factor on their weights
 ``dense``      reading the dense model, from a DCP checkpoint or from safetensors
-``upcycle``    carrying it out
+``several``    what several dense models have in common, and their mean
+``upcycle``    carrying it out; ``notes`` says what follows
 """
 
 from ezpz_moe.tools.upcycling.upcycle import Upcycled, upcycle

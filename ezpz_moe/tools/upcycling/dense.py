@@ -43,6 +43,9 @@ class Dense(Protocol):
     def shape(self, name: str) -> torch.Size | None:
         """Return the shape of a tensor; None if there is no tensor of that name."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the number type of a tensor that it has."""
+
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor."""
 
@@ -78,6 +81,10 @@ class DenseCheckpoint:
     def shape(self, name: str) -> torch.Size | None:
         # The host saves a tied tensor under both of its names.
         return self._entries[name].size if name in self._entries else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._entries[name].properties.dtype
+        return dtype
 
     def read(self, name: str) -> torch.Tensor:
         return read_whole(self.folder, self._metadata, name)
@@ -116,6 +123,10 @@ class DenseSafetensors:
         # On the meta device: the adapter may transpose or split, and no data is read for a shape.
         meta = torch.empty(self._size(self._stored(key)), device="meta")
         return self._adapter.from_hf({key: meta})[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        # safetensors maps its file: this takes no data from the disk unless the adapter does.
+        return self.read(name).dtype
 
     def read(self, name: str) -> torch.Tensor:
         key = self._key(name)

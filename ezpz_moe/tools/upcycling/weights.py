@@ -14,6 +14,7 @@ again by itself.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,30 @@ class Perturbation:
         return not (self.noise or self.reinit)
 
 
+def mean(models: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average a weight of several models: summed in float64, rounded to their dtype.
+
+    Where all are equal the mean has their bits, for any number of models.
+
+    Args:
+        models: the weight in each model, of one shape and dtype; at least one.
+
+    Returns:
+        The mean, of the same shape and dtype.
+    """
+    first, *others = models
+    if not others:
+        return first
+    total, agree = first.double(), torch.ones_like(first, dtype=torch.bool)
+    for each in others:
+        total += each
+        agree &= each == first
+    # Three equal float64, added and divided by 3, may be another number.
+    return torch.where(agree, first, (total / len(models)).to(first.dtype))
+
+
 def experts(
-    dense: torch.Tensor,
+    models: Sequence[torch.Tensor],
     layer: str,
     part: str,
     *,
@@ -51,14 +74,15 @@ def experts(
     scale: float,
     perturbation: Perturbation,
 ) -> torch.Tensor:
-    """Make the routed experts' w1, w2 or w3: copies of the dense FFN's, or of its parts in turn.
+    """Make the routed experts' w1, w2 or w3: copies of the dense FFNs', or of their parts in turn.
 
     Sparse upcycling, arXiv 2212.05055; with ``granularity`` > 1 its fine-grained form with virtual
-    groups, arXiv 2410.07524: expert e is part e mod G, so experts cG to cG + G - 1 together are one
-    copy of the dense FFN.
+    groups, arXiv 2410.07524: expert e is part e mod G, so experts cG to cG + G - 1 together are
+    copy c of a dense FFN. Of n models, copy c is from model c mod n (BAM, arXiv 2408.08274;
+    Branch-Train-MiX, arXiv 2403.07816).
 
     Args:
-        dense: w1 or w3 [H, D], or w2 [D, H], of a floating dtype.
+        models: of each model w1 or w3 [H, D], or w2 [D, H], of one floating dtype.
         layer: its name, which seeds the random numbers.
         part: "w1", "w2" or "w3".
         num_experts: E.
@@ -67,15 +91,17 @@ def experts(
         perturbation: what makes the copies differ.
 
     Returns:
-        [E, F, D], or [E, D, F] for w2, in the dense weight's dtype.
+        [E, F, D], or [E, D, F] for w2, in the dense weights' dtype.
     """
     channel_dim = 1 if part == "w2" else 0
-    parts = [_wide(each) for each in dense.chunk(granularity, dim=channel_dim)]
+    # A row for each model, a column for each part.
+    parts = [each.chunk(granularity, dim=channel_dim) for each in models]
     # Only the stack is in the dense dtype: noise and factors are applied in float32, expert by
     # expert, and rounded once.
-    written = torch.empty((num_experts, *parts[0].shape), dtype=dense.dtype)
+    written = torch.empty((num_experts, *parts[0][0].shape), dtype=parts[0][0].dtype)
     for e in range(num_experts):
-        expert = parts[e % granularity]
+        copy = e // granularity
+        expert = _wide(parts[copy % len(models)][e % granularity])
         if perturbation.noise:
             draw = torch.randn(
                 expert.shape,
