@@ -377,7 +377,10 @@ def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str]
         (["--quiet", "verify", "--verbose"], ["--quiet, --verbose: choose one"]),
         (["completion", "--install"], ["SHELL is 'ksh'", "bash | zsh | fish"]),
         (["ckpt"], ["ckpt: name one of inspect, remap."]),
-        (["upcycle", "x"], ["upcycle: FLAVOR|JOB.toml and OUT are missing.", "DENSE FLAVOR|JOB"]),
+        (
+            ["upcycle", "x"],
+            ["upcycle: FLAVOR|JOB.toml and OUT are missing.", "DENSE... FLAVOR|JOB"],
+        ),
         (["analyze", "x"], ["--data FILE, or --attribute FILE: the text is missing."]),
         (
             ["--debug", "ckpt", "remap", "x"],

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ezpz_moe.tools.upcycling.dense import Dense
 
 
-_WORDS = ("DENSE", "FLAVOR|JOB.toml", "OUT")
-
-
 @dataclass(frozen=True)
 class Upcycle(Command):
     """Turn a dense model into a mixture of experts, each of which starts as a copy of its FFN.
@@ -36,14 +33,16 @@ class Upcycle(Command):
 
     group = "weights"
 
-    # tyro could take the models apart from the rest, but not with an option behind them.
-    words: Annotated[
-        Positional[tuple[str, ...]],
-        arg(metavar="DENSE... FLAVOR|JOB.toml OUT", help_behavior_hint=""),
-    ]
-    """DENSE: the dense model, the folder of a checkpoint, of a run, or of Hugging Face safetensors;
-    with --merge several. FLAVOR|JOB.toml: the mixture of experts to build. OUT: the folder to
-    write; it must not exist."""
+    # The words in their order, because tyro gives a list of any length all that stand together: the
+    # first three are DENSE, FLAVOR and OUT only where one model is named.
+    first: Annotated[Positional[str], arg(metavar="DENSE...")]
+    """The dense model: the folder of a checkpoint, of a run, or of Hugging Face safetensors."""
+    second: Annotated[Positional[str], arg(metavar="FLAVOR|JOB.toml")]
+    """The mixture of experts to build."""
+    third: Annotated[Positional[str], arg(metavar="OUT")]
+    """The folder to write; it must not exist."""
+    more: Annotated[Positional[tuple[str, ...]], arg(metavar="", help_behavior_hint="")] = ()
+    """Several dense models, for --merge, stand before the other two."""
     merge: Annotated[Literal["mean"] | None, arg(metavar="{mean}")] = None
     """Take experts from several dense models in turn, and the mean of all their other weights."""
     noise: Annotated[float, arg(metavar="STD")] = 0.0
@@ -54,6 +53,11 @@ class Upcycle(Command):
     """Draw the router's weights with this standard deviation."""
     seed: int = 0
     """Seed all random draws."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words: the dense models, the flavor, and the folder to write."""
+        return (self.first, self.second, self.third, *self.more)
 
     def run(self) -> int:
         # Before torch is imported: a wrong word or number is reported at once.
@@ -93,25 +97,18 @@ class Upcycle(Command):
             raise EzpzError(f"--reinit {self.reinit}: a share must be between 0 and 1.")
 
     def _check_words(self) -> None:
-        if absent := _WORDS[len(self.words) :]:
-            listed = " and ".join(filter(None, (", ".join(absent[:-1]), absent[-1])))
-            raise EzpzError(
-                f"upcycle: {listed} {'are' if absent[1:] else 'is'} missing. Write ezpz-moe "
-                f"upcycle {' '.join(_WORDS)}. See ezpz-moe upcycle --help."
-            )
         *models, flavor, out = self.words
         if models[1:] and self.merge is None:
             raise EzpzError(
-                f"upcycle: {', '.join(models)} are {len(models)} dense models. To take experts "
-                "from each and the mean of all else, write ezpz-moe upcycle "
-                f"{shlex.join(self.words)} --merge mean."
+                f"upcycle: {', '.join(models)} would be {len(models)} dense models, {flavor} the "
+                f"flavor, and {out} be written. To take experts from each model and the mean of "
+                f"all else, write ezpz-moe upcycle {shlex.join(self.words)} --merge mean."
             )
         if self.merge and not models[1:]:
             # Not the mean of one: perhaps the flavor was left out, or a pattern met one folder.
             raise EzpzError(
-                f"upcycle: --merge {self.merge}: there is one dense model, {models[0]} (beside the "
-                f"flavor {flavor} and {out}, which would be written). Name several, or leave out "
-                "--merge."
+                f"upcycle: --merge {self.merge}: {models[0]} would be the only dense model, {flavor} "
+                f"the flavor, and {out} be written. Name several models, or leave out --merge."
             )
 
 
