@@ -107,8 +107,9 @@ class Upcycle(Command):
         if self.merge and not models[1:]:
             # Not the mean of one: perhaps the flavor was left out, or a pattern met one folder.
             raise EzpzError(
-                f"upcycle: --merge {self.merge}: {models[0]} would be the only dense model, {flavor} "
-                f"the flavor, and {out} be written. Name several models, or leave out --merge."
+                f"upcycle: --merge {self.merge}: {models[0]} would be the only dense model, "
+                f"{flavor} the flavor, and {out} be written. Name several models, or leave out "
+                "--merge."
             )
 
 
