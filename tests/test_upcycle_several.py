@@ -347,6 +347,6 @@ def test_a_merged_model_trains_on(tmp_path, monkeypatch) -> None:
     start = ["--checkpoint.initial-load-path", str(tmp_path / "step-0")]
     (record,) = train({"on": dialect.job(job, *flags, *start)}, tmp_path, ranks=1)["on"]
     losses = record["losses"]
-    # Logits of standard deviation s cost about s^2 / 2 more than the logarithm of 2048, 7.6.
-    assert losses[0] > 12
+    # Logits of standard deviation s, here 6, cost about s^2 / 2 more than log(2048), 7.6.
+    assert 12 < losses[0] < 40
     assert losses[-1] < losses[0] - 1
