@@ -132,13 +132,14 @@ def _report(done: Upcycled, out: Path) -> None:
     from ezpz_moe.config.layer_sizes import in_words
     from ezpz_moe.tools.upcycling.several import listed
 
-    layers = f"{done.layers} layer{'s' if done.layers > 1 else ''} with {in_words(done.num_experts)} experts"
+    layers = f"{done.layers} layer{'s' if done.layers > 1 else ''}"
+    experts = f"{in_words(done.num_experts)} experts"
     split = "" if done.parts == 1 else f" in {in_words(done.parts)} parts each"
     copies = f"copies of the dense {'FFN' if done.is_one else 'FFNs'}{split}"
     if isinstance(done.num_experts, int) and isinstance(done.parts, int):
         copies = f"{done.num_experts // done.parts} {copies}"
     display.print_line(
-        f"{out}: made from {listed(done.sources)}, {layers}, {copies}; "
+        f"{out}: made from {listed(done.sources)}, {layers} with {experts}, {copies}; "
         f"{done.tensors} tensors written and compared"
     )
     if done.is_one:
