@@ -151,7 +151,7 @@ def _tokenizer(job: Job) -> Path | None:
 
 @dataclass(frozen=True)
 class Ckpt(Command):
-    """Inspect a checkpoint, convert it for another generation of torchtitan, or take experts away."""
+    """Inspect a checkpoint, convert it for another torchtitan, or take experts away."""
 
     group = "weights"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from ezpz_moe.config.job import Job
     from ezpz_moe.tools.analysis.record import Recording
     from ezpz_moe.tools.analysis.text import Sequence as TextSequence
-    from ezpz_moe.tools.pruning.prune import Pruned
+    from ezpz_moe.tools.pruning.constants import Constant
+    from ezpz_moe.tools.pruning.layers import Layer
+    from ezpz_moe.tools.pruning.prune import MakeConstants, Pruned
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Prune:
     """Run this text: .txt, .jsonl, .json or .parquet, as for a job's dataset_path."""
     merge: bool = False
     """Add the experts that go to those that stay and are most like them, as a weighted mean."""
+    as_constant: bool = False
+    """Keep the choice of the experts that go, as constant experts that compute next to nothing."""
     sequences: int = 64
     """Run this many sequences of the text."""
     seq_len: Annotated[int | None, arg(metavar="INT")] = None
@@ -66,10 +71,11 @@ class Prune:
         source = find_checkpoint(self.source)
         with display.status("Reading the model"):
             import_host()
-            from ezpz_moe.tools.pruning.prune import check, open_whole, prune
+            from ezpz_moe.tools.pruning.prune import prune
+            from ezpz_moe.tools.pruning.whole import check, open_whole
 
             whole = open_whole(source, flavor)
-            check(whole, self.keep)
+            check(whole, self.keep, as_constant=self.as_constant)
             text = self._text(job, flavor, source) if self.text else []
         recording = self._record(source, flavor, text) if text else None
         done = prune(
@@ -79,6 +85,7 @@ class Prune:
             keep=self.keep,
             by=self.by,
             merge=self.merge,
+            make_constants=self._constants(source, flavor, text) if self.as_constant else None,
             recording=recording,
             progress=partial(display.tracked, what="Writing and comparing"),
         )
@@ -102,6 +109,23 @@ class Prune:
             raise EzpzError(
                 f"--by {self.by}: needs a text to count on. Add --text FILE, or use --by cosine."
             )
+        if self.as_constant and self.text is None:
+            raise EzpzError("--as-constant: needs a text to run the experts on. Add --text FILE.")
+        if self.as_constant and self.merge:
+            raise EzpzError(
+                "--as-constant keeps the choice of the experts that go, and --merge gives their "
+                "weights to others. Use one of them."
+            )
+
+    def _constants(self, source: Path, flavor: Flavor, text: list[TextSequence]) -> MakeConstants:
+        from ezpz_moe.tools.pruning.constants import constants
+
+        def make(removed: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[Constant]]:
+            return constants(
+                source, flavor, text, removed, device=self._device(), progress=self._tracked(source)
+            )
+
+        return make
 
     def _text(self, job: Job, flavor: Flavor, checkpoint: Path) -> list[TextSequence]:
         from ezpz_moe.hosts.detect import host
@@ -111,7 +135,9 @@ class Prune:
 
         # 2048 is the host's default.
         length = self.seq_len or job.values.get("training.seq_len", 2048)
-        encode = host().analysis().encoder(NamedModel(job, checkpoint).tokenizer(checkpoint), flavor)
+        encode = (
+            host().analysis().encoder(NamedModel(job, checkpoint).tokenizer(checkpoint), flavor)
+        )
         documents = read_documents(str(self.text))[COLUMN]
         # islice: only as many documents are tokenized as these sequences need.
         text = list(islice(sequences(documents, encode, length), self.sequences))
@@ -126,16 +152,23 @@ class Prune:
         import torch
 
         from ezpz_moe.tools.analysis.record import record
-        from ezpz_moe.tools.verify import default_device
 
         return record(
             folder,
             flavor,
             text,
-            device=self.device or default_device(),
+            device=self._device(),
             dtype=torch.float32,
-            progress=lambda items: display.tracked(items, f"Running {folder.name}", len(items)),
+            progress=self._tracked(folder),
         )
+
+    def _device(self) -> str:
+        from ezpz_moe.tools.verify import default_device
+
+        return self.device or default_device()
+
+    def _tracked(self, folder: Path) -> Callable[[Sequence[TextSequence]], Iterable[TextSequence]]:
+        return lambda text: display.tracked(text, f"Running {folder.name}", len(text))
 
     def _print(self, source: Path, done: Pruned) -> None:
         display.print_line(
@@ -143,16 +176,23 @@ class Prune:
             "tensors of the model written and compared; no optimizer, no step, no position in the "
             "data"
         )
-        display.print_table(
-            {
-                "layer": name.rpartition(".")[2],
-                "experts": f"{len(layer.kept)} of {layer.num_experts}",
-                "which": ", ".join(map(str, layer.kept)),
-                "merged": str(len(layer.merged)) if self.merge else "",
-                "lost tokens": display.number(layer.tokens, ".1%"),
-                "lost weight": display.number(layer.weight, ".1%"),
-            }
-            for name, layer in done.layers.items()
-        )
+        display.print_table(self._row(name, layer) for name, layer in done.layers.items())
         for note in done.notes:
             display.print_line(note)
+
+    def _row(self, name: str, layer: Layer) -> dict[str, str]:
+        row = {
+            "layer": name.rpartition(".")[2],
+            "experts": f"{len(layer.kept)} of {layer.num_experts}",
+            "which": ", ".join(map(str, layer.kept)),
+        }
+        if layer.tokens is not None and layer.weight is not None:
+            row |= {
+                "gone of tokens": f"{layer.tokens:.1%}",
+                "gone of weight": f"{layer.weight:.1%}",
+            }
+        if self.merge:
+            row["merged"] = str(len(layer.merged))
+        if self.as_constant:
+            row["as constants"] = display.number(layer.reproduced, ".1%")
+        return row

@@ -63,7 +63,11 @@ class ExpertRows:
     dims: Mapping[str, tuple[Dim, ...]]
 
     def take(
-        self, name: str, tensor: torch.Tensor, experts: Mapping[str, Sequence[int]]
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        experts: Mapping[str, Sequence[int]],
+        behind: Mapping[str, Sequence[int]] | None = None,
     ) -> torch.Tensor:
         """Return some experts' part of a tensor, in the order that is asked for, bit for bit.
 
@@ -72,11 +76,15 @@ class ExpertRows:
             tensor: the whole one.
             experts: their numbers by layer: fewer than E, or all of them in another order. A layer
                 that is not in it keeps its own. Zero-computation experts stay, behind the others.
+            behind: further ones by layer, which a router has behind the zero-computation ones, and
+                a stack has not.
         """
         for place in self.dims.get(name, ()):
             if (chosen := experts.get(place.layer)) is not None:
-                behind = range(self.num_experts[place.layer], tensor.shape[place.dim])
-                index = torch.tensor([*chosen, *behind], device=tensor.device)
+                rows = [*chosen, *range(self.num_experts[place.layer], tensor.shape[place.dim])]
+                if behind and not is_stack(_weight(name)):
+                    rows += behind.get(place.layer, ())
+                index = torch.tensor(rows, device=tensor.device)
                 tensor = tensor.index_select(place.dim, index)
         return tensor
 
@@ -106,6 +114,12 @@ def is_stack(name: str) -> bool:
     """Return whether a weight has exactly a row for each routed expert of a layer."""
     found = _parts(name)
     return found is not None and _STACKS.fullmatch(found["part"]) is not None
+
+
+def _weight(name: str) -> str:
+    """Return the weight for which an optimizer keeps a tensor; the name itself of any other."""
+    state = _OF_OPTIMIZER.fullmatch(name)
+    return state["weight"] if state else name
 
 
 def _layers(sizes: Mapping[str, Sequence[int]]) -> dict[str, int]:

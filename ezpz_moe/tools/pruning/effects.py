@@ -8,7 +8,7 @@ from typing import Any
 from ezpz_moe.config.flavors import Flavor
 
 
-def changes(flavor: Flavor, router: Any, *, has_bias: bool) -> Iterator[str]:
+def changes(flavor: Flavor, router: Any, *, has_bias: bool, is_merged: bool) -> Iterator[str]:
     """Yield why such a token may choose other experts than before, or weigh its own otherwise.
 
     Nothing: it has the same experts with the same weights, apart from rounding. So it is with
@@ -18,7 +18,10 @@ def changes(flavor: Flavor, router: Any, *, has_bias: bool) -> Iterator[str]:
         flavor: of the model.
         router: the host's, of one of its layers.
         has_bias: whether a bias for the choice differs from zero.
+        is_merged: whether experts that stay have others added to them.
     """
+    if is_merged:
+        yield "experts that stay have others added to them"
     is_softmax = router.score_func == "softmax"
     if is_softmax and not router.route_norm:
         yield (

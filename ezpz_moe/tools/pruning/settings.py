@@ -19,7 +19,7 @@ from ezpz_moe.errors import EzpzError
 JOB = "job.toml"
 
 _OF_FLAVOR = {"name", "source", "dense_baseline_of", "equal"}
-_OF_RUN = {"job.dump_folder", "checkpoint.load_step", "checkpoint.folder", "model.flavor"}
+_OF_RUN = {"checkpoint.load_step", "checkpoint.folder"}
 """Of the run that made the checkpoint: another one must not write into its folder."""
 _INPUTS = ("model.hf_assets_path", "training.dataset_path", "validation.dataset_path")
 
@@ -77,24 +77,21 @@ def write_job(job: Job, flavor: Flavor, folder: Path, checkpoint: Path) -> None:
         folder: where to.
         checkpoint: where the weights will be.
     """
-    values = {
-        key: value
-        for key, value in job.values.items()
-        # The numbers of experts in [train_only] are of the whole model.
-        if key not in _OF_RUN and not key.startswith("train_only.")
-    }
-    for key in _INPUTS:
-        if isinstance(values.get(key), str):
-            values[key] = job.resolve(values[key])
-    values |= {
+    own = {
         "job.dump_folder": f"./outputs/{checkpoint.name}",
         "model.name": "ezpz_moe",
         "model.flavor": flavor.source.stem,
         "checkpoint.enable": True,
         "checkpoint.initial_load_path": str(checkpoint.absolute()),
     }
+    # The numbers of experts in [train_only] are of the whole model.
+    of_run = {key for key in job.values if key in _OF_RUN or key.startswith("train_only.")}
+    values = {**own, **{k: v for k, v in job.values.items() if k not in of_run | own.keys()}}
+    for key in _INPUTS:
+        if isinstance(values.get(key), str):
+            values[key] = job.resolve(values[key])
     nested: dict[str, Any] = {}
-    for key, value in sorted(values.items()):
+    for key, value in values.items():
         *tables, last = key.split(".")
         table = nested
         for each in tables:
