@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ class Prune:
         for flag, number in numbers.items():
             if number is not None and number < 1:
                 raise EzpzError(f"{flag} {number}: must be at least 1.")
+        # Also refused where it is written; but by then the model has run on the text.
+        if os.path.lexists(self.target):
+            raise EzpzError(f"{self.target}: already exists. Choose another folder, or remove it.")
         if self.by != "cosine" and self.text is None:
             raise EzpzError(
                 f"--by {self.by}: needs a text to count on. Add --text FILE, or use --by cosine."

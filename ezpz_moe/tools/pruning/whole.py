@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
@@ -24,6 +25,7 @@ class Whole:
 
     Attributes:
         folder: of its checkpoint.
+        metadata: the checkpoint's.
         flavor: its flavor.
         sizes: of the model's tensors, by name.
         rows: where these count experts.
@@ -31,6 +33,7 @@ class Whole:
     """
 
     folder: Path
+    metadata: Metadata
     flavor: Flavor
     sizes: Mapping[str, torch.Size]
     rows: ExpertRows
@@ -39,12 +42,12 @@ class Whole:
     @property
     def itemsize(self) -> int:
         """Bytes of its widest number type."""
-        of = dict(contents.model_tensors(storage.read_metadata(self.folder))).values()
+        of = dict(contents.model_tensors(self.metadata)).values()
         return max(each.properties.dtype.itemsize for each in of)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor."""
-        return read_whole(self.folder, storage.read_metadata(self.folder), name)
+        return read_whole(self.folder, self.metadata, name)
 
     def stacks(self, layer: str) -> list[str]:
         """Return the names of the tensors with a row for each routed expert of a layer."""
@@ -72,7 +75,9 @@ def open_whole(folder: Path, flavor: Flavor) -> Whole:
     sizes = {name: entry.size for name, entry in contents.model_tensors(metadata)}
     model = host().build_on_meta(flavor)
     contents.check_model(folder, sizes, model.state_dict())
-    return Whole(folder, flavor, sizes, expert_rows(sizes), host().analysis().routers(model))
+    return Whole(
+        folder, metadata, flavor, sizes, expert_rows(sizes), host().analysis().routers(model)
+    )
 
 
 def check(whole: Whole, keep: int, *, as_constant: bool = False) -> None:
