@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg, subcommand
 from ezpz_moe.cli import display
 from ezpz_moe.cli.arguments import import_host
 from ezpz_moe.cli.command import Command, Reporting
+from ezpz_moe.cli.pruned import Prune
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp.paths import is_safetensors, refuse_other_folders
 
@@ -150,11 +151,15 @@ def _tokenizer(job: Job) -> Path | None:
 
 @dataclass(frozen=True)
 class Ckpt(Command):
-    """Inspect a checkpoint, or convert it for another generation of torchtitan."""
+    """Inspect a checkpoint, convert it for another torchtitan, or take experts away."""
 
     group = "weights"
 
-    action: Annotated[Inspect, subcommand("inspect")] | Annotated[Remap, subcommand("remap")]
+    action: (
+        Annotated[Inspect, subcommand("inspect")]
+        | Annotated[Remap, subcommand("remap")]
+        | Annotated[Prune, subcommand("prune")]
+    )
 
     @property
     def prints_json(self) -> bool:
