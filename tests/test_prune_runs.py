@@ -47,9 +47,10 @@ def text(tmp_path_factory) -> Path:
 def with_unused(case: Case) -> dict[str, torch.Tensor]:
     """Weights with which every token has much of the first dimension, and some gates none of it."""
     weights = random_weights(case, bias=0)
-    weights["tok_embeddings.weight"][:, 0] = 8
+    weights["tok_embeddings.weight"][:, 0] = 30
     for name, tensor in weights.items():
         if name.endswith("gate.weight"):
+            tensor[:, 0] = 0
             tensor[UNUSED, 0] = -20
         if name.endswith("ffn_norm.weight"):
             tensor[0] = 1
@@ -91,7 +92,7 @@ def test_experts_that_no_token_chose_leave_logits_as_they_were(
     if kind == "kimi_k2_7":  # a bias moves the choice of sigmoid scores as before
         for name in weights:
             if "expert_bias" in name:
-                weights[name] = torch.linspace(-0.1, 0.1, 8)
+                weights[name] = torch.linspace(-0.02, 0.02, 8)
     source = save(weights, tmp_path / "step-7")
     capsys.readouterr()
     assert prune(case, source, tmp_path / "out", text, "--keep", "6", "--by", by) == 0
@@ -176,6 +177,7 @@ def test_merging_adds_no_expert_that_no_token_chose(exports, text, tmp_path) -> 
         ("deepseek_v2", ["--keep", "4", "--by", "weight"], "--by weight: needs a text"),
         ("deepseek_v2", ["--keep", "4", "--by", "cosine", "--as-constant"], "needs a text"),
         ("deepseek_v3", ["--keep", "6", "--by", "cosine"], "in 4 groups of equal size"),
+        ("deepseek_v3", ["--keep", "4", "--by", "cosine"], "of 2 groups, which would have 2."),
     ],
 )
 def test_what_is_refused(exports, kind, flags, said, tmp_path, capsys) -> None:
@@ -189,12 +191,6 @@ def test_what_is_refused(exports, kind, flags, said, tmp_path, capsys) -> None:
     assert said in line
     assert "\n" not in line
     assert not list(tmp_path.iterdir())
-
-
-def test_groups_stay_equal(exports, tmp_path) -> None:
-    case = exports.case("deepseek_v3")
-    _, source, _ = exports.plain("deepseek_v3")
-    assert prune(case, source, tmp_path / "out", None, "--keep", "4", "--by", "cosine") == 2
 
 
 @pytest.fixture(scope="module")

@@ -100,10 +100,18 @@ def check(whole: Whole, keep: int, *, as_constant: bool = False) -> None:
                 f"--keep {keep}: a token of flavor {flavor.name} uses {router.top_k} experts. "
                 "Keep at least as many."
             )
-        if keep % (groups := router.num_expert_groups or 1):
+        groups, limited = router.num_expert_groups, router.num_limited_groups
+        if groups is None:
+            continue
+        if keep % groups:
             raise EzpzError(
                 f"--keep {keep}: flavor {flavor.name} has its experts in {groups} groups of equal "
                 f"size (router_num_expert_groups). Keep a multiple of {groups}."
+            )
+        if limits_tokens and router.top_k > limited * (keep // groups):
+            raise EzpzError(
+                f"--keep {keep}: a token of flavor {flavor.name} uses {router.top_k} experts of "
+                f"{limited} groups, which would have {limited * (keep // groups)}. Keep more."
             )
 
 
