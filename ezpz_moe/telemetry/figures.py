@@ -24,6 +24,8 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "max_over_mean": np.max,
     "max_violation": np.max,
     "rank_max_over_mean": np.max,
+    "off_rank": np.max,
+    "off_node": np.max,
     "min_over_mean": np.min,
     "p50_over_mean": np.min,
     "p95_over_mean": np.max,
@@ -146,6 +148,11 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
     figures |= load_figures(layer.counts_E)
     figures |= _if_given(rank_max_over_mean=layer.rank_max_over_mean)
+    if layer.rows_dispatched:
+        shares = {"off_rank": layer.rows_off_rank, "off_node": layer.rows_off_node}
+        figures |= {
+            name: rows / layer.rows_dispatched for name, rows in shares.items() if rows is not None
+        }
     figures["tokens_per_expert"] = routed / len(layer.counts_E) / steps
     if layer.zero_counts_Z and routed + zero:
         figures["zero_fraction"] = zero / (routed + zero)

@@ -17,6 +17,8 @@ LABELS = {
     "cv": "CV (std / mean)",
     "max_over_mean": "max / mean",
     "rank_max_over_mean": "max / mean of ranks",
+    "off_rank": "rows that leave their rank",
+    "off_node": "rows that leave their node",
     "min_over_mean": "min / mean",
     "p50_over_mean": "p50 / mean",
     "p95_over_mean": "p95 / mean",
