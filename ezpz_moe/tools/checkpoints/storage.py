@@ -143,9 +143,7 @@ def append(value: Any, entry: _StorageInfo, target: Path) -> _StorageInfo:
     return _append(target, entry, lambda stream: save(value, stream))
 
 
-def _append(
-    target: Path, entry: _StorageInfo, write: Callable[[BinaryIO], None]
-) -> _StorageInfo:
+def _append(target: Path, entry: _StorageInfo, write: Callable[[BinaryIO], None]) -> _StorageInfo:
     file = target / entry.relative_path
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as stream:
