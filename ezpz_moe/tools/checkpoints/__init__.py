@@ -7,6 +7,7 @@
 ``contents``    what a checkpoint holds; without torch, where the checkpoint is as usual
 ``tensors``     reading and writing whole tensors of a DCP checkpoint; a run's newest checkpoint
 ``folder``      a folder that appears only when it is complete
+``expert_rows`` which tensors count experts, in which dimension, and taking some of these
 ``plan``        which entry becomes which under another generation's names
 ``state``       what differs besides names: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
