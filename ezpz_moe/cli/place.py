@@ -48,8 +48,8 @@ class Place(Reporting):
     last: int = 1000
     """Use the records of so many steps, the last ones."""
     min_gain: float = 0.01
-    """Keep a layer's order if it gains less: in rows of its busiest ranks, as a share of them, or in
-    the share of pairs on one node."""
+    """Keep a layer's order if it would gain less: in rows of its busiest ranks, as a share of them,
+    or in the share of pairs on one node."""
     config: Annotated[str | None, arg(metavar="FLAVOR|JOB.toml")] = None
     """Name the model if the records do not, or the job that they name is not there."""
     plot: Annotated[Path | None, arg(metavar="DIR")] = None

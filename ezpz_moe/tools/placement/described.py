@@ -33,12 +33,12 @@ def described_by(run: Path, window: Window, config: str | None) -> tuple[Flavor,
     if flavor.dimensions:
         sizes = flavor.dimensions.layer_sizes
         for layer in window.layers:
-            expected = sizes[layer.number].num_experts if layer.number in sizes else 0
+            expected = sizes[layer.number].num_experts if layer.number in sizes else "none"
             if expected != layer.experts:
                 raise EzpzError(
                     f"{window.source}: layer {layer.number} has {layer.experts} experts, but "
-                    f"{expected} in flavor {flavor.name} ({job.source}). Name the run's own flavor "
-                    "or job with --config."
+                    f"{expected} in the flavor of {job.source}. Name the run's own flavor or job "
+                    "with --config."
                 )
     return flavor, job
 

@@ -55,17 +55,18 @@ def _figure(layers: list[LayerPlacement], title: str) -> Figure:
         draw_cells(axes, filled(of_ranks), LOAD, first_on_top=False)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set(title=name, xlabel="rank")
-    figure.colorbar(
+    bar = figure.colorbar(
         LOAD.bar,
         ax=[first, second],
         label="assignments / mean of the ranks",
         location="bottom",
         shrink=0.6,
         aspect=40,
-        ticks=[0.25, 0.5, 1, 2, 4],
-        format="{x:g}",
     )
+    bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1", "2", "4"])
+    bar.minorticks_off()
     _busiest(lines, layers)
+    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower right", frameon=False)
     first.set_ylabel("layer")
     rows = np.arange(0, len(layers), -(-len(layers) // _NAMES))
     first.set_yticks(rows, [str(layers[row].layer) for row in rows])
@@ -87,4 +88,3 @@ def _busiest(axes: Any, layers: list[LayerPlacement]) -> None:
     axes.set(title="busiest rank of a record", xlabel="assignments / mean of the ranks")
     axes.tick_params(length=2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
