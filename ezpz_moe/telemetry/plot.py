@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry import charts, look, page, panels
+from ezpz_moe.telemetry import charts, look, page, panels, rank_charts
 from ezpz_moe.telemetry.alerts import Alert, Alerts
 from ezpz_moe.telemetry.heat_map import Array
 from ezpz_moe.telemetry.json_lines import read
@@ -90,6 +90,7 @@ def _figures(records: Sequence[StepRecord], cv_LS: Array, of: Look) -> dict[str,
         "cv_over_steps": charts.cv_over_steps(records, cv_LS, of),
         "loss_and_balance": charts.loss_and_balance(records, cv_LS, of),
         "balance_losses": charts.balance_losses(records, of),
+        "ranks_over_steps": rank_charts.ranks_over_steps(records, of),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
