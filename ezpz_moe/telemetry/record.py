@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, Field
 
 from ezpz_moe.config.telemetry_schema import AlertThresholds
+from ezpz_moe.telemetry.watched import Merged
 
 # Bounds that no run reaches: figures and pictures compute with float64, which has an end.
 _Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -68,6 +69,7 @@ class StepRecord:
     the run's alerts, and ``settings`` what they advise by (:mod:`.remedies`). ``warmup_steps``:
     of the learning rate. ``time``: when ``step`` ended. ``model`` is the flavor's name, and ``job``
     the job file, or what else the settings came from. Records of before there were these have none.
+    ``merged``: what is left of the records that became this one, if it is :mod:`.merging`'s.
     """
 
     step: _Number
@@ -84,3 +86,4 @@ class StepRecord:
     time: AwareDatetime | None = None
     model: str = ""
     job: str = ""
+    merged: Merged | None = None

@@ -11,9 +11,7 @@ from ezpz_moe.routing.choices import top_pairs
 
 
 @torch.no_grad()
-def taken_pairs(
-    routers: Sequence[Any], meshes: Sequence[Any], most: int
-) -> list[dict[str, Any]]:
+def taken_pairs(routers: Sequence[Any], meshes: Sequence[Any], most: int) -> list[dict[str, Any]]:
     """Return of each layer the record's fields of its sample, of all ranks; reset the counters.
 
     Without fields if no router samples.
