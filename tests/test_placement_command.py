@@ -267,7 +267,7 @@ def test_a_run_goes_on_in_the_new_order(tmp_path, capsys):
     steps = ("--checkpoint.enable", "--training.steps")
     runs = Runs(folder)
     runs.add("run", job(folder / "job.toml", *steps, "2"))
-    (before,) = runs["run"]
+    assert runs["run"]
     source, target = (folder / name / "checkpoint" / "step-2" for name in ("run", "placed"))
     arguments = (folder / "run", source, target, "--ep", 4, "--ranks-per-node", 2, "--by", "both")
     document = found(capsys, *arguments, "--min-gain", 0, "--config", folder / "job.toml")
