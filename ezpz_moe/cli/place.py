@@ -69,7 +69,6 @@ class Place(Reporting):
         aim = Aim(self.ep, self.ranks_per_node, self.by, self.min_gain)
         # By load it takes a second or two for all layers together.
         placed = place(window, groups, aim, partial(display.tracked, what="Placing layers"))
-        display.print_json(self._document(window, placed))
         _print(self._headline(window), placed, self)
         if self.plot:
             from ezpz_moe.tools.placement.picture import draw
@@ -77,6 +76,8 @@ class Place(Reporting):
             display.print_line(f"Drawn: {draw(placed, self._headline(window), self.plot)}")
         if self.checkpoint:
             self._write(placed, max(groups.values()))
+        # Last: after a mistake there is none.
+        display.print_json(self._document(window, placed))
         return 0
 
     def _check(self) -> None:
