@@ -20,6 +20,7 @@ from ezpz_moe.telemetry.summary import (
     layer_rows,
     over_layers_rows,
     over_the_run,
+    pair_rows,
     routing,
     steps,
 )
@@ -48,6 +49,11 @@ _CAPTIONS = {
     "balance_losses": (
         "Balance losses",
         "Without their coefficients, averaged over the layers.",
+    ),
+    "ranks_over_steps": (
+        "Load of the ranks",
+        "Under expert parallelism all wait for the busiest rank: its assignments over the mean of "
+        "the ranks. Below, the share of the rows that leave their rank and their node.",
     ),
 }
 
@@ -136,6 +142,7 @@ def page(
         _section("Over the layers", figures, wide="26rem"),
         *(_panels(each) if isinstance(each, Panels) else _figure(each) for each in pictures),
         _section(f"Layer by layer, {steps(last)}", _table(layer_rows(last), "Layer by layer")),
+        *_together(last),
         "</main>",
     ]
     return (
@@ -145,6 +152,12 @@ def page(
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def _together(last: StepRecord) -> list[str]:
+    """Return the section about pairs, if they are recorded."""
+    rows = pair_rows(last)
+    return [_section("Chosen together", _table(rows, "Chosen together"))] if rows else []
 
 
 def _section(title: str, content: str, wide: str = "") -> str:

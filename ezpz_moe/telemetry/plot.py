@@ -11,10 +11,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry import charts, look, page, panels
+from ezpz_moe.telemetry import charts, look, page, panels, rank_charts
 from ezpz_moe.telemetry.alerts import Alert, Alerts
+from ezpz_moe.telemetry.course import course
 from ezpz_moe.telemetry.heat_map import Array
-from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.look import DARK, LIGHT, Look
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.where import find_records
@@ -42,7 +42,8 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
     """
     source = find_records(run)
-    records = read(source)
+    run_course = course(source)
+    records, alerts = run_course.records, run_course.alerts
     if not records:
         raise EzpzError(
             f"{source}: holds no records yet: the run stopped or is still before its first one, "
@@ -50,8 +51,6 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
             "two logs."
         )
     pictures = _draw(records)
-    # Computed again from the records, because the log may be gone.
-    alerts = raised(records)
     files = {f"{picture.name}.png": picture.png for picture in pictures}
     files[PAGE] = page.page(source, records, pictures, alerts).encode()
     return Plotted(_write(files, out or source.parent / FOLDER), records[-1], alerts)
@@ -90,6 +89,7 @@ def _figures(records: Sequence[StepRecord], cv_LS: Array, of: Look) -> dict[str,
         "cv_over_steps": charts.cv_over_steps(records, cv_LS, of),
         "loss_and_balance": charts.loss_and_balance(records, cv_LS, of),
         "balance_losses": charts.balance_losses(records, of),
+        "ranks_over_steps": rank_charts.ranks_over_steps(records, of),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

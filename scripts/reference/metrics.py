@@ -36,6 +36,11 @@ _LAYER = LayerRecord(
     drop_rate=0.1,
     rank_max_over_mean=1.0,
     probabilities_E=(0.5, 0.4, 0.05),
+    rows_dispatched=8,
+    rows_off_rank=4,
+    rows_off_node=2,
+    pairs=((0, 1, 7),),
+    sampled_tokens=8,
 )
 """A layer that has all that a layer can have, and no figure that is 0."""
 
