@@ -37,12 +37,11 @@ class Place(Reporting):
     """Place for so many ranks of expert parallelism."""
     # A tuple: both or none.
     checkpoint: Annotated[
-        Positional[tuple[Path, ...]], arg(metavar="CKPT OUT", help_behavior_hint="")
+        Positional[tuple[Path, ...]], arg(metavar="[CKPT OUT]", help_behavior_hint="")
     ] = ()
     """A checkpoint of the run, and the folder to write with its experts in the new order."""
     by: Literal["load", "affinity", "both"] = "load"
-    """Even the ranks (load), bring experts that tokens choose together onto one node (affinity), or
-    do that as far as ranks stay almost as even (both)."""
+    """Even the ranks, bring experts that tokens choose together onto one node, or do both."""
     ranks_per_node: Annotated[int | None, arg(metavar="INT")] = None
     """Take so many neighbouring ranks for one node. Needed for affinity and both."""
     last: int = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry.json_lines import read
+from ezpz_moe.telemetry.json_lines import records_of
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import first_step
 from ezpz_moe.telemetry.where import find_records
@@ -72,19 +73,19 @@ def read_window(run: Path, steps: int) -> Window:
         EzpzError: there are none, or they cannot be read.
     """
     source = find_records(run)
-    records = read(source)
-    if not records:
+    chosen: deque[StepRecord] = deque()
+    for record in records_of(source):
+        # A run that was resumed with other experts has others in its earlier records.
+        if chosen and _experts(chosen[-1]) != _experts(record):
+            chosen.clear()
+        chosen.append(record)
+        while chosen[0].step <= record.step - steps:
+            chosen.popleft()
+    if not chosen:
         raise EzpzError(
             f"{source}: holds no records yet: the run stopped or is still before its first one."
         )
-    newest = records[-1]
-    # A run that was resumed with other experts has others in its earlier records.
-    chosen = [
-        record
-        for record in records
-        if (record.step > newest.step - steps and _experts(record) == _experts(newest))
-        or record is newest
-    ]
+    newest = chosen[-1]
     return Window(
         source=source,
         first=first_step(chosen[0]),
