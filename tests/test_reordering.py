@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -319,6 +321,24 @@ def test_ctrl_c_leaves_nothing(saved, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         permute_experts(saved, tmp_path / "target", ORDER, progress=interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_one_leaves_nothing_that_looks_finished(saved, tmp_path) -> None:
+    def killed(names):
+        yield from names[: len(names) // 2]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    target = tmp_path / "step-7"
+    if (child := os.fork()) == 0:
+        try:
+            permute_experts(saved, target, ORDER, progress=killed)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["step_7.partial"]
+    permute_experts(saved, target, ORDER)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("name", ["router.gate.weight", "shared_experts.w1.weight"])

@@ -97,8 +97,8 @@ def check_order(order: Order, experts: Mapping[int, int], *, groups: int = 1) ->
         if sorted(former) != list(range(number)):
             raise EzpzError(
                 f"layer {layer}: an order names each of its experts 0 to {number - 1} once, and "
-                f"this one is {short(str(list(former)))}. Zero-computation experts are not among them: "
-                "they stay last."
+                f"this one is {short(str(list(former)))}. Zero-computation experts are not among "
+                "them: they stay last."
             )
         size = number // groups
         for first in range(0, number, size):

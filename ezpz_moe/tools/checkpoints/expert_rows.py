@@ -34,7 +34,7 @@ _OF_LAYER = re.compile(r"shared_experts\..+|routed_experts\.(constant_experts\..
 """Of no routed expert in particular."""
 
 _OF_OPTIMIZER = re.compile(r"optimizer\.state\.(?P<weight>.+)\.(?P<kept>[^.]+)")
-_IN_LAYER = re.compile(r"(?P<layer>(?P<list>.*?)(?P<number>\d+))\.moe\.(?P<part>.+)")
+_IN_LAYER = re.compile(r"(?P<layer>.*?(?P<number>\d+))\.moe\.(?P<part>.+)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def expert_rows(sizes: Mapping[str, Sequence[int]]) -> ExpertRows:
             layer's experts.
     """
     layers = _layers(sizes)
-    before = {after: of for of, after in pairwise(layers)}
+    # Not those of `mtp_layers.`: they are numbered anew, and see no logits of others.
+    of_model = (layer for layer in layers if layer.startswith("layers."))
+    before = {after: of for of, after in pairwise(of_model)}
     dims = {}
     for name, size in sizes.items():
         if found := _dims(name, before):
@@ -109,7 +111,7 @@ def is_stack(name: str) -> bool:
 
 
 def _layers(sizes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return E by layer, in the model's order: first `layers.`, by number."""
+    """Return E by layer, in the order of their numbers."""
     found: dict[tuple[int, str], int] = {}
     for name, size in sizes.items():
         if is_stack(name) and (place := _parts(name)):

@@ -153,10 +153,8 @@ class _Copy:
         for chunk in self.metadata.state_dict_metadata[name].chunks:
             box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
             # A view would be saved with all that it views.
-            yield (
-                MetadataIndex(name, chunk.offsets),
-                whole[box].clone(memory_format=torch.contiguous_format),
-            )
+            shard = whole[box].clone(memory_format=torch.contiguous_format)
+            yield MetadataIndex(name, chunk.offsets), shard
 
     def compare(self, target: Path, back: _Experts, names: Iterable[str]) -> None:
         """Read what was written, bring it back to the first order, and compare it with the source.
