@@ -1,30 +1,38 @@
 """Telemetry of a long run: the size of its file, and time and memory of writing and drawing it.
 
     python benchmarks/telemetry_scale.py
-    python benchmarks/telemetry_scale.py --steps 1000 10000 100000 --every 10 --ranks 4096
+    python benchmarks/telemetry_scale.py --steps 1000 10000 100000 --appended
 
-Made-up records of 61 layers of 256 experts, as a run with expert parallelism writes them, with
-pairs: experts have tastes that drift, some starve for a while, and so alerts are raised. Each size
-is written and drawn in processes of their own, whose largest memory is the system's figure. No part
-of a record is of one rank, so their number changes nothing but the sums of tokens; what is per rank
-is not in these files.
+The first has files of a few sizes, the last one as large as a file becomes, with one more record
+and a compaction for each; ``--appended`` writes every record as a run does, which takes a hundred
+times as long. Made-up records of 61 layers of 256 experts, as a run with expert parallelism writes
+them, with pairs: some experts starve for a while, and so alerts are raised. Each size is written
+and drawn in processes of their own, whose largest memory is the system's figure. Times are of the
+processor: what else the machine does is not in them, nor is waiting for the disk. No part of a
+record is of one rank, so their number changes nothing but the sums.
 """
 
 from __future__ import annotations
 
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from ezpz_moe.cli import display
+from ezpz_moe.telemetry.compaction import compact
 from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.telemetry.lines import spelled
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
 
@@ -36,8 +44,9 @@ class Arguments:
         ranks: of the run, each with ``tokens`` in a step.
     """
 
-    steps: tuple[int, ...] = (500, 1000, 2000)
+    steps: tuple[int, ...] = (1000, 2500, 6000)
     every: int = 10
+    appended: bool = False
     layers: int = 61
     experts: int = 256
     top_k: int = 8
@@ -100,33 +109,54 @@ def layer(
 
 
 def write(arguments: Arguments, folder: Path, steps: int) -> None:
-    """Write a run's file; print how long the longest of its records took, and all of them."""
-    random = np.random.default_rng(0)
+    """Write a run's file; print how long a record took, and a compaction."""
+    path, random = folder / "telemetry.jsonl", np.random.default_rng(0)
     # Few records are made, because making one takes longer than writing it.
-    made = [record(arguments, 1, random) for _ in range(20)]
-    took = []
-    for number, step in enumerate(range(arguments.every, steps + 1, arguments.every)):
-        one = replace(made[number % len(made)], step=step)
-        start = time.perf_counter()
-        append(folder / "telemetry.jsonl", one)
-        took.append(time.perf_counter() - start)
-    print(sum(took), max(took))
+    made = [record(arguments, 1, random) for _ in range(10)]
+    of_run = [
+        replace(made[number % len(made)], step=step)
+        for number, step in enumerate(range(arguments.every, steps + 1, arguments.every))
+    ]
+    if arguments.appended:
+        took = [seconds(partial(append, path, one)) for one in of_run]
+        print(statistics.median(took), max(took))
+        return
+    lines = [spelled(one).partition(b', "steps"') for one in made]
+    with path.open("wb") as file:
+        for number, one in enumerate(of_run[:-1]):
+            file.write(b'{"format": 1, "step": %d' % one.step)
+            file.writelines(lines[number % len(made)][1:])
+    took_one = seconds(partial(append, path, of_run[-1], 2**60))
+    # A copy, so that what is drawn is as large as it says.
+    copy = folder / "compacted.jsonl"
+    shutil.copy(path, copy)
+    print(took_one, seconds(partial(compact, copy)))
+    copy.unlink()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def draw(folder: Path) -> None:
     """Draw a run; print how long it took."""
     from ezpz_moe.telemetry.plot import plot
 
-    start = time.perf_counter()
+    start = time.process_time()
     plotted = plot(folder)
-    print(time.perf_counter() - start, len(plotted.alerts))
+    print(time.process_time() - start, len(plotted.alerts))
 
 
 def measured(
     arguments: Arguments, only: str, folder: Path, steps: int
 ) -> tuple[list[float], float]:
     """Return what a process of its own prints, and its largest memory in GB."""
-    same = [f"--{name}={getattr(arguments, name)}" for name in ("every", "layers", "experts")]
+    same = [
+        f"--{name}={getattr(arguments, name)}" for name in ("every", "layers", "experts", "ranks")
+    ]
+    same += ["--appended"] * arguments.appended
     own = [sys.executable, __file__, "--steps", str(steps), *same, f"--only={only}:{folder}"]
     printed = subprocess.run(own, check=True, capture_output=True, text=True).stdout
     *figures, kilobytes = map(float, printed.split())
@@ -143,7 +173,7 @@ def main(arguments: Arguments) -> None:
     for steps in arguments.steps:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            (all_records, longest), wrote_in = measured(arguments, "write", folder, steps)
+            (one, compaction), wrote_in = measured(arguments, "write", folder, steps)
             size = (folder / "telemetry.jsonl").stat().st_size
             (drawn, alerts), drew_in = measured(arguments, "draw", folder, steps)
         records = steps // arguments.every
@@ -152,8 +182,8 @@ def main(arguments: Arguments) -> None:
                 "steps": f"{steps:,}",
                 "records": f"{records:,}",
                 "file": f"{size / 1e6:.0f} MB",
-                "a record": f"{1e3 * all_records / records:.0f} ms",
-                "the longest": f"{longest:.1f} s",
+                "a record": f"{1e3 * one:.0f} ms",
+                "compaction": f"{compaction:.1f} s",
                 "writer's memory": f"{wrote_in:.2f} GB",
                 "plot": f"{drawn:.1f} s",
                 "plot's memory": f"{drew_in:.2f} GB",

@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_file_and_the_run_as_they_are(tmp_path, caplog) -
                 partial.symlink_to("/dev/full")
             append(path, each, LIMIT)
     assert read(path) == records
-    assert f"{path}: has more than 0.04 MB and cannot be compacted: No space left" in caplog.text
+    assert f"{path}: has more than 0.06 MB and cannot be compacted: No space left" in caplog.text
     assert "The run goes on, and the file grows until" in caplog.text
     assert len(caplog.records) == 1
     append(path, troubled(61, 4)[-1], 1000)
@@ -183,10 +183,10 @@ def test_a_foreign_line_ends_no_run(tmp_path, caplog) -> None:
     path = tmp_path / "telemetry.jsonl"
     path.write_text("somebody's notes\n")
     with caplog.at_level(logging.WARNING):
-        written(path, troubled(30, 5))
+        written(path, troubled(45, 5))
     assert "line 1: is not JSON" in caplog.text
     assert path.read_text().startswith("somebody's notes\n")
-    assert len(path.read_text().splitlines()) == 31
+    assert len(path.read_text().splitlines()) == 46
 
 
 def test_a_joined_record_has_the_means_of_its_parts() -> None:
