@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,6 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.lines import Line, content_of, records_on, spelled, surviving
 from ezpz_moe.telemetry.merging import fit, merged
-from ezpz_moe.telemetry.record import StepRecord
 
 LIMIT = 2**28
 """Bytes of a file that is not compacted: some thousand records of 61 layers of 256 experts."""
@@ -29,6 +28,10 @@ _PARTS = 16
 
 logger = logging.getLogger(__name__)
 
+_begins: dict[Path, set[int]] = {}
+"""Steps after which a file's records are of another kind than before, as far as they are known."""
+_uncompacted: set[Path] = set()
+"""Files that could not be compacted, and whose next failure is not said again."""
 _last_size: dict[Path, int] = {}
 """What a file had after it was last compacted: one that stays large is not read at every step."""
 
@@ -51,49 +54,60 @@ def compact(path: Path, limit: int = LIMIT) -> None:
     try:
         with path.open("rb") as file, partial.open("wb") as out:
             before = os.fstat(file.fileno()).st_size
-            out.writelines(_written(groups_of(surviving(file, path), limit), file, path))
+            groups = _groups_that_fit(surviving(file, path), limit, file, path)
+            out.writelines(_written(groups, file, path))
             out.flush()
             os.fsync(out.fileno())
         # Not if somebody else has written a line meanwhile: it would be lost.
         if path.stat().st_size == before:
             partial.replace(path)
     except (EzpzError, OSError) as error:
-        logger.warning(
-            "ezpz_moe: %s: has more than %.3g MB and cannot be compacted: %s The run goes on, and "
-            "the file grows.",
-            path,
-            limit / 1e6,
-            error if isinstance(error, EzpzError) else f"{error.strerror or error}.",
-        )
+        if path not in _uncompacted:
+            logger.warning(
+                "ezpz_moe: %s: has more than %.3g MB and cannot be compacted: %s The run goes on, "
+                "and the file grows until this is repaired.",
+                path,
+                limit / 1e6,
+                error if isinstance(error, EzpzError) else f"{error.strerror or error}.",
+            )
+        _uncompacted.add(path)
+    else:
+        _uncompacted.discard(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     _last_size[path] = path.stat().st_size
 
 
-def groups_of(lines: Sequence[Line], limit: int) -> list[list[Line]]:
-    """Return which neighbours become one record, if they fit; most are alone.
+def groups_of(lines: Sequence[Line], limit: int, begins: Set[int]) -> list[list[Line]]:
+    """Return which neighbours become one record; most are alone.
 
     Args:
         lines: those that count.
         limit: bytes; a part of it is to become free.
+        begins: steps after which the records are of another kind.
     """
     newest = sum(size <= limit // 4 for size in accumulate(line.length for line in lines[::-1]))
     older = [[line] for line in lines[: len(lines) - newest]]
     to_free = limit // _PARTS
-    while to_free > 0 and (sums := [_steps(*pair) for pair in pairwise(older) if _meet(*pair)]):
-        older, freed = _paired(older, 2 * min(sums), to_free)
+    while to_free > 0 and (
+        sums := [_steps(*pair) for pair in pairwise(older) if _meet(*pair, begins)]
+    ):
+        older, freed = _paired(older, 2 * min(sums), to_free, begins)
         to_free -= freed
     return older + [[line] for line in lines[len(lines) - newest :]]
 
 
-def _paired(groups: Sequence[list[Line]], below: int, to_free: int) -> tuple[list[list[Line]], int]:
+def _paired(
+    groups: Sequence[list[Line]], below: int, to_free: int, begins: Set[int]
+) -> tuple[list[list[Line]], int]:
     """Join pairs of less than ``below`` steps, oldest first, until enough bytes are free."""
     made: list[list[Line]] = []
     freed, rest = 0, list(groups)[::-1]
     while rest:
         group = rest.pop()
-        if freed < to_free and rest and _meet(group, rest[-1]) and _steps(group, rest[-1]) < below:
+        has_next = freed < to_free and rest and _meet(group, rest[-1], begins)
+        if has_next and _steps(group, rest[-1]) < below:
             other = rest.pop()
             # The longer of the two is about what both become.
             freed += min(max(line.length for line in each) for each in (group, other))
@@ -102,13 +116,41 @@ def _paired(groups: Sequence[list[Line]], below: int, to_free: int) -> tuple[lis
     return made, freed
 
 
-def _meet(group: Sequence[Line], other: Sequence[Line]) -> bool:
-    """Return whether no step is missing between two groups."""
-    return other[0].step - other[0].steps == group[-1].step
+def _meet(group: Sequence[Line], other: Sequence[Line], begins: Set[int]) -> bool:
+    """Return whether two groups may become one: no step is missing between them."""
+    last = group[-1].step
+    return _before(other[0]) == last and last not in begins
+
+
+def _before(line: Line) -> int:
+    return line.step - line.steps
 
 
 def _steps(*groups: Sequence[Line]) -> int:
     return sum(line.steps for group in groups for line in group)
+
+
+def _groups_that_fit(
+    lines: Sequence[Line], limit: int, file: BinaryIO, path: Path
+) -> list[list[Line]]:
+    """Return :func:`groups_of`, none with records of two kinds.
+
+    A resumed run may have other settings. Only the records themselves say so, of which few are
+    read: those that would become one.
+    """
+    begins = _begins.setdefault(path, set())
+    while True:
+        groups = groups_of(lines, limit, begins)
+        found = {
+            _before(line)
+            for group in groups
+            if len(group) > 1
+            for line, pair in zip(group[1:], pairwise(records_on(group, file, path)), strict=True)
+            if not fit(*pair)
+        }
+        if not found:
+            return groups
+        begins |= found
 
 
 def _written(groups: Sequence[list[Line]], file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -124,16 +166,4 @@ def _written(groups: Sequence[list[Line]], file: BinaryIO, path: Path) -> Iterat
         for record in records_on(not_watched, file, path):
             alerts.raised(record)
         not_watched.clear()
-        for lines, records in _fitting(group, list(records_on(group, file, path))):
-            # Watched all the same: what follows goes on from there.
-            one = merged(records, alerts)
-            yield content_of(lines[0], file) if len(lines) == 1 else spelled(one)
-
-
-def _fitting(
-    group: Sequence[Line], records: Sequence[StepRecord]
-) -> Iterator[tuple[list[Line], list[StepRecord]]]:
-    """Yield a group in parts whose records fit: a resumed run may have other settings."""
-    begins = [0, *(n for n, pair in enumerate(pairwise(records), 1) if not fit(*pair))]
-    for begin, end in pairwise([*begins, len(records)]):
-        yield list(group[begin:end]), list(records[begin:end])
+        yield spelled(merged(list(records_on(group, file, path)), alerts))

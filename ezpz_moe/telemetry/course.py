@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,9 +67,10 @@ def _halved(records: Sequence[StepRecord]) -> list[StepRecord]:
 
 def _slim(record: StepRecord) -> StepRecord:
     """Return the record without what is large and in no picture over the steps."""
+    # An array has the counts in a quarter of a tuple's memory, and serves every picture as well.
+    counts: list[Any] = [np.array(layer.counts_E) for layer in record.layers]
     layers = tuple(
-        # An array has the counts in a quarter of a tuple's memory.
-        replace(layer, counts_E=np.array(layer.counts_E), probabilities_E=(), pairs=())
-        for layer in record.layers
+        replace(layer, counts_E=counts_E, probabilities_E=(), pairs=())
+        for layer, counts_E in zip(record.layers, counts, strict=True)
     )
     return replace(record, layers=layers, merged=None)

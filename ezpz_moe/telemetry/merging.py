@@ -72,7 +72,7 @@ def _layers(one: StepRecord, other: StepRecord) -> tuple[LayerRecord, ...]:
 def _layer(one: LayerRecord, other: LayerRecord, steps: tuple[int, int]) -> LayerRecord:
     tokens = one.tokens, other.tokens
     assigned = sum(one.counts_E), sum(other.counts_E)
-    added = {
+    added: dict[str, Any] = {
         name: None if rows is None else getattr(one, name) + rows
         for name in _ADDED
         for rows in (getattr(other, name),)
