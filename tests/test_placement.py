@@ -252,6 +252,17 @@ def test_with_both_no_rank_is_much_busier_than_with_load_and_many_pairs_are_insi
     assert inside["both"] > of_load + 0.5 * (inside["affinity"] - of_load)
 
 
+def test_with_both_whole_ranks_come_to_one_node_where_no_expert_can_leave_its_rank():
+    # Ranks are even, and any two experts of different ranks differ by a twentieth of their load.
+    loads_E = np.array([10.0, 30, 12, 28, 14, 26, 16, 24])
+    pairs_EE = np.zeros((8, 8))
+    for one, other in ((0, 7), (2, 5)):  # of the first and the last rank, and of the others
+        pairs_EE[one, other] = pairs_EE[other, one] = 1
+    order_E = order_with_pairs(loads_E, pairs_EE, Grid(8, 4, 2), "both")
+    assert weight_inside(pairs_EE, order_E, 2) == 2
+    assert rank_loads(loads_E[order_E], 4).tolist() == [40] * 4
+
+
 def test_without_pairs_the_order_is_that_of_the_loads(rng):
     loads_E, grid = rng.lognormal(0, 0.5, 32), Grid(32, 8, 2)
     order_E = order_with_pairs(loads_E, np.zeros((32, 32)), grid, "both")
