@@ -96,7 +96,7 @@ def test_under_zipf_loads_it_reaches_what_is_possible(rng, experts, ranks, expon
         ours = busiest(loads_E, order_E, ranks)
         assert ours <= least * (1 + PRECISION) * (1 + 1e-12)
         assert ours <= greedy(loads_E, ranks) * (1 + PRECISION)
-        # Not only the busiest: another one may be it in the next step. Of these one expert alone has
+        # Not only the busiest: another one may be it in the next step. Here one expert alone has
         # more than a rank's share, and the other ranks can be at the mean.
         if (experts, ranks, exponent) == (256, 8, 1.0):
             *others, _ = sorted(rank_loads(loads_E[order_E], ranks))
