@@ -5,8 +5,9 @@
 
 Forward and backward of one layer's router, the host's own and the one that counts, taking turns;
 the difference of their medians times the number of MoE layers is set against forward and backward
-of the whole model in the same run. Writing a record and drawing it for the loggers are timed apart:
-they happen when the host logs.
+of the whole model in the same run. So is one that besides counts pairs of experts and the tokens
+for each of two ranks, which of the pairs a run does only in the steps that end a record. Writing a
+record and drawing it for the loggers are timed apart: they happen when the host logs.
 All on the CPU, with torch's default number of threads.
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import tyro
 from ezpz_moe.cli import display
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import check_host
+from ezpz_moe.routing.choices import count_this_step, stride_of
 from ezpz_moe.telemetry.charts import load_pixels
 from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
@@ -40,11 +43,16 @@ class Arguments:
     repeats: int = 40
 
 
-def build(flavor: str, folder: Path) -> torch.nn.Module:
+def build(flavor: str, folder: Path, shape: tuple[int, int] | None = None) -> torch.nn.Module:
+    """Return the model; one with the ``shape`` of a batch counts pairs and rows of it."""
     from ezpz_moe.hosts.titan.models import model_spec
 
     spec = model_spec(load_flavor(f"{flavor}_sdpa_for_loop", near=folder))
     model = spec.model.build()
+    for block in model.layers.values() if shape else ():
+        if block.moe_enabled:
+            block.moe.router.stride = stride_of(prod(shape), shape[1])
+            block.moe.router.ranks = 2
     model.init_weights(buffer_device=torch.device("cpu"))
     return model.train()
 
@@ -87,15 +95,18 @@ def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "counting.toml").write_text(f'inherits = "{arguments.flavor}"\n[telemetry]\n')
+        shape = (arguments.sequences, arguments.length)
         host, counting = (build(name, folder) for name in (arguments.flavor, "counting"))
+        sampling = build("counting", folder, shape)
+        count_this_step(True)
         moes = [block.moe for block in host.layers.values() if block.moe_enabled]
         dim, experts = moes[0].router.gate.in_features, moes[0].router.num_experts
-        shape = (arguments.sequences, arguments.length)
         x_BLD = torch.randn(*shape, dim, requires_grad=True)
         tokens_BL = torch.randint(1, 2000, shape)
         works = {
             "host": router_pass(host, x_BLD),
             "counting": router_pass(counting, x_BLD),
+            "sampling": router_pass(sampling, x_BLD),
             "model": lambda: host(tokens_BL).float().sum().backward(),
         }
         times: dict[str, list[float]] = {name: [] for name in works}
@@ -109,12 +120,16 @@ def main(arguments: Arguments) -> None:
         load_pixels(record)  # imports what it draws with
         drawn = seconds(lambda: load_pixels(record))
     extra = (median["counting"] - median["host"]) * len(moes)
+    sampled = (median["sampling"] - median["counting"]) * len(moes)
     rows = {
         "one router, the host's": f"{1e3 * median['host']:.2f} ms",
         "one router that counts": f"{1e3 * median['counting']:.2f} ms",
         f"counting in {len(moes)} layers": f"{1e3 * extra:.2f} ms",
         "the whole model": f"{1e3 * median['model']:.1f} ms",
         "share of a step": f"{100 * extra / median['model']:.2f} %",
+        "one router that counts pairs and rows too": f"{1e3 * median['sampling']:.2f} ms",
+        "pairs and rows in all layers": f"{1e3 * sampled:.2f} ms",
+        "their share of a step": f"{100 * sampled / median['model']:.2f} %",
         "writing a record": f"{1e3 * written:.2f} ms",
         "its picture for the loggers": f"{1e3 * drawn:.2f} ms",
     }

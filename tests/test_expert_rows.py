@@ -63,6 +63,12 @@ def test_what_counts_experts() -> None:
     assert rows.dims == counted | moments
 
 
+def test_no_map_takes_logits_of_layers_that_predict_further_tokens() -> None:
+    further = {f"mtp_layers.5.{INNER}.w1_EFD": (4, 4, 4)}
+    rows = expert_rows({**further, **MODEL})
+    assert rows.dims["layers.10.moe.router.gate.residual.weight"][1].layer == "layers.2"
+
+
 @pytest.mark.parametrize(
     "chosen", [{"layers.2": [3, 1]}, {"layers.2": [2, 3, 1, 0], "layers.10": [1, 2, 0]}]
 )

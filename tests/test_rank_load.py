@@ -3,6 +3,7 @@
 Legend: E = experts.
 """
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ COUNTS = [
 
 def part(rank: int, folder: Path) -> None:
     """Writes what one of the ranks finds."""
-    from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
+    from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean, rows_sent
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=GROUPS * RANKS
@@ -39,6 +40,12 @@ def part(rank: int, folder: Path) -> None:
     dims.get_optional_mesh = {"ep": groups["ep"], "loss": world}.get
     layers = [torch.tensor(counts_E) for counts_E in COUNTS[rank // RANKS][rank % RANKS]]
     torch.save(rank_max_over_mean(layers, dims), folder / f"{rank}.pt")
+    # One group of four ranks, on nodes of two.
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    of_all = torch.distributed.init_device_mesh("cpu", (GROUPS * RANKS,), mesh_dim_names=("ep",))
+    dims.get_optional_mesh = {"ep": of_all["ep"], "loss": world}.get
+    sent = [torch.tensor([1, 10, 100, 1000]) * (rank + 1), torch.zeros(0, dtype=torch.int64)]
+    torch.save(rows_sent([layers[0], layers[0]], sent, dims), folder / f"{rank}.sent.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -55,9 +62,28 @@ def test_the_busiest_rank_of_all_groups(tmp_path):
     # In the last layer the first group's first rank has 4 of 10, the second's ranks 1 and 5.
     assert found == [[max(loads) / (sum(loads) / 4), None, 5 / (10 / 4)]] * 4
 
+    check_rows([torch.load(tmp_path / f"{rank}.sent.pt") for rank in range(GROUPS * RANKS)])
+
+
+def check_rows(of_each) -> None:
+    """All ranks know the rows of all, by who sends them to whom: here R = 4, E = 4."""
+    to_each = [[(rank + 1) * each for each in (1, 10, 100, 1000)] for rank in range(4)]
+    composed = [COUNTS[rank // RANKS][rank % RANKS][0] for rank in range(4)]
+    expected = []
+    for rows_RR in (to_each, composed):
+        sums = {"rows_dispatched": 0, "rows_off_rank": 0, "rows_off_node": 0}
+        for own, rows_R in enumerate(rows_RR):
+            for to, rows in enumerate(rows_R):
+                sums["rows_dispatched"] += rows
+                sums["rows_off_rank"] += rows * (own != to)
+                sums["rows_off_node"] += rows * (own // 2 != to // 2)
+        expected.append(sums)
+    assert of_each == [expected] * 4
+
 
 def test_without_expert_parallelism_there_is_none():
-    from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
+    from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean, rows_sent
 
     alone = SimpleNamespace(get_optional_mesh=lambda name: None)
     assert rank_max_over_mean(torch.ones(2, E), alone) == [None, None]
+    assert rows_sent(torch.ones(2, E), torch.zeros(2, 0), alone) == [{}, {}]

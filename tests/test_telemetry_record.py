@@ -70,6 +70,11 @@ layers = st.builds(
     drop_rate=maybe,
     rank_max_over_mean=maybe,
     probabilities_E=st.lists(st.floats(0, 1), max_size=3).map(tuple),
+    rows_dispatched=st.none() | st.integers(0, 2**62),
+    rows_off_rank=st.none() | st.integers(0, 2**62),
+    rows_off_node=st.none() | st.integers(0, 2**62),
+    pairs=st.lists(st.tuples(*[st.integers(0, 99)] * 3), max_size=2).map(tuple),
+    sampled_tokens=st.none() | st.integers(0, 2**62),
 )
 records = st.builds(
     StepRecord,

@@ -14,8 +14,8 @@ from dialect import ON_0_2, job, precision
 from trainer_runs import EP_2, LOG, assert_same_bits, job_folder, train
 
 from ezpz_moe.config.telemetry_schema import AlertThresholds
+from ezpz_moe.telemetry.course import course
 from ezpz_moe.telemetry.json_lines import read
-from ezpz_moe.telemetry.plot import raised
 
 pytestmark = [
     pytest.mark.train,
@@ -333,7 +333,7 @@ def provoked(tmp_path_factory):
 def test_an_alert_is_raised_in_the_run_and_when_it_is_plotted(provoked, name):
     _, expected = PROVOKED[name]
     log = (provoked / LOG).read_text()
-    alerts = list(map(str, raised(read(provoked / name / "telemetry.jsonl"))))
+    alerts = list(map(str, course(provoked / name / "telemetry.jsonl").alerts))
     assert any(re.match(expected, alert) for alert in alerts), alerts
     assert all(f"ezpz_moe: {alert}" in log for alert in alerts)
 

@@ -31,6 +31,7 @@ class Inspect(Reporting):
     def run(self) -> int:
         with display.status("Reading"):
             from ezpz_moe.tools.checkpoints.contents import inspect
+            from ezpz_moe.tools.checkpoints.expert_order import FILE
 
             contents = inspect(self.folder)
         display.print_json({"folder": self.folder, **asdict(contents)})
@@ -38,8 +39,11 @@ class Inspect(Reporting):
             **asdict(contents),
             "parameters": display.count(contents.parameters),
             "dtypes": ", ".join(contents.dtypes),
+            "reordered": f"the experts of {len(contents.reordered)} layers ({FILE})",
             "bytes": display.gibibytes(contents.bytes),
         }
+        if not contents.reordered:
+            del shown["reordered"]
         display.print_line(str(self.folder))
         display.print_table({"checkpoint": what, "": value} for what, value in shown.items())
         return 0

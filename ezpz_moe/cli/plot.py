@@ -29,8 +29,9 @@ class Plot(Reporting):
 
     def run(self) -> int:
         from ezpz_moe.telemetry.where import find_records
+        from ezpz_moe.tools.trainer_settings import folder_of_run
 
-        run = self._run_folder()
+        run = folder_of_run(self.run_dir)
         find_records(run)  # before what draws is imported: a wrong path is told at once
         with display.status("Drawing"):
             # Within the status: importing matplotlib takes a while too.
@@ -57,15 +58,6 @@ class Plot(Reporting):
         for path in plotted.paths:
             display.print_line(f"{path} written")
         return 0
-
-    def _run_folder(self) -> Path:
-        """Return what was named, or the dump folder of the job that was."""
-        if self.run_dir.suffix != ".toml":
-            return self.run_dir
-        from ezpz_moe.hosts.jobs import load_job
-        from ezpz_moe.tools.trainer_settings import checkpoint_settings
-
-        return Path(checkpoint_settings(load_job(self.run_dir), []).dump_folder)
 
 
 COMMAND = Plot

@@ -14,6 +14,7 @@ from ezpz_moe.config.schema import Data, Steps, mistake
 Detail = Literal["brief", "per_layer", "per_expert"]
 Rise = Annotated[float, Field(gt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+NumberOfPairs = Annotated[int, Field(ge=0, le=2**16)]
 
 
 class AlertThresholds(Data):
@@ -61,6 +62,8 @@ class Telemetry(AlertThresholds):
     every: Steps | None = None
     detail: Detail = "brief"
     images: bool = True
+    # Of each layer, so many are in a record.
+    pairs: NumberOfPairs = 0
     dump: Dump | None = None
 
     @property

@@ -213,6 +213,16 @@ class Host(ABC):
         """
         return None
 
+    def expert_groups(self, flavor: Flavor) -> dict[int, int] | None:
+        """Return, by layer with experts, in how many groups they are; None if nobody knows.
+
+        Without a limit of a token's choice all of them are one group.
+
+        Raises:
+            EzpzError: as :meth:`summarize`.
+        """
+        return None
+
     @abstractmethod
     def run_rank(
         self, config: str, host_flags: list[str], world_size: int, rank: int

@@ -15,6 +15,8 @@ from ezpz_moe.telemetry.figures import (
 )
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.remedies import remedy
+from ezpz_moe.telemetry.watched import Alert as Alert
+from ezpz_moe.telemetry.watched import Watched
 
 # The CV's running mean gives a new record this weight: a trend over some five records counts, a
 # spike in one does not.
@@ -31,27 +33,6 @@ ENOUGH = 4
 # An alert ends when the figure is past its threshold by this share of the way to the even load.
 # Otherwise a figure near the threshold would be reported again and again.
 HYSTERESIS = 0.1
-
-
-@dataclass(frozen=True)
-class Alert:
-    """What has gone wrong at a step, in one line as ``str()``.
-
-    Attributes:
-        kind: ``"dead"``, ``"rising"`` or ``"collapse"``.
-        layers: the numbers of those in which it has.
-        found: step, layers and figures, in words.
-        remedy: what to do about it.
-    """
-
-    kind: str
-    step: int
-    layers: tuple[int, ...]
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.found}. Remedy: {self.remedy}."
 
 
 @dataclass(frozen=True)
@@ -78,14 +59,30 @@ class Alerts:
         self._idle_steps: dict[int, dict[int, int]] = {}  # by layer, of the experts that are idle
         self._smoothed_cv: dict[int, float] = {}  # by layer
         self._lowest_cv: dict[int, float] = {}
-        self._said: set[tuple[object, ...]] = set()
+        self._said: set[tuple[str | int, ...]] = set()
+
+    @property
+    def watched(self) -> Watched:
+        """What is known after the last record."""
+        idle = {layer: dict(steps) for layer, steps in self._idle_steps.items() if steps}
+        said = tuple(sorted(self._said, key=repr))
+        return Watched(idle, dict(self._smoothed_cv), dict(self._lowest_cv), said)
+
+    def _go_on_from(self, watched: Watched) -> None:
+        self._idle_steps = {layer: dict(steps) for layer, steps in watched.idle_steps.items()}
+        self._smoothed_cv = dict(watched.smoothed_cv)
+        self._lowest_cv = dict(watched.lowest_cv)
+        self._said = set(watched.said)
 
     def check(self, record: StepRecord) -> list[str]:
         """Return what has gone wrong since the last record, a line for each kind of alert."""
         return list(map(str, self.raised(record)))
 
     def raised(self, record: StepRecord) -> list[Alert]:
-        """Return the same as alerts, at most one of each kind."""
+        """Return the same as alerts, at most one of each kind for every record in it."""
+        if record.merged:
+            self._go_on_from(record.merged.watched)
+            return list(record.merged.alerts)
         kinds = {"dead": self._dead, "rising": self._rising, "collapse": self._collapsed}
         alerts = []
         for kind, find in kinds.items():
@@ -172,7 +169,7 @@ class Alerts:
             f"{fewest:.3g} that a token uses)",
         )
 
-    def _begins(self, alert: tuple[object, ...], is_bad: bool, is_good: bool) -> bool:
+    def _begins(self, alert: tuple[str | int, ...], is_bad: bool, is_good: bool) -> bool:
         """Return whether to raise the alert now; between bad and good its state does not change."""
         # is_good is stricter than not is_bad (HYSTERESIS).
         if is_good:

@@ -27,7 +27,7 @@ from ezpz_moe.telemetry.look import DPI, LIGHT, Look, part_of
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.summary import steps
 
-_WIDTH = 10.0  # inches, for a picture that sets no size
+WIDTH = 10.0  # inches, for a picture that sets no size
 _LARGEST = 30.0  # inches, for all cells of a heat map together
 COLUMNS = 400  # of a heat map over steps: no screen shows more
 WIDE_FIT = 12  # layers whose panels are so wide; those of more are half as wide
@@ -105,7 +105,7 @@ def load_over_steps(records: Sequence[StepRecord], loads: Loads) -> Figure:
     rows = math.ceil(len(layers) / columns)
     # At least a pixel per expert, to show a dead one, and room for the title and the axis.
     height = min(6.0, max(1.2, min(2.4, 0.16 * experts), 0.9 + experts / DPI))
-    figure = Figure(figsize=(max(_WIDTH, 3.6 * columns), rows * height + _ABOVE + _BELOW))
+    figure = Figure(figsize=(max(WIDTH, 3.6 * columns), rows * height + _ABOVE + _BELOW))
     panels = figure.subplots(
         rows, columns, sharex=True, squeeze=False, gridspec_kw=_grid(figure, rows, columns)
     ).flatten()
@@ -154,22 +154,22 @@ def cv_over_steps(records: Sequence[StepRecord], cv_LS: Array, look: Look = LIGH
     groups = _groups(len(records), max(_FEWEST_POINTS, _POINTS // len(layers)))
     steps_S = [records[group[-1]].step for group in groups]
     cv_LS = np.stack([mean_over_rows(cv_LS[:, group].T) for group in groups], axis=1)
-    figure = Figure(figsize=(_WIDTH, 4.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = ScalarMappable(Normalize(layers[0], layers[-1]), look.order)
     # Colour by depth, from light to dark: dozens of layers have no distinct colours, but neighbours
     # look alike.
     colour_L = colours.to_rgba(np.array(layers, dtype=float))
     for layer, cv_S, colour in zip(layers, cv_LS, colour_L, strict=True):
-        _line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
-    _line(axes, steps_S, mean_over_rows(cv_LS), color=look.ink, linewidth=2.5, label="mean")
+        draw_line(axes, steps_S, cv_S, color=colour, linewidth=1.2, label=f"layer {layer}")
+    draw_line(axes, steps_S, mean_over_rows(cv_LS), color=look.ink, linewidth=2.5, label="mean")
     if len(layers) <= _NAMES_FIT:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
         axes.legend(handles=[axes.lines[-1]], frameon=False)
         figure.colorbar(colours, ax=axes, label="layer")
         _name_highest(axes, steps_S, layers, cv_LS)
-    _over_steps(axes, "CV of load: std / mean")
+    name_steps(axes, "CV of load: std / mean")
     _mark_changes(axes, records, look.ink)
     axes.set_ylim(bottom=0)
     return figure
@@ -188,14 +188,14 @@ def loss_and_balance(
     cv_S = mean_over_rows(cv_LS)
     if not np.isfinite(loss_S).any():
         return None
-    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     has_course = np.isfinite(loss_S + cv_S).sum() > 1
     # Squeezing would return bare axes for a single panel.
     left, *right = figure.subplots(1, 1 + has_course, squeeze=False).flatten()
     twin = left.twinx()
-    _line(left, steps_S, loss_S, color=look.loss)
-    _line(twin, steps_S, cv_S, color=look.cv, linestyle="--")
-    _over_steps(left, "training loss (solid)")
+    draw_line(left, steps_S, loss_S, color=look.loss)
+    draw_line(twin, steps_S, cv_S, color=look.cv, linestyle="--")
+    name_steps(left, "training loss (solid)")
     twin.set_ylabel("mean CV of load (dashed)")
     twin.set_ylim(bottom=0)
     twin.spines["top"].set_visible(False)
@@ -218,12 +218,12 @@ def balance_losses(records: Sequence[StepRecord], look: Look = LIGHT) -> Figure 
     names = sorted({name for r in records for layer in r.layers for name in layer.losses})
     if not names:
         return None
-    figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 2.2 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False).flatten()
     for panel, name in zip(panels, names, strict=True):
         loss_S = _drawable([_mean_loss(record, name) for record in records])
-        _line(panel, _steps(records), loss_S, color=look.loss)
-        _over_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
+        draw_line(panel, _steps(records), loss_S, color=look.loss)
+        name_steps(panel, f"{name}, unscaled", is_lowest=name == names[-1])
     return figure
 
 
@@ -378,13 +378,13 @@ def _drawable(values_S: Sequence[float | None]) -> Array:
     return np.where(np.abs(array_S) <= _DRAWN, array_S, math.nan)
 
 
-def _line(axes: Axes, steps_S: Sequence[int], values_S: npt.ArrayLike, **style: Any) -> None:
+def draw_line(axes: Axes, steps_S: Sequence[int], values_S: npt.ArrayLike, **style: Any) -> None:
     """Draw a line; a single value, which makes no line, becomes a point."""
     marker = "o" if np.isfinite(values_S).sum() == 1 else None
     axes.plot(steps_S, values_S, marker=marker, **style)
 
 
-def _over_steps(axes: Axes, label: str, *, is_lowest: bool = True) -> None:
+def name_steps(axes: Axes, label: str, *, is_lowest: bool = True) -> None:
     axes.set_ylabel(label, parse_math=False)
     if is_lowest:
         axes.set_xlabel("step")

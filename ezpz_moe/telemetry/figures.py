@@ -24,6 +24,8 @@ WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "max_over_mean": np.max,
     "max_violation": np.max,
     "rank_max_over_mean": np.max,
+    "off_rank": np.max,
+    "off_node": np.max,
     "min_over_mean": np.min,
     "p50_over_mean": np.min,
     "p95_over_mean": np.max,
@@ -145,7 +147,7 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
         return figures
     routed, zero = sum(layer.counts_E), sum(layer.zero_counts_Z)
     figures |= load_figures(layer.counts_E)
-    figures |= _if_given(rank_max_over_mean=layer.rank_max_over_mean)
+    figures |= rank_figures(layer)
     figures["tokens_per_expert"] = routed / len(layer.counts_E) / steps
     if layer.zero_counts_Z and routed + zero:
         figures["zero_fraction"] = zero / (routed + zero)
@@ -154,6 +156,18 @@ def layer_figures(layer: LayerRecord, steps: int = 1) -> dict[str, float]:
     figures |= layer.losses
     figures |= {f"{name}_scaled": value for name, value in layer.scaled_losses.items()}
     return figures | _if_given(padding_waste=layer.padding_waste, drop_rate=layer.drop_rate)
+
+
+def rank_figures(layer: LayerRecord) -> dict[str, float]:
+    """Return what expert parallelism makes of the load: empty without it.
+
+    ``off_rank`` and ``off_node`` are the shares of the rows that leave their rank, and their node.
+    """
+    figures = _if_given(rank_max_over_mean=layer.rank_max_over_mean)
+    if layer.rows_dispatched:
+        leaving = _if_given(off_rank=layer.rows_off_rank, off_node=layer.rows_off_node)
+        figures |= {name: rows / layer.rows_dispatched for name, rows in leaving.items()}
+    return figures
 
 
 def use_of_rows(given: int, computed: int, dropped: int, counted: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ezpz_moe.telemetry.alert_groups import Group, grouped
 from ezpz_moe.telemetry.alerts import Alert
+from ezpz_moe.telemetry.course import Course
 from ezpz_moe.telemetry.panels import Panels, load_colours
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.summary import (
@@ -20,6 +21,7 @@ from ezpz_moe.telemetry.summary import (
     layer_rows,
     over_layers_rows,
     over_the_run,
+    pair_rows,
     routing,
     steps,
 )
@@ -48,6 +50,11 @@ _CAPTIONS = {
     "balance_losses": (
         "Balance losses",
         "Without their coefficients, averaged over the layers.",
+    ),
+    "ranks_over_steps": (
+        "Load of the ranks",
+        "Under expert parallelism all wait for the busiest rank: its assignments over the mean of "
+        "the ranks. Below, the share of the rows that leave their rank and their node.",
     ),
 }
 
@@ -119,23 +126,23 @@ class Picture:
 
 def page(
     source: Path,
-    records: Sequence[StepRecord],
+    course: Course,
     pictures: Sequence[Picture | Panels],
-    alerts: Sequence[Alert],
 ) -> str:
-    """Return the page of a run, from the records in the file ``source``."""
-    last = records[-1]
+    """Return the page of a run, whose course is from the file ``source``."""
+    last = course.records[-1]
     figures = (
         f"<p>{escape(headline(last))}.</p>\n{_table(over_layers_rows(last), 'Over the layers')}"
     )
     title = escape(f"Expert load of {source.parent.resolve().name or source}")
     body = [
-        f"<header>\n<h1>{title}</h1>\n{_facts(source, records)}\n</header>\n<main>",
+        f"<header>\n<h1>{title}</h1>\n{_facts(source, course)}\n</header>\n<main>",
         # Alerts come first: they are what the reader opens the page for.
-        _section("Alerts" if alerts else "No alerts", _alerts(alerts, last)),
+        _section("Alerts" if course.alerts else "No alerts", _alerts(course.alerts, last)),
         _section("Over the layers", figures, wide="26rem"),
         *(_panels(each) if isinstance(each, Panels) else _figure(each) for each in pictures),
         _section(f"Layer by layer, {steps(last)}", _table(layer_rows(last), "Layer by layer")),
+        *_together(last),
         "</main>",
     ]
     return (
@@ -147,19 +154,26 @@ def page(
     )
 
 
+def _together(last: StepRecord) -> list[str]:
+    """Return the section about pairs, if they are recorded."""
+    rows = pair_rows(last)
+    return [_section("Chosen together", _table(rows, "Chosen together"))] if rows else []
+
+
 def _section(title: str, content: str, wide: str = "") -> str:
     """Return a section, which other sections may be beside if it is ``wide`` and no more."""
     style = f' style="--drawn: {wide}"' if wide else ""
     return f"<section{style}>\n<h2>{title}</h2>\n{content}\n</section>"
 
 
-def _facts(source: Path, records: Sequence[StepRecord]) -> str:
+def _facts(source: Path, course: Course) -> str:
     """Return what the run is: the page may be read far from it."""
+    records = course.records
     facts = {
         "Model": over_the_run(records, lambda record: record.model),
         "Job": over_the_run(records, lambda record: record.job),
         "Trained": dates(records),
-        "Steps": _steps(records),
+        "Steps": _steps(course),
         "Routing and balance": over_the_run(records, routing),
         "Records": str(source),
     }
@@ -170,9 +184,9 @@ def _facts(source: Path, records: Sequence[StepRecord]) -> str:
     return f'<dl class="facts">\n{told}\n</dl>'
 
 
-def _steps(records: Sequence[StepRecord]) -> str:
-    number = f"{len(records)} record{'s' * (len(records) > 1)}"
-    return f"{first_step(records[0])} to {records[-1].step}, in {number}"
+def _steps(course: Course) -> str:
+    number = f"{course.number} record{'s' * (course.number > 1)}"
+    return f"{first_step(course.records[0])} to {course.records[-1].step}, in {number}"
 
 
 def _alerts(alerts: Sequence[Alert], last: StepRecord) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ezpz_moe.errors import EzpzError
-from ezpz_moe.telemetry import charts, look, page, panels
-from ezpz_moe.telemetry.alerts import Alert, Alerts
+from ezpz_moe.telemetry import charts, look, page, panels, rank_charts
+from ezpz_moe.telemetry.alerts import Alert
+from ezpz_moe.telemetry.course import course
 from ezpz_moe.telemetry.heat_map import Array
-from ezpz_moe.telemetry.json_lines import read
 from ezpz_moe.telemetry.look import DARK, LIGHT, Look
 from ezpz_moe.telemetry.record import StepRecord
 from ezpz_moe.telemetry.where import find_records
@@ -42,25 +42,17 @@ def plot(run: Path, out: Path | None = None) -> Plotted:
         EzpzError: there are no records, they cannot be read, or ``out`` cannot be written.
     """
     source = find_records(run)
-    records = read(source)
-    if not records:
+    found = course(source)
+    if not found.records:
         raise EzpzError(
             f"{source}: holds no records yet: the run stopped or is still before its first one, "
             "which comes after as many steps as [telemetry] every in its flavor says, or between "
             "two logs."
         )
-    pictures = _draw(records)
-    # Computed again from the records, because the log may be gone.
-    alerts = raised(records)
+    pictures = _draw(found.records)
     files = {f"{picture.name}.png": picture.png for picture in pictures}
-    files[PAGE] = page.page(source, records, pictures, alerts).encode()
-    return Plotted(_write(files, out or source.parent / FOLDER), records[-1], alerts)
-
-
-def raised(records: Iterable[StepRecord]) -> list[Alert]:
-    """Return the alerts that a run raised."""
-    alerts = Alerts()
-    return [alert for record in records for alert in alerts.raised(record)]
+    files[PAGE] = page.page(source, found, pictures).encode()
+    return Plotted(_write(files, out or source.parent / FOLDER), found.records[-1], found.alerts)
 
 
 def _draw(records: Sequence[StepRecord]) -> list[page.Picture | panels.Panels]:
@@ -90,6 +82,7 @@ def _figures(records: Sequence[StepRecord], cv_LS: Array, of: Look) -> dict[str,
         "cv_over_steps": charts.cv_over_steps(records, cv_LS, of),
         "loss_and_balance": charts.loss_and_balance(records, cv_LS, of),
         "balance_losses": charts.balance_losses(records, of),
+        "ranks_over_steps": rank_charts.ranks_over_steps(records, of),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, Field
 
 from ezpz_moe.config.telemetry_schema import AlertThresholds
+from ezpz_moe.telemetry.watched import Merged
 
 # Bounds that no run reaches: figures and pictures compute with float64, which has an end.
 _Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -32,7 +33,11 @@ class LayerRecord:
     assignments. ``rank_max_over_mean``: under expert parallelism, the assignments of the busiest
     rank's experts over the mean of the ranks.
     ``probabilities_E``: means over the tokens of each routed expert's probability; empty in records
-    of before there was this.
+    of before there was this. ``rows_dispatched``: under expert parallelism, the rows that go to a
+    rank, be it their own: a token once for each rank, or of a composed layer each assignment.
+    ``rows_off_rank`` of them leave their rank, ``rows_off_node`` their node, if there are others.
+    ``pairs``: the experts a < b and how many of the ``sampled_tokens`` chose both, the most
+    frequent pairs first; those are of the last of the steps.
     """
 
     layer: _Number
@@ -48,6 +53,11 @@ class LayerRecord:
     drop_rate: float | None
     rank_max_over_mean: float | None = None
     probabilities_E: tuple[float, ...] = ()
+    rows_dispatched: _Count | None = None
+    rows_off_rank: _Count | None = None
+    rows_off_node: _Count | None = None
+    pairs: tuple[tuple[_Number, _Number, _Count], ...] = ()
+    sampled_tokens: _Count | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class StepRecord:
     the run's alerts, and ``settings`` what they advise by (:mod:`.remedies`). ``warmup_steps``:
     of the learning rate. ``time``: when ``step`` ended. ``model`` is the flavor's name, and ``job``
     the job file, or what else the settings came from. Records of before there were these have none.
+    ``merged``: what is left of the records that became this one, if it is :mod:`.merging`'s.
     """
 
     step: _Number
@@ -75,3 +86,4 @@ class StepRecord:
     time: AwareDatetime | None = None
     model: str = ""
     job: str = ""
+    merged: Merged | None = None

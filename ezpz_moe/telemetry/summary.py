@@ -17,6 +17,8 @@ LABELS = {
     "cv": "CV (std / mean)",
     "max_over_mean": "max / mean",
     "rank_max_over_mean": "max / mean of ranks",
+    "off_rank": "rows that leave their rank",
+    "off_node": "rows that leave their node",
     "min_over_mean": "min / mean",
     "p50_over_mean": "p50 / mean",
     "p95_over_mean": "p95 / mean",
@@ -33,6 +35,7 @@ LABELS = {
 }
 NOTHING = "None: no layer was given a token."  # in place of a table without rows
 _LONGEST = 1e12  # from here on digits are no longer read
+_PAIRS = 5  # of a layer, in a table
 _COLUMNS = {"dead_experts": "dead experts"}  # a table of layers does not sum
 
 
@@ -61,6 +64,25 @@ def layer_rows(record: StepRecord) -> list[dict[str, str]]:
             **{_COLUMNS.get(name, LABELS[name]): shown(figures.get(name)) for name in has},
         }
         for layer, figures in zip(record.layers, figures_L, strict=True)
+    ]
+
+
+def pair_rows(record: StepRecord) -> list[dict[str, str]]:
+    """Return a row per layer with the experts that its tokens choose together most often.
+
+    Empty if the record has no pairs.
+    """
+    return [
+        {
+            "layer": str(layer.layer),
+            "tokens looked at": shown(layer.sampled_tokens),
+            "experts of the same token": ", ".join(
+                f"{a} and {b}: {times / layer.sampled_tokens:.1%}"
+                for a, b, times in layer.pairs[:_PAIRS]
+            ),
+        }
+        for layer in record.layers
+        if layer.sampled_tokens
     ]
 
 

@@ -99,6 +99,19 @@ def checkpoint_settings(job: Job, host_flags: list[str]) -> CheckpointSettings:
     )
 
 
+def folder_of_run(named: Path) -> Path:
+    """Return what was named, or the dump folder of the job that was.
+
+    Raises:
+        EzpzError: as :func:`ezpz_moe.hosts.jobs.load_job`.
+    """
+    if named.suffix != ".toml":
+        return named
+    from ezpz_moe.hosts.jobs import load_job
+
+    return Path(checkpoint_settings(load_job(named), []).dump_folder)
+
+
 def _parser() -> argparse.ArgumentParser:
     # No abbreviations: --checkpoint.enable must not match a longer flag that is only the trainer's.
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False)

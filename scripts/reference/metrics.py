@@ -19,6 +19,7 @@ from ezpz_moe.telemetry import json_lines
 from ezpz_moe.telemetry.figures import WORST, layer_figures, over_layers
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 from ezpz_moe.telemetry.scalars import scalars
+from ezpz_moe.telemetry.watched import Merged, Watched
 
 PAGE = "docs/reference/metrics.md"
 
@@ -36,11 +37,22 @@ _LAYER = LayerRecord(
     drop_rate=0.1,
     rank_max_over_mean=1.0,
     probabilities_E=(0.5, 0.4, 0.05),
+    rows_dispatched=8,
+    rows_off_rank=4,
+    rows_off_node=2,
+    pairs=((0, 1, 7),),
+    sampled_tokens=8,
 )
 """A layer that has all that a layer can have, and no figure that is 0."""
 
 _RECORD = StepRecord(
-    step=1, steps=1, loss=1.0, grad_norm=1.0, backend="for_loop", layers=(_LAYER, _LAYER)
+    step=1,
+    steps=1,
+    loss=1.0,
+    grad_norm=1.0,
+    backend="for_loop",
+    layers=(_LAYER, _LAYER),
+    merged=Merged(1, (), Watched({}, {}, {}, ())),
 )
 
 

@@ -43,6 +43,12 @@ def architecture(flavor: Flavor) -> Architecture:
     )
 
 
+def expert_groups(flavor: Flavor) -> dict[int, int]:
+    """Return, by layer with experts, in how many groups they are."""
+    layers = enumerate(host_spec(flavor).model.layers)
+    return {n: each.moe.router.num_expert_groups or 1 for n, each in layers if each.moe}
+
+
 def _besides(model: Any, family: str) -> list[str]:
     further = len(getattr(model, "mtp_layers", ()) or ())
     found = [f"{further} layers that predict further tokens"] if further else []

@@ -28,7 +28,7 @@ from ezpz_moe.config.keys import (
     to,
 )
 from ezpz_moe.config.schema import Steps
-from ezpz_moe.config.telemetry_schema import Detail, Rise, Share
+from ezpz_moe.config.telemetry_schema import Detail, NumberOfPairs, Rise, Share
 from ezpz_moe.config.train_only import Share as ShareOfTokens
 from ezpz_moe.hosts.job_keys import ALIKE, FILES
 
@@ -243,6 +243,7 @@ _OTHERS: Keys = {
         "every": own(Steps, since_0_3=True),
         "detail": own(Detail, since_0_3=True),
         "images": own(bool, since_0_3=True),
+        "pairs": own(NumberOfPairs, since_0_3=True),
         "alert_dead_steps": own(Steps, since_0_3=True),
         "alert_cv_rise": own(Rise, since_0_3=True),
         "alert_collapse": own(Share, since_0_3=True),

@@ -7,7 +7,7 @@ warns of a router that goes wrong. It also tells the routers the step, for anyth
 
 # No `from __future__ import annotations`: the host's command line reads the fields of Config.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,16 +24,17 @@ from torchtitan.components.metrics import (
 from torchtitan.tools.logging import logger
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.routing_schema import Balance, reported_loss
 from ezpz_moe.config.telemetry_schema import Telemetry
-from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.cpu_metrics import CpuMetrics
-from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean
+from ezpz_moe.hosts.titan.layer_records import counted_layer, layer_record, routed
+from ezpz_moe.hosts.titan.pairs import taken_pairs
+from ezpz_moe.hosts.titan.rank_load import rank_max_over_mean, rows_sent
 from ezpz_moe.hosts.titan.router import moe_layers
 from ezpz_moe.hosts.titan.routing import counting_meshes
 from ezpz_moe.hosts.titan.routing_dump import RoutingDump
-from ezpz_moe.hosts.titan.row_figures import experts_of, row_figures, taken_choices, taken_rows
-from ezpz_moe.routing.counters import SUMS, apart
+from ezpz_moe.hosts.titan.row_figures import experts_of, taken_choices, taken_rows
+from ezpz_moe.routing.choices import count_this_step
+from ezpz_moe.routing.counters import apart
 from ezpz_moe.telemetry import json_lines as telemetry_file
 from ezpz_moe.telemetry.alerts import Alerts
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
@@ -92,7 +93,9 @@ class RouterMetrics(CpuMetrics):
         # A resumed run does not start at step 1, and its first record covers only its own steps.
         if self._last_step is None:
             self._last_step = step - 1
-        return super().should_log(step)
+        logs: bool = super().should_log(step)
+        count_this_step(logs and self._is_recorded(step))
+        return logs
 
     def log(
         self,
@@ -110,9 +113,8 @@ class RouterMetrics(CpuMetrics):
         if self._dump:
             self._dump.end(step)
         record = None
-        # Collective, so every rank does it, not only the one that writes. `step == 1`, because the
-        # host logs that step too.
-        if self._settings and (step == 1 or step % (self._settings.every or 1) == 0):
+        # Collective, so every rank does it, not only the one that writes.
+        if self._settings and self._is_recorded(step):
             record = self._record(step, global_avg_loss, grad_norm)
             extra_metrics = (extra_metrics or {}) | scalars(record, self._settings.detail)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
@@ -122,6 +124,11 @@ class RouterMetrics(CpuMetrics):
                 logger.warning(f"ezpz_moe: {alert}")
             if self._settings and self._settings.images:
                 self._show(record)
+
+    def _is_recorded(self, step: int) -> bool:
+        """Return whether a record ends with a step that the host logs, as it does step 1."""
+        every = self._settings.every if self._settings else None
+        return self._settings is not None and (step == 1 or step % (every or 1) == 0)
 
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
@@ -197,13 +204,13 @@ class RouterMetrics(CpuMetrics):
         counts_N, sums_N = torch.cat(of_each), torch.cat(sums_of_each)
         for each in (*of_each, *sums_of_each):
             each.zero_()
-        ranks_L = rank_max_over_mean(_routed(apart(counts_N, of_each), routers), self.parallel_dims)
+        ranks_L = rank_max_over_mean(routed(apart(counts_N, of_each), routers), self.parallel_dims)
         for mesh in counting_meshes(self.parallel_dims):
             for each in (counts_N, sums_N):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         not_counted = {"padding_waste": None, "drop_rate": None}
         return [
-            _layer_record(
+            layer_record(
                 number,
                 moe,
                 counts_E.tolist(),
@@ -235,7 +242,8 @@ class RouterMetrics(CpuMetrics):
         # A difference and no reset: the bias update reads the same counter, at another cadence.
         counts_N = now_N if self._counted_N is None else now_N - self._counted_N
         self._counted_N = now_N.clone()
-        ranks_L = rank_max_over_mean(_routed(apart(counts_N, of_each), routers), self.parallel_dims)
+        own_L = routed(apart(counts_N, of_each), routers)
+        more_L = self._of_ranks(own_L, routers)
         # Nobody else reads these, so they can start again at zero; float32 sums then stay accurate.
         for each in sums_of_each:
             each.zero_()
@@ -243,14 +251,35 @@ class RouterMetrics(CpuMetrics):
             for each in (counts_N, sums_N, rows_L3, choices_L2):
                 torch.distributed.all_reduce(each, group=mesh.get_group())
         return [
-            _counted_layer(number, moe, counts_E.tolist(), sums_S.tolist(), rows, of_ranks)
-            for (number, moe), of_ranks, counts_E, sums_S, *rows in zip(
+            counted_layer(number, moe, counts_E.tolist(), sums_S.tolist(), rows, more)
+            for (number, moe), more, counts_E, sums_S, *rows in zip(
                 of_layer.items(),
-                ranks_L,
+                more_L,
                 apart(counts_N.cpu(), of_each),
                 apart(sums_N.cpu(), sums_of_each),
                 rows_L3.tolist(),
                 choices_L2.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _of_ranks(
+        self, counts: Sequence[torch.Tensor], routers: Sequence[Any]
+    ) -> list[dict[str, Any]]:
+        """Return of each layer the fields about its ranks, and about what is chosen together.
+
+        ``counts``: of routed experts by this rank's tokens.
+        """
+        assert self._settings
+        sent = [router.sent_P.clone() for router in routers]
+        for router in routers:
+            router.sent_P.zero_()
+        return [
+            {"rank_max_over_mean": busiest, **rows, **pairs}
+            for busiest, rows, pairs in zip(
+                rank_max_over_mean(counts, self.parallel_dims),
+                rows_sent(counts, sent, self.parallel_dims),
+                taken_pairs(routers, counting_meshes(self.parallel_dims), self._settings.pairs),
                 strict=True,
             )
         ]
@@ -311,81 +340,3 @@ class RouterMetrics(CpuMetrics):
                         torch.tensor(layer.counts_E),
                         record.step,
                     )
-
-
-def _routed(counts: Sequence[torch.Tensor], routers: Sequence[Any]) -> list[torch.Tensor]:
-    """Return each layer's counts without those of zero-computation experts, which come last."""
-    return [each[: router.routed_experts] for each, router in zip(counts, routers, strict=True)]
-
-
-def _counted_layer(
-    number: int,
-    moe: Any,
-    counts_E: list[int],
-    sums_S: list[float],
-    rows: Sequence[list[int]],
-    of_ranks: float | None,
-) -> tuple[LayerRecord, float]:
-    """Return the record of a layer whose rows were counted: those, and its choices."""
-    figures = row_figures(
-        moe,
-        *rows,
-        counted=sum(counts_E[: moe.router.routed_experts]),
-        of_padding=round(sums_S[SUMS.index("of_padding")]),
-    )
-    use = {**figures, "rank_max_over_mean": of_ranks}
-    return _layer_record(number, moe, counts_E, sums_S, use)
-
-
-def _layer_record(
-    number: int,
-    moe: Any,
-    counts_E: list[int],
-    sums_S: list[float],
-    use: Mapping[str, float | None],
-) -> tuple[LayerRecord, float]:
-    total = dict(zip(SUMS, sums_S[: len(SUMS)], strict=True))
-    tokens, router, bias_E = total["tokens"], moe.router, moe.expert_bias_E
-    real = router.routed_experts
-    losses, scaled_losses = _losses(router.balance, total)
-    record = LayerRecord(
-        layer=number,
-        tokens=round(tokens),
-        counts_E=tuple(counts_E[:real]),
-        zero_counts_Z=_not_computed(router, counts_E, round(tokens)),
-        top1_probability=total["top1_probability"] / max(tokens, 1),
-        margin=total["margin"] / max(tokens, 1),
-        bias_norm=None if bias_E is None else float(local(bias_E).norm()),
-        losses=losses,
-        scaled_losses=scaled_losses,
-        probabilities_E=tuple(_short(p / max(tokens, 1)) for p in sums_S[len(SUMS) :][:real]),
-        **use,
-    )
-    return record, total["not_finite"]
-
-
-def _not_computed(router: Any, counts_E: list[int], tokens: int) -> tuple[int, ...]:
-    """Return the choices of each zero-computation expert, or those of no expert at all."""
-    if router.settings.has_unchosen:
-        return (tokens * router.num_experts - sum(counts_E),)
-    return tuple(counts_E[router.routed_experts :])
-
-
-def _short(value: float) -> float:
-    """Round to four digits: a record has a probability of every layer and expert."""
-    return float(f"{value:.4g}")
-
-
-def _losses(
-    balance: Balance, total: Mapping[str, float]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the losses by their names, without and with coefficients: means over their groups."""
-    losses, scaled = {}, {}
-    of_scopes = balance.of_scopes
-    for scope, coefficients in of_scopes.items():
-        for loss in balance.computed:
-            name = reported_loss(loss, scope, of_scopes)
-            # The weights of the groups of a training step add up to 1. Validation has other steps.
-            losses[name] = total[f"{loss}_{scope}"] / (total[f"weight_{scope}"] or 1)
-            scaled[name] = coefficients.get(loss, 0.0) * losses[name]
-    return losses, scaled

@@ -38,6 +38,7 @@ from ezpz_moe.routing.assignment import (
     weights_of,
 )
 from ezpz_moe.routing.balance import first_value, inject, value_at
+from ezpz_moe.routing.choices import count_pairs, count_sent
 from ezpz_moe.routing.counters import SUMS, count
 from ezpz_moe.routing.gate import gate_input, gate_logits, gate_product
 from ezpz_moe.routing.keeping import keep
@@ -73,6 +74,9 @@ class _Router(Module):
     counts_E: Tensor
     sums_S: Tensor
     kept_2: Tensor
+    sent_P: Tensor
+    pairs_EE: Tensor
+    sampled_1: Tensor
 
     def _set_up(self, config) -> None:
         self.settings: Router = config.settings
@@ -94,6 +98,8 @@ class _Router(Module):
             setattr(self.gate, key, value_at(schedule, 1))
         # A run that dumps says so: with the layer's number, and this rank's tokens in a step.
         self.is_kept, self.layer, self.tokens_of_step = False, 0, 0
+        # So do one whose tokens go once to each of so many ranks, and one that samples pairs.
+        self.ranks, self.stride = 0, 0
         self.anchor: Anchor | None = None  # set where some experts learn
         self.positions: Any = UNTOLD  # of this microbatch, from the layer's block
         self.gate.is_counted = False  # whether telemetry reports logits that are not finite
@@ -111,6 +117,9 @@ class _Router(Module):
         self.register_buffer("val_sums_S", sums_S.clone(), persistent=False)
         kept_2 = torch.zeros(2, dtype=torch.int64)
         self.register_buffer("kept_2", kept_2, persistent=False)
+        for name in ("sent_P", "sampled_1"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("pairs_EE", torch.zeros(0, 0, dtype=torch.int32), persistent=False)
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         device = buffer_device or self.counts_E.device
@@ -120,6 +129,10 @@ class _Router(Module):
         self.val_sums_S = torch.zeros_like(self.sums_S)
         self.kept_2 = torch.zeros_like(self.kept_2, device=device)
         self.kept_2[0] = self.layer
+        self.sent_P = self.sent_P.new_zeros(self.ranks, device=device)
+        if self.stride:
+            self.sampled_1 = self.sampled_1.new_zeros(1, device=device)
+            self.pairs_EE = self.pairs_EE.new_zeros((self.routed_experts,) * 2, device=device)
         for key, schedule in self.settings.schedules.items():
             setattr(self.gate, key, first_value(schedule, device))
 
@@ -301,8 +314,13 @@ class _Router(Module):
         last_2 = (not_finite_1, of_padding_1)
         new_S = torch.cat([of_tokens_3, *parts_CL, *weights_C1, *last_2, p_BLE.sum((0, 1))])
         chosen_E = losses.assignments(ids_BLK, mask_BL, self.num_experts).sum(0)
+        ids_TK, p_TE, mask_T = (each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL))
         if self.is_kept and self.training:
-            keep(self.kept_2, *(each.flatten(0, 1) for each in (ids_BLK, p_BLE, mask_BL)))
+            keep(self.kept_2, ids_TK, p_TE, mask_T)
+        if self.ranks and self.training:
+            count_sent(self.sent_P, ids_TK, mask_T, self.routed_experts)
+        if self.stride and self.training:
+            count_pairs(self.pairs_EE, self.sampled_1, ids_TK, mask_T, self.stride)
         if self.training:
             count(self.counts_E, self.sums_S, chosen_E, new_S)
         else:

@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.routing_schema import Balance, Router, Scope
 from ezpz_moe.config.schedule_schema import Schedule
+from ezpz_moe.config.telemetry_schema import Telemetry
 from ezpz_moe.hosts.local import local
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices
 from ezpz_moe.hosts.titan.base import titan
@@ -23,10 +24,12 @@ from ezpz_moe.hosts.titan.dispatchers import cuts_padding
 from ezpz_moe.hosts.titan.groups import Groups, TokenMask
 from ezpz_moe.hosts.titan.labelled import COUNTED
 from ezpz_moe.hosts.titan.router import moe_layers, routed
+from ezpz_moe.hosts.titan.row_figures import experts_of
 from ezpz_moe.hosts.titan.selector import REPORTED, RowCounts
 from ezpz_moe.hosts.titan.similar import tell_documents
 from ezpz_moe.hosts.titan.zero_computation import dispatch_padding, with_zero_computation
 from ezpz_moe.routing.balance import bias_change, value_at
+from ezpz_moe.routing.choices import stride_of
 from ezpz_moe.routing.counters import apart
 from ezpz_moe.routing.padding import tokens_that_count
 
@@ -96,12 +99,11 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
                 module.on = flavor.reported is not None
         for number, moe in moe_layers([model]).items():
             moe.router.groups = groups
-            moe.router.gate.is_counted = flavor.reported is not None
-            if flavor.reported is not None and flavor.reported.dumped:
-                moe.router.is_kept, moe.router.layer = True, number
+            if flavor.reported is not None:
                 moe.router.tokens_of_step = _tokens_of_step(
                     parallel_dims, kwargs["training"], kwargs["parallelism"]
                 )
+                _watch(number, moe, flavor.reported, parallel_dims, _length(parallel_dims, kwargs))
             # A balanced choice ignores the gate, which then has no gradient and no state to resume.
             if flavor.router.freeze or flavor.router.routing == "balanced":
                 # Only now: parameters that parallelize_fn lays out again lose requires_grad =
@@ -117,6 +119,21 @@ def _wiring(parallelize_fn: Callable[..., Any], flavor: Flavor) -> Callable[...,
         return model
 
     return parallelize
+
+
+def _watch(number: int, moe: Any, reported: Telemetry, parallel_dims: Any, length: int) -> None:
+    """Have the router of a layer count what is reported; ``length``: tokens of a sequence."""
+    router = moe.router
+    router.gate.is_counted = True
+    if reported.dumped:
+        router.is_kept, router.layer = True, number
+    if reported.pairs:
+        router.stride = stride_of(router.tokens_of_step, length)
+    ep_mesh = parallel_dims.get_optional_mesh("ep")
+    experts = experts_of(moe)
+    # Of a composed layer, the counts of the experts say what goes where.
+    if ep_mesh is not None and experts is not None and experts.is_one_node:
+        router.ranks = ep_mesh.size()
 
 
 def _drops(flavor: Flavor) -> str:

@@ -154,6 +154,11 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.architecture import architecture
         return architecture(flavor)
 
+    def expert_groups(self, flavor: Flavor) -> dict[int, int]:
+        with self.importing():
+            from ezpz_moe.hosts.titan.architecture import expert_groups
+        return expert_groups(flavor)
+
     def run_rank(
         self, config: str, host_flags: list[str], world_size: int, rank: int
     ) -> RankReport:

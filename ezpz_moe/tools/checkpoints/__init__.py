@@ -11,5 +11,7 @@
 ``plan``        which entry becomes which under another generation's names
 ``state``       what differs besides names: the position in the data, the learning rate's schedule
 ``remapping``   carrying out a plan
+``expert_order`` which orders experts may have, and the file that leads back to the first
+``reordering``  writing a checkpoint with its experts in another order
 ``huggingface`` the model alone, as a folder that transformers opens, and back
 """

@@ -12,6 +12,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.dcp import stand_ins
 from ezpz_moe.hosts.dcp.paths import refuse_other_folders
 from ezpz_moe.tools.checkpoints import data_files, names
+from ezpz_moe.tools.checkpoints.expert_order import read_order
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Contents:
         parameters: how many numbers the model's tensors hold, buffers included.
         dtypes: of the model's tensors.
         optimizer: whether the optimizer's state is included.
+        reordered: layers whose experts have other numbers than at first.
         files: the number of data files.
         bytes: of all data files together.
     """
@@ -46,6 +48,7 @@ class Contents:
     parameters: int
     dtypes: tuple[str, ...]
     optimizer: bool
+    reordered: tuple[int, ...]
     files: int
     bytes: int
 
@@ -71,6 +74,7 @@ def inspect(folder: Path) -> Contents:
         parameters=sum(each.size.numel() for each in model.values()),
         dtypes=tuple(sorted({str(each.properties.dtype) for each in model.values()})),
         optimizer=has_optimizer(metadata),
+        reordered=tuple(sorted(read_order(folder))),
         files=len(data),
         bytes=data_files.size_of(data),
     )

@@ -100,7 +100,9 @@ def expert_rows(sizes: Mapping[str, Sequence[int]]) -> ExpertRows:
             layer's experts.
     """
     layers = _layers(sizes)
-    before = {after: of for of, after in pairwise(layers)}
+    # Not those of `mtp_layers.`: they are numbered anew, and see no logits of others.
+    of_model = (layer for layer in layers if layer.startswith("layers."))
+    before = {after: of for of, after in pairwise(of_model)}
     dims = {}
     for name, size in sizes.items():
         if found := _dims(name, before):

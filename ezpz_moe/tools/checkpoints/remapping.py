@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints import contents, storage
 from ezpz_moe.tools.checkpoints.data_files import check_data, data_files, size_of
+from ezpz_moe.tools.checkpoints.expert_order import read_order, write_order
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.names import TITAN_2026_09, current_name
 from ezpz_moe.tools.checkpoints.plan import Entry, Step, make_plan
@@ -59,6 +58,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
     to = current_name(to)
     metadata = storage.read_metadata(source)
     check_data(source, metadata)
+    order = read_order(source)
     generation = contents.generation(source, metadata)
     try:
         plan = make_plan(metadata, generation, to)
@@ -84,6 +84,7 @@ def remap(source: Path, target: Path, to: str, *, progress: Progress = iter) -> 
         storage.write_metadata(partial, new)
         _verify(source, partial, metadata, progress(steps))
         _verify_names(source, partial, metadata, back=(to, generation))
+        write_order(partial, order)
     return Remapped(plan.changed, len(new.storage_data), tuple(notes))
 
 
@@ -104,23 +105,14 @@ def _write(
         if step.target in written:
             _check_same(source, step, origin[step.target], metadata)
             continue
-        file = target / entry.relative_path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as stream:
-            offset = stream.tell()
-            # Renamed only: copy the bytes without unpickling, however large the entry is.
-            if step.convert is None:
-                stream.writelines(storage.blocks(source, entry))
-            else:
-                storage.save(_converted(source, step, metadata), stream)
-            # replace() keeps how the bytes are compressed, for those that were only copied.
-            written[step.target] = replace(entry, offset=offset, length=stream.tell() - offset)
+        # Renamed only: copy the bytes without unpickling, however large the entry is.
+        if step.convert is None:
+            written[step.target] = storage.copy(source, entry, target)
+        else:
+            converted = _converted(source, step, metadata)
+            written[step.target] = storage.append(converted, entry, target)
         origin[step.target] = step.source.fqn
-    for name in {entry.relative_path for entry in written.values()}:
-        with (target / name).open("rb") as stream:
-            # The new checkpoint has to survive a crash right after this command.
-            # A file opened for reading will do: fsync() is about the file, not about who wrote.
-            os.fsync(stream.fileno())
+    storage.sync(target, written.values())
     return written
 
 
@@ -156,8 +148,7 @@ def _verify(source: Path, target: Path, metadata: Metadata, steps: Iterable[Step
     for step in steps:
         old, new = metadata.storage_data[step.source], written[step.target]
         if step.convert is None:
-            pairs = itertools.zip_longest(storage.blocks(source, old), storage.blocks(target, new))
-            same = old.length == new.length and all(a == b for a, b in pairs)
+            same = storage.same_bytes(source, old, target, new)
         else:
             expected = _converted(source, step, metadata)
             same = storage.same_bits(storage.load(target, new), expected)

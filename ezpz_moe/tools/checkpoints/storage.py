@@ -8,9 +8,11 @@ each entry is. Both may be a stranger's: see :mod:`ezpz_moe.hosts.dcp.unpickling
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,6 +122,49 @@ def _refused(saved: io.BytesIO) -> str:
     except Exception:  # it is damaged
         return ""
     return f"names {names[0]!r}, which is not run" if names else ""
+
+
+def copy(source: Path, entry: _StorageInfo, target: Path) -> _StorageInfo:
+    """Append an entry's bytes, unread, to the target's file of the same name; return their place.
+
+    Raises:
+        OSError: the file cannot be written.
+        EzpzError: as :func:`blocks`.
+    """
+    return _append(target, entry, lambda stream: stream.writelines(blocks(source, entry)))
+
+
+def append(value: Any, entry: _StorageInfo, target: Path) -> _StorageInfo:
+    """Append a value in place of ``entry`` to the target's file of the same name; return its place.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    return _append(target, entry, lambda stream: save(value, stream))
+
+
+def _append(target: Path, entry: _StorageInfo, write: Callable[[BinaryIO], None]) -> _StorageInfo:
+    file = target / entry.relative_path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as stream:
+        offset = stream.tell()
+        write(stream)
+        # replace() keeps how the bytes are compressed, for those that were only copied.
+        return replace(entry, offset=offset, length=stream.tell() - offset)
+
+
+def sync(folder: Path, entries: Iterable[_StorageInfo]) -> None:
+    """Wait until the files of these entries are on the disk: they have to survive a crash."""
+    for name in {entry.relative_path for entry in entries}:
+        with (folder / name).open("rb") as stream:
+            # A file opened for reading will do: fsync() is about the file, not about who wrote.
+            os.fsync(stream.fileno())
+
+
+def same_bytes(folder: Path, entry: _StorageInfo, other: Path, copied: _StorageInfo) -> bool:
+    """Return whether two entries have the same bytes on the disk."""
+    pairs = itertools.zip_longest(blocks(folder, entry), blocks(other, copied))
+    return entry.length == copied.length and all(a == b for a, b in pairs)
 
 
 def save(value: Any, stream: BinaryIO) -> None:
