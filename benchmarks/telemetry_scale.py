@@ -190,6 +190,7 @@ def main(arguments: Arguments) -> None:
                 "alerts": f"{alerts:.0f}",
             }
         )
+        print(*rows[-1].values(), sep=", ", file=sys.stderr, flush=True)  # large ones take minutes
     title = f"{arguments.layers} layers of {arguments.experts} experts, {arguments.ranks} ranks"
     display.print_table(rows, title=title)
 
