@@ -235,6 +235,25 @@ def test_a_degree_that_does_not_divide_the_experts_is_refused_early(flavor, degr
         early_refusals.refuse_sizes(job, ["--parallelism.expert-parallel-degree", degree])
 
 
+@pytest.mark.parametrize(
+    ("values", "flags", "said"),
+    [
+        ({"total_steps": 50, "warmup_steps": 60}, ["--training.steps", "51"], "50 is less than .* = 51: "),
+        ({"total_steps": 50}, [], "training.steps = 10000"),  # the host's own number
+        ({}, ["--lr_scheduler.total_steps=50"], "mine and the command line: lr_sch.* after step 51"),
+        ({"total_steps": 50}, ["--training.steps", "50"], None),
+        ({"total_steps": 50}, ["--lr-scheduler.total-steps", "None"], None),
+        # The host shortens the warm-up, and says so.
+        ({"warmup_steps": 60}, ["--training.steps", "50"], None),
+    ],
+)
+def test_a_run_that_is_longer_than_its_schedule_is_refused_early(values, flags, said) -> None:
+    values = {f"lr_scheduler.{key}": value for key, value in values.items()}
+    job = Job("debugmodel_sdpa", path=Path("mine"), values=values)
+    with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
+        early_refusals.refuse_sizes(job, flags)
+
+
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"
 
 
