@@ -1,16 +1,16 @@
-"""Fine-tune a small model on a second text with ``[train_only]`` and without: what is kept, and what
-a step takes.
+"""Fine-tune a small model on a second text, with ``[train_only]`` and without.
 
     python benchmarks/fine_tune.py
     python benchmarks/fine_tune.py --steps 20 --fine-tune-steps 10 --seeds 42 --out /tmp/fine_tune
 
 The model learns Python's documentation, and goes on from there with the source of Python's own
-modules in each of ``WAYS``, everything else the same. A tenth of each text's documents, whole topics
-and whole modules, is held out; the losses are those of ``ezpz-moe analyze`` on them. Which experts are
+modules in each of ``WAYS``, everything else the same. A tenth of each text, in whole topics and
+whole modules, is held out; the losses are those of ``ezpz-moe analyze`` on it. Which experts are
 the second text's is attributed on what is trained, by ``ezpz-moe analyze --attribute``.
 
-A step's time is that which the trainer's process got of a CPU, so other work on the machine changes
-it less; the first two steps, which allocate, are left out. Run it in one thread (OMP_NUM_THREADS=1).
+A step's time is what the trainer's process got of a CPU, so that other work on the machine changes
+it less; the first two steps, which allocate, are left out. Run it in one thread
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations

@@ -238,9 +238,17 @@ def test_a_degree_that_does_not_divide_the_experts_is_refused_early(flavor, degr
 @pytest.mark.parametrize(
     ("values", "flags", "said"),
     [
-        ({"total_steps": 50, "warmup_steps": 60}, ["--training.steps", "51"], "50 is less than .* = 51: "),
+        (
+            {"total_steps": 50, "warmup_steps": 60},
+            ["--training.steps", "51"],
+            "50 is less than .* = 51: ",
+        ),
         ({"total_steps": 50}, [], "training.steps = 10000"),  # the host's own number
-        ({}, ["--lr_scheduler.total_steps=50"], "mine and the command line: lr_sch.* after step 51"),
+        (
+            {},
+            ["--lr_scheduler.total_steps=50"],
+            "mine and the command line: lr_sch.* after step 51",
+        ),
         ({"total_steps": 50}, ["--training.steps", "50"], None),
         ({"total_steps": 50}, ["--lr-scheduler.total-steps", "None"], None),
         # The host shortens the warm-up, and says so.

@@ -1,8 +1,8 @@
 """``[train_only]`` in real runs of the trainer: what is frozen keeps its bits, what learns learns.
 
 Each run goes on from one checkpoint, with the moments of a run in which all learned, for ten steps:
-as one rank; expert parallel, fully sharded, compiled and checkpointed; tensor parallel; by more ranks
-than a layer has experts, of which FSDP shards the second dimension; in replicas of such ranks.
+as one rank; expert parallel, fully sharded, compiled and checkpointed; tensor parallel; by more
+ranks than a layer has experts, of which FSDP shards the second dimension; in replicas of ranks.
 """
 
 from pathlib import Path
@@ -27,7 +27,6 @@ attention = "sdpa"
 compute_backend = "for_loop"
 expert_precision = "float32"
 """
-EXPERTS = {"1": 8, "2": 2}
 LEARNS = {"1": [2, 0], "2": [1]}
 TABLE = '[train_only]\nexperts = { "1" = [2, 0], "2" = [1] }\n'
 SAME = ["--same-sequences", "--training.global-batch-size", "4"]
@@ -134,9 +133,9 @@ def test_what_is_frozen_keeps_its_bits(runs, folder, run):
 @pytest.mark.parametrize(
     ("run", "of_eight", "of_two"),
     [
-        # Of a stack [E, F, D] the experts of two groups of ranks, each shared by the two of a group.
-        (MORE_RANKS, (4, 2), (2, 2)),
-        # The two that share a replica: the host counts all four, which are more than two experts.
+        # Into how many parts E and F of a stack [E, F, D] are cut, of eight experts and of two.
+        (MORE_RANKS, (4, 1), (2, 2)),
+        # Two ranks share a replica: the host counts all four, which are more than two experts.
         (REPLICAS, (2, 1), (1, 2)),
     ],
 )
@@ -145,12 +144,10 @@ def test_fsdp_shards_the_second_dimension_of_few_experts(runs, folder, run, of_e
     _, _ = runs["all"], runs[run]
     reader = FileSystemReader(str(folder / run / "checkpoint" / AFTER))
     entries = reader.read_metadata().state_dict_metadata
-    for layer, parts in zip(EXPERTS, (of_eight, of_two), strict=True):
+    for layer, parts in zip(LEARNS, (of_eight, of_two), strict=True):
         entry = entries[OF_EXPERTS.format(layer, "w1_EFD")]
-        whole = torch.tensor(entry.size[:2])
-        assert {tuple((whole // torch.tensor(chunk.sizes[:2])).tolist()) for chunk in entry.chunks} == {
-            parts
-        }
+        shard = tuple(size // cut for size, cut in zip(entry.size, parts, strict=False))
+        assert {tuple(chunk.sizes[:2]) for chunk in entry.chunks} == {shard}
 
 
 @pytest.mark.parametrize("run", OF_RANKS)
@@ -179,7 +176,5 @@ def test_gates_learn_beside_an_expert(runs, folder):
     _, _ = runs["all"], runs["gates"]
     gates = {f"layers.{layer}.moe.router.gate.weight" for layer in (1, 2)}
     moved = _moved(folder, "gates")
-    assert moved.keys() - gates == {
-        OF_EXPERTS.format(2, stack) for stack in STACKS
-    }
+    assert moved.keys() - gates == {OF_EXPERTS.format(2, stack) for stack in STACKS}
     assert gates <= moved.keys()
