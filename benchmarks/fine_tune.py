@@ -160,7 +160,14 @@ def _tuned(run: Path, steps: int, logged: Sequence[LoggedStep], arguments: Argum
 def _analyze(
     checkpoint: Path, folder: Path, which: str, sequences: int, out: Path
 ) -> Mapping[str, Any]:
-    """What ``ezpz-moe analyze --attribute`` finds of the second text, against the first."""
+    """What ``ezpz-moe analyze --attribute`` finds of the second text, against the first.
+
+    What it has found of this checkpoint before is not sought again.
+    """
+    if out.exists() and out.stat().st_mtime > (checkpoint / ".metadata").stat().st_mtime:
+        found = json.loads(out.read_text())
+        if found["sequences"] == sequences:
+            return found
     words = ["analyze", str(checkpoint), "--config", str(folder / BEFORE / "job.toml")]
     words += ["--attribute", str(folder / f"second{which}.jsonl")]
     words += ["--against", str(folder / f"first{which}.jsonl"), "--out", str(out)]
