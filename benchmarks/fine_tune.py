@@ -8,9 +8,9 @@ modules in each of ``WAYS``, everything else the same. A tenth of each text, in 
 whole modules, is held out; the losses are those of ``ezpz-moe analyze`` on it. Which experts are
 the second text's is attributed on what is trained, by ``ezpz-moe analyze --attribute``.
 
-A step's time is what the trainer's process got of a CPU, so that other work on the machine changes
-it less; the first two steps, which allocate, are left out. Run it in one thread
-(OMP_NUM_THREADS=1).
+A step is timed in runs of their own, of all ways at once, so that what else the machine does slows
+them alike, and as what its process got of a CPU. Its first two steps, which allocate, are left out.
+Run it in one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -54,6 +55,7 @@ WAYS = {
     # No layer's most frequent expert has less than that of the tokens: it is one of each layer.
     "the attributed tenth": '[train_only]\nexperts = "../attribution.json"\nshare = 0.1\n',
 }
+TIMED_STEPS = 22
 HELD_OUT = 10
 """One in so many documents."""
 
@@ -83,7 +85,6 @@ class Tuned:
     first_loss: float
     second_loss: float
     trained_share: float
-    cpu_seconds: float | None
     losses: list[float]
 
 
@@ -118,27 +119,55 @@ def tuned_from(seed: int, arguments: Arguments) -> dict[str, Tuned]:
     """Train from one seed on the first text, and on the second in each way."""
     folder = arguments.out / f"seed_{seed}"
     write_texts(folder)
-    rate = str(arguments.learning_rate)
-    flags = ["--training.local-batch-size", str(SEQUENCES), "--training.seq-len", str(SEQ_LEN)]
-    flags += ["--optimizer.param-groups.0.optimizer-kwargs.lr", rate, "--debug.seed", str(seed)]
-    flags += ["--training.mixed-precision-param", "float32"]
     before, steps = folder / BEFORE, arguments.steps
-    logged = train({"tuned": FLAVOR}, before, steps, flags=[*flags, *_on(folder, "first", steps)])
+    flags = _flags(folder, "first", seed, steps, arguments.learning_rate)
+    logged = train({"tuned": FLAVOR}, before, steps, flags=flags)
     checkpoint = before / "checkpoint" / f"step-{steps}"
     _analyze(checkpoint, folder, "", arguments.evaluated, folder / "attribution.json")
     found = {BEFORE: _tuned(before, steps, logged, arguments)}
-    steps = arguments.fine_tune_steps
-    flags += [*_on(folder, "second", steps), "--checkpoint.initial-load-path", str(checkpoint)]
+    flags, steps = _flags_after(folder, seed, arguments), arguments.fine_tune_steps
     for name, table in WAYS.items():
-        way = folder / name.replace(" ", "_")
+        way = folder / _in_path(name)
         logged = train({"tuned": FLAVOR}, way, steps, flags=flags, tables=table)
         found[name] = _tuned(way, steps, logged, arguments)
     return found
 
 
-def _on(folder: Path, text: str, steps: int) -> list[str]:
+def step_seconds(arguments: Arguments) -> dict[str, float]:
+    """Seconds of a CPU that a step takes, by way: all of them train at once."""
+    seed = arguments.seeds[0]
+    folder = arguments.out / f"seed_{seed}"
+    flags = _flags_after(folder, seed, arguments)
+
+    def timed(name: str) -> float:
+        way = folder / f"timed_{_in_path(name)}"
+        _, first, *_, last = train(
+            {"tuned": FLAVOR}, way, TIMED_STEPS, flags=flags, tables=WAYS[name]
+        )
+        return (last.cpu_seconds - first.cpu_seconds) / (last.step - first.step)
+
+    with ThreadPoolExecutor(len(WAYS)) as all_at_once:
+        return dict(zip(WAYS, all_at_once.map(timed, WAYS), strict=True))
+
+
+def _in_path(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _flags_after(folder: Path, seed: int, arguments: Arguments) -> list[str]:
+    """Flags that go on with the second text."""
+    steps, rate = arguments.fine_tune_steps, arguments.learning_rate
+    before = folder / BEFORE / "checkpoint" / f"step-{arguments.steps}"
+    flags = _flags(folder, "second", seed, steps, rate)
+    return [*flags, "--checkpoint.initial-load-path", str(before)]
+
+
+def _flags(folder: Path, text: str, seed: int, steps: int, rate: float) -> list[str]:
     """Flags that train on a text, and save once."""
-    flags = ["--dataloader.dataset", "text_file"]
+    flags = ["--training.local-batch-size", str(SEQUENCES), "--training.seq-len", str(SEQ_LEN)]
+    flags += ["--training.mixed-precision-param", "float32", "--debug.seed", str(seed)]
+    flags += ["--optimizer.param-groups.0.optimizer-kwargs.lr", str(rate)]
+    flags += ["--dataloader.dataset", "text_file"]
     flags += ["--dataloader.dataset-path", str((folder / f"{text}.jsonl").absolute())]
     return [*flags, "--checkpoint.enable", "--checkpoint.interval", str(steps)]
 
@@ -147,12 +176,10 @@ def _tuned(run: Path, steps: int, logged: Sequence[LoggedStep], arguments: Argum
     checkpoint, found = run / "checkpoint" / f"step-{steps}", run / "found.json"
     of = _analyze(checkpoint, run.parent, "_held_out", arguments.evaluated, found)
     job = load_job(str(run / "job.toml"))
-    timed = logged[1:]
     return Tuned(
         of["against_loss"],
         of["loss"],
         0.0 if run.name == BEFORE else trained_share(checkpoint, run, train_only_of(job)),
-        (timed[-1].cpu_seconds - timed[0].cpu_seconds) / (len(timed) - 1),
         [step.loss for step in logged],
     )
 
@@ -200,7 +227,9 @@ def trained_share(checkpoint: Path, flavors: Path, said: TrainOnly | None) -> fl
 # --- the table ------------------------------------------------------------------------------------
 
 
-def row(name: str, of_seeds: Sequence[Mapping[str, Tuned]]) -> dict[str, str]:
+def row(
+    name: str, of_seeds: Sequence[Mapping[str, Tuned]], seconds: Mapping[str, float]
+) -> dict[str, str]:
     found = [each[name] for each in of_seeds]
 
     def each_and_change(key: str) -> str:
@@ -210,19 +239,21 @@ def row(name: str, of_seeds: Sequence[Mapping[str, Tuned]]) -> dict[str, str]:
         changes = [getattr(of[name], key) - getattr(of[BEFORE], key) for of in of_seeds]
         return f"{loss:.3f} ({', '.join(f'{change:+.3f}' for change in changes)})"
 
-    times = [each[EVERYTHING].cpu_seconds / each[name].cpu_seconds for each in of_seeds]
     is_before = name == BEFORE
     return {
         "what learns": name,
         "of the parameters": "-" if is_before else f"{found[0].trained_share:.2%}",
         "loss, first text": each_and_change("first_loss"),
         "loss, second text": each_and_change("second_loss"),
-        "speed of a step": "-" if is_before else ", ".join(f"{each:.2f}" for each in times),
+        "speed of a step": "-" if is_before else f"{seconds[EVERYTHING] / seconds[name]:.2f}",
     }
 
 
 def archive(
-    of_seeds: Sequence[Mapping[str, Tuned]], rows: Sequence[Mapping[str, str]], told: Arguments
+    of_seeds: Sequence[Mapping[str, Tuned]],
+    seconds: Mapping[str, float],
+    rows: Sequence[Mapping[str, str]],
+    told: Arguments,
 ) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -233,6 +264,7 @@ def archive(
         "steps": [told.steps, told.fine_tune_steps],
         "tokens_of_a_step": SEQUENCES * SEQ_LEN,
         "learning_rate": told.learning_rate,
+        "cpu_seconds_of_a_step": dict(seconds),
         "table": list(rows),
         "runs": {
             str(seed): {name: asdict(tuned) for name, tuned in found.items()}
@@ -244,11 +276,12 @@ def archive(
 def main(arguments: Arguments) -> None:
     check_host()
     of_seeds = [tuned_from(seed, arguments) for seed in arguments.seeds]
-    rows = [row(name, of_seeds) for name in (BEFORE, *WAYS)]
+    seconds = step_seconds(arguments)
+    rows = [row(name, of_seeds, seconds) for name in (BEFORE, *WAYS)]
     steps = f"{arguments.steps} steps, then {arguments.fine_tune_steps}"
     display.print_table(rows, title=f"{steps}; seeds {', '.join(map(str, arguments.seeds))}")
     if arguments.json:
-        found = archive(of_seeds, rows, arguments)
+        found = archive(of_seeds, seconds, rows, arguments)
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
