@@ -146,6 +146,7 @@ SIZES = {
     "queries that are compressed": "q_lora_rank = 24\n",
     "more shared experts, another top-k": "num_shared_experts = 3\nrouter_top_k = 5\n",
     "dense layers": "n_dense_layers = 3\n",
+    "a precision of its own": 'compute_backend = "for_loop"\nexpert_precision = "float32"\n',
 }
 
 
