@@ -9,7 +9,7 @@ whole modules, is held out; the losses are those of ``ezpz-moe analyze`` on it. 
 the second text's is attributed on what is trained, by ``ezpz-moe analyze --attribute``.
 
 A step is timed in runs of their own, of all ways at once, so that what else the machine does slows
-them alike, and as what its process got of a CPU. Its first two steps, which allocate, are left out.
+them alike: the median of what its process got of a CPU, without the first steps, which allocate.
 Run it in one thread (OMP_NUM_THREADS=1).
 """
 
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -134,17 +135,18 @@ def tuned_from(seed: int, arguments: Arguments) -> dict[str, Tuned]:
 
 
 def step_seconds(arguments: Arguments) -> dict[str, float]:
-    """Seconds of a CPU that a step takes, by way: all of them train at once."""
+    """The median of the seconds of a CPU that a step takes, by way: all of them train at once."""
     seed = arguments.seeds[0]
     folder = arguments.out / f"seed_{seed}"
     flags = _flags_after(folder, seed, arguments)
 
     def timed(name: str) -> float:
         way = folder / f"timed_{_in_path(name)}"
-        _, first, *_, last = train(
-            {"tuned": FLAVOR}, way, TIMED_STEPS, flags=flags, tables=WAYS[name]
+        logged = train({"tuned": FLAVOR}, way, TIMED_STEPS, flags=flags, tables=WAYS[name])
+        # A median: what is imported late falls into one step.
+        return statistics.median(
+            step.cpu_seconds - before.cpu_seconds for before, step in pairwise(logged[1:])
         )
-        return (last.cpu_seconds - first.cpu_seconds) / (last.step - first.step)
 
     with ThreadPoolExecutor(len(WAYS)) as all_at_once:
         return dict(zip(WAYS, all_at_once.map(timed, WAYS), strict=True))
