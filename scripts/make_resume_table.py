@@ -228,8 +228,8 @@ JOB = [
     ),
     Change(
         "`training.steps` with `lr_scheduler.total_steps` as it was",
-        Setup(),
-        job(training__steps=9, lr_scheduler__total_steps=STEPS + 1),
+        job(lr_scheduler__total_steps=9),
+        job(training__steps=9, lr_scheduler__total_steps=9),
     ),
     Change("`optimizer.lr`", Setup(), job(optimizer__lr=2e-2)),
     Change(

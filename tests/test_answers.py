@@ -146,6 +146,7 @@ SIZES = {
     "queries that are compressed": "q_lora_rank = 24\n",
     "more shared experts, another top-k": "num_shared_experts = 3\nrouter_top_k = 5\n",
     "dense layers": "n_dense_layers = 3\n",
+    "a precision of its own": 'compute_backend = "for_loop"\nexpert_precision = "float32"\n',
 }
 
 
@@ -233,6 +234,33 @@ def test_a_degree_that_does_not_divide_the_experts_is_refused_early(flavor, degr
     job = Job(flavor, path=Path("mine"))
     with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
         early_refusals.refuse_sizes(job, ["--parallelism.expert-parallel-degree", degree])
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "said"),
+    [
+        (
+            {"total_steps": 50, "warmup_steps": 60},
+            ["--training.steps", "51"],
+            "50 is less than .* = 51: ",
+        ),
+        ({"total_steps": 50}, [], "training.steps = 10000"),  # the host's own number
+        (
+            {},
+            ["--lr_scheduler.total_steps=50"],
+            "mine and the command line: lr_sch.* after step 51",
+        ),
+        ({"total_steps": 50}, ["--training.steps", "50"], None),
+        ({"total_steps": 50}, ["--lr-scheduler.total-steps", "None"], None),
+        # The host shortens the warm-up, and says so.
+        ({"warmup_steps": 60}, ["--training.steps", "50"], None),
+    ],
+)
+def test_a_run_that_is_longer_than_its_schedule_is_refused_early(values, flags, said) -> None:
+    values = {f"lr_scheduler.{key}": value for key, value in values.items()}
+    job = Job("debugmodel_sdpa", path=Path("mine"), values=values)
+    with pytest.raises(EzpzError, match=said) if said else contextlib.nullcontext():
+        early_refusals.refuse_sizes(job, flags)
 
 
 VERSION = "cuda: Optional[str] = {}\nhip: Optional[str] = {}\nxpu: Optional[str] = {}\n"

@@ -34,6 +34,24 @@ def test_cuda_graphs_and_a_backend_that_copies_to_the_host():
     assert config("debugmodel", training__disable_cuda_graphs=False)
 
 
+def test_a_run_that_is_longer_than_its_schedule():
+    message = conflict(training__steps=11, lr_scheduler__total_steps=10)
+    assert "lr_scheduler.total_steps = 10 is less than training.steps = 11" in message
+    assert config(training__steps=10, lr_scheduler__total_steps=10)
+
+
+def test_after_the_end_of_its_schedule_the_host_has_no_rate():
+    """Why it is refused. The rate after ten steps is that of the eleventh."""
+    told = config(training__steps=10, lr_scheduler__warmup_steps=2)
+    assert host().learning_rate(told, 10) == 0
+    assert host().learning_rate(told, 11) < 0
+    told.lr_scheduler.decay_type = "cosine"
+    assert host().learning_rate(told, 11) > 0
+    told.lr_scheduler.warmup_steps = 10
+    with pytest.raises(AssertionError, match="decay_steps must not be zero"):
+        host().learning_rate(told, 11)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"expert_parallel_degree": 2}, {"pipeline_parallel_degree": 2}],

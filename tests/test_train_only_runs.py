@@ -1,7 +1,8 @@
 """``[train_only]`` in real runs of the trainer: what is frozen keeps its bits, what learns learns.
 
 Each run goes on from one checkpoint, with the moments of a run in which all learned, for ten steps:
-as one rank; expert parallel, fully sharded, compiled and checkpointed; tensor parallel.
+as one rank; expert parallel, fully sharded, compiled and checkpointed; tensor parallel; by more
+ranks than a layer has experts, of which FSDP shards the second dimension; in replicas of ranks.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from dialect import LENGTH, ON_0_2, SINCE_2026_08
 from torch.distributed.checkpoint import FileSystemReader
-from trainer_runs import EP_2, Runs, door_1, job_folder
+from trainer_runs import EP_2, Runs, at_once, door_1, job_folder
 
 if ON_0_2 or SINCE_2026_08:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
@@ -20,12 +21,14 @@ FLAVOR = """
 inherits = "tiny"
 n_layers = 3
 n_heads = 4
+num_experts = [8, 2]
+router_top_k = [3, 1]
 attention = "sdpa"
 compute_backend = "for_loop"
 expert_precision = "float32"
 """
-LEARNS = {"1": [2, 0], "2": [5]}
-TABLE = '[train_only]\nexperts = { "1" = [2, 0], "2" = [5] }\n'
+LEARNS = {"1": [2, 0], "2": [1]}
+TABLE = '[train_only]\nexperts = { "1" = [2, 0], "2" = [1] }\n'
 SAME = ["--same-sequences", "--training.global-batch-size", "4"]
 AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
 TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
@@ -33,6 +36,9 @@ TOKENS = 4 * LENGTH
 """That a gradient adds up in float32, each addition with a rounding of 2**-24."""
 SPLIT = "expert parallel, fully sharded, compiled, selective"
 TENSOR_PARALLEL = "tensor parallel"
+MORE_RANKS = "expert parallel, fully sharded in the second dimension"
+REPLICAS = "replicas, fully sharded in the second dimension"
+REPLICATED_2 = ["--parallelism.data-parallel-replicate-degree", "2"]
 BEFORE, AFTER = "step-3", "step-13"
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
@@ -72,6 +78,8 @@ def runs(folder) -> Runs:
     split = _only(folder, SPLIT, checkpointing="selective")
     runs.add(SPLIT, [*split, *EP_2, *AOT], ranks=2)
     runs.add(TENSOR_PARALLEL, [*_only(folder, TENSOR_PARALLEL), *TP_2], ranks=2)
+    runs.add(MORE_RANKS, [*_only(folder, MORE_RANKS), *EP_2, *at_once(1)], ranks=4)
+    runs.add(REPLICAS, [*_only(folder, REPLICAS), *REPLICATED_2, *at_once(1)], ranks=4)
     gates = '[train_only]\nrouter = true\nexperts = { "2" = [1] }\nanchor = 0.5\n'
     runs.add("gates", _only(folder, "gates", gates))
     return runs
@@ -107,19 +115,42 @@ def _moved(folder: Path, run: str) -> dict[str, list[int]]:
 STACKS = ("w1_EFD", "w2_EDF", "w3_EFD")
 
 
-@pytest.mark.parametrize("run", ["one rank", "path of the host", SPLIT, TENSOR_PARALLEL])
+OF_RANKS = [SPLIT, TENSOR_PARALLEL, MORE_RANKS, REPLICAS]
+OF_EXPERTS = "layers.{}.moe.routed_experts.inner_experts.{}"
+
+
+@pytest.mark.parametrize("run", ["one rank", "path of the host", *OF_RANKS])
 def test_what_is_frozen_keeps_its_bits(runs, folder, run):
     _, record = runs["all"], runs[run][0]
-    of_experts = "layers.{}.moe.routed_experts.inner_experts.{}"
     assert _moved(folder, run) == {
-        of_experts.format(layer, stack): sorted(experts)
+        OF_EXPERTS.format(layer, stack): sorted(experts)
         for layer, experts in LEARNS.items()
         for stack in STACKS
     }
     assert len(record["losses"]) == 10
 
 
-@pytest.mark.parametrize("run", [SPLIT, TENSOR_PARALLEL])
+@pytest.mark.parametrize(
+    ("run", "of_eight", "of_two"),
+    [
+        # Into how many parts E and F of a stack [E, F, D] are cut, of eight experts and of two.
+        (MORE_RANKS, (4, 1), (2, 2)),
+        # Two ranks share a replica: the host counts all four, which are more than two experts.
+        (REPLICAS, (2, 1), (1, 2)),
+    ],
+)
+def test_fsdp_shards_the_second_dimension_of_few_experts(runs, folder, run, of_eight, of_two):
+    """So that the runs above are about what they say."""
+    _, _ = runs["all"], runs[run]
+    reader = FileSystemReader(str(folder / run / "checkpoint" / AFTER))
+    entries = reader.read_metadata().state_dict_metadata
+    for layer, parts in zip(LEARNS, (of_eight, of_two), strict=True):
+        entry = entries[OF_EXPERTS.format(layer, "w1_EFD")]
+        shard = tuple(size // cut for size, cut in zip(entry.size, parts, strict=False))
+        assert {tuple(chunk.sizes[:2]) for chunk in entry.chunks} == {shard}
+
+
+@pytest.mark.parametrize("run", OF_RANKS)
 def test_what_learns_learns_the_same_however_it_is_split(runs, run):
     _, one, other = runs["all"], runs["one rank"][0], runs[run][0]
     # Of gradients the norms: to load its states, the host takes a first step without any.
@@ -145,7 +176,5 @@ def test_gates_learn_beside_an_expert(runs, folder):
     _, _ = runs["all"], runs["gates"]
     gates = {f"layers.{layer}.moe.router.gate.weight" for layer in (1, 2)}
     moved = _moved(folder, "gates")
-    assert moved.keys() - gates == {
-        f"layers.2.moe.routed_experts.inner_experts.{stack}" for stack in STACKS
-    }
+    assert moved.keys() - gates == {OF_EXPERTS.format(2, stack) for stack in STACKS}
     assert gates <= moved.keys()

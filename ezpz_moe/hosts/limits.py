@@ -65,6 +65,22 @@ def degree_problems(degree: int, experts: Mapping[str, int], flavor: str) -> Ite
     )
 
 
+def learning_rate_problems(steps: int, total_steps: int | None) -> Iterator[str]:
+    """Yield why a run cannot go on after its schedule's end.
+
+    Args:
+        steps: of the run.
+        total_steps: of the schedule of the learning rate; None: the run's.
+    """
+    if total_steps is not None and total_steps < steps:
+        yield (
+            f"lr_scheduler.total_steps = {total_steps} is less than training.steps = {steps}: "
+            f"after step {total_steps + 1} the trainer's learning rate would turn negative or rise "
+            "again, and without a decay the run would fail. Leave total_steps out, or set it to at "
+            f"least {steps}."
+        )
+
+
 def compile_problems(backend: str) -> Iterator[str]:
     """Yield why torch.compile has no such backend. It asks torch only about an unusual one."""
     if backend == "inductor":

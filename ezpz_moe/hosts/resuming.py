@@ -86,8 +86,8 @@ def rates_differ(step: int, *, saved: float, ours: float) -> str:
     return (
         f"the learning rate of step {step} is {saved:.6g} in the run that saved the checkpoint and "
         f"{ours:.6g} in this job's schedule, which holds from step {step + 1} on: training.steps, "
-        "[lr_scheduler] or optimizer.lr has changed. To keep the schedule of another number of "
-        "steps, set lr_scheduler.total_steps to it"
+        "[lr_scheduler] or optimizer.lr has changed. To keep the schedule of a longer run, set "
+        "lr_scheduler.total_steps to its number of steps"
     )
 
 

@@ -13,11 +13,12 @@ from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator
 from ezpz_moe.hosts.counts import counts_at_hand
-from ezpz_moe.hosts.limits import degree_problems, memory_problems
+from ezpz_moe.hosts.limits import degree_problems, learning_rate_problems, memory_problems
 from ezpz_moe.hosts.releases import facts
-from ezpz_moe.tools.trainer_settings import number, pipeline_degree
+from ezpz_moe.tools.trainer_settings import number, optional_number, pipeline_degree
 
 _DEGREE = "parallelism.expert_parallel_degree"
+_STEPS, _SCHEDULE = "training.steps", "lr_scheduler.total_steps"
 _BATCH, _LENGTH = "training.local_batch_size", "training.seq_len"
 _RUNS_EVERYWHERE = "sdpa"
 # With these the model may be another one, or stand for another machine.
@@ -43,16 +44,17 @@ def refuse_attention(job: Job, host_flags: Sequence[str]) -> None:
 
 
 def refuse_sizes(job: Job, host_flags: Sequence[str]) -> None:
-    """Refuse a batch that no machine can hold, and a degree that does not divide the experts.
+    """Refuse a batch that no machine can hold, a degree that does not divide the experts, and a run
+    that is longer than its schedule.
 
     Raises:
-        EzpzError: says what the batch would take, or which degrees do.
+        EzpzError: says what the batch would take, which degrees do, or where the schedule ends.
     """
     if _may_change_the_model(host_flags):
         return
     flavor = load_flavor(job.flavor, near=job.folder)
     where = f"{job.source} and the command line" if host_flags else job.source
-    for problems in (_of_batch, _of_degree):
+    for problems in (_of_batch, _of_degree, _of_schedule):
         for problem in problems(job, host_flags, flavor):
             raise EzpzError(f"{where}: {problem}")
 
@@ -75,6 +77,14 @@ def _of_degree(job: Job, host_flags: Sequence[str], flavor: Flavor) -> Iterator[
     degree, experts = number(job, host_flags, _DEGREE, default=1), _experts(flavor)
     if degree > 1 and experts:
         yield from degree_problems(degree, experts, flavor.name)
+
+
+def _of_schedule(job: Job, host_flags: Sequence[str], flavor: Flavor) -> Iterator[str]:
+    known = facts()
+    defaults = {row.path: row.value for row in known.settings} if known else {}
+    if _STEPS in defaults:
+        steps = number(job, host_flags, _STEPS, default=defaults[_STEPS])
+        yield from learning_rate_problems(steps, optional_number(job, host_flags, _SCHEDULE))
 
 
 def _experts(flavor: Flavor) -> Mapping[str, int]:

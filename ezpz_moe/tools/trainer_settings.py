@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ezpz_moe.config.job import Job
 from ezpz_moe.hosts.dcp.paths import complete_steps
@@ -19,10 +20,21 @@ def pipeline_degree(job: Job, host_flags: Sequence[str]) -> int:
 
 def number(job: Job, host_flags: Sequence[str], key: str, *, default: int) -> int:
     """Return an integer that the job or a flag of the trainer's says; a flag wins over the job."""
+    return _told(job, host_flags, key, int, default)
+
+
+def optional_number(job: Job, host_flags: Sequence[str], key: str) -> int | None:
+    """Return the same of a setting that is None unless it is said, which a flag may say again."""
+    return _told(job, host_flags, key, lambda said: None if said == "None" else int(said), None)
+
+
+def _told(
+    job: Job, host_flags: Sequence[str], key: str, read: Callable[[str], Any], default: Any
+) -> Any:
     parser = _parser()
     default = job.values.get(key, default)
-    parser.add_argument(*_spellings(key), dest="number", type=int, default=default)
-    return parser.parse_known_args(host_flags)[0].number
+    parser.add_argument(*_spellings(key), dest="told", type=read, default=default)
+    return parser.parse_known_args(host_flags)[0].told
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every archive of docs/internals/benchmarks, with its command; and the tables of two of them."""
+"""Every archive of docs/internals/benchmarks, with its command; and the tables of some of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tables
 
 PAGE = "docs/internals/benchmarks/index.md"
 METHODS = "docs/internals/benchmarks/methods.md"
+EXPERTS = "docs/guides/experts.md"
 ROUTING = "docs/reference/routing.md"
 NEIGHBOURS = "docs/internals/benchmarks/neighbours.json"
 
@@ -22,6 +23,7 @@ def made() -> dict[str, dict[str, str]]:
             "methods": _table("methods", "method"),
             "neighbours": tables.markdown(neighbours, right=neighbours[0].keys() - {"losses"}),
         },
+        EXPERTS: {"fine-tune": _table("fine_tune", "what learns")},
         ROUTING: {"rerouting": _table("rerouting", "strength")},
     }
 

@@ -24,7 +24,7 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
 from ezpz_moe.hosts.job_files import chat_problems, missing_files, vocabulary_problems
-from ezpz_moe.hosts.limits import compile_problems, memory_problems
+from ezpz_moe.hosts.limits import compile_problems, learning_rate_problems, memory_problems
 from ezpz_moe.hosts.our_texts import CHAT_FILE
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -237,6 +237,7 @@ def _batch(config: Trainer.Config) -> Batch:
 
 def _limits(config: Trainer.Config) -> Iterator[str]:
     yield from compile_problems(config.compile.backend)
+    yield from learning_rate_problems(config.training.steps, config.lr_scheduler.total_steps)
     if sizes := _sizes(config):
         together = titan().sequences(config.training, config.parallelism, data_ranks=1)
         setting, value = _batch(config).microbatch

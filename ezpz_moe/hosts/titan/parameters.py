@@ -36,6 +36,7 @@ def summarize(flavor: Flavor) -> ModelSummary:
                 "name": flavor.source.stem,
                 "attention": None,
                 "compute_backend": "grouped_mm",
+                "expert_precision": None,
             }
         )
     )

@@ -20,7 +20,12 @@ from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.backends import HOST_PATH
 from ezpz_moe.hosts.job_files import missing_files, vocabulary_problems
-from ezpz_moe.hosts.limits import compile_problems, degree_problems, memory_problems
+from ezpz_moe.hosts.limits import (
+    compile_problems,
+    degree_problems,
+    learning_rate_problems,
+    memory_problems,
+)
 from ezpz_moe.hosts.precision import experts_dtype
 from ezpz_moe.hosts.ranks import (
     Batch,
@@ -132,6 +137,8 @@ def _sequence_length(config: Any, args: Any) -> Iterator[str]:
 
 def _limits(config: Any, args: Any) -> Iterator[str]:
     yield from compile_problems(config.compile.backend)
+    total_steps = getattr(config.lr_scheduler, "total_steps", None)  # 0.2.1 has none
+    yield from learning_rate_problems(config.training.steps, total_steps)
     setting, value = _batch(config).microbatch
     yield from memory_problems(setting, value, value * config.training.seq_len, args.dim)
 
