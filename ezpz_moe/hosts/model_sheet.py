@@ -62,9 +62,10 @@ class Routed:
     is_one_node: bool
 
 
-@dataclass(frozen=True)
+# Compared as objects: thousands of cuts are looked up by these.
+@dataclass(frozen=True, eq=False)
 class Part:
-    """A layer, or one of the parts around the layers; equal ones are alike in everything.
+    """A layer, or one of the parts around the layers. Layers that are alike are one object.
 
     Attributes:
         weights: in the model's order.
@@ -132,7 +133,7 @@ class JobSheet:
     loss_chunks: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSheet:
     """A model as planning sees it.
 

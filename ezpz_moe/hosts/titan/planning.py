@@ -17,7 +17,6 @@ from torch import nn
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.config import ConfigManager
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.moe import MoE
 
@@ -151,14 +150,13 @@ def _parts(spec: Any, model: nn.Module, seq_len: int) -> dict[str, Part]:
     scores = _score_flops(spec, model, seq_len) / max(len(attentions), 1)
     attending = {_part(name) for name in attentions}
     moes = {_part(name): each for name, each in model.named_modules() if isinstance(each, MoE)}
-    return {
-        name: Part(
-            weights=tuple(own),
-            scores=scores if name in attending else 0.0,
-            routed=_routed(moes[name], spec.dim) if name in moes else None,
-        )
-        for name, own in weights.items()
-    }
+    alike: dict[Any, Part] = {}
+    found = {}
+    for name, own in weights.items():
+        routed = _routed(moes[name], spec.dim) if name in moes else None
+        fields = (tuple(own), scores if name in attending else 0.0, routed)
+        found[name] = alike.setdefault(fields, Part(*fields))
+    return found
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
@@ -194,7 +192,7 @@ def _split(module: nn.Module, name: str, parameter: nn.Parameter) -> int | None:
     layout = sharding.state_shardings.get(name) if sharding and sharding.state_shardings else None
     if layout is None:
         return None
-    of_tp = layout.axis_types.get(MeshAxisName.TP)
+    of_tp = {axis.value: each for axis, each in layout.axis_types.items()}.get("tp")
     return of_tp.dim % parameter.dim() if isinstance(of_tp, spmd.Shard) else None
 
 

@@ -52,6 +52,11 @@ class Cut:
         """Ranks that share an expert's weights under expert parallelism."""
         return self.dp_shard * self.tp // self.ep
 
+    @property
+    def layout(self) -> Cut:
+        """The same degrees alone, on which weights depend, and not on how a batch is cut."""
+        return replace(self, microbatch=1, microbatches=1, checkpointing="none")
+
     def __str__(self) -> str:
         return (
             f"dp_shard={self.dp_shard} dp_replicate={self.dp_replicate} tp={self.tp} pp={self.pp} "

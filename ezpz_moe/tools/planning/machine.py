@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import ceil, log2
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,6 +69,7 @@ class Machine(_Table):
 
     Attributes:
         name: for people.
+        device: what a rank is; a CPU may train in float32 where it only emulates bfloat16.
         ranks_per_node: ranks that share a node, unless the command line says.
         compute, memory: of a rank.
         node: links between the ranks of a node.
@@ -76,6 +78,7 @@ class Machine(_Table):
     """
 
     name: str
+    device: Literal["accelerator", "cpu"] = "accelerator"
     ranks_per_node: int = Field(ge=1)
     compute: Compute
     memory: Memory

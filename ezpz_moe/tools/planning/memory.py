@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, prod
 
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
@@ -77,22 +78,53 @@ def numel(shape: tuple[int, ...]) -> int:
 
 def states(sheet: ModelSheet, cut: Cut) -> list[Held]:
     """Return parameters and states of the first rank of every pipeline stage."""
-    return [_states(sheet, cut, own) for own in stage_parts(sheet, cut)]
+    return [stage_states(sheet, cut, parts) for parts in stage_parts(sheet, cut.pp)]
 
 
-def stage_parts(sheet: ModelSheet, cut: Cut) -> list[Counter[Part]]:
+@cache
+def stage_parts(sheet: ModelSheet, pp: int) -> list[Counter[Part]]:
     """Return of every pipeline stage its parts, and how often each is there."""
-    return [Counter(sheet.parts[name] for name in own) for own in stages(sheet, cut.pp) or ()]
+    return [Counter(sheet.parts[name] for name in own) for own in stages(sheet, pp) or ()]
 
 
-def _states(sheet: ModelSheet, cut: Cut, parts: Counter[Part]) -> Held:
+@cache
+def unlike_stages(sheet: ModelSheet, pp: int) -> dict[int, Counter[Part]]:
+    """Return the stages of which no earlier one has the same parts, by number."""
+    found: dict[int, Counter[Part]] = {}
+    for stage, parts in enumerate(stage_parts(sheet, pp)):
+        if parts not in found.values():
+            found[stage] = parts
+    return found
+
+
+def stage_states(sheet: ModelSheet, cut: Cut, parts: Counter[Part]) -> Held:
+    """Return parameters and states of the first rank of a stage."""
     parameters = held = 0
     for part, times in parts.items():
-        for weight in part.weights:
-            number = times * numel(shard_shape(sheet, part, weight, cut))
-            parameters += number
-            held += number * (STATES_PER_PARAMETER if weight.learns else 1)
+        number, learned = shard_numbers(sheet, cut.layout, part)
+        parameters += times * number
+        held += times * (number + (STATES_PER_PARAMETER - 1) * learned)
     return Held(parameters, held * sheet.job.weight_bytes)
+
+
+@cache
+def shard_numbers(
+    sheet: ModelSheet, layout: Cut, part: Part, is_expert: bool | None = None
+) -> tuple[int, int]:
+    """Return the numbers in the first rank's shards of a part, and those of them that learn.
+
+    Args:
+        sheet: the job's.
+        layout: of a cut.
+        part: of the model.
+        is_expert: whether only weights of routed experts count, or only others; None: all.
+    """
+    number = learned = 0
+    for weight in part.weights:
+        if is_expert in (None, weight.is_expert):
+            size = numel(shard_shape(sheet, part, weight, layout))
+            number, learned = number + size, learned + size * weight.learns
+    return number, learned
 
 
 def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
@@ -104,14 +136,18 @@ def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
         imbalance: rows of the busiest rank's experts over the mean.
     """
     found = []
-    for stage, parts in enumerate(stage_parts(sheet, cut)):
-        held = _states(sheet, cut, parts)
+    # Of stages that are alike the earliest holds the most microbatches.
+    for stage, parts in unlike_stages(sheet, cut.pp).items():
+        held = stage_states(sheet, cut, parts)
         in_flight = microbatches_in_flight(sheet.job.schedule, stage, cut.pp, cut.microbatches)
-        kept = sum(n * kept_bytes(sheet, cut, part, imbalance) for part, n in parts.items())
+        kept = sum(
+            times * _kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
+            for part, times in parts.items()
+        )
         # Under full checkpointing one layer at a time is computed again, with all of its tensors.
         again = 0.0
         if cut.checkpointing != "none":
-            again = max(_layer_bytes(sheet, cut, part, "none", imbalance) for part in parts)
+            again = max(_kept_bytes(sheet, cut, part, "none", imbalance) for part in parts)
         activations = int(in_flight * kept + again + _loss_bytes(sheet, cut, stage))
         found.append(
             Held(held.parameters, held.states, activations, _gathered(sheet, cut, parts))
@@ -119,15 +155,14 @@ def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
     return max(found, key=lambda held: held.total)
 
 
-def kept_bytes(sheet: ModelSheet, cut: Cut, part: Part, imbalance: float) -> float:
-    """Return estimated bytes that forward of a microbatch leaves of a part for backward."""
-    return _layer_bytes(sheet, cut, part, cut.checkpointing, imbalance)
-
-
-def _layer_bytes(
+def _kept_bytes(
     sheet: ModelSheet, cut: Cut, part: Part, checkpointing: str, imbalance: float
 ) -> float:
-    """Inputs and outputs of products; with "selective" outputs; with "full" the layer's input."""
+    """Return estimated bytes that forward of a microbatch leaves of a part for backward.
+
+    Without checkpointing the inputs and outputs of products, with "selective" the outputs, with
+    "full" a layer's input.
+    """
     tokens, size = cut.microbatch * sheet.job.seq_len, sheet.job.compute_bytes
     stream = sheet.dim / (cut.tp if sheet.job.sequence_parallel else 1)
     if part is sheet.parts.get(HEAD) or checkpointing == "full":
@@ -188,12 +223,14 @@ def reshards(sheet: ModelSheet, cut: Cut) -> bool:
 
 def _gathered(sheet: ModelSheet, cut: Cut, parts: Counter[Part]) -> int:
     """Return bytes of gathered weights: of two parts at a time, or of all if none lets go."""
-    sizes = [
-        sum(numel(tp_shape(weight, cut)) for weight in part.weights if _is_sharded(weight, cut))
-        for part in parts.elements()
-    ]
+    sizes = [_gathered_numbers(cut.layout, part) for part in parts.elements()]
     at_once = sorted(sizes)[-2:] if reshards(sheet, cut) else sizes
     return sum(at_once) * sheet.job.compute_bytes
+
+
+@cache
+def _gathered_numbers(layout: Cut, part: Part) -> int:
+    return sum(numel(tp_shape(each, layout)) for each in part.weights if _is_sharded(each, layout))
 
 
 def _is_sharded(weight: Weight, cut: Cut) -> bool:

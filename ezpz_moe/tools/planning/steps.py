@@ -14,7 +14,7 @@ from ezpz_moe.hosts.accounting import BACKWARD
 from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, ModelSheet, Part
 from ezpz_moe.tools.planning.cuts import Cut
 from ezpz_moe.tools.planning.machine import Machine, seconds, tier_in_words
-from ezpz_moe.tools.planning.memory import stage_parts, states
+from ezpz_moe.tools.planning.memory import stage_states, unlike_stages
 from ezpz_moe.tools.planning.traffic import EP, FSDP, HSDP, PP, TP, traffic
 
 PRODUCTS, EXPERTS, ATTENTION = "dense products", "routed experts", "attention scores"
@@ -61,9 +61,8 @@ def step_time(
         ranks_per_node: ranks that share a node.
         imbalance: rows of the busiest rank's experts over the mean.
     """
-    shards = states(sheet, cut)
     found = []
-    for stage, parts in enumerate(stage_parts(sheet, cut)):
+    for stage, parts in unlike_stages(sheet, cut.pp).items():
         terms = compute_terms(sheet, cut, parts, on, imbalance)
         for each in traffic(sheet, cut, parts, stage):
             tier = tier_in_words(ranks_per_node, each.size, each.stride)
@@ -71,9 +70,8 @@ def step_time(
             one = seconds(on, ranks_per_node, each.kind, each.size, each.stride, each.sent)
             waits = imbalance if each.purpose == EP else 1
             terms[name] = terms.get(name, 0) + each.times * one * waits
-        size = sheet.job.weight_bytes
-        passed = _PASSES_OVER_STATES * shards[stage].parameters * size
-        terms[OPTIMIZER] = passed / on.memory.bandwidth
+        passed = _PASSES_OVER_STATES * stage_states(sheet, cut, parts).parameters
+        terms[OPTIMIZER] = passed * sheet.job.weight_bytes / on.memory.bandwidth
         found.append(_stage_time(cut, terms))
     return max(found, key=lambda time: time.predicted)
 

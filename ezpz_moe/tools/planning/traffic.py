@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
-from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, NORM, ModelSheet, Part
+from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, NORM, ModelSheet, Part, Weight
 from ezpz_moe.tools.planning.cuts import Cut, expert_group
 from ezpz_moe.tools.planning.load import distinct_ranks
-from ezpz_moe.tools.planning.memory import numel, reshards, shard_shape
+from ezpz_moe.tools.planning.memory import numel, reshards, shard_numbers
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, SEND = "all-to-all", "send"
@@ -89,9 +88,9 @@ def _of_fsdp(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Collective]:
     gathered = passes * _gathers(sheet, cut, part)
     for is_expert in (False, True):
         size, stride = _fsdp_group(cut, is_expert)
-        own = [weight for weight in part.weights if weight.is_expert == is_expert]
-        padded = size * sum(numel(shard_shape(sheet, part, each, cut)) for each in own)
-        learned = size * sum(numel(shard_shape(sheet, part, w, cut)) for w in own if w.learns)
+        # Padded: every rank's shard is as large as the first one's.
+        shard, learns = shard_numbers(sheet, cut.layout, part, is_expert)
+        padded, learned = size * shard, size * learns
         yield Collective(FSDP, GATHER, size, stride, padded * sheet.job.compute_bytes, gathered)
         yield Collective(FSDP, SCATTER, size, stride, learned * sheet.job.reduce_bytes, passes)
         yield Collective(
@@ -144,8 +143,52 @@ def _of_experts(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Collective]
 
 
 def _of_tensor_parallel(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Collective]:
-    """Activations around split products."""
-    return iter(())
+    """Activations around split products, gradients of what is not split, and the loss."""
+    gathers, scatters = _around_products(sheet, cut, part)
+    # Backward has the opposite of each. What checkpointing computes again it also gathers again,
+    # and with "full" scatters again.
+    again = (cut.checkpointing != "none") * _is_layer(part)
+    gathered = gathers * (1 + again) + scatters
+    scattered = scatters * (1 + again * (cut.checkpointing == "full")) + gathers
+    of_tp = (cut.tp, 1)
+    stream = _stream(sheet, cut)
+    yield Collective(TP, GATHER, *of_tp, stream, cut.microbatches * gathered)
+    yield Collective(TP, SCATTER, *of_tp, stream, cut.microbatches * scattered)
+    whole = sum(numel(w.shape) for w in part.weights if w.learns and _is_whole(w))
+    yield Collective(TP, REDUCE, *of_tp, whole * sheet.job.compute_bytes, cut.microbatches)
+    if part == sheet.parts.get(HEAD):
+        # Of every token the largest logit, the sum of exponentials, and the label's logit.
+        figures = cut.microbatch * sheet.job.seq_len * _FIGURE
+        yield Collective(TP, REDUCE, *of_tp, 3 * figures, cut.microbatches)
+
+
+_FIGURE = 4
+"""Bytes of a float32."""
+
+
+def _is_whole(weight: Weight) -> bool:
+    """Return whether every rank of a tensor-parallel group has all of a weight."""
+    return weight.split is None and not weight.is_expert
+
+
+def _is_layer(part: Part) -> bool:
+    return bool(part.scores)
+
+
+def _around_products(sheet: ModelSheet, cut: Cut, part: Part) -> tuple[int, int]:
+    """Return how often forward gathers the residual stream of a part, and scatters it."""
+    if part == sheet.parts.get(EMBEDDINGS):
+        return 0, 1
+    if part == sheet.parts.get(NORM):
+        return 1, 0
+    found = {weight.component for weight in part.weights}
+    gathers = scatters = ("attention projections" in found) + ("dense FFN" in found)
+    shared = "shared experts" in found
+    if part.routed is None:
+        return gathers, scatters
+    if cut.ep > 1:  # experts take what the rank has of the sequence
+        return gathers + shared, scatters + shared
+    return gathers + 1, scatters + 1 + shared
 
 
 def _stream(sheet: ModelSheet, cut: Cut) -> int:
