@@ -96,7 +96,7 @@ def run(arguments: list[str]) -> dict:
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
     later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
     ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3);
-    ``--count-collectives`` records the operator, the shape and the bytes of all that training sends;
+    ``--count-collectives`` records operator, shape and bytes of all that training sends;
     ``--side-stream`` has shared experts started first as on a device with streams, and records of
     how many rows (torchtitan 0.3).
     """

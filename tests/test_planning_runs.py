@@ -5,7 +5,6 @@ All in float32 over gloo, two ranks, the model of tests/data/tiny.
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from dialect import ON_0_2, SINCE_2026_08

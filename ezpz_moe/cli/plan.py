@@ -106,8 +106,8 @@ def _print_plan(config: str, found: Plan) -> None:
     )
     display.print_line(
         f"{len(found.rows)} of {found.legal} cuts that the trainer accepts fit in "
-        f"{display.gibibytes(int(found.on.memory.size))}. \"Overlapped\" is a step whose "
-        "collectives all hide behind computation, \"serial\" one where none does. These are "
+        f'{display.gibibytes(int(found.on.memory.size))}. "Overlapped" is a step whose '
+        'collectives all hide behind computation, "serial" one where none does. These are '
         "predictions; docs/guides/plan.md says of what, and of what not."
     )
     if found.own:
@@ -151,7 +151,9 @@ def _print_comparison(choice: str, best: Row, other: Row) -> None:
 def _compared(best: Row, other: Row) -> Iterator[dict[str, str]]:
     names = dict.fromkeys([*best.time.terms, *other.time.terms])
     sizes = {name: (best.time.terms.get(name, 0), other.time.terms.get(name, 0)) for name in names}
-    for name, (ours, theirs) in sorted(sizes.items(), key=lambda each: -abs(each[1][1] - each[1][0])):
+    for name, (ours, theirs) in sorted(
+        sizes.items(), key=lambda each: -abs(each[1][1] - each[1][0])
+    ):
         if ours or theirs:
             more = theirs - ours
             yield {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, NORM, ModelSheet, Part
@@ -52,7 +53,7 @@ class Cut:
         """Ranks that share an expert's weights under expert parallelism."""
         return self.dp_shard * self.tp // self.ep
 
-    @property
+    @cached_property
     def layout(self) -> Cut:
         """The same degrees alone, on which weights depend, and not on how a batch is cut."""
         return replace(self, microbatch=1, microbatches=1, checkpointing="none")
@@ -223,5 +224,3 @@ def matches(cut: Cut, choice: dict[str, str]) -> bool:
     """Return whether a cut is the one, or one of those, that a choice such as tp=2 names."""
     names = {"ac": "checkpointing"}
     return all(str(getattr(cut, names.get(key, key))) == value for key, value in choice.items())
-
-

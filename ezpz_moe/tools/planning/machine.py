@@ -115,7 +115,9 @@ def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
-def seconds(on: Machine, ranks_per_node: int, kind: str, size: int, stride: int, sent: float) -> float:
+def seconds(
+    on: Machine, ranks_per_node: int, kind: str, size: int, stride: int, sent: float
+) -> float:
     """Return the time of one collective.
 
     Rings for all-gather and reduce-scatter, which pass (n - 1) / n of the whole on every link; an

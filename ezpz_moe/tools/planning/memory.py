@@ -10,7 +10,6 @@ token, V = vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
@@ -149,9 +148,7 @@ def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
         if cut.checkpointing != "none":
             again = max(_kept_bytes(sheet, cut, part, "none", imbalance) for part in parts)
         activations = int(in_flight * kept + again + _loss_bytes(sheet, cut, stage))
-        found.append(
-            Held(held.parameters, held.states, activations, _gathered(sheet, cut, parts))
-        )
+        found.append(Held(held.parameters, held.states, activations, _gathered(sheet, cut, parts)))
     return max(found, key=lambda held: held.total)
 
 
@@ -235,5 +232,3 @@ def _gathered_numbers(layout: Cut, part: Part) -> int:
 
 def _is_sharded(weight: Weight, cut: Cut) -> bool:
     return (expert_group(cut) if weight.is_expert else cut.dp_shard) > 1
-
-

@@ -219,7 +219,7 @@ def _why_not(found: Plan, named: Mapping[str, str]) -> str:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """Return a row as plain values: seconds and bytes."""
+    """Return a row as plain values: milliseconds and bytes."""
     time = row.time
     return {
         **asdict(row.cut),
@@ -227,10 +227,10 @@ def as_json(row: Row) -> dict[str, Any]:
         "state_bytes": row.held.states,
         "activation_bytes": row.held.activations,
         "gathered_bytes": row.held.gathered,
-        "seconds": time.predicted,
-        "seconds_if_all_overlaps": time.best,
-        "seconds_if_nothing_overlaps": time.worst,
+        "step_ms": 1000 * time.predicted,
+        "step_ms_if_all_overlaps": 1000 * time.best,
+        "step_ms_if_nothing_overlaps": 1000 * time.worst,
         "tokens_per_second_and_rank": row.tokens_per_second,
         "limited_by": time.limited_by,
-        "terms": dict(time.terms),
+        "terms_ms": {name: 1000 * seconds for name, seconds in time.terms.items()},
     }

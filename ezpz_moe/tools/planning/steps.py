@@ -123,7 +123,9 @@ def _stage_time(cut: Cut, terms: dict[str, float]) -> StepTime:
     """Add up a stage's terms, with the bubble: the other stages' share before and after it."""
     computed = sum(terms.get(name, 0) for name in _COMPUTE)
     waited = sum(s for name, s in terms.items() if name.startswith((f"{EP}:", f"{TP}:", f"{PP}:")))
-    hidden = sum(s for name, s in terms.items() if name.startswith(tuple(f"{o}:" for o in _OVERLAPPED)))
+    hidden = sum(
+        s for name, s in terms.items() if name.startswith(tuple(f"{o}:" for o in _OVERLAPPED))
+    )
     bubble = (cut.pp - 1) / cut.microbatches
     if cut.pp > 1:
         terms[BUBBLE] = bubble * (computed + waited)
