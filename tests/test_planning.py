@@ -60,8 +60,6 @@ def test_flops_are_those_that_describe_counts(config):
         # More ranks than experts: their width is sharded.
         (DEBUG, layout(dp_shard=32, ep=4), 0),
         (DEBUG, layout(dp_shard=8, tp=2, ep=8), 0),
-        # Replicas count as ranks without expert parallelism.
-        (DEBUG, layout(dp_shard=8, dp_replicate=2, tp=2), 0),
         # An uneven shard of everything, in the last stage.
         (DEBUG, layout(dp_shard=3, pp=4), 3),
         (GPT_OSS, layout(dp_shard=4, tp=2, ep=2), 0),
@@ -76,11 +74,17 @@ def test_parameters_and_states_are_those_that_preflight_builds(config, cut, stag
 
 
 @pytest.mark.usefixtures("forked_processes")
-def test_experts_that_fsdp_cannot_share_evenly_are_refused_by_both():
-    cut = layout(dp_shard=48)
+@pytest.mark.parametrize(
+    # Replicas count as ranks too: 12 are more than the eight experts.
+    "cut",
+    [layout(dp_shard=48), layout(dp_shard=3, dp_replicate=4)],
+    ids=str,
+)
+def test_experts_that_fsdp_cannot_share_evenly_are_refused_by_both(cut):
     assert "even" in _built(DEBUG, cut, 0).error
     assert [*cuts.problems(sheet_of(DEBUG), cut)] == [
-        "dp_shard=48 with ep=1 cuts an expert's 256 rows into 48, which FSDP can do only evenly"
+        f"dp_shard={cut.dp_shard} with ep=1 cuts an expert's 256 rows into {cut.dp_shard}, which "
+        "FSDP can do only evenly"
     ]
 
 

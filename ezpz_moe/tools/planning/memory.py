@@ -226,6 +226,12 @@ def _gathered(sheet: ModelSheet, cut: Cut, parts: Counter[Part]) -> int:
 
 
 @cache
+def expert_numbers(layout: Cut, part: Part) -> int:
+    """Return how many numbers of routed experts a rank multiplies by, gathered."""
+    return sum(numel(tp_shape(each, layout)) for each in part.weights if each.is_expert)
+
+
+@cache
 def _gathered_numbers(layout: Cut, part: Part) -> int:
     return sum(numel(tp_shape(each, layout)) for each in part.weights if _is_sharded(each, layout))
 

@@ -14,7 +14,7 @@ from ezpz_moe.hosts.accounting import BACKWARD
 from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, ModelSheet, Part
 from ezpz_moe.tools.planning.cuts import Cut
 from ezpz_moe.tools.planning.machine import Machine, seconds, tier_in_words
-from ezpz_moe.tools.planning.memory import stage_states, unlike_stages
+from ezpz_moe.tools.planning.memory import expert_numbers, stage_states, unlike_stages
 from ezpz_moe.tools.planning.traffic import EP, FSDP, HSDP, PP, TP, traffic
 
 PRODUCTS, EXPERTS, ATTENTION = "dense products", "routed experts", "attention scores"
@@ -80,30 +80,38 @@ def compute_terms(
     sheet: ModelSheet, cut: Cut, parts: Counter[Part], on: Machine, imbalance: float
 ) -> dict[str, float]:
     """Return seconds of computation in a step, by class of operators."""
-    tokens = cut.microbatch * cut.microbatches * sheet.job.seq_len
-    peak = on.compute.bfloat16 if sheet.job.compute_bytes == 2 else on.compute.float32
     forward = dict.fromkeys((PRODUCTS, EXPERTS, ATTENTION), 0.0)
     again = 0.0
     for part, times in parts.items():
-        own = {
-            PRODUCTS: _product_flops(cut, part) / on.compute.products,
-            EXPERTS: _expert_flops(part) / cut.tp / on.compute.experts,
-            ATTENTION: part.scores / cut.tp / on.compute.attention,
-        }
-        for name, flops in own.items():
-            forward[name] += times * flops * tokens / peak
+        own = _forward_seconds(sheet, cut, part, on)
+        for name, one in own.items():
+            forward[name] += times * cut.microbatches * one
         # Checkpointing wraps layers, and nothing around them.
         if cut.checkpointing == "full" and part not in (
             sheet.parts.get(EMBEDDINGS),
             sheet.parts.get(HEAD),
         ):
-            again += times * sum(own.values()) * tokens / peak
+            again += times * cut.microbatches * sum(own.values())
     terms = {name: (1 + BACKWARD) * each for name, each in forward.items()}
     if again:
         terms[RECOMPUTED] = again
     if imbalance > 1:
         terms[IMBALANCE] = (imbalance - 1) * terms[EXPERTS]
     return terms
+
+
+def _forward_seconds(sheet: ModelSheet, cut: Cut, part: Part, on: Machine) -> dict[str, float]:
+    """Return seconds of a part's forward for a microbatch, by class of operators."""
+    tokens = cut.microbatch * sheet.job.seq_len
+    peak = on.compute.bfloat16 if sheet.job.compute_bytes == 2 else on.compute.float32
+    # Few rows for each expert: then reading their weights takes longer than multiplying.
+    read = expert_numbers(cut.layout, part) * sheet.job.compute_bytes / on.memory.bandwidth
+    multiplied = tokens * _expert_flops(part) / cut.tp / peak / on.compute.experts
+    return {
+        PRODUCTS: tokens * _product_flops(cut, part) / peak / on.compute.products,
+        EXPERTS: max(multiplied, read),
+        ATTENTION: tokens * part.scores / cut.tp / peak / on.compute.attention,
+    }
 
 
 def _product_flops(cut: Cut, part: Part) -> float:
