@@ -36,7 +36,7 @@ class PlanCommand(Inspected):
     """The name of a flavor, or the path to a job's TOML. It comes first."""
     ranks_per_node: int | None = None
     """Assume that so many ranks share a node. Default: as many as the machine has."""
-    machine: str = "h100"
+    machine: Annotated[str, arg(metavar="NAME|FILE.toml")] = "h100"
     """Assume this machine: h100, a100, pvc, mi300, or a TOML file with your own figures."""
     load: Annotated[str, arg(metavar="balanced|zipf1|RUN")] = "balanced"
     """Assume this load of the experts: even, falling as 1 / n, or as in a run's records."""
@@ -52,7 +52,13 @@ class PlanCommand(Inspected):
                 "plan: how many ranks? Give --world-size, or --nproc and --nnodes as in train."
             )
         from ezpz_moe.hosts.jobs import find_job
+        from ezpz_moe.tools.planning.cuts import parsed_choice
+        from ezpz_moe.tools.planning.machine import machine
 
+        # Before torch is imported: a mistake is reported at once.
+        on = machine(self.machine)
+        if self.why is not None:
+            parsed_choice(self.why)
         job, flags = find_job(self.config), list(self.host_flags)
         with display.status("Comparing cuts"):
             import_host()
@@ -64,7 +70,7 @@ class PlanCommand(Inspected):
                 flags,
                 world_size=world_size,
                 ranks_per_node=self.ranks_per_node,
-                on=self.machine,
+                on=on,
                 load=self.load,
             )
             other = best_with(found, self.why) if self.why and found.rows else None

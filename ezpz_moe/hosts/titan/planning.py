@@ -22,7 +22,17 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name
-from ezpz_moe.hosts.model_sheet import Degrees, JobSheet, ModelSheet, Part, Routed, Weight
+from ezpz_moe.hosts.model_sheet import (
+    EMBEDDINGS,
+    HEAD,
+    NORM,
+    Degrees,
+    JobSheet,
+    ModelSheet,
+    Part,
+    Routed,
+    Weight,
+)
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.titan.anatomy import _score_flops
 from ezpz_moe.hosts.titan.command import named
@@ -57,11 +67,17 @@ def model_sheet(config: str, host_flags: list[str], *, is_cpu: bool = False) -> 
         model = spec.build()
     attentions = [node for _, node, _, _ in spec.traverse(BaseAttention.Config)]
     backends = {each.compute_backend for each in model.modules() if isinstance(each, Selector)}
+    parts = _parts(spec, model, told.training.seq_len)
+    if unknown := [name for name in parts if not _is_planned(name)]:
+        raise EzpzError(
+            f"{config}: this model has a part {unknown[0]!r}, which is not planned. `ezpz-moe "
+            "preflight` builds one cut."
+        )
     return ModelSheet(
         flavor=told.model_spec.flavor,
         dim=spec.dim,
         n_layers=len(spec.layers),
-        parts=_parts(spec, model, told.training.seq_len),
+        parts=parts,
         heads=tuple(_heads(attentions)),
         backend=", ".join(sorted(backends)),
         is_tied=bool(getattr(spec, "enable_weight_tying", False)),
@@ -157,6 +173,10 @@ def _parts(spec: Any, model: nn.Module, seq_len: int) -> dict[str, Part]:
         fields = (tuple(own), scores if name in attending else 0.0, routed)
         found[name] = alike.setdefault(fields, Part(*fields))
     return found
+
+
+def _is_planned(part: str) -> bool:
+    return part in (EMBEDDINGS, NORM, HEAD) or part.startswith("layers.")
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:

@@ -10,11 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, NORM, ModelSheet, Part
 
 CHECKPOINTING = ("none", "selective", "full")
 PIPELINED = ("1f1b", "gpipe")
 """Schedules of which it is known how many microbatches a rank holds."""
+
+CHOICES = ("dp_shard", "dp_replicate", "tp", "pp", "ep", "microbatch", "ac")
+"""What a choice may name."""
 
 _MICROBATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -224,3 +228,25 @@ def matches(cut: Cut, choice: dict[str, str]) -> bool:
     """Return whether a cut is the one, or one of those, that a choice such as tp=2 names."""
     names = {"ac": "checkpointing"}
     return all(str(getattr(cut, names.get(key, key))) == value for key, value in choice.items())
+
+
+def parsed_choice(choice: str) -> dict[str, str]:
+    """Return what ``tp=2 ep=8`` names.
+
+    Raises:
+        EzpzError: it is not written so, or names what is no choice.
+    """
+    found = {}
+    for word in choice.replace(",", " ").split():
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise EzpzError(f"--why {choice!r}: write a choice as tp=2, several as 'tp=2 ep=8'.")
+        if name not in CHOICES:
+            raise EzpzError(
+                f"--why {choice!r}: {name!r} is no choice.{did_you_mean(name, CHOICES)} There are "
+                f"{', '.join(CHOICES)}."
+            )
+        found[name] = value
+    if not found:
+        raise EzpzError("--why: name a choice, such as tp=2.")
+    return found

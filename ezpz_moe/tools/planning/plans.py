@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.model_sheet import ModelSheet
-from ezpz_moe.tools.planning.cuts import Cut, global_batch, job_cut, legal_cuts, matches, problems
+from ezpz_moe.tools.planning.cuts import (
+    Cut,
+    global_batch,
+    job_cut,
+    legal_cuts,
+    matches,
+    parsed_choice,
+    problems,
+)
 from ezpz_moe.tools.planning.load import Loads, loads, rank_imbalance
-from ezpz_moe.tools.planning.machine import Machine, machine
+from ezpz_moe.tools.planning.machine import Machine
 from ezpz_moe.tools.planning.memory import Held, fullest
 from ezpz_moe.tools.planning.steps import StepTime, step_time
-
-CHOICES = ("dp_shard", "dp_replicate", "tp", "pp", "ep", "microbatch", "ac")
-"""What a choice may name."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def plan(
     *,
     world_size: int,
     ranks_per_node: int | None,
-    on: str,
+    on: Machine,
     load: str,
 ) -> Plan:
     """Compare all cuts of a job.
@@ -84,21 +89,21 @@ def plan(
         host_flags: the trainer's own flags, which override the job.
         world_size: ranks of the run.
         ranks_per_node: ranks that share a node; None: as many as the machine says.
-        on: a machine's name, or the path of its file.
+        on: the machine.
         load: "balanced", "zipf1", or a recorded run.
 
     Raises:
-        EzpzError: the job, the machine or the load is wrong, or the ranks do not fill the nodes.
+        EzpzError: the job or the load is wrong, or the ranks do not fill the nodes.
     """
-    known, of_run = machine(on), loads(load)
-    per_node = min(ranks_per_node or known.ranks_per_node, world_size)
+    of_run = loads(load)
+    per_node = min(ranks_per_node or on.ranks_per_node, world_size)
     if per_node < 1 or world_size % per_node:
         raise EzpzError(
             f"--world-size {world_size}: is no multiple of the {per_node} ranks of a node "
             "(--ranks-per-node)."
         )
-    sheet = host().planning().model_sheet(config, host_flags, is_cpu=known.device == "cpu")
-    return ranked(sheet, known, world_size, per_node, load, of_run)
+    sheet = host().planning().model_sheet(config, host_flags, is_cpu=on.device == "cpu")
+    return ranked(sheet, on, world_size, per_node, load, of_run)
 
 
 def ranked(
@@ -161,28 +166,6 @@ def _row(
     time = step_time(sheet, cut, on, ranks_per_node, imbalance)
     tokens = cut.microbatch * cut.microbatches * cut.data_ranks * sheet.job.seq_len
     return Row(cut, held, time, tokens / cut.ranks / time.predicted)
-
-
-def parsed_choice(choice: str) -> dict[str, str]:
-    """Return what ``tp=2 ep=8`` names.
-
-    Raises:
-        EzpzError: it is not written so, or names what is no choice.
-    """
-    found = {}
-    for word in choice.replace(",", " ").split():
-        name, equals, value = word.partition("=")
-        if not equals or not value:
-            raise EzpzError(f"--why {choice!r}: write a choice as tp=2, several as 'tp=2 ep=8'.")
-        if name not in CHOICES:
-            raise EzpzError(
-                f"--why {choice!r}: {name!r} is no choice.{did_you_mean(name, CHOICES)} There are "
-                f"{', '.join(CHOICES)}."
-            )
-        found[name] = value
-    if not found:
-        raise EzpzError("--why: name a choice, such as tp=2.")
-    return found
 
 
 def best_with(found: Plan, choice: str) -> Row:
