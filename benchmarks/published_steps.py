@@ -16,8 +16,9 @@ from ezpz_moe.tools.planning.cuts import Cut
 from ezpz_moe.tools.planning.machine import machine
 from ezpz_moe.tools.planning.plans import predicted
 
-AUTOMODEL = "NeMo AutoModel, docs/performance-summary.md of 2025-10-02, DGX H100, bfloat16"
-REPORT = "DeepSeek-V3 technical report (arXiv 2412.19437), 2048 H800, FP8, DualPipe"
+# docs/performance-summary.md of its repository, of 2025-10-02; and arXiv 2412.19437, table 1.
+AUTOMODEL = "NeMo AutoModel, DGX H100, bfloat16"
+REPORT = "DeepSeek-V3 report, H800, FP8"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ ROWS = (
 JOB_120B = """\
 [model]
 name = "ezpz_moe"
-flavor = "of_120b"
+flavor = "gpt_oss_120b"
 """
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     print("| model | ranks | cut | reported tokens/s/rank | predicted | ratio | source |")
     print("|---|---:|---|---:|---:|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "of_120b.toml").write_text('base = "gpt_oss/120b"\n')
+        (Path(folder) / "gpt_oss_120b.toml").write_text('base = "gpt_oss/120b"\n')
         (Path(folder) / "120b.toml").write_text(JOB_120B)
         for row in ROWS:
             config = str(Path(folder, row.model)) if row.model.endswith(".toml") else row.model
