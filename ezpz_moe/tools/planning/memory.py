@@ -190,11 +190,10 @@ def _in_and_out(weight: Weight, cut: Cut) -> tuple[float, float]:
 def _of_experts(part: Part, weight: Weight, is_all: bool) -> float:
     """Return the numbers per token of one stack of experts' matrices [E, out, in]."""
     assert part.routed is not None
-    given, taken = weight.shape[-2:]
-    width, rows = part.routed.row_width, part.routed.top_k
+    (given, taken), rows = weight.shape[-2:], part.routed.top_k
     if part.routed.is_one_node:
-        # As one node it keeps gate and up alone, beside the tokens that it got.
-        return rows * given if given != width else min(rows, 1) * given
+        # One node keeps gate and up of every row, and returns one row for a token.
+        return rows * given if weight.split == 1 else given
     return rows * (given + is_all * taken)
 
 
