@@ -329,7 +329,10 @@ def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
         (["--world-size", "8", "--why", "ep=3"], "ep=3 does not divide the"),
         (["--world-size", "8", "--machine", "h10"], "there is no such machine"),
         (
-            ["--world-size", "8", "--parallelism.context-parallel-degree", "2"],
+            [
+                *("--world-size", "8", "--parallelism.context-parallel-degree", "2"),
+                *("--parallelism.spmd-backend", "partial_dtensor"),
+            ],
             "context parallelism is not planned",
         ),
     ],

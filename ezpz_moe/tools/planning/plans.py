@@ -186,8 +186,8 @@ def best_with(found: Plan, choice: str) -> Row:
         )
     raise EzpzError(
         f"--why {choice!r}: the host accepts no cut with it on {found.world_size} ranks, "
-        f"{found.ranks_per_node} in a node, with {found.sequences} sequences in a step."
-        f"{_why_not(found, named)}"
+        f"{found.ranks_per_node} in a node, with {found.sequences} sequences in a step"
+        f"{_why_not(found, named)}."
     )
 
 
@@ -198,7 +198,7 @@ def _why_not(found: Plan, named: Mapping[str, str]) -> str:
     own = found.rows[0].cut
     degrees = {key: int(value) for key, value in named.items() if key in ("tp", "pp", "ep")}
     reasons = list(problems(found.sheet, Cut(**{**asdict(own), **degrees})))
-    return f" {reasons[0][0].upper()}{reasons[0][1:]}." if reasons else ""
+    return f": {reasons[0]}" if reasons else ""
 
 
 def as_json(row: Row) -> dict[str, Any]:
