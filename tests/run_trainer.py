@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.titan.base import titan
@@ -83,7 +85,7 @@ def is_titan_0_2() -> bool:
 
 
 def run(arguments: list[str]) -> dict:
-    """Train as ``torchtitan.train`` would, but for nine flags of our own.
+    """Train as ``torchtitan.train`` would, but for ten flags of our own.
 
     ``--rounding-noise=SEED`` perturbs the experts' outputs; ``--skewed-routing``, for a seed
     checkpoint, has every token choose the same experts; ``--count-on-cpu`` lets 0.2's own models
@@ -94,6 +96,7 @@ def run(arguments: list[str]) -> dict:
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
     later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
     ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3);
+    ``--count-collectives`` records operator, shape and bytes of all that training sends;
     ``--side-stream`` has shared experts started first as on a device with streams, and records of
     how many rows (torchtitan 0.3).
     """
@@ -143,7 +146,12 @@ def run(arguments: list[str]) -> dict:
     _record_gradients(trainer, record)
     _record_metrics(trainer.metrics_processor, record)
     record["first_parameters"] = _digests(trainer)
-    trainer.train()
+    if "--count-collectives" in own_flags:
+        with Collectives() as counting:
+            trainer.train()
+        record["collectives"] = counting.seen
+    else:
+        trainer.train()
     record["parameters"] = _digests(trainer)
     record["biases"] = {
         name: buffer.clone()
@@ -193,7 +201,7 @@ def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our flags with their values, and the other arguments."""
     own = ("--rounding-noise", "--skewed-routing", "--count-on-cpu")
     own += ("--same-sequences", "--documents", "--infinite-logit", "--layers", "--tiny-bases")
-    own += ("--count-sent", "--side-stream")
+    own += ("--count-sent", "--count-collectives", "--side-stream")
     ours = [argument for argument in arguments if argument.startswith(own)]
     flags = {flag: value for flag, _, value in (each.partition("=") for each in ours)}
     return flags, [argument for argument in arguments if argument not in ours]
@@ -243,6 +251,25 @@ def _count_sent(sent: list) -> None:
         return all_to_all_single(rows, *arguments, **more)
 
     pytest.MonkeyPatch().setattr(token_dispatcher, "all_to_all_single", counting)
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the operator, the shape and the bytes of the tensor of every collective.
+
+    Of a tensor that is gathered, or scattered, the whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...], int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+            whole = max(tensors, key=torch.Tensor.numel)
+            name = str(func).split(".")[1].strip("_")
+            self.seen.append((name, tuple(whole.shape), whole.numel() * whole.itemsize))
+        return func(*args, **(kwargs or {}))
 
 
 def _have_streams(patch: pytest.MonkeyPatch) -> list:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Anatomy,
         Memory,
         Overrides,
+        Planning,
         StateDictAdapter,
         TrainerConfig,
     )
@@ -245,7 +246,7 @@ class Host(ABC):
         """Return door 2: it puts a backend into any config of the host.
 
         Raises:
-            EzpzError: this host has no such part; the next four methods raise the same.
+            EzpzError: this host has no such part; the next five methods raise the same.
         """
         self._lacks("overrides")
 
@@ -256,6 +257,10 @@ class Host(ABC):
     def memory(self) -> Memory:
         """Return the part that counts what a rank holds, for ``ezpz-moe describe``."""
         self._lacks("memory")
+
+    def planning(self) -> Planning:
+        """Return the part that fills in a model's sheet, for ``ezpz-moe plan``."""
+        self._lacks("planning")
 
     def analysis(self) -> Analysis:
         """Return the part that runs the model on a text: ``ezpz-moe analyze`` and ``generate``."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ezpz_moe.config.flavor_schema import ExpertPrecision, Routed
     from ezpz_moe.config.flavors import Flavor
     from ezpz_moe.hosts import accounting
+    from ezpz_moe.hosts.model_sheet import ModelSheet
     from ezpz_moe.hosts.rank_report import RankReport
 
 # --- the host's own types -----------------------------------------------------------------------
@@ -164,6 +165,24 @@ class Memory(Protocol):
         self, config: str, host_flags: list[str], world_size: int, rank: int
     ) -> RankReport:
         """Report the same with torch's kernels on the CPU."""
+
+
+class Planning(Protocol):
+    """Fills in what planning computes with."""
+
+    def model_sheet(
+        self, config: str, host_flags: list[str], *, is_cpu: bool = False
+    ) -> ModelSheet:
+        """Return the sheet of a job's model, after the trainer's own flags.
+
+        Args:
+            config: a flavor's name or the path of a job's TOML.
+            host_flags: the trainer's own flags, which override the job.
+            is_cpu: whether the run's ranks are CPUs like this one.
+
+        Raises:
+            EzpzError: the job is wrong, or has what is not planned.
+        """
 
 
 class Tokenizer(Protocol):

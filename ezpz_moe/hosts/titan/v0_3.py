@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from ezpz_moe.config.keys import Keys
     from ezpz_moe.hosts.architecture import Architecture
     from ezpz_moe.hosts.model_summary import ModelSummary
-    from ezpz_moe.hosts.parts import Analysis, Anatomy, Memory, Overrides, StateDictAdapter
+    from ezpz_moe.hosts.parts import (
+        Analysis,
+        Anatomy,
+        Memory,
+        Overrides,
+        Planning,
+        StateDictAdapter,
+    )
     from ezpz_moe.hosts.rank_report import RankReport
     from ezpz_moe.hosts.setting import Setting
     from ezpz_moe.hosts.titan.job import JobConfig
@@ -180,6 +187,11 @@ class Titan03(Titan):
         with self.importing():
             from ezpz_moe.hosts.titan import memory
         return memory
+
+    def planning(self) -> Planning:
+        with self.importing():
+            from ezpz_moe.hosts.titan import planning
+        return planning
 
     def analysis(self) -> Analysis:
         with self.importing():

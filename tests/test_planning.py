@@ -1,0 +1,351 @@
+"""Planning: what a cut holds is what preflight finds, and the arithmetic around it."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from telemetry_cases import layer, record
+
+from ezpz_moe import cli
+from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.errors import DEBUG_VARIABLE, EzpzError
+from ezpz_moe.hosts.detect import host
+from ezpz_moe.hosts.jobs import find_job
+from ezpz_moe.hosts.model_sheet import ModelSheet
+from ezpz_moe.hosts.titan.v0_3 import Titan03
+
+if type(host()) is not Titan03:
+    pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
+
+from ezpz_moe.telemetry import json_lines
+from ezpz_moe.tools import preflight
+from ezpz_moe.tools.planning import cuts, load, machine, memory, plans, steps, written
+from ezpz_moe.tools.planning.cuts import Cut
+
+DEBUG, GPT_OSS = "debugmodel_sdpa_for_loop", "gpt_oss_debugmodel_sdpa"
+_SHEETS: dict[str, ModelSheet] = {}
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "0")
+
+
+def sheet_of(config: str) -> ModelSheet:
+    if config not in _SHEETS:
+        _SHEETS[config] = host().planning().model_sheet(config, [])
+    return _SHEETS[config]
+
+
+def layout(dp_shard=1, dp_replicate=1, tp=1, pp=1, ep=1) -> Cut:
+    return Cut(dp_shard, dp_replicate, tp, pp, ep, 1, 1, "none")
+
+
+@pytest.mark.parametrize("config", [DEBUG, GPT_OSS, "qwen3_debugmodel_sdpa"])
+def test_flops_are_those_that_describe_counts(config):
+    sheet = sheet_of(config)
+    flavor = load_flavor(find_job(config).flavor)
+    counted = host().anatomy().anatomy(flavor, sheet.job.seq_len)
+    assert sheet.forward == pytest.approx(counted.total.forward, rel=1e-12)
+    numbers = sum(memory.numel(w.shape) for part in sheet.parts.values() for w in part.weights)
+    assert numbers == counted.total.parameters
+
+
+@pytest.mark.usefixtures("forked_processes")
+@pytest.mark.parametrize(
+    ("config", "cut", "stage"),
+    [
+        # More ranks than experts: their width is sharded.
+        (DEBUG, layout(dp_shard=32, ep=4), 0),
+        (DEBUG, layout(dp_shard=8, tp=2, ep=8), 0),
+        # An uneven shard of everything, in the last stage.
+        (DEBUG, layout(dp_shard=3, pp=4), 3),
+        (GPT_OSS, layout(dp_shard=4, tp=2, ep=2), 0),
+    ],
+    ids=str,
+)
+def test_parameters_and_states_are_those_that_preflight_builds(config, cut, stage):
+    built = _built(config, cut, stage)
+    assert built.error == ""
+    held = memory.states(sheet_of(config), cut)[stage]
+    assert (held.parameters, held.states) == (built.parameters, built.state_bytes)
+
+
+@pytest.mark.usefixtures("forked_processes")
+@pytest.mark.parametrize(
+    # Replicas count as ranks too: 12 are more than the eight experts.
+    "cut",
+    [layout(dp_shard=48), layout(dp_shard=3, dp_replicate=4)],
+    ids=str,
+)
+def test_experts_that_fsdp_cannot_share_evenly_are_refused_by_both(cut):
+    assert "even" in _built(DEBUG, cut, 0).error
+    assert [*cuts.problems(sheet_of(DEBUG), cut)] == [
+        f"dp_shard={cut.dp_shard} with ep=1 cuts an expert's 256 rows into {cut.dp_shard}, which "
+        "FSDP can do only evenly"
+    ]
+
+
+def _built(config, cut, stage):
+    flags = {
+        "data-parallel-replicate": cut.dp_replicate,
+        "tensor-parallel": cut.tp,
+        "pipeline-parallel": cut.pp,
+        "expert-parallel": cut.ep,
+    }
+    words = [[f"--parallelism.{name}-degree", str(degree)] for name, degree in flags.items()]
+    rank = stage * cut.ranks // cut.pp
+    return preflight.in_a_process(
+        preflight._run_rank, config, list(itertools.chain(*words)), cut.ranks, rank
+    )
+
+
+def test_stages_are_the_hosts():
+    from torchtitan.distributed.pipeline_parallel import _generate_llm_fqn_per_model_part
+
+    sheet = sheet_of(DEBUG)
+    for layers, pp, less in itertools.product((1, 3, 6, 61), range(1, 9), ((1, 1), (0, 2))):
+        other = replace(sheet, n_layers=layers, job=replace(sheet.job, less_layers=less))
+        try:
+            theirs = _generate_llm_fqn_per_model_part(pp, layers, *less)
+        except ValueError:
+            theirs = None
+        assert cuts.stages(other, pp) == theirs
+
+
+def test_every_cut_uses_all_ranks_and_the_same_batch_and_the_list_is_whole():
+    sheet = sheet_of(DEBUG)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=2))
+    found = list(cuts.legal_cuts(sheet, 8, ranks_per_node=4))
+    assert len(set(found)) == len(found)
+    assert {cut.ranks for cut in found} == {8}
+    assert {cut.microbatch * cut.microbatches * cut.data_ranks for cut in found} == {16}
+    layouts = {cut.layout for cut in found}
+    # Among all degrees, these are what the rules leave: eight heads' divisors within a node, ...
+    every = (
+        layout(shard, replicas, tp, pp, ep)
+        for shard, replicas, tp, pp, ep in itertools.product((1, 2, 4, 8), repeat=5)
+        if shard * replicas * tp * pp == 8 and tp <= 4
+    )
+    assert layouts == {cut for cut in every if not [*cuts.problems(sheet, cut)]}
+    assert {cut.tp for cut in layouts} == {1, 2, 4}
+    assert {cut.ep for cut in layouts} == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (layout(tp=32), "tp=32 does not divide the 16 attention heads"),
+        (layout(dp_shard=4, ep=8), "ep=8 does not divide the 4 ranks of dp_shard x tp"),
+        (layout(dp_shard=16, ep=16), "ep=16 does not divide the 8 experts"),
+        (layout(pp=16), "pp=16 does not fit 6 layers"),
+    ],
+)
+def test_what_the_host_refuses_is_said(cut, words):
+    assert words in list(cuts.problems(sheet_of(DEBUG), cut))
+
+
+def test_more_checkpointing_keeps_less_and_a_pipeline_holds_several_microbatches():
+    sheet = sheet_of(DEBUG)
+    cut = replace(layout(dp_shard=2), microbatches=4)
+    kept = [
+        memory.fullest(sheet, replace(cut, checkpointing=mode)).activations
+        for mode in ("full", "selective", "none")
+    ]
+    assert kept == sorted(set(kept))
+    piped = replace(layout(pp=2), microbatches=4)
+    alone = replace(piped, microbatches=1)
+    one, several = (memory.fullest(sheet, each).activations for each in (alone, piped))
+    assert 1.5 < several / one < 2  # the first stage holds two; the logits, once, are the last's
+
+
+MADE = machine.Machine(
+    name="made up",
+    ranks_per_node=4,
+    compute={"bfloat16": 1e12, "float32": 1e11, "products": 0.5, "experts": 0.25, "attention": 1},
+    memory={"size": 1e12, "bandwidth": 1e12},
+    node={"bandwidth": 2e9, "achieved": 0.5, "latency": 1e-3},
+    network={"bandwidth": 1e8, "achieved": 1, "latency": 1e-2},
+    sources={},
+)
+"""1 GB/s in a node, 0.1 GB/s between nodes."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "stride", "expected"),
+    [
+        ("all-gather", 4, 1, 2 * 1e-3 + 0.75),
+        ("all-reduce", 4, 1, 2 * (2 * 1e-3 + 0.75)),
+        # Two of a node: the ring has both of their cards.
+        ("reduce-scatter", 4, 2, 2 * 1e-2 + 0.75 * 1e9 / 2e8),
+        ("all-to-all", 8, 1, 3 * 1e-2 + 0.5 * 1e9 / 1e8),
+        ("send", 2, 4, 1e-2 + 10),
+        ("send", 2, 2, 1e-3 + 1),
+    ],
+)
+def test_the_time_of_a_gigabyte(kind, size, stride, expected):
+    assert machine.seconds(MADE, 4, kind, size, stride, 1e9) == pytest.approx(expected)
+
+
+def test_the_time_of_a_step_is_flops_over_rates_and_the_bubble():
+    sheet = sheet_of(DEBUG)
+    cut = replace(layout(pp=2), microbatches=3)
+    time = steps.step_time(sheet, cut, MADE, 4, imbalance=1.5)
+    tokens = 3 * sheet.job.seq_len
+    slowest = memory.stage_parts(sheet, 2)[1]
+    of_experts = sum(
+        n * weight.forward
+        for part, n in slowest.items()
+        for weight in part.weights
+        if weight.is_expert
+    )
+    seconds = 3 * of_experts * tokens / 1e12 / 0.25
+    assert time.terms["routed experts"] == pytest.approx(seconds)
+    assert time.terms["imbalance of the experts"] == pytest.approx(seconds / 2)
+    rest = sum(s for name, s in time.terms.items() if name not in ("optimizer", "pipeline bubble"))
+    assert time.terms["pipeline bubble"] == pytest.approx(rest / 3)
+    assert time.worst == pytest.approx(sum(time.terms.values()))
+    assert time.best <= time.predicted <= time.worst
+
+
+def test_fsdp_hides_behind_computation_and_all_to_all_does_not():
+    terms = {"dense products": 3.0, "FSDP: all-gather": 2.0, "experts: all-to-all": 1.0}
+    time = steps._stage_time(layout(), dict(terms))
+    assert (time.best, time.predicted, time.worst) == (3, 4, 6)
+    time = steps._stage_time(layout(), terms | {"FSDP: all-gather": 5.0})
+    assert (time.best, time.predicted, time.worst) == (6, 6, 9)
+
+
+def test_zipf_is_known_where_nothing_is_chance():
+    harmonic = sum(1 / n for n in range(1, 9))
+    assert load.zipf_imbalance(8, 8) == pytest.approx(8 / harmonic)
+    assert load.zipf_imbalance(8, 1) == 1
+    pairs = [
+        load.max_over_mean([1 / n for n in order], 2)
+        for order in itertools.permutations(range(1, 7))
+    ]
+    # 256 draws of a figure whose deviation is below 0.2.
+    mean = sum(pairs) / len(pairs)
+    assert load.zipf_imbalance(6, 2) == pytest.approx(mean, abs=4 * 0.2 / 256**0.5)
+
+
+def test_distinct_ranks_by_counting():
+    chosen = list(itertools.combinations(range(8), 3))
+    mean = sum(len({expert // 2 for expert in each}) for each in chosen) / len(chosen)
+    assert load.distinct_ranks(8, 3, ranks=4) == pytest.approx(mean)
+
+
+def test_the_load_of_a_run_is_that_of_its_last_record_by_rank(tmp_path):
+    json_lines.append(tmp_path / "telemetry.jsonl", record(layer((9, 1)), step=1, steps=1))
+    json_lines.append(tmp_path / "telemetry.jsonl", record(layer((3, 1)), step=2, steps=1))
+    assert load.loads(str(tmp_path)) == [(3, 1)]
+    assert load.loads("balanced") is None
+    with pytest.raises(EzpzError, match=r"--load nowhere: is neither balanced nor zipf1"):
+        load.loads("nowhere")
+    assert load.rank_imbalance("run", [(3, 1, 0, 0), (1, 1, 1, 1)], 4, 2) == (2 + 1) / 2
+    with pytest.raises(EzpzError, match="the run had 4 experts in a layer, and this model has 8"):
+        load.rank_imbalance("run", [(3, 1, 0, 0)], 8, 2)
+
+
+@pytest.mark.parametrize("name", machine.names())
+def test_every_figure_of_a_machine_has_a_source(name):
+    known = machine.machine(name)
+    assert {"bfloat16", "float32", "memory", "node", "network", "achieved"} == set(known.sources)
+
+
+def test_a_wrong_machine_is_said_in_a_line(tmp_path):
+    with pytest.raises(EzpzError, match=r"--machine 'h10'.* Did you mean 'h100'\?"):
+        machine.machine("h10")
+    text = (machine.FOLDER / "h100.toml").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("products = 0.65", "products = 1.5"))
+    with pytest.raises(EzpzError, match=r"mine.toml: compute.products: .*less than or equal to 1"):
+        machine.machine(str(path))
+
+
+JOB = """\
+# ours
+[model]
+name = "ezpz_moe"
+flavor = "debugmodel_sdpa"
+[training]
+local_batch_size = 4 # as it was
+seq_len = 128
+[parallelism]
+expert_parallel_degree = 2
+"""
+
+
+def test_a_cut_is_written_into_the_job_and_the_rest_stays(tmp_path):
+    (tmp_path / "job.toml").write_text(JOB)
+    job = find_job(str(tmp_path / "job.toml"))
+    cut = Cut(2, 1, 2, 2, 4, 2, 8, "full")
+    out = tmp_path / "new" / "cut.toml"
+    written.write_job(out, job, [], cut)
+    assert out.read_text().startswith("# ours\n[model]\nname")
+    values = find_job(str(out)).values
+    assert values["training.seq_len"] == 128
+    assert values["training.local_batch_size"] == 16
+    assert values["training.global_batch_size"] == 32
+    assert values["parallelism.pipeline_parallel_microbatch_size"] == 2
+    assert values["activation_checkpoint.mode"] == "full"
+    assert plans.job_cut(host().planning().model_sheet(str(out), []), 8) == cut
+    with pytest.raises(EzpzError, match="is there already, and nothing is overwritten"):
+        written.write_job(out, job, [], cut)
+    with pytest.raises(EzpzError, match="would not be in it"):
+        written.write_job(tmp_path / "other.toml", job, ["--training.steps", "3"], cut)
+    assert not (tmp_path / "other.toml").exists()
+
+
+def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text(JOB)
+    command = ["plan", "job.toml", "--world-size", "8", "--why", "tp=2", "--load", "zipf1"]
+    assert cli.main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    times = [row["step_ms"] for row in told["best"]]
+    assert times == sorted(times)
+    assert told["sequences"] == 32
+    assert told["with_choice"]["tp"] == 2
+    assert told["own"]["ep"] == 2
+    assert cli.main([*command, "--out", "best.toml"]) == 0
+    said = capsys.readouterr().out
+    best = told["best"][0]
+    assert (
+        f"dp_shard={best['dp_shard']} dp_replicate={best['dp_replicate']} tp={best['tp']}" in said
+    )
+    assert "slower than the best" in said
+    assert Path("best.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "plan: how many ranks? Give --world-size"),
+        (["--world-size", "12"], "--world-size 12: is no multiple of the 8 ranks of a node"),
+        (["--world-size", "8", "--why", "tq=2"], "'tq' is no choice. There are dp_shard"),
+        (["--world-size", "8", "--why", "ep=3"], "ep=3 does not divide the"),
+        (["--world-size", "8", "--machine", "h10"], "there is no such machine"),
+        (
+            [
+                *("--world-size", "8", "--parallelism.context-parallel-degree", "2"),
+                *("--parallelism.spmd-backend", "partial_dtensor"),
+            ],
+            "context parallelism is not planned",
+        ),
+    ],
+)
+def test_mistakes_are_said_in_a_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", DEBUG, *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_a_model_that_fits_nowhere_is_an_answer(capsys):
+    assert cli.main(["plan", "671B_sdpa", "--world-size", "8"]) == 1
+    assert "None of the" in capsys.readouterr().out
