@@ -58,10 +58,10 @@ reference: $(INSTALLED)
 	$(VENV)/bin/python scripts/make_moving_tables.py
 	$(VENV)/bin/python scripts/make_routing_tables.py
 
-# Again whenever the dependencies change.
+# Again whenever the dependencies change. Of what is installed, Python compiles what it imports.
 $(INSTALLED): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --no-compile --editable '.[dev]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
     nox                                        the releases below
     nox -s smoke                               a few tests with those that are not installed
+    nox -s "smoke_of(host='0.2.2')"            with one of them
     nox -s "release(host='0.2.2')"             one of them
     nox -s checkout -- /path/to/torchtitan     a checkout
     nox -s torchao                             what needs torchao's quantization
@@ -10,7 +11,10 @@ Every host gets an environment of a megabyte in front of the one that nox runs i
 plugin and test tools they share.
 """
 
+import subprocess
+import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -19,7 +23,8 @@ import tomli
 RELEASES = ("0.2.1", "0.2.2", "0.3.0")
 OTHERS = RELEASES[:-1]  # the last is what `make test` runs with
 TORCHAO = "0.18.0"
-PYTEST = ("python", "-m", "pytest", "-n", "auto", "--dist", "loadfile")
+PYTEST = ("python", "-m", "pytest")
+PARALLEL = ("-n", "auto", "--dist", "loadfile")
 PARENT = sysconfig.get_path("purelib")
 
 nox.options.sessions = ["release"]
@@ -37,10 +42,28 @@ def release(session: nox.Session, host: str) -> None:
     _test(session, env={"EZPZ_MOE_PYTHON_0_2": str(older)} if older.exists() else {})
 
 
+@nox.session(python=False)
+def smoke(session: nox.Session) -> None:
+    """Run what tells quickest that a release of torchtitan no longer works."""
+
+    def run(host: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nox", "--session", f"smoke_of(host={host!r})"]
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+
+    with ThreadPoolExecutor() as pool:
+        ran = list(pool.map(run, OTHERS))
+    for each in ran:
+        session.log("%s", each.stdout)
+    if failed := [host for host, each in zip(OTHERS, ran, strict=True) if each.returncode]:
+        session.error(f"failed with torchtitan {', '.join(failed)}")
+
+
 @nox.session
 @nox.parametrize("host", OTHERS)
-def smoke(session: nox.Session, host: str) -> None:
-    """Run what tells quickest that a release of torchtitan no longer works."""
+def smoke_of(session: nox.Session, host: str) -> None:
+    """Run it with one release, in one process: most of the time is its imports."""
     _install(session, host)
     session.run(*PYTEST, "-m", "smoke and not full", "tests/hosts")
 
@@ -64,7 +87,7 @@ def torchao(session: nox.Session) -> None:
     """Run what needs torchao, with the installed torchtitan."""
     session.install("--no-deps", f"torchao=={TORCHAO}")
     _see(session)
-    session.run(*PYTEST, "-m", "full or not full", "tests/test_torchao.py")
+    session.run(*PYTEST, *PARALLEL, "-m", "full or not full", "tests/test_torchao.py")
     session.run("python", "scripts/make_neighbour_table.py", "--check")
 
 
@@ -72,7 +95,7 @@ def _test(session: nox.Session, env: dict[str, str] | None = None) -> None:
     """Run the tests, and record how they went; the recording fails where a test did."""
     report = Path(session.create_tmp(), "hosts.xml")
     session.run(
-        *(*PYTEST, "-m", "full or not full", "tests/hosts"),
+        *(*PYTEST, *PARALLEL, "-m", "full or not full", "tests/hosts"),
         *("--junitxml", str(report)),
         env=env,
         success_codes=[0, 1],

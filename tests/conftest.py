@@ -64,6 +64,14 @@ def _measurements_are_the_tests_own(
     monkeypatch.setenv("EZPZ_MOE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _slow_machines_are_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a command that takes ten seconds there would write a line of progress to stderr."""
+    from ezpz_moe.cli import display
+
+    monkeypatch.setattr(display, "PATIENCE", 3600.0)
+
+
 @pytest.fixture
 def in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that torchrun started; mistakes are raised, not printed."""

@@ -31,6 +31,8 @@ UPSTREAM = {
     "qwen3": 'base = "qwen3/debugmodel_moe"',
     "gpt_oss": 'base = "gpt_oss/debugmodel"',
 }
+LAYERS = 3
+"""Of those: two have experts in each of them."""
 
 
 def small_model(folder: Path, tables: str, base: str = 'inherits = "tiny"'):
@@ -39,9 +41,11 @@ def small_model(folder: Path, tables: str, base: str = 'inherits = "tiny"'):
     (folder / "mine.toml").write_text(f'{base}\nattention = "sdpa"\n{tables}\n')
     from ezpz_moe.hosts.titan.models import model_spec
 
-    spec = model_spec(load_flavor("mine", near=folder))
+    model = model_spec(load_flavor("mine", near=folder)).model
+    if base in UPSTREAM.values():  # as large as the host has it, but not as deep
+        model.layers = model.layers[:LAYERS]
     torch.manual_seed(0)
-    built = spec.model.build()
+    built = model.build()
     built.init_weights(buffer_device=torch.device("cpu"))
     return built.train()
 

@@ -40,7 +40,6 @@ JOB = Path(__file__).parent.parent / "flavors" / "jobs" / "debug_cpu.toml"
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command changes for its process is for its process only."""
     monkeypatch.setenv(DEBUG_VARIABLE, "0")
-    monkeypatch.setattr(display, "PATIENCE", 3600.0)  # no line of progress on a slow machine
     monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
 
 

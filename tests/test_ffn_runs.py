@@ -79,7 +79,13 @@ SPLIT = [
 ]
 
 
-@pytest.mark.parametrize("split", SPLIT)
+# test_latent_runs.py compiles experts with all of this, and in a latent, in the short check.
+over_splits = pytest.mark.parametrize(
+    "split", [pytest.param(SPLIT[0], marks=pytest.mark.full), SPLIT[1]]
+)
+
+
+@over_splits
 def test_gradients_are_those_of_one_rank(runs, split):
     (plain,), (of_rank, _) = runs["plain"], runs[split]
     differences = compare_gradients(of_rank["gradients"], plain["gradients"])
@@ -87,7 +93,7 @@ def test_gradients_are_those_of_one_rank(runs, split):
     assert max(differences.values()) <= TOKENS * 2.0**-24
 
 
-@pytest.mark.parametrize("split", SPLIT)
+@over_splits
 def test_what_steps_make_of_biases_is_that_of_one_rank(runs, split):
     """A bias begins as zero: only later losses tell whether it is added once."""
     (plain,), (of_rank, _) = runs["plain"], runs[split]

@@ -39,6 +39,7 @@ TOKENS = 4 * LENGTH
 """That a gradient, or a loss, adds up in float32, each addition with a rounding of 2**-24."""
 
 SPLIT = {
+    "expert parallel, microbatches, full": ([*at_once(1), *EP_2], "full"),
     "fully sharded, microbatches, full": ([*at_once(1)], "full"),
     "expert parallel, compiled, selective": ([*EP_2, *AOT], "selective"),
     "tensor parallel, full": (TP_2, "full"),
@@ -49,7 +50,8 @@ SPLIT = {
     ),
     "all DTensor, selective": (["--parallelism.spmd-backend", "full_dtensor"], "selective"),
 }
-IN_SHORT = ("fully sharded", "expert parallel", "tensor parallel, full")
+IN_SHORT = ("expert parallel, microbatches", "tensor parallel, full")
+"""Under expert parallelism all else is fully sharded; ``test_compiled_layers.py`` compiles."""
 EVERY_SPLIT = [
     pytest.param(name, marks=() if name.startswith(IN_SHORT) else pytest.mark.full)
     for name in SPLIT

@@ -1,5 +1,7 @@
 """Experts in a latent in real runs of the trainer: sharded, split, compiled, recomputed, resumed.
 
+They have all that experts can have: another FFN, biases, gated shared experts.
+
 All of it at once, in as few runs as show it: every run trains on the same sequences, from the same
 initial values, so that each has the losses and gradients of the plain one.
 """
@@ -35,6 +37,11 @@ n_heads = 4
 attention = "sdpa"
 compute_backend = "for_loop"
 expert_precision = "float32"
+expert_activation = "relu2"
+expert_bias = true
+ffn_activation = "geglu"
+shared_hidden_dim = 96
+shared_gate = true
 moe_latent_dim = {Z}
 """
 
@@ -77,13 +84,14 @@ def runs(folder) -> Runs:
 def test_gradients_are_those_of_one_rank(runs, split):
     (plain,), (of_rank, _) = runs[EQUALS[split]], runs[split]
     differences = compare_gradients(of_rank["gradients"], plain["gradients"])
-    assert any(name.endswith("descend.weight") for name in differences)
+    for own in ("descend.weight", "b2_ED", "shared_experts.gate.weight"):
+        assert any(name.endswith(own) for name in differences)
     assert max(differences.values()) <= TOKENS * 2.0**-24
     assert of_rank["losses"] == pytest.approx(plain["losses"], rel=TOKENS * 2.0**-24)
 
 
 def test_scores_on_inputs_are_another_model(runs):
-    """Whose small scores count twice where a SwiGLU is nearly a square."""
+    """Whose small scores count twice in a square."""
     (after,), (before,) = runs["plain"], runs["plain, before"]
     assert after["first_parameters"] == before["first_parameters"]
     differences = compare_gradients(before["gradients"], after["gradients"])

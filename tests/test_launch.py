@@ -330,10 +330,24 @@ def test_a_mistake_in_the_job_costs_no_import_of_torch(job):
 
 
 @pytest.mark.train
-def test_two_ranks_train_and_rank_0_is_shown(job):
-    """The flags after the job win; the workers leave nothing behind."""
-    code, out, err = finish(start(job, 2, "--training.steps", "2", python=sys.executable))
-    assert code == 0, err
+def test_two_ranks_train_and_rank_0_is_shown_until_they_are_interrupted(job):
+    """Ctrl-C ends the workers without tracebacks, and nothing is left behind."""
+    process = start(job, 2, "--training.steps", "1000", python=sys.executable)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(r"step:\s+2\b", line):
+            break
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2, lines
+    process.send_signal(signal.SIGINT)
+    code, rest, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert "Traceback" not in rest + err
+    assert "stopped by SIGINT. Nothing was saved, because checkpoints are off" in err
+    out = "".join(lines)
     assert re.findall(r"step:\s+(\d+)", out) == ["1", "2"]
     threads = max(1, torch.get_num_threads() // 2)
     assert f", {threads} thread" in out
@@ -348,6 +362,7 @@ def test_two_ranks_train_and_rank_0_is_shown(job):
 
 @pytest.mark.train
 def test_a_pipelines_loss_is_shown_with_its_rank(job):
+    """For as many steps as the flags after the job say, not the job."""
     pipeline = ("--parallelism.pipeline_parallel_degree", "2")
     code, out, err = run(job, 2, *pipeline, "--training.steps", "1")
     assert code == 0, err
@@ -356,6 +371,7 @@ def test_a_pipelines_loss_is_shown_with_its_rank(job):
     }
     assert losses["0"] == -1  # the host's mark for "not here"
     assert 6 < losses["1"] < 10
+    assert set(re.findall(r"step:\s+(\d+)", out)) == {"1"}
     assert "loss is not visible" not in out
 
 
@@ -401,22 +417,3 @@ def test_a_crash_of_the_trainer_is_reported_by_torchrun(job):
     assert code == 1
     assert err.count("Root Cause (first observed failure)") == 1
     assert "FileNotFoundError" in err
-
-
-@pytest.mark.train
-def test_interrupting_ends_the_workers_without_tracebacks(job):
-    process = start(job, 2, "--training.steps", "1000", python=sys.executable)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step:  1" in line:
-            break
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2, lines
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert code == 128 + signal.SIGINT
-    assert "Traceback" not in out + err
-    assert "stopped by SIGINT. Nothing was saved, because checkpoints are off" in err
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert not alive

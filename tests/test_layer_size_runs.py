@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from run_trainer import digest
-from trainer_runs import EP_2, Runs, door_1, job_folder, telemetry, train
+from trainer_runs import AOT, EP_2, Runs, door_1, job_folder, telemetry, train
 
 from ezpz_moe import cli
 from ezpz_moe.config.flavors import load_flavor
@@ -61,10 +61,10 @@ def runs(folder: Path) -> Runs:
     )
     shared = (*start, *dialect.batch(size=1, whole=2), *EP_2)
     runs.add("shared out", door_1(folder, "pyramid_sdpa_for_loop", *shared), ranks=2)
-    compiled = ("--compile.enable", "--compile.backend", "aot_eager")
-    recomputed = (*start, *dialect.batch(size=2, whole=2), *compiled)
-    job = door_1(folder, "pyramid_sdpa_for_loop", *recomputed, checkpointing="full")
-    runs.add("compiled, recomputed", job)
+    for name, compiled in (("recomputed", ()), ("compiled, recomputed", AOT)):
+        flags = (*start, *dialect.batch(size=2, whole=2), *compiled)
+        job = door_1(folder, "pyramid_sdpa_for_loop", *flags, checkpointing="full")
+        runs.add(name, job)
     return runs
 
 
@@ -77,7 +77,15 @@ def difference(ours: torch.Tensor, other: torch.Tensor) -> float:
     return ((ours - other).norm() / other.norm()).item()
 
 
-@pytest.mark.parametrize("name", ["shared out", "compiled, recomputed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shared out",
+        "recomputed",
+        # test_layer_sizes.py compiles such layers in the short check.
+        pytest.param("compiled, recomputed", marks=pytest.mark.full),
+    ],
+)
 def test_the_same_steps_however_they_are_computed(runs: Runs, folder: Path, name: str) -> None:
     """Two ranks share every layer's experts and all other weights; or layers are compiled."""
     (one,), (ours, *_) = runs["one rank"], runs[name]

@@ -47,10 +47,16 @@ TOKENS = SEQUENCES * LENGTH
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
 
-EXPERT_PARALLEL = "expert parallel, fully sharded, compiled, selective"
+EXPERT_PARALLEL = "expert parallel, fully sharded, selective"
+COMPILED = f"compiled, {EXPERT_PARALLEL}"
 TENSOR_PARALLEL = "tensor parallel, full"
 GLOBAL = "global, fully sharded"
-EQUALS = {EXPERT_PARALLEL: "plain", TENSOR_PARALLEL: "plain", GLOBAL: "plain, global"}
+EQUALS = {
+    EXPERT_PARALLEL: "plain",
+    COMPILED: "plain",
+    TENSOR_PARALLEL: "plain",
+    GLOBAL: "plain, global",
+}
 SCALE = "layers.1.moe.router.gate.scale_E"
 
 
@@ -68,8 +74,9 @@ def runs(folder) -> Runs:
     big = ["--training.local-batch-size", str(SEQUENCES)]
     runs.add("plain", door_1(folder, "sequence", *SAME))
     runs.add("plain, global", door_1(folder, "global", *SAME, *big))
-    job = door_1(folder, "sequence", *SAME, *EP_2, *AOT, checkpointing="selective")
-    runs.add(EXPERT_PARALLEL, job, ranks=2)
+    for name, more in ((EXPERT_PARALLEL, []), (COMPILED, AOT)):
+        job = door_1(folder, "sequence", *SAME, *EP_2, *more, checkpointing="selective")
+        runs.add(name, job, ranks=2)
     saved = ["--checkpoint.enable", "--dump-folder", str(folder / "saved")]
     job = door_1(folder, "sequence", *SAME, *TP_2, *saved, checkpointing="full")
     runs.add(TENSOR_PARALLEL, job, ranks=2)
@@ -78,7 +85,15 @@ def runs(folder) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("split", EQUALS)
+def over(splits):
+    """``test_compiled_layers.py`` compiles in the short check."""
+    return pytest.mark.parametrize(
+        "split",
+        [pytest.param(each, marks=pytest.mark.full if each == COMPILED else ()) for each in splits],
+    )
+
+
+@over(EQUALS)
 def test_gradients_are_those_of_one_rank(runs, split):
     (plain,), (of_rank, _) = runs[EQUALS[split]], runs[split]
     differences = compare_gradients(of_rank["gradients"], plain["gradients"])
@@ -87,7 +102,7 @@ def test_gradients_are_those_of_one_rank(runs, split):
     assert of_rank["losses"] == pytest.approx(plain["losses"], rel=TOKENS * 2.0**-24)
 
 
-@pytest.mark.parametrize("split", [EXPERT_PARALLEL, GLOBAL])
+@over([EXPERT_PARALLEL, COMPILED, GLOBAL])
 def test_telemetry_reports_what_one_rank_does(runs, folder, split):
     """Each choice once, whatever is recomputed, and both losses without and with coefficients."""
     assert runs[split]

@@ -39,7 +39,8 @@ TOKENS = 4 * LENGTH
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
 
-EXPERT_PARALLEL = "expert parallel, fully sharded, compiled, selective"
+EXPERT_PARALLEL = "expert parallel, fully sharded, selective"
+COMPILED = f"compiled, {EXPERT_PARALLEL}"
 TENSOR_PARALLEL = "tensor parallel, full"
 PIPELINE = "pipeline, full"
 GATE = "layers.1.moe.router.gate.weight"
@@ -56,8 +57,9 @@ def folder(tmp_path_factory) -> Path:
 def runs(folder) -> Runs:
     runs = Runs(folder)
     runs.add("plain", door_1(folder, "similar", *SAME))
-    job = door_1(folder, "similar", *SAME, *EP_2, *AOT, checkpointing="selective")
-    runs.add(EXPERT_PARALLEL, job, ranks=2)
+    for name, more in ((EXPERT_PARALLEL, []), (COMPILED, AOT)):
+        job = door_1(folder, "similar", *SAME, *EP_2, *more, checkpointing="selective")
+        runs.add(name, job, ranks=2)
     saved = ["--checkpoint.enable", "--dump-folder", str(folder / "saved")]
     job = door_1(folder, "similar", *SAME, *TP_2, *saved, checkpointing="full")
     runs.add(TENSOR_PARALLEL, job, ranks=2)
@@ -67,7 +69,15 @@ def runs(folder) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("split", [EXPERT_PARALLEL, TENSOR_PARALLEL, PIPELINE])
+@pytest.mark.parametrize(
+    "split",
+    [
+        EXPERT_PARALLEL,
+        pytest.param(COMPILED, marks=pytest.mark.full),  # test_compiled_layers.py compiles too
+        TENSOR_PARALLEL,
+        PIPELINE,
+    ],
+)
 def test_gradients_are_those_of_one_rank(runs, split):
     (plain,), of_ranks = runs["plain"], runs[split]
     gradients = {}
