@@ -31,19 +31,21 @@ UPSTREAM = {
     "qwen3": 'base = "qwen3/debugmodel_moe"',
     "gpt_oss": 'base = "gpt_oss/debugmodel"',
 }
-LAYERS = 3
-"""Of those: two have experts in each of them."""
 
 
-def small_model(folder: Path, tables: str, base: str = 'inherits = "tiny"'):
-    """A small model with these tables in its flavor, whose file is put into ``folder``."""
+def small_model(
+    folder: Path, tables: str, base: str = 'inherits = "tiny"', layers: int | None = None
+):
+    """A small model with these tables in its flavor, whose file is put into ``folder``.
+
+    ``layers``: how many of its first ones are built; all, unless it is given.
+    """
     (folder / "tiny.toml").write_text('inherits = "debugmodel"\nn_layers = 2\n')
     (folder / "mine.toml").write_text(f'{base}\nattention = "sdpa"\n{tables}\n')
     from ezpz_moe.hosts.titan.models import model_spec
 
     model = model_spec(load_flavor("mine", near=folder)).model
-    if base in UPSTREAM.values():  # as large as the host has it, but not as deep
-        model.layers = model.layers[:LAYERS]
+    model.layers = model.layers[:layers]
     torch.manual_seed(0)
     built = model.build()
     built.init_weights(buffer_device=torch.device("cpu"))

@@ -25,7 +25,7 @@ from ezpz_moe.routing.balance import value_at
 
 @pytest.mark.parametrize("base", UPSTREAM.values(), ids=UPSTREAM)
 def test_without_settings_of_its_own_it_is_the_hosts_bit_for_bit(model_with, base):
-    host, ours = model_with("", base), model_with("[telemetry]", base)
+    host, ours = (model_with(tables, base, layers=2) for tables in ("", "[telemetry]"))
     assert type(moe_of(host).router).__name__ == "TokenChoiceTopKRouter"
     assert host.state_dict().keys() == ours.state_dict().keys()
     for name, value in host.state_dict().items():
@@ -271,6 +271,7 @@ def test_every_table_fits_every_model(model_with, base):
         [telemetry]
         """,
         base,
+        layers=2,
     )
     router = router_of(built)
     routed(router, tokens(router.gate.in_features))
