@@ -110,7 +110,7 @@ class Prune:
         if os.path.lexists(self.target):
             raise EzpzError(f"{self.target}: already exists. Choose another folder, or remove it.")
         if self.text is not None and not self.text.is_file():
-            raise EzpzError(f"--text {self.text}: there is no such file.")
+            raise EzpzError(f"--text {self.text}: is not a file.")
         if self.by != "cosine" and self.text is None:
             raise EzpzError(
                 f"--by {self.by}: needs a text to count on. Add --text FILE, or use --by cosine."
