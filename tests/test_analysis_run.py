@@ -307,7 +307,8 @@ def test_what_is_missing_or_does_not_fit(folder, capsys):
     data, job = ("--data", folder / "text.txt"), folder / "job.toml"
     step = folder / "run" / "checkpoint" / "step-2"
     assert "Add --config FLAVOR|JOB.toml" in refused(capsys, step, *data)
-    assert "is not a file" in refused(capsys, job, "--data", folder / "no.txt")
+    absent = folder / "no.txt"
+    assert f"--data {absent}: is not a file." in refused(capsys, job, "--data", absent)
     assert "there is no such folder" in refused(capsys, folder / "no", *data, "--config", "small")
     too_long = refused(capsys, job, *data, "--seq-len", 16000)
     assert "fewer than 16000 tokens" in too_long
@@ -419,7 +420,7 @@ def test_attributed_experts_can_be_trained(folder):
         ((), "the text is missing"),
         (("--data", "text.txt", "--attribute", "text.txt"), "both are given"),
         (("--attribute", "text.txt", "--plot", "pictures"), "--plot has no effect"),
-        (("--attribute", "text.txt", "--against", "absent.txt"), "absent.txt"),
+        (("--attribute", "text.txt", "--against", "absent.txt"), "--against absent.txt: is"),
     ],
 )
 def test_a_text_is_named_once(folder, capsys, monkeypatch, flags, message):

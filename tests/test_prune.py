@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.job import Job
+from ezpz_moe.config.toml import read_toml
 from ezpz_moe.routing.gate import constant_output
 from ezpz_moe.tools.analysis.similarity import cosines
 from ezpz_moe.tools.pruning import merging
 from ezpz_moe.tools.pruning.choice import least_alike, most_important
 from ezpz_moe.tools.pruning.constants import Sample, constant_for
 from ezpz_moe.tools.pruning.merging import Merged
-from ezpz_moe.tools.pruning.settings import write_flavor
+from ezpz_moe.tools.pruning.settings import write_flavor, write_job
 
 E, F, D = 5, 6, 4
 SHAPES = {
@@ -180,3 +182,31 @@ def test_the_flavor_says_all_that_its_parents_say(tmp_path, text, changed) -> No
         assert written.change.values == {**said, "num_experts": 5}
     assert written.router == flavor.router.model_copy(update=changed)
     assert written.balance == flavor.balance
+    again = tmp_path / "again"
+    again.mkdir()
+    write_flavor(written, again, keep=4, choices={"layers.1": 4})
+    assert [file.name for file in again.iterdir()] == ["mine_4_experts.toml"]
+
+
+def test_the_job_keeps_settings_and_nothing_of_where_its_run_began(tmp_path) -> None:
+    """Such as safetensors, a chosen step, and a folder with a run that would be resumed."""
+    values = {
+        "job.dump_folder": "./outputs/debug",
+        "training.steps": 5,
+        "checkpoint.interval": 3,
+        "checkpoint.load_step": 2,
+        "checkpoint.initial_load_path": "safetensors",
+        "checkpoint.initial_load_in_hf": True,
+        "checkpoint.initial_load_in_hf_quantized": True,
+        "checkpoint.initial_load_model_only": False,
+        "train_only.router": True,
+    }
+    (tmp_path / "mine_4_experts.toml").write_text(SIZED)
+    flavor = load_flavor("mine_4_experts", near=tmp_path)
+    write_job(Job("mine", values=values), flavor, tmp_path, tmp_path / "out")
+    written = read_toml(tmp_path / "job.toml")
+    path = str(tmp_path / "out")
+    assert written["job"] == {"dump_folder": f"{path}/run"}
+    assert written["training"] == {"steps": 5}
+    assert written["checkpoint"] == {"enable": True, "initial_load_path": path, "interval": 3}
+    assert "train_only" not in written

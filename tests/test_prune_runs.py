@@ -180,6 +180,7 @@ def test_merging_adds_no_expert_that_no_token_chose(exports, text, tmp_path) -> 
         ("deepseek_v2", ["--keep", "8", "--by", "cosine"], "has 8 experts. Keep fewer."),
         ("deepseek_v2", ["--keep", "4", "--by", "weight"], "--by weight: needs a text"),
         ("deepseek_v2", ["--keep", "4", "--by", "cosine", "--as-constant"], "needs a text"),
+        ("deepseek_v2", ["--keep", "4", "--by", "weight", "--text", "no.txt"], "--text no.txt: is"),
         ("deepseek_v3", ["--keep", "6", "--by", "cosine"], "in 4 groups of equal size"),
         ("deepseek_v3", ["--keep", "4", "--by", "cosine"], "of 2 groups, which would have 2."),
     ],

@@ -175,6 +175,12 @@ class Analyze(Reporting):
             raise EzpzError(f"--data FILE, or --attribute FILE: {given}. Name one of them.")
         if self.attribute and self.plot:
             raise EzpzError("--plot has no effect with --attribute: remove it, or use --data.")
+        texts = {"--data": self.data, "--attribute": self.attribute}
+        if self.attribute:
+            texts["--against"] = self.against
+        for flag, path in texts.items():
+            if path is not None and not path.is_file():
+                raise EzpzError(f"{flag} {path}: is not a file.")
         counts = {"--sequences": self.sequences, "--segment": self.segment}
         for flag, number in (counts | {"--seq-len": self.seq_len}).items():
             if number is not None and number < 1:

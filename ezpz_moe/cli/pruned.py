@@ -109,6 +109,8 @@ class Prune:
         # Also refused where it is written; but by then the model has run on the text.
         if os.path.lexists(self.target):
             raise EzpzError(f"{self.target}: already exists. Choose another folder, or remove it.")
+        if self.text is not None and not self.text.is_file():
+            raise EzpzError(f"--text {self.text}: is not a file.")
         if self.by != "cosine" and self.text is None:
             raise EzpzError(
                 f"--by {self.by}: needs a text to count on. Add --text FILE, or use --by cosine."
@@ -198,5 +200,7 @@ class Prune:
         if self.merge:
             row["merged"] = str(len(layer.merged))
         if self.as_constant:
-            row["as constants"] = display.number(layer.reproduced, ".1%")
+            part = layer.reproduced
+            is_worse = part is not None and part < 0  # by how much says nothing
+            row["as constants"] = "none" if is_worse else display.number(part, ".1%")
         return row

@@ -7,6 +7,7 @@ folder may be moved away from them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,25 @@ from ezpz_moe.config.layer_sizes import one_or_each
 from ezpz_moe.errors import EzpzError
 
 JOB = "job.toml"
+RUN = "run"
 
 _OF_FLAVOR = {"name", "source", "dense_baseline_of", "equal"}
-_OF_RUN = {"checkpoint.load_step", "checkpoint.folder"}
-"""Of the run that made the checkpoint: another one must not write into its folder."""
+_OF_RUN = {
+    "checkpoint.load_step",
+    "checkpoint.folder",
+    "checkpoint.create_seed_checkpoint",
+    "checkpoint.initial_load_model_only",
+    "checkpoint.initial_load_in_hf",
+    "checkpoint.initial_load_in_hf_quantized",
+}
+"""Of the run that made the checkpoint: where it wrote, and what it began with."""
 _INPUTS = ("model.hf_assets_path", "training.dataset_path", "validation.dataset_path")
 
 
 def flavor_name(flavor: Flavor, keep: int) -> str:
-    """Return the name of the smaller model's flavor."""
-    return f"{flavor.source.stem}_{keep}_experts"
+    """Return the name of the smaller model's flavor; a pruned one's says the last number alone."""
+    stem = re.sub(r"_\d+_experts$", "", flavor.source.stem)
+    return f"{stem}_{keep}_experts"
 
 
 def write_flavor(
@@ -78,7 +88,8 @@ def write_job(job: Job, flavor: Flavor, folder: Path, checkpoint: Path) -> None:
         checkpoint: where the weights will be.
     """
     own = {
-        "job.dump_folder": f"./outputs/{checkpoint.name}",
+        # Of this model alone: a run of another one there would be resumed in place of it.
+        "job.dump_folder": str(checkpoint.absolute() / RUN),
         "model.name": "ezpz_moe",
         "model.flavor": flavor.source.stem,
         "checkpoint.enable": True,
@@ -97,7 +108,10 @@ def write_job(job: Job, flavor: Flavor, folder: Path, checkpoint: Path) -> None:
         for each in tables:
             table = table.setdefault(each, {})
         table[last] = value
-    head = f"# Trains on from {checkpoint.name}, with the settings of {job.source}.\n"
+    head = (
+        f"# Trains on from {checkpoint.name}, with the settings of {job.source}. If you move this "
+        "folder,\n# change its path below, in dump_folder and initial_load_path.\n"
+    )
     (folder / JOB).write_text(f"{head}{_toml(nested)}")
 
 
