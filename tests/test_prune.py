@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from ezpz_moe.cli.pruned import Prune
 from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import Job
 from ezpz_moe.config.toml import read_toml
@@ -14,8 +16,10 @@ from ezpz_moe.routing.gate import constant_output
 from ezpz_moe.tools.analysis.similarity import cosines
 from ezpz_moe.tools.pruning import merging
 from ezpz_moe.tools.pruning.choice import least_alike, most_important
-from ezpz_moe.tools.pruning.constants import Sample, constant_for
+from ezpz_moe.tools.pruning.constants import Constant, Sample, constant_for
+from ezpz_moe.tools.pruning.layers import Layer
 from ezpz_moe.tools.pruning.merging import Merged
+from ezpz_moe.tools.pruning.prune import _of_constants
 from ezpz_moe.tools.pruning.settings import write_flavor, write_job
 
 E, F, D = 5, 6, 4
@@ -142,6 +146,21 @@ def test_an_expert_without_tokens_is_nearly_nothing() -> None:
     x_D = 2 * gate_D  # a token that chooses it
     given = constant_output(x_D[None], torch.ones(1, 1), found.mix_2D[None], found.vector_D[None])
     assert given.abs().max() < 1e-3 * x_D.abs().max()
+
+
+def test_constants_that_are_worse_than_nothing_are_said() -> None:
+    def layer(missing: float) -> Layer:
+        made = Constant(torch.zeros(2, D), torch.zeros(D), missing=missing, output=2.0)
+        return Layer((0,), 2, 0.5, 0.5, (), (made,))
+
+    command = Prune(Path("a"), Path("b"), "mine", 1, "weight", as_constant=True)
+    assert command._row("layers.1", layer(0.5))["as constants"] == "75.0%"
+    assert command._row("layers.1", layer(300.0))["as constants"] == "none"
+    said = list(_of_constants({"layers.1": layer(0.5), "layers.2": layer(300.0)}))
+    assert [each.partition(" are farther")[0] for each in said] == [
+        "The constant experts of layer 2"
+    ]
+    assert not list(_of_constants({"layers.1": layer(0.5)}))
 
 
 BASE = 'base = "qwen3/debugmodel_moe"\n'

@@ -325,7 +325,10 @@ def test_another_ffn_than_the_dense_models_is_refused(tmp_path, monkeypatch, cap
 
 
 def test_the_host_takes_the_flags_that_are_said(qwen3, tmp_path, monkeypatch, capsys):
-    """As they are said of a relative path with a space in it: in its flag the host takes none."""
+    """As they are said of a relative path with a space in it: in its flag the host takes none.
+
+    The job is the user's own, as it was named.
+    """
     from torchtitan.config import ConfigManager
 
     from ezpz_moe.hosts.titan.command import named
@@ -335,10 +338,10 @@ def test_the_host_takes_the_flags_that_are_said(qwen3, tmp_path, monkeypatch, ca
     (tmp_path / "job.toml").write_text(
         '[model]\nname = "ezpz_moe"\nflavor = "small"\n[training]\nseq_len = 64\n'
     )
-    assert run("dense", "small", "my moe/step-0") == 0
+    assert run("dense", "job.toml", "my moe/step-0") == 0
     (line,) = (each for each in capsys.readouterr().out.splitlines() if "Train it" in each)
-    _, *flags = shlex.split(line.partition("ezpz-moe train ")[2])
-    config = ConfigManager().parse_args([*named("job.toml"), *flags])
+    job, *flags = shlex.split(line.partition("ezpz-moe train ")[2])
+    config = ConfigManager().parse_args([*named(job), *flags])
     assert config.checkpoint.initial_load_path == str(tmp_path / "my moe" / "step-0")
 
 

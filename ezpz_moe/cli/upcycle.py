@@ -85,7 +85,7 @@ class Upcycle(Command):
             Perturbation(self.noise, self.reinit, self.router_std, self.seed),
             progress=partial(display.tracked, what="Writing and comparing"),
         )
-        _report(done, Path(out))
+        _report(done, Path(out), str(job.path or "JOB.toml"))
         return 0
 
     def _check(self) -> None:
@@ -128,7 +128,7 @@ def _dense(folder: Path, target: Target) -> Dense:
     return DenseSafetensors(folder, target, host.adapter(flavor), architecture)
 
 
-def _report(done: Upcycled, out: Path) -> None:
+def _report(done: Upcycled, out: Path, job: str) -> None:
     from ezpz_moe.config.layer_sizes import in_words
     from ezpz_moe.tools.upcycling.several import listed
 
@@ -154,6 +154,6 @@ def _report(done: Upcycled, out: Path) -> None:
         display.print_line(note)
     # The host refuses a relative path in its flag.
     display.print_whole(
-        "Train it: ezpz-moe train JOB.toml --checkpoint.enable --checkpoint.initial_load_path "
-        f"{shlex.quote(str(out.absolute()))}"
+        f"Train it: ezpz-moe train {shlex.quote(job)} --checkpoint.enable "
+        f"--checkpoint.initial_load_path {shlex.quote(str(out.absolute()))}"
     )

@@ -170,16 +170,21 @@ def _notes(whole: Whole, job: Job, keep: int, layers: Mapping[str, Layer]) -> It
             "Routers choose as before. No class of transformers has constant experts, so this "
             "model cannot be exported."
         )
-    worse = [name.rpartition(".")[2] for name, of in layers.items() if (of.reproduced or 0) < 0]
-    if worse:
-        yield (
-            f"The constant experts of layer {', '.join(worse)} are farther from what the removed "
-            "ones gave than zero is, because they output some of the token itself. Train the model "
-            "on before you use it, or leave out --as-constant."
-        )
+    yield from _of_constants(layers)
     ranks = job.values.get("parallelism.expert_parallel_degree", 1)
     if isinstance(ranks, int) and ranks > 1 and keep % ranks:
         yield (
             f"{job.source}: parallelism.expert_parallel_degree = {ranks} does not divide {keep}. "
             "Change it before the next run."
+        )
+
+
+def _of_constants(layers: Mapping[str, Layer]) -> Iterator[str]:
+    """Yield where constant experts are no replacement."""
+    worse = [name.rpartition(".")[2] for name, of in layers.items() if (of.reproduced or 0) < 0]
+    if worse:
+        yield (
+            f"The constant experts of layer {', '.join(worse)} are farther from what the removed "
+            "ones gave than zero is, because they output some of the token itself. Train the "
+            "model on before you use it, or leave out --as-constant."
         )
