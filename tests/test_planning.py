@@ -134,6 +134,24 @@ def test_every_cut_uses_all_ranks_and_the_same_batch_and_the_list_is_whole():
     assert {cut.ep for cut in layouts} == {1, 2, 4, 8}
 
 
+def test_a_microbatch_of_three_is_looked_at_like_one_of_two():
+    sheet = sheet_of(DEBUG)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=3))
+    found = [cut for cut in cuts.legal_cuts(sheet, 2, 2) if cut.data_ranks == 2]
+    assert {cut.microbatch for cut in found} == {1, 3}
+    found = cuts.legal_cuts(replace(sheet, job=replace(sheet.job, local_batch=66)), 1, 1)
+    assert {cut.microbatch for cut in found} == {1, 2, 3, 6, 11, 22}
+
+
+def test_a_batch_that_the_host_refuses_is_no_cut_of_the_jobs():
+    sheet = sheet_of(DEBUG)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=2, global_batch=5))
+    found = plans.ranked(sheet, machine.machine("h100"), 2, 2, "balanced")
+    assert found.own is None
+    assert found.refused == "5 sequences are no multiple of 2 for each of 2 ranks"
+    assert {row.cut.data_ranks for row in found.rows} == {1}
+
+
 @pytest.mark.parametrize(
     ("cut", "words"),
     [
@@ -299,6 +317,26 @@ def test_a_cut_is_written_into_the_job_and_the_rest_stays(tmp_path):
     assert not (tmp_path / "other.toml").exists()
 
 
+def test_a_job_is_written_only_where_it_finds_its_flavor_and_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/mine.toml").write_text('inherits = "debugmodel"\n')
+    Path("my/job.toml").write_text(JOB.replace("debugmodel_sdpa", "mine_sdpa"))
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "my/job.toml", "--world-size", "2", "--out", "new/best.toml"])
+    ended = capsys.readouterr()
+    assert "flavor 'mine_sdpa' is found beside my/job.toml" in ended.err
+    assert "Write my/best.toml." in ended.err
+    # Before the plan, which takes its time.
+    assert ended.out == ""
+    assert not Path("new").exists()
+    written.check_target(Path("my/best.toml"), find_job("my/job.toml"), [])
+    Path("my/texts").mkdir()
+    Path("my/other.toml").write_text(JOB.replace("seq_len", 'dataset_path = "texts"\nseq_len'))
+    with pytest.raises(EzpzError, match=r"training.dataset_path = 'texts' is found beside my/othe"):
+        written.check_target(Path("best.toml"), find_job("my/other.toml"), [])
+
+
 def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("job.toml").write_text(JOB)
@@ -327,6 +365,13 @@ def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
         (["--world-size", "12"], "--world-size 12: is no multiple of the 8 ranks of a node"),
         (["--world-size", "8", "--why", "tq=2"], "'tq' is no choice. There are dp_shard"),
         (["--world-size", "8", "--why", "ep=3"], "ep=3 does not divide the"),
+        (["--world-size", "8", "--why", "ac=ful"], "no ac=ful. Did you mean 'full'?"),
+        (["--world-size", "8", "--why", "tp=two"], "tp is a number of at least 1, not 'two'"),
+        (["--world-size", "8", "--why", "tp=2 tp=4"], "names tp twice"),
+        (["--world-size", "8", "--why", "dp_shard=5"], "dp_shard=5 does not divide the 8 ranks"),
+        (["--world-size", "8", "--why", "microbatch=64"], "microbatch=64 is over 32"),
+        (["--world-size", "8", "--ranks-per-node", "0"], "--ranks-per-node 0: must be at least 1"),
+        (["--world-size", "8", "--out", "job.txt"], "a job's name ends in .toml"),
         (["--world-size", "8", "--machine", "h10"], "there is no such machine"),
         (
             [

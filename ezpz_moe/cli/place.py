@@ -151,8 +151,9 @@ class Place(Reporting):
             progress=partial(display.tracked, what="Writing and comparing"),
         )
         display.print_line(
-            f"{target}: {source} with {done.experts} experts of {done.layers} layers in their new "
-            f"places; {done.tensors} tensors changed, all compared"
+            f"{target}: {source} with {done.experts} experts of {done.layers} "
+            f"layer{'s' * (done.layers != 1)} in their new places; "
+            f"{done.tensors} tensors changed, all compared"
         )
 
 
