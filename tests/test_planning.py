@@ -260,9 +260,15 @@ def test_the_load_of_a_run_is_that_of_its_last_record_by_rank(tmp_path):
     json_lines.append(tmp_path / "telemetry.jsonl", record(layer((3, 1)), step=2, steps=1))
     assert load.loads(str(tmp_path)) == [(3, 1)]
     assert load.loads("balanced") is None
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "telemetry.jsonl").touch()
+    with pytest.raises(EzpzError, match="none/telemetry.jsonl holds no records yet"):
+        load.loads(str(tmp_path / "none"))
     with pytest.raises(EzpzError, match=r"--load nowhere: is neither balanced nor zipf1"):
         load.loads("nowhere")
     assert load.rank_imbalance("run", [(3, 1, 0, 0), (1, 1, 1, 1)], 4, 2) == (2 + 1) / 2
+    # Of a model whose layers differ, those that have as many experts.
+    assert load.rank_imbalance("run", [(3, 1), (3, 1, 0, 0)], 2, 2) == 1.5
     with pytest.raises(EzpzError, match="the run had 4 experts in a layer, and this model has 8"):
         load.rank_imbalance("run", [(3, 1, 0, 0)], 8, 2)
 
@@ -279,7 +285,10 @@ def test_a_wrong_machine_is_said_in_a_line(tmp_path):
     text = (machine.FOLDER / "h100.toml").read_text()
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("products = 0.65", "products = 1.5"))
-    with pytest.raises(EzpzError, match=r"mine.toml: compute.products: .*less than or equal to 1"):
+    with pytest.raises(EzpzError, match=r"mine.toml: compute.products = 1.5: .*less than"):
+        machine.machine(str(path))
+    path.write_text(text.replace("bandwidth = ", "bandwidth = inf # "))
+    with pytest.raises(EzpzError, match=r"mine.toml: memory.bandwidth = inf: .*finite"):
         machine.machine(str(path))
 
 
@@ -368,8 +377,8 @@ def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
         (["--world-size", "8", "--why", "ac=ful"], "no ac=ful. Did you mean 'full'?"),
         (["--world-size", "8", "--why", "tp=two"], "tp is a number of at least 1, not 'two'"),
         (["--world-size", "8", "--why", "tp=2 tp=4"], "names tp twice"),
-        (["--world-size", "8", "--why", "dp_shard=5"], "dp_shard=5 does not divide the 8 ranks"),
-        (["--world-size", "8", "--why", "microbatch=64"], "microbatch=64 is over 32"),
+        (["--world-size", "1", "--why", "dp_shard=5"], "dp_shard=5 does not divide the 1 ranks"),
+        (["--world-size", "1", "--why", "microbatch=64"], "microbatch=64 is over 32"),
         (["--world-size", "8", "--ranks-per-node", "0"], "--ranks-per-node 0: must be at least 1"),
         (["--world-size", "8", "--out", "job.txt"], "a job's name ends in .toml"),
         (["--world-size", "8", "--machine", "h10"], "there is no such machine"),

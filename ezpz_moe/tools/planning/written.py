@@ -12,6 +12,7 @@ from ezpz_moe.config.job import MODEL_NAME, Job
 from ezpz_moe.config.toml_edit import assignment, statements
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.job_settings import FILES_OF_TEXT
 from ezpz_moe.tools.planning.cuts import Cut
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -109,7 +110,8 @@ def _lost(path: Path, job: Job) -> Iterator[str]:
     for name, value in job.values.items():
         section, _, key = name.rpartition(".")
         row = keys.get(section, {}).get(key)
-        if row and row.is_file and job.resolve(value) != moved.resolve(value):
+        is_file = name in FILES_OF_TEXT or (row and row.is_file)
+        if is_file and job.resolve(value) != moved.resolve(value):
             yield f"{name} = {value!r}"
 
 
