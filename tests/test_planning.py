@@ -262,7 +262,7 @@ def test_the_load_of_a_run_is_that_of_its_last_record_by_rank(tmp_path):
     assert load.loads("balanced") is None
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "telemetry.jsonl").touch()
-    with pytest.raises(EzpzError, match="none/telemetry.jsonl holds no records yet"):
+    with pytest.raises(EzpzError, match=r"none/telemetry\.jsonl holds no records yet"):
         load.loads(str(tmp_path / "none"))
     with pytest.raises(EzpzError, match=r"--load nowhere: is neither balanced nor zipf1"):
         load.loads("nowhere")
