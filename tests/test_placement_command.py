@@ -123,7 +123,8 @@ def test_a_layer_that_gains_too_little_keeps_its_order(run, capsys):
     assert (kept["moved"], kept["after"]) == (0, kept["before"])
     assert found(capsys, run, "--ep", 4, "--min-gain", 0.5)["layers"][0]["moved"] == 4
     assert cli.main(["place", str(run), "--ep", "4", "--min-gain", "0.51"]) == 0
-    assert "No layer gains 0.51, so all keep their order." in capsys.readouterr().out
+    said = "No order was found with a gain of at least 0.51 (--min-gain), so all layers keep theirs"
+    assert said in capsys.readouterr().out
 
 
 def test_a_layer_without_tokens_keeps_its_order(tmp_path, capsys):
@@ -197,6 +198,7 @@ def test_a_job_names_its_run_and_its_model(run, tmp_path, capsys):
     [
         ("--ep 3", "layer 1 has 8 experts, which 3 ranks cannot share equally."),
         ("--ep 0", "--ep 0: must be at least 1."),
+        ("--ep 1", "--ep 1: one rank has all experts, in any order. Give at least 2."),
         ("--ep 4 --last 0", "--last 0: must be at least 1."),
         ("--ep 4 --min-gain 1", "--min-gain 1.0: must be a share"),
         ("--ep 4 --by both", "--by both: brings experts onto one node. Add --ranks-per-node."),

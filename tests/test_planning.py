@@ -134,6 +134,24 @@ def test_every_cut_uses_all_ranks_and_the_same_batch_and_the_list_is_whole():
     assert {cut.ep for cut in layouts} == {1, 2, 4, 8}
 
 
+def test_a_microbatch_of_three_is_looked_at_like_one_of_two():
+    sheet = sheet_of(DEBUG)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=3))
+    found = [cut for cut in cuts.legal_cuts(sheet, 2, 2) if cut.data_ranks == 2]
+    assert {cut.microbatch for cut in found} == {1, 3}
+    found = cuts.legal_cuts(replace(sheet, job=replace(sheet.job, local_batch=66)), 1, 1)
+    assert {cut.microbatch for cut in found} == {1, 2, 3, 6, 11, 22}
+
+
+def test_a_batch_that_the_host_refuses_is_no_cut_of_the_jobs():
+    sheet = sheet_of(DEBUG)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=2, global_batch=5))
+    found = plans.ranked(sheet, machine.machine("h100"), 2, 2, "balanced")
+    assert found.own is None
+    assert found.refused == "5 sequences are no multiple of 2 for each of 2 ranks"
+    assert {row.cut.data_ranks for row in found.rows} == {1}
+
+
 @pytest.mark.parametrize(
     ("cut", "words"),
     [
@@ -242,9 +260,15 @@ def test_the_load_of_a_run_is_that_of_its_last_record_by_rank(tmp_path):
     json_lines.append(tmp_path / "telemetry.jsonl", record(layer((3, 1)), step=2, steps=1))
     assert load.loads(str(tmp_path)) == [(3, 1)]
     assert load.loads("balanced") is None
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "telemetry.jsonl").touch()
+    with pytest.raises(EzpzError, match=r"none/telemetry\.jsonl holds no records yet"):
+        load.loads(str(tmp_path / "none"))
     with pytest.raises(EzpzError, match=r"--load nowhere: is neither balanced nor zipf1"):
         load.loads("nowhere")
     assert load.rank_imbalance("run", [(3, 1, 0, 0), (1, 1, 1, 1)], 4, 2) == (2 + 1) / 2
+    # Of a model whose layers differ, those that have as many experts.
+    assert load.rank_imbalance("run", [(3, 1), (3, 1, 0, 0)], 2, 2) == 1.5
     with pytest.raises(EzpzError, match="the run had 4 experts in a layer, and this model has 8"):
         load.rank_imbalance("run", [(3, 1, 0, 0)], 8, 2)
 
@@ -261,7 +285,10 @@ def test_a_wrong_machine_is_said_in_a_line(tmp_path):
     text = (machine.FOLDER / "h100.toml").read_text()
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("products = 0.65", "products = 1.5"))
-    with pytest.raises(EzpzError, match=r"mine.toml: compute.products: .*less than or equal to 1"):
+    with pytest.raises(EzpzError, match=r"mine.toml: compute.products = 1.5: .*less than"):
+        machine.machine(str(path))
+    path.write_text(text.replace("bandwidth = ", "bandwidth = inf # "))
+    with pytest.raises(EzpzError, match=r"mine.toml: memory.bandwidth = inf: .*finite"):
         machine.machine(str(path))
 
 
@@ -299,6 +326,26 @@ def test_a_cut_is_written_into_the_job_and_the_rest_stays(tmp_path):
     assert not (tmp_path / "other.toml").exists()
 
 
+def test_a_job_is_written_only_where_it_finds_its_flavor_and_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/mine.toml").write_text('inherits = "debugmodel"\n')
+    Path("my/job.toml").write_text(JOB.replace("debugmodel_sdpa", "mine_sdpa"))
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "my/job.toml", "--world-size", "2", "--out", "new/best.toml"])
+    ended = capsys.readouterr()
+    assert "flavor 'mine_sdpa' is found beside my/job.toml" in ended.err
+    assert "Write my/best.toml." in ended.err
+    # Before the plan, which takes its time.
+    assert ended.out == ""
+    assert not Path("new").exists()
+    written.check_target(Path("my/best.toml"), find_job("my/job.toml"), [])
+    Path("my/texts").mkdir()
+    Path("my/other.toml").write_text(JOB.replace("seq_len", 'dataset_path = "texts"\nseq_len'))
+    with pytest.raises(EzpzError, match=r"training.dataset_path = 'texts' is found beside my/othe"):
+        written.check_target(Path("best.toml"), find_job("my/other.toml"), [])
+
+
 def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("job.toml").write_text(JOB)
@@ -327,6 +374,13 @@ def test_the_command_says_the_same_as_its_json(tmp_path, capsys, monkeypatch):
         (["--world-size", "12"], "--world-size 12: is no multiple of the 8 ranks of a node"),
         (["--world-size", "8", "--why", "tq=2"], "'tq' is no choice. There are dp_shard"),
         (["--world-size", "8", "--why", "ep=3"], "ep=3 does not divide the"),
+        (["--world-size", "8", "--why", "ac=ful"], "no ac=ful. Did you mean 'full'?"),
+        (["--world-size", "8", "--why", "tp=two"], "tp is a number of at least 1, not 'two'"),
+        (["--world-size", "8", "--why", "tp=2 tp=4"], "names tp twice"),
+        (["--world-size", "1", "--why", "dp_shard=5"], "dp_shard=5 does not divide the 1 ranks"),
+        (["--world-size", "1", "--why", "microbatch=64"], "microbatch=64 is over 32"),
+        (["--world-size", "8", "--ranks-per-node", "0"], "--ranks-per-node 0: must be at least 1"),
+        (["--world-size", "8", "--out", "job.txt"], "a job's name ends in .toml"),
         (["--world-size", "8", "--machine", "h10"], "there is no such machine"),
         (
             [

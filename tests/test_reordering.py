@@ -283,7 +283,7 @@ def test_inspect_shows_it(saved, tmp_path, capsys) -> None:
     assert (inspect(saved).reordered, inspect(target).reordered) == ((), (1,))
     for folder, is_shown in ((saved, False), (target, True)):
         assert cli.main(["ckpt", "inspect", str(folder)]) == 0
-        assert (f"the experts of 1 layers ({FILE})" in capsys.readouterr().out) is is_shown
+        assert (f"the experts of 1 layer ({FILE})" in capsys.readouterr().out) is is_shown
     assert cli.main(["ckpt", "inspect", str(target), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reordered"] == [1]
 

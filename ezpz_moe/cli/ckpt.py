@@ -39,7 +39,8 @@ class Inspect(Reporting):
             **asdict(contents),
             "parameters": display.count(contents.parameters),
             "dtypes": ", ".join(contents.dtypes),
-            "reordered": f"the experts of {len(contents.reordered)} layers ({FILE})",
+            "reordered": f"the experts of {len(contents.reordered)} layer"
+            f"{'s' * (len(contents.reordered) != 1)} ({FILE})",
             "bytes": display.gibibytes(contents.bytes),
         }
         if not contents.reordered:

@@ -85,6 +85,8 @@ class Place(Reporting):
         for flag, number in counts.items():
             if number is not None and number < 1:
                 raise EzpzError(f"{flag} {number}: must be at least 1.")
+        if self.ep == 1:
+            raise EzpzError("--ep 1: one rank has all experts, in any order. Give at least 2.")
         if not 0 <= self.min_gain < 1:
             raise EzpzError(f"--min-gain {self.min_gain}: must be a share, at least 0 and below 1.")
         if len(self.checkpoint) not in (0, 2):
@@ -116,11 +118,11 @@ class Place(Reporting):
 
     def _headline(self, window: Window) -> str:
         records = len(window.steps_W)
+        steps = f"Steps {window.first} to {window.last}"
+        if window.first == window.last:
+            steps = f"Step {window.last}"
         nodes = "" if self.ranks_per_node is None else f", {self.ranks_per_node} on a node"
-        return (
-            f"Steps {window.first} to {window.last} in {records} record{'s' * (records > 1)}, "
-            f"for {self.ep} ranks{nodes}"
-        )
+        return f"{steps} in {records} record{'s' * (records > 1)}, for {self.ep} ranks{nodes}"
 
     def _document(self, window: Window, placed: Placement) -> dict[str, Any]:
         return {
@@ -151,8 +153,9 @@ class Place(Reporting):
             progress=partial(display.tracked, what="Writing and comparing"),
         )
         display.print_line(
-            f"{target}: {source} with {done.experts} experts of {done.layers} layers in their new "
-            f"places; {done.tensors} tensors changed, all compared"
+            f"{target}: {source} with {done.experts} experts of {done.layers} "
+            f"layer{'s' * (done.layers != 1)} in their new places; "
+            f"{done.tensors} tensors changed, all compared"
         )
 
 
@@ -163,7 +166,8 @@ def _print(headline: str, placed: Placement, asked: Place) -> None:
         important=["max / mean", "expected", "moved"],
     )
     if not placed.order:
-        display.print_line(f"No layer gains {asked.min_gain:g}, so all keep their order.")
+        less = f" of at least {asked.min_gain:g} (--min-gain)" if asked.min_gain else ""
+        display.print_line(f"No order was found with a gain{less}, so all layers keep theirs.")
         return
     display.print_line(
         f"The busiest ranks of a step have {placed.before:,.0f} rows in all layers together, and "

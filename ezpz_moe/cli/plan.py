@@ -60,6 +60,10 @@ class PlanCommand(Inspected):
         if self.why is not None:
             parsed_choice(self.why)
         job, flags = find_job(self.config), list(self.host_flags)
+        if self.out:
+            from ezpz_moe.tools.planning.written import check_target
+
+            check_target(self.out, job, flags)
         with display.status("Comparing cuts"):
             import_host()
             from ezpz_moe.tools.planning.plans import best_with, plan
@@ -91,8 +95,9 @@ COMMAND = PlanCommand
 
 def _print_plan(config: str, found: Plan) -> None:
     display.print_line(
-        f"{found.on.name}, {found.ranks_per_node} ranks in a node; {found.sequences} sequences of "
-        f"{found.sheet.job.seq_len} tokens in a step; load {found.load}."
+        f"{found.on.name}, {_number(found.ranks_per_node, 'rank')} in a node; "
+        f"{_number(found.sequences, 'sequence')} of {found.sheet.job.seq_len} tokens in a "
+        f"step; load {found.load}."
     )
     if not found.rows:
         least = display.gibibytes(found.least)
@@ -107,7 +112,7 @@ def _print_plan(config: str, found: Plan) -> None:
     rows = found.rows[:_EXPLAINED]
     display.print_table(
         (_in_words(number, row) for number, row in enumerate(rows, 1)),
-        title=f"{config} on {found.world_size} ranks",
+        title=f"{config} on {_number(found.world_size, 'rank')}",
         important=["cut", "memory", "step", "limited by"],
     )
     display.print_line(
@@ -122,7 +127,9 @@ def _print_plan(config: str, found: Plan) -> None:
             f"{display.gibibytes(found.own.held.total)}."
         )
     else:
-        display.print_line("The trainer refuses the job's own cut on these ranks.")
+        display.print_line(
+            f"The trainer refuses the job's own cut on these ranks: {found.refused}."
+        )
 
 
 def _in_words(number: int, row: Row) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def _limits(row: Row) -> str:
 
 def _print_comparison(choice: str, best: Row, other: Row) -> None:
     if other.cut == best.cut:
-        display.print_line(f"{choice}: is the best.")
+        display.print_line(f"{choice}: the best cut has it.")
         return
     slower = other.time.predicted / best.time.predicted - 1
     display.print_line(f"\n{choice}: {other.cut}, {slower:.1%} slower than the best:")
@@ -161,23 +168,34 @@ def _compared(best: Row, other: Row) -> Iterator[dict[str, str]]:
         sizes.items(), key=lambda each: -abs(each[1][1] - each[1][0])
     ):
         if ours or theirs:
-            more = theirs - ours
             yield {
                 "term": name,
                 "best": _seconds(ours),
                 "with the choice": _seconds(theirs),
-                "difference": f"{'+' if more >= 0 else '-'}{_seconds(abs(more))}",
+                "difference": _sign(theirs - ours) + _seconds(abs(theirs - ours)),
             }
+    more = other.held.total - best.held.total
     yield {
         "term": "memory",
         "best": display.gibibytes(best.held.total),
         "with the choice": display.gibibytes(other.held.total),
-        "difference": "",
+        "difference": _sign(more) + display.gibibytes(abs(more)),
     }
 
 
+def _sign(difference: float) -> str:
+    return "-" if difference < 0 else "+"
+
+
 def _seconds(number: float) -> str:
-    return f"{number:.2f} s" if number >= 1 else f"{number * 1000:.2f} ms"
+    if number >= 1:
+        return f"{number:.2f} s"
+    # A step of a small model would be 0.00 ms.
+    return f"{number * 1e6:.1f} µs" if 0 < number < 1e-3 else f"{number * 1e3:.2f} ms"
+
+
+def _number(number: int, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def _document(config: str, found: Plan, other: Row | None) -> dict[str, Any]:

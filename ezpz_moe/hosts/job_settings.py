@@ -19,7 +19,7 @@ from ezpz_moe.hosts.releases import facts
 from ezpz_moe.hosts.setting import Setting
 
 _NAMES_THE_MODEL = ("model.name", "model.flavor")
-_FILES_OF_TEXT = {"training.dataset_path", "validation.dataset_path"}
+FILES_OF_TEXT = {"training.dataset_path", "validation.dataset_path"}
 _MODE = "activation_checkpoint.mode"
 _TOKENIZERS = ("hf_assets_path", "model.hf_assets_path")
 _VOCABULARY = "loss.loss_fn.global_vocab_size"
@@ -37,7 +37,7 @@ def settings_at_hand(job: Job, flavor: Flavor) -> list[Setting] | None:
     if known is None or not known.settings or flavor.is_watched or flavor.change:
         return None
     # Which text a file of the user's is, and whether it can be read, is found out by reading it.
-    if not _FILES_OF_TEXT.isdisjoint(job.values):
+    if not FILES_OF_TEXT.isdisjoint(job.values):
         return None
     rows = {each.path: each for each in known.settings}
     for path in _TOKENIZERS:

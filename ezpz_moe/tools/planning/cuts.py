@@ -20,7 +20,8 @@ PIPELINED = ("1f1b", "gpipe")
 CHOICES = ("dp_shard", "dp_replicate", "tp", "pp", "ep", "microbatch", "ac")
 """What a choice may name."""
 
-_MICROBATCHES = (1, 2, 4, 8, 16, 32)
+LARGEST_MICROBATCH = 32
+"""Sequences: nothing is gained by more, and a batch that is no power of two has many divisors."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ def legal_cuts(sheet: ModelSheet, world_size: int, ranks_per_node: int) -> Itera
 
 
 def _batched(cut: Cut, batch: int) -> Iterator[Cut]:
-    for microbatch, checkpointing in product(_MICROBATCHES, CHECKPOINTING):
-        if batch % (microbatch * cut.data_ranks) == 0:
-            number = batch // (microbatch * cut.data_ranks)
-            yield replace(
-                cut, microbatch=microbatch, microbatches=number, checkpointing=checkpointing
-            )
+    of_rank, left = divmod(batch, cut.data_ranks)
+    sizes = [] if left else [size for size in _divisors(of_rank) if size <= LARGEST_MICROBATCH]
+    for size, checkpointing in product(sizes, CHECKPOINTING):
+        yield replace(
+            cut, microbatch=size, microbatches=of_rank // size, checkpointing=checkpointing
+        )
 
 
 def _pipelines(sheet: ModelSheet, degrees: list[int]) -> list[int]:
@@ -234,13 +235,22 @@ def parsed_choice(choice: str) -> dict[str, str]:
     """Return what ``tp=2 ep=8`` names.
 
     Raises:
-        EzpzError: it is not written so, or names what is no choice.
+        EzpzError: it is not written so, or names what is no choice, or no value of it.
     """
     found = {}
     for word in choice.replace(",", " ").split():
         name, equals, value = word.partition("=")
         if not equals or not value:
             raise EzpzError(f"--why {choice!r}: write a choice as tp=2, several as 'tp=2 ep=8'.")
+        if name in CHOICES and name != "ac" and not (value.isdecimal() and int(value) > 0):
+            raise EzpzError(f"--why {choice!r}: {name} is a number of at least 1, not {value!r}.")
+        if name == "ac" and value not in CHECKPOINTING:
+            raise EzpzError(
+                f"--why {choice!r}: there is no ac={value}.{did_you_mean(value, CHECKPOINTING)} "
+                f"There are {', '.join(CHECKPOINTING)}."
+            )
+        if found.get(name, value) != value:
+            raise EzpzError(f"--why {choice!r}: names {name} twice.")
         if name not in CHOICES:
             raise EzpzError(
                 f"--why {choice!r}: {name!r} is no choice.{did_you_mean(name, CHOICES)} There are "

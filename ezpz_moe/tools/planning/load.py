@@ -39,7 +39,12 @@ def loads(load: str) -> Loads | None:
             f"--load {load}: is neither {BALANCED} nor {ZIPF}, and there is no such run. Name a "
             "run's dump_folder, or its telemetry.jsonl."
         )
-    records = read(find_records(Path(load)))
+    records = read(source := find_records(Path(load)))
+    if not records:
+        raise EzpzError(
+            f"--load {load}: {source} holds no records yet: the run stopped or is still before its "
+            "first one."
+        )
     # The last one: what the routers have learned by then is what a run goes on with.
     return [layer.counts_E for layer in records[-1].layers]
 
@@ -60,12 +65,14 @@ def rank_imbalance(load: str, known: Loads | None, num_experts: int, ranks: int)
         return 1.0
     if known is None:
         return zipf_imbalance(num_experts, ranks)
-    if other := [each for each in known if len(each) != num_experts]:
+    # Layers of one model may have different numbers of experts.
+    if not (alike := [each for each in known if len(each) == num_experts]):
+        had = ", ".join(map(str, sorted({len(each) for each in known}))) or "no"
         raise EzpzError(
-            f"--load {load}: the run had {len(other[0])} experts in a layer, and this model has "
+            f"--load {load}: the run had {had} experts in a layer, and this model has "
             f"{num_experts}."
         )
-    return fmean(max_over_mean(each, ranks) for each in known)
+    return fmean(max_over_mean(each, ranks) for each in alike)
 
 
 def zipf_imbalance(num_experts: int, ranks: int) -> float:

@@ -13,13 +13,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ezpz_moe.config.toml import read_toml
-from ezpz_moe.errors import EzpzError, did_you_mean
+from ezpz_moe.errors import EzpzError, did_you_mean, short
 
 FOLDER = Path(__file__).with_name("machines")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Compute(_Table):
@@ -105,8 +105,10 @@ def machine(name: str) -> Machine:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
+        given = "" if first["type"] == "missing" else f" = {short(str(first['input']))}"
         raise EzpzError(
-            f"{path}: {key}: {first['msg']}. docs/guides/plan.md says what a machine's file has."
+            f"{path}: {key}{given}: {first['msg']}. docs/guides/plan.md says what a "
+            "machine's file has."
         ) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.hosts.model_sheet import ModelSheet
 from ezpz_moe.tools.planning.cuts import (
+    LARGEST_MICROBATCH,
     Cut,
     global_batch,
     job_cut,
@@ -55,6 +56,7 @@ class Plan:
         rows: those that fit in memory, the fastest first.
         least: bytes of the legal cut that holds least; 0 if there is none.
         own: the job's own cut; None if the host refuses it.
+        refused: why it does so; empty if it does not.
     """
 
     sheet: ModelSheet
@@ -66,6 +68,7 @@ class Plan:
     rows: tuple[Row, ...]
     least: int
     own: Row | None
+    refused: str = ""
 
     @property
     def sequences(self) -> int:
@@ -96,11 +99,13 @@ def plan(
         EzpzError: the job or the load is wrong, or the ranks do not fill the nodes.
     """
     of_run = loads(load)
+    if ranks_per_node is not None and ranks_per_node < 1:
+        raise EzpzError(f"--ranks-per-node {ranks_per_node}: must be at least 1.")
     per_node = min(ranks_per_node or on.ranks_per_node, world_size)
-    if per_node < 1 or world_size % per_node:
+    if world_size % per_node:
         raise EzpzError(
-            f"--world-size {world_size}: is no multiple of the {per_node} ranks of a node "
-            "(--ranks-per-node)."
+            f"--world-size {world_size}: is no multiple of the {per_node} ranks of a node. Fill "
+            "the nodes, or say how many ranks of each take part with --ranks-per-node."
         )
     sheet = host().planning().model_sheet(config, host_flags, is_cpu=on.device == "cpu")
     return ranked(sheet, on, world_size, per_node, load, of_run)
@@ -125,7 +130,7 @@ def ranked(
     # Of two that take as long, the one that holds less; then in the order of their numbers.
     rows.sort(key=lambda row: (row.time.predicted, row.held.total, str(row.cut)))
     own = job_cut(sheet, world_size)
-    is_legal = own.ranks == world_size and not any(True for _ in problems(sheet, own))
+    refused = next(_refusals(sheet, own, world_size), "")
     return Plan(
         sheet=sheet,
         on=on,
@@ -135,8 +140,22 @@ def ranked(
         legal=legal,
         rows=tuple(rows),
         least=least,
-        own=predicted(sheet, own, on, ranks_per_node, imbalances[own.ep]) if is_legal else None,
+        own=None if refused else predicted(sheet, own, on, ranks_per_node, imbalances[own.ep]),
+        refused=refused,
     )
+
+
+def _refusals(sheet: ModelSheet, own: Cut, world_size: int) -> Iterator[str]:
+    """Yield why the host refuses the job's own cut, in words."""
+    if own.ranks != world_size:
+        yield f"its degrees are those of {own.ranks} ranks"
+    yield from problems(sheet, own)
+    sequences, together = global_batch(sheet, world_size), own.microbatch * own.data_ranks
+    if sequences % together:
+        yield (
+            f"{sequences} sequences are no multiple of {own.microbatch} for each of "
+            f"{own.data_ranks} ranks"
+        )
 
 
 def predicted(
@@ -193,10 +212,19 @@ def best_with(found: Plan, choice: str) -> Row:
 
 def _why_not(found: Plan, named: Mapping[str, str]) -> str:
     """Say what the host has against the fastest cut with these choices in place of its own."""
-    if not found.rows or not all(value.isdigit() for key, value in named.items() if key != "ac"):
+    numbers = {key: int(value) for key, value in named.items() if key != "ac"}
+    for key in ("dp_shard", "dp_replicate", "tp", "pp"):
+        if found.world_size % numbers.get(key, 1):
+            return f": {key}={numbers[key]} does not divide the {found.world_size} ranks"
+    if (size := numbers.get("microbatch", 1)) > LARGEST_MICROBATCH or found.sequences % size:
+        return (
+            f": microbatch={size} is over {LARGEST_MICROBATCH}, or does not divide the "
+            f"{found.sequences} sequences"
+        )
+    if not found.rows:
         return ""
     own = found.rows[0].cut
-    degrees = {key: int(value) for key, value in named.items() if key in ("tp", "pp", "ep")}
+    degrees = {key: value for key, value in numbers.items() if key in ("tp", "pp", "ep")}
     reasons = list(problems(found.sheet, Cut(**{**asdict(own), **degrees})))
     return f": {reasons[0]}" if reasons else ""
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.config.job import MODEL_NAME, Job
 from ezpz_moe.config.toml_edit import assignment, statements
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.detect import presumed_host
+from ezpz_moe.hosts.job_settings import FILES_OF_TEXT
 from ezpz_moe.tools.planning.cuts import Cut
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -46,8 +50,32 @@ def write_job(path: Path, job: Job, host_flags: Sequence[str], cut: Cut) -> None
         cut: the winner.
 
     Raises:
-        EzpzError: there are flags, the name is no job's, the file is there already, or it cannot be
-            written.
+        EzpzError: as :func:`check_target`, or it cannot be written.
+    """
+    check_target(path, job, host_flags)
+    text = job.path.read_text(encoding="utf-8") if job.path else _of_flavor(job.flavor)
+    changed = "".join(_changed(text, settings(cut)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(changed)
+    except FileExistsError:
+        raise EzpzError(_IS_THERE.format(path)) from None
+    except OSError as error:
+        raise EzpzError(f"--out {path}: cannot be written: {error.strerror}.") from None
+
+
+def check_target(path: Path, job: Job, host_flags: Sequence[str]) -> None:
+    """Refuse what cannot be written as the job that was planned, before anybody plans.
+
+    Args:
+        path: the new file.
+        job: what is planned.
+        host_flags: the trainer's flags that it is planned with; a file cannot hold them.
+
+    Raises:
+        EzpzError: there are flags, the name is no job's, the file is there already, or the job
+            names what lies beside it and would not be found from the new place.
     """
     if path.suffix != ".toml":
         raise EzpzError(f"--out {path}: a job's name ends in .toml.")
@@ -56,16 +84,35 @@ def write_job(path: Path, job: Job, host_flags: Sequence[str], cut: Cut) -> None
             f"--out {path}: the trainer's own flags ({' '.join(host_flags)}) would not be in it. "
             "Put them into the job, and plan that."
         )
-    text = job.path.read_text(encoding="utf-8") if job.path else _of_flavor(job.flavor)
-    changed = "".join(_changed(text, settings(cut)))
+    if path.exists():
+        raise EzpzError(_IS_THERE.format(path))
+    if lost := next(_lost(path, job), None):
+        raise EzpzError(
+            f"--out {path}: {lost} is found beside {job.path}, and from there it would not be. "
+            f"Write {job.path.with_name(path.name) if job.path else path.name}."
+        )
+
+
+_IS_THERE = "--out {}: is there already, and nothing is overwritten."
+
+
+def _lost(path: Path, job: Job) -> Iterator[str]:
+    """Yield what a job names, in words, that it would not find, or find elsewhere, from a path."""
+    if job.path is None or path.parent.resolve() == job.path.parent.resolve():
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(changed)
-    except FileExistsError:
-        raise EzpzError(f"--out {path}: is there already, and nothing is overwritten.") from None
-    except OSError as error:
-        raise EzpzError(f"--out {path}: cannot be written: {error.strerror}.") from None
+        there = load_flavor(job.flavor, near=path.parent).source.resolve()
+    except EzpzError:
+        there = None
+    if load_flavor(job.flavor, near=job.folder).source.resolve() != there:
+        yield f"flavor {job.flavor!r}"
+    keys, moved = presumed_host().job_keys(), replace(job, path=path)
+    for name, value in job.values.items():
+        section, _, key = name.rpartition(".")
+        row = keys.get(section, {}).get(key)
+        is_file = name in FILES_OF_TEXT or (row and row.is_file)
+        if is_file and job.resolve(value) != moved.resolve(value):
+            yield f"{name} = {value!r}"
 
 
 def _of_flavor(flavor: str) -> str:
