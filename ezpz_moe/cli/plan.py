@@ -122,9 +122,10 @@ def _print_plan(config: str, found: Plan) -> None:
         "predictions; docs/guides/plan.md says of what, and of what not."
     )
     if found.own:
+        fits = "" if found.own.held.total <= found.on.memory.size else ", which does not fit"
         display.print_line(
             f"The job's own cut: {found.own.cut}: {_seconds(found.own.time.predicted)}, "
-            f"{display.gibibytes(found.own.held.total)}."
+            f"{display.gibibytes(found.own.held.total)}{fits}."
         )
     else:
         display.print_line(
@@ -168,18 +169,20 @@ def _compared(best: Row, other: Row) -> Iterator[dict[str, str]]:
         sizes.items(), key=lambda each: -abs(each[1][1] - each[1][0])
     ):
         if ours or theirs:
+            # To what is printed: the same sum in another order differs in its last bits.
+            more = round(theirs - ours, 7)
             yield {
                 "term": name,
                 "best": _seconds(ours),
                 "with the choice": _seconds(theirs),
-                "difference": _sign(theirs - ours) + _seconds(abs(theirs - ours)),
+                "difference": _sign(more) + _seconds(abs(more)),
             }
-    more = other.held.total - best.held.total
+    held = other.held.total - best.held.total
     yield {
         "term": "memory",
         "best": display.gibibytes(best.held.total),
         "with the choice": display.gibibytes(other.held.total),
-        "difference": _sign(more) + display.gibibytes(abs(more)),
+        "difference": _sign(held) + display.gibibytes(abs(held)),
     }
 
 

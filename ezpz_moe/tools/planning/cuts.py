@@ -237,7 +237,7 @@ def parsed_choice(choice: str) -> dict[str, str]:
     Raises:
         EzpzError: it is not written so, or names what is no choice, or no value of it.
     """
-    found = {}
+    found: dict[str, str] = {}
     for word in choice.replace(",", " ").split():
         name, equals, value = word.partition("=")
         if not equals or not value:
