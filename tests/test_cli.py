@@ -375,7 +375,7 @@ def test_a_users_mistake_gets_one_message(arguments: list[str], parts: list[str]
         (["analyze", "x", "--data", "y", "--json", "f.json"], ["has no place for f.json", "--out"]),
         (["--quiet", "verify", "--verbose"], ["--quiet, --verbose: choose one"]),
         (["completion", "--install"], ["SHELL is 'ksh'", "bash | zsh | fish"]),
-        (["ckpt"], ["ckpt: name one of inspect, remap."]),
+        (["ckpt"], ["ckpt: name one of inspect, remap, prune."]),
         (
             ["upcycle", "x"],
             ["upcycle: FLAVOR|JOB.toml and OUT are missing.", "DENSE... FLAVOR|JOB"],

@@ -76,6 +76,7 @@ SAMPLES = {
     "model.hf_assets_path": "/assets",
     "checkpoint.initial_load_path": "gs://bucket/step-10",
     "optimizer.lr": 3,  # an integer is a number
+    "lr_scheduler.total_steps": 20000,  # no run may be longer, and one has 10000 if nothing is said
 }
 
 

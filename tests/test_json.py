@@ -53,7 +53,7 @@ def said(capsys):
 
 
 # They print what they write, and no figures.
-WITHOUT_JSON = {"ckpt remap", "completion", "generate", "new", "upcycle"}
+WITHOUT_JSON = {"ckpt prune", "ckpt remap", "completion", "generate", "new", "upcycle"}
 
 
 def test_every_other_command_has_its_object() -> None:

@@ -49,6 +49,7 @@ images = false
 alert_dead_steps = 7
 alert_cv_rise = 1.5
 alert_collapse = 0.5
+pairs = 256
 dump = { every = 10, what = ["probabilities", "ids"] }
 """
 
@@ -70,7 +71,7 @@ def test_the_defaults() -> None:
     assert tuple(Balance().to_dict().values()) == (
         *(0, 0, 0, 0, 0, "sequence", none, none, none, None, 64, 0, "last", 1, None, None),
     )
-    assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True, None)
+    assert tuple(Telemetry().to_dict().values()) == (100, 2, 0.25, None, "brief", True, 0, None)
 
 
 def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_every_key_is_what_the_file_says(tmp_path: Path) -> None:
     dump = Dump(every=10, what=("probabilities", "ids"))
     in_order = Telemetry.model_fields
     assert tuple(getattr(flavor.telemetry, key) for key in in_order) == (
-        *(7, 1.5, 0.5, 5, "per_expert", False, dump),
+        *(7, 1.5, 0.5, 5, "per_expert", False, 256, dump),
     )
     assert flavor.telemetry.dumped == dump
     assert tuple(flavor.telemetry.thresholds.model_dump().values()) == (7, 1.5, 0.5)

@@ -27,7 +27,7 @@ FORMAT = 1
 logger = logging.getLogger(__name__)
 
 _ADAPTER = TypeAdapter(StepRecord)
-_HEAD = re.compile(rb'\{"format": 1, "step": (\d+), "steps": (\d+), ("merged": )?')
+_HEAD = re.compile(rb'\{"format": 1, "step": (\d{1,15}), "steps": (\d{1,15}), ("merged": )?')
 
 
 @dataclass(frozen=True)

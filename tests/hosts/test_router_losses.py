@@ -179,7 +179,7 @@ MADE_UP = {
 PROGRAM = """
 from types import SimpleNamespace
 import torch
-from ezpz_moe.hosts.titan.metrics import _layer_record
+from ezpz_moe.hosts.titan.layer_records import layer_record
 from ezpz_moe.telemetry.figures import layer_figures, over_layers
 from ezpz_moe.telemetry.summary import LABELS
 from router_cases import flat, moe_of, router_of, small_model, tokens
@@ -190,7 +190,7 @@ weights, _, scores = router(flat(tokens(router.gate.in_features)))
 (grad,) = torch.autograd.grad((weights * 0).sum() + 0 * scores.sum(), router.gate.weight)
 print(bool(grad.any()))
 use = {"padding_waste": None, "drop_rate": None}
-layer, _ = _layer_record(1, moe_of(model), router.counts_E.tolist(), router.sums_S.tolist(), use)
+layer, _ = layer_record(1, moe_of(model), router.counts_E.tolist(), router.sums_S.tolist(), use)
 expected = float(scores.flatten(0, -2).mean(0).square().sum())
 print(abs(layer.losses["peak_loss_batch"] / expected - 1) < 1e-5)
 print(layer.scaled_losses["peak_loss_batch"] == 3 * layer.losses["peak_loss_batch"])
