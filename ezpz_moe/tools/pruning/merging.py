@@ -3,7 +3,7 @@
 A kept expert becomes the weighted mean of itself and of the removed experts that are nearest to it,
 by the cosine of their weights. Hidden channels of a removed expert are first put in the order of
 the kept one's: an FFN computes the same in any order of its channels, and a mean of two FFNs whose
-channels do not correspond computes neither. Source: MC-SMoE, arXiv 2310.01334, section 3, which
+channels do not correspond computes neither. Source: MC-SMoE, arXiv 2310.01334, which
 solves the assignment of channels exactly; here it is the greedy one.
 
 Legend: E = experts, F = hidden channels, C = all weights of one channel.
