@@ -276,7 +276,7 @@ def test_threads_are_shared_out_on_the_cpu(nproc, chosen, accelerator, expected,
     monkeypatch.setenv("OMP_NUM_THREADS", chosen or "")
     if chosen is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    launch._share_threads(nproc)
+    launch.share_threads(nproc)
     assert os.environ.get("OMP_NUM_THREADS") == expected
 
 

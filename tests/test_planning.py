@@ -204,7 +204,7 @@ MADE = machine.Machine(
     ],
 )
 def test_the_time_of_a_gigabyte(kind, size, stride, expected):
-    assert machine.seconds(MADE, 4, kind, size, stride, 1e9) == pytest.approx(expected)
+    assert links.seconds(MADE, 4, kind, size, stride, 1e9) == pytest.approx(expected)
 
 
 def test_the_time_of_a_step_is_flops_over_rates_and_the_bubble():

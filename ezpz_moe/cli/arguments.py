@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from tyro.conf import Positional, arg
 
@@ -14,6 +14,7 @@ from ezpz_moe.errors import EzpzError, did_you_mean
 
 if TYPE_CHECKING:
     from ezpz_moe.hosts.host import Host
+    from ezpz_moe.tools.nodes import Placement
 
 
 def print_emulated(device: str, dtypes: Iterable[str]) -> None:
@@ -49,6 +50,40 @@ def only(configs: tuple[str, ...]) -> str | None:
     if configs[1:]:
         raise EzpzError(f"{' '.join(configs)}: name one flavor or job.")
     return configs[0] if configs else None
+
+
+class _Placed(Protocol):
+    """The flags that say which of several machines this is."""
+
+    @property
+    def nnodes(self) -> int: ...
+    @property
+    def node_rank(self) -> int | None: ...
+    @property
+    def master_addr(self) -> str | None: ...
+    @property
+    def master_port(self) -> int: ...
+
+
+def placement(command: _Placed) -> Placement | None:
+    """Return this machine's place among several; None if it is the only one.
+
+    Raises:
+        EzpzError: a flag is missing or wrong.
+    """
+    from ezpz_moe.tools.nodes import Placement
+
+    nnodes, node_rank, address = command.nnodes, command.node_rank, command.master_addr
+    # A script may always pass --node-rank. A single machine meets no others; Placement refuses any
+    # other rank of it than 0.
+    if nnodes == 1 and node_rank in (None, 0):
+        return None
+    if nnodes > 1 and (node_rank is None or address is None):
+        raise EzpzError(
+            f"--nnodes {nnodes} needs --node-rank, this machine's number from 0, and "
+            "--master-addr, the name or address of node 0."
+        )
+    return Placement(nnodes, node_rank or 0, address or "", command.master_port)
 
 
 def refuse_no_ranks(world_size: int) -> None:

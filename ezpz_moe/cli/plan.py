@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import Config, import_host
+from ezpz_moe.cli.arguments import Config, import_host, placement
 from ezpz_moe.cli.inspected import Inspected
 from ezpz_moe.errors import EzpzError
 
 if TYPE_CHECKING:
+    from ezpz_moe.tools.calibration.rank import Found
     from ezpz_moe.tools.planning.plans import Plan, Row
 
 _EXPLAINED = 5
@@ -45,7 +46,13 @@ class PlanCommand(Inspected):
     out: Annotated[Path | None, arg(metavar="JOB.toml")] = None
     """Write the best cut, with --why that with the choice, as a job. Nothing is overwritten."""
 
+    calibrate: Annotated[Path | None, arg(metavar="FILE.toml")] = None
+    """Measure this machine for the job, with --nproc processes, and write its file for --machine.
+    Nothing is planned then. On several machines run it on each, with the flags of `train`."""
+
     def run(self) -> int:
+        if self.calibrate:
+            return self._calibrate(self.calibrate)
         world_size = self.ranks()
         if world_size is None:
             raise EzpzError(
@@ -89,8 +96,66 @@ class PlanCommand(Inspected):
             display.print_line(f"{self.out} written: {(other or found.rows[0]).cut}")
         return 0
 
+    def _calibrate(self, path: Path) -> int:
+        """Measure this machine, and write its file."""
+        from ezpz_moe.hosts.jobs import find_job
+
+        find_job(self.config)
+        where = placement(self)
+        with display.status("Measuring"):
+            import_host()
+            from pydantic import TypeAdapter
+
+            from ezpz_moe.tools.calibration.calibrate import calibrate, check_target
+            from ezpz_moe.tools.calibration.rank import Found
+
+            check_target(path)
+            found = calibrate(
+                self.config, list(self.host_flags), path, nproc=self.nproc or 1, placement=where
+            )
+        if found is None:
+            display.print_line("Measured; node 0 has written the file.")
+            return 0
+        display.print_json(
+            {"machine": str(path), "found": TypeAdapter(Found).dump_python(found, mode="json")}
+        )
+        _print_found(found)
+        display.print_line(f"{path} written: ezpz-moe plan {self.config} --machine {path}")
+        return 0
+
 
 COMMAND = PlanCommand
+
+
+def _print_found(found: Found) -> None:
+    """Print what each rank computes in a second, and what each group of ranks waits for."""
+    sizes = {f"product of {flops:.0e} FLOPs": rate for flops, rate in found.products.items()}
+    of_experts = {
+        f"{name}, {rows:.0f} rows of an expert": rate
+        for name, rates in found.experts.items()
+        for rows, rate in rates.items()
+    }
+    rates = {**sizes, "attention": found.attention, **of_experts}
+    display.print_table(
+        ({"forward and backward": name, "GFLOP/s": f"{r / 1e9:.1f}"} for name, r in rates.items()),
+        title=f"{found.device}, each of {found.ranks} ranks at once",
+    )
+    display.print_table(
+        {
+            "collective": each.kind,
+            "ranks": each.ranks,
+            "links": each.tier,
+            **{
+                f"{size / 2**20:.3g} MiB": _seconds(took)
+                for size, took in zip(each.seconds.sizes, each.seconds.values, strict=True)
+            },
+        }
+        for each in found.collectives
+    )
+    display.print_line(
+        f"Optimizer: {found.bandwidth / 1e9:.1f} GB/s. A rank alone is {found.alone:.2f} times as "
+        f"fast. {found.overlap:.0%} of what can hide behind computation does."
+    )
 
 
 def _print_plan(config: str, found: Plan) -> None:

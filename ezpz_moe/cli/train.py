@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tyro.conf import Suppress
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import OptionalConfig, only
+from ezpz_moe.cli.arguments import OptionalConfig, only, placement
 from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
-
-if TYPE_CHECKING:
-    from ezpz_moe.tools.nodes import Placement
 
 
 # Named only, so that a command's own fields may have no default.
@@ -39,23 +36,9 @@ class Launched(Reporting):
         """Return what the launcher must know in addition to the job."""
         return {
             "nproc": self.nproc,
-            "placement": self._placement(),
+            "placement": placement(self),
             "tell": display.print_to_stderr,
         }
-
-    def _placement(self) -> Placement | None:
-        from ezpz_moe.tools.nodes import Placement
-
-        # A script may always pass --node-rank. A single machine meets no others; Placement refuses
-        # any other rank of it than 0.
-        if self.nnodes == 1 and self.node_rank in (None, 0):
-            return None
-        if self.nnodes > 1 and (self.node_rank is None or self.master_addr is None):
-            raise EzpzError(
-                f"--nnodes {self.nnodes} needs --node-rank, this machine's number from 0, and "
-                "--master-addr, the name or address of node 0."
-            )
-        return Placement(self.nnodes, self.node_rank or 0, self.master_addr or "", self.master_port)
 
 
 @dataclass(frozen=True)
@@ -95,15 +78,13 @@ class Train(Launched):
         with display.status("Looking at the run"):
             from ezpz_moe.tools.launch import prepared
 
-            placement, whole = self._placement(), self.resume_from_last_whole
-            start = prepared(config, flags, self.nproc, placement, from_last_whole=whole)
+            where, whole = placement(self), self.resume_from_last_whole
+            start = prepared(config, flags, self.nproc, where, from_last_whole=whole)
             # Only now: it imports torch, and a mistake in the job is said before.
             from ezpz_moe.tools.planned import planned
 
             display.set_log_level()  # the host's remarks are about training
-            plan = planned(
-                start, flags, nproc=self.nproc, placement=placement, from_last_whole=whole
-            )
+            plan = planned(start, flags, nproc=self.nproc, placement=where, from_last_whole=whole)
         display.print_json(asdict(plan))
         display.print_table({"run": name, "": said} for name, said in plan.what.items())
         display.print_line("\nSettings that are not torchtitan's own defaults:")

@@ -17,7 +17,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -46,7 +46,7 @@ __all__ = [
     "is_flavor",
     "load_flavor",
     "split_name",
-    "with_attention",
+    "with_variant",
 ]
 
 FOLDER_VARIABLE = "EZPZ_MOE_FLAVORS"
@@ -95,16 +95,26 @@ def split_name(name: str, names: Iterable[str]) -> tuple[str, dict[str, str]] | 
     return None
 
 
-def with_attention(name: str, attention: str, *, near: Path | None = None) -> str:
-    """Return the name of the same flavor with another attention; empty if there is none."""
+def with_variant(
+    name: str, key: Literal["attention", "compute_backend"], value: str, *, near: Path | None = None
+) -> str:
+    """Return the name of the same flavor with another attention or backend; empty if none has it.
+
+    Args:
+        name: of a flavor, which may be a variant.
+        key: what a suffix of the name sets.
+        value: of the key.
+        near: as in :func:`load_flavor`.
+    """
     found = split_name(name, flavor_names(near=near))
     if found is None:
         return ""
-    stem, given = found
-    other = "_".join([stem, attention, *filter(None, [given.get("compute_backend")])])
-    # A file may have this name, and yet another attention.
+    stem, given = found[0], {**found[1], key: value}
+    keys = ("attention", "compute_backend")
+    other = "_".join([stem, *(given[each] for each in keys if each in given)])
+    # A file may have this name, and yet another value.
     try:
-        return other if load_flavor(other, near=near).attention == attention else ""
+        return other if getattr(load_flavor(other, near=near), key) == value else ""
     except EzpzError:
         return ""
 

@@ -171,7 +171,7 @@ class Planning(Protocol):
     """Fills in what planning computes with."""
 
     def model_sheet(
-        self, config: str, host_flags: list[str], *, is_cpu: bool = False
+        self, config: str, host_flags: list[str], *, is_cpu: bool = False, backend: str = ""
     ) -> ModelSheet:
         """Return the sheet of a job's model, after the trainer's own flags.
 
@@ -179,6 +179,7 @@ class Planning(Protocol):
             config: a flavor's name or the path of a job's TOML.
             host_flags: the trainer's own flags, which override the job.
             is_cpu: whether the run's ranks are CPUs like this one.
+            backend: computes the experts in place of the job's own.
 
         Raises:
             EzpzError: the job is wrong, or has what is not planned.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ezpz_moe.config.flavors import Flavor, load_flavor, with_attention
+from ezpz_moe.config.flavors import Flavor, load_flavor, with_variant
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts import accelerator
@@ -111,6 +111,6 @@ def _needs_accelerator(flavor: Flavor) -> bool:
 
 def _with_sdpa(flavor: Flavor, near: Path | None) -> str:
     """Say how to have the same flavor with SDPA."""
-    if name := with_attention(flavor.name, _RUNS_EVERYWHERE, near=near):
+    if name := with_variant(flavor.name, "attention", _RUNS_EVERYWHERE, near=near):
         return f"Use flavor {name}."
     return f'Set attention = "{_RUNS_EVERYWHERE}" in {flavor.source}.'

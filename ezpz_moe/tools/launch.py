@@ -41,7 +41,7 @@ _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own variable, for the
 _SHOWN_RANKS = "LOG_RANK"  # the host's own variable
 _TRAINER = ("--module", "ezpz_moe.train")
 # By default torchrun uses this machine's name; where that cannot be resolved, it waits long.
-_HERE = ("--standalone", "--local-addr", "localhost")
+HERE = ("--standalone", "--local-addr", "localhost")
 
 Tell = Callable[[str], None]
 """Takes what the user must know about how the run ended."""
@@ -132,9 +132,9 @@ def prepared(
     arguments = [*_TRAINER, *presumed_host().arguments(job), *resuming, *host_flags]
     back = _Return.of(settings, resuming)
     _check_processes(nproc)
-    _share_threads(nproc)
+    share_threads(nproc)
     workers = _workers(nproc, placement, pipeline_degree(job, host_flags)) + _patience(settings)
-    where = placement.torchrun_arguments if placement else _HERE
+    where = placement.torchrun_arguments if placement else HERE
     return Start(job, settings, back, [*workers, *where, *arguments])
 
 
@@ -293,7 +293,7 @@ def _check_processes(nproc: int) -> None:
         )
 
 
-def _share_threads(nproc: int) -> None:
+def share_threads(nproc: int) -> None:
     """On the CPU, divide the threads that torch would use alone; the user's choice wins.
 
     torchrun would give each of several processes one thread, which suits only accelerators.

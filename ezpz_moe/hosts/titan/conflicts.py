@@ -19,7 +19,7 @@ from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
 from ezpz_moe.compute import get_backend
-from ezpz_moe.config.flavors import with_attention
+from ezpz_moe.config.flavors import with_variant
 from ezpz_moe.config.job import accepts, allowed
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.cpu import no_accelerator
@@ -327,7 +327,7 @@ def _flavor(config: Trainer.Config) -> str:
 
 def _flavor_with_sdpa(config: Trainer.Config) -> str:
     # Files beside a job are not found from here: of those only the attention can be named.
-    name = with_attention(_flavor(config), "sdpa")
+    name = with_variant(_flavor(config), "attention", "sdpa")
     return f"flavor {name}" if name else 'a flavor with attention = "sdpa"'
 
 

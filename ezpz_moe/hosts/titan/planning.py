@@ -20,8 +20,11 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.moe import MoE
 
+from ezpz_moe.config.flavors import with_variant
+from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name
+from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.model_sheet import (
     EMBEDDINGS,
     HEAD,
@@ -37,17 +40,21 @@ from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.titan.anatomy import _score_flops
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import _computing_shares, _multiplied, components
+from ezpz_moe.hosts.titan.job import trainer_config
 from ezpz_moe.hosts.titan.memory import places_of
 from ezpz_moe.hosts.titan.selector import Selector
 
 
-def model_sheet(config: str, host_flags: list[str], *, is_cpu: bool = False) -> ModelSheet:
+def model_sheet(
+    config: str, host_flags: list[str], *, is_cpu: bool = False, backend: str = ""
+) -> ModelSheet:
     """Return the sheet of a job's model.
 
     Args:
         config: a flavor's name or the path of a job's TOML.
         host_flags: the trainer's own flags, which override the job.
         is_cpu: whether the run's ranks are CPUs like this one, which may train in float32.
+        backend: computes the experts in place of the job's own.
 
     Raises:
         EzpzError: the job is wrong, or has what is not planned: context parallelism, another
@@ -57,6 +64,8 @@ def model_sheet(config: str, host_flags: list[str], *, is_cpu: bool = False) -> 
     with contextlib.nullcontext() if is_cpu else as_on_an_accelerator():
         told = ConfigManager().parse_args([*named(config), *host_flags])
     _refuse_what_is_not_planned(told, config)
+    if backend:
+        told.model_spec = _on_backend(find_job(config), host_flags, backend)
     # Without expert parallelism, whose split of the experts is always the first dimension.
     whole = replace(told.parallelism, expert_parallel_degree=1)
     asked, told.parallelism = told.parallelism, whole
@@ -83,6 +92,20 @@ def model_sheet(config: str, host_flags: list[str], *, is_cpu: bool = False) -> 
         is_tied=bool(getattr(spec, "enable_weight_tying", False)),
         job=_job(told),
     )
+
+
+def _on_backend(job: Job, host_flags: list[str], backend: str) -> Any:
+    """Return the spec of a job's model with another backend.
+
+    Raises:
+        EzpzError: the flavor has no variant of this name.
+    """
+    name = with_variant(job.flavor, "compute_backend", backend, near=job.folder)
+    if not name:
+        raise EzpzError(
+            f"{job.source}: flavor {job.flavor!r} has no variant on backend {backend!r}."
+        )
+    return trainer_config(replace(job, flavor=name), host_flags).model_spec
 
 
 def _refuse_what_is_not_planned(config: Any, source: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+from ezpz_moe.compute.names import name_and_options
 from ezpz_moe.errors import EzpzError, did_you_mean
 from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, NORM, ModelSheet, Part
 
@@ -17,7 +18,7 @@ CHECKPOINTING = ("none", "selective", "full")
 PIPELINED = ("1f1b", "gpipe")
 """Schedules of which it is known how many microbatches a rank holds."""
 
-CHOICES = ("dp_shard", "dp_replicate", "tp", "pp", "ep", "microbatch", "ac")
+CHOICES = ("dp_shard", "dp_replicate", "tp", "pp", "ep", "microbatch", "ac", "backend")
 """What a choice may name."""
 
 LARGEST_MICROBATCH = 32
@@ -33,6 +34,7 @@ class Cut:
         microbatch: sequences that a rank computes at once.
         microbatches: of those that a rank computes in a step, one after the other.
         checkpointing: "none", "selective" or "full".
+        backend: what computes the experts, where it is a choice; empty: what the job says.
     """
 
     dp_shard: int
@@ -43,6 +45,7 @@ class Cut:
     microbatch: int
     microbatches: int
     checkpointing: str
+    backend: str = ""
 
     @property
     def ranks(self) -> int:
@@ -61,12 +64,13 @@ class Cut:
     @cached_property
     def layout(self) -> Cut:
         """The same degrees alone, on which weights depend, and not on how a batch is cut."""
-        return replace(self, microbatch=1, microbatches=1, checkpointing="none")
+        return replace(self, microbatch=1, microbatches=1, checkpointing="none", backend="")
 
     def __str__(self) -> str:
         return (
             f"dp_shard={self.dp_shard} dp_replicate={self.dp_replicate} tp={self.tp} pp={self.pp} "
             f"ep={self.ep} microbatch={self.microbatch} ac={self.checkpointing}"
+            + (self.backend and f" backend={self.backend}")
         )
 
 
@@ -242,7 +246,9 @@ def parsed_choice(choice: str) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not value:
             raise EzpzError(f"--why {choice!r}: write a choice as tp=2, several as 'tp=2 ep=8'.")
-        if name in CHOICES and name != "ac" and not (value.isdecimal() and int(value) > 0):
+        if name == "backend":
+            name_and_options(value)  # refuses a name that is not known
+        elif name in CHOICES and name != "ac" and not (value.isdecimal() and int(value) > 0):
             raise EzpzError(f"--why {choice!r}: {name} is a number of at least 1, not {value!r}.")
         if name == "ac" and value not in CHECKPOINTING:
             raise EzpzError(

@@ -1,16 +1,19 @@
 """A machine as data: how fast a rank computes, and how fast its links are. Seconds and bytes.
 
-A machine is a TOML file, one of those in ``machines/`` or the user's. What is measured or published
-has its source in the file; what nobody has published is said to be an assumption there.
+A machine is a TOML file: one of those in ``machines/``, the user's, or one that
+:mod:`ezpz_moe.tools.calibration` has measured. What is measured or published has its source in the
+file; what nobody has published is said to be an assumption there.
 """
 
 from __future__ import annotations
 
-from math import ceil, log2
+from bisect import bisect_left
+from itertools import pairwise
+from math import log
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ezpz_moe.config.toml import read_toml
 from ezpz_moe.errors import EzpzError, did_you_mean, short
@@ -22,14 +25,57 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class Curve(_Table):
+    """A figure that was measured at several sizes.
+
+    Attributes:
+        sizes: from the smallest to the largest.
+        values: one for each.
+    """
+
+    sizes: tuple[_Positive, ...] = Field(min_length=1)
+    values: tuple[_Positive, ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Curve:
+        if len(self.sizes) != len(self.values):
+            raise ValueError(f"{len(self.sizes)} sizes have {len(self.values)} values")
+        if any(small >= large for small, large in pairwise(self.sizes)):
+            raise ValueError("sizes must rise")
+        return self
+
+    def at(self, size: float) -> float:
+        """Return the value at a size: linear between the logarithms, level beyond both ends."""
+        if size <= self.sizes[0]:
+            return self.values[0]
+        if size >= self.sizes[-1]:
+            return self.values[-1]
+        after = bisect_left(self.sizes, size)
+        small, large = self.sizes[after - 1], self.sizes[after]
+        low, high = self.values[after - 1], self.values[after]
+        return low * (high / low) ** (log(size / small) / log(large / small))
+
+    def beyond(self, size: float) -> float:
+        """Return the same, but in proportion to the size above the largest one."""
+        return self.at(size) * max(1.0, size / self.sizes[-1])
+
+
 class Compute(_Table):
-    """What a rank computes in a second.
+    """What a rank computes in a second, while all ranks of its node do.
 
     Attributes:
         bfloat16, float32: peak FLOP/s of dense matrix products.
         products: share of the peak that linear layers reach.
         experts: the same of routed experts, with what dispatches and combines.
         attention: the same of queries with keys, and the sum of values.
+        alone: how many times faster a rank is while the others of its node wait: above 1 where they
+            share cores.
+        by_flops: share of ``products`` that one product of so many FLOPs reaches.
+        backends: of a backend, by rows of an expert, the share of the peak that takes the place of
+            ``experts``.
     """
 
     bfloat16: float = Field(gt=0)
@@ -37,6 +83,9 @@ class Compute(_Table):
     products: float = Field(gt=0, le=1)
     experts: float = Field(gt=0, le=1)
     attention: float = Field(gt=0, le=1)
+    alone: float = Field(default=1.0, ge=1)
+    by_flops: Curve | None = None
+    backends: dict[str, Curve] = {}
 
 
 class Memory(_Table):
@@ -64,6 +113,26 @@ class Link(_Table):
         return self.bandwidth * self.achieved
 
 
+Tier = Literal["node", "network"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
+
+
+class Measured(_Table):
+    """Measured seconds of one collective, by bytes of the whole tensor.
+
+    Attributes:
+        tier: "node" or "network".
+        kind: as :func:`.links.seconds` takes it.
+        ranks: that take part.
+        seconds: by bytes, as :func:`.links.seconds` counts them.
+    """
+
+    tier: Tier
+    kind: Kind
+    ranks: int = Field(ge=2)
+    seconds: Curve
+
+
 class Machine(_Table):
     """A machine.
 
@@ -74,6 +143,9 @@ class Machine(_Table):
         compute, memory: of a rank.
         node: links between the ranks of a node.
         network: links between nodes, as one rank has them.
+        overlap: share of the time of a collective beside computation that it hides.
+        collectives: measured ones; where there are some of a tier and kind, they take the place of
+            bandwidth and latency.
         sources: where each figure is from, or that it is an assumption.
     """
 
@@ -84,6 +156,8 @@ class Machine(_Table):
     memory: Memory
     node: Link
     network: Link
+    overlap: float = Field(default=1.0, ge=0, le=1)
+    collectives: tuple[Measured, ...] = ()
     sources: dict[str, str]
 
 
@@ -115,43 +189,3 @@ def machine(name: str) -> Machine:
 def names() -> list[str]:
     """Return the machines that this package brings."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
-
-
-def seconds(
-    on: Machine, ranks_per_node: int, kind: str, size: int, stride: int, sent: float
-) -> float:
-    """Return the time of one collective.
-
-    Rings for all-gather and reduce-scatter, which pass (n - 1) / n of the whole on every link; an
-    all-reduce is one after the other (Thakur, Rabenseifner and Gropp, 2005). A ring that leaves its
-    node has as many links to do so as it has ranks there. Latency counts log2(n) times, as trees
-    have it.
-
-    Args:
-        on: the machine.
-        ranks_per_node: ranks that share a node.
-        kind: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "send".
-        size: ranks that take part, n.
-        stride: distance between neighbours among them.
-        sent: bytes of the whole tensor; of an all-to-all what one rank sends, to itself too.
-    """
-    here = min(size, max(1, ranks_per_node // stride))
-    crosses = here < size
-    tier = on.network if crosses else on.node
-    if kind == "send":
-        # To a stage that is stride ranks away.
-        tier = on.network if stride >= ranks_per_node else on.node
-        return tier.latency + sent / tier.rate
-    rounds = ceil(log2(size)) * tier.latency
-    if kind == "all-to-all":
-        inside = sent * (here - 1) / size / on.node.rate
-        outside = sent * (size - here) / size / on.network.rate
-        return rounds + max(inside, outside)
-    passed = sent * (size - 1) / size
-    rate = min(on.node.rate, here * on.network.rate) if crosses else on.node.rate
-    return (2 if kind == "all-reduce" else 1) * (rounds + passed / rate)
-
-
-def tier_in_words(ranks_per_node: int, size: int, stride: int) -> str:
-    """Return where a group's bytes go: "between nodes" or "within a node"."""
-    return "between nodes" if size * stride > ranks_per_node else "within a node"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
@@ -107,8 +108,10 @@ def plan(
             f"--world-size {world_size}: is no multiple of the {per_node} ranks of a node. Fill "
             "the nodes, or say how many ranks of each take part with --ranks-per-node."
         )
-    sheet = host().planning().model_sheet(config, host_flags, is_cpu=on.device == "cpu")
-    return ranked(sheet, on, world_size, per_node, load, of_run)
+    sheet_of = partial(host().planning().model_sheet, config, host_flags, is_cpu=on.device == "cpu")
+    sheet = sheet_of()
+    others = [sheet_of(backend=each) for each in on.compute.backends if sheet.routed]
+    return ranked(sheet, on, world_size, per_node, load, of_run, others)
 
 
 def ranked(
@@ -118,15 +121,19 @@ def ranked(
     ranks_per_node: int,
     load: str,
     of_run: Loads | None = None,
+    on_backends: Sequence[ModelSheet] = (),
 ) -> Plan:
-    """Return the plan of a sheet, with arguments as in :func:`plan`."""
+    """Return the plan of a sheet, with arguments as in :func:`plan`.
+
+    ``on_backends`` are the sheets of the same job with other backends, which are then a choice.
+    """
     imbalances = _Imbalances(sheet, load, of_run)
     legal, least, rows = 0, 0, []
-    for cut in legal_cuts(sheet, world_size, ranks_per_node):
-        held = fullest(sheet, cut, imbalances[cut.ep])
+    for each, cut in _choices(sheet, on_backends, world_size, ranks_per_node):
+        held = fullest(each, cut, imbalances[cut.ep])
         legal, least = legal + 1, min(least or held.total, held.total)
         if held.total <= on.memory.size:
-            rows.append(_row(sheet, cut, held, on, ranks_per_node, imbalances[cut.ep]))
+            rows.append(_row(each, cut, held, on, ranks_per_node, imbalances[cut.ep]))
     # Of two that take as long, the one that holds less; then in the order of their numbers.
     rows.sort(key=lambda row: (row.time.predicted, row.held.total, str(row.cut)))
     own = job_cut(sheet, world_size)
@@ -143,6 +150,15 @@ def ranked(
         own=None if refused else predicted(sheet, own, on, ranks_per_node, imbalances[own.ep]),
         refused=refused,
     )
+
+
+def _choices(
+    sheet: ModelSheet, on_backends: Sequence[ModelSheet], world_size: int, ranks_per_node: int
+) -> Iterator[tuple[ModelSheet, Cut]]:
+    """Yield every legal cut with its sheet: the job's own, or one for each backend to choose."""
+    for each in on_backends or [sheet]:
+        for cut in legal_cuts(each, world_size, ranks_per_node):
+            yield each, replace(cut, backend=each.backend) if on_backends else cut
 
 
 def _refusals(sheet: ModelSheet, own: Cut, world_size: int) -> Iterator[str]:
@@ -196,6 +212,12 @@ def best_with(found: Plan, choice: str) -> Row:
     named = parsed_choice(choice)
     if row := next((row for row in found.rows if matches(row.cut, named)), None):
         return row
+    if (backend := named.pop("backend", "")) and backend not in found.on.compute.backends:
+        raise EzpzError(
+            f"--why {choice!r}: the machine {found.on.name!r} has no figure of this backend: "
+            f"{', '.join(found.on.compute.backends) or 'none of any'}. `ezpz-moe plan --calibrate` "
+            "measures them; without one, the backend is the job's."
+        )
     cuts = legal_cuts(found.sheet, found.world_size, found.ranks_per_node)
     if legal := [cut for cut in cuts if matches(cut, named)]:
         least = min(fullest(found.sheet, cut).total for cut in legal)

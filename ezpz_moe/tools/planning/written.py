@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ezpz_moe.config.flavors import load_flavor
+from ezpz_moe.config.flavors import load_flavor, with_variant
 from ezpz_moe.config.job import MODEL_NAME, Job
 from ezpz_moe.config.toml_edit import assignment, statements
 from ezpz_moe.errors import EzpzError
@@ -53,8 +53,12 @@ def write_job(path: Path, job: Job, host_flags: Sequence[str], cut: Cut) -> None
         EzpzError: as :func:`check_target`, or it cannot be written.
     """
     check_target(path, job, host_flags)
-    text = job.path.read_text(encoding="utf-8") if job.path else _of_flavor(job.flavor)
-    changed = "".join(_changed(text, settings(cut)))
+    flavor, wanted = job.flavor, dict(settings(cut))
+    if cut.backend and load_flavor(flavor, near=job.folder).compute_backend != cut.backend:
+        flavor = with_variant(flavor, "compute_backend", cut.backend, near=job.folder)
+        wanted["model"] = {"flavor": flavor}
+    text = job.path.read_text(encoding="utf-8") if job.path else _of_flavor(flavor)
+    changed = "".join(_changed(text, wanted))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
