@@ -3,10 +3,10 @@
     python benchmarks/planned_cuts.py --ranks 2
     python benchmarks/planned_cuts.py --ranks 4 --cuts 14
 
-Calibrates this machine for a small model, plans all cuts of it, and trains with some of them,
-evenly spread over the predicted order: real runs over gloo, in turns, each of a few steps of which
-the first two do not count. Prints both times of each cut, and Kendall's tau over the pairs whose
-measured medians differ by more than 5 %. Wants a machine that does nothing else.
+Calibrates this machine for a small model with balanced experts, plans all cuts of it, and trains
+with some of them, evenly spread over the predicted order: real runs over gloo, in turns, each of a
+few steps of which the first two do not count. Prints both times of each cut, and Kendall's tau over
+the pairs whose measured medians differ by more than 5 %. Wants a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ num_experts = 8
 router_top_k = 2
 moe_hidden_dim = 512
 num_shared_experts = 0
+[router]
+routing = "balanced"
 """
 JOB = """
 [model]
@@ -53,7 +55,6 @@ mixed_precision_param = "float32"
 [activation_checkpoint]
 mode = "none"
 [parallelism]
-spmd_backend = "{spmd}"
 pipeline_parallel_schedule = "1F1B"
 [metrics]
 log_freq = 1
@@ -72,19 +73,18 @@ class Arguments:
 
     ranks: int = 2
     cuts: int = 14
-    steps: int = 6
+    steps: int = 5
     """Of each run."""
     turns: int = 2
     machine: str | None = None
     """A file of this machine. Default: it is calibrated first."""
-    spmd: str = "partial_dtensor"
 
 
 def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "cuts.toml").write_text(FLAVOR)
-        (folder / "job.toml").write_text(JOB.format(spmd=arguments.spmd))
+        (folder / "job.toml").write_text(JOB)
         chosen = spread(_rows(folder, arguments), arguments.cuts)
         for number, row in enumerate(chosen):
             write_job(folder / f"{number}.toml", find_job(str(folder / "job.toml")), [], row.cut)
@@ -109,7 +109,9 @@ def _rows(folder: Path, arguments: Arguments) -> Sequence[Row]:
         on=machine(file),
         load="balanced",
     )
-    return found.rows
+    # On a CPU torchtitan needs distributed tensors for the one, with which ours cannot balance experts
+    # under the other.
+    return [row for row in found.rows if row.cut.ep == 1 or row.cut.tp == 1]
 
 
 def spread(rows: Sequence[Row], number: int) -> list[Row]:
@@ -161,7 +163,7 @@ def report(chosen: Sequence[Row], measured: Sequence[float], arguments: Argument
         }
         for row, took in zip(chosen, measured, strict=True)
     ]
-    display.print_table(table, title=f"{arguments.ranks} ranks, {arguments.spmd}")
+    display.print_table(table, title=f"{arguments.ranks} ranks")
     tau, pairs = kendall(predicted, measured)
     display.print_line(
         f"Kendall's tau {tau:.2f} over {pairs} pairs; the best predicted takes "

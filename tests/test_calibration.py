@@ -128,8 +128,8 @@ def test_experts_have_the_rate_of_their_backend_at_their_rows(sheet, tmp_path):
 def test_small_products_are_slower(sheet, tmp_path):
     on = written_machine(tmp_path)
     level = on.model_copy(update={"compute": on.compute.model_copy(update={"by_flops": None})})
-    # All of them are below a megaflop in one sequence of two tokens.
-    small = replace(sheet, job=replace(sheet.job, seq_len=2))
+    # All of them are below a megaflop with two tokens.
+    small = replace(sheet, job=replace(sheet.job, seq_len=1))
     name = "dense products"
     assert terms(small, on)[name] == pytest.approx(4 * terms(small, level)[name])
 
@@ -143,6 +143,22 @@ def test_ranks_that_wait_leave_their_cores_to_others(sheet, tmp_path):
     assert bubbles[1] == pytest.approx(2 * bubbles[0] / 1.5 - bubbles[0])
     uneven = [terms(sheet, on, imbalance=3)["imbalance of the experts"] for on in (own, shared)]
     assert uneven[1] == pytest.approx(uneven[0] / 2)  # twice the mean in place of three times
+
+
+def test_a_backend_that_pads_waits_for_the_busiest_expert(folder, tmp_path):
+    config, on = str(folder / "job.toml"), written_machine(tmp_path)
+    arguments = {"world_size": 2, "ranks_per_node": None, "on": on}
+    even, uneven = (
+        plans.plan(config, [], load=load, **arguments) for load in ("balanced", "zipf1")
+    )
+    for backend, waits in (
+        ("for_loop", 1),
+        ("batched_mm_padded", 8 / sum(1 / n for n in range(1, 9))),
+    ):
+        choice = f"backend={backend} ep=1 dp_shard=2 ac=none microbatch=1"
+        times = [plans.best_with(found, choice).time.terms for found in (even, uneven)]
+        more = times[1].get("imbalance of the experts", 0) / times[0]["routed experts"]
+        assert 1 + more == pytest.approx(max(1, waits / on.compute.alone))
 
 
 def test_overlap_hides_its_share(sheet, tmp_path):

@@ -271,6 +271,17 @@ def test_sdpa_of_a_sequence_that_ranks_share(spmd_backend):
     assert config(**keys | {"parallelism__spmd_backend": "partial_dtensor"})
 
 
+def test_balance_that_is_forced_on_distributed_scores():
+    """The host fails in its router: plain numbers of experts look up scores that are no tensors."""
+    values = {"debug__moe_force_load_balance": True, "parallelism__tensor_parallel_degree": 2}
+    message = conflict(parallelism__spmd_backend="partial_dtensor", **values)
+    assert "debug.moe_force_load_balance = true cannot be combined with" in message
+    assert "spmd_backend = 'partial_dtensor'. Set the latter to \"spmd_types\"" in message
+    assert config(parallelism__spmd_backend="spmd_types", **values)
+    values["parallelism__tensor_parallel_degree"] = 1
+    assert config(parallelism__spmd_backend="partial_dtensor", **values)
+
+
 def test_a_sequence_shared_by_cpus(monkeypatch, in_training):
     monkeypatch.setattr(utils, "device_type", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -21,7 +21,7 @@ if type(host()) is not Titan03:
 
 from ezpz_moe.telemetry import json_lines
 from ezpz_moe.tools import preflight
-from ezpz_moe.tools.planning import cuts, load, machine, memory, plans, steps, written
+from ezpz_moe.tools.planning import cuts, links, load, machine, memory, plans, steps, written
 from ezpz_moe.tools.planning.cuts import Cut
 
 DEBUG, GPT_OSS = "debugmodel_sdpa_for_loop", "gpt_oss_debugmodel_sdpa"
@@ -230,9 +230,9 @@ def test_the_time_of_a_step_is_flops_over_rates_and_the_bubble():
 
 def test_fsdp_hides_behind_computation_and_all_to_all_does_not():
     terms = {"dense products": 3.0, "FSDP: all-gather": 2.0, "experts: all-to-all": 1.0}
-    time = steps._stage_time(layout(), dict(terms))
+    time = steps._stage_time(layout(), dict(terms), MADE, 4.0)
     assert (time.best, time.predicted, time.worst) == (3, 4, 6)
-    time = steps._stage_time(layout(), terms | {"FSDP: all-gather": 5.0})
+    time = steps._stage_time(layout(), terms | {"FSDP: all-gather": 5.0}, MADE, 4.0)
     assert (time.best, time.predicted, time.worst) == (6, 6, 9)
 
 

@@ -144,6 +144,7 @@ class ModelSheet:
         parts: by name, in the model's order.
         heads: numbers of attention heads, of queries and of keys, that tensor parallelism splits.
         backend: what computes the experts; empty for a dense model.
+        pads: whether that pads every expert's rows to those of the busiest one.
         is_tied: whether embeddings and head share a matrix.
         job: what is done with it.
     """
@@ -154,6 +155,7 @@ class ModelSheet:
     parts: Mapping[str, Part]
     heads: tuple[int, ...]
     backend: str
+    pads: bool
     is_tied: bool
     job: JobSheet
 

@@ -166,6 +166,18 @@ def _context_parallel_attention(config: Trainer.Config) -> Iterator[str]:
         )
 
 
+def _forced_load(config: Trainer.Config) -> Iterator[str]:
+    parallelism = config.parallelism
+    degree, spmd = parallelism.tensor_parallel_degree, parallelism.spmd_backend
+    # The host looks up plain numbers of experts in scores that are then distributed.
+    if config.debug.moe_force_load_balance and degree > 1 and spmd == "partial_dtensor":
+        yield (
+            "debug.moe_force_load_balance = true cannot be combined with "
+            f"parallelism.tensor_parallel_degree = {degree} and parallelism.spmd_backend = "
+            f'{spmd!r}. Set the latter to "spmd_types".'
+        )
+
+
 def _has_sdpa(config: Trainer.Config) -> bool:
     if config.model_spec is None:
         return False
@@ -360,6 +372,7 @@ _ALWAYS: tuple[_Check, ...] = (
     layer_problems,
     _tensor_parallel_degree,
     _context_parallel_attention,
+    _forced_load,
     override_problems,
     dispatcher_problems,
     _sequence_length,

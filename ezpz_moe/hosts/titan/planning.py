@@ -20,6 +20,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.attention import BaseAttention
 from torchtitan.models.common.moe import MoE
 
+from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavors import with_variant
 from ezpz_moe.config.job import Job
 from ezpz_moe.errors import EzpzError
@@ -76,6 +77,7 @@ def model_sheet(
         model = spec.build()
     attentions = [node for _, node, _, _ in spec.traverse(BaseAttention.Config)]
     backends = {each.compute_backend for each in model.modules() if isinstance(each, Selector)}
+    pads = any(get_backend(each).pads for each in backends)
     parts = _parts(spec, model, told.training.seq_len)
     if unknown := [name for name in parts if not _is_planned(name)]:
         raise EzpzError(
@@ -89,6 +91,7 @@ def model_sheet(
         parts=parts,
         heads=tuple(_heads(attentions)),
         backend=", ".join(sorted(backends)),
+        pads=pads,
         is_tied=bool(getattr(spec, "enable_weight_tying", False)),
         job=_job(told),
     )

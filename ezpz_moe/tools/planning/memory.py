@@ -140,19 +140,19 @@ def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
         held = stage_states(sheet, cut, parts)
         in_flight = microbatches_in_flight(sheet.job.schedule, stage, cut.pp, cut.microbatches)
         kept = sum(
-            times * _kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
+            times * kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
             for part, times in parts.items()
         )
         # Under full checkpointing one layer at a time is computed again, with all of its tensors.
         again = 0.0
         if cut.checkpointing != "none":
-            again = max(_kept_bytes(sheet, cut, part, "none", imbalance) for part in parts)
+            again = max(kept_bytes(sheet, cut, part, "none", imbalance) for part in parts)
         activations = int(in_flight * kept + again + _loss_bytes(sheet, cut, stage))
         found.append(Held(held.parameters, held.states, activations, _gathered(sheet, cut, parts)))
     return max(found, key=lambda held: held.total)
 
 
-def _kept_bytes(
+def kept_bytes(
     sheet: ModelSheet, cut: Cut, part: Part, checkpointing: str, imbalance: float
 ) -> float:
     """Return estimated bytes that forward of a microbatch leaves of a part for backward.

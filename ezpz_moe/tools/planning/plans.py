@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from ezpz_moe.errors import EzpzError
@@ -130,14 +131,15 @@ def ranked(
     imbalances = _Imbalances(sheet, load, of_run)
     legal, least, rows = 0, 0, []
     for each, cut in _choices(sheet, on_backends, world_size, ranks_per_node):
-        held = fullest(each, cut, imbalances[cut.ep])
+        imbalance = imbalances[each.pads, cut.ep]
+        held = fullest(each, cut, imbalance)
         legal, least = legal + 1, min(least or held.total, held.total)
         if held.total <= on.memory.size:
-            rows.append(_row(each, cut, held, on, ranks_per_node, imbalances[cut.ep]))
+            rows.append(_row(each, cut, held, on, ranks_per_node, imbalance))
     # Of two that take as long, the one that holds less; then in the order of their numbers.
     rows.sort(key=lambda row: (row.time.predicted, row.held.total, str(row.cut)))
     own = job_cut(sheet, world_size)
-    refused = next(_refusals(sheet, own, world_size), "")
+    refused, of_own = next(_refusals(sheet, own, world_size), ""), imbalances[sheet.pads, own.ep]
     return Plan(
         sheet=sheet,
         on=on,
@@ -147,7 +149,7 @@ def ranked(
         legal=legal,
         rows=tuple(rows),
         least=least,
-        own=None if refused else predicted(sheet, own, on, ranks_per_node, imbalances[own.ep]),
+        own=None if refused else predicted(sheet, own, on, ranks_per_node, of_own),
         refused=refused,
     )
 
@@ -182,17 +184,24 @@ def predicted(
     return _row(sheet, cut, held, on, ranks_per_node, imbalance)
 
 
-class _Imbalances(dict[int, float]):
-    """Degree of expert parallelism -> imbalance of a layer, the mean of the layers that differ."""
+class _Imbalances(dict[tuple[bool, int], float]):
+    """Imbalance of a layer, the mean of the layers that differ.
+
+    By whether a backend pads every expert to the busiest one, so that this one alone counts, and by
+    the degree of expert parallelism.
+    """
 
     def __init__(self, sheet: ModelSheet, load: str, of_run: Loads | None) -> None:
         self._experts = [routed.num_experts for routed in dict.fromkeys(sheet.routed)]
         self._load, self._of_run = load, of_run
 
-    def __missing__(self, ep: int) -> float:
-        found = [rank_imbalance(self._load, self._of_run, E, ep) for E in self._experts]
-        self[ep] = sum(found) / len(found) if found else 1.0
-        return self[ep]
+    def __missing__(self, of: tuple[bool, int]) -> float:
+        pads, ep = of
+        each = (
+            rank_imbalance(self._load, self._of_run, E, E if pads else ep) for E in self._experts
+        )
+        self[of] = fmean(found) if (found := list(each)) else 1.0
+        return self[of]
 
 
 def _row(

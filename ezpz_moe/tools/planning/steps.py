@@ -18,6 +18,7 @@ from ezpz_moe.tools.planning.links import seconds, tier_in_words
 from ezpz_moe.tools.planning.machine import Machine
 from ezpz_moe.tools.planning.memory import (
     expert_numbers,
+    kept_bytes,
     stage_parts,
     stage_states,
     unlike_stages,
@@ -25,11 +26,15 @@ from ezpz_moe.tools.planning.memory import (
 from ezpz_moe.tools.planning.traffic import EP, FSDP, HSDP, PP, TP, traffic
 
 PRODUCTS, EXPERTS, ATTENTION = "dense products", "routed experts", "attention scores"
+BETWEEN = "between products"
 RECOMPUTED, IMBALANCE = "recomputation", "imbalance of the experts"
 BUBBLE, OPTIMIZER, COPIES = "pipeline bubble", "optimizer", "copies of FSDP"
 
-_COMPUTE = (PRODUCTS, EXPERTS, ATTENTION, RECOMPUTED, IMBALANCE, COPIES)
+_COMPUTE = (PRODUCTS, EXPERTS, ATTENTION, BETWEEN, RECOMPUTED, IMBALANCE, COPIES)
 _OVERLAPPED = (FSDP, HSDP)
+_PASSES_BETWEEN = 4
+"""Over what products take and give: norms, RoPE, activations, residuals, casts and copies read and
+write it in forward. An assumption for eager kernels; compiled ones need less."""
 _PASSES_OVER_STATES = 7
 """Of AdamW over numbers as large as a weight: four are read, three written."""
 
@@ -117,24 +122,28 @@ def compute_terms(
     sheet: ModelSheet, cut: Cut, parts: Counter[Part], on: Machine, imbalance: float
 ) -> dict[str, float]:
     """Return seconds of computation in a step, by class of operators."""
-    forward = dict.fromkeys((PRODUCTS, EXPERTS, ATTENTION), 0.0)
+    forward = dict.fromkeys((PRODUCTS, EXPERTS, ATTENTION, BETWEEN), 0.0)
     again = 0.0
     for part, times in parts.items():
         own = _forward_seconds(sheet, cut, part, on)
         for name, one in own.items():
             forward[name] += times * cut.microbatches * one
-        # Checkpointing wraps layers, and nothing around them.
-        if cut.checkpointing == "full" and part not in (
-            sheet.parts.get(EMBEDDINGS),
-            sheet.parts.get(HEAD),
-        ):
-            again += times * cut.microbatches * sum(own.values())
+        again += times * cut.microbatches * _again(sheet, cut, part, own)
     terms = {name: (1 + BACKWARD) * each for name, each in forward.items()}
     if again:
         terms[RECOMPUTED] = again
     if imbalance > 1:
         terms[IMBALANCE] = (imbalance - 1) * terms[EXPERTS]
     return terms
+
+
+def _again(sheet: ModelSheet, cut: Cut, part: Part, own: Mapping[str, float]) -> float:
+    """Return seconds of a part's forward that backward computes again for a microbatch."""
+    # Checkpointing wraps layers, and nothing around them.
+    if part in (sheet.parts.get(EMBEDDINGS), sheet.parts.get(HEAD)):
+        return 0.0
+    # "selective" keeps what products and attention give.
+    return {"none": 0.0, "selective": own[BETWEEN], "full": sum(own.values())}[cut.checkpointing]
 
 
 def _forward_seconds(sheet: ModelSheet, cut: Cut, part: Part, on: Machine) -> dict[str, float]:
@@ -148,6 +157,7 @@ def _forward_seconds(sheet: ModelSheet, cut: Cut, part: Part, on: Machine) -> di
         PRODUCTS: sum(_product_seconds(each, on) for each in _products(cut, part, tokens)) / peak,
         EXPERTS: max(multiplied, read),
         ATTENTION: tokens * part.scores / cut.tp / peak / on.compute.attention,
+        BETWEEN: _PASSES_BETWEEN * kept_bytes(sheet, cut, part, "none", 1.0) / on.memory.bandwidth,
     }
 
 
