@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.pipelining.schedules import Schedule1F1B, get_schedule_class
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,31 @@ def head_problems(parallelism: Any, heads: Iterable[int], flavor: str) -> Iterat
 
 
 def schedule_problems(config: Any) -> Iterator[str]:
-    """Check that torch knows the pipeline's schedule."""
+    """Check that torch knows the pipeline's schedule, and that the batch has its microbatches."""
+    parallelism = config.parallelism
     try:
         # torch's own lookup: its error lists the names, and it ignores case like the run.
-        get_schedule_class(config.parallelism.pipeline_parallel_schedule)
+        schedule = get_schedule_class(parallelism.pipeline_parallel_schedule)
     except ValueError as error:
         yield f"parallelism.pipeline_parallel_schedule: {error}"
+        return
+    degree, size = (
+        parallelism.pipeline_parallel_degree,
+        parallelism.pipeline_parallel_microbatch_size,
+    )
+    # Newer hosts count a batch in tokens.
+    local = getattr(config.training, "local_batch_size", None)
+    if degree == 1 or local is None:
+        return
+    said = (
+        f"training.local_batch_size = {local} and parallelism.pipeline_parallel_microbatch_size = "
+        f"{size}"
+    )
+    if local % size:
+        yield f"{said}: the one must be a multiple of the other."
+    # Only this schedule needs one for every stage, of which each rank has one.
+    elif schedule is Schedule1F1B and local // size < degree:
+        yield (
+            f"{said} make {local // size} microbatches, but schedule 1F1B needs one for each of the "
+            f"parallelism.pipeline_parallel_degree = {degree} stages."
+        )

@@ -126,7 +126,8 @@ def legal_cuts(sheet: ModelSheet, world_size: int, ranks_per_node: int) -> Itera
             for ep in _divisors(dp_shard * tp):
                 cut = Cut(dp_shard, dp_replicate, tp, pp, ep, 1, 1, "none")
                 if not any(True for _ in problems(sheet, cut)):
-                    yield from _batched(cut, batch)
+                    cuts = _batched(cut, batch)
+                    yield from (each for each in cuts if not any(unfilled(sheet, each)))
 
 
 def _batched(cut: Cut, batch: int) -> Iterator[Cut]:
@@ -162,6 +163,13 @@ def problems(sheet: ModelSheet, cut: Cut) -> Iterator[str]:
     if cut.pp > 1 and stages(sheet, cut.pp) is None:
         yield f"pp={cut.pp} does not fit {sheet.n_layers} layers"
     yield from _uneven_experts(sheet, cut)
+
+
+def unfilled(sheet: ModelSheet, cut: Cut) -> Iterator[str]:
+    """Yield why the host does not run a cut's microbatches, in words; nothing if it does."""
+    # torch's other schedules take fewer.
+    if cut.pp > cut.microbatches and sheet.job.schedule.lower() == "1f1b":
+        yield f"pp={cut.pp} needs as many microbatches, and there are {cut.microbatches}"
 
 
 def _uneven_experts(sheet: ModelSheet, cut: Cut) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ezpz_moe.tools.planning.cuts import (
     matches,
     parsed_choice,
     problems,
+    unfilled,
 )
 from ezpz_moe.tools.planning.load import Loads, loads, rank_imbalance
 from ezpz_moe.tools.planning.machine import Machine
@@ -168,6 +169,7 @@ def _refusals(sheet: ModelSheet, own: Cut, world_size: int) -> Iterator[str]:
     if own.ranks != world_size:
         yield f"its degrees are those of {own.ranks} ranks"
     yield from problems(sheet, own)
+    yield from unfilled(sheet, own)
     sequences, together = global_batch(sheet, world_size), own.microbatch * own.data_ranks
     if sequences % together:
         yield (
