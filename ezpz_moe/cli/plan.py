@@ -153,7 +153,7 @@ def _print_found(found: Found) -> None:
         for each in found.collectives
     )
     display.print_line(
-        f"Optimizer: {found.bandwidth / 1e9:.1f} GB/s. A rank alone is {found.alone:.2f} times as "
+        f"A copy: {found.bandwidth / 1e9:.1f} GB/s. A rank alone is {found.alone:.2f} times as "
         f"fast. {found.overlap:.0%} of what can hide behind computation does."
     )
 

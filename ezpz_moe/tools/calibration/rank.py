@@ -36,7 +36,7 @@ class Found:
         products: FLOP/s by the FLOPs of one product.
         attention: FLOP/s.
         experts: backend -> FLOP/s by the rows of an expert.
-        bandwidth: bytes in a second of the optimizer's passes.
+        bandwidth: bytes in a second that a copy reads and writes.
         alone, overlap: as in :class:`.machine.Machine`.
         collectives: every one that was measured.
     """

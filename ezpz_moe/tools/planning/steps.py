@@ -23,7 +23,17 @@ from ezpz_moe.tools.planning.memory import (
     stage_states,
     unlike_stages,
 )
-from ezpz_moe.tools.planning.traffic import EP, FSDP, HSDP, PP, TP, traffic
+from ezpz_moe.tools.planning.traffic import (
+    EP,
+    FSDP,
+    GATHER,
+    HSDP,
+    PP,
+    REDUCE,
+    SCATTER,
+    TP,
+    traffic,
+)
 
 PRODUCTS, EXPERTS, ATTENTION = "dense products", "routed experts", "attention scores"
 BETWEEN = "between products"
@@ -35,6 +45,8 @@ _OVERLAPPED = (FSDP, HSDP)
 _PASSES_BETWEEN = 4
 """Over what products take and give: norms, RoPE, activations, residuals, casts and copies read and
 write it in forward. An assumption for eager kernels; compiled ones need less."""
+_PASSES_OF_FSDP = {(FSDP, GATHER): 2, (FSDP, SCATTER): 4, (HSDP, REDUCE): 4}
+"""Out of what was gathered into each weight; of each gradient into what is added up, and divided."""
 _PASSES_OVER_STATES = 7
 """Of AdamW over numbers as large as a weight: four are read, three written."""
 
@@ -110,9 +122,8 @@ def _terms(
         one = seconds(on, ranks_per_node, each.kind, each.size, each.stride, each.sent)
         waits = imbalance if each.purpose == EP else 1
         terms[name] = terms.get(name, 0) + each.times * one * waits
-        copied += each.bytes_of_step * (each.purpose == FSDP)
-    # Out of what was gathered into each weight, and of each gradient into what is scattered.
-    terms[COPIES] = 2 * copied / on.memory.bandwidth
+        copied += each.bytes_of_step * _PASSES_OF_FSDP.get((each.purpose, each.kind), 0)
+    terms[COPIES] = copied / on.memory.bandwidth
     passed = _PASSES_OVER_STATES * stage_states(sheet, cut, parts).parameters
     terms[OPTIMIZER] = passed * sheet.job.weight_bytes / on.memory.bandwidth
     return terms
