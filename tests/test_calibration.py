@@ -1,5 +1,6 @@
 """What a measured machine's file says, and how a plan reads it."""
 
+import math
 from dataclasses import replace
 
 import fork_server
@@ -132,6 +133,18 @@ def test_small_products_are_slower(sheet, tmp_path):
     small = replace(sheet, job=replace(sheet.job, seq_len=1))
     name = "dense products"
     assert terms(small, on)[name] == pytest.approx(4 * terms(small, level)[name])
+
+
+def test_gradients_are_copied_and_divided_wherever_they_are_added_up(sheet, tmp_path):
+    on = written_machine(tmp_path)
+    replicas = replace(CUT, dp_shard=1, dp_replicate=2)
+    learned = sum(w.learns * math.prod(w.shape) for p in sheet.parts.values() for w in p.weights)
+    read_and_written = 4 * learned * sheet.job.reduce_bytes
+    copies = terms(sheet, on, replicas)["copies of FSDP"]
+    assert copies == pytest.approx(read_and_written / on.memory.bandwidth)
+    # Besides the same of gradients: weights are gathered for forward, and most for backward.
+    sharded = terms(sheet, on, CUT)["copies of FSDP"]
+    assert 1.5 < sharded / copies < 2.1
 
 
 def test_ranks_that_wait_leave_their_cores_to_others(sheet, tmp_path):

@@ -271,6 +271,20 @@ def test_sdpa_of_a_sequence_that_ranks_share(spmd_backend):
     assert config(**keys | {"parallelism__spmd_backend": "partial_dtensor"})
 
 
+@pytest.mark.skipif(SINCE_2026_08, reason="this host counts a batch in tokens")
+def test_microbatches_that_a_pipeline_lacks():
+    """torch refuses them too, when the pipeline is built."""
+    values = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 3}
+    sized = values | {"parallelism__pipeline_parallel_microbatch_size": 3}
+    message = conflict(**sized)
+    assert "local_batch_size = 3 and parallelism.pipeline_parallel_microbatch_size = 3" in message
+    assert "make 1 microbatches, but schedule 1F1B needs one for each of" in message
+    assert config(**sized | {"parallelism__pipeline_parallel_schedule": "GPipe"})
+    assert config(**values | {"parallelism__pipeline_parallel_microbatch_size": 1})
+    message = conflict(**values | {"parallelism__pipeline_parallel_microbatch_size": 2})
+    assert "microbatch_size = 2: the one must be a multiple of the other" in message
+
+
 def test_balance_that_is_forced_on_distributed_scores():
     """The host fails in its router: plain numbers of experts look up scores that are no tensors."""
     values = {"debug__moe_force_load_balance": True, "parallelism__tensor_parallel_degree": 2}

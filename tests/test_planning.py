@@ -207,6 +207,19 @@ def test_the_time_of_a_gigabyte(kind, size, stride, expected):
     assert links.seconds(MADE, 4, kind, size, stride, 1e9) == pytest.approx(expected)
 
 
+def test_a_pipeline_has_a_microbatch_for_every_stage():
+    sheet = sheet_of(DEBUG)
+    piped = [cut for cut in cuts.legal_cuts(sheet, 4, 4) if cut.pp > 1]
+    assert piped
+    assert all(cut.microbatches >= cut.pp for cut in piped)
+    filled = replace(sheet, job=replace(sheet.job, schedule="GPipe"))
+    assert any(cut.microbatches < cut.pp for cut in cuts.legal_cuts(filled, 4, 4))
+    alone = replace(sheet, job=replace(sheet.job, degrees=replace(sheet.job.degrees, pp=4)))
+    alone = replace(alone, job=replace(alone.job, global_batch=2, microbatch=1))
+    found = plans.ranked(alone, machine.machine("h100"), 4, 4, "balanced")
+    assert found.refused == "pp=4 needs as many microbatches, and there are 2"
+
+
 def test_the_time_of_a_step_is_flops_over_rates_and_the_bubble():
     sheet = sheet_of(DEBUG)
     cut = replace(layout(pp=2), microbatches=3)

@@ -194,6 +194,6 @@ def schedule_problems(config: Any) -> Iterator[str]:
     # Only this schedule needs one for every stage, of which each rank has one.
     elif schedule is Schedule1F1B and local // size < degree:
         yield (
-            f"{said} make {local // size} microbatches, but schedule 1F1B needs one for each of the "
-            f"parallelism.pipeline_parallel_degree = {degree} stages."
+            f"{said} make {local // size} microbatches, but schedule 1F1B needs one for each of "
+            f"the parallelism.pipeline_parallel_degree = {degree} stages."
         )

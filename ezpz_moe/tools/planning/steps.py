@@ -46,7 +46,7 @@ _PASSES_BETWEEN = 4
 """Over what products take and give: norms, RoPE, activations, residuals, casts and copies read and
 write it in forward. An assumption for eager kernels; compiled ones need less."""
 _PASSES_OF_FSDP = {(FSDP, GATHER): 2, (FSDP, SCATTER): 4, (HSDP, REDUCE): 4}
-"""Out of what was gathered into each weight; of each gradient into what is added up, and divided."""
+"""Out of what was gathered into each weight; of a gradient into what is added up, and divided."""
 _PASSES_OVER_STATES = 7
 """Of AdamW over numbers as large as a weight: four are read, three written."""
 
