@@ -109,8 +109,8 @@ def _rows(folder: Path, arguments: Arguments) -> Sequence[Row]:
         on=machine(file),
         load="balanced",
     )
-    # On a CPU torchtitan needs distributed tensors for the one, with which ours cannot balance experts
-    # under the other.
+    # On a CPU torchtitan needs distributed tensors for the one, with which ours cannot balance
+    # experts under the other.
     return [row for row in found.rows if row.cut.ep == 1 or row.cut.tp == 1]
 
 

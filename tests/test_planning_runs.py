@@ -1,6 +1,6 @@
 """The bytes of every collective that a plan predicts, against those counted in real runs.
 
-All in float32 over gloo, two ranks, the model of tests/data/tiny.
+All in float32 over gloo, two and four ranks, the model of tests/data/tiny.
 """
 
 from collections import Counter
@@ -32,6 +32,9 @@ FLAGS = {
         *("--parallelism.pipeline-parallel-degree", "2"),
         *("--training.local-batch-size", "4"),
     ],
+    "experts of shards": [*EP_2, "--training.local-batch-size", "1"],
+    "pipeline of shards": ["--parallelism.pipeline-parallel-degree", "2"],
+    "tensor parallel of shards": TYPED_TP_2[:2],
 }
 CHECKPOINTING = {"experts": "full"}
 CUTS = {
@@ -40,6 +43,9 @@ CUTS = {
     "experts": Cut(2, 1, 1, 1, 2, 2, 1, "full"),
     "tensor parallel": Cut(1, 1, 2, 1, 1, 2, 2, "none"),
     "pipeline": Cut(1, 1, 1, 2, 1, 1, 4, "none"),
+    "experts of shards": Cut(4, 1, 1, 1, 2, 1, 1, "none"),
+    "pipeline of shards": Cut(2, 1, 1, 2, 1, 1, 2, "none"),
+    "tensor parallel of shards": Cut(2, 1, 2, 1, 1, 2, 1, "none"),
 }
 KINDS = {
     "_allgather_base": "all-gather",
@@ -63,7 +69,8 @@ def runs(tmp_path_factory) -> Runs:
     runs = Runs(folder)
     for name, flags in FLAGS.items():
         mode = CHECKPOINTING.get(name, "none")
-        runs.add(name, door_1(folder, "tiny_sdpa", *ONE_STEP, *flags, checkpointing=mode), ranks=2)
+        arguments = door_1(folder, "tiny_sdpa", *ONE_STEP, *flags, checkpointing=mode)
+        runs.add(name, arguments, ranks=CUTS[name].ranks)
     return runs
 
 
@@ -75,11 +82,11 @@ def sheet(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CUTS)
 def test_bytes_of_every_collective_are_those_of_a_real_run(name, runs, sheet):
-    """Of both ranks: what one has more of rows, as routing has it, the other has less."""
+    """Of all ranks: what one has more of rows, as routing has it, another has less."""
     cut, planned, found = CUTS[name], Counter(), Counter()
     for rank, record in enumerate(runs[name]):
         found += counted(record)
-        stage = rank % cut.pp
+        stage = rank * cut.pp // cut.ranks
         for each in traffic(sheet, cut, stage_parts(sheet, cut.pp)[stage], stage):
             planned[each.kind] += each.bytes_of_step
     assert found == planned
@@ -104,4 +111,7 @@ def test_the_runs_were_of_several_kinds(runs):
         "experts": {"all-gather", "reduce-scatter", "all-to-all"},
         "tensor parallel": {"all-gather", "reduce-scatter", "all-reduce"},
         "pipeline": {"send"},
+        "experts of shards": {"all-gather", "reduce-scatter", "all-to-all"},
+        "pipeline of shards": {"all-gather", "reduce-scatter", "send"},
+        "tensor parallel of shards": {"all-gather", "reduce-scatter", "all-reduce"},
     }

@@ -46,6 +46,12 @@ class PlanCommand(Inspected):
     out: Annotated[Path | None, arg(metavar="JOB.toml")] = None
     """Write the best cut, with --why that with the choice, as a job. Nothing is overwritten."""
 
+    node_rank: int | None = None
+    """As in `train`, for --calibrate."""
+    master_addr: str | None = None
+    """As in `train`, for --calibrate."""
+    master_port: int = 29500
+    """As in `train`, for --calibrate."""
     calibrate: Annotated[Path | None, arg(metavar="FILE.toml")] = None
     """Measure this machine for the job, with --nproc processes, and write its file for --machine.
     Nothing is planned then. On several machines run it on each, with the flags of `train`."""
