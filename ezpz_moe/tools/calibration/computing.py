@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from ezpz_moe.tools.bench.contenders import backends
 from ezpz_moe.tools.bench.shapes import Shape
 from ezpz_moe.tools.calibration.asked import Layer
 
+Work = Callable[[], object]
+
 _BUDGET = 0.25
 """Seconds that one figure may take, beside the first run, which warms up."""
 _MOST, _FEWEST = 20, 3
@@ -35,8 +38,12 @@ _ROWS = (8, 32, 128, 512)
 _EXPERTS = 8
 """At most so many are measured: a backend's share of the peak hardly depends on their number."""
 
-Seconds = Callable[[Callable[[], object]], float]
-"""Returns how long a piece of work takes; of all ranks the slowest one's median."""
+
+class Seconds(Protocol):
+    """Returns how long a piece of work takes, of all ranks the slowest one's median."""
+
+    def __call__(self, work: Work, after: Work | None = None) -> float:
+        """Measure ``work``; each time ``after`` comes first, and does not count."""
 
 
 def seconds_of(device: torch.device, *, together: bool = True) -> Seconds:
@@ -47,7 +54,9 @@ def seconds_of(device: torch.device, *, together: bool = True) -> Seconds:
         together: whether all ranks work at the same time, and agree on what they have measured.
     """
 
-    def once(work: Callable[[], object]) -> float:
+    def once(work: Work, after: Work | None) -> float:
+        if after is not None:
+            after()
         synchronize(device)
         start = time.perf_counter()
         work()
@@ -57,15 +66,15 @@ def seconds_of(device: torch.device, *, together: bool = True) -> Seconds:
     def agreed(value: float) -> float:
         return slowest(value, device) if together else value
 
-    def measured(work: Callable[[], object]) -> float:
+    def measured(work: Work, after: Work | None = None) -> float:
         work()
         if together:
             dist.barrier()
-        first = agreed(once(work))
-        repeats = max(_FEWEST, min(_MOST, int(_BUDGET / first)))
+        first = agreed(once(work, after))
         if first > _SLOW:
             return first
-        return agreed(statistics.median(once(work) for _ in range(repeats)))
+        repeats = max(_FEWEST, min(_MOST, int(_BUDGET / first)))
+        return agreed(statistics.median(once(work, after) for _ in range(repeats)))
 
     return measured
 
@@ -186,7 +195,7 @@ def overlap(clock: Seconds, device: torch.device, dtype: torch.dtype) -> float:
     return max(0.0, min(1.0, hidden / min(computing, gathering)))
 
 
-def _forward_and_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+def _forward_and_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Work:
     leaves = [each.requires_grad_() for each in inputs]
     grad = torch.ones_like(function(*leaves))
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)

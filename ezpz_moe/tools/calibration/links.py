@@ -2,7 +2,7 @@
 
 Groups of neighbours, of two ranks up to all of them; with several nodes besides one rank of each.
 Each stands after a product, as in a training step, whose own time does not count: ranks that have
-computed arrive one after the other, and on a CPU the threads that communicate were not running.
+computed arrive one after the other, and wait for the last.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ezpz_moe.tools.calibration.computing import Seconds
+from ezpz_moe.tools.calibration.computing import Seconds, Work
 from ezpz_moe.tools.planning.machine import Curve, Kind, Measured, Tier
-
-Work = Callable[[], object]
 
 _BYTES = (4 * 2**10, 64 * 2**10, 2**20, 16 * 2**20, 64 * 2**20)
 """Of the whole tensor."""
 _WIDTH = 512
-_LEAST = 1e-6
-"""Seconds: a difference of two measurements may come out as none."""
 
 
 def collectives(clock: Seconds, device: torch.device, per_node: int) -> Iterator[Measured]:
@@ -31,7 +27,6 @@ def collectives(clock: Seconds, device: torch.device, per_node: int) -> Iterator
     world = dist.get_world_size()
     x_TD, weight_DD = (torch.randn(_WIDTH, _WIDTH, device=device) for _ in range(2))
     product = partial(torch.mm, x_TD, weight_DD)
-    computing = clock(product)
     for size, stride in groups(world, per_node):
         mesh = init_device_mesh(
             device.type, (world // (size * stride), size, stride), mesh_dim_names=("a", "b", "c")
@@ -41,16 +36,10 @@ def collectives(clock: Seconds, device: torch.device, per_node: int) -> Iterator
         # A send has two ends.
         kinds = [kind for kind in _KINDS if kind != "send" or size == 2]
         for kind in kinds:
-            works = [_KINDS[kind](group, size, bytes_, device) for bytes_ in _BYTES]
-            after = [clock(partial(_one_after_the_other, product, work)) for work in works]
-            took = tuple(max(_LEAST, both - computing) for both in after)
+            works = (_KINDS[kind](group, size, bytes_, device) for bytes_ in _BYTES)
+            took = tuple(clock(work, product) for work in works)
             curve = Curve(sizes=tuple(map(float, _BYTES)), values=took)
             yield Measured(tier=tier, kind=kind, ranks=size, seconds=curve)
-
-
-def _one_after_the_other(first: Work, second: Work) -> None:
-    first()
-    second()
 
 
 def groups(world: int, per_node: int) -> Iterator[tuple[int, int]]:

@@ -154,12 +154,15 @@ def _of_tensor_parallel(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Col
     stream = _stream(sheet, cut)
     yield Collective(TP, GATHER, *of_tp, stream, cut.microbatches * gathered)
     yield Collective(TP, SCATTER, *of_tp, stream, cut.microbatches * scattered)
-    whole = sum(numel(w.shape) for w in part.weights if w.learns and _is_whole(w))
-    yield Collective(TP, REDUCE, *of_tp, whole * sheet.job.compute_bytes, cut.microbatches)
+    whole = [numel(w.shape) for w in part.weights if w.learns and _is_whole(w) and w.shape]
+    if whole:  # each by itself, of about the mean's size
+        mean = sum(whole) / len(whole) * sheet.job.compute_bytes
+        yield Collective(TP, REDUCE, *of_tp, mean, cut.microbatches * len(whole))
     if part == sheet.parts.get(HEAD):
         # Of every token the largest logit, the sum of exponentials, and the label's logit.
-        figures = cut.microbatch * sheet.job.seq_len * _FIGURE
-        yield Collective(TP, REDUCE, *of_tp, 3 * figures, cut.microbatches)
+        chunks = sheet.job.loss_chunks
+        figures = cut.microbatch * sheet.job.seq_len * _FIGURE / chunks
+        yield Collective(TP, REDUCE, *of_tp, figures, cut.microbatches * 3 * chunks)
 
 
 _FIGURE = 4
