@@ -94,6 +94,14 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch):
     native.native_halves.cache_clear()
 
 
+@pytest.fixture
+def qwen3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes dense models of the flavor "small"'s family, for a host that ``upcycle`` knows."""
+    from upcycle_cases import small_qwen3
+
+    return small_qwen3(tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def forked_processes() -> Iterator[None]:
     """What multiprocessing spawns is a fork of a process that has imported torch and the host."""

@@ -25,6 +25,16 @@ from ezpz_moe.hosts.titan.groups import Groups
 from ezpz_moe.routing.counters import SUMS
 
 B, L = 3, 16
+RELU = """
+[router]
+routing = "relu"
+activation = "relu_rmsnorm"
+learned_scale = true
+[balance]
+locality_loss = 0.02
+chunk_loss = 0.5
+"""
+"""Routing by ReLU with all that it has; a scope or a size of chunks may follow."""
 
 UPSTREAM = {
     "deepseek_v3": 'base = "deepseek_v3/debugmodel"',

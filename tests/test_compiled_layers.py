@@ -9,7 +9,7 @@ import pytest
 import torch
 from dialect import ON_0_2, SINCE_2026_08
 from layer_cases import SMALL
-from router_cases import small_model
+from router_cases import RELU, small_model
 from trainer_runs import AOT
 
 if ON_0_2 or SINCE_2026_08:
@@ -24,16 +24,7 @@ from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices, keepi
 
 B, L = 2, 16
 ROUTERS = {
-    "relu": """
-[router]
-routing = "relu"
-activation = "relu_rmsnorm"
-learned_scale = true
-[balance]
-locality_loss = 0.02
-chunk_loss = 0.5
-chunk = 4
-""",
+    "relu": f"{RELU}chunk = 4",
     "similarity": """
 [router.similarity]
 strength = 0.5

@@ -33,7 +33,6 @@ from upcycle_cases import (  # noqa: E402
     refused,
     run,
     save,
-    small_qwen3,
     tensors,
     upcycled,
 )
@@ -44,12 +43,6 @@ SCALED = MLA.replace('scaling = "none"\nrope_factor = 1.0', 'scaling = "yarn"\nr
 """The scores of MLA are then scaled, too."""
 DENSE = {"intermediate_size": 2 * F, "first_k_dense_replace": LAYERS}
 OTHER_ROPE = {"rope_type": "linear", "factor": 2.0}
-
-
-@pytest.fixture
-def qwen3(tmp_path, monkeypatch):
-    """Makes dense models of the flavor "small"'s family."""
-    return small_qwen3(tmp_path, monkeypatch)
 
 
 @pytest.fixture

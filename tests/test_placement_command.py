@@ -8,13 +8,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from dialect import DUMP_FOLDER, ON_0_2, job
 from json_documents import documented
 from telemetry_cases import layer, record
 from trainer_runs import Runs, job_folder, telemetry
 
 from ezpz_moe import cli
+from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.telemetry.json_lines import append
+from ezpz_moe.tools.checkpoints.tensors import write_checkpoint
+from ezpz_moe.tools.placement import report
 
 FLAVOR = "debugmodel"
 # In the first layer the first two of four ranks have everything; the second layer is even.
@@ -205,7 +209,7 @@ def test_a_job_names_its_run_and_its_model(run, tmp_path, capsys):
         ("--ep 4 --ranks-per-node 3", "--ranks-per-node 3: does not divide the 4 ranks"),
         ("--ep 4 --ranks-per-node 4 --by affinity", "all 4 ranks of --ep are on one node"),
         ("--ep 4 --ranks-per-node 2 --by both", "Set [telemetry] pairs = 1024 in the flavor"),
-        ("--ep 4 --config 500M", "layer 1 has 8 experts, but 16 in the flavor of flavor 500M."),
+        ("--ep 4 --config 500M", "layer 1 has 8 experts, but 16 in flavor 500M."),
         ("only-one --ep 4", "only-one: name a checkpoint's folder and the folder to write"),
     ],
 )
@@ -237,7 +241,7 @@ def test_groups_of_the_flavor_stay_whole(tmp_path, capsys):
         f'inherits = "{FLAVOR}"\nrouter_num_expert_groups = 4\nrouter_num_limited_groups = 2\n'
     )
     (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "grouped"\n')
-    run = written(tmp_path / "run", of_step(10, *COUNTS))
+    run = written(tmp_path / "run", of_step(10, *COUNTS, job=""))
     flags = (run, "--config", tmp_path / "job.toml")
     # A rank is a group, and every order leaves it so; two ranks are two groups each.
     assert found(capsys, *flags, "--ep", 4)["layers"][0]["moved"] == 0
@@ -246,13 +250,107 @@ def test_groups_of_the_flavor_stay_whole(tmp_path, capsys):
     assert all(b == a + 1 for a, b in zip(order[::2], order[1::2], strict=True))
 
 
-def test_nothing_is_written_where_nothing_moves(run, tmp_path, capsys):
+def test_another_model_than_the_runs_is_refused(run, tmp_path, capsys):
+    """By its sizes, or by the host's model that it is."""
+    (tmp_path / "wider.toml").write_text(f'inherits = "{FLAVOR}"\ndim = 128\n[rope]\ntheta = 5e5\n')
+    for name, base in {"run's": "deepseek_v3", "other": "kimi_k2_7"}.items():
+        (tmp_path / f"{name}.toml").write_text(f'base = "{base}/debugmodel"\n')
+    for name in ("wider", "run's", "other"):
+        text = f'[model]\nname = "ezpz_moe"\nflavor = "{name}"\n'
+        (tmp_path / f"{name}.job.toml").write_text(text)
+    job = tmp_path / "wider.job.toml"
+    said = f"--config {job}: is another model than the run's, flavor {FLAVOR}: dim is 256 there"
+    assert f"{said} and 128 here. Leave it out, " in refusal(
+        capsys, run, "--ep", 4, "--config", job
+    )
+    own, other = (tmp_path / f"{name}.job.toml" for name in ("run's", "other"))
+    of_base = written(tmp_path / "of_base", of_step(10, *COUNTS, job=str(own)))
+    said = "base is 'deepseek_v3/debugmodel' there and 'kimi_k2_7/debugmodel' here"
+    assert said in refusal(capsys, of_base, "--ep", 4, "--config", other)
+
+
+@pytest.mark.skipif(ON_0_2, reason="torchtitan 0.2 does not say which experts its models have")
+def test_a_model_of_the_hosts_with_other_experts_than_the_run_is_refused(tmp_path, capsys):
+    (tmp_path / "of_eight.toml").write_text('base = "deepseek_v3/debugmodel"\n')
+    (tmp_path / "job.toml").write_text('[model]\nname = "ezpz_moe"\nflavor = "of_eight"\n')
+    run = written(tmp_path / "run", of_step(10, [1] * 4, job=""))
+    said = refusal(capsys, run, "--ep", 4, "--config", tmp_path / "job.toml")
+    assert "layer 1 has 4 experts, but 8 in flavor of_eight." in said
+
+
+SMALL = f"""
+inherits = "{FLAVOR}"
+dim = 16
+n_heads = 1
+kv_lora_rank = 8
+qk_nope_head_dim = 8
+qk_rope_head_dim = 8
+v_head_dim = 8
+dense_hidden_dim = 16
+moe_hidden_dim = 8
+"""
+
+
+class Saved:
+    """A run of a small model, and the model's checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        from ezpz_moe.hosts.detect import check_host, host
+
+        check_host()
+        (folder / "small.toml").write_text(SMALL)
+        job = folder / "job.toml"
+        job.write_text('[model]\nname = "ezpz_moe"\nflavor = "small"\n')
+        self.run = written(folder / "run", of_step(20, *COUNTS, job=str(job)))
+        model = host().build_on_meta(load_flavor("small", near=folder)).state_dict()
+        self.tensors = {name: torch.zeros(each.shape) for name, each in model.items()}
+        self.checkpoint = self.save(folder / "step-20")
+
+    def save(self, folder: Path, **others: torch.Tensor) -> Path:
+        folder.mkdir()
+        write_checkpoint(folder, (self.tensors | others).items())
+        return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("saved"))
+
+
+def test_nothing_is_written_where_nothing_moves(saved, tmp_path, capsys):
     out = tmp_path / "out"
-    said = refusal(capsys, run, tmp_path, out, "--ep", 4, "--min-gain", 0.9)
+    said = refusal(capsys, saved.run, saved.checkpoint, out, "--ep", 4, "--min-gain", 0.9)
     assert (
         said == f"ezpz-moe: error: {out}: not written, because no expert would have another rank."
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("others", "out", "said"),
+    [
+        (None, "out", "step-30: there is no such folder."),
+        ({}, "there", "there: already exists. Choose another folder, or remove it."),
+        ({}, "there/file/out", "is not a folder."),
+        ({"norm.weight": (8,)}, "out", "norm.weight is [8] in the checkpoint and [16] in the"),
+        # A model that predicts further tokens: no flavor has one.
+        (
+            {"mtp_layers.0.moe.router.gate.weight": (8, 16)},
+            "out",
+            "mtp_layers.0.moe.router.gate.weight is [8, 16] in the checkpoint and nothing in the",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_computed(
+    saved, tmp_path, capsys, monkeypatch, others, out, said
+):
+    monkeypatch.setattr(report, "place", lambda *_: pytest.fail("it was computed"))
+    checkpoint = tmp_path / "step-30"
+    if others is not None:
+        saved.save(checkpoint, **{name: torch.zeros(size) for name, size in others.items()})
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    assert said in refusal(capsys, saved.run, checkpoint, tmp_path / out, "--ep", 4)
 
 
 # A run that goes on -------------------------------------------------------------------------------

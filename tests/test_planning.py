@@ -25,6 +25,7 @@ from ezpz_moe.tools.planning import cuts, links, load, machine, memory, plans, s
 from ezpz_moe.tools.planning.cuts import Cut
 
 DEBUG, GPT_OSS = "debugmodel_sdpa_for_loop", "gpt_oss_debugmodel_sdpa"
+QWEN3 = "qwen3_debugmodel_sdpa"
 _SHEETS: dict[str, ModelSheet] = {}
 
 
@@ -43,7 +44,7 @@ def layout(dp_shard=1, dp_replicate=1, tp=1, pp=1, ep=1) -> Cut:
     return Cut(dp_shard, dp_replicate, tp, pp, ep, 1, 1, "none")
 
 
-@pytest.mark.parametrize("config", [DEBUG, GPT_OSS, "qwen3_debugmodel_sdpa"])
+@pytest.mark.parametrize("config", [DEBUG, GPT_OSS, QWEN3])
 def test_flops_are_those_that_describe_counts(config):
     sheet = sheet_of(config)
     flavor = load_flavor(find_job(config).flavor)
@@ -63,6 +64,10 @@ def test_flops_are_those_that_describe_counts(config):
         # An uneven shard of everything, in the last stage.
         (DEBUG, layout(dp_shard=3, pp=4), 3),
         (GPT_OSS, layout(dp_shard=4, tp=2, ep=2), 0),
+        # Replicas; all axes at once; and uneven shards of heads of two widths.
+        (DEBUG, layout(dp_shard=4, dp_replicate=2, ep=2), 0),
+        (DEBUG, layout(dp_shard=2, dp_replicate=2, tp=2, pp=2, ep=4), 1),
+        (QWEN3, layout(dp_shard=3, tp=2), 0),
     ],
     ids=str,
 )
@@ -177,6 +182,21 @@ def test_more_checkpointing_keeps_less_and_a_pipeline_holds_several_microbatches
     alone = replace(piped, microbatches=1)
     one, several = (memory.fullest(sheet, each).activations for each in (alone, piped))
     assert 1.5 < several / one < 2  # the first stage holds two; the logits, once, are the last's
+
+
+@pytest.mark.parametrize("imbalance", [1.0, 3.0])
+@pytest.mark.parametrize("config", [DEBUG, GPT_OSS, QWEN3])
+def test_more_checkpointing_never_holds_more(config, imbalance):
+    """Also of a stage with one layer, whose recomputation counts as much as what it keeps."""
+    sheet = sheet_of(config)
+    sheet = replace(sheet, job=replace(sheet.job, local_batch=4))
+    found = list(cuts.legal_cuts(sheet, 32, ranks_per_node=8))
+    assert max(cut.pp for cut in found) > sheet.n_layers / 2
+    for cut in found:
+        if cut.checkpointing == "none":
+            modes = (replace(cut, checkpointing=mode) for mode in ("full", "selective"))
+            held = [memory.fullest(sheet, each, imbalance).total for each in (*modes, cut)]
+            assert held == sorted(held), cut
 
 
 MADE = machine.Machine(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 from dialect import LENGTH, ON_0_2, SINCE_2026_08
+from router_cases import RELU
 from run_trainer import digest
-from trainer_runs import EP_2, Runs, compare_gradients, door_1, job_folder, telemetry
+from trainer_runs import AOT, EP_2, Runs, compare_gradients, door_1, job_folder, telemetry
 
 if ON_0_2 or SINCE_2026_08:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
@@ -19,27 +20,20 @@ from ezpz_moe.config.flavors import load_flavor
 from ezpz_moe.hosts.detect import host
 
 E, SEQUENCES, STEPS = 8, 4, 3
-FLAVOR = """
+FLAVOR = f"""
 inherits = "tiny"
 n_layers = 2
 n_heads = 4
 attention = "sdpa"
 compute_backend = "for_loop"
 expert_precision = "float32"
-[router]
-routing = "relu"
-activation = "relu_rmsnorm"
-learned_scale = true
-[balance]
-locality_loss = 0.02
-chunk_loss = 0.5
-scope = "{scope}"
+{RELU}
+scope = "{{scope}}"
 chunk = 16
 [telemetry]
 images = false
 """
 SAME = ["--same-sequences", "--training.global-batch-size", str(SEQUENCES)]
-AOT = ["--compile.enable", "--compile.backend", "aot_eager"]
 TP_2 = ["--parallelism.tensor-parallel-degree", "2"]
 
 TOKENS = SEQUENCES * LENGTH

@@ -156,6 +156,14 @@ def test_every_order_is_undone_bit_for_bit(reordered, name, tmp_path) -> None:
     assert not (tmp_path / "back" / FILE).exists(), "every expert has its first number"
 
 
+def test_the_way_back_goes_through_hugging_faces_form(reordered, tmp_path) -> None:
+    case, (_, target) = reordered.case("groups"), reordered.checkpoints("groups")
+    assert case.remap(target, tmp_path / "hf", "--to", "hf") == 0
+    assert case.remap(tmp_path / "hf", tmp_path / "back", "--to", "0.3") == 0
+    for folder in (tmp_path / "hf", tmp_path / "back"):
+        assert read_order(folder) == ORDERS["groups"]
+
+
 def test_where_equal_scores_go_by_number_an_order_is_refused(reordered) -> None:
     source, target = reordered.checkpoints("ties")
     first_LV = reordered.logits("ties", source)

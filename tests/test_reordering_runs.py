@@ -41,8 +41,8 @@ bias_rate = 0.03
 """
 SAVED, STEPS = 3, 8
 EXPERTS = {1: 4, 2: 8}
-PLACES = {"EP 1": [], "EP 2": EP_2}
-"""Two ranks: with the experts of both in FSDP's shards, or each with its own."""
+PLACES = {"EP 1": ["--checkpoint.load-only"], "EP 2": EP_2}
+"""Two ranks: with the experts of both in FSDP's shards, or each with its own, which also saves."""
 
 
 class Placed(Runs):
@@ -56,11 +56,10 @@ class Placed(Runs):
         interval = ["--checkpoint.interval", str(SAVED)]
         self.add("whole", door_1(folder, "placed", *saving, *interval, *EP_2), ranks=2)
         for name, flags in PLACES.items():
-            going_on = [*saving, "--checkpoint.load-only", *flags]
-            self.add(name, door_1(folder, "placed", *going_on), ranks=2)
+            self.add(name, door_1(folder, "placed", *saving, *flags), ranks=2)
 
-    def step(self, name: str) -> Path:
-        return self.folder / name / "checkpoint" / f"step-{SAVED}"
+    def step(self, name: str, step: int = SAVED) -> Path:
+        return self.folder / name / "checkpoint" / f"step-{step}"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,17 @@ def test_the_next_losses_are_the_same(runs, name) -> None:
     for after, whole in zip(runs[name], runs["whole"], strict=True):
         assert len(after["losses"]) == STEPS - SAVED
         torch.testing.assert_close(after["losses"], whole["losses"][SAVED:], rtol=1e-5, atol=0)
+
+
+def test_a_later_step_leads_back_to_the_first_numbers(runs, tmp_path) -> None:
+    """And is placed again: the two orders are composed."""
+    assert runs["EP 2"]
+    later, order = runs.step("EP 2", STEPS), read_order(runs.step("EP 2"))
+    assert order
+    assert inspect(later).reordered == tuple(order)
+    assert read_order(later) == order
+    permute_experts(later, tmp_path / "back", inverse(order))
+    assert read_order(tmp_path / "back") == {}
 
 
 def test_shards_of_two_ranks_are_undone_bit_for_bit(runs, tmp_path) -> None:

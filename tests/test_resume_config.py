@@ -22,6 +22,7 @@ from torchtitan.config import ConfigManager  # noqa: E402
 
 from ezpz_moe.hosts.titan import checkpointer, resuming  # noqa: E402
 from ezpz_moe.hosts.titan.resuming import whole_steps  # noqa: E402
+from ezpz_moe.tools.checkpoints.expert_order import read_order, write_order  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 JOB = """
@@ -144,6 +145,28 @@ def test_bytes_that_are_no_checkpoint_are_one_line(tmp_path, monkeypatch, capsys
         f"ezpz-moe: error: {newest}: cannot be loaded: its bytes are not what torch saved. Copy "
         "the checkpoint again, or resume from another step: --checkpoint.load_step 2."
     )
+
+
+@pytest.mark.parametrize("order", [{1: [1, 0]}, {}])
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_the_way_back_to_the_first_numbers_goes_along(tmp_path, monkeypatch, order):
+    """Into every later step, by the first rank alone, and before the step looks complete."""
+    placed = save_run(tmp_path, steps=2, rate=None)
+    write_order(placed, order)
+    monkeypatch.setattr(resuming, "what_fits", lambda states, _: states)
+    manager, model = object.__new__(checkpointer.Checkpointer), torch.nn.Linear(2, 1, bias=False)
+    manager.folder, manager.states = str(placed.parent), {}
+    manager.dcp_load({"lm_head.weight": torch.zeros(2)}, str(placed), False, False)
+    manager.states, ranks, seen = {checkpointer.MODEL: model}, iter([0, 1]), []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: next(ranks))
+    monkeypatch.setattr(
+        checkpointer.CheckpointManager,
+        "dcp_save",
+        lambda self, states, folder, **how: seen.append(read_order(Path(folder))),
+    )
+    for name in ("step-4", "step-6"):
+        manager.dcp_save({}, checkpoint_id=str(tmp_path / name), async_mode="disabled")
+    assert seen == [order, {}]
 
 
 # doctor -------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from upcycle_cases import (
     refused,
     run,
     save,
-    small_qwen3,
     upcycled,
     with_ffn_error,
 )
@@ -42,12 +41,6 @@ from ezpz_moe.tools.upcycling import Perturbation, weights
 pytestmark = pytest.mark.skipif(
     type(presumed_host()) is not Titan03, reason="builds models of torchtitan 0.3"
 )
-
-
-@pytest.fixture
-def qwen3(tmp_path, monkeypatch):
-    """Makes dense models of the flavor "small"'s family."""
-    return small_qwen3(tmp_path, monkeypatch)
 
 
 # The function at step 0 --------------------------------------------------------------------------

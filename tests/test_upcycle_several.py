@@ -36,7 +36,6 @@ from upcycle_cases import (  # noqa: E402
     refused,
     run,
     save,
-    small_qwen3,
     tensors,
     upcycled,
 )
@@ -49,12 +48,6 @@ from ezpz_moe.tools.upcycling import weights  # noqa: E402
 MERGE = ("--merge", "mean")
 INNER = "moe.routed_experts.inner_experts"
 EXPERTS_OF = {"w1": f"{INNER}.w1_EFD", "w2": f"{INNER}.w2_EDF", "w3": f"{INNER}.w3_EFD"}
-
-
-@pytest.fixture
-def qwen3(tmp_path, monkeypatch):
-    """Makes dense models of the flavor "small"'s family."""
-    return small_qwen3(tmp_path, monkeypatch)
 
 
 def grown(model: nn.Module, seed: int) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,8 +195,7 @@ class Analyze(Reporting):
             raise EzpzError(f"--plot {self.plot}: is a file. Name a folder.")
 
     def _text(self, data: Path, job: Job, encode: Callable[[str], list[int]]) -> list[TextSequence]:
-        from ezpz_moe.hosts.documents import COLUMN, read_documents
-        from ezpz_moe.tools.analysis.text import sequences
+        from ezpz_moe.tools.analysis.text import read_sequences
 
         # 2048 is the host's default. --segment is checked here, because the length may be the
         # job's.
@@ -206,16 +204,7 @@ class Analyze(Reporting):
             raise EzpzError(
                 f"--segment {self.segment}: is longer than a sequence of {length} tokens."
             )
-
-        documents = read_documents(str(data))[COLUMN]
-        # islice: only as many documents are tokenized as these sequences need.
-        text = list(islice(sequences(documents, encode, length), self.sequences))
-        if not text:
-            raise EzpzError(
-                f"{data}: has fewer than {length} tokens, too few to fill one sequence. Use "
-                "more text, or a smaller --seq-len."
-            )
-        return text
+        return read_sequences(data, encode, length, self.sequences)
 
     def _record(self, flavor: Flavor, checkpoint: Path, text: list[TextSequence]) -> Recording:
         import torch

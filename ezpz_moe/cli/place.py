@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ezpz_moe.cli import display
-from ezpz_moe.cli.arguments import many_imports
+from ezpz_moe.cli.arguments import import_host, many_imports
 from ezpz_moe.cli.command import Reporting
 from ezpz_moe.errors import EzpzError
 
@@ -56,16 +56,24 @@ class Place(Reporting):
 
     def run(self) -> int:
         self._check()
+        from ezpz_moe.tools.placement.checkpoint import check_copy, check_model
         from ezpz_moe.tools.placement.described import described_by, expert_groups
         from ezpz_moe.tools.placement.report import Aim, place
         from ezpz_moe.tools.placement.window import read_window
         from ezpz_moe.tools.trainer_settings import folder_of_run
 
+        if self.checkpoint:
+            with display.status("Reading the checkpoint"):
+                check_copy(*self.checkpoint)
         with display.status("Reading the records"):
             window = read_window(folder_of_run(self.run_), self.last)
-        flavor, _ = described_by(self.run_, window, self.config)
+        flavor = described_by(self.run_, window, self.config)
+        if self.checkpoint:
+            with display.status("Reading the model"):
+                import_host()
+                check_model(self.checkpoint[0], flavor)
         with many_imports():
-            groups = expert_groups(flavor, [layer.number for layer in window.layers])
+            groups = expert_groups(flavor, window)
         aim = Aim(self.ep, self.ranks_per_node, self.by, self.min_gain)
         # By load it takes a second or two for all layers together.
         placed = place(window, groups, aim, partial(display.tracked, what="Placing layers"))
@@ -143,8 +151,8 @@ class Place(Reporting):
         source, target = self.checkpoint
         if not placed.order:
             raise EzpzError(f"{target}: not written, because no expert would have another rank.")
-        with display.status("Reading the checkpoint"), many_imports():
-            from ezpz_moe.tools.checkpoints.reordering import permute_experts
+        from ezpz_moe.tools.checkpoints.reordering import permute_experts
+
         done = permute_experts(
             source,
             target,

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,7 +76,7 @@ class Prune:
 
             whole = open_whole(source, flavor)
             check(whole, self.keep, as_constant=self.as_constant)
-            text = self._text(job, flavor, source) if self.text else []
+            text = self._text(self.text, job, flavor, source) if self.text else []
         recording = self._record(source, flavor, text) if text else None
         done = prune(
             whole,
@@ -133,10 +132,9 @@ class Prune:
 
         return make
 
-    def _text(self, job: Job, flavor: Flavor, checkpoint: Path) -> list[TextSequence]:
+    def _text(self, file: Path, job: Job, flavor: Flavor, checkpoint: Path) -> list[TextSequence]:
         from ezpz_moe.hosts.detect import host
-        from ezpz_moe.hosts.documents import COLUMN, read_documents
-        from ezpz_moe.tools.analysis.text import sequences
+        from ezpz_moe.tools.analysis.text import read_sequences
         from ezpz_moe.tools.named_model import NamedModel
 
         # 2048 is the host's default.
@@ -144,15 +142,7 @@ class Prune:
         encode = (
             host().analysis().encoder(NamedModel(job, checkpoint).tokenizer(checkpoint), flavor)
         )
-        documents = read_documents(str(self.text))[COLUMN]
-        # islice: only as many documents are tokenized as these sequences need.
-        text = list(islice(sequences(documents, encode, length), self.sequences))
-        if not text:
-            raise EzpzError(
-                f"{self.text}: has fewer than {length} tokens, too few to fill one sequence. Use "
-                "more text, or a smaller --seq-len."
-            )
-        return text
+        return read_sequences(file, encode, length, self.sequences)
 
     def _record(self, folder: Path, flavor: Flavor, text: list[TextSequence]) -> Recording:
         import torch

@@ -214,10 +214,10 @@ class Host(ABC):
         """
         return None
 
-    def expert_groups(self, flavor: Flavor) -> dict[int, int] | None:
-        """Return, by layer with experts, in how many groups they are; None if nobody knows.
+    def grouped_experts(self, flavor: Flavor) -> dict[int, tuple[int, int]] | None:
+        """Return, by layer with experts, how many they are, and in how many groups.
 
-        Without a limit of a token's choice all of them are one group.
+        Without a limit of a token's choice all of them are one group. None if nobody knows.
 
         Raises:
             EzpzError: as :meth:`summarize`.

@@ -17,7 +17,6 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.data_files import check_data
 from ezpz_moe.tools.checkpoints.huggingface.importing import Importable, check_importable
 from ezpz_moe.tools.checkpoints.huggingface.model import model_of
 from ezpz_moe.tools.checkpoints.tensors import read_whole
@@ -100,16 +99,7 @@ def _of_checkpoint(
     checkpoint: Path, state: Mapping[str, torch.Tensor]
 ) -> Callable[[str], torch.Tensor]:
     """Check a DCP checkpoint; return what reads a tensor of it."""
-    metadata = storage.read_metadata(checkpoint)
-    check_data(checkpoint, metadata)
-    generation = host().checkpoint_names
-    if (found := contents.generation(checkpoint, metadata)) != generation:
-        raise EzpzError(
-            f"{checkpoint}: has the names of torchtitan {found}. First run: ezpz-moe ckpt remap "
-            f"{checkpoint} DIR --to {generation}"
-        )
-    entries = dict(contents.model_tensors(metadata))
-    contents.check_model(checkpoint, {name: entry.size for name, entry in entries.items()}, state)
+    metadata = contents.metadata_of_model(checkpoint, host().checkpoint_names, state)
     return lambda name: read_whole(checkpoint, metadata, name)
 
 

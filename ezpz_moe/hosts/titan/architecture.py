@@ -43,10 +43,11 @@ def architecture(flavor: Flavor) -> Architecture:
     )
 
 
-def expert_groups(flavor: Flavor) -> dict[int, int]:
-    """Return, by layer with experts, in how many groups they are."""
+def grouped_experts(flavor: Flavor) -> dict[int, tuple[int, int]]:
+    """Return, by layer with experts, how many they are, and in how many groups."""
     layers = enumerate(host_spec(flavor).model.layers)
-    return {n: each.moe.router.num_expert_groups or 1 for n, each in layers if each.moe}
+    routers = ((n, each.moe.router) for n, each in layers if each.moe)
+    return {n: (router.num_experts, router.num_expert_groups or 1) for n, router in routers}
 
 
 def _besides(model: Any, family: str) -> list[str]:

@@ -16,6 +16,7 @@ from torchtitan.tools import filesystem
 
 from ezpz_moe.errors import exit_on_user_error
 from ezpz_moe.hosts import run_folder
+from ezpz_moe.hosts.dcp import expert_order
 from ezpz_moe.hosts.titan import kept_settings, resuming, saving
 from ezpz_moe.hosts.titan.stopping import Stopping, ctrl_c_unwrapped, end_of_run
 
@@ -44,6 +45,8 @@ class Checkpointer(CheckpointManager):
             CheckpointManager.Config.__post_init__(self)
 
     _stopping: Stopping | None = None
+    _expert_order: bytes | None = None
+    """Which numbers the experts had at first, from the checkpoint that was loaded."""
 
     def _load(self, step: int = -1) -> bool:
         found = super()._load(step)
@@ -58,8 +61,12 @@ class Checkpointer(CheckpointManager):
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
     ) -> None:
         """Load what the checkpoint has for this run, and log what is begun afresh or left out."""
+        is_remote = filesystem.is_remote(checkpoint_id)
+        if not is_remote:
+            with exit_on_user_error():
+                self._expert_order = expert_order.read(Path(checkpoint_id))
         # Neither the host's adapters for safetensors nor remote folders let us look inside first.
-        if from_hf or filesystem.is_remote(checkpoint_id):
+        if from_hf or is_remote:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         with exit_on_user_error():
@@ -70,11 +77,14 @@ class Checkpointer(CheckpointManager):
             super().dcp_load(part, checkpoint_id, from_hf, from_quantized)
         kept_settings.log_kept(state_dict, asked)
 
-    def dcp_save(self, state_dict: dict[str, Any], *where: Any, **how: Any) -> Any:
-        """Save ``state_dict`` with its selection biases unrounded."""
+    def dcp_save(
+        self, state_dict: dict[str, Any], checkpoint_id: str, *more: Any, **how: Any
+    ) -> Any:
+        """Save ``state_dict`` with its selection biases unrounded, beside the order of experts."""
         exact = saving.with_exact_biases(state_dict, self.states[MODEL].state_dict())
+        saving.write_expert_order(checkpoint_id, self._expert_order)
         with ctrl_c_unwrapped():
-            return super().dcp_save(exact, *where, **how)
+            return super().dcp_save(exact, checkpoint_id, *more, **how)
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         is_saved = self._save_or_say_why(curr_step, last_step)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.tools import filesystem
 
 from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.dcp import expert_order
 from ezpz_moe.hosts.dcp.paths import METADATA
 from ezpz_moe.hosts.resuming import is_selection_bias
 from ezpz_moe.hosts.titan.resuming import whole_steps, why_it_failed
@@ -25,6 +27,16 @@ def with_exact_biases(states: Mapping[str, Any], of_model: Mapping[str, Any]) ->
     """
     exact = {name: bias_E for name, bias_E in of_model.items() if is_selection_bias(name)}
     return {name: exact.get(name, value) for name, value in states.items()}
+
+
+def write_expert_order(checkpoint_id: str, said: bytes | None) -> None:
+    """Leave beside a checkpoint what the loaded one said of its experts' first numbers.
+
+    Before the checkpoint has its metadata: none that looks complete may lack the way back. Not in
+    remote folders, where nothing of ours reads it.
+    """
+    if said is not None and not filesystem.is_remote(checkpoint_id) and dist.get_rank() == 0:
+        expert_order.write(Path(checkpoint_id), said)
 
 
 @contextmanager

@@ -161,10 +161,10 @@ class Titan03(Titan):
             from ezpz_moe.hosts.titan.architecture import architecture
         return architecture(flavor)
 
-    def expert_groups(self, flavor: Flavor) -> dict[int, int]:
+    def grouped_experts(self, flavor: Flavor) -> dict[int, tuple[int, int]]:
         with self.importing():
-            from ezpz_moe.hosts.titan.architecture import expert_groups
-        return expert_groups(flavor)
+            from ezpz_moe.hosts.titan.architecture import grouped_experts
+        return grouped_experts(flavor)
 
     def run_rank(
         self, config: str, host_flags: list[str], world_size: int, rank: int

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
+
+from ezpz_moe.errors import EzpzError
+from ezpz_moe.hosts.documents import COLUMN, read_documents
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,31 @@ class Sequence:
     tokens_L: torch.Tensor
     labels_L: torch.Tensor
     positions_L: torch.Tensor
+
+
+def read_sequences(
+    file: Path, encode: Callable[[str], list[int]], length: int, number: int
+) -> list[Sequence]:
+    """Return the first sequences of a file of text, as many as there are.
+
+    Args:
+        file: as for a job's dataset_path.
+        encode: as for :func:`sequences`.
+        length: L.
+        number: of sequences, at most.
+
+    Raises:
+        EzpzError: it cannot be read, or is too short for one sequence.
+    """
+    documents = read_documents(str(file))[COLUMN]
+    # islice: only as many documents are tokenized as these sequences need.
+    text = list(islice(sequences(documents, encode, length), number))
+    if not text:
+        raise EzpzError(
+            f"{file}: has fewer than {length} tokens, too few to fill one sequence. Use more text, "
+            "or a smaller --seq-len."
+        )
+    return text
 
 
 def sequences(

@@ -142,6 +142,30 @@ def _step_by_torch(folder: Path, entry: Any) -> int:
         raise EzpzError(f"{folder / entry.relative_path}: {_STEP} is not a number.") from error
 
 
+def metadata_of_model(
+    folder: Path, generation_here: str, tensors: Mapping[str, torch.Tensor]
+) -> Metadata:
+    """Return the metadata of a checkpoint that holds the flavor's model. Reads no data.
+
+    Args:
+        folder: the checkpoint's.
+        generation_here: whose names the tensors have, the installed host's.
+        tensors: the flavor's, by name.
+
+    Raises:
+        EzpzError: the checkpoint is incomplete, or of another generation or model.
+    """
+    metadata = _read_by_torch(folder)
+    data_files.check_data(folder, metadata)
+    if (found := generation(folder, metadata)) != generation_here:
+        raise EzpzError(
+            f"{folder}: has the names of torchtitan {found}. First run: ezpz-moe ckpt remap "
+            f"{folder} DIR --to {generation_here}"
+        )
+    check_model(folder, {name: each.size for name, each in model_tensors(metadata)}, tensors)
+    return metadata
+
+
 def check_model(
     source: Path, sizes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
 ) -> None:

@@ -2,18 +2,20 @@
 
 An order says of each expert which number it had: expert i of a layer was expert ``order[layer][i]``
 before. A checkpoint whose experts were reordered keeps in :data:`FILE` which number each had at
-first: every further reordering is composed with it, so that the way back stays known. No torch.
+first: every further reordering is composed with it, and a run that goes on leaves it beside every
+later step, so that the way back stays known. No torch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from ezpz_moe.errors import EzpzError, short
+from ezpz_moe.hosts.dcp import expert_order as file_of
+from ezpz_moe.hosts.dcp.expert_order import FILE
 
 if TYPE_CHECKING:
     from ezpz_moe.config.flavor_schema import Flavor
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 Order: TypeAlias = Mapping[int, Sequence[int]]
 """By layer: the former number of each expert. A layer that is absent keeps its order."""
-
-FILE = "expert_order.json"
-"""Beside the metadata of a checkpoint whose experts have other numbers than at first."""
 
 _FIRST_NUMBERS = "first_numbers"
 
@@ -136,17 +135,16 @@ def read_order(checkpoint: Path) -> dict[int, list[int]]:
     Raises:
         EzpzError: the file is damaged.
     """
-    path = checkpoint / FILE
+    if (said := file_of.read(checkpoint)) is None:
+        return {}
     try:
-        found = json.loads(path.read_bytes())[_FIRST_NUMBERS]
+        found = json.loads(said)[_FIRST_NUMBERS]
         order = {int(layer): [int(number) for number in of] for layer, of in found.items()}
         check_order(order, {layer: len(former) for layer, former in order.items()})
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, EzpzError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, EzpzError) as error:
         raise EzpzError(
-            f"{path}: does not say which number each expert had at first: {error}. Take the file "
-            "from where the checkpoint was copied; without it the way back is lost."
+            f"{checkpoint / FILE}: does not say which number each expert had at first: {error}. "
+            "Take the file from where the checkpoint was copied; without it the way back is lost."
         ) from error
     return order
 
@@ -159,7 +157,4 @@ def write_order(checkpoint: Path, order: Order) -> None:
     """
     if order:
         text = json.dumps({_FIRST_NUMBERS: {layer: list(of) for layer, of in order.items()}})
-        with (checkpoint / FILE).open("w") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        file_of.write(checkpoint, f"{text}\n".encode())

@@ -28,14 +28,10 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         EzpzError: ``target`` exists, would overwrite ``source``, or cannot be written; the disk is
             too small; or reading or writing in the ``with`` fails.
     """
-    if os.path.lexists(target):  # also a link to nothing, which renaming would not replace
-        raise EzpzError(f"{target}: already exists. Choose another folder, or remove it.")
-    refuse_overwriting(source, target)
+    check_target(target, source=source, needed=needed)
     partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if needed > (free := shutil.disk_usage(target.parent).free):
-            raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
         # Left by a killed run.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -52,6 +48,23 @@ def atomic_folder(target: Path, *, source: Path, needed: int) -> Iterator[Path]:
         ) from error
     except SafetensorError as error:  # it does not say so in an OSError if the disk is full
         raise EzpzError(f"{target} was not written: {partial}: {error}.") from error
+
+
+def check_target(target: Path, *, source: Path, needed: int) -> None:
+    """Refuse what :func:`atomic_folder` would, as far as it can be known before. Makes nothing.
+
+    Raises:
+        EzpzError: ``target`` exists, would overwrite ``source``, or lies in no folder; or the disk
+            is too small.
+    """
+    if os.path.lexists(target):  # also a link to nothing, which renaming would not replace
+        raise EzpzError(f"{target}: already exists. Choose another folder, or remove it.")
+    refuse_overwriting(source, target)
+    there = next(folder for folder in target.absolute().parents if os.path.exists(folder))
+    if not there.is_dir():
+        raise EzpzError(f"{target}: cannot be written, because {there} is not a folder.")
+    if needed > (free := shutil.disk_usage(there).free):
+        raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
 
 
 def refuse_overwriting(source: Path, target: Path) -> None:

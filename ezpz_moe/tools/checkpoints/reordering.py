@@ -73,8 +73,8 @@ def permute_experts(
     metadata = storage.read_metadata(source)
     check_data(source, metadata)
     first_order = expert_order.read_order(source)
+    rows = rows_of(source, metadata)
     try:
-        rows = expert_rows(_sizes(metadata))
         check_order(order, _experts_by_number(rows), groups=groups)
     except EzpzError as error:
         raise EzpzError(f"{source}: {error}") from error
@@ -92,12 +92,21 @@ def permute_experts(
     return Reordered(sum(moved), len(order), len(copy.changed), contents.has_optimizer(metadata))
 
 
-def _sizes(metadata: Metadata) -> dict[str, torch.Size]:
-    return {
+def rows_of(source: Path, metadata: Metadata) -> ExpertRows:
+    """Return which tensors of a checkpoint count experts, its optimizer's among them.
+
+    Raises:
+        EzpzError: one may, and is not known.
+    """
+    sizes = {
         name: entry.size
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    try:
+        return expert_rows(sizes)
+    except EzpzError as error:
+        raise EzpzError(f"{source}: {error}") from error
 
 
 def _experts_by_number(rows: ExpertRows) -> dict[int, int]:

@@ -15,7 +15,7 @@ from functools import cache
 from math import ceil, prod
 
 from ezpz_moe.hosts.dry_run import STATES_PER_PARAMETER
-from ezpz_moe.hosts.model_sheet import HEAD, ModelSheet, Part, Weight
+from ezpz_moe.hosts.model_sheet import EMBEDDINGS, HEAD, ModelSheet, Part, Weight
 from ezpz_moe.tools.memory import microbatches_in_flight
 from ezpz_moe.tools.planning.cuts import Cut, expert_group, shards_width, stages
 
@@ -138,18 +138,36 @@ def fullest(sheet: ModelSheet, cut: Cut, imbalance: float = 1.0) -> Held:
     # Of stages that are alike the earliest holds the most microbatches.
     for stage, parts in unlike_stages(sheet, cut.pp).items():
         held = stage_states(sheet, cut, parts)
-        in_flight = microbatches_in_flight(sheet.job.schedule, stage, cut.pp, cut.microbatches)
-        kept = sum(
-            times * kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
-            for part, times in parts.items()
-        )
-        # Under full checkpointing one layer at a time is computed again, with all of its tensors.
-        again = 0.0
-        if cut.checkpointing != "none":
-            again = max(kept_bytes(sheet, cut, part, "none", imbalance) for part in parts)
-        activations = int(in_flight * kept + again + _loss_bytes(sheet, cut, stage))
+        again = _again_bytes(sheet, cut, parts, imbalance)
+        activations = int(left_bytes(sheet, cut, stage, imbalance) + again)
         found.append(Held(held.parameters, held.states, activations, _gathered(sheet, cut, parts)))
     return max(found, key=lambda held: held.total)
+
+
+def left_bytes(sheet: ModelSheet, cut: Cut, stage: int, imbalance: float = 1.0) -> float:
+    """Return estimated bytes that forward leaves for backward in a stage.
+
+    Those of all microbatches that it holds, as ``ezpz-moe describe`` measures them.
+    """
+    in_flight = microbatches_in_flight(sheet.job.schedule, stage, cut.pp, cut.microbatches)
+    kept = sum(
+        times * kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
+        for part, times in stage_parts(sheet, cut.pp)[stage].items()
+    )
+    return in_flight * kept + _loss_bytes(sheet, cut, stage)
+
+
+def _again_bytes(sheet: ModelSheet, cut: Cut, parts: Counter[Part], imbalance: float) -> float:
+    """Return estimated bytes that backward computes again, of one layer at a time.
+
+    What checkpointing has kept of the layer is not computed: so none of its modes holds more than
+    the one that keeps more.
+    """
+    return max(
+        kept_bytes(sheet, cut, part, "none", imbalance)
+        - kept_bytes(sheet, cut, part, cut.checkpointing, imbalance)
+        for part in parts
+    )
 
 
 def kept_bytes(
@@ -160,6 +178,8 @@ def kept_bytes(
     Without checkpointing the inputs and outputs of products, with "selective" the outputs, with
     "full" a layer's input.
     """
+    if part is sheet.parts.get(EMBEDDINGS):
+        return 0  # what it returns is the first layer's input
     tokens, size = cut.microbatch * sheet.job.seq_len, sheet.job.compute_bytes
     stream = sheet.dim / (cut.tp if sheet.job.sequence_parallel else 1)
     if part is sheet.parts.get(HEAD) or checkpointing == "full":

@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.detect import host
-from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.data_files import check_data
+from ezpz_moe.tools.checkpoints import contents
 from ezpz_moe.tools.checkpoints.expert_rows import ExpertRows, expert_rows, is_stack
 from ezpz_moe.tools.checkpoints.tensors import read_whole
 
@@ -64,17 +63,9 @@ def open_whole(folder: Path, flavor: Flavor) -> Whole:
         EzpzError: it is incomplete, of another generation or model, or has tensors that may belong
             to experts in a way that is not known.
     """
-    metadata = storage.read_metadata(folder)
-    check_data(folder, metadata)
-    generation = host().checkpoint_names
-    if (found := contents.generation(folder, metadata)) != generation:
-        raise EzpzError(
-            f"{folder}: has the names of torchtitan {found}. First run: ezpz-moe ckpt remap "
-            f"{folder} DIR --to {generation}"
-        )
-    sizes = {name: entry.size for name, entry in contents.model_tensors(metadata)}
     model = host().build_on_meta(flavor)
-    contents.check_model(folder, sizes, model.state_dict())
+    metadata = contents.metadata_of_model(folder, host().checkpoint_names, model.state_dict())
+    sizes = {name: entry.size for name, entry in contents.model_tensors(metadata)}
     return Whole(
         folder, metadata, flavor, sizes, expert_rows(sizes), host().analysis().routers(model)
     )

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ezpz_moe.errors import EzpzError, some
 from ezpz_moe.hosts.dcp.paths import INDEX, is_safetensors
 from ezpz_moe.tools.checkpoints import contents, storage
-from ezpz_moe.tools.checkpoints.data_files import check_data
+from ezpz_moe.tools.checkpoints.expert_order import read_order, write_order
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.card import Origin, check_tokenizer, write_description
 from ezpz_moe.tools.checkpoints.huggingface.config import TransformersClass
@@ -49,7 +49,8 @@ def export(
     step = contents.inspect(source).step
     if model.form is not None:
         _check_class(source, model, model.form, step)
-    metadata = _read_checkpoint(source, model)
+    metadata = contents.metadata_of_model(source, model.generation, model.tensors)
+    order = read_order(source)
     if model.tokenizer is not None:
         check_tokenizer(model.tokenizer, len(model.tensors[_EMBEDDING]), model.flavor.name)
     lost = model.buffers if model.loses_biases else ()
@@ -73,6 +74,7 @@ def export(
                 left_out=said,
             )
             write_description(partial, model.form, origin, model.tokenizer)
+        write_order(partial, order)
         for name, of_hf in keys.items():
             # Back through the adapter: this also finds an adapter that loses something on the way.
             back = model.native(partial, files, name, of_hf)
@@ -87,22 +89,6 @@ def _check_source(source: Path, model: Model) -> None:
             f"{source}: holds safetensors, which --to hf writes. Name a checkpoint of torchtitan, "
             f"or make one of this folder, with --to {model.generation}."
         )
-
-
-def _read_checkpoint(source: Path, model: Model) -> Metadata:
-    metadata = storage.read_metadata(source)
-    check_data(source, metadata)
-    if (generation := contents.generation(source, metadata)) != model.generation:
-        raise EzpzError(
-            f"{source}: has the names of torchtitan {generation}, but the host's adapter knows "
-            f"those of {model.generation}. First run: ezpz-moe ckpt remap {source} DIR --to "
-            f"{model.generation}"
-        )
-    entries = dict(contents.model_tensors(metadata))
-    contents.check_model(
-        source, {name: entry.size for name, entry in entries.items()}, model.tensors
-    )
-    return metadata
 
 
 def _check_class(source: Path, model: Model, form: TransformersClass, step: int | None) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.tools.checkpoints.data_files import size_of
+from ezpz_moe.tools.checkpoints.expert_order import read_order, write_order
 from ezpz_moe.tools.checkpoints.folder import atomic_folder
 from ezpz_moe.tools.checkpoints.huggingface.differences import check_config
 from ezpz_moe.tools.checkpoints.huggingface.files import (
@@ -97,9 +98,10 @@ def import_(source: Path, target: Path, model: Model) -> Converted:
         EzpzError: what was written differs; and as :func:`check_importable`,
             :meth:`Importable.read` and :func:`atomic_folder`.
     """
-    found = check_importable(source, model)
+    found, order = check_importable(source, model), read_order(source)
     with atomic_folder(target, source=source, needed=found.bytes) as partial:
         written = write_checkpoint(partial, ((name, found.read(name)) for name in found.names))
+        write_order(partial, order)
         for name in found.names:
             back = found.read(name)
             check_same(partial, source, name, read_whole(partial, written, name), back)
