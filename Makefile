@@ -22,6 +22,10 @@ HOST ?=
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.ezpz_moe_installed
 
+# Whatever the shell says: or each process that imports torch compiles all its files anew, which takes
+# three times as long as the rest of the import.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-smoke test-hosts test-all lint docs reference clean
 
 train: $(INSTALLED)

@@ -18,7 +18,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,11 +102,12 @@ def run(arguments: list[str]) -> dict:
     own_flags, sys.argv[1:] = _own_flags(arguments)  # 0.2's door looks at sys.argv
     if "--tiny-bases" in own_flags:
         import hf_cases
+        import pytest  # not above: beside pytest, tyro spends a second on checks of itself
 
         hf_cases.add_tiny_bases(pytest.MonkeyPatch())
     started = []
     if "--side-stream" in own_flags:
-        started = _have_streams(pytest.MonkeyPatch())
+        started = _have_streams()
     trainer, Experts, MoE = _built_trainer(sys.argv[1:], own_flags.get("--layers"))
     if "--count-on-cpu" in own_flags:
         from ezpz_moe.hosts.titan_0_2.router import count_on_cpu
@@ -250,7 +250,7 @@ def _count_sent(sent: list) -> None:
             sent.append(tuple(rows.shape))
         return all_to_all_single(rows, *arguments, **more)
 
-    pytest.MonkeyPatch().setattr(token_dispatcher, "all_to_all_single", counting)
+    token_dispatcher.all_to_all_single = counting
 
 
 class Collectives(TorchDispatchMode):
@@ -272,7 +272,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _have_streams(patch: pytest.MonkeyPatch) -> list:
+def _have_streams() -> list:
     """Take the streams of ``torch.cpu``, which order nothing where everything is in order.
 
     Returns the shapes of what is started on the side one, as it is.
@@ -288,8 +288,8 @@ def _have_streams(patch: pytest.MonkeyPatch) -> list:
             return super().start(compute, x, parameters)
 
     side = Noted(torch.cpu)
-    patch.setattr(overlap, "side_stream", lambda device: side)
-    patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # CUDA, XPU alone
+    overlap.side_stream = lambda device: side
+    torch.Tensor.record_stream = lambda tensor, stream: None  # which CUDA and XPU alone have
     return started
 
 

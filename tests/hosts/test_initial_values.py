@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
+import fork_server
 import pytest
 from dialect import DUMP_FOLDER, ON_0_2, SINCE_2026_08, batch, job, with_backend, write_text
 from trainer_runs import OneRank, Runs
@@ -103,7 +103,7 @@ def begun(tmp_path_factory) -> dict[str, list[dict]]:
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     result = subprocess.run(
         [
-            *(sys.executable, str(HERE / "run_initial_values.py")),
+            *(fork_server.python(), str(HERE / "run_initial_values.py")),
             *(str(folder / "scenarios.json"), str(folder / "record")),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
