@@ -32,9 +32,13 @@ HERE = Path(__file__).parent
 MOST_FILES = 16
 
 
-@functools.cache
 def python(interpreter: str = sys.executable) -> str:
     """The program that stands for ``interpreter``, whose server lives as long as this process."""
+    return _program(interpreter)
+
+
+@functools.cache  # without a default: who leaves it out and who names it would have two servers
+def _program(interpreter: str) -> str:
     # Not below a TMPDIR: the name of a socket may have some 100 characters only.
     folder = Path(tempfile.mkdtemp(prefix="ezpz-moe-", dir="/tmp"))
     program = folder / "python"

@@ -1,6 +1,7 @@
 """What routers add to a layer, compiled as the host compiles it and recomputed: the eager values.
 
-In one process; ``test_latent_runs.py`` compiles what experts add, between two ranks.
+And frozen experts. In one process; ``test_latent_runs.py`` compiles what else experts add, between
+two ranks.
 """
 
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dialect import ON_0_2, SINCE_2026_08
-from layer_cases import SMALL
+from layer_cases import SMALL, E
 from router_cases import RELU, small_model
 from trainer_runs import AOT
 
@@ -21,8 +22,11 @@ from torchtitan.distributed.compile import apply_compile
 
 from ezpz_moe.compute.reference import relative_error
 from ezpz_moe.hosts.titan.activation_checkpointing import keeping_choices, keeping_products
+from ezpz_moe.hosts.titan.selector import Selector
 
 B, L = 2, 16
+LEARNS = torch.arange(E) < 5
+"""Which experts do: backends compute no gradient for the others."""
 ROUTERS = {
     "relu": f"{RELU}chunk = 4",
     "similarity": """
@@ -63,6 +67,8 @@ def built(folder, router: str):
     for module in model.modules():  # which the trainer tells
         for groups in getattr(module, "groups", {}).values():
             groups.length = L
+        if isinstance(module, Selector):
+            module.trained_E = LEARNS
     return model
 
 
@@ -89,6 +95,11 @@ def test_a_compiled_router_has_the_eager_gradients(tmp_path, router):
     )
     compiled = gradients(model)
     assert eager[OF_THE_ROUTER[router]].any()
+    experts = [each for name, each in compiled.items() if name.endswith(("w1_EFD", "w2_EDF"))]
+    assert experts
+    for gradient_EX in experts:
+        assert gradient_EX[LEARNS].any()
+        assert not gradient_EX[~LEARNS].any()
     for name, gradient in eager.items():
         # Sums over the tokens and a layer's width, in float32.
         assert relative_error(compiled[name], gradient.double()) <= B * L * 2.0**-24, name

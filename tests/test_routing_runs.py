@@ -89,14 +89,23 @@ TWO_RANKS = {
 }
 CHECKPOINTING = {
     "full checkpointing": "full",
+    "compiled, full checkpointing": "full",
     "selective checkpointing": "selective",
     "labels, full checkpointing": "full",
     "dispatched_for_loop, full checkpointing": "full",
 }
 
-# A group of "sequence" is a sequence however they are cut.
+# A group of "sequence" is a sequence however they are cut. What these show, others of the short
+# check do too: what is recomputed is cut into two microbatches; two ranks with parallel experts
+# compute two microbatches each; and beside those, tensor parallelism has DTensors.
+IN_FULL = (
+    "two microbatches",
+    "two ranks, two microbatches",
+    "tensor parallel, DTensor",
+    "compiled by inductor",
+)
 EVERY_CUT = [
-    pytest.param(name, marks=pytest.mark.full if "inductor" in name else ())
+    pytest.param(name, marks=pytest.mark.full if name in IN_FULL else ())
     for name in (*ONE_RANK, *TWO_RANKS, "labels, full checkpointing")
     if name != "one big batch"
 ]
@@ -126,7 +135,8 @@ OTHERS = {
     "batch, two ranks": (2, at_once(1)),
     "capacity, two ranks": (2, at_once(2)),
     "capacity, expert parallel": (2, [*at_once(2), *EP_2]),
-    "capacity, full checkpointing": (1, [*at_once(2), *COMPILED]),
+    "capacity, full checkpointing": (1, at_once(2)),
+    "capacity, compiled, full checkpointing": (1, [*at_once(2), *COMPILED]),
     "dispatched_for_loop, full checkpointing": (1, at_once(2)),
     "dispatched_batched_mm_padded, two ranks": (2, at_once(2)),
     "unmasked, pipeline": (2, [*at_once(4), "--parallelism.pipeline-parallel-degree", "2"]),
@@ -198,12 +208,15 @@ def test_the_scopes_are_different_losses(runs):
     assert difference(batch, everything) > 100 * ALLOWED
 
 
-def test_a_capacity_drops_the_same_whoever_holds_the_experts(runs, folder):
+# test_routing_capacity.py compiles what drops in the short check, recomputed and not.
+@pytest.mark.parametrize("compiled", ["", pytest.param("compiled, ", marks=pytest.mark.full)])
+def test_a_capacity_drops_the_same_whoever_holds_the_experts(runs, folder, compiled):
     """Every token wants the same three of eight experts, each of which takes an eighth of all.
 
     Under expert parallelism one rank has all three. Recomputation drops the same once more.
     """
-    names = ("capacity, two ranks", "capacity, expert parallel", "capacity, full checkpointing")
+    of_ranks = ("capacity, two ranks", "capacity, expert parallel")
+    names = (*of_ranks, f"capacity, {compiled}full checkpointing")
     assert all(runs[name] for name in names)
     two_ranks, expert_parallel, recomputed = (telemetry(folder, name)[0] for name in names)
     for line in (two_ranks, expert_parallel, recomputed):

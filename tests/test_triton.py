@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,94 +28,89 @@ CPU = torch.device("cpu")
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-# Of the contract's tests these, with what their parameters' names hold. An interpreted product
-# takes a second.
+# Of the contract's tests these, by file, with what their parameters' names hold. An interpreted
+# product takes a second.
 SOME_ROUTINGS = "two_uneven or tail_and_empty or no_rows"
 CONTRACT = {
-    "test_ffn_equals_float64": [
-        f"triton-cpu and ({SOME_ROUTINGS})",
-        "recompute and tail_and_empty",
-    ],
-    "test_grouped_mm_equals_float64": [
-        f"contiguous and ({SOME_ROUTINGS})",
-        "view and tail_and_empty",
-    ],
-    "test_ffn_takes_any_strides": ["triton-1"],
-    "test_grouped_mm_takes_any_strides": ["triton-0"],
-    "test_counts_and_offsets_take_any_strides": ["triton-cpu"],
-    "test_an_expanded_gradient_is_taken": ["triton-cpu"],
-    "test_ffn_of_any_activation_equals_float64": ["triton-cpu and (clamped or relu2)"],
-    "test_a_rerun_gives_the_same_bits": ["triton-float32"],
-    "test_inputs_are_not_changed": ["triton-cpu"],
-    "test_operators_keep_torchs_rules": ["triton and mm_backward"],
+    "test_contract.py": {
+        "test_ffn_equals_float64": [
+            f"triton-cpu and ({SOME_ROUTINGS})",
+            "recompute and tail_and_empty",
+        ],
+        "test_grouped_mm_equals_float64": [
+            f"contiguous and ({SOME_ROUTINGS})",
+            "view and tail_and_empty",
+        ],
+        "test_ffn_takes_any_strides": ["triton-1"],
+        "test_grouped_mm_takes_any_strides": ["triton-0"],
+        "test_counts_and_offsets_take_any_strides": ["triton-cpu"],
+        "test_an_expanded_gradient_is_taken": ["triton-cpu"],
+        "test_a_rerun_gives_the_same_bits": ["triton-float32"],
+        "test_inputs_are_not_changed": ["triton-cpu"],
+    },
+    "test_contract_autograd.py": {"test_operators_keep_torchs_rules": ["triton and mm_backward"]},
+    "test_contract_activations.py": {
+        "test_ffn_of_any_activation_equals_float64": ["triton-cpu and (clamped or relu2)"],
+        "test_routed_of_any_activation_equals_float64": [
+            "triton-cpu and (geglu or reglu or unbiased)",
+            "recompute and clamped",
+        ],
+        "test_nan_stays_with_its_token": ["triton-cpu"],
+    },
+    "test_contract_routed.py": {
+        "test_routed_equals_float64": [
+            "triton-cpu and (uneven or half_a_tail or all_cut)",
+            "recompute and half_a_tail",
+        ],
+        "test_nan_stays_with_its_token": ["triton-cpu"],
+        "test_routed_takes_any_strides": ["triton-1"],
+        "test_an_expanded_gradient_is_taken": ["triton-cpu"],
+    },
+    "test_contract_routed_autograd.py": {
+        "test_backward_takes_whatever_stands_in_saved_rows_of_the_tail": ["triton-cpu"],
+        "test_operators_keep_torchs_rules": ["triton-routed_backward"],
+    },
+    "test_contract_learning.py": {
+        "test_frozen_experts_have_gradients_of_zeros": ["triton-routed_with"],
+        "test_frozen_parameters_have_no_gradient": ["triton-routed"],
+    },
 }
-CONTRACT_OF_ROUTED = {
-    "test_routed_equals_float64": [
-        "triton-cpu and (uneven or half_a_tail or all_cut)",
-        "recompute and half_a_tail",
-    ],
-    "test_routed_of_any_activation_equals_float64": [
-        "triton-cpu and (geglu or reglu or unbiased)",
-        "recompute and clamped",
-    ],
-    "test_nan_stays_with_its_token": ["triton-cpu"],
-    "test_frozen_experts_have_gradients_of_zeros": ["triton-routed_with"],
-    "test_frozen_parameters_have_no_gradient": ["triton-routed"],
-    "test_routed_takes_any_strides": ["triton-1"],
-    "test_an_expanded_gradient_is_taken": ["triton-cpu"],
-    "test_backward_takes_whatever_stands_in_saved_rows_of_the_tail": ["triton-cpu"],
-    "test_operators_keep_torchs_rules": ["triton-routed_backward"],
-}
-ACTIVATIONS = "test_contract_activations.py"
-FILES = ("test_contract.py", "test_contract_autograd.py", ACTIVATIONS)
-FILES_OF_ROUTED = (
-    "test_contract_routed.py",
-    "test_contract_routed_autograd.py",
-    "test_contract_learning.py",
-    ACTIVATIONS,
-)
 
 
-def _through_the_interpreter(names: tuple[str, ...], chosen: str) -> list[tuple[str, str]]:
-    """Names and outcomes of those tests of ``triton`` in some files that ``-k chosen`` chooses."""
-    files = [str(TESTS / name) for name in names]
+def _through_the_interpreter(files: Iterable[str], chosen: str) -> list[tuple[str, str, str]]:
+    """File, name and outcome of those tests of ``triton`` that ``-k chosen`` chooses."""
     options = ("-v", "-p", "no:cacheprovider", "-k", f"triton and ({chosen})")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
+        [sys.executable, "-m", "pytest", *options, *(str(TESTS / name) for name in files)],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=TESTS.parent,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return re.findall(r"::(test_\w+)\[(?:triton[^\n]*)\] (\w+)", done.stdout)
+    return re.findall(r"(\w+\.py)::(test_\w+)\[(?:triton[^\n]*)\] (\w+)", done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("files", "contract"),
-    [(FILES, CONTRACT), (FILES_OF_ROUTED, CONTRACT_OF_ROUTED)],
-    ids=["products and FFN", "routed layer"],
-)
-def test_the_contract_through_the_interpreter(
-    files: tuple[str, ...], contract: dict[str, list[str]]
-) -> None:
-    ran = _through_the_interpreter(
-        files,
-        " or ".join(
-            f"{name} and ({' or '.join(f'({each})' for each in parameters)})"
-            for name, parameters in contract.items()
-        ),
-    )
-    assert {name for name, _ in ran} == contract.keys()
-    assert {outcome for _, outcome in ran} == {"PASSED"}, "none may be skipped"
+def test_the_contract_through_the_interpreter() -> None:
+    """All of them in one process, which imports torch once."""
+    parts = [
+        f"{file} and {name} and ({' or '.join(f'({each})' for each in parameters)})"
+        for file, tests in CONTRACT.items()
+        for name, parameters in tests.items()
+    ]
+    ran = _through_the_interpreter(CONTRACT, " or ".join(parts))
+    assert {(file, name) for file, name, _ in ran} == {
+        (file, name) for file, tests in CONTRACT.items() for name in tests
+    }
+    assert {outcome for *_, outcome in ran} == {"PASSED"}, "none may be skipped"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("files", [FILES[:1], FILES_OF_ROUTED[:1]])
-def test_the_contract_through_the_interpreter_with_every_routing(files: tuple[str, ...]) -> None:
-    ran = _through_the_interpreter(files, "equals_float64 and not any_")
+@pytest.mark.parametrize("file", ["test_contract.py", "test_contract_routed.py"])
+def test_the_contract_through_the_interpreter_with_every_routing(file: str) -> None:
+    ran = _through_the_interpreter([file], "equals_float64 and not any_")
     assert len(ran) >= 2 * len(PATTERNS)
-    assert {outcome for _, outcome in ran} == {"PASSED"}
+    assert {outcome for *_, outcome in ran} == {"PASSED"}
 
 
 FIRST_PROGRAM = """
@@ -143,15 +138,12 @@ for output in outputs:
     print((output != -1).any(1).nonzero().flatten().tolist())
 """
 
-
-def test_a_program_writes_rows_of_its_expert_alone() -> None:
-    """On a GPU programs run at once: rows of the next expert are not there to be written twice."""
-    output = subprocess.check_output(
-        [sys.executable, "-c", FIRST_PROGRAM], text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    assert output.splitlines() == ["[0, 1, 2, 3, 4]"] * 6
-
-
+WHERE_IT_IS_RIGHT = """
+import torch
+from ezpz_moe.compute import get_backend
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    print(*get_backend("triton").why_not(torch.device("cpu"), dtype))
+"""
 WIDE_TILES = """
 import torch
 from ezpz_moe.compute import get_backend
@@ -178,28 +170,37 @@ for name in ("triton", "for_loop"):
 """
 
 
-def test_a_tile_that_is_wider_than_what_is_stored_at_once() -> None:
+# The last one changes the kernels of its process.
+PROGRAMS = (FIRST_PROGRAM, WHERE_IT_IS_RIGHT, WIDE_TILES)
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """Lines that each program prints, one after the other in a process that interprets."""
+    code = "print('of the next')\n".join(PROGRAMS)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    parts = output.split("of the next\n")
+    return {each: part.splitlines() for each, part in zip(PROGRAMS, parts, strict=True)}
+
+
+def test_a_program_writes_rows_of_its_expert_alone(printed: dict[str, list[str]]) -> None:
+    """On a GPU programs run at once: rows of the next expert are not there to be written twice."""
+    assert printed[FIRST_PROGRAM] == ["[0, 1, 2, 3, 4]"] * 6
+
+
+def test_the_interpreter_is_usable_where_it_is_right(printed: dict[str, list[str]]) -> None:
+    *usable, reason = printed[WHERE_IT_IS_RIGHT]
+    assert usable == ["", ""]
+    assert "wrong bfloat16 products" in reason
+
+
+def test_a_tile_that_is_wider_than_what_is_stored_at_once(printed: dict[str, list[str]]) -> None:
     """On GPUs all tiles are, but not those that are interpreted."""
-    output = subprocess.check_output(
-        [sys.executable, "-c", WIDE_TILES], text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    found, plain = ([float(word) for word in line.split()] for line in output.splitlines())
+    found, plain = ([float(word) for word in line.split()] for line in printed[WIDE_TILES])
     assert len(found) == 6
     for ours, loops in zip(found, plain, strict=True):
         assert ours <= 2 * loops + 1e-6
-
-
-def test_the_interpreter_is_usable_where_it_is_right() -> None:
-    program = (
-        "import torch; from ezpz_moe.compute import get_backend\n"
-        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
-        "    print(*get_backend('triton').why_not(torch.device('cpu'), dtype))"
-    )
-    output = subprocess.check_output(
-        [sys.executable, "-c", program], text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    assert output.splitlines()[:2] == ["", ""]
-    assert "wrong bfloat16 products" in output.splitlines()[2]
 
 
 def test_every_reason_against_it(monkeypatch: pytest.MonkeyPatch) -> None:

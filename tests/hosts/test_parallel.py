@@ -13,6 +13,7 @@ from dialect import ON_0_2, SINCE_2026_08, SINCE_2026_09, batch
 from trainer_runs import (
     BACKENDS,
     COMPUTED_BY,
+    Record,
     Runs,
     assert_within_twice,
     compare_gradients,
@@ -23,6 +24,7 @@ from trainer_runs import (
 )
 
 HOST = "grouped_mm"
+OF_COMPOSED = ", composed"
 SEED = ("--checkpoint.enable", "--checkpoint.create-seed-checkpoint")
 EVEN = ("--debug.moe-force-load-balance",)
 SKEWED = ("--skewed-routing",)
@@ -106,7 +108,7 @@ SHORT = {
 }
 """Each parallelism with some of the backends: the rest is the full check's."""
 
-COMPOSED = {p for p in ALL if p.endswith("composed")}
+COMPOSED = {p for p in ALL if p.endswith(OF_COMPOSED)}
 if ON_0_2 or SINCE_2026_09:
     COMPOSED = set(ALL)
 TYPES_CHECKED = ("--debug.spmd-typechecking", "--parallelism.spmd-backend", "spmd_types")
@@ -120,6 +122,15 @@ NOISY = {
 """Parallelisms under which the host also trains with one more rounding, and a backend of each."""
 
 pytestmark = [pytest.mark.train, pytest.mark.ranks]
+
+
+class Parallel(Runs):
+    """Runs by parallelism and backend. The host's own layers are composed, asked for or not."""
+
+    def __getitem__(self, key: tuple[str, str] | str) -> list[Record]:
+        if key[1] == HOST:
+            key = key[0].removesuffix(OF_COMPOSED), HOST
+        return super().__getitem__(key)
 
 
 def backends_of(parallelism: str) -> list[str]:
@@ -146,7 +157,7 @@ def runs(tmp_path_factory) -> Runs:
     train(seeds, folder, ranks=1)
     even, skewed = ([*START, str(folder / name / "checkpoint" / "step-0")] for name in seeds)
     even += EVEN
-    runs = Runs(folder)
+    runs = Parallel(folder)
     for ranks, start, parallelisms in (
         (1, even, {"single": []}),
         (2, even, TWO_RANKS),
@@ -155,7 +166,7 @@ def runs(tmp_path_factory) -> Runs:
     ):
         for name, flags in parallelisms.items():
             for backend in (HOST, *backends_of(name)):
-                is_asked_for = name.endswith("composed") and backend != HOST
+                is_asked_for = name.endswith(OF_COMPOSED) and backend != HOST
                 flavor = composed(folder, backend) if is_asked_for else backend
                 job = door_1(folder, f"tiny_sdpa_{flavor}", *start, *flags)
                 runs.add((name, backend), job, ranks=ranks)
