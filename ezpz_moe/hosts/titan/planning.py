@@ -22,10 +22,9 @@ from torchtitan.models.common.moe import MoE
 
 from ezpz_moe.compute import get_backend
 from ezpz_moe.config.flavors import with_variant
-from ezpz_moe.config.job import Job
+from ezpz_moe.config.job import Job, find_job
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.installed import host_name
-from ezpz_moe.hosts.jobs import find_job
 from ezpz_moe.hosts.model_sheet import (
     EMBEDDINGS,
     HEAD,
@@ -39,6 +38,7 @@ from ezpz_moe.hosts.model_sheet import (
 )
 from ezpz_moe.hosts.precision import as_on_an_accelerator
 from ezpz_moe.hosts.titan.anatomy import _score_flops
+from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import _computing_shares, _multiplied, components
 from ezpz_moe.hosts.titan.job import trainer_config
@@ -66,7 +66,7 @@ def model_sheet(
         told = ConfigManager().parse_args([*named(config), *host_flags])
     _refuse_what_is_not_planned(told, config)
     if backend:
-        told.model_spec = _on_backend(find_job(config), host_flags, backend)
+        told.model_spec = _on_backend(find_job(config, titan().job_keys()), host_flags, backend)
     # Without expert parallelism, whose split of the experts is always the first dimension.
     whole = replace(told.parallelism, expert_parallel_degree=1)
     asked, told.parallelism = told.parallelism, whole
