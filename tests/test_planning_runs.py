@@ -58,9 +58,9 @@ KINDS = {
 }
 """The operators of what a plan has; the trainer's records gather parameters with another one."""
 
-NOT_PLANNED = {(), (1,), (2, 8), (2, 4)}
-"""Shapes of what a plan leaves out: figures of the loss and the norm, counts of two layers' tokens,
-and of one layer's for two ranks."""
+NOT_PLANNED = {(), (1,), (2, 8), (1, 8), (2, 4)}
+"""Shapes of what a plan leaves out: figures of the loss and the norm, counts of the tokens of a
+stage's two layers or of its one, and of one layer's for two ranks."""
 
 
 @pytest.fixture(scope="module")
