@@ -33,7 +33,6 @@ FLAGS = {
         *("--training.local-batch-size", "4"),
     ],
     "experts of shards": [*EP_2, "--training.local-batch-size", "1"],
-    "pipeline of shards": ["--parallelism.pipeline-parallel-degree", "2"],
     "tensor parallel of shards": TYPED_TP_2[:2],
 }
 CHECKPOINTING = {"experts": "full"}
@@ -44,7 +43,6 @@ CUTS = {
     "tensor parallel": Cut(1, 1, 2, 1, 1, 2, 2, "none"),
     "pipeline": Cut(1, 1, 1, 2, 1, 1, 4, "none"),
     "experts of shards": Cut(4, 1, 1, 1, 2, 1, 1, "none"),
-    "pipeline of shards": Cut(2, 1, 1, 2, 1, 1, 2, "none"),
     "tensor parallel of shards": Cut(2, 1, 2, 1, 1, 2, 1, "none"),
 }
 KINDS = {
@@ -58,9 +56,9 @@ KINDS = {
 }
 """The operators of what a plan has; the trainer's records gather parameters with another one."""
 
-NOT_PLANNED = {(), (1,), (2, 8), (1, 8), (2, 4)}
-"""Shapes of what a plan leaves out: figures of the loss and the norm, counts of the tokens of a
-stage's two layers or of its one, and of one layer's for two ranks."""
+NOT_PLANNED = {(), (1,), (2, 8), (2, 4)}
+"""Shapes of what a plan leaves out: figures of the loss and the norm, counts of two layers' tokens,
+and of one layer's for two ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +110,5 @@ def test_the_runs_were_of_several_kinds(runs):
         "tensor parallel": {"all-gather", "reduce-scatter", "all-reduce"},
         "pipeline": {"send"},
         "experts of shards": {"all-gather", "reduce-scatter", "all-to-all"},
-        "pipeline of shards": {"all-gather", "reduce-scatter", "send"},
         "tensor parallel of shards": {"all-gather", "reduce-scatter", "all-reduce"},
     }
