@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> dict:
     ``--layers=N`` leaves the first N layers of the model, with narrow experts (torchtitan 0.3 or
     later); ``--tiny-bases`` gives the host the sizes of ``hf_cases`` (torchtitan 0.3);
     ``--count-sent`` records the shape of all that forward sends by all-to-all (torchtitan 0.3);
-    ``--count-collectives`` records operator, shape and bytes of all that training sends;
+    ``--count-collectives`` records operator, shape and bytes of all that the last step sends;
     ``--side-stream`` has shared experts started first as on a device with streams, and records of
     how many rows (torchtitan 0.3).
     """
@@ -148,6 +148,7 @@ def run(arguments: list[str]) -> dict:
     record["first_parameters"] = _digests(trainer)
     if "--count-collectives" in own_flags:
         with Collectives() as counting:
+            _clear_before_each_step(trainer, counting.seen)
             trainer.train()
         record["collectives"] = counting.seen
     else:
@@ -251,6 +252,16 @@ def _count_sent(sent: list) -> None:
         return all_to_all_single(rows, *arguments, **more)
 
     token_dispatcher.all_to_all_single = counting
+
+
+def _clear_before_each_step(trainer, seen: list) -> None:
+    train_step = trainer.train_step
+
+    def train_step_alone(*args, **kwargs):
+        seen.clear()
+        return train_step(*args, **kwargs)
+
+    trainer.train_step = train_step_alone
 
 
 class Collectives(TorchDispatchMode):

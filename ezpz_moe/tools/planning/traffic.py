@@ -83,9 +83,7 @@ def traffic(
 
 def _of_fsdp(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Collective]:
     """Weights gathered for forward and backward, gradients added up and scattered."""
-    # A pipeline gathers once for all microbatches, and adds up once.
-    passes = 1 if cut.pp > 1 else cut.microbatches
-    gathered = passes * _gathers(sheet, cut, part)
+    passes, gathered = _passes(sheet, cut, part)
     for is_expert in (False, True):
         size, stride = _fsdp_group(cut, is_expert)
         # Padded: every rank's shard is as large as the first one's.
@@ -110,13 +108,21 @@ def _fsdp_group(cut: Cut, is_expert: bool) -> tuple[int, int]:
     return cut.dp_shard, cut.tp
 
 
-def _gathers(sheet: ModelSheet, cut: Cut, part: Part) -> int:
-    """Return how often the weights are gathered for one forward and backward."""
-    if part in (sheet.parts.get(NORM), sheet.parts.get(HEAD)):
-        # One group, which forward does not let go. But a chunked loss has finished the head's
-        # backward when the norm's begins, which gathers both once more.
-        return 1 + (sheet.job.loss_chunks > 1 or sheet.job.reshards == "always")
-    return 1 + reshards(sheet, cut)
+def _passes(sheet: ModelSheet, cut: Cut, part: Part) -> tuple[int, int]:
+    """Return how often gradients are added up in a step, and how often weights are gathered."""
+    is_head = part in (sheet.parts.get(NORM), sheet.parts.get(HEAD))
+    if cut.pp == 1:
+        # The head's group, with the norm, is not let go by forward. But a chunked loss has finished
+        # the head's backward when the norm's begins, which gathers both once more.
+        again = sheet.job.loss_chunks > 1 or sheet.job.reshards == "always"
+        return cut.microbatches, cut.microbatches * (
+            1 + (again if is_head else reshards(sheet, cut))
+        )
+    if is_head and sheet.job.loss_chunks > 1:
+        # A chunked loss runs the head's backward by itself, which the pipeline does not hold back.
+        return cut.microbatches, 2 * cut.microbatches + 1
+    # A pipeline gathers once for all microbatches, and adds up once.
+    return 1, 1 + reshards(sheet, cut)
 
 
 def _of_experts(sheet: ModelSheet, cut: Cut, part: Part) -> Iterator[Collective]:
