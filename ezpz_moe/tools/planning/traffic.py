@@ -114,10 +114,9 @@ def _passes(sheet: ModelSheet, cut: Cut, part: Part) -> tuple[int, int]:
     if cut.pp == 1:
         # The head's group, with the norm, is not let go by forward. But a chunked loss has finished
         # the head's backward when the norm's begins, which gathers both once more.
-        again = sheet.job.loss_chunks > 1 or sheet.job.reshards == "always"
-        return cut.microbatches, cut.microbatches * (
-            1 + (again if is_head else reshards(sheet, cut))
-        )
+        of_head = sheet.job.loss_chunks > 1 or sheet.job.reshards == "always"
+        again = of_head if is_head else reshards(sheet, cut)
+        return cut.microbatches, cut.microbatches * (1 + again)
     if is_head and sheet.job.loss_chunks > 1:
         # A chunked loss runs the head's backward by itself, which the pipeline does not hold back.
         return cut.microbatches, 2 * cut.microbatches + 1
