@@ -63,8 +63,10 @@ def check_target(target: Path, *, source: Path, needed: int) -> None:
     there = next(folder for folder in target.absolute().parents if os.path.exists(folder))
     if not there.is_dir():
         raise EzpzError(f"{target}: cannot be written, because {there} is not a folder.")
-    if needed > (free := shutil.disk_usage(there).free):
-        raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {free} free.")
+    disk = shutil.disk_usage(there)
+    # A file system of the kernel's own has no size; why it takes nothing is said when it is tried.
+    if disk.total and needed > disk.free:
+        raise EzpzError(f"{target}: needs {needed} bytes, but the disk has only {disk.free} free.")
 
 
 def refuse_overwriting(source: Path, target: Path) -> None:
