@@ -62,7 +62,7 @@ def check_target(target: Path, *, source: Path, needed: int) -> None:
     refuse_overwriting(source, target)
     there = next(folder for folder in target.absolute().parents if os.path.exists(folder))
     if not there.is_dir():
-        raise EzpzError(f"{target} was not written: {there}: Not a directory.")
+        raise EzpzError(f"{target} was not written: {there} is not a folder.")
     disk = shutil.disk_usage(there)
     # A file system of the kernel's own has no size; why it takes nothing is said when it is tried.
     if disk.total and needed > disk.free:
