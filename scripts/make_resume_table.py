@@ -37,7 +37,7 @@ _OURS = re.compile(r"WARNING - ezpz_moe: (?:\S+/step-\d+: )?(.*)\.$", re.MULTILI
 _REFUSED = re.compile(r"ezpz-moe: error: (?:\S+/step-\d+: )?(.*)$", re.MULTILINE)
 _UNRELATED = (
     "is untested",
-    "for expert parallelism on the CPU",
+    '= "partial_dtensor" for ',
     "drops tokens beyond",
     "drops what is beyond",
 )

@@ -253,6 +253,29 @@ def test_expert_parallelism_on_the_cpu(monkeypatch, in_training, caplog):
     assert 'Set parallelism.spmd_backend to "partial_dtensor".' in message
 
 
+@pytest.mark.skipif(SINCE_2026_08, reason="this host counts a batch in tokens")
+def test_parts_of_several_sequences_in_a_pipeline_on_the_cpu(monkeypatch, in_training):
+    """gloo refuses what torch's pipeline would receive: "input tensor has to be contiguous"."""
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    values = {
+        "parallelism__tensor_parallel_degree": 2,
+        "parallelism__pipeline_parallel_degree": 2,
+        "parallelism__pipeline_parallel_microbatch_size": 2,
+        "training__local_batch_size": 4,
+    }
+    assert config(**values).parallelism.spmd_backend == "partial_dtensor"
+    message = conflict(parallelism__spmd_backend="spmd_types", **values)
+    assert "pipeline_parallel_microbatch_size = 2 with tensor parallelism on the CPU" in message
+    for key, value in (
+        ("parallelism__pipeline_parallel_microbatch_size", 1),
+        ("parallelism__enable_sequence_parallel", False),
+        ("parallelism__tensor_parallel_degree", 1),
+    ):
+        chosen = config(**values | {key: value, "parallelism__data_parallel_shard_degree": -1})
+        assert chosen.parallelism.spmd_backend == "spmd_types"
+
+
 def test_expert_parallelism_elsewhere_is_as_the_host_has_it(monkeypatch):
     monkeypatch.setattr(utils, "device_type", "cuda")
     default = Trainer.Config().parallelism.spmd_backend

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ezpz_moe.hosts.ranks import (
     schedule_problems,
     started_rank_problems,
 )
+from ezpz_moe.hosts.titan import gloo
 from ezpz_moe.hosts.titan.attention import has_masked_attention
 from ezpz_moe.hosts.titan.base import Sizes, titan
 from ezpz_moe.hosts.titan.dispatchers import dispatcher_machine_problems, dispatcher_problems
@@ -307,14 +309,13 @@ def _backend_on_device(config: Trainer.Config) -> Iterator[str]:
 def _cpu(config: Trainer.Config) -> Iterator[str]:
     if utils.device_type != "cpu":
         return
-    degree, spmd = config.parallelism.expert_parallel_degree, config.parallelism.spmd_backend
-    # The host's default uses the list form of all-to-all, which gloo refuses with unequal sizes.
-    if degree > 1 and spmd == "spmd_types":
+    spmd = config.parallelism.spmd_backend
+    found = gloo.why_not_spmd_types(asdict(config.parallelism))
+    if found and spmd == "spmd_types":
+        setting, reason = found
         yield (
-            f"parallelism.expert_parallel_degree = {degree} on the CPU cannot be combined with "
-            f"parallelism.spmd_backend = {spmd!r}: gloo has no list form of all-to-all with "
-            "unequal "
-            f'sizes. Set parallelism.spmd_backend to "partial_dtensor".'
+            f"{setting} on the CPU cannot be combined with {gloo.SPMD} = {spmd!r}: {reason}. "
+            f'Set {gloo.SPMD} to "{gloo.INSTEAD}".'
         )
     if config.model_spec and has_masked_attention(config.model_spec):
         yield (

@@ -5,7 +5,7 @@ If the job does not set a field, it keeps the host's own default, with these exc
 - ``training.disable_cuda_graphs`` is true, as in 0.2 and as in the host's own large MoE configs;
 - the tokenizer and the training text are the embedded ones, which need no download;
 - validation reads the training text, if that is the embedded one or a file of the user's;
-- on the CPU, with expert parallelism, ``parallelism.spmd_backend`` is ``"partial_dtensor"``;
+- on the CPU ``parallelism.spmd_backend`` is ``"partial_dtensor"`` where gloo needs it;
 - on a CPU that emulates bfloat16, ``training.mixed_precision_param`` is ``"float32"``;
 - ``metrics.log_freq`` is a divisor of ``[telemetry] every``, if it is set;
 - ``checkpoint.last_save_model_only`` is false, except for safetensors and a seed checkpoint.
@@ -47,7 +47,7 @@ from ezpz_moe.errors import EzpzError, exit_on_user_error
 from ezpz_moe.hosts import run_folder
 from ezpz_moe.hosts.cpu import sum_reduction_on_gloo
 from ezpz_moe.hosts.documents import VALIDATES_ON_TRAINING_TEXT, is_ours
-from ezpz_moe.hosts.titan import overlap_conflicts, precision, router_remarks
+from ezpz_moe.hosts.titan import gloo, overlap_conflicts, precision, router_remarks
 from ezpz_moe.hosts.titan.activation_checkpointing import (
     SelectiveACKeepingProducts,
     keeping_products,
@@ -304,15 +304,16 @@ def _field_values(job: Job) -> dict[str, Any]:
 
 def _cpu_values(job: Job) -> dict[str, Any]:
     """Return what works on the CPU instead of the host's default, unless the job sets it."""
-    key = "parallelism.spmd_backend"
-    degree = job.values.get("parallelism.expert_parallel_degree", 1)
-    if utils.device_type != "cpu" or degree == 1 or key in job.values:
+    if utils.device_type != "cpu" or gloo.SPMD in job.values:
         return {}
-    logger.info(
-        f'ezpz_moe: {key} = "partial_dtensor" for expert parallelism on the CPU: '
-        "gloo cannot run the all-to-all of the host's default"
-    )
-    return {key: "partial_dtensor"}
+    section = "parallelism."
+    own = [key for key in job.values if key.startswith(section)]
+    found = gloo.why_not_spmd_types({key.removeprefix(section): job.values[key] for key in own})
+    if found is None:
+        return {}
+    setting, reason = found
+    logger.info(f'ezpz_moe: {gloo.SPMD} = "{gloo.INSTEAD}" for {setting} on the CPU: {reason}')
+    return {gloo.SPMD: gloo.INSTEAD}
 
 
 def _fields(config: Any) -> dict[str, Any]:
