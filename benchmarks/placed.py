@@ -1,29 +1,27 @@
 """What placing experts brings: rows of the busiest ranks and time of a step, before and after.
 
     python benchmarks/placed.py
-    python benchmarks/placed.py --ranks 4 --steps 100
+    python benchmarks/placed.py --ranks 4
 
-Trains a small model over gloo in float32, with nothing that balances its routers; places the
-experts of its checkpoint; and goes on from both checkpoints in turn, with the same data. The
-routers choose the same experts, so that rows differ by their ranks alone. Expected is what
-``ezpz-moe place`` says of the steps before. The learning rate is that of a late step, so that
-routers still choose as they did: frequent tokens have their experts from the start. Times are
-medians over the steps of all turns but each turn's first two: compare them on a machine that does
-nothing else, with a core for every rank.
+Trains a small model over gloo in float32, with nothing that balances its routers, until they are
+skewed; goes on with the learning rate of a late step, so that they choose as they did; places the
+experts of that checkpoint; and goes on from both in turn, with the same data. The routers choose
+the same experts, so that rows differ by their ranks alone. Expected is what ``ezpz-moe place`` says
+of the steps before. Times are medians over the steps of all turns but each turn's first two:
+compare them on a machine that does nothing else, with a core for every rank.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from commands import ezpz_moe, tokens_per_second
 
 from ezpz_moe.cli import display
 from ezpz_moe.telemetry.json_lines import read
@@ -38,7 +36,7 @@ n_layers = 4
 n_heads = 4
 num_experts = 16
 router_top_k = 2
-moe_hidden_dim = 1024
+moe_hidden_dim = 2048
 num_shared_experts = 0
 [balance]
 bias_update = "none"
@@ -50,16 +48,17 @@ JOB = """
 name = "ezpz_moe"
 flavor = "skewed"
 [optimizer]
-lr = 2e-5
+lr = {rate}
 [lr_scheduler]
 warmup_steps = 2
 decay_ratio = 0.0
 [training]
-local_batch_size = 2
+local_batch_size = 4
 seq_len = 256
 mixed_precision_param = "float32"
 [checkpoint]
 enable = true
+exclude_from_loading = ["lr_scheduler"]  # as it begins with each phase, at its own rate
 [activation_checkpoint]
 mode = "none"
 [parallelism]
@@ -69,7 +68,6 @@ log_freq = 1
 [debug]
 seed = 7
 """
-_TPS = re.compile(r"tps: *([\d,]+)")
 
 
 @dataclass(frozen=True)
@@ -78,60 +76,63 @@ class Arguments:
 
     ranks: int = 2
     """Ranks, each with its part of the experts."""
-    steps: int = 20
-    """Before the experts are placed."""
-    window: int = 20
-    """Of these steps, how many of the last ones are looked at."""
+    steps: int = 32
+    """Until routers are skewed."""
+    learning_rate: float = 1e-3
+    """Of these steps."""
+    late_learning_rate: float = 1e-6
+    """Of all further ones."""
+    window: int = 15
+    """Further steps, by which experts are placed."""
     further: int = 10
     """Steps of a turn."""
-    turns: int = 3
+    turns: int = 2
 
 
 def main(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "skewed.toml").write_text(FLAVOR)
-        (folder / "job.toml").write_text(JOB)
-        saved, last = arguments.steps, arguments.steps + arguments.further
-        train(folder, "run", arguments.ranks, saved, last)
-        step = f"checkpoint/step-{saved}"
-        expected = place(folder, step, arguments)
+        (folder / "early.toml").write_text(JOB.format(rate=arguments.learning_rate))
+        (folder / "late.toml").write_text(JOB.format(rate=arguments.late_learning_rate))
+        skewed, placed_at = arguments.steps, arguments.steps + arguments.window
+        train(folder, "early", "skewed", arguments.ranks, skewed)
+        resume(folder, "run", "skewed", arguments.ranks, (skewed, placed_at))
+        expected = place(folder, f"checkpoint/step-{placed_at}", arguments.ranks)
+        print(f"rows are expected to be {expected:.3f}", file=sys.stderr, flush=True)
+        steps = (placed_at, placed_at + arguments.further)
         turns = []
         for turn in range(arguments.turns):
             for kind in ("as it was", "placed"):
-                out = f"{kind} {turn}"
-                (folder / out / "checkpoint").mkdir(parents=True)
-                source = folder / ("run" if kind == "as it was" else "placed") / step
-                (folder / out / step).symlink_to(source)
-                speeds = train(folder, out, arguments.ranks, last, last)
+                out, source = f"{kind} {turn}", "run" if kind == "as it was" else "placed"
+                speeds = resume(folder, out, source, arguments.ranks, steps)
+                print(out, f"{statistics.median(speeds[2:]):.0f}", file=sys.stderr, flush=True)
                 turns.append((kind, read(folder / out / "telemetry.jsonl"), speeds[2:]))
         report(turns, expected, arguments)
 
 
-def train(folder: Path, out: str, ranks: int, steps: int, last: int) -> list[float]:
-    """Train up to step ``steps`` of ``last``; return a rank's tokens per second, step by step."""
+def resume(folder: Path, out: str, source: str, ranks: int, steps: tuple[int, int]) -> list[float]:
+    """Go on from another run's checkpoint, between two steps, in a folder of its own."""
+    checkpoints = folder / out / "checkpoint"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / f"step-{steps[0]}").symlink_to(folder / source / f"checkpoint/step-{steps[0]}")
+    return train(folder, "late", out, ranks, steps[1])
+
+
+def train(folder: Path, job: str, out: str, ranks: int, steps: int) -> list[float]:
+    """Train up to step ``steps``; return a rank's tokens per second, step by step."""
     flags = ["--nproc", str(ranks), "--training.steps", str(steps), "--dump_folder", out]
     flags += ["--parallelism.expert_parallel_degree", str(ranks)]
-    flags += ["--checkpoint.interval", "1000000", "--lr_scheduler.total_steps", str(last)]
-    done = ezpz_moe(folder, "train", "job.toml", *flags)
-    return tokens_per_second(done.stdout + done.stderr)
+    flags += ["--checkpoint.interval", "1000000"]
+    return tokens_per_second(ezpz_moe(folder, "train", f"{job}.toml", *flags))
 
 
-def place(folder: Path, step: str, arguments: Arguments) -> float:
+def place(folder: Path, step: str, ranks: int) -> float:
     """Place the experts; return what rows of the busiest ranks are expected to be, as a ratio."""
     written = [f"run/{step}", f"placed/{step}"]
-    how = ["--ep", str(arguments.ranks), "--last", str(arguments.window), "--json"]
+    how = ["--ep", str(ranks), "--json"]
     document = json.loads(ezpz_moe(folder, "place", "run", *written, *how).stdout)
     return document["rows_after"] / document["rows_before"]
-
-
-def ezpz_moe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; return what it prints."""
-    command = [sys.executable, "-m", "ezpz_moe.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
-    return done
 
 
 def busiest(records: list[StepRecord], ranks: int) -> float:
@@ -139,11 +140,6 @@ def busiest(records: list[StepRecord], ranks: int) -> float:
     layers = [layer for each in records for layer in each.layers]
     rows = (layer.rank_max_over_mean * sum(layer.counts_E) / ranks for layer in layers)
     return sum(rows) / len(records)
-
-
-def tokens_per_second(printed: str) -> list[float]:
-    """Return what the trainer says of every step, as its first rank sees it."""
-    return [float(found.replace(",", "")) for found in _TPS.findall(printed)]
 
 
 def report(
@@ -167,9 +163,7 @@ def report(
         }
         for kind in rows
     ]
-    display.print_table(
-        table, title=f"{arguments.ranks} ranks, {arguments.further} steps from {arguments.steps} on"
-    )
+    display.print_table(table, title=f"{arguments.ranks} ranks, {arguments.further} steps")
     display.print_line(f"losses differ by at most {apart:.0e}; {environment('cpu')}")
 
 

@@ -11,9 +11,7 @@ the pairs whose measured medians differ by more than 5 %. Wants a machine that d
 
 from __future__ import annotations
 
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from itertools import combinations
 from pathlib import Path
 
 import tyro
+from commands import ezpz_moe, tokens_per_second
 
 from ezpz_moe.cli import display
 from ezpz_moe.hosts.jobs import find_job
@@ -61,7 +60,6 @@ log_freq = 1
 [debug]
 seed = 7
 """
-_TPS = re.compile(r"tps: *([\d,]+)")
 _ALIKE = 0.05
 _SEQUENCE = 128
 """Tokens, as the job says."""
@@ -109,9 +107,9 @@ def _rows(folder: Path, arguments: Arguments) -> Sequence[Row]:
         on=machine(file),
         load="balanced",
     )
-    # On a CPU torchtitan needs distributed tensors for the one, with which ours cannot balance
-    # experts under the other.
-    return [row for row in found.rows if row.cut.ep == 1 or row.cut.tp == 1]
+    # On a CPU torchtitan needs distributed tensors for the others, with which ours cannot balance
+    # experts under tensor parallelism.
+    return [row for row in found.rows if row.cut.tp == 1 or row.cut.ep == row.cut.pp == 1]
 
 
 def spread(rows: Sequence[Row], number: int) -> list[Row]:
@@ -126,19 +124,9 @@ def _measured(folder: Path, number: int, row: Row, arguments: Arguments) -> list
     done = ezpz_moe(folder, "train", f"{number}.toml", *flags, "--dump_folder", f"out{number}")
     cut = row.cut
     tokens = cut.microbatch * cut.microbatches * cut.data_ranks * _SEQUENCE
-    speeds = [float(each.replace(",", "")) for each in _TPS.findall(done.stdout + done.stderr)]
-    # Every rank that shows its log says the same.
-    return [
-        tokens / speed / arguments.ranks for speed in speeds[2 * len(speeds) // arguments.steps :]
-    ]
-
-
-def ezpz_moe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ezpz_moe.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)}: {done.stdout[-1000:]} {done.stderr[-2000:]}")
-    return done
+    speeds = tokens_per_second(done)
+    counted = speeds[2 * len(speeds) // arguments.steps :]
+    return [tokens / speed / arguments.ranks for speed in counted]
 
 
 def kendall(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, int]:
