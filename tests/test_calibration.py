@@ -195,27 +195,6 @@ def test_backends_that_were_measured_are_a_choice(folder, tmp_path):
     assert {each["backend"] for each in map(plans.as_json, found.rows)} == set(on.compute.backends)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("machine.json", r"--calibrate .*machine.json: a machine's file ends in \.toml"),
-        ("there.toml", r"--calibrate .*there.toml: is there already, and nothing is overwritten"),
-        ("no/machine.toml", r"--calibrate .*no/machine.toml: there is no folder .*no"),
-    ],
-)
-def test_a_file_that_cannot_be_written_is_said_before_measuring(name, why, tmp_path):
-    (tmp_path / "there.toml").touch()
-    with pytest.raises(EzpzError, match=why):
-        calibrate.check_target(tmp_path / name)
-
-
-def test_one_rank_has_no_links(folder, tmp_path):
-    path = tmp_path / "machine.toml"
-    with pytest.raises(EzpzError, match="--calibrate: links are measured between ranks"):
-        calibrate.calibrate(str(folder / "job.toml"), [], path, nproc=1, placement=None)
-    assert not path.exists()
-
-
 def test_groups_are_of_neighbours_and_of_one_rank_of_each_node():
     assert list(measured_links.groups(8, 8)) == [(2, 1), (4, 1), (8, 1)]
     assert list(measured_links.groups(8, 4)) == [(2, 1), (4, 1), (8, 1), (2, 4)]

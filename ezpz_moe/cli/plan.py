@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _EXPLAINED = 5
 _IN_JSON = 50
+_OF_A_PLAN = ("world_size", "ranks_per_node", "machine", "load", "why", "out")
+"""Arguments that a calibration does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +106,30 @@ class PlanCommand(Inspected):
 
     def _calibrate(self, path: Path) -> int:
         """Measure this machine, and write its file."""
+        for field in fields(self):
+            if field.name in _OF_A_PLAN and getattr(self, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise EzpzError(
+                    f"{flag}: --calibrate measures a machine and plans nothing. Leave it out."
+                )
         from ezpz_moe.hosts.jobs import find_job
+        from ezpz_moe.tools.calibration.asked import check_asked
 
         find_job(self.config)
         where = placement(self)
+        check_asked(path, self.ranks() or 1)
         with display.status("Measuring"):
             import_host()
             from pydantic import TypeAdapter
 
-            from ezpz_moe.tools.calibration.calibrate import calibrate, check_target
+            from ezpz_moe.tools.calibration.calibrate import calibrate
             from ezpz_moe.tools.calibration.rank import Found
 
-            check_target(path)
             found = calibrate(
                 self.config, list(self.host_flags), path, nproc=self.nproc or 1, placement=where
             )
         if found is None:
-            display.print_line("Measured; node 0 has written the file.")
+            display.print_line("Measured; node 0 writes the file.")
             return 0
         display.print_json(
             {"machine": str(path), "found": TypeAdapter(Found).dump_python(found, mode="json")}

@@ -1,10 +1,12 @@
-"""What the ranks are asked to measure: sizes of the job that is calibrated for. No torch."""
+"""What a calibration is asked for: its file, and the sizes that the ranks measure. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.model_sheet import ModelSheet
 
 
@@ -37,6 +39,27 @@ class Asked:
     seq_len: int
     largest: float
     layer: Layer | None
+
+
+def check_asked(path: Path, ranks: int) -> None:
+    """Refuse what cannot be measured or written, before anything is started.
+
+    Args:
+        path: the file that is to be written.
+        ranks: of the run.
+
+    Raises:
+        EzpzError: the file's name does not end in .toml, it is there already, or its folder is not;
+            or one rank is to measure links.
+    """
+    if path.suffix != ".toml":
+        raise EzpzError(f"--calibrate {path}: a machine's file ends in .toml.")
+    if path.exists():
+        raise EzpzError(f"--calibrate {path}: is there already, and nothing is overwritten.")
+    if not path.absolute().parent.is_dir():
+        raise EzpzError(f"--calibrate {path}: there is no folder {path.parent}.")
+    if ranks < 2:
+        raise EzpzError("--calibrate: links are measured between ranks. Start several: --nproc 2.")
 
 
 def asked_of(sheet: ModelSheet) -> Asked:

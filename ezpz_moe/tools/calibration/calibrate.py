@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,20 +17,6 @@ from ezpz_moe.tools.calibration.written import as_toml
 from ezpz_moe.tools.launch import HERE, share_threads
 from ezpz_moe.tools.nodes import Placement
 from ezpz_moe.tools.verify import default_device
-
-
-def check_target(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything is measured.
-
-    Raises:
-        EzpzError: its name does not end in .toml, it is there already, or its folder is not.
-    """
-    if path.suffix != ".toml":
-        raise EzpzError(f"--calibrate {path}: a machine's file ends in .toml.")
-    if path.exists():
-        raise EzpzError(f"--calibrate {path}: is there already, and nothing is overwritten.")
-    if not path.absolute().parent.is_dir():
-        raise EzpzError(f"--calibrate {path}: there is no folder {path.parent}.")
 
 
 def calibrate(
@@ -50,10 +35,8 @@ def calibrate(
         What was measured; None on another node than the first, which writes the file.
 
     Raises:
-        EzpzError: the job is wrong, or a rank has failed.
+        EzpzError: the job is wrong, a rank has failed, or the file cannot be written.
     """
-    if nproc * (placement.nnodes if placement else 1) < 2:
-        raise EzpzError("--calibrate: links are measured between ranks. Start several: --nproc 2.")
     sheet = host().planning().model_sheet(config, host_flags, is_cpu=default_device() == "cpu")
     share_threads(nproc)
     with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as folder:
@@ -62,7 +45,14 @@ def calibrate(
         if not result.exists():
             return None
         found = TypeAdapter(Found).validate_json(result.read_bytes())
-    path.write_text(as_toml(found, config, sheet.job.compute_bytes), encoding="utf-8")
+    text = as_toml(found, config, sheet.job.compute_bytes)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        # Not lost: a minute's measurements.
+        raise EzpzError(
+            f"--calibrate {path}: cannot be written: {error.strerror}. It would be:\n{text}"
+        ) from None
     return found
 
 
@@ -71,7 +61,7 @@ def _start(asked: Asked, result: Path, nproc: int, placement: Placement | None) 
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", *where]
     command += ["--module", "ezpz_moe.tools.calibration.rank"]
     command += [TypeAdapter(Asked).dump_json(asked).decode(), str(result)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()
         said = next((line for line in reversed(last) if "Error" in line), last[-1] if last else "")

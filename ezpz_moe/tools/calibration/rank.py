@@ -58,12 +58,11 @@ class Found:
 def main() -> None:
     asked = TypeAdapter(Asked).validate_json(sys.argv[1])
     kind = default_device()
+    device = torch.device(kind)
     if kind == "cpu":
         allocator.keep_freed_memory()  # as a run does
-    device = (
-        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind != "cpu" else torch.device(kind)
-    )
-    if kind != "cpu":
+    else:
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
     dist.init_process_group(dist.get_default_backend_for_device(kind))
     try:

@@ -199,10 +199,10 @@ class _Imbalances(dict[tuple[bool, int], float]):
 
     def __missing__(self, of: tuple[bool, int]) -> float:
         pads, ep = of
-        each = (
+        each = [
             rank_imbalance(self._load, self._of_run, E, E if pads else ep) for E in self._experts
-        )
-        self[of] = fmean(found) if (found := list(each)) else 1.0
+        ]
+        self[of] = fmean(each) if each else 1.0
         return self[of]
 
 
