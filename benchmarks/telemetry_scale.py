@@ -1,13 +1,15 @@
 """Telemetry of a long run: the size of its file, and time and memory of writing and drawing it.
 
     python benchmarks/telemetry_scale.py
-    python benchmarks/telemetry_scale.py --steps 1000 10000 100000 --appended
+    python benchmarks/telemetry_scale.py --steps 100000 --every 100 --appended
 
 The first has files of a few sizes, the last one as large as a file becomes, with one more record
-and a compaction for each; ``--appended`` writes every record as a run does, which takes a hundred
-times as long. Made-up records of 61 layers of 256 experts, as a run with expert parallelism writes
-them, with pairs: some experts starve for a while, and so alerts are raised. Each size is written
-and drawn in processes of their own, whose largest memory is the system's figure. Times are of the
+and a compaction for each; ``--appended`` writes every record as a run does, and compacts whenever
+the file is full. Made-up records of 61 layers of 256 experts, as a run with expert parallelism
+writes them, with pairs: in one of ten steps, in the middle of the run, some experts of a layer
+starve, and so alerts are raised. Each size is written and drawn in processes of their own, whose
+largest memory is the system's figure; its compaction is drawn too, for its alerts. Experts are then
+placed by its last steps, on 64 ranks in nodes of eight, by load and by pairs. Times are of the
 processor: what else the machine does is not in them, nor is waiting for the disk. No part of a
 record is of one rank, so their number changes nothing but the sums.
 """
@@ -35,6 +37,8 @@ from ezpz_moe.telemetry.json_lines import append
 from ezpz_moe.telemetry.lines import spelled
 from ezpz_moe.telemetry.record import LayerRecord, StepRecord
 
+COMPACTED = "compacted"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -57,8 +61,10 @@ class Arguments:
     """What a process of its own does, in the folder of this name: nobody else sets it."""
 
 
-def record(arguments: Arguments, step: int, random: np.random.Generator) -> StepRecord:
-    """Return the record that ends with ``step``."""
+def record(
+    arguments: Arguments, step: int, random: np.random.Generator, starving: int = -1
+) -> StepRecord:
+    """Return the record that ends with ``step``; in layer ``starving`` experts get nothing."""
     tokens = arguments.ranks * arguments.tokens * arguments.every
     return StepRecord(
         step=step,
@@ -67,18 +73,24 @@ def record(arguments: Arguments, step: int, random: np.random.Generator) -> Step
         grad_norm=1.0,
         backend="grouped_mm",
         layers=tuple(
-            layer(arguments, number, tokens, random) for number in range(arguments.layers)
+            layer(arguments, number, tokens, random, is_starving=number == starving)
+            for number in range(arguments.layers)
         ),
-        warmup_steps=2000,
+        warmup_steps=200,
     )
 
 
 def layer(
-    arguments: Arguments, number: int, tokens: int, random: np.random.Generator
+    arguments: Arguments,
+    number: int,
+    tokens: int,
+    random: np.random.Generator,
+    *,
+    is_starving: bool,
 ) -> LayerRecord:
     E, rows = arguments.experts, tokens * arguments.top_k
     share_E = random.gamma(4, size=E)
-    if random.random() < 0.01:
+    if is_starving:
         share_E[: E // 8] = 0
     p_E = share_E / share_E.sum()
     top = random.integers(0, E - 1, size=(arguments.pairs, 2))
@@ -112,26 +124,28 @@ def write(arguments: Arguments, folder: Path, steps: int) -> None:
     """Write a run's file; print how long a record took, and a compaction."""
     path, random = folder / "telemetry.jsonl", np.random.default_rng(0)
     # Few records are made, because making one takes longer than writing it.
-    made = [record(arguments, 1, random) for _ in range(10)]
+    usual, starving = (
+        [record(arguments, 1, random, layer) for _ in range(10)] for layer in (-1, 1)
+    )
     of_run = [
-        replace(made[number % len(made)], step=step)
+        replace((starving if 5 <= 10 * step // steps < 6 else usual)[number % 10], step=step)
         for number, step in enumerate(range(arguments.every, steps + 1, arguments.every))
     ]
     if arguments.appended:
         took = [seconds(partial(append, path, one)) for one in of_run]
         print(statistics.median(took), max(took))
         return
-    lines = [spelled(one).partition(b', "steps"') for one in made]
+    lines = {id(one.layers): spelled(one).partition(b', "steps"') for one in (*usual, *starving)}
     with path.open("wb") as file:
-        for number, one in enumerate(of_run[:-1]):
+        for one in of_run[:-1]:
             file.write(b'{"format": 1, "step": %d' % one.step)
-            file.writelines(lines[number % len(made)][1:])
+            file.writelines(lines[id(one.layers)][1:])
     took_one = seconds(partial(append, path, of_run[-1], 2**60))
     # A copy, so that what is drawn is as large as it says.
-    copy = folder / "compacted.jsonl"
+    copy = folder / COMPACTED / path.name
+    copy.parent.mkdir()
     shutil.copy(path, copy)
     print(took_one, seconds(partial(compact, copy)))
-    copy.unlink()
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -147,6 +161,18 @@ def draw(folder: Path) -> None:
     start = time.process_time()
     plotted = plot(folder)
     print(time.process_time() - start, len(plotted.alerts))
+
+
+def place_experts(folder: Path) -> None:
+    """Find an order of every layer's experts; print how long it took."""
+    from ezpz_moe.tools.placement.report import Aim, place
+    from ezpz_moe.tools.placement.window import read_window
+
+    start = time.process_time()
+    window = read_window(folder, 1000)
+    groups = {layer.number: 1 for layer in window.layers}
+    placed = place(window, groups, Aim(64, 8, "both", 0.01))
+    print(time.process_time() - start, len(placed.layers))
 
 
 def measured(
@@ -165,8 +191,14 @@ def measured(
 
 def main(arguments: Arguments) -> None:
     if arguments.only:
-        what, _, folder = arguments.only.partition(":")
-        write(arguments, Path(folder), *arguments.steps) if what == "write" else draw(Path(folder))
+        what, _, name = arguments.only.partition(":")
+        folder = Path(name)
+        work = {
+            "write": partial(write, arguments, folder, arguments.steps[0]),
+            "draw": partial(draw, folder),
+            "place": partial(place_experts, folder),
+        }
+        work[what]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     rows = []
@@ -176,6 +208,9 @@ def main(arguments: Arguments) -> None:
             (one, compaction), wrote_in = measured(arguments, "write", folder, steps)
             size = (folder / "telemetry.jsonl").stat().st_size
             (drawn, alerts), drew_in = measured(arguments, "draw", folder, steps)
+            compacted = folder if arguments.appended else folder / COMPACTED
+            (placed, _), placed_in = measured(arguments, "place", folder, steps)
+            (_, still), _ = measured(arguments, "draw", compacted, steps)
         records = steps // arguments.every
         rows.append(
             {
@@ -187,7 +222,10 @@ def main(arguments: Arguments) -> None:
                 "writer's memory": f"{wrote_in:.2f} GB",
                 "plot": f"{drawn:.1f} s",
                 "plot's memory": f"{drew_in:.2f} GB",
+                "place": f"{placed:.1f} s",
+                "place's memory": f"{placed_in:.2f} GB",
                 "alerts": f"{alerts:.0f}",
+                "compacted": f"{still:.0f}",
             }
         )
         print(*rows[-1].values(), sep=", ", file=sys.stderr, flush=True)  # large ones take minutes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +32,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 @contextlib.contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Let no file grow beyond ``size`` bytes."""
+    """Let no file grow beyond ``size`` bytes.
+
+    What is imported meanwhile leaves no bytecode: Python 3.11 does not see that it was cut off, and
+    every later process would fail to read it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writes_none = sys.dont_write_bytecode
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    sys.dont_write_bytecode = True
     try:
         yield
     finally:
+        sys.dont_write_bytecode = writes_none
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
