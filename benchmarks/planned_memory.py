@@ -1,10 +1,10 @@
 """Whether what `plan` prints as parameters and states is what `preflight` builds, row by row.
 
     python benchmarks/planned_memory.py
-    python benchmarks/planned_memory.py --config 671B_sdpa --ranks 1024 --load zipf1 --rows 5
+    python benchmarks/planned_memory.py --config qwen3_debugmodel_sdpa --rows 5
 
 Plans a job, and builds the first rank of every pipeline stage of each of the best rows, as
-``ezpz-moe preflight`` does: six seconds of a core for each. Ends with 1 where a byte differs.
+``ezpz-moe preflight`` does. Ends with 1 where a byte differs.
 """
 
 from __future__ import annotations
