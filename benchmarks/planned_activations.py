@@ -19,7 +19,12 @@ from ezpz_moe.hosts.detect import check_host, host
 from ezpz_moe.tools.planning.cuts import CHECKPOINTING, job_cut
 from ezpz_moe.tools.planning.memory import left_bytes
 
-MODELS = ("debugmodel_for_loop", "gpt_oss_debugmodel", "qwen3_debugmodel")
+MODELS = (
+    "debugmodel_for_loop",
+    "gpt_oss_debugmodel",
+    "gpt_oss_debugmodel_sdpa",
+    "qwen3_debugmodel",
+)
 TENSOR_PARALLEL = (1, 2)
 RANKS = 4
 JOB = """\

@@ -17,6 +17,7 @@ if type(host()) is not Titan03:
     pytest.skip("about the binding to torchtitan 0.3", allow_module_level=True)
 
 from ezpz_moe.telemetry import json_lines
+from ezpz_moe.tools import memory as described
 from ezpz_moe.tools import preflight
 from ezpz_moe.tools.planning import cuts, links, load, machine, memory, plans, steps
 from ezpz_moe.tools.planning.cuts import Cut
@@ -179,6 +180,23 @@ def test_more_checkpointing_keeps_less_and_a_pipeline_holds_several_microbatches
     alone = replace(piped, microbatches=1)
     one, several = (memory.fullest(sheet, each).activations for each in (alone, piped))
     assert 1.5 < several / one < 2  # the first stage holds two; the logits, once, are the last's
+
+
+@pytest.mark.usefixtures("forked_processes")
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_attention_that_is_written_out_holds_its_scores(mode):
+    """What `describe` finds besides are queries and keys in float32, and what attention returns."""
+    flags = ["--parallelism.tensor-parallel-degree=2", f"activation-checkpoint:{mode}"]
+    built = preflight.in_a_process(described._activations, GPT_OSS, flags, 4, 0)
+    measured = sum(n for place, n in built.bytes_by_place.items() if "attention scores" in place)
+    sheet = sheet_of(GPT_OSS)
+    fused = {name: replace(part, held_scores=0) for name, part in sheet.parts.items()}
+    cut = replace(layout(dp_shard=2, tp=2), microbatch=sheet.job.local_batch, checkpointing=mode)
+    with_scores, without = (
+        memory.left_bytes(each, cut, 0) for each in (sheet, replace(sheet, parts=fused))
+    )
+    assert 0.9 < (with_scores - without) / measured < 1
+    assert not any(part.held_scores for part in sheet_of(QWEN3).parts.values())
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 3.0])

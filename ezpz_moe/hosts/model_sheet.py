@@ -71,11 +71,13 @@ class Part:
         weights: in the model's order.
         scores: forward FLOPs per token of queries with keys, and the sum of values.
         routed: its routed experts, if it has any.
+        held_scores: scores per token that attention holds in memory; 0 with a fused kernel.
     """
 
     weights: tuple[Weight, ...]
     scores: float = 0.0
     routed: Routed | None = None
+    held_scores: int = 0
 
     @property
     def forward(self) -> float:

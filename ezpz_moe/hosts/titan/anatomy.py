@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ezpz_moe.config.flavors import Flavor
 from ezpz_moe.config.routing_schema import Router
 from ezpz_moe.errors import EzpzError
 from ezpz_moe.hosts.accounting import Anatomy, Cost, mean_keys
-from ezpz_moe.hosts.titan.attention import left_window
+from ezpz_moe.hosts.titan.attention import CausalAttention, left_window
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import Choices, choices, weigh
@@ -68,7 +68,7 @@ def anatomy_of(config: Any, model: nn.Module, chosen: Choices, seq_len: int) -> 
     # `weigh` sees parameters only. The products of queries and keys have none, so they are added
     # here.
     scores = costs.get(SCORES, Cost())
-    costs[SCORES] = replace(scores, forward=_score_flops(config, model, seq_len))
+    costs[SCORES] = replace(scores, forward=score_flops(config, attentions(config, model), seq_len))
     if averaging := _averaging_flops(config, seq_len):
         costs["router"] += Cost(forward=averaging)
     return Anatomy(
@@ -102,20 +102,18 @@ def precision_in_words(config: str, host_flags: list[str], flavor: Flavor) -> st
     return in_words(ConfigManager().parse_args([*named(config), *host_flags]))
 
 
-def _score_flops(config: Any, model: nn.Module, seq_len: int) -> float:
+def score_flops(config: Any, attentions: list[Attention], seq_len: int) -> float:
     """Return forward FLOPs per token in all layers: queries with keys, and the sum of values."""
     windows = {
         path: left_window(node) for path, node, _, _ in config.traverse(BaseAttention.Config)
     }
     flops = 0.0
-    for path, module in model.named_modules():
-        if isinstance(module, BaseAttention):
-            # The window is stored in the attention's config and not in the module. Both trees have
-            # the same paths. It counts earlier tokens; mean_keys also counts the token itself.
-            heads, qk_dim, v_dim = _heads(module, path, config.dim)
-            window = None if windows[path] < 0 else windows[path] + 1
-            # 2 FLOPs for a multiplication and an addition.
-            flops += 2 * heads * (qk_dim + v_dim) * mean_keys(seq_len, window)
+    for each in attentions:
+        # The window is stored in the attention's config and not in the module. Both trees have
+        # the same paths. It counts earlier tokens; mean_keys also counts the token itself.
+        window = None if windows[each.path] < 0 else windows[each.path] + 1
+        # 2 FLOPs for a multiplication and an addition.
+        flops += 2 * each.heads * (each.qk_dim + each.v_dim) * mean_keys(seq_len, window)
     return flops
 
 
@@ -131,33 +129,61 @@ def _averaging_flops(config: Any, seq_len: int) -> float:
     return flops
 
 
+class Attention(NamedTuple):
+    """What an attention gives its kernel."""
+
+    path: str
+    heads: int
+    """Query heads."""
+    qk_dim: int
+    """Numbers of a head's query and key."""
+    v_dim: int
+    """Numbers of a head's value."""
+    holds_scores: bool
+    """Whether every score is in memory, as no fused kernel has it."""
+
+
+def attentions(config: Any, model: nn.Module) -> list[Attention]:
+    """Return all attentions of a model on the meta device, in its order.
+
+    Raises:
+        EzpzError: one does not show its heads.
+    """
+    return [
+        _looked_at(module, path, config.dim)
+        for path, module in model.named_modules()
+        if isinstance(module, BaseAttention)
+    ]
+
+
 class _Seen(Exception):
     """Ends an attention's forward just before it calls its kernel."""
 
 
-def _heads(attention: nn.Module, path: str, dim: int) -> tuple[int, int, int]:
-    """Return the number of query heads, and the head dimensions of queries and of values.
+def _looked_at(attention: nn.Module, path: str, dim: int) -> Attention:
+    """Return what an attention's kernel is called with.
 
     No attribute has this under the same name in all models, but the kernel's inputs q, k and v
     [..., N, H] do.
     """
 
-    def look(_: nn.Module, tensors: tuple[torch.Tensor, ...]) -> None:
-        raise _Seen(tensors)
+    def look(_: nn.Module, tensors: tuple[torch.Tensor, ...], words: dict[str, Any]) -> None:
+        raise _Seen(tensors, words)
 
     # A class of attention outside of the host's own models may keep its kernel elsewhere.
     kernel = getattr(attention, "inner_attention", None)
     if kernel is None:
         raise _unknown(path, attention)
-    handle = kernel.register_forward_pre_hook(look)
+    handle = kernel.register_forward_pre_hook(look, with_kwargs=True)
     try:
         # One token on the meta device is enough: only shapes matter. In the dtype of the weights:
         # the meta device multiplies two dtypes, but norms warn of them in the run's log.
         dtype = next(attention.parameters()).dtype
         attention(torch.empty(*titan().one_sequence(1), dim, dtype=dtype, device="meta"), None)
     except _Seen as seen:
-        q, _, v = seen.args[0]
-        return q.shape[-2], q.shape[-1], v.shape[-1]
+        (q, _, v), words = seen.args
+        holds_scores = isinstance(kernel, CausalAttention) and kernel.holds_scores(**words)
+        return Attention(path, q.shape[-2], q.shape[-1], v.shape[-1], holds_scores)
     finally:
         handle.remove()
     raise _unknown(path, attention)

@@ -54,7 +54,7 @@ class CausalAttention(ScaledDotProductAttention):
         **kwargs,
     ) -> torch.Tensor:
         """Compute causal attention, and apply ``out_transform(out_BLNH, lse_BLN)`` to it."""
-        if out_transform is None and self.left_window < 0:
+        if not self.holds_scores(out_transform):
             return super().forward(
                 q_BLNH, k_BLNH, v_BLNH, scale=scale, enable_gqa=enable_gqa, **kwargs
             )
@@ -62,6 +62,10 @@ class CausalAttention(ScaledDotProductAttention):
             q_BLNH, k_BLNH, v_BLNH, scale=scale, left_window=self.left_window
         )
         return out_BLNH if out_transform is None else out_transform(out_BLNH, lse_BLN)
+
+    def holds_scores(self, out_transform: object = None, **_: object) -> bool:
+        """Return whether a call with these arguments is written out."""
+        return out_transform is not None or self.left_window >= 0
 
 
 def has_masked_attention(model_spec) -> bool:

@@ -37,7 +37,7 @@ from ezpz_moe.hosts.model_sheet import (
     Weight,
 )
 from ezpz_moe.hosts.precision import as_on_an_accelerator
-from ezpz_moe.hosts.titan.anatomy import _score_flops
+from ezpz_moe.hosts.titan.anatomy import attentions, score_flops
 from ezpz_moe.hosts.titan.base import titan
 from ezpz_moe.hosts.titan.command import named
 from ezpz_moe.hosts.titan.components import _computing_shares, _multiplied, components
@@ -75,7 +75,7 @@ def model_sheet(
     told.parallelism = asked
     with torch.device("meta"):
         model = spec.build()
-    attentions = [node for _, node, _, _ in spec.traverse(BaseAttention.Config)]
+    attending = [node for _, node, _, _ in spec.traverse(BaseAttention.Config)]
     backends = {each.compute_backend for each in model.modules() if isinstance(each, Selector)}
     pads = any(get_backend(each).pads for each in backends)
     parts = _parts(spec, model, told.training.seq_len)
@@ -89,7 +89,7 @@ def model_sheet(
         dim=spec.dim,
         n_layers=len(spec.layers),
         parts=parts,
-        heads=tuple(_heads(attentions)),
+        heads=tuple(_heads(attending)),
         backend=", ".join(sorted(backends)),
         pads=pads,
         is_tied=bool(getattr(spec, "enable_weight_tying", False)),
@@ -187,18 +187,20 @@ def _parts(spec: Any, model: nn.Module, seq_len: int) -> dict[str, Part]:
     weights: dict[str, list[Weight]] = {}
     for part, weight in _weights(model):
         weights.setdefault(part, []).append(weight)
-    attentions = [name for name, each in model.named_modules() if isinstance(each, BaseAttention)]
+    found = attentions(spec, model)
+    attending = {_part(each.path): each for each in found}
     # Layers with other windows are averaged over.
-    scores = _score_flops(spec, model, seq_len) / max(len(attentions), 1)
-    attending = {_part(name) for name in attentions}
+    scores = score_flops(spec, found, seq_len) / max(len(found), 1)
     moes = {_part(name): each for name, each in model.named_modules() if isinstance(each, MoE)}
     alike: dict[Any, Part] = {}
-    found = {}
+    parts = {}
     for name, own in weights.items():
         routed = _routed(moes[name], spec.dim) if name in moes else None
-        fields = (tuple(own), scores if name in attending else 0.0, routed)
-        found[name] = alike.setdefault(fields, Part(*fields))
-    return found
+        attention = attending.get(name)
+        held = attention.heads * seq_len if attention and attention.holds_scores else 0
+        fields = (tuple(own), scores if attention else 0.0, routed, held)
+        parts[name] = alike.setdefault(fields, Part(*fields))
+    return parts
 
 
 def _is_planned(part: str) -> bool:

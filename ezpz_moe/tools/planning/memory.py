@@ -21,6 +21,8 @@ from ezpz_moe.tools.planning.cuts import Cut, expert_group, shards_width, stages
 
 _LOGIT_BYTES = 4
 """The loss keeps the log-softmax of logits in float32."""
+_SCORE_BYTES = 4
+"""Attention that is written out computes its scores in float32."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,19 @@ def kept_bytes(
         else:
             taken, given = _in_and_out(weight, cut)
             numbers += given + is_all * taken
-    return tokens * size * numbers
+    return tokens * (size * numbers + _held_scores_bytes(sheet, cut, part, is_all))
+
+
+def _held_scores_bytes(sheet: ModelSheet, cut: Cut, part: Part, is_all: bool) -> float:
+    """Return the bytes per token of the scores that written-out attention leaves for backward.
+
+    Without checkpointing these are the masked scores, their softmax, and the softmax rounded to the
+    dtype of products, if that is another; with "selective" the product of queries and keys.
+    """
+    computed = sheet.job.compute_bytes
+    rounded = computed if computed < _SCORE_BYTES else 0
+    each = 2 * _SCORE_BYTES + rounded if is_all else _SCORE_BYTES
+    return part.held_scores / cut.tp * each
 
 
 def _in_and_out(weight: Weight, cut: Cut) -> tuple[float, float]:
