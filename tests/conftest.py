@@ -1,7 +1,10 @@
 """Settings of every test run: reproducible examples, no variables from the shell."""
 
+import contextlib
 import os
+import random
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +128,13 @@ def job_file(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def port() -> int:
+    """Where nobody listens, and below those that a system gives to whoever asks for any port."""
+    for candidate in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", candidate))
+            return candidate
+    raise RuntimeError("100 ports in a row are taken")

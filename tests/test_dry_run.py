@@ -23,7 +23,7 @@ def _nothing_starts(monkeypatch, tmp_path) -> None:
     def start(*arguments):
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(launch, "_run", start)
+    monkeypatch.setattr(launch, "run_ranks", start)
     monkeypatch.setattr(launch, "meet", start)
     monkeypatch.setattr(logging.getLogger(), "level", logging.getLogger().level)
     for variable in ("LOG_RANK", "OMP_NUM_THREADS"):  # the launcher sets them for its workers

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -33,16 +32,6 @@ def _network_of_gloo(monkeypatch):
     """What a meeting sets is unset again."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-
-
-@pytest.fixture
-def port() -> int:
-    """Where nobody listens, and below those that a system gives to whoever asks for any port."""
-    for candidate in random.sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", candidate))
-            return candidate
-    raise RuntimeError("100 ports in a row are taken")
 
 
 def come(*placements: Placement, nproc: int = 1, seconds: float = 30) -> list:
@@ -402,4 +391,4 @@ def test_a_machine_that_does_not_answer_is_silent(port, monkeypatch):
 def test_the_last_words_are_the_last_line_of_a_failure(message, expected):
     failure = ProcessFailure(local_rank=0, pid=7, exitcode=1, error_file="none")
     failure.message = message
-    assert launch._last_words(failure) == expected
+    assert launch.last_words(failure) == expected

@@ -176,6 +176,8 @@ def test_more_checkpointing_keeps_less_and_a_pipeline_holds_several_microbatches
         for mode in ("full", "selective", "none")
     ]
     assert kept == sorted(set(kept))
+    # Nothing is computed again.
+    assert kept[-1] == int(memory.left_bytes(sheet, cut, 0))
     piped = replace(layout(pp=2), microbatches=4)
     alone = replace(piped, microbatches=1)
     one, several = (memory.fullest(sheet, each).activations for each in (alone, piped))

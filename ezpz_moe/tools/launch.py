@@ -6,14 +6,15 @@ own torchrun, and if one is lost the others say which (:mod:`ezpz_moe.tools.node
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ezpz_moe.errors import EXIT_CODE, EzpzError
 from ezpz_moe.hosts import run_folder
@@ -82,9 +83,11 @@ def train(
     start = prepared(config, host_flags, nproc, placement, from_last_whole=from_last_whole)
     ending = _Ending(start.settings, tell, start.back)
     if placement is None:
-        return _run(start.arguments, ending)
+        return run_ranks(start.arguments, ending)
     with meet(placement, nproc) as nodes:
-        return _run(start.arguments, replace(ending, nodes=nodes, own_rank=placement.node_rank))
+        return run_ranks(
+            start.arguments, replace(ending, nodes=nodes, own_rank=placement.node_rank)
+        )
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ class _Ending:
         if first.exitcode == 128 + signal.SIGTERM:
             return self.stopped(signal.SIGTERM)
         # A surviving worker's own error says only that a communication timed out.
-        report = loss_report(self.nodes, self.own_rank, _last_words(first))
+        report = loss_report(self.nodes, self.own_rank, last_words(first))
         if report is None:
             self.tell(str(failure))
         else:
@@ -253,14 +256,24 @@ def _patience(settings: CheckpointSettings) -> list[str]:
     return ["--shutdown-timeout", str(SECONDS_TO_SAVE)]
 
 
-def _run(arguments: list[str], ending: _Ending) -> int:
+class Ending(Protocol):
+    """What becomes of ranks that have not ended by themselves."""
+
+    def failed(self, failure: ChildFailedError) -> int:
+        """Return the exit code after a rank's failure."""
+
+    def stopped(self, by: signal.Signals) -> int:
+        """Return the exit code after a signal."""
+
+
+def run_ranks(arguments: list[str], ending: Ending) -> int:
     """Run torchrun, and return the exit code that ``ending`` chooses if it fails."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun gets a failed worker's error through a file in its log folder.
-    with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports:
+    with tempfile.TemporaryDirectory(prefix="ezpz-moe-") as reports, _own_signals():
         # A failure arrives as an exception with torchrun's whole report: do not print it twice.
         logging.disable(logging.ERROR)
         try:
@@ -274,7 +287,20 @@ def _run(arguments: list[str], ending: _Ending) -> int:
     return 0
 
 
-def _last_words(failure: ProcessFailure) -> str:
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Take back the signals for which torchrun leaves handlers that raise, here and in forks."""
+    handlers = {each: signal.getsignal(each) for each in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            # None is a handler that is not Python's; such cannot be set.
+            if handler is not None and signal.getsignal(each) is not handler:
+                signal.signal(each, handler)
+
+
+def last_words(failure: ProcessFailure) -> str:
     """Return what a failed worker said: its error's last line, or its signal."""
     words = failure.message
     if isinstance(words, dict):  # an exception, as torch's ``record`` writes it

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import TypeAdapter
 
@@ -14,9 +16,12 @@ from ezpz_moe.hosts.detect import host
 from ezpz_moe.tools.calibration.asked import Asked, asked_of
 from ezpz_moe.tools.calibration.rank import Found
 from ezpz_moe.tools.calibration.written import as_toml
-from ezpz_moe.tools.launch import HERE, share_threads
-from ezpz_moe.tools.nodes import Placement
+from ezpz_moe.tools.launch import HERE, last_words, run_ranks, share_threads
+from ezpz_moe.tools.nodes import Node, Placement, loss_report, meet
 from ezpz_moe.tools.verify import default_device
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def calibrate(
@@ -35,7 +40,8 @@ def calibrate(
         What was measured; None on another node than the first, which writes the file.
 
     Raises:
-        EzpzError: the job is wrong, a rank has failed, or the file cannot be written.
+        EzpzError: the job is wrong, a rank has failed, a machine did not show up or was lost, or
+            the file cannot be written.
     """
     sheet = host().planning().model_sheet(config, host_flags, is_cpu=default_device() == "cpu")
     share_threads(nproc)
@@ -56,13 +62,35 @@ def calibrate(
     return found
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """What the user is told when ranks have not measured everything.
+
+    Attributes:
+        nodes: all machines; none if this is the only one.
+        own_rank: this machine's place among them.
+    """
+
+    nodes: Sequence[Node] = ()
+    own_rank: int = 0
+
+    def failed(self, failure: ChildFailedError) -> NoReturn:
+        said = last_words(failure.get_first_failure()[1])
+        lost = loss_report(self.nodes, self.own_rank, said)
+        raise EzpzError(f"--calibrate: {lost or f'a rank has failed: {said}'}") from None
+
+    def stopped(self, by: signal.Signals) -> NoReturn:
+        raise KeyboardInterrupt if by == signal.SIGINT else SystemExit(128 + by)
+
+
 def _start(asked: Asked, result: Path, nproc: int, placement: Placement | None) -> None:
     where = placement.torchrun_arguments if placement else HERE
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", *where]
+    # What ranks print goes into files (3: of both streams); their errors come as exceptions.
+    command = [f"--nproc-per-node={nproc}", "--redirects=3", *where]
     command += ["--module", "ezpz_moe.tools.calibration.rank"]
     command += [TypeAdapter(Asked).dump_json(asked).decode(), str(result)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()
-        said = next((line for line in reversed(last) if "Error" in line), last[-1] if last else "")
-        raise EzpzError(f"--calibrate: a rank has failed with exit code {done.returncode}: {said}")
+    if placement is None:
+        run_ranks(command, _Ending())
+        return
+    with meet(placement, nproc) as nodes:
+        run_ranks(command, _Ending(nodes, placement.node_rank))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from ezpz_moe.hosts.cpu import device_module
 from ezpz_moe.tools import allocator
@@ -21,6 +23,9 @@ from ezpz_moe.tools.calibration import computing, links
 from ezpz_moe.tools.calibration.asked import Asked
 from ezpz_moe.tools.planning.machine import Measured
 from ezpz_moe.tools.verify import default_device
+
+_PATIENCE = 300
+"""Seconds to wait for another rank: it may have failed, and what it measures takes far less."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Found:
     collectives: list[Measured]
 
 
+@record  # torchrun then has the error of a rank that fails
 def main() -> None:
     asked = TypeAdapter(Asked).validate_json(sys.argv[1])
     kind = default_device()
@@ -64,7 +70,8 @@ def main() -> None:
     else:
         device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group(dist.get_default_backend_for_device(kind))
+    backend = dist.get_default_backend_for_device(kind)
+    dist.init_process_group(backend, timeout=timedelta(seconds=_PATIENCE))
     try:
         found = _measured(asked, device)
         if dist.get_rank() == 0:
