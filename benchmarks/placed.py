@@ -1,14 +1,15 @@
 """What placing experts brings: rows of the busiest ranks and time of a step, before and after.
 
     python benchmarks/placed.py
-    python benchmarks/placed.py --ranks 4
+    python benchmarks/placed.py --ranks 4 --core 0.45
 
 Trains a small model over gloo in float32, with nothing that balances its routers, until they are
 skewed; goes on with the learning rate of a late step, so that they choose as they did; places the
 experts of that checkpoint; and goes on from both in turn, with the same data. The routers choose
 the same experts, so that rows differ by their ranks alone. Expected is what ``ezpz-moe place`` says
 of the steps before. Times are medians over the steps of all turns but each turn's first two:
-compare them on a machine that does nothing else, with a core for every rank.
+compare them on a machine that does nothing else, with a core for every rank. Where there are fewer
+cores, ``--core`` gives each rank a share of one that no other rank can use (:mod:`own_cores`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from commands import ezpz_moe, tokens_per_second
+from own_cores import own_cores
 
 from ezpz_moe.cli import display
 from ezpz_moe.telemetry.json_lines import read
@@ -87,6 +90,8 @@ class Arguments:
     further: int = 10
     """Steps of a turn."""
     turns: int = 2
+    core: float = 0.0
+    """Share of a core that a rank has in these turns; 0: ranks share all cores."""
 
 
 def main(arguments: Arguments) -> None:
@@ -102,12 +107,14 @@ def main(arguments: Arguments) -> None:
         print(f"rows are expected to be {expected:.3f}", file=sys.stderr, flush=True)
         steps = (placed_at, placed_at + arguments.further)
         turns = []
-        for turn in range(arguments.turns):
-            for kind in ("as it was", "placed"):
-                out, source = f"{kind} {turn}", "run" if kind == "as it was" else "placed"
-                speeds = resume(folder, out, source, arguments.ranks, steps)
-                print(out, f"{statistics.median(speeds[2:]):.0f}", file=sys.stderr, flush=True)
-                turns.append((kind, read(folder / out / "telemetry.jsonl"), speeds[2:]))
+        alone = own_cores(arguments.ranks, arguments.core) if arguments.core else nullcontext()
+        with alone:
+            for turn in range(arguments.turns):
+                for kind in ("as it was", "placed"):
+                    out, source = f"{kind} {turn}", "run" if kind == "as it was" else "placed"
+                    speeds = resume(folder, out, source, arguments.ranks, steps)
+                    print(out, f"{statistics.median(speeds[2:]):.0f}", file=sys.stderr, flush=True)
+                    turns.append((kind, read(folder / out / "telemetry.jsonl"), speeds[2:]))
         report(turns, expected, arguments)
 
 
