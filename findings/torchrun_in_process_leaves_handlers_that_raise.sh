@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.14.1: torch.distributed.run.run(), called from a program of one's own, leaves its handlers.
 #
-# Once it has returned, SIGTERM and SIGINT still raise torchrun's SignalException. So a process that is
+# Once it has returned, SIGTERM still raises torchrun's SignalException. So a process that is
 # forked later does not end when it is terminated: the exception climbs out of it into whatever called
 # fork, which then goes on twice. Seen where pyroute2 ends its helpers with SIGTERM: the process of the
 # tests came back as a second one, and both waited for each other.
