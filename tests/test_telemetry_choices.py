@@ -19,7 +19,7 @@ from trainer_runs import AOT, EP_2, Runs, door_1, job_folder, telemetry
 from ezpz_moe.routing import choices
 
 E, P = 6, 3
-IDS_TK = torch.tensor([[0, 1], [1, 5], [5, 1], [2, 6], [4, 5], [3, 7]])
+IDS_TK = torch.tensor([[0, 1], [1, 5], [5, 1], [2, 6], [4, 5], [3, 1]])
 """Ids from 6 on are of no routed expert."""
 MASK_T = torch.tensor([True, True, True, True, True, False])
 
