@@ -26,6 +26,8 @@ exec {python} "$@"
 @contextlib.contextmanager
 def own_cores(ranks: int, share: float) -> Iterator[None]:
     """Let torchrun start every rank in a group of its own, which gets ``share`` of a core."""
+    if not os.access(_CONTROLLER, os.W_OK):
+        sys.exit(f"groups of processes cannot be made in {_CONTROLLER} (cgroup v1, as root)")
     group = _CONTROLLER / f"ezpz-moe-{os.getpid()}-"
     with contextlib.ExitStack() as clean_up:
         for rank in range(ranks):

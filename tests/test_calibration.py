@@ -9,6 +9,8 @@ from dataclasses import replace
 import fork_server
 import pytest
 import tomli
+import torch
+import torch.distributed as dist
 from dialect import ON_0_2, SINCE_2026_08
 from trainer_runs import job_folder
 
@@ -212,6 +214,24 @@ def test_groups_are_of_neighbours_and_of_one_rank_of_each_node():
 
 @pytest.mark.train
 @pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", measured_links._KINDS)
+def test_a_collective_has_the_bytes_that_it_is_filed_under(kind, size, monkeypatch):
+    """Of the whole tensor, which a rank has, or has its share of."""
+    seen = []
+    # Of what is called, only the tensors matter; no group of processes is needed to see them.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        monkeypatch.setattr(dist, name, lambda *tensors, group: seen.extend(tensors))
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *tensors, group: seen.extend(tensors))
+    monkeypatch.setattr(dist, "send", lambda tensor, rank, group: seen.append(tensor))
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    measured_links._KINDS[kind](None, size, 4096, torch.device("cpu"))()
+    shares = {"all-gather": [4096, 4096 // size], "reduce-scatter": [4096 // size, 4096]}
+    whole = [4096] * (2 if kind == "all-to-all" else 1)
+    assert [tensor.nbytes for tensor in seen] == shares.get(kind, whole)
+
+
 def test_two_real_ranks_write_a_file_that_plans(folder, sheet, port, tmp_path, monkeypatch):
     """Started as on several machines, which meet first, although it is only one."""
     monkeypatch.setenv("PYTHON_EXEC", fork_server.python())

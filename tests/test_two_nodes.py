@@ -19,8 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from dialect import ON_0_2, SINCE_2026_08
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from trainer_runs import job_folder
+
+from ezpz_moe.tools.planning.machine import machine
 
 pyroute2 = pytest.importorskip("pyroute2", reason="network namespaces are Linux's")
 
@@ -113,6 +116,14 @@ class Run:
         return {int(step): (loss, norm) for step, loss, norm in found}
 
 
+def on_node(node: int, command: str) -> list[str]:
+    """A command for the job, as it is started on one machine of both."""
+    return [
+        *(sys.executable, "-m", "ezpz_moe.cli", command, "job.toml", "--nnodes", "2"),
+        *("--node-rank", str(node), "--master-addr", ADDRESSES[0]),
+    ]
+
+
 def train(machines: Machines, folder: Path, *, cut_after: int | None = None) -> Run:
     """The same line on both machines, in one folder; the wire is cut after a step."""
     machines.set_wire("up")
@@ -120,11 +131,7 @@ def train(machines: Machines, folder: Path, *, cut_after: int | None = None) -> 
     with contextlib.ExitStack() as clean_up:
         nodes = []
         for node in NODES:
-            command = [
-                *(sys.executable, "-m", "ezpz_moe.cli", "train", "job.toml", "--nnodes", "2"),
-                *("--node-rank", str(node), "--master-addr", ADDRESSES[0]),
-                *("--training.steps", str(STEPS)),
-            ]
+            command = [*on_node(node, "train"), "--training.steps", str(STEPS)]
             nodes.append(machines.start(node, command, logs[node]))
             clean_up.callback(_end_tree, nodes[-1])
         if cut_after is not None:
@@ -235,3 +242,23 @@ def test_the_resumed_run_ends_with_the_same_bits(resumed, undisturbed, tmp_path)
 def _weights(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(folder / "outputs" / "checkpoint" / f"step-{STEPS}", scratch)
     return torch.load(scratch)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(ON_0_2 or SINCE_2026_08, reason="torchtitan 0.3 is planned for")
+def test_two_machines_calibrate_and_node_0_writes_what_links_them(machines, tmp_path):
+    folder = _folder(tmp_path)
+    machines.set_wire("up")
+    logs = [folder / f"node{node}.log" for node in NODES]
+    with contextlib.ExitStack() as clean_up:
+        nodes = []
+        for node in NODES:
+            command = [*on_node(node, "plan"), "--calibrate", f"node{node}.toml"]
+            nodes.append(machines.start(node, command, logs[node]))
+            clean_up.callback(_end_tree, nodes[-1])
+        exit_codes = [node.wait(PATIENCE) for node in nodes]
+    assert exit_codes == [0, 0], [log.read_text() for log in logs]
+    assert not (folder / "node1.toml").exists()
+    on = machine(str(folder / "node0.toml"))
+    assert on.ranks_per_node == 1
+    assert {(each.tier, each.ranks) for each in on.collectives} == {("network", 2)}
